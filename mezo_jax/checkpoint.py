@@ -1,0 +1,76 @@
+"""Checkpoints of a run, kept by orbax: the latest, and the best on dev."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+
+class Checkpoints:
+  """The checkpoints of one working directory.
+
+  A checkpoint is written beside the others and named only when it is complete:
+  a run killed while saving goes on from the one before.
+  """
+
+  def __init__(self, directory: Path):
+    keep = ocp.training.preservation_policies
+    # A better accuracy wins; of equals, the lower loss.
+    best = keep.BestN(
+        n=1, get_metric_fn=lambda m: (m['accuracy'], -m['loss']),
+        keep_checkpoints_without_metrics=False)
+    self._checkpointer = ocp.training.Checkpointer(
+        directory.absolute(), cleanup_tmp_directories=True,
+        preservation_policy=keep.AnyPreservationPolicy(
+            [keep.LatestN(1), best]))
+
+  def save(self, step: int, state: Any, metrics: dict | None = None) -> None:
+    """Starts to save; the arrays may be donated as soon as this returns.
+
+    Args:
+      step: the number of steps made.
+      state: a tree of arrays, typed keys included.
+      metrics: dev ``accuracy`` and ``loss``, where there was an evaluation.
+    """
+    self._checkpointer.save_async(step, state, metrics=metrics, force=True)
+
+  def latest_step(self) -> int | None:
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  def best_step(self) -> int:
+    """The step with the best metrics.
+
+    Raises:
+      FileNotFoundError: if no checkpoint has metrics.
+    """
+    self.wait()
+    scored = [c for c in self._checkpointer.checkpoints if c.metrics]
+    if not scored:
+      raise FileNotFoundError('no checkpoint with an evaluation was kept.')
+    return max(scored, key=lambda c: (
+        c.metrics['accuracy'], -c.metrics['loss'])).step
+
+  def load(self, step: int, like: Any) -> Any:
+    """The state of a step, with the shapes, dtypes and shardings of ``like``.
+
+    Raises:
+      ValueError: if it cannot be read, or is of another model.
+    """
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        like)
+    try:
+      return self._checkpointer.load(step, abstract)
+    except Exception as e:
+      where = Path(self._checkpointer.directory) / str(step)
+      raise ValueError(
+          f'checkpoint {where} cannot be read ({str(e).splitlines()[0]}); '
+          'delete that directory to go on from the one before, if any.') from e
+
+  def wait(self) -> None:
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    self._checkpointer.close()

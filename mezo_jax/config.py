@@ -1,0 +1,160 @@
+"""The configuration of a run: typed dataclasses with a comment a field."""
+
+import dataclasses
+import json
+
+import optax
+
+
+@dataclasses.dataclass
+class Model:
+  name: str = 'quickstart'  # directory, .gguf file, hub id, or 'quickstart'
+  dtype: str = 'float32'  # of the weights: 'float32', 'bfloat16', 'float16'
+
+
+@dataclasses.dataclass
+class Task:
+  template: str = '{text} It was'  # columns in braces
+  label_words: tuple[str, ...] = (' terrible', ' great')  # answers, by class
+  label_column: str = 'label'
+  label_names: tuple[str, ...] = ()  # where the column holds names
+
+
+@dataclasses.dataclass
+class Data:
+  train: str = 'quickstart'  # or .jsonl, .csv, .tsv, .parquet, hub id
+  train_split: str = 'train'  # of a hub data set
+  test: str = ''  # like `train`; '' takes test rows out of the training data
+  test_split: str = 'validation'  # of a hub data set
+  subset: str = ''  # configuration of a hub data set
+  num_train: int = 1000  # as the paper
+  num_dev: int = 500
+  num_test: int = 1000  # at most; 0 for all
+  k_shot: int = 0  # > 0: k rows of each label for train, as many for dev
+  seed: int = 0  # of the choice of rows
+  max_length: int = 2048  # tokens; longer prompts keep their end
+  buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)  # padding
+  batch_size: int = 16
+
+
+@dataclasses.dataclass
+class Optimizer:
+  learning_rate: float = 1e-6
+  schedule: str = 'constant'  # or 'linear' or 'cosine' decay to 0
+  warmup_steps: int = 0  # linear, from 0
+  eps: float = 1e-3
+  num_samples: int = 1  # directions a step (n-SPSA)
+  distribution: str = 'normal'  # or 'rademacher' or 'sphere'
+  generator: str = 'threefry2x32'  # or 'hash32'
+  one_sided: bool = False
+  micro_batches: int = 1  # parts a batch is evaluated in
+  weight_decay: float = 0.0
+  mask: str = ''  # regular expression of the parameters to train; '' for all
+  stochastic_rounding: bool = True  # of half-precision weights
+
+
+@dataclasses.dataclass
+class Mesh:
+  data: int = 1  # copies of the parameters
+  fsdp: int = -1  # devices that share a copy; -1 for the rest
+
+
+@dataclasses.dataclass
+class Train:
+  """Everything that `train.py` needs to know."""
+
+  model: Model = dataclasses.field(default_factory=Model)
+  task: Task = dataclasses.field(default_factory=Task)
+  data: Data = dataclasses.field(default_factory=Data)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  seed: int = 0  # of the directions and of the order of the data
+  steps: int = 20_000
+  eval_every: int = 4_000  # steps; also checkpoints
+  checkpoint_every: int = 1_000  # steps; a killed run loses no more than these
+  eval_batch_size: int = 32
+  max_skipped: int = 10  # steps in a row with a loss that is not finite
+
+
+# Fields that may differ between the runs that share a working directory.
+_FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size', 'mesh',
+         'max_skipped')
+
+
+def check(config: Train) -> None:
+  """Raises ValueError, in one sentence, for a value that cannot work."""
+  d, o = config.data, config.optimizer
+  rules = [
+      (config.model.dtype in ('float32', 'bfloat16', 'float16'),
+       f'model.dtype {config.model.dtype!r} is none of float32, bfloat16, '
+       'float16'),
+      (o.schedule in ('constant', 'linear', 'cosine'),
+       f'optimizer.schedule {o.schedule!r} is none of constant, linear, '
+       'cosine'),
+      (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
+      (o.warmup_steps < max(config.steps, 1),
+       'optimizer.warmup_steps must be below steps'),
+      (len(config.task.label_words) >= 2, 'task.label_words needs two or more'),
+      (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,
+       f'data.buckets {d.buckets} must increase'),
+      (d.batch_size >= 1, 'data.batch_size must be at least 1'),
+      (d.batch_size % max(o.micro_batches, 1) == 0,
+       'optimizer.micro_batches must divide data.batch_size'),
+      (min(d.num_dev, d.num_train) >= 1,
+       'data.num_train and data.num_dev must be at least 1'),
+      (d.num_test >= 1 or d.test or d.num_test == 0 and d.test,
+       'data.num_test must be at least 1 where data.test is not set'),
+      (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
+       'steps, eval_every and checkpoint_every must be at least 1'),
+  ]
+  for holds, message in rules:
+    if not holds:
+      raise ValueError(f'config: {message}.')
+
+
+def schedule(config: Train) -> optax.Schedule:
+  """The learning rate as a function of the step number."""
+  o = config.optimizer
+  after = max(config.steps - o.warmup_steps, 1)
+  if o.schedule == 'linear':
+    main = optax.linear_schedule(o.learning_rate, 0.0, after)
+  elif o.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(o.learning_rate, after)
+  else:
+    main = optax.constant_schedule(o.learning_rate)
+  if not o.warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
+  return optax.join_schedules([warmup, main], [o.warmup_steps])
+
+
+def to_json(config: Train) -> dict:
+  """The config as plain JSON values."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def check_same_run(config: Train, saved: dict) -> None:
+  """Raises ValueError if a saved run's settings differ where they may not.
+
+  Step counts, the mesh and how often to evaluate may; but with a decaying
+  learning rate the number of steps shapes every update.
+  """
+  free = _FREE
+  if config.optimizer.schedule != 'constant':
+    free = tuple(f for f in free if f != 'steps')
+  changed = []
+
+  def compare(new, old, path):
+    if path in free:
+      return
+    if isinstance(new, dict):
+      for name in new:
+        compare(new[name], old.get(name), f'{path}.{name}'.lstrip('.'))
+    elif new != old:
+      changed.append(f'{path} was {old!r} and is now {new!r}')
+
+  compare(to_json(config), saved, '')
+  if changed:
+    raise ValueError(
+        'the working directory holds a run with other settings: '
+        f'{"; ".join(changed)}. Choose another --workdir, or delete this one.')

@@ -1,0 +1,89 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard if it is installed."""
+
+import json
+from pathlib import Path
+
+import jax
+
+
+class Metrics:
+  """Appends records to ``metrics.jsonl`` (on process 0) and keeps them.
+
+  A record is one JSON object a line with at least ``kind`` and ``step``.
+  Opened again for a resumed run, it drops what came after the restored step.
+  """
+
+  def __init__(self, workdir: Path, step: int = 0):
+    path = workdir / 'metrics.jsonl'
+    self.records = [r for r in _read(path) if r['step'] <= step]
+    self._file = self._board = None
+    if jax.process_index() > 0:
+      return
+    part = path.with_suffix('.part')
+    part.write_text(''.join(json.dumps(r) + '\n' for r in self.records))
+    part.replace(path)
+    self._file = path.open('a', buffering=1)
+    try:
+      from tensorboardX import SummaryWriter
+    except ImportError:
+      return
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
+
+  def write(self, kind: str, step: int, **values) -> None:
+    record = {'kind': kind, 'step': step, **values}
+    self.records.append(record)
+    if self._file:
+      self._file.write(json.dumps(record) + '\n')
+    if self._board:
+      for name, value in values.items():
+        if isinstance(value, (int, float)):
+          self._board.add_scalar(f'{kind}/{name}', value, step)
+
+  def of(self, kind: str) -> list[dict]:
+    return [r for r in self.records if r['kind'] == kind]
+
+  def close(self) -> None:
+    for sink in (self._file, self._board):
+      if sink:
+        sink.close()
+
+
+def _read(path: Path) -> list[dict]:
+  """The records of a log; a last line cut short by a crash is left out."""
+  if not path.is_file():
+    return []
+  lines = path.read_text().splitlines()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError as e:
+      if number == len(lines):
+        break
+      raise ValueError(
+          f'{path}, line {number} is not JSON ({e}); delete the line.') from e
+  return records
+
+
+def draw_curves(path: Path, metrics: Metrics, title: str) -> None:
+  """Draws loss and dev accuracy against steps, with the zero-shot lines."""
+  from matplotlib.figure import Figure  # slow to import
+  steps, evals = metrics.of('train'), metrics.of('dev')
+  figure = Figure(figsize=(10, 4), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
+            color='0.75', lw=0.8, label='training batch')
+  left.plot([r['step'] for r in evals], [r['loss'] for r in evals],
+            'o-', color='C0', label='dev')
+  left.set(xlabel='step', ylabel='loss')
+  left.legend()
+  right.plot([r['step'] for r in evals], [100 * r['accuracy'] for r in evals],
+             'o-', color='C0', label='dev')
+  for r in evals[:1]:
+    right.axhline(100 * r['accuracy'], color='0.4', ls='--', label='zero-shot')
+    right.axhline(100 * r['calibrated_accuracy'], color='0.4', ls=':',
+                  label='zero-shot, calibrated')
+  right.set(xlabel='step', ylabel='accuracy, %')
+  right.legend()
+  figure.suptitle(title)
+  figure.savefig(path, dpi=110)

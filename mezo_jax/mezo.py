@@ -1,0 +1,106 @@
+r"""MeZO, ZO-SGD: :math:`\theta \leftarrow \theta - \eta (g z + \lambda\theta)`.
+
+Malladi et al. (2023), Algorithm 1 and Definition 2; the estimate ``g z`` is
+`mezo_jax.spsa`.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import noise, perturb
+from mezo_jax import spsa as spsa_lib
+
+_NOT_DECAYED = re.compile(
+    r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
+
+
+def mezo(
+    learning_rate: float | optax.Schedule,
+    eps: float | optax.Schedule = 1e-3,
+    *,
+    key: jax.Array | int,
+    weight_decay: float = 0.0,
+    mask=None,
+    stochastic_rounding: bool = True,
+    **spsa_options,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Memory-efficient zeroth-order SGD.
+
+  ``chain(spsa(...), add_decayed_weights(...), scale_by_learning_rate(...))``,
+  as `optax.sgd` is to `optax.trace`, and two cares more: a step whose loss is
+  not finite changes nothing, and half-precision weights are rounded
+  stochastically, since at a usual :math:`\eta g` rounding to nearest moves
+  almost none of them. Put ``update`` and `optax.apply_updates` in one
+  `jax.jit` with params and state donated: no tree of updates is then built.
+
+  Args:
+    learning_rate: :math:`\eta`, a number or a schedule. The paper: 1e-7 to 1e-6
+      for 13B in full, 5e-5 to 1e-4 with LoRA, 1e-3 to 1e-2 with prefixes.
+    eps: :math:`\epsilon`, a number or a schedule. The paper: 1e-3 in full.
+    key: a `jax.random.key` or an integer seed.
+    weight_decay: :math:`\lambda`; biases and norms of every family are exempt
+      (by name, and any leaf with fewer than two axes to a layer).
+    mask: which leaves are perturbed, updated and decayed; see
+      `mezo_jax.perturb.selected`.
+    stochastic_rounding: whether bfloat16 and float16 weights are rounded
+      stochastically, with bits of the step's key, instead of to nearest.
+    **spsa_options: see `mezo_jax.spsa`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
+    `spsa`, followed by the rest. Updates have the dtypes of the parameters.
+    The state is the chain's: `SpsaState` is its first element.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, Tables 15 and 16.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = mezo(learning_rate=1e-2, key=jax.random.key(0))
+    >>> loss_fn = lambda params, x: jnp.sum((params - x) ** 2)
+    >>> params = jnp.zeros(3)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(
+    ...     None, state, params, value_fn=loss_fn, x=jnp.ones(3))
+    >>> params = optax.apply_updates(params, updates)
+  """
+  def decayed(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p, used: used and is_decayed(noise.path_str(path), p),
+        params, perturb.selected(params, mask))
+
+  chain = optax.chain(
+      spsa_lib.spsa(eps, key=key, mask=mask, dtype=jnp.float32, **spsa_options),
+      optax.add_decayed_weights(weight_decay, decayed),
+      optax.scale_by_learning_rate(learning_rate))
+  generator = spsa_options.get('generator', 'threefry2x32')
+
+  def update_fn(updates, state, params=None, **extra_args):
+    run = state[0]
+    updates, state = chain.update(updates, state, params, **extra_args)
+    skip = state[0].notfinite_count > 0
+    key_ = noise.direction_key(run.key, run.count)[None]
+
+    def finish(path, update, p):
+      update = jnp.where(skip, 0, update)
+      if stochastic_rounding and p.dtype in (jnp.bfloat16, jnp.float16):
+        stream = noise.stream(key_, noise.path_str(path), p.shape)
+        _, bits = noise.words(stream, 0, p.shape, generator)
+        moved = noise.stochastic_round(
+            p.astype(jnp.float32) + update, p.dtype, bits)
+        update = moved.astype(jnp.float32) - p.astype(jnp.float32)
+      return update.astype(p.dtype)
+
+    return jax.tree_util.tree_map_with_path(finish, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def is_decayed(path: str, leaf) -> bool:
+  """Whether weight decay applies: a matrix (per layer), no bias or norm."""
+  axes = jnp.ndim(leaf) - (noise.locate(path)[2] and jnp.ndim(leaf) > 0)
+  return axes >= 2 and not _NOT_DECAYED.search(path)

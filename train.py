@@ -1,0 +1,332 @@
+"""Fine-tunes a language model with forward passes only (MeZO).
+
+  python train.py                                   the quickstart
+  python train.py --config=configs/NAME.py --config.FIELD=VALUE --workdir=DIR
+
+Run the same command again to resume a run that was stopped.
+"""
+
+import functools
+import json
+from pathlib import Path
+import signal
+import sys
+import threading
+import time
+
+from absl import app, flags, logging
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import mezo_jax
+from mezo_jax import checkpoint, evaluate, loggers, models, quickstart, sharding
+from mezo_jax import config as config_lib
+from mezo_jax import data as data_lib
+from mezo_jax.tasks import classification
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', str(Path(__file__).parent / 'configs' / 'quickstart.py'),
+    'Configuration file; override fields with --config.FIELD=VALUE.')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; default: runs/<config name>.')
+
+
+class Stopped(RuntimeError):
+  """The run cannot go on; nothing that was saved is lost."""
+
+
+def say(text: str) -> None:
+  if jax.process_index() == 0:
+    tqdm.write(text)
+
+
+# ------------------------------------------------------------------- data ---
+
+
+def read_data(config, tokenizer):
+  """(train, dev, test) as `classification.Encoded`, and their buckets."""
+  d = config.data
+  task = classification.Classification(
+      **{**vars(config.task), 'label_words': tuple(config.task.label_words),
+         'label_names': tuple(config.task.label_names)})
+  if d.train == 'quickstart':
+    rows = quickstart.reviews()
+  else:
+    rows = data_lib.load_rows(d.train, d.subset, d.train_split)
+  labels = np.array([task.label(row) for row in rows])
+  train, dev, test = data_lib.split_rows(
+      labels, d.num_train, d.num_dev, 0 if d.test else d.num_test, d.seed,
+      d.k_shot)
+  pick = lambda index: [rows[i] for i in index]
+  train, dev, test = pick(train), pick(dev), pick(test)
+  if d.test:
+    test = data_lib.load_rows(d.test, d.subset, d.test_split)
+    most = d.num_test or len(test)
+    order = np.random.RandomState(0).permutation(len(test))[:most]
+    test = [test[i] for i in order]
+  encode = functools.partial(
+      classification.encode, task, tokenizer=tokenizer, max_length=d.max_length)
+  splits = {name: encode(rows=rows) for name, rows in
+            (('train', train), ('dev', dev), ('test', test))}
+  if len({split.token_ids is None for split in splits.values()}) > 1:
+    splits = {name: encode(rows=rows, pad_to_candidates=True) for name, rows in
+              (('train', train), ('dev', dev), ('test', test))}
+  for name, split in splits.items():
+    note = f'data: {len(split.labels)} {name} rows, {split.lengths.mean():.0f} '
+    note += f'tokens on average, {split.lengths.max()} at most'
+    if split.truncated:
+      note += f'; {split.truncated} rows lost tokens at their beginning'
+    say(note)
+  longest = max(split.lengths.max() for split in splits.values())
+  buckets = tuple(b for b in config.data.buckets if b < longest)
+  buckets += (min([b for b in config.data.buckets if b >= longest]
+                  or [int(longest)]),)
+  return splits, buckets
+
+
+# -------------------------------------------------------------- optimizer ---
+
+
+def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
+  o = config.optimizer
+  return mezo_jax.mezo(
+      config_lib.schedule(config), o.eps, key=jax.random.key(config.seed),
+      weight_decay=o.weight_decay, mask=o.mask or None,
+      stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
+      distribution=o.distribution, generator=o.generator,
+      one_sided=o.one_sided, micro_batches=o.micro_batches)
+
+
+def make_step(tx, loss_fn):
+  """The training step: two forwards and one update in place."""
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, batch):
+    updates, opt_state = tx.update(
+        None, opt_state, params, value_fn=loss_fn, batch=batch)
+    spsa = opt_state[0]
+    metrics = {
+        'loss': spsa.value,
+        'projected_grad': spsa.projected_grad,
+        'skipped': spsa.total_notfinite,
+        'skipped_in_a_row': spsa.notfinite_count,
+    }
+    return optax.apply_updates(params, updates), opt_state, metrics
+  return step
+
+
+# -------------------------------------------------------------------- run ---
+
+
+def run(config: config_lib.Train, workdir: Path) -> dict:
+  """One run from start, or from where it was stopped, to its result."""
+  began = time.time()
+  config_lib.check(config)
+  result_file, config_file = workdir / 'result.json', workdir / 'config.json'
+  if config_file.exists():
+    config_lib.check_same_run(config, json.loads(config_file.read_text()))
+
+  # Mesh.
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  if config.data.batch_size % mesh.size:
+    raise ValueError(
+        f'data.batch_size {config.data.batch_size} does not divide over '
+        f'{mesh.size} devices; make it a multiple of that.')
+
+  # Model.
+  name = config.model.name
+  name = quickstart.model_path() if name == 'quickstart' else name
+  tokenizer = models.load_tokenizer(name)
+  model, params = models.load(name, mesh, config.model.dtype)
+  size = sum(x.size for x in jax.tree.leaves(params))
+  say(f'model: {Path(name).name}, {size:,} parameters in '
+      f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
+      'device(s)')
+
+  # Data.
+  config.data.max_length = min(config.data.max_length, model.config.max_length)
+  splits, buckets = read_data(config, tokenizer)
+  train = splits['train']
+  in_use = data_lib.used_buckets(
+      train.lengths, buckets, config.data.batch_size)
+  say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
+  score = {name: evaluate.make_scorer(
+      model, splits[name], buckets, config.eval_batch_size, mesh)
+           for name in ('dev', 'test')}
+
+  # Optimizer.
+  tx = make_optimizer(config)
+  loss_fn = classification.make_loss_fn(model, train.token_ids)
+  step_fn = make_step(tx, loss_fn)
+  opt_state = jax.device_put(tx.init(params), sharding.replicated(mesh))
+
+  # Restore: the latest checkpoint of this directory, else the model itself.
+  workdir.mkdir(parents=True, exist_ok=True)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  start = checkpoints.latest_step() or 0
+  if start:
+    params, opt_state = checkpoints.load(start, (params, opt_state))
+    say(f'resumed from step {start} of {workdir}')
+  if jax.process_index() == 0:
+    config_file.write_text(json.dumps(config_lib.to_json(config), indent=2))
+  metrics = loggers.Metrics(workdir, start)
+
+  # Zero-shot: what fine-tuning is compared with.
+  if not metrics.of('zero_shot'):
+    scores = score['dev'](params)
+    offsets = evaluate.calibrate(scores, splits['dev'].labels)
+    metrics.write('dev', 0, **evaluate.report(
+        scores, splits['dev'].labels, offsets))
+    metrics.write('zero_shot', 0, offsets=offsets.tolist(), **evaluate.report(
+        score['test'](params), splits['test'].labels, offsets))
+  zero_shot = dict(metrics.of('zero_shot')[0])
+  offsets = np.array(zero_shot.pop('offsets'))
+  say(f'zero-shot: test accuracy {zero_shot["accuracy"]:.1%}, '
+      f'{zero_shot["calibrated_accuracy"]:.1%} with a calibrated threshold')
+
+  # Loop.
+  report_dev = lambda params: evaluate.report(
+      score['dev'](params), splits['dev'].labels)
+  batches = feed(config, train, buckets, mesh, start)
+  params, opt_state = loop(
+      config, (params, opt_state), step_fn, batches, report_dev, checkpoints,
+      metrics, start)
+
+  # Report.
+  best = checkpoints.best_step()
+  if best != config.steps:
+    params, _ = checkpoints.load(best, (params, opt_state))
+  dev_scores = score['dev'](params)
+  final = evaluate.report(
+      score['test'](params), splits['test'].labels,
+      evaluate.calibrate(dev_scores, splits['dev'].labels))
+  strip = lambda r: {k: v for k, v in r.items() if k not in ('kind', 'step')}
+  result = {
+      'zero_shot': strip(zero_shot),
+      'final': final | {'step': best},
+      'steps': config.steps,
+      'forwards': config.steps * config.optimizer.num_samples * 2,
+      'compilations': step_fn._cache_size(),
+      'seconds': time.time() - began,
+      'model': Path(name).name,
+      'devices': f'{mesh.size} x {jax.devices()[0].device_kind}',
+  }
+  checkpoints.close()
+  metrics.close()
+  if jax.process_index() == 0:
+    result_file.write_text(json.dumps(result, indent=2) + '\n')
+    loggers.draw_curves(
+        workdir / 'curves.png', metrics, f'MeZO, {Path(name).name}')
+  say(f'final (step {best}, best on dev): test accuracy '
+      f'{final["accuracy"]:.1%}, zero-shot {zero_shot["accuracy"]:.1%}, '
+      f'calibrated zero-shot {zero_shot["calibrated_accuracy"]:.1%}; '
+      f'{config.steps} steps; see {workdir}/result.json, curves.png')
+  return result
+
+
+def feed(config, train, buckets, mesh, start):
+  """Yields (tokens, batch on the mesh) from batch number ``start`` on."""
+  rows = config.data.batch_size
+  for length, index in data_lib.batches(
+      train.lengths, buckets, rows, config.seed, start):
+    batch = classification.batch_of(train, index, length, rows)
+    yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
+
+
+def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
+         start):
+  """The training loop. The host reads step n-1 while the device does n."""
+  bar = tqdm(total=config.steps, initial=start, unit='step', dynamic_ncols=True,
+             disable=jax.process_index() > 0)
+  clock, waiting, stop_wanted = time.time(), None, preemption()
+
+  def read(step, tokens, values):
+    nonlocal clock
+    values = jax.device_get(values)
+    seconds, clock = time.time() - clock, time.time()
+    metrics.write(
+        'train', step, loss=_number(values['loss']),
+        projected_grad=[_number(g) for g in values['projected_grad']],
+        tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
+    bar.set_postfix_str(
+        f'loss {values["loss"]:.3f}, '
+        f'|g| {np.abs(values["projected_grad"]).mean():.1f}, '
+        f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
+    bar.update()
+    if values['skipped_in_a_row'] >= config.max_skipped:
+      raise Stopped(
+          f'the last {config.max_skipped} steps, up to {step}, gave a loss '
+          'that is not finite and were skipped; the parameters are as before them. '
+          'Try a lower --config.optimizer.learning_rate or float32 weights.')
+
+  for step in range(start + 1, config.steps + 1):
+    tokens, batch = next(batches)
+    *state, values = step_fn(*state, batch)
+    if waiting:
+      read(*waiting)
+    waiting, stopping = (step, tokens, values), stop_wanted(step)
+    evaluates = step % config.eval_every == 0 or step == config.steps
+    if not (evaluates or stopping or step % config.checkpoint_every == 0):
+      continue
+    read(*waiting)
+    waiting, report = None, None
+    if evaluates:
+      report = evaluate_dev(state[0])
+      metrics.write('dev', step, **report)
+      bar.write(f'step {step}: dev accuracy {report["accuracy"]:.1%}, '
+                f'loss {report["loss"]:.3f}')
+    checkpoints.save(step, tuple(state), report and {
+        name: report[name] for name in ('accuracy', 'loss')})
+    if stopping and step < config.steps:
+      checkpoints.wait()
+      raise Stopped(f'told to stop; step {step} is saved. Run the same command '
+                    'again to resume.')
+    clock = time.time()
+  bar.close()
+  return state
+
+
+def preemption():
+  """``wanted(step)``: whether SIGTERM or Ctrl-C asks for a last checkpoint."""
+  if jax.process_count() > 1:  # all processes must agree on the step
+    return multihost_utils.reached_preemption_sync_point
+  asked = []
+  def handle(number, frame):
+    del frame
+    asked.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, handle)
+  return lambda step: bool(asked)
+
+
+def _number(x) -> float | None:
+  """A float that JSON can hold; None for inf and NaN."""
+  return float(x) if np.isfinite(x) else None
+
+
+# ------------------------------------------------------------------- main ---
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown argument {argv[1]!r}.')
+  config = _CONFIG.value
+  name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+  workdir = Path(_WORKDIR.value or f'runs/{name}')
+  try:
+    run(config, workdir)
+  except (Stopped, ValueError, FileNotFoundError, RuntimeError) as e:
+    logging.debug('stopped by', exc_info=True)
+    sys.exit(f'train.py: {e}')
+  except KeyboardInterrupt:
+    sys.exit(f'train.py: interrupted; run it again to resume from {workdir}.')
+
+
+if __name__ == '__main__':
+  flags.FLAGS.set_default('verbosity', logging.WARNING)  # orbax is talkative
+  app.run(main)
