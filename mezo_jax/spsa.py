@@ -64,7 +64,8 @@ def spsa(
   an estimate of :math:`E[zz^\top]\nabla\mathcal{L} = \nabla\mathcal{L}` that is
   unbiased up to :math:`O(\epsilon^2)`. ``update`` needs ``params`` and
   ``value_fn`` and makes its own updates, so it stands first in any chain and
-  is given ``None`` in their place.
+  is given ``None`` in their place (or, inside a wrapper that wants a tree such
+  as `optax.apply_if_finite`, the params themselves, whose values are ignored).
 
   Args:
     eps: perturbation scale :math:`\epsilon`, a number or a schedule of the
@@ -249,7 +250,8 @@ def _check_options(eps, num_samples, distribution, generator, micro_batches):
 
 def _check_update(updates, params, value_fn):
   if params is None:
-    raise ValueError(optax.NO_PARAMS_MSG)
+    raise ValueError(
+        'spsa needs params: tx.update(None, state, params, value_fn=...).')
   if value_fn is None:
     raise ValueError(
         'spsa needs value_fn: call tx.update(None, state, params, '
@@ -261,9 +263,11 @@ def _check_update(updates, params, value_fn):
         'spsa was given params with holes (optax.MaskedNode), on which '
         'value_fn would compute a wrong loss. Do not wrap it in optax.masked '
         'or optax.partition: pass its own mask=... instead.')
-  if jax.tree.leaves(updates):
+  handed, own = jax.tree.leaves(updates), jax.tree.leaves(params)
+  if handed and [*map(id, handed)] != [*map(id, own)]:
     raise ValueError(
         'spsa makes its own updates and was handed some: it must be first in '
-        'the chain and called with updates=None. To accumulate, use '
+        'the chain and called with updates=None (or with params in their place, '
+        'where a wrapper wants a tree). To accumulate, use '
         'micro_batches=k or chain(spsa(...), MultiSteps(rest, k)'
         '.gradient_transformation()), not MultiSteps(chain(spsa(...), ...)).')

@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """Contracts the last axes of x with ``inputs``; kernel [*inputs, *outputs]."""
+  """Contracts the last axes of x; the kernel is [*inputs, *outputs]."""
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]

@@ -1,0 +1,52 @@
+"""An ordinary Flax (Linen) fine-tuning loop, before MeZO: see linen.py."""
+
+from functools import partial
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    h = nn.gelu(nn.Dense(128)(nn.LayerNorm()(x)))
+    return x + nn.Dense(64)(h), None
+
+
+class Model(nn.Module):
+  @nn.compact
+  def __call__(self, ids):
+    x = nn.Embed(100, 64)(ids).mean(1)
+    layers = nn.scan(Block, variable_axes={'params': 0},
+                     split_rngs={'params': True}, length=4)
+    x, _ = layers(name='layers')(x, None)
+    return nn.Dense(2)(x)
+
+
+def loss_fn(params, batch):
+  logits = model.apply({'params': params}, batch['ids'])
+  return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']).mean()
+
+
+model = Model()
+ids = jax.random.randint(jax.random.key(0), (64, 12), 0, 100)
+batch = {'ids': ids, 'label': (ids[:, 0] > 50).astype(jnp.int32)}
+params = model.init(jax.random.key(1), ids)['params']
+tx = optax.adam(1e-3)
+state = tx.init(params)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def step(params, state, batch):
+  loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+  updates, state = tx.update(grads, state, params)
+  return optax.apply_updates(params, updates), state, loss
+
+
+for i in range(301):
+  params, state, loss = step(params, state, batch)
+  if i % 50 == 0:
+    print(f'step {i}: loss {loss:.4f}')

@@ -1,0 +1,56 @@
+"""An ordinary Flax (NNX) fine-tuning loop, before MeZO: see nnx.py."""
+
+from functools import partial
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.norm = nnx.LayerNorm(64, rngs=rngs)
+    self.up = nnx.Linear(64, 128, rngs=rngs)
+    self.down = nnx.Linear(128, 64, rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class Model(nnx.Module):
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(100, 64, rngs=rngs)
+    self.layers = nnx.vmap(Block)(rngs.split(4))
+    self.head = nnx.Linear(64, 2, rngs=rngs)
+
+  def __call__(self, ids):
+    layer = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0),
+                     out_axes=nnx.Carry)
+    return self.head(layer(self.embed(ids).mean(1), self.layers))
+
+
+def loss_fn(params, batch):
+  logits = nnx.merge(graphdef, params)(batch['ids'])
+  return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']).mean()
+
+
+ids = jax.random.randint(jax.random.key(0), (64, 12), 0, 100)
+batch = {'ids': ids, 'label': (ids[:, 0] > 50).astype(jnp.int32)}
+graphdef, params = nnx.split(Model(nnx.Rngs(1)))
+tx = optax.adam(1e-3)
+state = tx.init(params)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def step(params, state, batch):
+  loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+  updates, state = tx.update(grads, state, params)
+  return optax.apply_updates(params, updates), state, loss
+
+
+for i in range(301):
+  params, state, loss = step(params, state, batch)
+  if i % 50 == 0:
+    print(f'step {i}: loss {loss:.4f}')

@@ -1,0 +1,102 @@
+"""Small models and reference computations that tests share."""
+
+import contextlib
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+
+from mezo_jax import models
+
+
+def tiny_config(**changes) -> models.Config:
+  base = dict(
+      family='llama', vocab_size=64, width=32, ff_width=64, num_layers=3,
+      num_heads=4, num_kv_heads=2, head_width=8, max_length=64, norm_eps=1e-5,
+      rope_theta=1e4, tied_head=True)
+  return models.Config(**(base | changes))
+
+
+def tiny_model(**changes):
+  """(model, random params, input ids [4, 12])."""
+  model = models.Transformer(tiny_config(**changes))
+  ids = jax.random.randint(jax.random.key(7), (4, 12), 0, 64)
+  params = model.init(jax.random.key(1), ids)['params']
+  return model, params, ids
+
+
+def lm_loss(model):
+  """Next-token loss; reaches every parameter."""
+  def loss_fn(params, ids):
+    log_p = jax.nn.log_softmax(model.apply({'params': params}, ids)[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], -1))
+  return loss_fn
+
+
+class Block(nn.Module):
+  """Someone's ordinary block: nothing in it knows of MeZO."""
+
+  width: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, _):
+    h = nn.LayerNorm(dtype=self.dtype)(x)
+    h = nn.Dense(2 * self.width, dtype=self.dtype)(h)
+    return x + nn.Dense(self.width, dtype=self.dtype)(nn.gelu(h)), None
+
+
+class ScannedLinen(nn.Module):
+  """Embedding, scanned (and rematerialised) blocks, tied head."""
+
+  width: int = 32
+  layers: int = 4
+  vocab: int = 48
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, ids):
+    embed = nn.Embed(self.vocab, self.width)
+    scanned = nn.scan(
+        nn.remat(Block), variable_axes={'params': 0},
+        split_rngs={'params': True}, length=self.layers)
+    x, _ = scanned(self.width, self.dtype, name='layers')(embed(ids), None)
+    return embed.attend(nn.LayerNorm()(x)).astype(jnp.float32)
+
+
+def mesh_of(data: int, fsdp: int, axis_type=AxisType.Auto):
+  return jax.make_mesh(
+      (data, fsdp), ('data', 'fsdp'), axis_types=(axis_type,) * 2,
+      devices=jax.devices()[:data * fsdp])
+
+
+@contextlib.contextmanager
+def compilations():
+  """Counts what XLA compiles: a list that grows by one each time."""
+  seen, active = [], [True]
+
+  def listen(event, seconds, **kwargs):
+    if active and event == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seen
+  finally:
+    active.clear()
+
+
+def assert_bitwise(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x), np.asarray(y)
+    assert (x.dtype, x.shape) == (y.dtype, y.shape)
+    np.testing.assert_array_equal(
+        np.frombuffer(x.tobytes(), np.uint8),
+        np.frombuffer(y.tobytes(), np.uint8))
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)

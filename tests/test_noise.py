@@ -1,0 +1,228 @@
+"""z(key): its definition, its invariances and its statistics."""
+
+import helpers
+import jax
+from jax.extend import random as extend_random
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mezo_jax
+from mezo_jax import noise
+
+KEY = jax.random.key(11)
+BOTH = [(g, d) for g in noise.GENERATORS for d in noise.DISTRIBUTIONS]
+
+
+def z(tree, key=KEY, **kwargs):
+  return mezo_jax.direction(tree, [(key, 1.0)], **kwargs)
+
+
+def test_it_is_what_jax_random_draws():
+  leaf = jnp.zeros((5, 7, 3))
+  key = noise.leaf_key(KEY, 'embed/table')
+  tree = {'embed': {'table': leaf}}
+  helpers.assert_bitwise(
+      z(tree)['embed']['table'], jax.random.normal(key, leaf.shape))
+  helpers.assert_bitwise(
+      z(tree, distribution='rademacher')['embed']['table'],
+      jax.random.rademacher(key, leaf.shape, jnp.float32))
+
+
+def test_a_layer_has_the_key_of_that_layer():
+  tree = {'layers': {'w': jnp.zeros((4, 6, 5))}}
+  key = noise.leaf_key(KEY, 'layers/w')
+  for l in range(4):
+    helpers.assert_bitwise(
+        z(tree)['layers']['w'][l],
+        jax.random.normal(jax.random.fold_in(key, l), (6, 5)))
+
+
+@pytest.mark.parametrize('generator,distribution', BOTH)
+@pytest.mark.parametrize('shape', [(6, 5), (7,), ()])
+def test_stacked_and_separate_layers_agree(generator, distribution, shape):
+  how = dict(generator=generator, distribution=distribution)
+  stacked = z({'layers': {'q': {'w': jnp.zeros((3, *shape))}}}, **how)
+  leaf = {'q': {'w': jnp.zeros(shape)}}
+  for separate in (
+      {f'layers_{l}': leaf for l in range(3)},  # Linen's names
+      {'layers': {str(l): leaf for l in range(3)}},
+      {'layers': [leaf] * 3}):  # NNX's lists
+    for l, got in enumerate(jax.tree.leaves(z(separate, **how))):
+      helpers.assert_bitwise(got, stacked['layers']['q']['w'][l])
+
+
+def test_where_layers_are():
+  for path, want in {
+      'layers/attn/q': ('layers/attn/q', None, True),
+      'layers_12/attn/q': ('layers/attn/q', 12, False),
+      'model/layers/3/q': ('model/layers/q', 3, False),
+      'h_0/ln_1/scale': ('h/ln_1/scale', 0, False),
+      'enc/encoderblock/MlpBlock_0/w': ('enc/encoderblock/MlpBlock_0/w', None,
+                                        True),
+      'enc/encoderblock_2/MlpBlock_0/w': ('enc/encoderblock/MlpBlock_0/w', 2,
+                                          False),
+      'Dense_0/kernel': ('Dense_0/kernel', None, False),
+      'head/h': ('head/h', None, False),
+  }.items():
+    assert noise.locate(path) == want
+
+
+def test_linen_and_nnx_paths_agree():
+  from flax import nnx
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  state = nnx.split(model)[1]
+  linen = {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}
+  got = nnx.to_pure_dict(z(state))
+  helpers.assert_bitwise(got, z(linen))
+  wrapped = {'kernel': {'value': jnp.zeros((4, 3))}}
+  helpers.assert_bitwise(z(wrapped), z({'kernel': jnp.zeros((4, 3))}))
+
+
+def test_nothing_else_enters():
+  """Not dtype, siblings, masks nor order: law 1."""
+  tree = {'a': {'w': jnp.zeros((8, 8))}, 'b': {'w': jnp.zeros((8, 8))}}
+  full = z(tree)
+  half = z(jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
+           dtype=jnp.float32)
+  helpers.assert_bitwise(full, half)
+  helpers.assert_bitwise(full['b'], z({'b': tree['b']})['b'])
+  helpers.assert_bitwise(full['b'], z(tree, mask='^b/')['b'])
+  assert not np.any(z(tree, mask='^b/')['a']['w'])
+  assert np.abs(np.corrcoef(
+      full['a']['w'].ravel(), full['b']['w'].ravel())[0, 1]) < 0.5
+
+
+def test_rows_are_random_access():
+  shape = (9, 4, 5)
+  like = jnp.zeros(shape)
+  how = dict(distribution='normal', generator='threefry2x32')
+  whole_stream = noise.stream(KEY[None], 'embed', shape)
+  whole = noise.combination(like, jnp.ones(1), whole_stream, **how)
+  index = jnp.array([[7, 0], [3, 3]])
+  rows = noise.rows(whole_stream, shape, index)
+  got = noise.combination(like[index], jnp.ones(1), rows, **how)
+  helpers.assert_bitwise(got, whole[index])
+  inner = noise.rows(jax.tree.map(lambda x: x[1, 0], rows), (4, 5),
+                     jnp.arange(4))
+  helpers.assert_bitwise(
+      noise.combination(like[0], jnp.ones(1), inner, **how), whole[3])
+
+
+def test_counters_beyond_32_bits():
+  """Row 65,000 of a leaf of 4.9e9 elements, against jax's own threefry."""
+  n, row = 70_000, 65_000
+  s = jax.eval_shape(lambda: noise.stream(KEY[None], 'w', (n, n)))
+  assert s.lo.shape == (n,) and s.hi is not None
+  one = jax.jit(lambda: jax.tree.map(
+      lambda x: x[row], noise.stream(KEY[None], 'w', (n, n))))()
+  bits, _ = noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
+  counter = row * n + np.arange(4)
+  key = jax.random.key_data(noise.leaf_key(KEY, 'w'))
+  count = np.concatenate([counter >> 32, counter & 0xFFFFFFFF])
+  hi, lo = np.split(
+      np.asarray(extend_random.threefry_2x32(key, jnp.uint32(count))), 2)
+  np.testing.assert_array_equal(bits, hi ^ lo)
+
+
+def test_names_that_hash_alike_are_refused():
+  tree = {'plumless': jnp.zeros(2), 'buckeroo': jnp.zeros(2)}
+  with pytest.raises(ValueError, match='would draw the same noise'):
+    z(tree)
+
+
+def test_jit_and_eager_agree_bitwise():
+  tree = {'layers': {'w': jnp.ones((3, 40, 50))}}
+  helpers.assert_bitwise(z(tree), jax.jit(z)(tree))
+
+
+@pytest.mark.parametrize('generator,distribution', BOTH)
+def test_no_temporary_of_a_leafs_size(generator, distribution):
+  tree = {'layers': {'w': jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)},
+          'embed': jax.ShapeDtypeStruct((5000, 256), jnp.float32)}
+  size = sum(4 * x.size for x in jax.tree.leaves(tree))
+  move = jax.jit(
+      lambda t: mezo_jax.displace(
+          t, [(KEY, 0.1)], generator=generator, distribution=distribution),
+      donate_argnums=0)
+  memory = move.lower(tree).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 0.01 * size
+  assert memory.alias_size_in_bytes == size
+
+
+@pytest.mark.parametrize('generator,distribution', BOTH)
+def test_statistics(generator, distribution):
+  """Moments, and correlations between keys, layers and neighbours, each
+  within 5 standard errors; 1.6e7 draws."""
+  how = dict(generator=generator, distribution=distribution)
+  tree = {'layers': {'w': jnp.zeros((4, 1000, 1000))}}
+  draw = jax.jit(lambda k: z(tree, k, **how)['layers']['w'])
+  a, b = (np.asarray(draw(jax.random.key(k)), np.float64) for k in (0, 1))
+  n = a.size
+  normal = distribution == 'normal'
+  assert abs(a.mean()) < 5 / np.sqrt(n)
+  assert abs((a**2).mean() - 1) < (5 * np.sqrt(2 / n) if normal else 1e-12)
+  assert abs((a**3).mean()) < 5 * np.sqrt((15 if normal else 1) / n)
+  if normal:
+    assert abs((a**4).mean() - 3) < 5 * np.sqrt(96 / n)
+    for t in (1, 2, 3, 4):
+      p = {1: .3173105, 2: .0455003, 3: .0026998, 4: 6.334e-5}[t]
+      assert abs(np.mean(np.abs(a) > t) - p) < 5 * np.sqrt(p / n)
+  flat = a.ravel()
+  pairs = {'keys': (a, b), 'layers': (a[0], a[1]), 'rows': (a[:, 0], a[:, 1]),
+           'columns': (a[..., :-1], a[..., 1:])}
+  pairs |= {f'lag {2**i}': (flat[:-2**i], flat[2**i:]) for i in range(20)}
+  for name, (x, y) in pairs.items():
+    c = np.mean(x * y)
+    assert abs(c) < 5 / np.sqrt(x.size), name
+    c2 = np.mean((x**2 - 1) * (y**2 - 1)) if normal else 0
+    assert abs(c2) < 10 / np.sqrt(x.size), name
+
+
+def test_hash32_streams_of_related_keys_are_independent():
+  """fold_in's keys are far apart; raw keys that differ in one bit are not."""
+  like, ones = jnp.zeros(200_000), jnp.ones(1)
+  def draw(words):
+    key = jax.random.wrap_key_data(jnp.uint32(words), impl='threefry2x32')
+    s = noise.Stream(jax.random.key_data(key)[None], None, jnp.uint32(0))
+    return np.asarray(noise.combination(
+        like, ones, s, distribution='rademacher', generator='hash32'))
+  base = draw([1234567, 7654321])
+  for bit in range(32):
+    for words in ([1234567 ^ (1 << bit), 7654321],
+                  [1234567, 7654321 ^ (1 << bit)]):
+      assert abs(np.mean(base * draw(words))) < 5 / np.sqrt(base.size)
+
+
+def test_draws_are_never_made_in_half_precision():
+  leaf = jnp.zeros((500, 1000), jnp.bfloat16)
+  draws = np.asarray(z({'w': leaf})['w'].astype(jnp.float32))
+  assert len(np.unique(draws)) > 2000  # jax.random.normal(dtype=bf16): 128
+  assert np.abs(draws).max() > 4
+  assert abs(draws.mean()) < 5 / np.sqrt(draws.size)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('at', [0.0213, -1.7, 3e-5])
+def test_stochastic_rounding_is_unbiased(dtype, at):
+  n = 200_000
+  bits = jax.random.bits(jax.random.key(0), (n,), jnp.uint32)
+  near = jnp.float32(at).astype(dtype)
+  ulp = abs(float(jax.lax.nextafter(near, jnp.array(9, dtype))) - float(near))
+  for share in (0.0, 0.1, 0.5, 0.93):
+    x = jnp.float32(float(near) + share * ulp)
+    got = np.asarray(noise.stochastic_round(
+        jnp.full(n, x), dtype, bits).astype(jnp.float32), np.float64)
+    assert len(np.unique(got)) <= 2
+    tolerance = 5 * ulp * np.sqrt(share * (1 - share) / n) + 1e-3 * ulp
+    assert abs(got.mean() - float(x)) <= tolerance
+
+
+def test_keys():
+  assert noise.as_key(3) == noise.as_key(jax.random.key(3))
+  assert noise.as_key(jax.random.PRNGKey(3)) == noise.as_key(3)
+  assert jax.random.key_impl(noise.as_key(
+      jax.random.key(0, impl='rbg'))) == 'threefry2x32'
+  for bad in (1.5, jnp.zeros(3), jax.random.split(KEY, 2)):
+    with pytest.raises(ValueError, match='key must be'):
+      noise.as_key(bad)
