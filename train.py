@@ -9,14 +9,11 @@ Run the same command again to resume a run that was stopped.
 import functools
 import json
 from pathlib import Path
-import signal
 import sys
-import threading
 import time
 
 from absl import app, flags, logging
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
 import optax
@@ -33,6 +30,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     'Configuration file; override fields with --config.FIELD=VALUE.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'Run on several hosts: start this on every one.')
 
 
 class Stopped(RuntimeError):
@@ -42,50 +41,6 @@ class Stopped(RuntimeError):
 def say(text: str) -> None:
   if jax.process_index() == 0:
     tqdm.write(text)
-
-
-# ------------------------------------------------------------------- data ---
-
-
-def read_data(config, tokenizer):
-  """(train, dev, test) as `classification.Encoded`, and their buckets."""
-  d = config.data
-  task = classification.Classification(
-      **{**vars(config.task), 'label_words': tuple(config.task.label_words),
-         'label_names': tuple(config.task.label_names)})
-  if d.train == 'quickstart':
-    rows = quickstart.reviews()
-  else:
-    rows = data_lib.load_rows(d.train, d.subset, d.train_split)
-  labels = np.array([task.label(row) for row in rows])
-  train, dev, test = data_lib.split_rows(
-      labels, d.num_train, d.num_dev, 0 if d.test else d.num_test, d.seed,
-      d.k_shot)
-  pick = lambda index: [rows[i] for i in index]
-  train, dev, test = pick(train), pick(dev), pick(test)
-  if d.test:
-    test = data_lib.load_rows(d.test, d.subset, d.test_split)
-    most = d.num_test or len(test)
-    order = np.random.RandomState(0).permutation(len(test))[:most]
-    test = [test[i] for i in order]
-  encode = functools.partial(
-      classification.encode, task, tokenizer=tokenizer, max_length=d.max_length)
-  splits = {name: encode(rows=rows) for name, rows in
-            (('train', train), ('dev', dev), ('test', test))}
-  if len({split.token_ids is None for split in splits.values()}) > 1:
-    splits = {name: encode(rows=rows, pad_to_candidates=True) for name, rows in
-              (('train', train), ('dev', dev), ('test', test))}
-  for name, split in splits.items():
-    note = f'data: {len(split.labels)} {name} rows, {split.lengths.mean():.0f} '
-    note += f'tokens on average, {split.lengths.max()} at most'
-    if split.truncated:
-      note += f'; {split.truncated} rows lost tokens at their beginning'
-    say(note)
-  longest = max(split.lengths.max() for split in splits.values())
-  buckets = tuple(b for b in config.data.buckets if b < longest)
-  buckets += (min([b for b in config.data.buckets if b >= longest]
-                  or [int(longest)]),)
-  return splits, buckets
 
 
 # -------------------------------------------------------------- optimizer ---
@@ -164,8 +119,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       'device(s)')
 
   # Data.
-  config.data.max_length = min(config.data.max_length, model.config.max_length)
-  splits, buckets = read_data(config, tokenizer)
+  splits, buckets = data_lib.read_splits(
+      config.data, config.task, tokenizer, model.config.max_length, say)
   train = splits['train']
   in_use = data_lib.used_buckets(
       train.lengths, buckets, config.data.batch_size)
@@ -220,12 +175,13 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   final = evaluate.report(
       score['test'](params), splits['test'].labels,
       evaluate.calibrate(dev_scores, splits['dev'].labels))
+  n = config.optimizer.num_samples
   strip = lambda r: {k: v for k, v in r.items() if k not in ('kind', 'step')}
   result = {
       'zero_shot': strip(zero_shot),
       'final': final | {'step': best},
       'steps': config.steps,
-      'forwards': config.steps * config.optimizer.num_samples * 2,
+      'forwards': config.steps * (n + 1 if config.optimizer.one_sided else 2 * n),
       'compilations': len(compiled),
       'seconds': time.time() - began,
       'model': Path(name).name,
@@ -258,7 +214,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
   """The training loop. The host reads step n-1 while the device does n."""
   bar = tqdm(total=config.steps, initial=start, unit='step', dynamic_ncols=True,
              disable=jax.process_index() > 0)
-  clock, waiting, stop_wanted = time.time(), None, preemption()
+  clock, waiting, stop_wanted = time.time(), None, checkpoint.preemption()
 
   def read(step, tokens, values):
     nonlocal clock
@@ -306,21 +262,6 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
   return state
 
 
-def preemption():
-  """``wanted(step)``: whether SIGTERM or Ctrl-C asks for a last checkpoint."""
-  if jax.process_count() > 1:  # all processes must agree on the step
-    return multihost_utils.reached_preemption_sync_point
-  asked = []
-  def handle(number, frame):
-    del frame
-    asked.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, handle)
-  return lambda step: bool(asked)
-
-
 def _number(x) -> float | None:
   """A float that JSON can hold; None for inf and NaN."""
   return float(x) if np.isfinite(x) else None
@@ -332,7 +273,11 @@ def _number(x) -> float | None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # orbax is talkative
   config = _CONFIG.value
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
   try:
@@ -345,5 +290,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.FLAGS.set_default('verbosity', logging.WARNING)  # orbax is talkative
   app.run(main)

@@ -1,6 +1,12 @@
 """The quickstart: SmolLM2-135M on movie reviews, with no hub and no account.
 
   python train.py
+
+Short, strongly worded snippets (at most 15 words, |mean score| >= 2), the
+paper's SST-2 prompt. Trained are the embedding and the q, k, o, gate and up
+matrices (105 of 135 million parameters): noise along v, down and the norms
+costs more than they give in so few steps. That, the learning rate and the
+number of steps were chosen on dev rows, never on the test rows.
 """
 
 from mezo_jax.config import Data, Optimizer, Task, Train
@@ -9,9 +15,10 @@ from mezo_jax.config import Data, Optimizer, Task, Train
 def get_config() -> Train:
   return Train(
       task=Task(template='{text} It was', label_words=(' terrible', ' great')),
-      data=Data(num_train=1000, num_dev=200, num_test=400, max_length=128,
-                buckets=(24, 32, 48, 96, 128), batch_size=16),
+      data=Data(num_train=600, num_dev=300, num_test=400, max_length=64,
+                buckets=(16, 24, 32, 64), batch_size=16),
       optimizer=Optimizer(
-          learning_rate=1e-4, schedule='linear', eps=1e-3,
-          distribution='rademacher', generator='hash32'),
-      steps=150, eval_every=50, checkpoint_every=50)
+          learning_rate=4e-4, schedule='linear', eps=1e-3,
+          distribution='rademacher', generator='hash32',
+          mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
+      steps=200, eval_every=50, checkpoint_every=50)

@@ -1,9 +1,12 @@
 """Checkpoints of a run, kept by orbax: the latest, and the best on dev."""
 
 from pathlib import Path
+import signal
+import threading
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 
@@ -74,3 +77,18 @@ class Checkpoints:
 
   def close(self) -> None:
     self._checkpointer.close()
+
+
+def preemption():
+  """``wanted(step)``: whether SIGTERM or Ctrl-C asks for a last checkpoint."""
+  if jax.process_count() > 1:  # all processes must agree on the step
+    return multihost_utils.reached_preemption_sync_point
+  asked = []
+  def handle(number, frame):
+    del frame
+    asked.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, handle)
+  return lambda step: bool(asked)

@@ -102,7 +102,7 @@ def check(config: Train) -> None:
        'optimizer.micro_batches must divide data.batch_size'),
       (min(d.num_dev, d.num_train) >= 1,
        'data.num_train and data.num_dev must be at least 1'),
-      (d.num_test >= 1 or d.test or d.num_test == 0 and d.test,
+      (d.num_test >= 1 or bool(d.test),
        'data.num_test must be at least 1 where data.test is not set'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),

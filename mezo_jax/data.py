@@ -1,9 +1,13 @@
 """Rows in, batches out: files and hub data sets, splits, buckets, order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from mezo_jax import config as config_lib
+from mezo_jax import quickstart
+from mezo_jax.tasks import classification
 
 _FORMATS = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.tsv': 'csv',
             '.parquet': 'parquet'}
@@ -81,6 +85,60 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
         f'the data have {have} {what} beside the {len(test)} for testing, and '
         f'{need} are wanted; lower --config.data.num_train, num_dev or k_shot.')
   return train, dev, test
+
+
+def read_splits(
+    config: config_lib.Data, task_config: config_lib.Task, tokenizer,
+    positions: int, say: Callable[[str], None],
+) -> tuple[dict[str, classification.Encoded], tuple[int, ...]]:
+  """The encoded rows of a run, and the lengths that they are padded to.
+
+  Args:
+    config: where the rows are and how many are wanted.
+    task_config: how they read.
+    tokenizer: the model's.
+    positions: tokens that the model can take.
+    say: reports what was found.
+
+  Returns:
+    ``{'train': ..., 'dev': ..., 'test': ...}`` and the buckets that they need.
+  """
+  options = vars(task_config)
+  task = classification.Classification(**options | {
+      name: tuple(options[name]) for name in ('label_words', 'label_names')})
+  if config.train == 'quickstart':
+    rows = quickstart.reviews()
+  else:
+    rows = load_rows(config.train, config.subset, config.train_split)
+  labels = np.array([task.label(row) for row in rows])
+  indices = split_rows(
+      labels, config.num_train, config.num_dev,
+      0 if config.test else config.num_test, config.seed, config.k_shot)
+  parts = {name: [rows[i] for i in index] for name, index in
+           zip(('train', 'dev', 'test'), indices)}
+  if config.test:
+    test = load_rows(config.test, config.subset, config.test_split)
+    most = config.num_test or len(test)
+    order = np.random.RandomState(0).permutation(len(test))[:most]
+    parts['test'] = [test[i] for i in order]
+
+  def encode(**kwargs):
+    return {name: classification.encode(
+        task, part, tokenizer, min(config.max_length, positions), **kwargs)
+            for name, part in parts.items()}
+
+  splits = encode()
+  if len({split.token_ids is None for split in splits.values()}) > 1:
+    splits = encode(pad_to_candidates=True)  # one form for all
+  for name, split in splits.items():
+    cut = (f'; {split.truncated} rows lost tokens at their beginning'
+           if split.truncated else '')
+    say(f'data: {len(split.labels)} {name} rows, {split.lengths.mean():.0f} '
+        f'tokens on average, {split.lengths.max()} at most{cut}')
+  longest = int(max(split.lengths.max() for split in splits.values()))
+  shorter = [b for b in config.buckets if b < longest]
+  enough = [b for b in config.buckets if b >= longest]
+  return splits, (*shorter, min(enough, default=longest))
 
 
 def bucket_of(length: int, buckets: tuple[int, ...]) -> int:

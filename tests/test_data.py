@@ -32,6 +32,14 @@ def test_local_files(tmp_path, suffix):
   assert data_lib.load_rows(str(path)) == rows
 
 
+def test_a_directory_as_the_hub_lays_it_out(tmp_path):
+  rows = [{'text': 'a', 'label': 1}, {'text': 'b', 'label': 0}]
+  write(tmp_path / 'validation.parquet', '.parquet', rows)
+  assert data_lib.load_rows(str(tmp_path), split='validation') == rows
+  with pytest.raises(FileNotFoundError, match='no such data set'):
+    data_lib.load_rows(str(tmp_path), split='test')
+
+
 def test_unreadable_data(tmp_path):
   with pytest.raises(FileNotFoundError, match='no data file'):
     data_lib.load_rows(str(tmp_path / 'none.jsonl'))

@@ -1,0 +1,38 @@
+"""The package: what it imports, and what it shows."""
+
+import subprocess
+import sys
+
+import conftest
+import pytest
+
+import mezo_jax
+
+CORE = ('noise', 'perturb', 'spsa', 'mezo')
+
+
+def test_the_mathematics_needs_jax_and_optax_only():
+  """They serve Linen, NNX, Equinox and Haiku alike."""
+  code = ('import sys, mezo_jax; print([m for m in ("flax", "transformers", '
+          '"orbax", "datasets", "ml_collections") if m in sys.modules])')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True,
+                        text=True, cwd=conftest.ROOT)
+  assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+def test_public_names():
+  assert all(hasattr(mezo_jax, name) for name in mezo_jax.__all__)
+  assert mezo_jax.models.load
+  with pytest.raises(AttributeError):
+    mezo_jax.nothing  # noqa: B018
+
+
+def test_the_readme_s_example_runs():
+  text = (conftest.ROOT / 'README.md').read_text()
+  code = text.split('```python\n')[1].split('```')[0]
+  import jax.numpy as jnp
+  scope = {'params': {'w': jnp.ones(3)},
+           'loss_fn': lambda params, batch: jnp.sum((params['w'] - batch)**2)}
+  exec(code, scope)
+  params, state = scope['step'](scope['params'], scope['state'], jnp.zeros(3))
+  assert state[0].count == 1 and params['w'].shape == (3,)
