@@ -181,7 +181,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       'zero_shot': strip(zero_shot),
       'final': final | {'step': best},
       'steps': config.steps,
-      'forwards': config.steps * (n + 1 if config.optimizer.one_sided else 2 * n),
+      'forwards': config.steps * (
+          n + 1 if config.optimizer.one_sided else 2 * n),
       'compilations': len(compiled),
       'seconds': time.time() - began,
       'model': Path(name).name,
