@@ -39,6 +39,7 @@ DISTRIBUTIONS = ('normal', 'rademacher')
 
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
 _U32 = jnp.uint32
+_UNROLLED = 8  # directions
 
 
 class Stream(NamedTuple):
@@ -306,11 +307,13 @@ def _sum(start, like, coefs, s, distribution, generator):
   def term(j):
     bits, _ = words(s, j, like, generator)
     return coefs[j] * from_bits(bits, distribution)
-  if coefs.shape[0] == 1:
-    return term(0) if start is None else start + term(0)
-  first = term(0) if start is None else start
-  return lax.fori_loop(0 if start is not None else 1, coefs.shape[0],
-                       lambda j, total: total + term(j), first)
+  n, first = coefs.shape[0], 0 if start is not None else 1
+  total = term(0) if start is None else start
+  if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
+    for j in range(first, n):
+      total = total + term(j)
+    return total
+  return lax.fori_loop(first, n, lambda j, total: total + term(j), total)
 
 
 def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:

@@ -125,8 +125,9 @@ def test_options(kwargs):
   helpers.assert_close(built, lazy)
 
 
-def test_many_pairs():
-  pairs = [(jax.random.key(i), 0.01 * i - 0.02) for i in range(5)]
+@pytest.mark.parametrize('n', [5, 12])  # unrolled, and a loop
+def test_many_pairs(n):
+  pairs = [(jax.random.key(i), 0.01 * i - 0.02) for i in range(n)]
   params = {'layers': W, 'e': E}
   f = lambda p: (lax.scan(dense, X, p['layers']), p['e'][IDS])
   built, lazy = both(f, params, pairs)
