@@ -4,11 +4,12 @@
 
 Short, strongly worded snippets (at most 15 words, |mean score| >= 2) and a
 question that the model answers badly as it is, so that there is something to
-learn: with the paper's "It was" it is at 81 % of the test rows as soon as its
-prior is corrected, and two hundred steps add nothing to that. Trained are the embedding and the q, k, o, gate and up
-matrices (105 of 135 million parameters): noise along v, down and the norms
-costs more than they give in so few steps. That, the learning rate and the
-number of steps were chosen on dev rows, never on the test rows.
+learn. (With the paper's "It was" it stands at 82 % of the dev rows as soon as
+its prior is corrected, and 200 steps add nothing to that.) Trained are the
+embedding and the q, k, o, gate and up matrices, 105 of 135 million parameters:
+noise along v, down and the norms costs more than they give in so few steps.
+Prompt, parameters, learning rate and number of steps were chosen on dev rows,
+never on test rows.
 """
 
 from mezo_jax.config import Data, Optimizer, Task, Train
@@ -20,7 +21,7 @@ def get_config() -> Train:
       data=Data(num_train=600, num_dev=300, num_test=400, max_length=64,
                 buckets=(16, 24, 32, 64), batch_size=16),
       optimizer=Optimizer(
-          learning_rate=4e-4, schedule='linear', eps=1e-3,
+          learning_rate=1.5e-4, schedule='linear', eps=1e-3,
           distribution='rademacher', generator='hash32',
           mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
       steps=200, eval_every=50, checkpoint_every=50)
