@@ -22,7 +22,7 @@ import optax
 import mezo_jax
 from mezo_jax import models
 
-ROWS, TOKENS, ROUNDS = 16, 32, 7
+ROWS, TOKENS, ROUNDS = 16, 32, 5
 CASES = [(g, d) for g in ('threefry2x32', 'hash32')
          for d in ('normal', 'rademacher')]
 

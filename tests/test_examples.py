@@ -1,6 +1,7 @@
 """The examples run, learn, and differ from the usual loop by ten lines."""
 
 import difflib
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ FOLDER = conftest.ROOT / 'examples'
 def test_examples(name):
   done = subprocess.run(
       [sys.executable, str(FOLDER / f'{name}.py')], capture_output=True,
-      text=True, cwd=conftest.ROOT, timeout=400)
+      text=True, env=os.environ | {'PYTHONPATH': str(conftest.ROOT)},
+      timeout=400)
   assert done.returncode == 0, done.stderr
   losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
   assert losses[-1] < 0.7 * losses[0]
