@@ -127,6 +127,12 @@ def test_rows_that_do_not_fit(tiny_dir, rows, message):
     classification.encode(ONE, rows, models.load_tokenizer(tiny_dir), 64)
 
 
+def test_label_words_that_are_the_same_tokens(tiny_dir):
+  task = classification.Classification(label_words=(' no', ' yes'))
+  with pytest.raises(ValueError, match='are the same tokens'):
+    classification.encode(task, ROWS, models.load_tokenizer(tiny_dir), 64)
+
+
 def test_weights_of_padding_are_zero(loaded):
   _, batch, _ = ours(loaded, ONE)
   assert batch['weight'].tolist() == [1, 1, 1, 0]

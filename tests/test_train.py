@@ -17,7 +17,9 @@ from mezo_jax import checkpoint
 from mezo_jax import config as config_lib
 import train
 
-SMALL = ['--config.data.num_train=40', '--config.data.num_dev=20',
+SMALL = ['--config.task.template={text} It was',
+         "--config.task.label_words=(' terrible', ' great')",
+         '--config.data.num_train=40', '--config.data.num_dev=20',
          '--config.data.num_test=40', '--config.data.batch_size=8',
          '--config.data.buckets=(8,16)', '--config.optimizer.mask=',
          '--config.optimizer.learning_rate=1e-3', '--config.steps=30',

@@ -99,7 +99,8 @@ def encode(task: Classification, rows: list[dict], tokenizer, max_length: int,
       would do.
 
   Raises:
-    ValueError: for no rows, or a row that does not fit the task.
+    ValueError: for no rows, a row that does not fit the task, or label words
+      that the tokenizer cannot tell apart.
   """
   if not rows:
     raise ValueError('there are no rows to encode.')
@@ -114,6 +115,10 @@ def encode(task: Classification, rows: list[dict], tokenizer, max_length: int,
     row = [candidate[r] for candidate in full]
     if len(prompt) == 0:
       raise ValueError(f'row {r} has an empty prompt: {rows[r]!r}.')
+    if len(set(map(tuple, row))) < len(row):
+      raise ValueError(
+          f'two of the label words {task.label_words} are the same tokens to '
+          'this tokenizer; choose others with --config.task.label_words.')
     answers.append([max(1, len(ids) - len(prompt)) for ids in row])
     truncated += max(map(len, row)) > max_length
     sequences.append([_keep_end(ids, max_length, bos) for ids in row])
