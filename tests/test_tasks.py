@@ -1,5 +1,7 @@
 """Prompts, answers, scores: against sums written out by hand."""
 
+import functools
+
 import conftest
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,15 @@ def loaded(tiny_dir):
   return (*models.load(tiny_dir), models.load_tokenizer(tiny_dir))
 
 
+compiled = functools.cache(lambda model: jax.jit(model.apply))
+
+
 def log_likelihood(model, params, tokenizer, prompt, answer):
   """Mean log-probability of the answer's tokens, one sequence, no padding."""
   ids = tokenizer(prompt + answer)['input_ids']
   n = len(ids) - len(tokenizer(prompt)['input_ids'])
-  log_p = jax.nn.log_softmax(model.apply({'params': params}, np.array([ids])))
+  log_p = jax.nn.log_softmax(
+      compiled(model)({'params': params}, np.array([ids])))
   return float(np.mean([log_p[0, i - 1, ids[i]]
                         for i in range(len(ids) - n, len(ids))]))
 

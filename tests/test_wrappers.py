@@ -80,8 +80,9 @@ def test_schedule_free():
       mezo_jax.mezo(1e-2, key=0), learning_rate=1e-2)
   params, state = PARAMS, tx.init(PARAMS)
   before = loss_fn(params)
+  step = jax.jit(lambda p, s: tx.update(None, s, p, value_fn=loss_fn))
   for _ in range(100):
-    u, state = tx.update(None, state, params, value_fn=loss_fn)
+    u, state = step(params, state)
     params = optax.apply_updates(params, u)
   assert loss_fn(params) < before
 
