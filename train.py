@@ -26,7 +26,7 @@ from mezo_jax import data as data_lib
 from mezo_jax.tasks import classification
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', str(Path(__file__).parent / 'configs' / 'quickstart.py'),
+    'config', None,
     'Configuration file; override fields with --config.FIELD=VALUE.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
@@ -271,6 +271,22 @@ def _number(x) -> float | None:
 # ------------------------------------------------------------------- main ---
 
 
+def parse(argv):
+  """absl's parser; a config that does not load or fit gets one sentence."""
+  chosen = [a for a in argv if a.startswith('--config=')] or [
+      f'--config={Path(__file__).parent / "configs" / "quickstart.py"}']
+  argv = [argv[0], *chosen, *(a for a in argv[1:] if a not in chosen)]
+  sys.argv = argv  # config_flags looks there for --config.FIELD
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    _CONFIG.value.steps  # a file that did not load raises here
+    return rest
+  except (KeyError, OSError, TypeError) as e:
+    what = ' '.join(str(e.args[-1]).split())
+    sys.exit(f'train.py: {what}. The fields of a config and their types are in '
+             'mezo_jax/config.py.')
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
@@ -291,4 +307,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -253,8 +253,8 @@ def _threefry2x32(k0, k1, x0, x1):
 
 
 def _hash32(k0, k1, x0, x1):
-  """Two keyed rounds of a 32-bit finaliser: 5 to 10 times cheaper than
-  threefry. Not cryptographic; its statistics are tested, not proven."""
+  """Two keyed rounds of a 32-bit finaliser, far cheaper than threefry. Not
+  cryptographic; its statistics are tested, not proven."""
   def mix(x):
     x = (x ^ (x >> 16)) * _U32(0x7FEB352D)
     x = (x ^ (x >> 15)) * _U32(0x846CA68B)

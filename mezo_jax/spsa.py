@@ -76,7 +76,7 @@ def spsa(
     distribution: 'normal'; 'rademacher' (signs); or 'sphere', uniform on the
       sphere of radius :math:`\sqrt d` (one more pass of noise per direction).
     generator: 'threefry2x32', with which z is what `jax.random` draws; or
-      'hash32', five to ten times cheaper and tested, not proven.
+      'hash32', cheaper (benchmarks/results/step.md) and tested, not proven.
     mask: which leaves are perturbed and updated; see
       `mezo_jax.perturb.selected`. The others get zero updates.
     one_sided: use :math:`(\mathcal{L}(\theta + \epsilon z) -

@@ -253,13 +253,14 @@ def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize('argument,message', [
-    ('--config.optimizer.lr=1', 'lr'), ('--config.steps=many', 'many'),
-    ('--config=configs/none.py', 'none.py'), ('stray', 'stray'),
+    ('--config.optimizer.lr=1', 'train.py: Field lr not found'),
+    ('--config.steps=many', "invalid literal for int() with base 10: 'many'"),
+    ('--config=configs/none.py', 'none.py'), ('stray', "argument 'stray'"),
     ('--config.data.train=/none.jsonl', 'train.py: no data file')])
 def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   out, code = finish(tiny_dir, reviews_file, tmp_path, argument)
-  assert code != 0 and message in out.splitlines()[-1] + out
-  assert 'train.py' not in argument or 'Traceback' not in out
+  assert code != 0 and message in out
+  assert 'Traceback' not in out
 
 
 def test_configs_load():
