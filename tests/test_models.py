@@ -1,4 +1,4 @@
-"""Llama: logits against references written independently, and its files."""
+"""Logits against references written independently, and model files."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mezo_jax import models, quickstart
+from mezo_jax.models import opt
 
 SWITCHES = {
     'grouped queries, tied head': dict(),
@@ -117,6 +118,49 @@ def test_logits_against_torch(name, tmp_path):
   got = jax.jit(model.apply)({'params': params}, IDS, mask)
   at = mask.astype(bool)
   assert relative(np.asarray(got)[at], want[at]) < 1e-5
+
+
+OPT_SWITCHES = {
+    'as released': dict(),
+    'untied head': dict(tie_word_embeddings=False),
+    'no biases': dict(enable_bias=False),
+}
+
+
+@pytest.mark.parametrize('padding', ['left', 'right'])
+@pytest.mark.parametrize('name', OPT_SWITCHES)
+def test_opt_logits_against_torch(name, padding, tmp_path):
+  torch = pytest.importorskip('torch')
+  from transformers import OPTConfig, OPTForCausalLM
+  torch.manual_seed(0)
+  reference = OPTForCausalLM(OPTConfig(
+      vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
+      num_attention_heads=4, max_position_embeddings=40, dropout=0.0,
+      word_embed_proj_dim=32, init_std=0.3, **OPT_SWITCHES[name])).eval()
+  with torch.no_grad():
+    for x in reference.parameters():  # biases and norms as trained ones are
+      x.add_(0.1 * torch.randn_like(x))
+  reference.save_pretrained(tmp_path)
+  model, params = models.load(tmp_path)
+  mask = np.ones_like(IDS)
+  mask[1, 15:] = mask[2, 4:] = 0
+  mask = mask if padding == 'right' else mask[:, ::-1].copy()
+  with torch.no_grad():
+    want = reference(torch.tensor(IDS),
+                     attention_mask=torch.tensor(mask)).logits.numpy()
+  got = jax.jit(model.apply)({'params': params}, IDS, mask)
+  at = mask.astype(bool)
+  assert relative(np.asarray(got)[at], want[at]) < 1e-5
+
+
+@pytest.mark.parametrize('change', [
+    {'do_layer_norm_before': False}, {'word_embed_proj_dim': 8},
+    {'activation_function': 'gelu'}])
+def test_an_opt_that_is_not_covered_is_refused(change):
+  config = dict(vocab_size=64, hidden_size=32, ffn_dim=64,
+                num_hidden_layers=1, num_attention_heads=4)
+  with pytest.raises(ValueError, match=f'opt with {[*change][0]}'):
+    opt.config_from_hf(config | change)
 
 
 def test_the_real_model_against_torch():

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from mezo_jax import sharding
-from mezo_jax.models import gguf, llama, table, transformer
+from mezo_jax.models import gguf, llama, opt, table, transformer
 
-FAMILIES = {'llama': llama}
+FAMILIES = {'llama': llama, 'opt': opt}
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,

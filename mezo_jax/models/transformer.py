@@ -36,7 +36,11 @@ class Config:
   head_width: int
   max_length: int
   norm_eps: float
-  rope_theta: float
+  norm: str = 'rms'  # or 'layer'
+  activation: str = 'silu'  # or 'relu'
+  gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
+  learned_positions: bool = False  # rotary otherwise
+  rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   attention_bias: bool = False
   mlp_bias: bool = False
@@ -44,6 +48,8 @@ class Config:
 
 
 _init = nn.initializers.normal(0.02)
+_ACTIVATIONS = {'silu': jax.nn.silu, 'relu': jax.nn.relu}
+_POSITION_OFFSET = 2  # of learned positions: rows 0 and 1 are for padding
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +63,26 @@ class RMSNorm(nn.Module):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
     return scale * y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """``(x - mean) / std * scale + bias`` in float32 (Ba et al., 2016)."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def _norm(config: Config, name: str) -> nn.Module:
+  kind = {'rms': RMSNorm, 'layer': LayerNorm}[config.norm]
+  return kind(config.norm_eps, name=name)
 
 
 class Linear(nn.Module):
@@ -112,9 +138,12 @@ class Attention(nn.Module):
     c = self.config
     head = lambda n, name: Linear(
         (c.width,), (n, c.head_width), c.attention_bias, name=name)(x_BxSxD)
-    q_BxSxNxH = apply_rope(head(c.num_heads, 'q'), *rope)
-    k_BxSxKxH = apply_rope(head(c.num_kv_heads, 'k'), *rope)
+    q_BxSxNxH = head(c.num_heads, 'q')
+    k_BxSxKxH = head(c.num_kv_heads, 'k')
     v_BxSxKxH = head(c.num_kv_heads, 'v')
+    if rope is not None:
+      q_BxSxNxH = apply_rope(q_BxSxNxH, *rope)
+      k_BxSxKxH = apply_rope(k_BxSxKxH, *rope)
     out_BxSxNxH = jax.nn.dot_product_attention(
         q_BxSxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_Bx1xSxS)
     return Linear((c.num_heads, c.head_width), (c.width,), c.attention_bias,
@@ -129,7 +158,8 @@ class MLP(nn.Module):
     c = self.config
     up = lambda name: Linear(
         (c.width,), (c.ff_width,), c.mlp_bias, name=name)(x_BxSxD)
-    h_BxSxF = jax.nn.silu(up('gate')) * up('up')
+    act = _ACTIVATIONS[c.activation]
+    h_BxSxF = act(up('gate')) * up('up') if c.gated else act(up('up'))
     return Linear((c.ff_width,), (c.width,), c.mlp_bias, name='down')(h_BxSxF)
 
 
@@ -140,7 +170,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxSxD, mask_Bx1xSxS, rope):
-    norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
+    norm = lambda name: _norm(self.config, name)
     x_BxSxD += Attention(self.config, name='attn')(
         norm('attn_norm')(x_BxSxD), mask_Bx1xSxS, rope)
     x_BxSxD += MLP(self.config, name='mlp')(norm('mlp_norm')(x_BxSxD))
@@ -191,7 +221,15 @@ class Transformer(nn.Module):
           f'{s} tokens exceed the {c.max_length} positions of this model.')
     embed = Table(c.vocab_size, c.width, name='embed')
     x_BxSxD = embed(input_ids)
-    rope = rope_tables(c, jnp.broadcast_to(jnp.arange(s), (b, s)))
+    if c.learned_positions:
+      rope, seen = None, jnp.ones((b, s), jnp.int32)
+      if attention_mask is not None:
+        seen = attention_mask.astype(jnp.int32)
+      at_BxS = jnp.cumsum(seen, 1) * seen - 1 + _POSITION_OFFSET
+      x_BxSxD += Table(c.max_length + _POSITION_OFFSET, c.width,
+                       name='positions')(at_BxS)
+    else:
+      rope = rope_tables(c, jnp.broadcast_to(jnp.arange(s), (b, s)))
     mask_Bx1xSxS = jnp.broadcast_to(
         jnp.tril(jnp.ones((s, s), bool)), (b, 1, s, s))
     if attention_mask is not None:
@@ -202,7 +240,7 @@ class Transformer(nn.Module):
     x_BxSxD, _ = layers(c, name='layers')(x_BxSxD, mask_Bx1xSxS, rope)
     if answer_at is not None:
       x_BxSxD = jnp.take_along_axis(x_BxSxD, answer_at[..., None], 1)
-    x_BxSxD = RMSNorm(c.norm_eps, name='norm')(x_BxSxD)
+    x_BxSxD = _norm(c, 'norm')(x_BxSxD)
     head = embed if c.tied_head else Table(
         c.vocab_size, c.width, name='lm_head')
     rows_VxD = head(token_ids)
