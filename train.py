@@ -80,7 +80,8 @@ def make_step(tx, loss_fn, params, mesh):
     length = batch['input_ids'].shape[-1]
     if length not in compiled:
       began = time.time()
-      compiled[length] = step.lower(params, opt_state, batch).compile()
+      with jax.set_mesh(mesh):
+        compiled[length] = step.lower(params, opt_state, batch).compile()
       extra = compiled[length].memory_analysis().temp_size_in_bytes
       say(f'compiled the step for {length} tokens in '
           f'{time.time() - began:.0f} s; it needs {extra / 2**20:.0f} MiB a '
@@ -102,11 +103,13 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     config_lib.check_same_run(config, json.loads(config_file.read_text()))
 
   # Mesh.
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  if config.data.batch_size % mesh.size:
+  mesh = sharding.make_mesh(
+      config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  if config.data.batch_size % sharding.row_groups(mesh):
     raise ValueError(
         f'data.batch_size {config.data.batch_size} does not divide over '
-        f'{mesh.size} devices; make it a multiple of that.')
+        f'{sharding.row_groups(mesh)} groups of devices; make it a multiple of '
+        'that.')
 
   # Model.
   name = config.model.name

@@ -45,7 +45,7 @@ class Optimizer:
   eps: float = 1e-3
   num_samples: int = 1  # directions a step (n-SPSA)
   distribution: str = 'normal'  # or 'rademacher' or 'sphere'
-  generator: str = 'threefry2x32'  # or 'hash32'
+  generator: str = 'hash32'  # or 'threefry2x32', jax.random's
   one_sided: bool = False
   micro_batches: int = 1  # parts a batch is evaluated in
   weight_decay: float = 0.0
@@ -56,7 +56,8 @@ class Optimizer:
 @dataclasses.dataclass
 class Mesh:
   data: int = 1  # copies of the parameters
-  fsdp: int = -1  # devices that share a copy; -1 for the rest
+  fsdp: int = -1  # devices that share a copy, rows split; -1 for the rest
+  tensor: int = 1  # devices that share a copy and each row's arithmetic
 
 
 @dataclasses.dataclass

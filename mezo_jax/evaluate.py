@@ -16,8 +16,8 @@ def make_scorer(model, encoded: classification.Encoded, buckets, batch_size,
 
   No row is dropped: the last batch of a bucket is padded.
   """
-  devices = mesh.size
-  batch_size = -(-min(batch_size, len(encoded.labels)) // devices) * devices
+  groups = sharding.row_groups(mesh)
+  batch_size = -(-min(batch_size, len(encoded.labels)) // groups) * groups
   score_batch = jax.jit(
       lambda params, batch: classification.scores(
           model, params, batch, encoded.token_ids),
@@ -29,7 +29,8 @@ def make_scorer(model, encoded: classification.Encoded, buckets, batch_size,
         encoded.lengths, buckets, batch_size):
       batch = classification.batch_of(encoded, index, length, batch_size)
       batch = sharding.put_batch(batch, mesh)
-      parts.append((index, score_batch(params, batch)))
+      with jax.set_mesh(mesh):
+        parts.append((index, score_batch(params, batch)))
     out = [None] * len(encoded.labels)
     for index, scores in parts:
       for row, value in zip(index, jax.device_get(scores)):

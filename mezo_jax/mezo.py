@@ -13,6 +13,7 @@ import optax
 from mezo_jax import noise, perturb
 from mezo_jax.spsa import spsa
 
+_ROUNDING = 2**31  # no direction has this number
 _NOT_DECAYED = re.compile(
     r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
 
@@ -26,7 +27,7 @@ def mezo(
     mask=None,
     num_samples: int = 1,
     distribution: str = 'normal',
-    generator: str = 'threefry2x32',
+    generator: str = 'hash32',
     one_sided: bool = False,
     sum_samples: bool = False,
     micro_batches: int = 1,
@@ -96,13 +97,14 @@ def mezo(
     run = state[0]
     updates, state = chain.update(updates, state, params, **extra_args)
     skip = state[0].notfinite_count > 0
-    key_ = noise.direction_key(run.key, run.count)[None]
+    key_ = jax.random.fold_in(
+        noise.direction_key(run.key, run.count), _ROUNDING)[None]
 
     def finish(path, update, p):
       update = jnp.where(skip, 0, update)
       if stochastic_rounding and p.dtype in (jnp.bfloat16, jnp.float16):
         stream = noise.stream(key_, noise.path_str(path), p.shape)
-        _, bits = noise.words(stream, 0, p, generator)
+        bits = noise.words(stream, 0, p, 'rounding')
         moved = noise.stochastic_round(
             p.astype(jnp.float32) + update, p.dtype, bits)
         update = moved.astype(jnp.float32) - p.astype(jnp.float32)

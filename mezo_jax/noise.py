@@ -205,29 +205,39 @@ def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
   return a1 * b1 + (mid >> 16) + (low_mid >> 16), a * _U32(b)
 
 
-def words(
-    s: Stream, pair: int | jax.Array, like: jax.Array, generator: str
-) -> tuple[jax.Array, jax.Array]:
-  """Two independent uint32 words for each element of a block.
+def words(s: Stream, pair: int | jax.Array, like: jax.Array,
+          generator: str) -> jax.Array:
+  """A uint32 word for each element of a block.
 
-  The first makes z, the second serves stochastic rounding. ``like`` gives the
-  shape of the block and, where mesh axes are Explicit, its sharding.
+  Args:
+    s: the stream of the block.
+    pair: which of its directions.
+    like: gives the shape of the block and, where mesh axes are Explicit, its
+      sharding.
+    generator: one of `GENERATORS`; or 'rounding', which is
+      cheaper and good enough for `stochastic_round` alone.
   """
   lead = s.lo.ndim
   inner = like.shape[lead:]
   wide = lambda x: x.reshape(x.shape + (1,) * len(inner))
-  index, place = jnp.zeros((), jnp.uint32), _explicit(like, lead)
-  for axis in range(len(inner)):
-    stride = math.prod(inner[axis + 1:])
-    index = index + _U32(stride) * lax.broadcasted_iota(
-        jnp.uint32, inner, axis, out_sharding=place)
-  key = s.keys[..., pair, :]
-  lo = wide(s.lo) + index
+  place = _explicit(like, lead)
+
+  # The key comes before the index: else XLA would share one index, as large as
+  # a layer, between the layers, and keep it.
+  def count_from(first):
+    total = wide(first)
+    for axis in range(len(inner)):
+      total = total + _U32(math.prod(inner[axis + 1:])) * lax.broadcasted_iota(
+          jnp.uint32, inner, axis, out_sharding=place)
+    return total
+
+  k0, k1 = s.keys[..., pair, 0], s.keys[..., pair, 1]
   hi = jnp.zeros((), jnp.uint32)
   if s.hi is not None:
-    hi = wide(s.hi) + (lo < index).astype(jnp.uint32)
-  fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32}[generator]
-  return fn(wide(key[..., 0]), wide(key[..., 1]), hi, lo)
+    hi = wide(s.hi) + (count_from(s.lo) < wide(s.lo)).astype(jnp.uint32)
+  fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
+        'rounding': _rounding}[generator]
+  return fn(wide(k0), wide(k1), hi, lambda k: count_from(s.lo + k), (k0, k1))
 
 
 def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
@@ -239,47 +249,109 @@ def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
   return sharding.update(spec=jax.P(*sharding.spec[lead:]))
 
 
-def _threefry2x32(k0, k1, x0, x1):
+def _threefry2x32(k0, k1, hi, lo_plus, keys):
   """Threefry-2x32, 20 rounds, unrolled: jax's own is a loop on CPU, which
   does not fuse and needs four temporaries of the leaf's size."""
   ks = (k0, k1, k0 ^ k1 ^ _U32(0x1BD11BDA))
-  x0, x1 = x0 + ks[0], x1 + ks[1]
+  x0, x1 = hi + k0, lo_plus(keys[1])
   for i in range(5):
     for r in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
       x0 = x0 + x1
       x1 = x0 ^ ((x1 << r) | (x1 >> (32 - r)))
     x0, x1 = x0 + ks[(i + 1) % 3], x1 + ks[(i + 2) % 3] + _U32(i + 1)
-  return x0 ^ x1, x1
+  return x0 ^ x1
 
 
-def _hash32(k0, k1, x0, x1):
-  """Two keyed rounds of a 32-bit finaliser, far cheaper than threefry. Not
-  cryptographic; its statistics are tested, not proven."""
-  def mix(x):
-    x = (x ^ (x >> 16)) * _U32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * _U32(0x846CA68B)
-    return x ^ (x >> 16)
-  first = mix(mix(x1 * _U32(0x9E3779B9) + k0) ^ (k1 + x0 * _U32(0x85EBCA6B)))
-  return first, mix(first + _U32(0x6C62272E))
+def _hash32(k0, k1, hi, lo_plus, keys):
+  """Keyed rounds of 32-bit finalisers over a Weyl sequence of the counter.
+
+  Far cheaper than threefry. The sum at the end makes a key's draws a random
+  function of the counter and not a permutation, which would lack repetitions.
+  Not cryptographic; its statistics are tested (benchmarks/noise.py), not
+  proven.
+  """
+  weyl = lo_plus(keys[0] * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + x1 * G
+  x = _finalise(weyl, 0x7FEB352D, 0x846CA68B)
+  x = x ^ (k1 + hi * _U32(0x85EBCA6B))
+  x = _finalise((x ^ (x >> 17)) * _U32(0xED5AD4BB), 0xAC4C1B51, 0x31848BAB)
+  return x + weyl
+
+
+def _rounding(k0, k1, hi, lo_plus, keys):
+  """One keyed finaliser: half the price of hash32."""
+  return _finalise(lo_plus(keys[0]) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
+
+
+def _finalise(x, m0, m1):
+  """A bijection of 32-bit words in which each bit comes to matter to each."""
+  x = (x ^ (x >> 16)) * _U32(m0)
+  x = (x ^ (x >> 15)) * _U32(m1)
+  return x ^ (x >> 16)
 
 
 # --- draws ------------------------------------------------------------------
 
 
-def from_bits(bits: jax.Array, distribution: str) -> jax.Array:
+def from_bits(
+    bits: jax.Array, distribution: str, generator: str = 'threefry2x32'
+) -> jax.Array:
   """float32 draws of mean 0 and variance 1 from uint32 words.
 
-  Bit for bit what `jax.random.normal` and `jax.random.rademacher` make of the
-  same words.
+  With threefry2x32 they are, bit for bit, what `jax.random.normal` and
+  `jax.random.rademacher` make of the same words; with hash32 a normal draw is
+  `_quantile`, at a third of the cost on CPU.
   """
   if distribution == 'rademacher':
     one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
     return lax.bitcast_convert_type(one, jnp.float32)
+  if generator == 'hash32':
+    return _quantile(bits)
   one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
   unit = lax.bitcast_convert_type(
       (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
   uniform = jnp.maximum(low, unit * (one - low) + low)
   return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+
+
+def _quantile(bits: jax.Array) -> jax.Array:
+  r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
+
+  .. math:: w = -2 \ln t, \quad y = \sqrt{w}, \quad
+            |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
+
+  The form is that of Abramowitz and Stegun 26.2.23; the coefficients are our
+  least-maximum fit, within 2e-6 of the quantile for all t >= 2**-32, that is
+  |z| <= 6.3. The logarithm is a polynomial too, in the fraction bits of t:
+  multiplications, additions, one square root, one division, no branch.
+  """
+  tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
+          + np.float32(0.5)) * np.float32(2**-31)
+  word = lax.bitcast_convert_type(tail, jnp.int32)
+  exponent = (word - 0x3F3504F3) >> 23  # the fraction is in [sqrt(1/2), sqrt 2)
+  m = lax.bitcast_convert_type(word - (exponent << 23), jnp.float32)
+  m = m - np.float32(1)
+  w = m * _polynomial(_LOG, m) + exponent.astype(jnp.float32) * np.float32(
+      -2 * math.log(2))
+  w = jnp.maximum(w, np.float32(0))
+  y = jnp.sqrt(w)
+  z = w * _polynomial(_P, y) / _polynomial(_Q, y)
+  sign = bits << 31
+  return lax.bitcast_convert_type(
+      lax.bitcast_convert_type(z, jnp.uint32) | sign, jnp.float32)
+
+
+_LOG = (-2.0000064, 1.0000393, -0.6660660, 0.4976268, -0.4120935, 0.3780396,
+        -0.2365496)  # of -2 ln(1 + m) / m
+_P = (0.6271003, 0.6916010, 0.5510004, 0.1647054)
+_Q = (1.0, 1.1099032, 1.1097076, 0.5660853, 0.1643640)
+
+
+def _polynomial(coefs, x):
+  """Horner's rule, constant coefficient first."""
+  total = np.float32(coefs[-1])
+  for c in coefs[-2::-1]:
+    total = total * x + np.float32(c)
+  return total
 
 
 def add(w: jax.Array, coefs: jax.Array, s: Stream, *, distribution: str,
@@ -305,8 +377,8 @@ def combination(like: jax.Array, coefs: jax.Array, s: Stream, *,
 
 def _sum(start, like, coefs, s, distribution, generator):
   def term(j):
-    bits, _ = words(s, j, like, generator)
-    return coefs[j] * from_bits(bits, distribution)
+    bits = words(s, j, like, generator)
+    return coefs[j] * from_bits(bits, distribution, generator)
   n, first = coefs.shape[0], 0 if start is not None else 1
   total = term(0) if start is None else start
   if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
@@ -322,6 +394,10 @@ def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
   Of the two neighbours of ``x`` the farther is taken with probability equal
   to its closeness (Connolly, Higham and Mary, 2021, "Stochastic rounding").
   """
+  if dtype == jnp.bfloat16:  # float32 cut short: a carry out of the part cut
+    word = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
+    cut = lax.bitcast_convert_type(word & _U32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
   near = x.astype(dtype)
   error = x - near.astype(jnp.float32)
   toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)

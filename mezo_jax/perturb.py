@@ -114,7 +114,7 @@ def _map_selected(fn, params, mask, other):
 
 def displace(
     params, displacement: Displacement, *, mask=None,
-    distribution: str = 'normal', generator: str = 'threefry2x32',
+    distribution: str = 'normal', generator: str = 'hash32',
 ):
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
@@ -139,7 +139,7 @@ def displace(
 
 def direction(
     params, displacement: Displacement, *, mask=None, dtype=None,
-    distribution: str = 'normal', generator: str = 'threefry2x32',
+    distribution: str = 'normal', generator: str = 'hash32',
 ):
   r"""Builds :math:`\sum_j c_j z(key_j)`; zero where the mask is False.
 
@@ -162,7 +162,7 @@ def direction(
 
 def norm(
     params, key: jax.Array, *, mask=None, distribution: str = 'normal',
-    generator: str = 'threefry2x32',
+    generator: str = 'hash32',
 ) -> tuple[jax.Array, int]:
   """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
   squares, sizes = [], []
@@ -182,7 +182,7 @@ def norm(
 
 def perturbed(
     value_fn: Callable, *, mask=None, distribution: str = 'normal',
-    generator: str = 'threefry2x32',
+    generator: str = 'hash32',
 ) -> Callable:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
@@ -219,7 +219,8 @@ def perturbed(
                     generator=generator).astype(x.w.dtype)
       for dtype in x.casts:
         w = w.astype(dtype)
-      return w
+      # A TPU would make z anew for each tile of rows that it multiplies by w.
+      return lax.optimization_barrier(w) if distribution == 'normal' else w
 
     def lazy(path, w):
       w = jnp.asarray(w)

@@ -1,4 +1,4 @@
-"""Meshes and one generic rule for where arrays live on them."""
+"""Meshes and one rule for where arrays live on them."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -7,49 +7,75 @@ import numpy as np
 
 from mezo_jax import noise
 
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor')
+ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
+_TENSOR = 'vnf'  # vocabulary, heads, feed-forward
 
 
-def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
-  """A mesh with axes `data` and `fsdp` over all devices.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+  """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
 
-  Batches are split over both axes, parameters over `fsdp` alone. Axis types
-  are Auto: the compiler propagates shardings through any Flax model.
+  Batches are split over the first two; parameters over the last two, `tensor`
+  splitting the arithmetic of a layer too. Axis types are Auto: the compiler
+  propagates shardings through any Flax model.
 
   Args:
-    data: groups that hold a full copy of the parameters each; -1 for the rest.
-    fsdp: devices that share one copy; -1 for the rest.
+    data: groups that hold a full copy of the parameters each.
+    fsdp: devices that share one copy and split the rows.
+    tensor: devices that share one copy and split heads, feed-forward and
+      vocabulary. One of the three may be -1: the rest.
 
   Raises:
-    ValueError: if data * fsdp is not the number of devices.
+    ValueError: if data * fsdp * tensor is not the number of devices.
   """
   n = jax.device_count()
-  sizes = [data, fsdp]
+  sizes = [data, fsdp, tensor]
   if sizes.count(-1) == 1:
-    known = sizes[1 - sizes.index(-1)]
-    sizes[sizes.index(-1)] = n // known if known > 0 else 0
-  if min(sizes) < 1 or sizes[0] * sizes[1] != n:
+    at = sizes.index(-1)
+    known = int(np.prod(sizes[:at] + sizes[at + 1:]))
+    sizes[at] = n // known if known > 0 else 0
+  if min(sizes) < 1 or int(np.prod(sizes)) != n:
     raise ValueError(
-        f'mesh data={data} x fsdp={fsdp} does not fit {n} device(s); their '
-        'product must be that number, and one of them may be -1 (the rest).')
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2)
+        f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {n} '
+        'device(s); their product must be that number, and one of them may be '
+        '-1 (the rest).')
+  return jax.make_mesh(tuple(sizes), AXES,
+                       axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Shards the largest axis that `fsdp` divides; never the layer axis.
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
+               axes: str = '') -> P:
+  """Where a parameter lives; never split along the layer axis.
 
-  Small leaves (below 2**16 elements to a layer) are replicated: splitting them
-  saves nothing and costs a collective each.
+  `tensor` splits the axis that ``axes`` calls vocabulary, heads or
+  feed-forward, `fsdp` the one it calls width, else the largest other; where
+  they do not divide it the leaf is not split. Small leaves (below 2**16
+  elements to a layer) are replicated: splitting them saves nothing and costs a
+  collective each.
+
+  Args:
+    path: of the leaf, as `mezo_jax.noise.path_str` gives it.
+    shape: of the leaf, the layer axis included.
+    mesh: with axes `fsdp` and, if ``axes`` is given, `tensor`.
+    axes: a letter for each axis of one layer, as in `models.table.Row`.
   """
-  size = mesh.shape['fsdp']
   first = 1 if noise.locate(path)[2] else 0
-  if size == 1 or int(np.prod(shape[first:])) < 2**16:
+  if int(np.prod(shape[first:])) < 2**16:
     return P()
-  fits = [a for a in range(first, len(shape)) if shape[a] % size == 0]
-  if not fits:
-    return P()
-  axis = max(fits, key=lambda a: shape[a])
-  return P(*(['fsdp' if a == axis else None for a in range(axis + 1)]))
+  fsdp, tensor = mesh.shape['fsdp'], mesh.shape.get('tensor', 1)
+  spec = [None] * len(shape)
+  for a, letter in enumerate(axes, first):
+    if letter in _TENSOR and tensor > 1 and shape[a] % tensor == 0:
+      spec[a] = 'tensor'
+      break
+  fits = [a for a in range(first, len(shape))
+          if fsdp > 1 and spec[a] is None and shape[a] % fsdp == 0]
+  if fits:
+    spec[max(fits, key=lambda a: (axes[a - first:a - first + 1] == 'd',
+                                  shape[a]))] = 'fsdp'
+  while spec and spec[-1] is None:
+    spec.pop()
+  return P(*spec)
 
 
 def param_shardings(params, mesh: Mesh):
@@ -59,16 +85,46 @@ def param_shardings(params, mesh: Mesh):
           mesh, param_spec(noise.path_str(path), x.shape, mesh)), params)
 
 
+def row_groups(mesh: Mesh) -> int:
+  """How many parts a batch's rows are split into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
 def put_batch(batch, mesh: Mesh):
-  """Puts a batch of host arrays on the mesh, rows split over all devices.
+  """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 
   Every process holds the whole (small) batch and hands over its own rows.
   """
-  sharding = NamedSharding(mesh, P(AXES))
+  sharding = NamedSharding(mesh, P(ROWS))
   return jax.tree.map(
       lambda x: jax.make_array_from_callback(
           x.shape, sharding, lambda index, x=x: x[index]), batch)
+
+
+def _mesh_in_context():
+  """The mesh that `jax.set_mesh` set, if it is one of ours."""
+  mesh = jax.sharding.get_abstract_mesh()
+  ours = set(AXES) <= set(mesh.axis_names) and all(
+      t == AxisType.Auto for t in mesh.axis_types)
+  return mesh if ours else None
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+  """Splits axis 0 over `data` and `fsdp`, under `jax.set_mesh`.
+
+  Inside a model it settles what the compiler should gather: weights that are
+  split over `fsdp`, and never the rows.
+  """
+  if not _mesh_in_context():
+    return x
+  return jax.lax.with_sharding_constraint(x, P(ROWS))
+
+
+def splits_vocabulary() -> bool:
+  """Whether, under `jax.set_mesh`, tables are split along the vocabulary."""
+  mesh = _mesh_in_context()
+  return mesh is not None and mesh.shape['tensor'] > 1

@@ -44,7 +44,7 @@ def spsa(
     key: jax.Array | int,
     num_samples: int = 1,
     distribution: str = 'normal',
-    generator: str = 'threefry2x32',
+    generator: str = 'hash32',
     mask=None,
     one_sided: bool = False,
     sum_samples: bool = False,

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import noise, sharding
+from mezo_jax import models, noise, sharding
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
 COLLECTIVE = re.compile(r'all-gather|all-reduce|collective|all-to-all')
@@ -87,6 +87,40 @@ def test_a_run_is_the_same_on_every_mesh():
     helpers.assert_close(end, final, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize('family', ['llama', 'opt'])
+def test_split_layers_give_the_same_run(family):
+  """Rows over 2, width over 2, heads, feed-forward and vocabulary over 2."""
+  changes = dict(norm='layer', activation='relu', gated=False,
+                 learned_positions=True) if family == 'opt' else {}
+  model, params, _ = helpers.tiny_model(
+      width=256, ff_width=512, vocab_size=512, family=family,
+      num_kv_heads=4, head_width=64, **changes)
+  ids = jax.random.randint(jax.random.key(2), (8, 12), 0, 512)
+  def loss_fn(params, ids):
+    return -model.apply({'params': params}, ids, targets=ids).mean()
+  runs = []
+  for shape in ((1, 1, 8), (2, 2, 2), (8, 1, 1)):
+    mesh = sharding.make_mesh(*shape)
+    wanted = jax.tree.map(lambda x: x.sharding,
+                          models.param_shapes(model.config, mesh))
+    axes = {a for s in jax.tree.leaves(wanted) for a in s.spec if a}
+    assert axes == {a for a, n in mesh.shape.items() if n > 1} - {'data'}
+    tx = mezo_jax.mezo(1e-4, 1e-3, key=3)
+    p = jax.device_put(jax.device_get(params), wanted)
+    state = jax.device_put(tx.init(p), sharding.replicated(mesh))
+    step = make_step(tx, loss_fn, (wanted, sharding.replicated(mesh)))
+    batch = sharding.put_batch(np.asarray(ids), mesh)
+    losses = []
+    with jax.set_mesh(mesh):
+      for _ in range(3):
+        p, state = step(p, state, batch)
+        losses.append(float(state[0].value))
+    runs.append((losses, jax.device_get(p)))
+  for losses, end in runs[1:]:
+    np.testing.assert_allclose(losses, runs[0][0], rtol=2e-6)
+    helpers.assert_close(end, runs[0][1], rtol=0, atol=2e-5)
+
+
 def test_the_noise_of_a_sharded_step_does_not_communicate():
   """What crosses devices is floating point: no integer array of a layer's
   size (counters, bits) is ever gathered or reduced."""
@@ -125,4 +159,5 @@ def test_meshes_that_do_not_fit_are_refused():
     sharding.make_mesh(3, 2)
   with pytest.raises(ValueError, match='does not fit'):
     sharding.make_mesh(-1, -1)
-  assert dict(sharding.make_mesh(2, -1).shape) == {'data': 2, 'fsdp': 4}
+  assert dict(sharding.make_mesh(2, -1).shape) == {
+      'data': 2, 'fsdp': 4, 'tensor': 1}

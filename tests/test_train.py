@@ -240,7 +240,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     (dict(data__buckets=(64, 32)), 'must increase'),
     (dict(task__label_words=('one',)), 'needs two or more'),
     (dict(optimizer__micro_batches=3), 'micro_batches must divide'),
-    (dict(data__batch_size=12), 'batch_size 12 does not divide over 8 devices'),
+    (dict(data__batch_size=12), 'batch_size 12 does not divide over 8 groups'),
     (dict(mesh__fsdp=3), 'does not fit 8 device'),
     (dict(data__num_train=4000), 'lower --config.data.num_train'),
     (dict(task__template='{sentence} It was'), 'config.task.template'),

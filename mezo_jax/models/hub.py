@@ -28,8 +28,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   Args:
     name_or_dir: a directory with ``config.json`` and safetensors files, a
       ``.gguf`` file, or the id of a Hugging Face repository.
-    mesh: parameters are sharded over its `fsdp` axis as they are read (see
-      `mezo_jax.sharding.param_spec`); None for the default device.
+    mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
+      read (see `mezo_jax.sharding.param_spec`); None for the default device.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own.
     progress: whether to show a progress bar.
@@ -62,12 +62,37 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
                     disable=not progress or jax.process_index() > 0):
-      *parents, leaf = row.path.split('/')
-      node = params
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[leaf] = _read(row, config, tensors, mesh, dtype)
+      _put(params, row.path, _read(row, config, tensors, mesh, dtype))
   return transformer.Transformer(config), params
+
+
+def param_shapes(config: transformer.Config, mesh=None,
+                 dtype=jnp.float32) -> dict:
+  """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights."""
+  params = {}
+  for row in FAMILIES[config.family].table(config):
+    shape = _shape(row, config)
+    _put(params, row.path, jax.ShapeDtypeStruct(
+        shape, dtype, sharding=_place(row, shape, mesh)))
+  return params
+
+
+def _shape(row: table.Row, config) -> tuple[int, ...]:
+  return (config.num_layers, *row.shape) if row.stacked else row.shape
+
+
+def _place(row: table.Row, shape, mesh):
+  if mesh is None:
+    return None
+  return jax.NamedSharding(
+      mesh, sharding.param_spec(row.path, shape, mesh, row.axes))
+
+
+def _put(tree: dict, path: str, leaf):
+  *parents, name = path.split('/')
+  for parent in parents:
+    tree = tree.setdefault(parent, {})
+  tree[name] = leaf
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike):
@@ -161,12 +186,9 @@ def _check_fit(rows: list[table.Row], config, tensors: dict, path: Path):
 
 def _read(row: table.Row, config, tensors: dict, mesh, dtype) -> jax.Array:
   """One parameter, assembled per device from the slices that it needs."""
-  shape = (config.num_layers, *row.shape) if row.stacked else row.shape
-  if mesh is None:
-    place = jax.sharding.SingleDeviceSharding(
-        jax.config.jax_default_device or jax.local_devices()[0])
-  else:
-    place = jax.NamedSharding(mesh, sharding.param_spec(row.path, shape, mesh))
+  shape = _shape(row, config)
+  place = _place(row, shape, mesh) or jax.sharding.SingleDeviceSharding(
+      jax.config.jax_default_device or jax.local_devices()[0])
 
   def read(index):
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]

@@ -53,21 +53,21 @@ def _rope_scaling(scaling: dict) -> RopeScaling | None:
 def table(c: Config) -> list[Row]:
   """Every parameter: our path and shape, the checkpoint's name and layout."""
   d, f, v = c.width, c.ff_width, c.vocab_size
-  n, k, h = c.num_heads, c.num_kv_heads, c.head_width
+  n, k = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
   layer = 'model.layers.{l}.'
   attn, mlp = layer + 'self_attn.', layer + 'mlp.'
   rows = [
       Row('embed/embedding', (v, d), 'model.embed_tokens.weight', 'v d -> v d'),
       Row('layers/attn_norm/scale', (d,), layer + 'input_layernorm.weight',
           'd -> d'),
-      Row('layers/attn/q/kernel', (d, n, h), attn + 'q_proj.weight',
-          '(n h) d -> d n h'),
-      Row('layers/attn/k/kernel', (d, k, h), attn + 'k_proj.weight',
-          '(n h) d -> d n h'),
-      Row('layers/attn/v/kernel', (d, k, h), attn + 'v_proj.weight',
-          '(n h) d -> d n h'),
-      Row('layers/attn/o/kernel', (n, h, d), attn + 'o_proj.weight',
-          'd (n h) -> n h d'),
+      Row('layers/attn/q/kernel', (d, n), attn + 'q_proj.weight',
+          'n d -> d n'),
+      Row('layers/attn/k/kernel', (d, k), attn + 'k_proj.weight',
+          'n d -> d n'),
+      Row('layers/attn/v/kernel', (d, k), attn + 'v_proj.weight',
+          'n d -> d n'),
+      Row('layers/attn/o/kernel', (n, d), attn + 'o_proj.weight',
+          'd n -> n d'),
       Row('layers/mlp_norm/scale', (d,),
           layer + 'post_attention_layernorm.weight', 'd -> d'),
       Row('layers/mlp/gate/kernel', (d, f), mlp + 'gate_proj.weight',
@@ -82,9 +82,9 @@ def table(c: Config) -> list[Row]:
         Row('lm_head/embedding', (v, d), 'lm_head.weight', 'v d -> v d'))
   if c.attention_bias:
     rows += [
-        Row('layers/attn/q/bias', (n, h), attn + 'q_proj.bias', '(n h) -> n h'),
-        Row('layers/attn/k/bias', (k, h), attn + 'k_proj.bias', '(n h) -> n h'),
-        Row('layers/attn/v/bias', (k, h), attn + 'v_proj.bias', '(n h) -> n h'),
+        Row('layers/attn/q/bias', (n,), attn + 'q_proj.bias', 'n -> n'),
+        Row('layers/attn/k/bias', (k,), attn + 'k_proj.bias', 'n -> n'),
+        Row('layers/attn/v/bias', (k,), attn + 'v_proj.bias', 'n -> n'),
         Row('layers/attn/o/bias', (d,), attn + 'o_proj.bias', 'd -> d')]
   if c.mlp_bias:
     rows += [

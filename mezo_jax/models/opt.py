@@ -44,7 +44,7 @@ def config_from_hf(hf: dict) -> Config:
 def table(c: Config) -> list[Row]:
   """Every parameter: our path and shape, the checkpoint's name and layout."""
   d, f, v = c.width, c.ff_width, c.vocab_size
-  n, h = c.num_heads, c.head_width
+  n = c.num_heads * c.head_width
   top, layer = 'model.decoder.', 'model.decoder.layers.{l}.'
 
   def norm(path, name):
@@ -57,18 +57,18 @@ def table(c: Config) -> list[Row]:
           top + 'embed_positions.weight', 's d -> s d'),
       *norm('layers/attn_norm', layer + 'self_attn_layer_norm'),
       *norm('layers/mlp_norm', layer + 'final_layer_norm'),
-      Row('layers/attn/o/kernel', (n, h, d),
-          layer + 'self_attn.out_proj.weight', 'd (n h) -> n h d'),
+      Row('layers/attn/o/kernel', (n, d),
+          layer + 'self_attn.out_proj.weight', 'd n -> n d'),
       Row('layers/mlp/up/kernel', (d, f), layer + 'fc1.weight', 'f d -> d f'),
       Row('layers/mlp/down/kernel', (f, d), layer + 'fc2.weight', 'd f -> f d'),
       *norm('norm', top + 'final_layer_norm'),
   ]
   for x in 'qkv':
-    rows.append(Row(f'layers/attn/{x}/kernel', (d, n, h),
-                    layer + f'self_attn.{x}_proj.weight', '(n h) d -> d n h'))
+    rows.append(Row(f'layers/attn/{x}/kernel', (d, n),
+                    layer + f'self_attn.{x}_proj.weight', 'n d -> d n'))
     if c.attention_bias:
-      rows.append(Row(f'layers/attn/{x}/bias', (n, h),
-                      layer + f'self_attn.{x}_proj.bias', '(n h) -> n h'))
+      rows.append(Row(f'layers/attn/{x}/bias', (n,),
+                      layer + f'self_attn.{x}_proj.bias', 'n -> n'))
   if c.attention_bias:
     rows += [
         Row('layers/attn/o/bias', (d,), layer + 'self_attn.out_proj.bias',

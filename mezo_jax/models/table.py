@@ -23,6 +23,11 @@ class Row:
   def stacked(self) -> bool:
     return '{l}' in self.name
 
+  @property
+  def axes(self) -> str:
+    """A letter for each axis of one layer of ours."""
+    return ''.join(self._axes()[1])
+
   def _axes(self) -> tuple[list[list[str]], list[str]]:
     source, target = self.layout.split('->')
     groups = [(g or n).split() for g, n in

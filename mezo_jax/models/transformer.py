@@ -10,6 +10,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from mezo_jax.sharding import split_rows, splits_vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -49,6 +51,7 @@ class Config:
 
 _init = nn.initializers.normal(0.02)
 _ACTIVATIONS = {'silu': jax.nn.silu, 'relu': jax.nn.relu}
+_CHUNK = 4096  # rows of the vocabulary at a time
 _POSITION_OFFSET = 2  # of learned positions: rows 0 and 1 are for padding
 
 
@@ -86,20 +89,18 @@ def _norm(config: Config, name: str) -> nn.Module:
 
 
 class Linear(nn.Module):
-  """Contracts the last axes of x; the kernel is [*inputs, *outputs]."""
+  """``x @ kernel + bias``; the kernel is [inputs, outputs]."""
 
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
+  inputs: int
+  outputs: int
   use_bias: bool = False
 
   @nn.compact
   def __call__(self, x):
-    n = len(self.inputs)
-    kernel = self.param('kernel', _init, (*self.inputs, *self.outputs))
-    contract = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-    y = jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
+    kernel = self.param('kernel', _init, (self.inputs, self.outputs))
+    y = x @ kernel.astype(x.dtype)
     if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, self.outputs)
+      bias = self.param('bias', nn.initializers.zeros, (self.outputs,))
       y = y + bias.astype(x.dtype)
     return y
 
@@ -136,8 +137,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxSxD, mask_Bx1xSxS, rope):
     c = self.config
+    b, s, _ = x_BxSxD.shape
+    # Kernels are matrices: with a head axis XLA copies them all on TPU.
     head = lambda n, name: Linear(
-        (c.width,), (n, c.head_width), c.attention_bias, name=name)(x_BxSxD)
+        c.width, n * c.head_width, c.attention_bias, name=name)(
+            x_BxSxD).reshape(b, s, n, c.head_width)
     q_BxSxNxH = head(c.num_heads, 'q')
     k_BxSxKxH = head(c.num_kv_heads, 'k')
     v_BxSxKxH = head(c.num_kv_heads, 'v')
@@ -146,8 +150,8 @@ class Attention(nn.Module):
       k_BxSxKxH = apply_rope(k_BxSxKxH, *rope)
     out_BxSxNxH = jax.nn.dot_product_attention(
         q_BxSxNxH, k_BxSxKxH, v_BxSxKxH, mask=mask_Bx1xSxS)
-    return Linear((c.num_heads, c.head_width), (c.width,), c.attention_bias,
-                  name='o')(out_BxSxNxH)
+    return Linear(c.num_heads * c.head_width, c.width, c.attention_bias,
+                  name='o')(out_BxSxNxH.reshape(b, s, -1))
 
 
 class MLP(nn.Module):
@@ -157,10 +161,10 @@ class MLP(nn.Module):
   def __call__(self, x_BxSxD):
     c = self.config
     up = lambda name: Linear(
-        (c.width,), (c.ff_width,), c.mlp_bias, name=name)(x_BxSxD)
+        c.width, c.ff_width, c.mlp_bias, name=name)(x_BxSxD)
     act = _ACTIVATIONS[c.activation]
     h_BxSxF = act(up('gate')) * up('up') if c.gated else act(up('up'))
-    return Linear((c.ff_width,), (c.width,), c.mlp_bias, name='down')(h_BxSxF)
+    return Linear(c.ff_width, c.width, c.mlp_bias, name='down')(h_BxSxF)
 
 
 class Block(nn.Module):
@@ -174,7 +178,7 @@ class Block(nn.Module):
     x_BxSxD += Attention(self.config, name='attn')(
         norm('attn_norm')(x_BxSxD), mask_Bx1xSxS, rope)
     x_BxSxD += MLP(self.config, name='mlp')(norm('mlp_norm')(x_BxSxD))
-    return x_BxSxD, None
+    return split_rows(x_BxSxD), None
 
 
 class Table(nn.Module):
@@ -189,6 +193,42 @@ class Table(nn.Module):
     return table_VxD if ids is None else table_VxD[ids]
 
 
+def _logits(x_BxAxD, rows_VxD):
+  return jnp.einsum('bad,vd->bav', x_BxAxD, rows_VxD,
+                    preferred_element_type=jnp.float32)
+
+
+def log_likelihood(x_BxAxD, table_VxD, targets_BxA, chunk: int = _CHUNK):
+  """log p of the targets, float32 [B, A], without logits [B, A, V].
+
+  Parts of the vocabulary in turn update a running maximum and sum, so that
+  neither all logits nor, under `mezo_jax.perturbed`, a whole perturbed table
+  is ever alive. Where the vocabulary is split over `tensor` each device has
+  such a part already.
+  """
+  picked_BxA = jnp.einsum('bad,bad->ba', x_BxAxD, table_VxD[targets_BxA],
+                          preferred_element_type=jnp.float32)
+
+  def add(carry, rows_CxD):
+    top, total = carry
+    logits = _logits(x_BxAxD, rows_CxD)
+    new_top = jnp.maximum(top, logits.max(-1))
+    total = total * jnp.exp(top - new_top) + jnp.sum(
+        jnp.exp(logits - new_top[..., None]), -1)
+    return new_top, total
+
+  vocab = table_VxD.shape[0]
+  chunk = vocab if splits_vocabulary() else min(chunk, vocab)
+  carry, rest = (picked_BxA, jnp.zeros_like(picked_BxA)), vocab % chunk
+  if rest:
+    carry = add(carry, table_VxD[vocab - rest:])
+  (top, total), _ = jax.lax.scan(
+      lambda carry, start: (add(carry, jax.lax.dynamic_slice_in_dim(
+          table_VxD, start, chunk)), None),
+      carry, jnp.arange(0, vocab - rest, chunk))
+  return picked_BxA - top - jnp.log(total)
+
+
 class Transformer(nn.Module):
   """A causal language model over the nested dict of its parameters.
 
@@ -200,8 +240,8 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, attention_mask=None, *, answer_at=None,
-               token_ids=None):
-    """Next-token logits.
+               token_ids=None, targets=None):
+    """Next-token logits, or log-likelihoods of given tokens.
 
     Args:
       input_ids: integers [B, S].
@@ -210,9 +250,12 @@ class Transformer(nn.Module):
       answer_at: integers [B, A], the positions whose logits are wanted; None
         for all. [B, S, V] logits are then never made.
       token_ids: integers [C], the tokens whose logits are wanted; None for all.
+      targets: integers [B, A or S], the tokens whose log-likelihoods are wanted
+        instead of logits.
 
     Returns:
-      float32 logits [B, A or S, C or V].
+      float32 logits [B, A or S, C or V]; with ``targets``, their
+      log-likelihoods [B, A or S].
     """
     c = self.config
     b, s = input_ids.shape
@@ -234,6 +277,7 @@ class Transformer(nn.Module):
         jnp.tril(jnp.ones((s, s), bool)), (b, 1, s, s))
     if attention_mask is not None:
       mask_Bx1xSxS &= attention_mask.astype(bool)[:, None, None, :]
+    x_BxSxD = split_rows(x_BxSxD)
     layers = nn.scan(
         Block, variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=(nn.broadcast, nn.broadcast), length=c.num_layers)
@@ -243,6 +287,6 @@ class Transformer(nn.Module):
     x_BxSxD = _norm(c, 'norm')(x_BxSxD)
     head = embed if c.tied_head else Table(
         c.vocab_size, c.width, name='lm_head')
-    rows_VxD = head(token_ids)
-    return jnp.einsum('bsd,vd->bsv', x_BxSxD, rows_VxD,
-                      preferred_element_type=jnp.float32)
+    if targets is not None:
+      return log_likelihood(x_BxSxD, head(), targets)
+    return _logits(x_BxSxD, head(token_ids))

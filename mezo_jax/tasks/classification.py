@@ -15,6 +15,7 @@ in every comparison: one forward per row then does, with C logits in all.
 """
 
 import dataclasses
+import functools
 import re
 from typing import NamedTuple
 
@@ -184,16 +185,14 @@ def scores(model, params, batch: dict, token_ids=None) -> jax.Array:
   """float32 scores [rows, C] of the candidates, up to a constant per row."""
   rows, k, length = batch['input_ids'].shape
   flat = lambda x: x.reshape(rows * k, *x.shape[2:])
-  logits = model.apply(
-      {'params': params}, flat(batch['input_ids']),
-      flat(batch['attention_mask']), answer_at=flat(batch['answer_at']),
-      token_ids=token_ids)
+  apply = functools.partial(
+      model.apply, {'params': params}, flat(batch['input_ids']),
+      flat(batch['attention_mask']), answer_at=flat(batch['answer_at']))
   if token_ids is not None:
-    return logits[:, 0]
-  log_p = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), flat(batch['answer_ids'])[..., None], -1)
+    return apply(token_ids=token_ids)[:, 0]
+  log_p = apply(targets=flat(batch['answer_ids']))
   mask = flat(batch['answer_mask'])
-  total = jnp.sum(log_p[..., 0] * mask, -1)
+  total = jnp.sum(log_p * mask, -1)
   return (total / jnp.maximum(jnp.sum(mask, -1), 1)).reshape(rows, k)
 
 

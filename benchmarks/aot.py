@@ -1,0 +1,238 @@
+"""What the TPU and CUDA compilers say of real shapes, with no accelerator.
+
+  pip install -e '.[aot]' && python benchmarks/aot.py [--only=v5p] [--cuda]
+
+Compiles inference, a MeZO step (plain optax, params donated) and backprop for
+described devices that are not there, from abstract bfloat16 weights, 16 rows of
+256 tokens, and reads memory and cycles from the compilers. Nothing is run.
+Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
+are the TPU compiler's own estimates times the trip counts of loops; they know
+nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
+compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`
+of jax's version). Writes benchmarks/results/aot.md and aot.json.
+"""
+
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_LIBRARY_LOG_LEVEL='3',
+    TPU_ACCELERATOR_TYPE='v5litepod-4', TPU_WORKER_HOSTNAMES='localhost',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1', TF_CPP_MIN_LOG_LEVEL='3')
+
+import functools
+import glob
+import json
+import re
+import subprocess
+import tempfile
+import time
+
+import harness
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+import mezo_jax
+from mezo_jax import models, sharding
+
+ROWS, TOKENS = 16, 256
+MEZO = ('MeZO normal', 'MeZO rademacher')
+# Topology, (data, fsdp, tensor), shape, programs.
+CASES = [
+    ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', ('inference', *MEZO, 'SGD', 'Adam')),
+    ('v5p:1x1x1', (1, 1, 1), 'OPT-30B', ('inference', *MEZO, 'SGD')),
+    ('v5e:4x4', (1, 2, 8), 'OPT-30B', ('inference', *MEZO, 'SGD')),
+    ('v5e:4x4', (1, 2, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
+    ('v5e:8x8', (1, 8, 8), 'OPT-30B', ('inference', *MEZO, 'Adam')),
+    ('v5e:16x16', (2, 16, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
+    ('v6e:4x4', (1, 2, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
+    ('a100', (1, 1, 1), 'OPT-30B', ('inference', *MEZO)),
+]
+HBM = {'v5p': 95.74, 'v5e': 15.75, 'v6e': 31.25, 'a100': 79.25}  # GiB, a device
+A100 = '''gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
+shared_memory_per_block: 49152 shared_memory_per_core: 167936
+threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 2039040000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
+device_memory_size: 85100068864 shared_memory_per_block_optin: 166912
+cuda_compute_capability { major: 8 } registers_per_core_limit: 65536
+registers_per_block_limit: 65536 thread_dim_limit_x: 1024
+thread_dim_limit_y: 1024 thread_dim_limit_z: 64 }
+runtime_version { major: 12 minor: 8 } platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA A100-SXM4-80GB"'''
+
+
+# --- programs ---------------------------------------------------------------
+
+
+def mesh_of(topology, sizes):
+  if topology == 'a100':
+    devices = topologies.get_topology_desc(
+        platform='cuda', target_config=A100, topology='1x1x1').devices
+  else:
+    one = dict(chips_per_host_bounds=(1, 1, 1)) if '1x1' in topology else {}
+    devices = topologies.get_topology_desc(
+        platform='tpu', topology_name=topology, **one).devices
+  return Mesh(np.array(devices).reshape(sizes), sharding.AXES)
+
+
+def lower(program, shape, mesh):
+  """The program of `inference`, `MeZO z`, `SGD` or `Adam`, lowered."""
+  model = models.Transformer(harness.SHAPES[shape])
+  loss_fn = harness.classification_loss(model)
+  params = models.param_shapes(model.config, mesh, jnp.bfloat16)
+  placed = jax.tree.map(lambda x: x.sharding, params)
+  everywhere = NamedSharding(mesh, P())
+  rows = max(ROWS, mesh.shape['data'] * mesh.shape['fsdp'])
+  ids = jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32,
+                             sharding=NamedSharding(mesh, P(sharding.ROWS)))
+  if program == 'inference':
+    return jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)
+
+  like = lambda tree: jax.tree.map(
+      lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree,
+      _as_params(tree, params, everywhere))
+  if program.startswith('MeZO'):
+    tx = mezo_jax.mezo(1e-6, key=0, distribution=program.split()[1])
+    def estimate(state, params, ids):
+      return tx.update(None, state, params, value_fn=loss_fn, ids=ids)
+  else:
+    tx = {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6)
+    remat = jax.checkpoint_policies.nothing_saveable
+    loss = jax.checkpoint(loss_fn, policy=remat)
+    def estimate(state, params, ids):
+      return tx.update(jax.grad(loss)(params, ids), state, params)
+  state = like(jax.eval_shape(tx.init, params))
+
+  @functools.partial(
+      jax.jit, donate_argnums=(0, 1),
+      out_shardings=(placed, jax.tree.map(lambda x: x.sharding, state)))
+  def step(params, state, ids):
+    updates, state = estimate(state, params, ids)
+    return optax.apply_updates(params, updates), state
+  return step.lower(params, state, ids)
+
+
+def _as_params(state, params, everywhere):
+  """An optimiser's copies of the parameters lie as the parameters do."""
+  return optax.tree_utils.tree_map_params(
+      optax.adam(1.0), lambda _, x: x.sharding, state, params,
+      transform_non_params=lambda _: everywhere) if any(
+          x.ndim for x in jax.tree.leaves(state)) and not isinstance(
+              state[0], mezo_jax.SpsaState) else jax.tree.map(
+                  lambda _: everywhere, state)
+
+
+# --- what the compilers say -------------------------------------------------
+
+
+def report(topology, sizes, shape, program) -> dict:
+  mesh = mesh_of(topology, sizes)
+  with jax.set_mesh(mesh):
+    lowered = lower(program, shape, mesh)
+  began = time.time()
+  with tempfile.TemporaryDirectory() as dump:
+    try:
+      compiled = lowered.compile({'xla_dump_to': dump})
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      found = re.search(r'Used ([\d.]+)G of|([\d.]+)G\) exceeds', str(e))
+      needs = float(next(x for x in found.groups() if x)) if found else None
+      return dict(fits=False, memory=needs)
+    reports = glob.glob(dump + '/*memory-usage-report.txt')
+    total = re.search(r'Total bytes: (\d+)', open(reports[0]).read()) if (
+        reports and topology != 'a100') else None
+  m, text = compiled.memory_analysis(), compiled.as_text()
+  memory = int(total[1]) if total else (
+      m.argument_size_in_bytes + m.output_size_in_bytes
+      - m.alias_size_in_bytes + m.temp_size_in_bytes)
+  kinds = dict(re.findall(
+      r'channel_id=(\d+).*?metadata=\{op_name="([^"]*)"', text))
+  return dict(
+      fits=memory < HBM[topology.split(':')[0]] * 2**30, memory=memory / 2**30,
+      weights=harness.nbytes(lowered.args_info[0][0]) / mesh.size / 2**30,
+      kept=m.alias_size_in_bytes / m.argument_size_in_bytes,
+      cycles=cycles(text), collectives=len(kinds),
+      seconds=round(time.time() - began, 1))
+
+
+def cycles(text: str) -> float:
+  """Estimated cycles of a TPU program, loop bodies times their trip counts."""
+  bodies, name = {}, None
+  for line in text.splitlines():
+    start = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
+    if start:
+      name = 'ENTRY' if start[1] else start[2]
+      bodies[name] = []
+    elif name:
+      bodies[name].append(line)
+
+  @functools.cache
+  def of(name):
+    total = 0
+    for line in bodies.get(name, ()):
+      cost = re.search(r'"estimated_cycles":"(\d+)"', line)
+      total += int(cost[1]) if cost else 0
+      loop = re.search(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)',
+                       line)
+      if loop:
+        total += trips(loop[1]) * of(loop[2])
+    return total
+
+  def trips(condition):
+    bounds = re.findall(r's32\[\][^ ]* constant\((\d+)\)',
+                        '\n'.join(bodies[condition]))
+    return max(map(int, bounds), default=1)
+  return float(of('ENTRY'))
+
+
+def main():
+  if sys.argv[1:2] == ['--one']:  # a process of its own: compilers keep memory
+    topology, sizes, shape, program = json.loads(sys.argv[2])
+    print(json.dumps(report(topology, tuple(sizes), shape, program)))
+    return
+  only = [a.removeprefix('--only=') for a in sys.argv[1:] if '--only=' in a]
+  rows = []
+  for topology, sizes, shape, programs in CASES:
+    if topology == 'a100' and '--cuda' not in sys.argv:
+      continue
+    if only and not topology.startswith(only[0]):
+      continue
+    base = None
+    for program in programs:
+      done = subprocess.run(
+          [sys.executable, __file__, '--one',
+           json.dumps([topology, sizes, shape, program])],
+          capture_output=True, text=True)
+      if done.returncode:
+        sys.exit(f'{topology} {shape} {program} failed:\n{done.stderr[-2000:]}')
+      r = json.loads(done.stdout.splitlines()[-1])
+      base = base or r
+      cost, memory = r.get('cycles'), r['memory']
+      row = {
+          'device': topology, 'mesh': 'x'.join(map(str, sizes)),
+          'shape': shape, 'program': program,
+          'GiB a device': round(memory, 2) if memory else '',
+          '/ inference': round(memory / base['memory'], 3) if memory else '',
+          'fits': 'yes' if r['fits'] else 'no',
+          'cycles / two forwards': round(cost / base['cycles'] / 2, 3)
+                                   if cost else '',
+          'collectives': r.get('collectives', ''),
+          'seconds to compile': r.get('seconds', '')}
+      print(row, flush=True)
+      rows.append(row)
+  harness.write('aot', f'Compilers only, nothing run: jax {jax.__version__}, '
+                f'bfloat16, {ROWS} rows of {TOKENS} tokens (one a row group '
+                'where there are more); mesh is data x fsdp x tensor', [
+                    ('Memory and estimated cycles:', rows)])
+
+
+if __name__ == '__main__':
+  main()

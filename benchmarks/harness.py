@@ -1,0 +1,124 @@
+"""What the benchmarks share: shapes of real models, losses, timing, tables."""
+
+import json
+from pathlib import Path
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mezo_jax import models
+
+
+def _opt(width, layers, heads):
+  return models.Config(
+      family='opt', vocab_size=50272, width=width, ff_width=4 * width,
+      num_layers=layers, num_heads=heads, num_kv_heads=heads,
+      head_width=width // heads, max_length=2048, norm_eps=1e-5, norm='layer',
+      activation='relu', gated=False, learned_positions=True,
+      attention_bias=True, mlp_bias=True, tied_head=True)
+
+
+def _llama(width, ff, layers, heads, kv_heads, vocab, tied):
+  return models.Config(
+      family='llama', vocab_size=vocab, width=width, ff_width=ff,
+      num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+      head_width=width // heads, max_length=2048, norm_eps=1e-5,
+      tied_head=tied)
+
+
+SHAPES = {
+    'OPT-125M': _opt(768, 12, 12),
+    'OPT-1.3B': _opt(2048, 24, 32),
+    'OPT-13B': _opt(5120, 40, 40),
+    'OPT-30B': _opt(7168, 48, 56),
+    'OPT-66B': _opt(9216, 64, 72),
+    'SmolLM2-135M': _llama(576, 1536, 30, 9, 3, 49152, True),
+    'Llama-3-8B': _llama(4096, 14336, 32, 32, 8, 128256, False),
+}
+LABEL_WORDS = (1372, 372)
+
+
+def classification_loss(model):
+  """Cross-entropy of two label words at the last token of every row."""
+  def loss_fn(params, ids):
+    rows, length = ids.shape
+    logits = model.apply(
+        {'params': params}, ids, answer_at=jnp.full((rows, 1), length - 1),
+        token_ids=jnp.array(LABEL_WORDS))[:, 0]
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits, ids[:, 0] % 2).mean()
+  return loss_fn
+
+
+def shapes_of(model, dtype=jnp.float32):
+  """The parameters as shapes: nothing is allocated."""
+  tree = jax.eval_shape(
+      model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def random_params(model, dtype=jnp.float32):
+  init = jax.jit(lambda key: jax.tree.map(
+      lambda x: x.astype(dtype),
+      model.init(key, jnp.zeros((1, 8), jnp.int32))['params']))
+  return init(jax.random.key(1))
+
+
+def nbytes(tree) -> int:
+  return sum(int(np.prod(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree))
+
+
+def timed(fn, *args):
+  """(seconds, result), the result ready."""
+  began = time.perf_counter()
+  out = jax.block_until_ready(fn(*args))
+  return time.perf_counter() - began, out
+
+
+def median_range(values) -> str:
+  return f'{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})'
+
+
+def header(*more: str) -> str:
+  """Hardware and versions, one line."""
+  device = jax.devices()[0]
+  return ', '.join([
+      f'{device.device_kind} x {len(jax.devices())} ({_cpu()})',
+      f'jax {jax.__version__}', f'optax {optax.__version__}',
+      f'Python {platform.python_version()}', *more])
+
+
+def _cpu() -> str:
+  try:
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.processor() or 'unknown CPU'
+  names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
+  return f'{len(names)} cores of {names[0]}' if names else 'unknown CPU'
+
+
+def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
+  """Prints and saves tables: results/NAME.md and NAME.json."""
+  lines = [head]
+  for title, rows in tables:
+    columns = [*rows[0]]
+    lines += ['', f'{title}', '', '| ' + ' | '.join(columns) + ' |',
+              '|' + '---|' * len(columns)]
+    lines += ['| ' + ' | '.join(_cell(r.get(c, '')) for c in columns) + ' |'
+              for r in rows]
+  folder = Path(__file__).parent / 'results'
+  folder.mkdir(exist_ok=True)
+  (folder / f'{name}.md').write_text('\n'.join(lines) + '\n')
+  (folder / f'{name}.json').write_text(json.dumps(
+      dict(header=head, tables=[dict(title=t, rows=r) for t, r in tables]),
+      indent=1) + '\n')
+  print('\n'.join(lines))
+
+
+def _cell(value) -> str:
+  return f'{value:.3g}' if isinstance(value, float) else str(value)

@@ -1,0 +1,222 @@
+"""A MeZO step over two forward passes, and against PyTorch's MeZO.
+
+  python benchmarks/step_time.py            # against two forwards
+  python benchmarks/step_time.py --torch    # and PyTorch (torch, transformers)
+
+Everything alternates within one process: two forwards, a step of each kind,
+(a step of PyTorch, at 512 tokens), again and again; the table has the median and range of the
+ratios of neighbours. Random weights; classification loss at the last token.
+The second table is train.py's work on the host for one step: making the batch,
+putting it on the device, reading and writing the metrics. It overlaps with the
+step before, and its share says what there would be to gain.
+
+PyTorch makes the step as the original does: in place, seeded by
+`torch.manual_seed`, one `normal` a tensor, three perturbations and an update,
+on Hugging Face's model with the same weights and batch, whose logits at the
+last position alone are made. Writes benchmarks/results/step_time.md and .json.
+"""
+
+import functools
+from pathlib import Path
+import sys
+import tempfile
+import time
+
+import harness
+import jax
+import numpy as np
+import optax
+
+import mezo_jax
+from mezo_jax import data, loggers, models, sharding
+from mezo_jax.tasks import classification
+
+ROUNDS = 6
+BATCHES = ((16, 32), (16, 128))  # rows x tokens
+SHAPES = ('OPT-125M', 'SmolLM2-135M')
+NOISE = {
+    'normal': dict(),
+    'rademacher': dict(distribution='rademacher'),
+    'normal, threefry': dict(generator='threefry2x32'),
+}
+LR, EPS = 1e-7, 1e-3
+
+
+def compile_step(loss_fn, params, ids, noise):
+  """(compiled step, its state)."""
+  tx = mezo_jax.mezo(LR, EPS, key=0, **noise)
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, state, ids):
+    updates, state = tx.update(None, state, params, value_fn=loss_fn, ids=ids)
+    return optax.apply_updates(params, updates), state
+  state = tx.init(params)
+  return step.lower(params, state, ids).compile(), state
+
+
+# --- the original's step, in PyTorch ----------------------------------------
+
+
+def torch_model(config, params):
+  """Hugging Face's model of the same weights."""
+  import torch
+  from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+  )
+  c = config
+  if c.family == 'opt':
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, ffn_dim=c.ff_width,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        word_embed_proj_dim=c.width, max_position_embeddings=c.max_length,
+        dropout=0.0))
+  else:
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width,
+        intermediate_size=c.ff_width, num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_width, rope_theta=c.rope_theta,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head))
+  named = dict(model.named_parameters())
+  for row in models.FAMILIES[c.family].table(c):
+    leaf = functools.reduce(lambda t, k: t[k], row.path.split('/'), params)
+    swap = row.axes != row.layout.split('->')[0].replace(' ', '')
+    for l in range(c.num_layers if row.stacked else 1):
+      x = np.asarray(leaf[l] if row.stacked else leaf)
+      named[row.name.format(l=l)].data = torch.tensor(x.T if swap else x)
+  return model.eval()
+
+
+def torch_step(model, ids):
+  """A function that makes one MeZO step and returns its mean loss."""
+  import torch
+  ids = torch.tensor(np.asarray(ids)).long()
+  words = torch.tensor(harness.LABEL_WORDS)
+  parameters = list(model.parameters())
+
+  def loss():
+    logits = model(ids, logits_to_keep=1).logits[:, -1, words]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0] % 2)
+
+  def move(seed, scale):
+    torch.manual_seed(seed)
+    for p in parameters:
+      z = torch.normal(mean=0, std=1, size=p.size(), dtype=p.dtype)
+      p.data.add_(z, alpha=scale)
+
+  @torch.no_grad()
+  def step(seed):
+    move(seed, EPS)
+    plus = loss()
+    move(seed, -2 * EPS)
+    minus = loss()
+    move(seed, EPS)
+    g = ((plus - minus) / (2 * EPS)).item()
+    move(seed, -LR * g)
+    return (plus.item() + minus.item()) / 2
+
+  @torch.no_grad()
+  def two_forwards(_):
+    return (loss().item() + loss().item()) / 2
+  return step, two_forwards
+
+
+# --- the race ---------------------------------------------------------------
+
+
+def race(shape, rows, tokens, with_torch):
+  model = models.Transformer(harness.SHAPES[shape])
+  loss_fn = harness.classification_loss(model)
+  params = harness.random_params(model)
+  ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
+  forward = jax.jit(loss_fn).lower(params, ids).compile()
+  steps = {name: compile_step(loss_fn, params, ids, noise)
+           for name, noise in NOISE.items()}
+  states = {name: state for name, (_, state) in steps.items()}
+  seconds = {name: [] for name in ('two forwards', *NOISE)}
+  if with_torch:
+    theirs = dict(zip(('torch step', 'torch two forwards'),
+                      torch_step(torch_model(model.config, params), ids)))
+    seconds |= {name: [] for name in theirs}
+    ours = float(forward(params, ids))
+    np.testing.assert_allclose(
+        theirs['torch two forwards'](0), ours, rtol=1e-4)
+  for i in range(ROUNDS + 1):
+    took = {'two forwards': harness.timed(forward, params, ids)[0]
+                            + harness.timed(forward, params, ids)[0]}
+    for name, (step, _) in steps.items():
+      took[name], (params, states[name]) = harness.timed(
+          step, params, states[name], ids)
+    if with_torch:
+      for name, fn in theirs.items():
+        took[name], _ = harness.timed(fn, i)
+    for name, value in took.items():
+      if i:  # the first round warms up
+        seconds[name].append(value)
+  over = lambda a, b: harness.median_range(
+      np.array(seconds[a]) / np.array(seconds[b]))
+  table = []
+  for name in NOISE:
+    row = {'shape': shape, 'batch': f'{rows} x {tokens}', 'z': name,
+           'step / two forwards': over(name, 'two forwards')}
+    if with_torch:
+      row['steps a second, / PyTorch'] = over('torch step', name)
+      row['of it the forwards'] = over('torch two forwards', 'two forwards')
+      row['PyTorch step / its two forwards'] = over(
+          'torch step', 'torch two forwards')
+    print(row, flush=True)
+    table.append(row)
+  return table
+
+
+def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
+  """What train.py does on the host for one step, over the step itself."""
+  model = models.Transformer(harness.SHAPES[shape])
+  loss_fn = harness.classification_loss(model)
+  params = harness.random_params(model)
+  ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
+  step, state = compile_step(loss_fn, params, ids, NOISE['rademacher'])
+  step_seconds = []
+  for _ in range(4):
+    took, (params, state) = harness.timed(step, params, state, ids)
+    step_seconds.append(took)
+  encoded = classification.Encoded(
+      [[[5] * (tokens - i % 8)] for i in range(512)], [[1, 1]] * 512,
+      np.zeros(512, np.int32), np.array(harness.LABEL_WORDS), 0)
+  mesh = sharding.make_mesh()
+  with tempfile.TemporaryDirectory() as folder:
+    metrics = loggers.Metrics(Path(folder), 0)
+    batches = data.batches(encoded.lengths, (tokens,), rows, 0)
+    began = time.perf_counter()
+    for i, (length, index) in zip(range(steps), batches):
+      batch = classification.batch_of(encoded, index, length, rows)
+      jax.block_until_ready(sharding.put_batch(batch, mesh))
+      values = jax.device_get(state[0])
+      metrics.write('train', i, loss=float(values.value), seconds=0.0)
+    seconds = (time.perf_counter() - began) / steps
+    metrics.close()
+  return [{'shape': shape, 'batch': f'{rows} x {tokens}',
+           'host a step, ms': seconds * 1e3,
+           'step, ms': min(step_seconds) * 1e3,
+           'share': f'{seconds / min(step_seconds):.2%}'}]
+
+
+def main():
+  with_torch = '--torch' in sys.argv
+  rows = [row for shape in SHAPES for batch in BATCHES
+          for row in race(shape, *batch, with_torch and batch == BATCHES[0])]
+  more = ['float32']
+  if with_torch:
+    import torch
+    import transformers
+    more += [f'PyTorch {torch.__version__} on {torch.get_num_threads()} '
+             f'threads, transformers {transformers.__version__}']
+  harness.write('step_time', harness.header(*more), [
+      (f'Median and range of {ROUNDS} rounds:', rows),
+      ('The host:', host_share())])
+
+
+if __name__ == '__main__':
+  main()
