@@ -1,8 +1,9 @@
 """What the TPU and CUDA compilers say of real shapes, with no accelerator.
 
-  pip install -e '.[aot]' && python benchmarks/aot.py [--only=v5p] [--cuda]
+  pip install -e '.[aot]' && python benchmarks/aot.py [--cuda]
 
-Compiles inference, a MeZO step (plain optax, params donated) and backprop for
+Compiles inference, a MeZO step (plain optax, params donated) and backprop (each
+layer rematerialised) for
 described devices that are not there, from abstract bfloat16 weights, 16 rows of
 256 tokens, and reads memory and cycles from the compilers. Nothing is run.
 Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
@@ -38,7 +39,7 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import models, sharding
+from mezo_jax import models, noise, sharding
 
 ROWS, TOKENS = 16, 256
 MEZO = ('MeZO normal', 'MeZO rademacher')
@@ -46,11 +47,11 @@ MEZO = ('MeZO normal', 'MeZO rademacher')
 CASES = [
     ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', ('inference', *MEZO, 'SGD', 'Adam')),
     ('v5p:1x1x1', (1, 1, 1), 'OPT-30B', ('inference', *MEZO, 'SGD')),
-    ('v5e:4x4', (1, 2, 8), 'OPT-30B', ('inference', *MEZO, 'SGD')),
-    ('v5e:4x4', (1, 2, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
+    ('v5e:4x4', (1, 4, 4), 'OPT-30B', ('inference', *MEZO, 'SGD')),
+    ('v5e:4x4', (1, 4, 4), 'OPT-66B', ('inference', *MEZO, 'Adam')),
     ('v5e:8x8', (1, 8, 8), 'OPT-30B', ('inference', *MEZO, 'Adam')),
     ('v5e:16x16', (2, 16, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
-    ('v6e:4x4', (1, 2, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
+    ('v6e:4x4', (1, 4, 4), 'OPT-66B', ('inference', *MEZO, 'Adam')),
     ('a100', (1, 1, 1), 'OPT-30B', ('inference', *MEZO)),
 ]
 HBM = {'v5p': 95.74, 'v5e': 15.75, 'v6e': 31.25, 'a100': 79.25}  # GiB, a device
@@ -84,7 +85,8 @@ def mesh_of(topology, sizes):
 
 def lower(program, shape, mesh):
   """The program of `inference`, `MeZO z`, `SGD` or `Adam`, lowered."""
-  model = models.Transformer(harness.SHAPES[shape])
+  model = models.Transformer(
+      harness.SHAPES[shape], remat=program in ('SGD', 'Adam'))
   loss_fn = harness.classification_loss(model)
   params = models.param_shapes(model.config, mesh, jnp.bfloat16)
   placed = jax.tree.map(lambda x: x.sharding, params)
@@ -95,38 +97,29 @@ def lower(program, shape, mesh):
   if program == 'inference':
     return jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)
 
-  like = lambda tree: jax.tree.map(
-      lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree,
-      _as_params(tree, params, everywhere))
   if program.startswith('MeZO'):
     tx = mezo_jax.mezo(1e-6, key=0, distribution=program.split()[1])
     def estimate(state, params, ids):
       return tx.update(None, state, params, value_fn=loss_fn, ids=ids)
   else:
     tx = {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6)
-    remat = jax.checkpoint_policies.nothing_saveable
-    loss = jax.checkpoint(loss_fn, policy=remat)
     def estimate(state, params, ids):
-      return tx.update(jax.grad(loss)(params, ids), state, params)
-  state = like(jax.eval_shape(tx.init, params))
+      return tx.update(jax.grad(loss_fn)(params, ids), state, params)
 
-  @functools.partial(
-      jax.jit, donate_argnums=(0, 1),
-      out_shardings=(placed, jax.tree.map(lambda x: x.sharding, state)))
+  state = jax.eval_shape(tx.init, params)
+  spread = {}  # an optimiser's copies of the parameters lie as these do
+  if program == 'Adam':
+    spread = dict(mu=placed, nu=placed)
+  at = jax.tree.map(lambda _: everywhere, state)
+  at = (at[0]._replace(**spread), *at[1:])
+  state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=at), state, at)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(placed, at))
   def step(params, state, ids):
     updates, state = estimate(state, params, ids)
     return optax.apply_updates(params, updates), state
   return step.lower(params, state, ids)
-
-
-def _as_params(state, params, everywhere):
-  """An optimiser's copies of the parameters lie as the parameters do."""
-  return optax.tree_utils.tree_map_params(
-      optax.adam(1.0), lambda _, x: x.sharding, state, params,
-      transform_non_params=lambda _: everywhere) if any(
-          x.ndim for x in jax.tree.leaves(state)) and not isinstance(
-              state[0], mezo_jax.SpsaState) else jax.tree.map(
-                  lambda _: everywhere, state)
 
 
 # --- what the compilers say -------------------------------------------------
@@ -193,17 +186,54 @@ def cycles(text: str) -> float:
   return float(of('ENTRY'))
 
 
+# --- one matrix, in the forms that a step could take ------------------------
+
+
+def forms() -> list[dict]:
+  """Mega-cycles of x @ (W + c*z) and W += c*z, OPT-30B's largest matrix."""
+  mesh = mesh_of('v5p:1x1x1', (1, 1, 1))
+  at = NamedSharding(mesh, P())
+  like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+  w = like((7168, 28672), jnp.bfloat16)
+  x = like((ROWS * TOKENS, 7168), jnp.bfloat16)
+  seed, c = like((), jnp.uint32), like((), jnp.float32)
+
+  def cost(fn, *args, donate=()):
+    return cycles(jax.jit(fn, donate_argnums=donate, out_shardings=at).lower(
+        *args).compile().as_text()) / 1e6
+
+  rows, plain = [], cost(lambda w, x: x @ w, w, x)
+  for generator in ('hash32', 'threefry2x32'):
+    for distribution in ('normal', 'rademacher'):
+      def moved(w, seed, c, how=dict(
+          generator=generator, distribution=distribution)):
+        keys = jax.random.key(seed, impl='threefry2x32')[None]
+        return noise.add(w, c[None], noise.stream(keys, 'w', w.shape),
+                         **how).astype(w.dtype)
+      def first(w, seed, c, x, moved=moved):
+        return x @ jax.lax.optimization_barrier(moved(w, seed, c))
+      def both(w, seed, c, x, moved=moved):
+        plus = jax.lax.optimization_barrier(moved(w, seed, c))
+        return x @ plus, x @ (2 * w - plus)
+      rows.append({
+          'z': f'{distribution}, {generator}', 'x @ W': plain,
+          'z made inside the matmul': cost(
+              lambda w, seed, c, x, f=moved: x @ f(w, seed, c), w, seed, c, x),
+          'W + cz built first': cost(first, w, seed, c, x),
+          'both signs from one z, a sign': cost(both, w, seed, c, x) / 2,
+          'W += cz': cost(moved, w, seed, c, donate=0)})
+      print(rows[-1], flush=True)
+  return rows
+
+
 def main():
   if sys.argv[1:2] == ['--one']:  # a process of its own: compilers keep memory
     topology, sizes, shape, program = json.loads(sys.argv[2])
     print(json.dumps(report(topology, tuple(sizes), shape, program)))
     return
-  only = [a.removeprefix('--only=') for a in sys.argv[1:] if '--only=' in a]
   rows = []
   for topology, sizes, shape, programs in CASES:
     if topology == 'a100' and '--cuda' not in sys.argv:
-      continue
-    if only and not topology.startswith(only[0]):
       continue
     base = None
     for program in programs:
@@ -231,7 +261,9 @@ def main():
   harness.write('aot', f'Compilers only, nothing run: jax {jax.__version__}, '
                 f'bfloat16, {ROWS} rows of {TOKENS} tokens (one a row group '
                 'where there are more); mesh is data x fsdp x tensor', [
-                    ('Memory and estimated cycles:', rows)])
+                    ('Memory and estimated cycles:', rows),
+                    ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, on '
+                     'one v5p, 4096 tokens:', forms())])
 
 
 if __name__ == '__main__':

@@ -42,18 +42,17 @@ PROGRAMS = {
 
 def build(shape: str, name: str):
   """(jitted program, model, initial state or None)."""
-  model = models.Transformer(harness.SHAPES[shape])
+  model = models.Transformer(harness.SHAPES[shape], remat='remat' in name)
   loss_fn = harness.classification_loss(model)
   what, gradient = PROGRAMS[name]
   if what is None:
     return jax.jit(lambda params, state, ids: loss_fn(params, ids)), model, None
   tx = what(1e-6) if gradient else mezo_jax.mezo(1e-6, key=0, **what)
-  loss = jax.checkpoint(loss_fn) if 'remat' in name else loss_fn
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, ids):
     if gradient:
-      updates, state = tx.update(jax.grad(loss)(params, ids), state, params)
+      updates, state = tx.update(jax.grad(loss_fn)(params, ids), state, params)
     else:
       updates, state = tx.update(
           None, state, params, value_fn=loss_fn, ids=ids)

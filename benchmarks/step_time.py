@@ -3,17 +3,20 @@
   python benchmarks/step_time.py            # against two forwards
   python benchmarks/step_time.py --torch    # and PyTorch (torch, transformers)
 
-Everything alternates within one process: two forwards, a step of each kind,
-(a step of PyTorch, at 512 tokens), again and again; the table has the median and range of the
-ratios of neighbours. Random weights; classification loss at the last token.
-The second table is train.py's work on the host for one step: making the batch,
-putting it on the device, reading and writing the metrics. It overlaps with the
-step before, and its share says what there would be to gain.
+Everything alternates within one process: two forwards, a step of each kind (and
+at 512 tokens a step of PyTorch), again and again; the table has the median and
+range of the ratios of neighbours. Random weights; the loss is that of two label
+words at the last token, or next-token cross-entropy at all (LM). The second
+table is train.py's work on the host for one step: making the batch, putting it
+on the device, reading and writing the metrics. It overlaps with the step
+before; its share says what there would be to gain.
 
 PyTorch makes the step as the original does: in place, seeded by
 `torch.manual_seed`, one `normal` a tensor, three perturbations and an update,
-on Hugging Face's model with the same weights and batch, whose logits at the
-last position alone are made. Writes benchmarks/results/step_time.md and .json.
+on Hugging Face's model with the same weights and batch, with the logits of all
+positions; for the label words once more, in its favour, with those of the last
+position alone, which the original does not do and we do. Writes
+benchmarks/results/step_time.md and .json.
 """
 
 import functools
@@ -31,13 +34,12 @@ import mezo_jax
 from mezo_jax import data, loggers, models, sharding
 from mezo_jax.tasks import classification
 
-ROUNDS = 6
-BATCHES = ((16, 32), (16, 128))  # rows x tokens
+ROUNDS = 5
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
+CASES = (('label', 16, 32), ('LM', 8, 64), ('label', 16, 128))  # rows x tokens
 NOISE = {
     'normal': dict(),
     'rademacher': dict(distribution='rademacher'),
-    'normal, threefry': dict(generator='threefry2x32'),
 }
 LR, EPS = 1e-7, 1e-3
 
@@ -89,15 +91,17 @@ def torch_model(config, params):
   return model.eval()
 
 
-def torch_step(model, ids):
-  """A function that makes one MeZO step and returns its mean loss."""
+def torch_step(model, ids, kind, keep=0):
+  """(a MeZO step, two forwards), with the logits of ``keep`` positions."""
   import torch
   ids = torch.tensor(np.asarray(ids)).long()
   words = torch.tensor(harness.LABEL_WORDS)
   parameters = list(model.parameters())
 
   def loss():
-    logits = model(ids, logits_to_keep=1).logits[:, -1, words]
+    if kind == 'LM':
+      return model(ids, labels=ids).loss
+    logits = model(ids, logits_to_keep=keep).logits[:, -1, words]
     return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0] % 2)
 
   def move(seed, scale):
@@ -126,9 +130,10 @@ def torch_step(model, ids):
 # --- the race ---------------------------------------------------------------
 
 
-def race(shape, rows, tokens, with_torch):
+def race(shape, kind, rows, tokens, with_torch):
   model = models.Transformer(harness.SHAPES[shape])
-  loss_fn = harness.classification_loss(model)
+  make_loss = {'label': harness.classification_loss, 'LM': harness.lm_loss}
+  loss_fn = make_loss[kind](model)
   params = harness.random_params(model)
   ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
   forward = jax.jit(loss_fn).lower(params, ids).compile()
@@ -137,12 +142,16 @@ def race(shape, rows, tokens, with_torch):
   states = {name: state for name, (_, state) in steps.items()}
   seconds = {name: [] for name in ('two forwards', *NOISE)}
   if with_torch:
-    theirs = dict(zip(('torch step', 'torch two forwards'),
-                      torch_step(torch_model(model.config, params), ids)))
+    other = torch_model(model.config, params)
+    theirs = dict(zip(('torch', 'torch forwards'),
+                      torch_step(other, ids, kind)))
+    if kind == 'label':
+      theirs |= dict(zip(('last', 'last forwards'),
+                         torch_step(other, ids, kind, keep=1)))
     seconds |= {name: [] for name in theirs}
     ours = float(forward(params, ids))
-    np.testing.assert_allclose(
-        theirs['torch two forwards'](0), ours, rtol=1e-4)
+    for name in [x for x in theirs if 'forwards' in x]:
+      np.testing.assert_allclose(theirs[name](0), ours, rtol=1e-4)
   for i in range(ROUNDS + 1):
     took = {'two forwards': harness.timed(forward, params, ids)[0]
                             + harness.timed(forward, params, ids)[0]}
@@ -159,13 +168,15 @@ def race(shape, rows, tokens, with_torch):
       np.array(seconds[a]) / np.array(seconds[b]))
   table = []
   for name in NOISE:
-    row = {'shape': shape, 'batch': f'{rows} x {tokens}', 'z': name,
+    row = {'shape': shape, 'batch': f'{rows} x {tokens}', 'loss': kind,
+           'z': name,
            'step / two forwards': over(name, 'two forwards')}
     if with_torch:
-      row['steps a second, / PyTorch'] = over('torch step', name)
-      row['of it the forwards'] = over('torch two forwards', 'two forwards')
-      row['PyTorch step / its two forwards'] = over(
-          'torch step', 'torch two forwards')
+      row['steps a second / PyTorch'] = over('torch', name)
+      row['its step / its two forwards'] = over('torch', 'torch forwards')
+    if 'last' in seconds:
+      row['steps a second / PyTorch, last logits'] = over('last', name)
+      row['its step / its two forwards '] = over('last', 'last forwards')
     print(row, flush=True)
     table.append(row)
   return table
@@ -205,8 +216,8 @@ def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
 
 def main():
   with_torch = '--torch' in sys.argv
-  rows = [row for shape in SHAPES for batch in BATCHES
-          for row in race(shape, *batch, with_torch and batch == BATCHES[0])]
+  rows = [row for shape in SHAPES for case in CASES
+          for row in race(shape, *case, with_torch and case != CASES[-1])]
   more = ['float32']
   if with_torch:
     import torch

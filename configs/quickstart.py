@@ -22,6 +22,6 @@ def get_config() -> Train:
                 buckets=(16, 24, 32, 64), batch_size=16),
       optimizer=Optimizer(
           learning_rate=1.5e-4, schedule='linear', eps=1e-3,
-          distribution='rademacher', generator='hash32',
+          distribution='rademacher',
           mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
       steps=200, eval_every=50, checkpoint_every=50)

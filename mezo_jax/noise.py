@@ -6,15 +6,14 @@ One leaf of the parameters has one stream of draws,
           k_{leaf} = \text{fold\_in}(key, \text{crc32}(path)),
 
 where ``i`` is the row-major index of the element and ``bits`` a counter-based
-generator. With the default generator and distribution this is, bit for bit,
+generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
+alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
+same noise (see `locate`). With the generator 'threefry2x32', bit for bit,
 
   ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
+  ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
 
-and a layer of a stacked ``[L, ...]`` leaf has the key of that layer alone,
-
-  ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``,
-
-so a stacked leaf and L separate ones see the same noise (see `locate`).
+'hash32', the default, is a cheaper one of ours (benchmarks/results/noise.md).
 Nothing else enters: not the dtype, the sharding, the mesh, the siblings, their
 order, nor the batch. The draws are written out in elementwise integer and
 float32 operations: they fuse into whatever consumes them, need no temporary of

@@ -75,8 +75,8 @@ def spsa(
     num_samples: directions per step (n-SPSA). They share the batch.
     distribution: 'normal'; 'rademacher' (signs); or 'sphere', uniform on the
       sphere of radius :math:`\sqrt d` (one more pass of noise per direction).
-    generator: 'threefry2x32', with which z is what `jax.random` draws; or
-      'hash32', cheaper (benchmarks/results/step.md) and tested, not proven.
+    generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
+      'threefry2x32', with which z is, bit for bit, what `jax.random` draws.
     mask: which leaves are perturbed and updated; see
       `mezo_jax.perturb.selected`. The others get zero updates.
     one_sided: use :math:`(\mathcal{L}(\theta + \epsilon z) -

@@ -351,17 +351,23 @@ def test_bad_calls():
 # --- memory -----------------------------------------------------------------
 
 
-def test_the_strict_path_stays_at_inference_memory():
-  """update + apply_updates of a 125M-parameter model in one donated jit: no
-  dense tree. Reached: 0.06 of the weights (the forward alone needs 0.03)."""
-  model = helpers.models.Transformer(helpers.tiny_config(
-      vocab_size=49152, width=576, ff_width=1536, num_layers=30, num_heads=9,
-      num_kv_heads=3, head_width=64))
-  ids = jnp.zeros((16, 32), jnp.int32)
-  params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
+@pytest.mark.parametrize('shape,most', [
+    (dict(vocab_size=49152, width=576, ff_width=1536, num_layers=30,
+          num_heads=9, num_kv_heads=3, head_width=64), 0.045),
+    (dict(family='opt', vocab_size=50272, width=768, ff_width=3072,
+          num_layers=12, num_heads=12, num_kv_heads=12, head_width=64,
+          norm='layer', activation='relu', gated=False, learned_positions=True,
+          attention_bias=True, mlp_bias=True), 0.09)])
+def test_the_strict_path_stays_at_inference_memory(shape, most):
+  """update + apply_updates of 135M and 125M parameters in one donated jit: no
+  dense tree. Reached: 0.036 and 0.076 of the weights, where the forward alone
+  needs 0.033 and 0.066 (benchmarks/memory.py)."""
+  model = helpers.models.Transformer(helpers.tiny_config(**shape))
+  params = helpers.models.param_shapes(model.config)
   size = sum(4 * x.size for x in jax.tree.leaves(params))
+  ids = jnp.zeros((8, 64), jnp.int32)
   loss = lambda p, ids: jnp.mean(model.apply(
-      {'params': p}, ids, answer_at=jnp.full((16, 1), 31),
+      {'params': p}, ids, answer_at=jnp.full((8, 1), 63),
       token_ids=jnp.array([3, 5])))
   for tx in (mezo_jax.mezo(1e-4, key=0, weight_decay=0.1),
              optax.chain(mezo_jax.spsa(key=0), optax.add_decayed_weights(0.1),
@@ -373,4 +379,4 @@ def test_the_strict_path_stays_at_inference_memory():
     state = jax.eval_shape(tx.init, params)
     memory = step.lower(params, state).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < 0.10 * size
+    assert memory.temp_size_in_bytes < most * size

@@ -234,9 +234,11 @@ class Transformer(nn.Module):
 
   ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
   logits [B, S, V]. Parameters of layers are stacked, ``layers/...`` [L, ...].
+  With ``remat`` backpropagation keeps each layer's input alone.
   """
 
   config: Config
+  remat: bool = False
 
   @nn.compact
   def __call__(self, input_ids, attention_mask=None, *, answer_at=None,
@@ -279,7 +281,8 @@ class Transformer(nn.Module):
       mask_Bx1xSxS &= attention_mask.astype(bool)[:, None, None, :]
     x_BxSxD = split_rows(x_BxSxD)
     layers = nn.scan(
-        Block, variable_axes={'params': 0}, split_rngs={'params': True},
+        nn.remat(Block, prevent_cse=False) if self.remat else Block,
+        variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=(nn.broadcast, nn.broadcast), length=c.num_layers)
     x_BxSxD, _ = layers(c, name='layers')(x_BxSxD, mask_Bx1xSxS, rope)
     if answer_at is not None:
