@@ -33,13 +33,14 @@ NOISE = {
 }
 
 
-def make_step(tx, loss_fn):
+def compile_step(tx, loss_fn, params, batch):
+  """One program for all seeds: the key is part of the state."""
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, batch):
     updates, state = tx.update(
         None, state, params, value_fn=loss_fn, batch=batch)
     return optax.apply_updates(params, updates), state
-  return step
+  return step.lower(params, tx.init(params), batch).compile()
 
 
 def reviews():
@@ -66,18 +67,24 @@ def reviews():
             (s.argmax(-1) == held['label']).mean())
 
   o, results = config.optimizer, {name: [] for name in NOISE}
+  tx_of = lambda key, noise: mezo_jax.mezo(
+      o.learning_rate, o.eps, key=key, mask=o.mask, **noise)
+  shapes = classification.batch_of(
+      splits['train'], short['train'][:ROWS], TOKENS, ROWS)
+  step_of = {name: compile_step(tx_of(0, noise), loss_fn, start, shapes)
+             for name, noise in NOISE.items()}
   for seed in range(SEEDS):
     order = np.random.RandomState(seed)
     batches = [classification.batch_of(
         splits['train'], order.choice(short['train'], ROWS, False), TOKENS,
         ROWS) for _ in range(STEPS)]
     for name, noise in NOISE.items():
-      tx = mezo_jax.mezo(o.learning_rate, o.eps, key=seed, mask=o.mask, **noise)
       params = jax.tree.map(jnp.copy, start)
-      state, curve, took = tx.init(params), [evaluate(start)], []
-      step = make_step(tx, loss_fn).lower(params, state, batches[0]).compile()
+      state = tx_of(seed, noise).init(params)
+      curve, took = [evaluate(start)], []
       for t, batch in enumerate(batches, 1):
-        seconds, (params, state) = harness.timed(step, params, state, batch)
+        seconds, (params, state) = harness.timed(
+            step_of[name], params, state, batch)
         took.append(seconds)
         if t % EVERY == 0:
           curve.append(evaluate(params))

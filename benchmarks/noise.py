@@ -62,7 +62,7 @@ def _ns(axpy, w, key):
 
 def related_keys():
   """256 keys: layers of a leaf, steps of a run, single bits of one key."""
-  base = jax.random.key(1)
+  base = jax.random.key(0)
   layers = noise.stream(base[None], 'layers/w', (96, 2)).keys[:, 0]
   steps = jnp.stack([jax.random.key_data(noise.direction_key(base, t))
                      for t in range(96)])
