@@ -124,4 +124,4 @@ def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
 
 
 def _cell(value) -> str:
-  return f'{value:.3g}' if isinstance(value, float) else str(value)
+  return f'{value:.4g}' if isinstance(value, float) else str(value)

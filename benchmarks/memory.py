@@ -4,16 +4,17 @@
 
 Two views. By the compiler (`memory_analysis`): temporaries, and whatever
 outputs do not lie in donated inputs, over the bytes of the weights. By the
-operating system, in a process of its own per program: how much the greatest
-resident size grows from weights loaded to three steps made, compilation
-included (the compiler alone takes some 200 MB, see inference). Float32,
-classification loss at the last of 64 tokens, 8 rows. Writes
-benchmarks/results/memory.md and memory.json.
+operating system (Linux), in a process of its own per program: how much the
+greatest resident size grows from weights loaded and program compiled to three
+steps made. Float32, classification loss at the last of 64 tokens, 8 rows.
+Writes benchmarks/results/memory.md and memory.json.
 """
 
+import ctypes
 import functools
 import json
-import resource
+from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -74,12 +75,15 @@ def by_compiler(shape: str, name: str) -> float:
 
 def by_system(shape: str, name: str) -> float:
   """In this process, which does nothing else; bytes."""
-  peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   fn, model, init = build(shape, name)
   shapes = models.param_shapes(model.config)
-  params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes)
-  ids = jax.block_until_ready(jnp.ones((ROWS, TOKENS), jnp.int32))
-  jax.block_until_ready(params)
+  state = jax.eval_shape(init, shapes) if init else None
+  ids = jnp.ones((ROWS, TOKENS), jnp.int32)
+  fn = fn.lower(shapes, state, ids).compile()
+  params = jax.block_until_ready(
+      jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes))
+  ctypes.CDLL('libc.so.6').malloc_trim(0)
+  Path('/proc/self/clear_refs').write_text('5')  # the peak starts here
   before = peak()
   state = init(params) if init else None
   for _ in range(3):
@@ -87,6 +91,12 @@ def by_system(shape: str, name: str) -> float:
     if init:
       params, state = out
   return peak() - before
+
+
+def peak() -> int:
+  """The greatest resident size since it was last reset, bytes (Linux)."""
+  status = Path('/proc/self/status').read_text()
+  return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024
 
 
 def main():
