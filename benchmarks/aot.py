@@ -3,9 +3,9 @@
   pip install -e '.[aot]' && python benchmarks/aot.py [--cuda]
 
 Compiles inference, a MeZO step (plain optax, params donated) and backprop (each
-layer rematerialised) for
-described devices that are not there, from abstract bfloat16 weights, 16 rows of
-256 tokens, and reads memory and cycles from the compilers. Nothing is run.
+layer rematerialised) for described devices that are not there, from abstract
+bfloat16 weights, 16 rows of 256 tokens, and reads memory and cycles from the
+compilers. Nothing is run.
 Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
 are the TPU compiler's own estimates times the trip counts of loops; they know
 nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
@@ -24,6 +24,7 @@ os.environ.update(
 import functools
 import glob
 import json
+from pathlib import Path
 import re
 import subprocess
 import tempfile
@@ -140,7 +141,7 @@ def report(topology, sizes, shape, program) -> dict:
       needs = float(next(x for x in found.groups() if x)) if found else None
       return dict(fits=False, memory=needs)
     reports = glob.glob(dump + '/*memory-usage-report.txt')
-    total = re.search(r'Total bytes: (\d+)', open(reports[0]).read()) if (
+    total = re.search(r'Total bytes: (\d+)', Path(reports[0]).read_text()) if (
         reports and topology != 'a100') else None
   m, text = compiled.memory_analysis(), compiled.as_text()
   memory = int(total[1]) if total else (

@@ -5,13 +5,14 @@
 Cost: nanoseconds of processor time per element of ``w += c * z`` in place, on a
 leaf of 2**24 float32, and the compiler's temporary bytes. Quality: 2**30 draws
 of each distribution of hash32, in 256 keys x 2**22, against what independent
-draws give; every line is a standard score, or a chi-square made one, so that
-the largest of many tends to the value in the last column and passes it by 1
-about once in a hundred lines. Writes benchmarks/results/noise.md and .json.
+draws give; every line is a standard score, or a chi-square made one: the
+largest of many should be near the value in the last column. Writes
+benchmarks/results/noise.md and noise.json.
 """
 
 import functools
 import math
+from statistics import NormalDist
 import time
 
 import harness
@@ -87,7 +88,6 @@ def chi_score(counts):
 
 def largest(n):
   """What the largest of n absolute standard scores tends to."""
-  from statistics import NormalDist
   return NormalDist().inv_cdf(1 - 0.5 / n / 2) if n > 1 else 0.67
 
 

@@ -176,7 +176,7 @@ def race(shape, kind, rows, tokens, with_torch):
       row['its step / its two forwards'] = over('torch', 'torch forwards')
     if 'last' in seconds:
       row['steps a second / PyTorch, last logits'] = over('last', name)
-      row['its step / its two forwards '] = over('last', 'last forwards')
+      row['that step / its two forwards'] = over('last', 'last forwards')
     print(row, flush=True)
     table.append(row)
   return table

@@ -97,8 +97,7 @@ def mezo(
     run = state[0]
     updates, state = chain.update(updates, state, params, **extra_args)
     skip = state[0].notfinite_count > 0
-    key_ = jax.random.fold_in(
-        noise.direction_key(run.key, run.count), _ROUNDING)[None]
+    key_ = noise.direction_key(run.key, run.count, _ROUNDING)[None]
 
     def finish(path, update, p):
       update = jnp.where(skip, 0, update)

@@ -213,30 +213,30 @@ def words(s: Stream, pair: int | jax.Array, like: jax.Array,
     pair: which of its directions.
     like: gives the shape of the block and, where mesh axes are Explicit, its
       sharding.
-    generator: one of `GENERATORS`; or 'rounding', which is
-      cheaper and good enough for `stochastic_round` alone.
+    generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
+      enough for `stochastic_round`.
   """
   lead = s.lo.ndim
   inner = like.shape[lead:]
   wide = lambda x: x.reshape(x.shape + (1,) * len(inner))
   place = _explicit(like, lead)
 
-  # The key comes before the index: else XLA would share one index, as large as
-  # a layer, between the layers, and keep it.
-  def count_from(first):
-    total = wide(first)
+  # Counters start from lo plus a word of the key: XLA would share one index, as
+  # large as a layer, between the layers, and keep it.
+  def lo_plus(word):
+    total = wide(s.lo) + word
     for axis in range(len(inner)):
       total = total + _U32(math.prod(inner[axis + 1:])) * lax.broadcasted_iota(
           jnp.uint32, inner, axis, out_sharding=place)
     return total
 
-  k0, k1 = s.keys[..., pair, 0], s.keys[..., pair, 1]
+  k0, k1 = wide(s.keys[..., pair, 0]), wide(s.keys[..., pair, 1])
   hi = jnp.zeros((), jnp.uint32)
   if s.hi is not None:
-    hi = wide(s.hi) + (count_from(s.lo) < wide(s.lo)).astype(jnp.uint32)
+    hi = wide(s.hi) + (lo_plus(_U32(0)) < wide(s.lo)).astype(jnp.uint32)
   fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
         'rounding': _rounding}[generator]
-  return fn(wide(k0), wide(k1), hi, lambda k: count_from(s.lo + k), (k0, k1))
+  return fn(k0, k1, hi, lo_plus)
 
 
 def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
@@ -248,11 +248,11 @@ def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
   return sharding.update(spec=jax.P(*sharding.spec[lead:]))
 
 
-def _threefry2x32(k0, k1, hi, lo_plus, keys):
+def _threefry2x32(k0, k1, hi, lo_plus):
   """Threefry-2x32, 20 rounds, unrolled: jax's own is a loop on CPU, which
   does not fuse and needs four temporaries of the leaf's size."""
   ks = (k0, k1, k0 ^ k1 ^ _U32(0x1BD11BDA))
-  x0, x1 = hi + k0, lo_plus(keys[1])
+  x0, x1 = hi + k0, lo_plus(k1)
   for i in range(5):
     for r in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
       x0 = x0 + x1
@@ -261,7 +261,7 @@ def _threefry2x32(k0, k1, hi, lo_plus, keys):
   return x0 ^ x1
 
 
-def _hash32(k0, k1, hi, lo_plus, keys):
+def _hash32(k0, k1, hi, lo_plus):
   """Keyed rounds of 32-bit finalisers over a Weyl sequence of the counter.
 
   Far cheaper than threefry. The sum at the end makes a key's draws a random
@@ -269,16 +269,16 @@ def _hash32(k0, k1, hi, lo_plus, keys):
   Not cryptographic; its statistics are tested (benchmarks/noise.py), not
   proven.
   """
-  weyl = lo_plus(keys[0] * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + x1 * G
+  weyl = lo_plus(k0 * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + lo * G
   x = _finalise(weyl, 0x7FEB352D, 0x846CA68B)
   x = x ^ (k1 + hi * _U32(0x85EBCA6B))
   x = _finalise((x ^ (x >> 17)) * _U32(0xED5AD4BB), 0xAC4C1B51, 0x31848BAB)
   return x + weyl
 
 
-def _rounding(k0, k1, hi, lo_plus, keys):
-  """One keyed finaliser: half the price of hash32."""
-  return _finalise(lo_plus(keys[0]) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
+def _rounding(k0, k1, hi, lo_plus):
+  """One keyed finaliser."""
+  return _finalise(lo_plus(k0) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
 
 
 def _finalise(x, m0, m1):
@@ -291,14 +291,12 @@ def _finalise(x, m0, m1):
 # --- draws ------------------------------------------------------------------
 
 
-def from_bits(
-    bits: jax.Array, distribution: str, generator: str = 'threefry2x32'
-) -> jax.Array:
+def from_bits(bits: jax.Array, distribution: str, generator: str) -> jax.Array:
   """float32 draws of mean 0 and variance 1 from uint32 words.
 
   With threefry2x32 they are, bit for bit, what `jax.random.normal` and
-  `jax.random.rademacher` make of the same words; with hash32 a normal draw is
-  `_quantile`, at a third of the cost on CPU.
+  `jax.random.rademacher` make of the same words; with hash32 normal draws are
+  `_quantile`'s, which are cheaper (benchmarks/results/noise.md).
   """
   if distribution == 'rademacher':
     one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
@@ -319,9 +317,10 @@ def _quantile(bits: jax.Array) -> jax.Array:
             |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
 
   The form is that of Abramowitz and Stegun 26.2.23; the coefficients are our
-  least-maximum fit, within 2e-6 of the quantile for all t >= 2**-32, that is
-  |z| <= 6.3. The logarithm is a polynomial too, in the fraction bits of t:
-  multiplications, additions, one square root, one division, no branch.
+  least-maximum fit; in float32 |z| is within 5e-6 of the quantile for all
+  t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial too, in the
+  fraction bits of t: multiplications, additions, one square root, one division,
+  no branch.
   """
   tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
           + np.float32(0.5)) * np.float32(2**-31)
@@ -392,6 +391,12 @@ def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
 
   Of the two neighbours of ``x`` the farther is taken with probability equal
   to its closeness (Connolly, Higham and Mary, 2021, "Stochastic rounding").
+
+  Args:
+    x: float32.
+    dtype: bfloat16, whose 16 lost bits ``bits`` decide about exactly, or
+      float16, where the probability has 24 bits.
+    bits: uint32 words of x's shape, uniform and independent of x.
   """
   if dtype == jnp.bfloat16:  # float32 cut short: a carry out of the part cut
     word = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)

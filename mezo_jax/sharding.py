@@ -48,8 +48,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   """Where a parameter lives; never split along the layer axis.
 
   `tensor` splits the axis that ``axes`` calls vocabulary, heads or
-  feed-forward, `fsdp` the one it calls width, else the largest other; where
-  they do not divide it the leaf is not split. Small leaves (below 2**16
+  feed-forward; `fsdp` the one it calls width, else the largest of the others;
+  either only an axis that it divides. Small leaves (below 2**16
   elements to a layer) are replicated: splitting them saves nothing and costs a
   collective each.
 
@@ -64,15 +64,15 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
     return P()
   fsdp, tensor = mesh.shape['fsdp'], mesh.shape.get('tensor', 1)
   spec = [None] * len(shape)
-  for a, letter in enumerate(axes, first):
+  letters = dict(enumerate(axes, first))
+  for a, letter in letters.items():
     if letter in _TENSOR and tensor > 1 and shape[a] % tensor == 0:
       spec[a] = 'tensor'
       break
   fits = [a for a in range(first, len(shape))
           if fsdp > 1 and spec[a] is None and shape[a] % fsdp == 0]
   if fits:
-    spec[max(fits, key=lambda a: (axes[a - first:a - first + 1] == 'd',
-                                  shape[a]))] = 'fsdp'
+    spec[max(fits, key=lambda a: (letters.get(a) == 'd', shape[a]))] = 'fsdp'
   while spec and spec[-1] is None:
     spec.pop()
   return P(*spec)

@@ -30,6 +30,7 @@ SWITCHES = {
         'rope_theta': 5e5, 'rope_type': 'default'}),
 }
 IDS = np.random.RandomState(0).randint(0, 300, (3, 20))
+MASK = np.arange(20) < np.array([[20], [15], [4]])  # rows padded on the right
 
 
 def numpy_llama(directory, ids):
@@ -94,6 +95,17 @@ def relative(a, b):
   return np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
 
 
+def assert_like(reference, model, params, mask):
+  """Equal logits at all tokens of IDS, those of a torch model as reference."""
+  import torch
+  mask = mask.astype(np.int32)
+  with torch.no_grad():
+    want = reference(torch.tensor(IDS),
+                     attention_mask=torch.tensor(mask)).logits.numpy()
+  got = jax.jit(model.apply)({'params': params}, IDS, mask)
+  assert relative(np.asarray(got)[mask == 1], want[mask == 1]) < 1e-5
+
+
 @pytest.mark.parametrize('name', SWITCHES)
 def test_logits_against_numpy(name, tmp_path):
   directory = conftest.write_tiny_model(tmp_path / 'm', **SWITCHES[name])
@@ -111,14 +123,7 @@ def test_logits_against_torch(name, tmp_path):
   model, params = models.load(directory)
   reference = AutoModelForCausalLM.from_pretrained(
       directory, dtype=torch.float32, attn_implementation='eager')
-  mask = np.ones_like(IDS)
-  mask[1, 15:] = mask[2, 4:] = 0
-  with torch.no_grad():
-    want = reference(torch.tensor(IDS),
-                     attention_mask=torch.tensor(mask)).logits.numpy()
-  got = jax.jit(model.apply)({'params': params}, IDS, mask)
-  at = mask.astype(bool)
-  assert relative(np.asarray(got)[at], want[at]) < 1e-5
+  assert_like(reference, model, params, MASK)
 
 
 OPT_SWITCHES = {
@@ -143,15 +148,8 @@ def test_opt_logits_against_torch(name, padding, tmp_path):
       x.add_(0.1 * torch.randn_like(x))
   reference.save_pretrained(tmp_path)
   model, params = models.load(tmp_path)
-  mask = np.ones_like(IDS)
-  mask[1, 15:] = mask[2, 4:] = 0
-  mask = mask if padding == 'right' else mask[:, ::-1].copy()
-  with torch.no_grad():
-    want = reference(torch.tensor(IDS),
-                     attention_mask=torch.tensor(mask)).logits.numpy()
-  got = jax.jit(model.apply)({'params': params}, IDS, mask)
-  at = mask.astype(bool)
-  assert relative(np.asarray(got)[at], want[at]) < 1e-5
+  assert_like(reference, model, params,
+              MASK if padding == 'right' else MASK[:, ::-1])
 
 
 @pytest.mark.parametrize('vocab,chunk', [(64, 64), (64, 16), (61, 16), (5, 16)])

@@ -1,7 +1,7 @@
 """OPT, 125M to 175B without 350M: config reader and one table."""
 
 from mezo_jax.models.table import Row
-from mezo_jax.models.transformer import Config
+from mezo_jax.models.transformer import Config, POSITION_OFFSET
 
 
 def config_from_hf(hf: dict) -> Config:
@@ -53,7 +53,7 @@ def table(c: Config) -> list[Row]:
 
   rows = [
       Row('embed/embedding', (v, d), top + 'embed_tokens.weight', 'v d -> v d'),
-      Row('positions/embedding', (c.max_length + 2, d),
+      Row('positions/embedding', (c.max_length + POSITION_OFFSET, d),
           top + 'embed_positions.weight', 's d -> s d'),
       *norm('layers/attn_norm', layer + 'self_attn_layer_norm'),
       *norm('layers/mlp_norm', layer + 'final_layer_norm'),

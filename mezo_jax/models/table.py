@@ -1,7 +1,6 @@
 """One row a parameter: where it is in a checkpoint and how it is laid out."""
 
 import dataclasses
-import re
 
 import numpy as np
 
@@ -10,8 +9,8 @@ import numpy as np
 class Row:
   """A parameter of ours and the tensor(s) of a checkpoint it is read from.
 
-  ``layout`` is written as in einops, checkpoint first: ``'(n h) d -> d n h'``.
-  A name with ``{l}`` stands for one tensor a layer, stacked on a leading axis.
+  ``layout`` names the axes, the checkpoint's first: ``'f d -> d f'``. A name
+  with ``{l}`` stands for one tensor a layer, stacked on a leading axis.
   """
 
   path: str
@@ -26,37 +25,18 @@ class Row:
   @property
   def axes(self) -> str:
     """A letter for each axis of one layer of ours."""
-    return ''.join(self._axes()[1])
+    return self.layout.split('->')[1].replace(' ', '')
 
-  def _axes(self) -> tuple[list[list[str]], list[str]]:
-    source, target = self.layout.split('->')
-    groups = [(g or n).split() for g, n in
-              re.findall(r'\(([^)]*)\)|(\w+)', source)]
-    return groups, target.split()
+  def _order(self) -> list[int]:
+    """Of which axis of ours each axis of the checkpoint is."""
+    return [self.axes.index(a) for a in self.layout.split('->')[0].split()]
 
   def source_shape(self) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor."""
-    groups, target = self._axes()
-    size = dict(zip(target, self.shape))
-    return tuple(int(np.prod([size[a] for a in g])) for g in groups)
+    return tuple(self.shape[i] for i in self._order())
 
   def read(self, tensor, index: tuple[slice, ...]) -> np.ndarray:
-    """The part ``index`` of our array, from a sliceable tensor.
-
-    Only what is needed is read, but for the inner axes of a group: of
-    ``(n h)`` whole heads are.
-    """
-    groups, target = self._axes()
-    size = dict(zip(target, self.shape))
-    part = {a: range(size[a])[i] for a, i in zip(target, index)}
-    cut, shape, names = [], [], []
-    for first, *inner in groups:
-      step = int(np.prod([size[a] for a in inner]))
-      cut.append(slice(part[first].start * step, part[first].stop * step))
-      shape += [len(part[first]), *(size[a] for a in inner)]
-      names += [first, *inner]
-    block = np.asarray(tensor[tuple(cut)]).reshape(shape)
-    block = block.transpose([names.index(a) for a in target])
-    outer = {g[0] for g in groups}
-    return block[tuple(slice(None) if a in outer else
-                       slice(part[a].start, part[a].stop) for a in target)]
+    """The part ``index`` of our array; nothing else of the tensor is read."""
+    order = self._order()
+    block = np.asarray(tensor[tuple(index[i] for i in order)])
+    return block.transpose(np.argsort(order))

@@ -52,7 +52,7 @@ class Config:
 _init = nn.initializers.normal(0.02)
 _ACTIVATIONS = {'silu': jax.nn.silu, 'relu': jax.nn.relu}
 _CHUNK = 4096  # rows of the vocabulary at a time
-_POSITION_OFFSET = 2  # of learned positions: rows 0 and 1 are for padding
+POSITION_OFFSET = 2  # of learned positions: rows 0 and 1 are for padding
 
 
 class RMSNorm(nn.Module):
@@ -199,7 +199,9 @@ def _logits(x_BxAxD, rows_VxD):
 
 
 def log_likelihood(x_BxAxD, table_VxD, targets_BxA, chunk: int = _CHUNK):
-  """log p of the targets, float32 [B, A], without logits [B, A, V].
+  r"""log p of the targets, float32 [B, A], without logits [B, A, V].
+
+  .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
 
   Parts of the vocabulary in turn update a running maximum and sum, so that
   neither all logits nor, under `mezo_jax.perturbed`, a whole perturbed table
@@ -270,8 +272,8 @@ class Transformer(nn.Module):
       rope, seen = None, jnp.ones((b, s), jnp.int32)
       if attention_mask is not None:
         seen = attention_mask.astype(jnp.int32)
-      at_BxS = jnp.cumsum(seen, 1) * seen - 1 + _POSITION_OFFSET
-      x_BxSxD += Table(c.max_length + _POSITION_OFFSET, c.width,
+      at_BxS = jnp.cumsum(seen, 1) * seen - 1 + POSITION_OFFSET
+      x_BxSxD += Table(c.max_length + POSITION_OFFSET, c.width,
                        name='positions')(at_BxS)
     else:
       rope = rope_tables(c, jnp.broadcast_to(jnp.arange(s), (b, s)))
