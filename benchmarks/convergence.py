@@ -25,7 +25,7 @@ import mezo_jax
 from mezo_jax import data, models, quickstart
 from mezo_jax.tasks import classification
 
-SEEDS, STEPS, EVERY, ROWS, TOKENS, HELD_OUT = 5, 30, 10, 8, 16, 128
+SEEDS, STEPS, EVERY, ROWS, TOKENS, HELD_OUT = 15, 30, 10, 8, 16, 128
 NOISE = {
     'normal, threefry': dict(generator='threefry2x32'),
     'normal, hash32': dict(generator='hash32'),
