@@ -19,8 +19,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-import mezo_jax
-from mezo_jax import checkpoint, evaluate, loggers, models, quickstart, sharding
+from mezo_jax import checkpoint, evaluate, loggers, models, sharding
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax.tasks import classification
@@ -43,17 +42,7 @@ def say(text: str) -> None:
     tqdm.write(text)
 
 
-# -------------------------------------------------------------- optimizer ---
-
-
-def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
-  o = config.optimizer
-  return mezo_jax.mezo(
-      config_lib.schedule(config), o.eps, key=jax.random.key(config.seed),
-      weight_decay=o.weight_decay, mask=o.mask or None,
-      stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
-      distribution=o.distribution, generator=o.generator,
-      one_sided=o.one_sided, micro_batches=o.micro_batches)
+# ------------------------------------------------------------------- step ---
 
 
 def make_step(tx, loss_fn, params, mesh):
@@ -112,10 +101,17 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
         'that.')
 
   # Model.
-  name = config.model.name
-  name = quickstart.model_path() if name == 'quickstart' else name
-  tokenizer = models.load_tokenizer(name)
-  model, params = models.load(name, mesh, config.model.dtype)
+  name = config_lib.model_name(config)
+  revision = config.model.revision or None
+  model_config = models.load_config(name, revision)
+  if not model_config.causal:
+    raise ValueError(
+        f'{name} is a masked model ({model_config.family}); this script '
+        'trains causal ones. mezo_jax.mezo trains it in a loop of your own.')
+  tokenizer = models.load_tokenizer(
+      name, revision, config.model.bos_token or None)
+  model, params = models.load(
+      name, mesh, config.model.dtype, revision=revision)
   size = sum(x.size for x in jax.tree.leaves(params))
   say(f'model: {Path(name).name}, {size:,} parameters in '
       f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
@@ -133,7 +129,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
            for name in ('dev', 'test')}
 
   # Optimizer.
-  tx = make_optimizer(config)
+  tx = config_lib.make_optimizer(config)
   loss_fn = classification.make_loss_fn(model, train.token_ids)
   step_fn, compiled = make_step(tx, loss_fn, params, mesh)
   opt_state = jax.device_put(tx.init(params), sharding.replicated(mesh))

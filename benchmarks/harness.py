@@ -18,8 +18,8 @@ def _opt(width, layers, heads):
       family='opt', vocab_size=50272, width=width, ff_width=4 * width,
       num_layers=layers, num_heads=heads, num_kv_heads=heads,
       head_width=width // heads, max_length=2048, norm_eps=1e-5, norm='layer',
-      activation='relu', gated=False, learned_positions=True,
-      attention_bias=True, mlp_bias=True, tied_head=True)
+      activation='relu', gated=False, rope=None, position_offset=2,
+      qkv_bias=True, out_bias=True, mlp_bias=True, tied_head=True)
 
 
 def _llama(width, ff, layers, heads, kv_heads, vocab, tied):

@@ -79,7 +79,7 @@ def torch_model(config, params):
         vocab_size=c.vocab_size, hidden_size=c.width,
         intermediate_size=c.ff_width, num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_width, rope_theta=c.rope_theta,
+        head_dim=c.head_width, rope_theta=c.rope.theta,
         rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head))
   named = dict(model.named_parameters())
   for row in models.FAMILIES[c.family].table(c):

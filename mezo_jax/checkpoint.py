@@ -17,14 +17,20 @@ class Checkpoints:
   a run killed while saving goes on from the one before.
   """
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path, clean: bool = True):
+    """Opens a directory, which need not be there yet.
+
+    Args:
+      directory: of the checkpoints.
+      clean: remove what a killed run has half written; not while one runs.
+    """
     keep = ocp.training.preservation_policies
     # A better accuracy wins; of equals, the lower loss.
     best = keep.BestN(
         n=1, get_metric_fn=lambda m: (m['accuracy'], -m['loss']),
         keep_checkpoints_without_metrics=False)
     self._checkpointer = ocp.training.Checkpointer(
-        directory.absolute(), cleanup_tmp_directories=True,
+        directory.absolute(), cleanup_tmp_directories=clean,
         preservation_policy=keep.AnyPreservationPolicy(
             [keep.LatestN(1), best]))
 
@@ -41,6 +47,10 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
+
+  def steps(self) -> list[int]:
+    """The steps that there are checkpoints of."""
+    return [c.step for c in self._checkpointer.checkpoints]
 
   def best_step(self) -> int:
     """The step with the best metrics.

@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import os
 
+import jax
 import optax
+
+from mezo_jax import quickstart
+from mezo_jax.mezo import mezo
 
 
 @dataclasses.dataclass
 class Model:
   name: str = 'quickstart'  # directory, .gguf file, hub id, or 'quickstart'
   dtype: str = 'float32'  # of the weights: 'float32', 'bfloat16', 'float16'
+  revision: str = ''  # branch, tag or commit of a hub id
+  bos_token: str = ''  # put first; '' for the tokenizer's own. OPT: '<s>'
 
 
 @dataclasses.dataclass
@@ -129,9 +136,36 @@ def schedule(config: Train) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [o.warmup_steps])
 
 
+def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
+  """The optax transform that a config describes."""
+  o = config.optimizer
+  return mezo(
+      schedule(config), o.eps, key=jax.random.key(config.seed),
+      weight_decay=o.weight_decay, mask=o.mask or None,
+      stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
+      distribution=o.distribution, generator=o.generator,
+      one_sided=o.one_sided, micro_batches=o.micro_batches)
+
+
+def model_name(config: Train) -> str | os.PathLike:
+  """The model to load; the quickstart's is fetched where it is missing."""
+  name = config.model.name
+  return quickstart.model_path() if name == 'quickstart' else name
+
+
 def to_json(config: Train) -> dict:
   """The config as plain JSON values."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(saved: dict) -> Train:
+  """The inverse of `to_json`; fields that it lacks have their defaults."""
+  def build(cls, values):
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    return cls(**{
+        name: build(fields[name], v) if isinstance(v, dict) else
+        tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+  return build(Train, saved)
 
 
 def check_same_run(config: Train, saved: dict) -> None:
@@ -151,7 +185,7 @@ def check_same_run(config: Train, saved: dict) -> None:
     if isinstance(new, dict):
       for name in new:
         compare(new[name], old.get(name), f'{path}.{name}'.lstrip('.'))
-    elif new != old:
+    elif new != old and not (old is None and new == ''):
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
   compare(to_json(config), saved, '')

@@ -15,7 +15,7 @@ def tiny_config(**changes) -> models.Config:
   base = dict(
       family='llama', vocab_size=64, width=32, ff_width=64, num_layers=3,
       num_heads=4, num_kv_heads=2, head_width=8, max_length=64, norm_eps=1e-5,
-      rope_theta=1e4, tied_head=True)
+      tied_head=True)
   return models.Config(**(base | changes))
 
 
@@ -25,6 +25,11 @@ def tiny_model(**changes):
   ids = jax.random.randint(jax.random.key(7), (4, 12), 0, 64)
   params = model.init(jax.random.key(1), ids)['params']
   return model, params, ids
+
+
+def quick_jit(fn):
+  """For many small programs: most of jit's time is LLVM's optimisation."""
+  return jax.jit(fn, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def lm_loss(model):

@@ -91,7 +91,8 @@ def test_a_run_is_the_same_on_every_mesh():
 def test_split_layers_give_the_same_run(family):
   """Rows over 2, width over 2, heads, feed-forward and vocabulary over 2."""
   changes = dict(norm='layer', activation='relu', gated=False,
-                 learned_positions=True) if family == 'opt' else {}
+                 rope=None,
+                 position_offset=2) if family == 'opt' else {}
   model, params, _ = helpers.tiny_model(
       width=256, ff_width=512, vocab_size=512, family=family,
       num_kv_heads=4, head_width=64, **changes)

@@ -356,8 +356,9 @@ def test_bad_calls():
           num_heads=9, num_kv_heads=3, head_width=64), 0.045),
     (dict(family='opt', vocab_size=50272, width=768, ff_width=3072,
           num_layers=12, num_heads=12, num_kv_heads=12, head_width=64,
-          norm='layer', activation='relu', gated=False, learned_positions=True,
-          attention_bias=True, mlp_bias=True), 0.09)])
+          norm='layer', activation='relu', gated=False, rope=None,
+          position_offset=2, qkv_bias=True, out_bias=True, mlp_bias=True),
+     0.09)])
 def test_the_strict_path_stays_at_inference_memory(shape, most):
   """update + apply_updates of 135M and 125M parameters in one donated jit: no
   dense tree. Reached: 0.036 and 0.076 of the weights, where the forward alone

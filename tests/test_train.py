@@ -11,9 +11,10 @@ import conftest
 import helpers
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 import pytest
 
-from mezo_jax import checkpoint
+from mezo_jax import checkpoint, models
 from mezo_jax import config as config_lib
 import train
 
@@ -67,7 +68,6 @@ def records(workdir):
 
 def final_params(workdir):
   """The tree of the last checkpoint, as saved."""
-  from orbax.checkpoint import v1 as ocp
   directory = workdir / 'checkpoints'
   step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
   return step, jax.tree.leaves(
@@ -167,7 +167,8 @@ def small_config(model, data, **changes):
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
     dict(optimizer__mask='attn/(q|v)', optimizer__schedule='cosine'),
     dict(model__dtype='bfloat16', optimizer__micro_batches=1),
-    dict(data__k_shot=8, task__label_words=(' a great film', ' bad'))])
+    dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
+    dict(model__bos_token='<pad>')])
 def test_options_run(tiny_dir, reviews_file, tmp_path, changes):
   result = train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
   assert result['final']['count'] == 40
@@ -263,6 +264,17 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   assert 'Traceback' not in out
 
 
+def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
+  model = models.Transformer(models.read_config(dict(
+      model_type='bert', vocab_size=300, hidden_size=16, num_hidden_layers=1,
+      num_attention_heads=2, intermediate_size=32)))
+  params = model.init(jax.random.key(0), np.zeros((1, 4), int))['params']
+  models.save(tmp_path / 'm', model, params,
+              tokenizer=models.load_tokenizer(tiny_dir))
+  with pytest.raises(ValueError, match='is a masked model'):
+    train.run(small_config(tmp_path / 'm', reviews_file), tmp_path / 'w')
+
+
 def test_configs_load():
   from importlib import util
   for path in (conftest.ROOT / 'configs').glob('*.py'):
@@ -271,3 +283,49 @@ def test_configs_load():
     spec.loader.exec_module(module)
     config_lib.check(module.get_config())
     assert 'python train.py' in module.__doc__
+
+
+# --- export -----------------------------------------------------------------
+
+
+def run_export(*args):
+  done = subprocess.run(
+      [sys.executable, '-m', 'mezo_jax', 'export', *map(str, args)], text=True,
+      capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  return done.stdout + done.stderr, done.returncode
+
+
+def test_export_of_a_run(whole, tmp_path):
+  """The best checkpoint as a directory that transformers loads; what it scores
+  is what the run reported; a card that says so."""
+  workdir, _ = whole
+  output, code = run_export(workdir, tmp_path / 'm')
+  assert code == 0 and f'wrote {tmp_path / "m"}\n' in output, output
+  result = json.loads((workdir / 'result.json').read_text())
+  best = result['final']['step']
+  _, params = models.load(tmp_path / 'm', progress=False)
+  helpers.assert_bitwise(params, ocp.load(
+      workdir / 'checkpoints' / str(best), checkpointable_name='state')[0])
+  text = (tmp_path / 'm' / 'README.md').read_text()
+  for part in (f'{result["final"]["accuracy"]:.1%}', 'MeZO', f'after {best} of',
+               f'{result["zero_shot"]["accuracy"]:.1%}', '{text} It was'):
+    assert part in text
+  tokens = models.load_tokenizer(tmp_path / 'm')('a good film')['input_ids']
+  assert len(tokens) == 3
+  for args, message in (
+      ((workdir, tmp_path / 'm'), 'not empty'),
+      ((workdir, tmp_path / 'n', '--step', '1'), 'no checkpoint of step 1 but'),
+      ((tmp_path, tmp_path / 'n'), 'not the --workdir of a run')):
+    output, code = run_export(*args)
+    assert code == 1 and message in output and 'Traceback' not in output
+  assert not (tmp_path / 'n').exists()
+
+
+def test_a_config_survives_json():
+  config = config_lib.Train()
+  config.task.label_words = ('a', 'b', 'c')
+  config.optimizer.eps = 0.5
+  saved = json.loads(json.dumps(config_lib.to_json(config)))
+  assert config_lib.from_json(saved) == config
+  del saved['model']['revision']  # a run of an earlier version
+  config_lib.check_same_run(config, saved)

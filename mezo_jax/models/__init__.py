@@ -1,7 +1,19 @@
-"""Language models as Flax modules, read from Hugging Face files."""
+"""Language models as Flax modules, read from and written to files."""
 
-from mezo_jax.models.hub import FAMILIES, load, load_tokenizer, param_shapes
-from mezo_jax.models.transformer import Config, Transformer
+from mezo_jax.models.generate import generate
+from mezo_jax.models.hub import (
+    FAMILIES,
+    find,
+    load,
+    load_config,
+    load_tokenizer,
+    param_shapes,
+    read_config,
+)
+from mezo_jax.models.layers import Config, Rope
+from mezo_jax.models.save import save
+from mezo_jax.models.transformer import make_cache, Transformer
 
-__all__ = ('Config', 'FAMILIES', 'Transformer', 'load', 'load_tokenizer',
-           'param_shapes')
+__all__ = ('Config', 'FAMILIES', 'find', 'generate', 'load', 'load_config',
+           'load_tokenizer', 'make_cache', 'param_shapes', 'read_config',
+           'Rope', 'save', 'Transformer')

@@ -1,7 +1,9 @@
-"""GGUF files: the config, the tensors and the tokenizer of a llama model.
+"""GGUF files: config and tensors of a Llama, Mistral or Qwen; tokenizers of
+SmolLM's kind.
 
-llama.cpp stores rotary pairs interleaved, so the rows of q and k come permuted;
-names differ; and weights may be quantised, which the `gguf` package undoes.
+llama.cpp stores a Llama's rotary pairs interleaved, so the rows of q and k come
+permuted; names differ; and weights may be quantised, which the `gguf` package
+undoes.
 """
 
 import functools
@@ -21,15 +23,18 @@ _NAMES = {
     'attn_k': 'self_attn.k_proj',
     'attn_v': 'self_attn.v_proj',
     'attn_output': 'self_attn.o_proj',
+    'attn_q_norm': 'self_attn.q_norm',
+    'attn_k_norm': 'self_attn.k_norm',
     'ffn_gate': 'mlp.gate_proj',
     'ffn_up': 'mlp.up_proj',
     'ffn_down': 'mlp.down_proj',
 }
+_ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
 _PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
 
 
 class Tensor:
-  """A tensor of a GGUF file, dequantised when it is sliced."""
+  """A tensor of a GGUF file; the rows of a slice are dequantised alone."""
 
   def __init__(self, raw, heads: int | None):
     self.raw, self.heads = raw, heads
@@ -38,12 +43,12 @@ class Tensor:
     return [int(n) for n in reversed(self.raw.shape)]
 
   def __getitem__(self, index) -> np.ndarray:
-    w = gguf.quants.dequantize(self.raw.data, self.raw.tensor_type)
-    if self.heads:  # rows (head, pair, half) to (head, half, pair)
-      out, width = w.shape
-      w = w.reshape(self.heads, out // self.heads // 2, 2, width)
-      w = w.swapaxes(1, 2).reshape(out, width)
-    return w[index]
+    first, *rest = index
+    rows = np.arange(self.get_shape()[0])
+    if self.heads:  # theirs are (head, pair, half), ours (head, half, pair)
+      rows = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    w = gguf.quants.dequantize(self.raw.data[rows[first]], self.raw.tensor_type)
+    return w[(slice(None), *rest)]
 
 
 def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -53,12 +58,19 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
     ValueError: for a file that is no GGUF file or of another architecture.
   """
   reader, field = _reader(path)
-  if field('general.architecture') != 'llama':
+  family = field('general.architecture')
+  if family not in _ARCHITECTURES:
     raise ValueError(
-        f"{path}: GGUF architecture {field('general.architecture')!r} is not "
-        "supported; 'llama' is.")
-  heads = field('llama.attention.head_count')
-  kv_heads = field('llama.attention.head_count_kv', heads)
+        f'{path}: GGUF architecture {family!r} is not supported; '
+        f'{", ".join(_ARCHITECTURES)} are.')
+  of = lambda name, default=None: field(f'{family}.{name}', default)
+  scaling = of('rope.scaling.type', 'none')
+  if scaling not in ('none', 'linear'):
+    raise ValueError(
+        f'{path}: rope scaling {scaling!r} in GGUF is not supported; use the '
+        "model's Hugging Face directory.")
+  heads = of('attention.head_count')
+  kv_heads = of('attention.head_count_kv', heads)
   tensors = {}
   for raw in reader.tensors:
     layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(\w+)', raw.name)
@@ -73,19 +85,26 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
       prefix, (kind, leaf) = '', raw.name.rsplit('.', 1)
     name = f'{prefix}{_NAMES.get(kind, kind)}.{leaf}'
     permuted = {'attn_q': heads, 'attn_k': kv_heads}.get(kind)
-    tensors[name] = Tensor(raw, permuted if leaf == 'weight' else None)
+    tensors[name] = Tensor(raw, permuted if family == 'llama' else None)
+  width = of('embedding_length')
   config = {
-      'model_type': 'llama',
+      'model_type': family,
       'vocab_size': tensors['model.embed_tokens.weight'].get_shape()[0],
-      'hidden_size': field('llama.embedding_length'),
-      'intermediate_size': field('llama.feed_forward_length'),
-      'num_hidden_layers': field('llama.block_count'),
+      'hidden_size': width,
+      'intermediate_size': of('feed_forward_length'),
+      'num_hidden_layers': of('block_count'),
       'num_attention_heads': heads,
       'num_key_value_heads': kv_heads,
-      'max_position_embeddings': field('llama.context_length'),
-      'rms_norm_eps': float(field('llama.attention.layer_norm_rms_epsilon')),
-      'rope_theta': float(field('llama.rope.freq_base', 10000.0)),
+      'head_dim': of('attention.key_length', width // heads),
+      'max_position_embeddings': of('context_length'),
+      'rms_norm_eps': float(  # 1e-5 was stored as a float32
+          f"{of('attention.layer_norm_rms_epsilon'):.6g}"),
+      'rope_theta': float(of('rope.freq_base', 10000.0)),
+      'rope_scaling': None if scaling == 'none' else {
+          'rope_type': scaling, 'factor': float(of('rope.scaling.factor'))},
       'tie_word_embeddings': 'lm_head.weight' not in tensors,
+      'bos_token_id': field('tokenizer.ggml.bos_token_id'),
+      'eos_token_id': field('tokenizer.ggml.eos_token_id'),
   }
   return config, tensors
 

@@ -5,9 +5,12 @@ from the files: host memory above the result is one shard of one parameter.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +19,46 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from mezo_jax import sharding
-from mezo_jax.models import gguf, llama, opt, table, transformer
+from mezo_jax.models import (
+  bert,
+  gemma,
+  gguf,
+  gpt2,
+  llama,
+  opt,
+  table,
+  torch_files,
+  transformer,
+)
+from mezo_jax.models.layers import Config
 
-FAMILIES = {'llama': llama, 'opt': opt}
+FAMILIES = {
+    'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,
+    'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'opt': opt, 'qwen2': llama,
+    'qwen3': llama, 'roberta': bert}
+ARCHITECTURES = {  # transformers' classes
+    'bert': 'BertForMaskedLM', 'gemma': 'GemmaForCausalLM',
+    'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM',
+    'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
+    'mistral': 'MistralForCausalLM', 'opt': 'OPTForCausalLM',
+    'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM',
+    'roberta': 'RobertaForMaskedLM'}
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
-         progress: bool = True):
-  """Loads a causal language model.
+         progress: bool = True, revision: str | None = None):
+  """Loads a language model.
 
   Args:
-    name_or_dir: a directory with ``config.json`` and safetensors files, a
-      ``.gguf`` file, or the id of a Hugging Face repository.
+    name_or_dir: a directory with ``config.json`` and safetensors files (or, as
+      older checkpoints have them, ``pytorch_model*.bin``), a ``.gguf`` file, or
+      the id of a Hugging Face repository.
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
       read (see `mezo_jax.sharding.param_spec`); None for the default device.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own.
     progress: whether to show a progress bar.
+    revision: branch, tag or commit of a Hugging Face repository.
 
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
@@ -44,21 +70,15 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     ValueError: if its family is not supported, or its tensors do not fit the
       config (all misfits are named at once).
   """
-  path = find(name_or_dir)
+  path = find(name_or_dir, revision)
+  config = load_config(path)
   with contextlib.ExitStack() as stack:
     if path.suffix == '.gguf':
-      hf_config, tensors = gguf.open_file(path)
+      found = list(gguf.open_file(path)[1].items())
     else:
-      hf_config = json.loads((path / 'config.json').read_text())
-      tensors = _open_safetensors(path, stack)
-    family = hf_config.get('model_type')
-    if family not in FAMILIES:
-      raise ValueError(
-          f'{path}: model_type {family!r} is not supported; supported are '
-          f'{sorted(FAMILIES)}.')
-    config = FAMILIES[family].config_from_hf(hf_config)
-    rows = FAMILIES[family].table(config)
-    _check_fit(rows, config, tensors, path)
+      found = _open_files(path, stack)
+    rows = FAMILIES[config.family].table(config)
+    tensors = _fit(rows, config, found, path)
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
                     disable=not progress or jax.process_index() > 0):
@@ -66,8 +86,40 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   return transformer.Transformer(config), params
 
 
-def param_shapes(config: transformer.Config, mesh=None,
-                 dtype=jnp.float32) -> dict:
+def load_config(name_or_dir: str | os.PathLike,
+                revision: str | None = None) -> Config:
+  """The `Config` of a model without its weights; arguments as for `load`."""
+  path = find(name_or_dir, revision, weights=False)
+  if path.suffix == '.gguf':
+    return read_config(gguf.open_file(path)[0], path)
+  try:
+    hf = json.loads((path / 'config.json').read_text())
+  except ValueError as e:
+    raise ValueError(f'{path}/config.json is not JSON ({e}).') from e
+  return read_config(hf, path)
+
+
+def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
+  """The `Config` of a ``config.json``, which it keeps for `save`.
+
+  Raises:
+    ValueError: for a family, or a choice within one, that is not supported.
+  """
+  if hf.get('model_type') == 'gemma3' and 'text_config' in hf:
+    hf = gemma.text_of_gemma3(hf)
+  family = hf.get('model_type')
+  if family not in FAMILIES:
+    raise ValueError(
+        f'{path}: model_type {family!r} is not supported; supported are '
+        f'{", ".join(FAMILIES)}.')
+  try:
+    config = FAMILIES[family].config_from_hf(hf)
+  except KeyError as e:
+    raise ValueError(f'{path}: a {family} needs the field {e}.') from None
+  return dataclasses.replace(config, source=json.dumps(hf))
+
+
+def param_shapes(config: Config, mesh=None, dtype=jnp.float32) -> dict:
   """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights."""
   params = {}
   for row in FAMILIES[config.family].table(config):
@@ -95,21 +147,51 @@ def _put(tree: dict, path: str, leaf):
   tree[name] = leaf
 
 
-def load_tokenizer(name_or_dir: str | os.PathLike):
+def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
+                   bos_token: str | None = None):
   """The tokenizer beside a model: a transformers `PreTrainedTokenizerFast`.
+
+  Args:
+    name_or_dir: as for `load`.
+    revision: as for `load`.
+    bos_token: the token to put first, such as '<s>', where the tokenizer's own
+      choice is not wanted. (OPT's is '</s>'; the paper's code has '<s>', the
+      token with id 0.)
+
+  Raises:
+    FileNotFoundError: if there is no such model.
+    ValueError: if it does not have that token.
+  """
+  path = find(name_or_dir, revision, weights=False)
+  if path.suffix == '.gguf':
+    tokenizer = gguf.tokenizer(path)
+  else:
+    from transformers import AutoTokenizer  # slow to import, needed here only
+    tokenizer = AutoTokenizer.from_pretrained(path)
+  if bos_token is None:
+    return tokenizer
+  if bos_token not in tokenizer.get_vocab():
+    raise ValueError(f'the tokenizer of {path} has no token {bos_token!r}.')
+  from tokenizers.processors import TemplateProcessing
+  tokenizer.bos_token = bos_token
+  tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+      single=f'{bos_token} $A', pair=f'{bos_token} $A $B',
+      special_tokens=[(bos_token, tokenizer.bos_token_id)])
+  return tokenizer
+
+
+def find(name_or_dir: str | os.PathLike, revision: str | None = None,
+         weights: bool = True) -> Path:
+  """A local directory or GGUF file, fetched from the hub if it is an id.
+
+  Args:
+    name_or_dir: as for `load`.
+    revision: as for `load`.
+    weights: whether to fetch them too, and not just what is beside them.
 
   Raises:
     FileNotFoundError: if there is no such model.
   """
-  path = find(name_or_dir)
-  if path.suffix == '.gguf':
-    return gguf.tokenizer(path)
-  from transformers import AutoTokenizer  # slow to import, needed here only
-  return AutoTokenizer.from_pretrained(path)
-
-
-def find(name_or_dir: str | os.PathLike) -> Path:
-  """A local directory or GGUF file, fetched from the hub if it is an id."""
   path = Path(name_or_dir).expanduser()
   if path.is_file() and path.suffix == '.gguf':
     return path
@@ -119,69 +201,102 @@ def find(name_or_dir: str | os.PathLike) -> Path:
     raise FileNotFoundError(
         f'{path} has no config.json: it is not a Hugging Face model directory.')
   name = str(name_or_dir)
-  if path.is_absolute() or name.count('/') != 1 or name.startswith('.'):
+  if path.is_absolute() or name.count('/') > 1 or not re.fullmatch(
+      r'[\w-][\w.-]*(/[\w.-]+)?', name) or path.suffix == '.gguf':
     raise FileNotFoundError(
         f'no model at {name}: give a directory with config.json, a .gguf file '
         'or a hub id such as "HuggingFaceTB/SmolLM2-135M".')
   from huggingface_hub import snapshot_download  # slow to import
+  fetch = functools.partial(snapshot_download, name, revision=revision)
+  text = ['*.json', '*.model', '*.txt', '*.jinja']
   try:
-    return Path(snapshot_download(
-        name, allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt']))
+    safetensors = ['*.safetensors'] if weights else []
+    path = Path(fetch(allow_patterns=[*text, *safetensors],
+                      ignore_patterns=['consolidated*', '*/*']))
+    if weights and not list(path.glob('*.safetensors')):
+      path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin']))
   except Exception as e:
     raise FileNotFoundError(
         f'no directory {name!r} here, and the hub did not give one: '
-        f'{str(e).splitlines()[0]}') from e
-
-
-def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict:
-  """{name: lazily read tensor} of one or many files."""
-  index = path / 'model.safetensors.index.json'
-  if index.is_file():
-    names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-    files = [path / n for n in names]
-  else:
-    files = sorted(path.glob('*.safetensors'))
-  if not files:
+        f'{" ".join(str(e).split())}') from e
+  if not (path / 'config.json').is_file():
     raise FileNotFoundError(
-        f'{path} has no .safetensors file; convert the checkpoint, for example '
-        'with save_pretrained(..., safe_serialization=True).')
+        f'the hub\'s {name} has no config.json: it is not a whole model.')
+  return path
+
+
+def _open_files(path: Path, stack: contextlib.ExitStack) -> list:
+  """(name, lazily read tensor) of one or many files."""
+  for whole, pattern, open_ in (
+      ('model.safetensors', '*.safetensors', _open_safetensors),
+      ('pytorch_model.bin', 'pytorch_model*.bin', torch_files.open_file)):
+    index = path / f'{whole}.index.json'
+    if index.is_file():
+      named = json.loads(index.read_text())['weight_map'].values()
+      files = [path / n for n in sorted(set(named))]
+    else:
+      files = ([path / whole] if (path / whole).is_file()
+               else sorted(path.glob(pattern)))
+    if files:
+      break
+  else:
+    raise FileNotFoundError(
+        f'{path} has no .safetensors file and no pytorch_model.bin.')
   missing = [f.name for f in files if not f.is_file()]
   if missing:
     raise FileNotFoundError(f'{path} lacks {", ".join(missing)}.')
-  tensors = {}
-  for file in files:
-    try:
-      opened = stack.enter_context(safe_open(file, framework='numpy'))
-    except Exception as e:
-      raise ValueError(
-          f'{file} is not a readable safetensors file ({e}); fetch it again.'
-      ) from e
-    for name in opened.keys():
-      if name in tensors:
-        raise ValueError(f'{path} has the tensor {name} in two files.')
-      tensors[name] = opened.get_slice(name)
-  return tensors
+  return [found for file in files for found in open_(file, stack)]
 
 
-def _check_fit(rows: list[table.Row], config, tensors: dict, path: Path):
-  """Raises one error that names every missing, misshapen and extra tensor."""
-  wanted = {}
+def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> list:
+  try:
+    opened = stack.enter_context(safe_open(file, framework='numpy'))
+  except Exception as e:
+    raise ValueError(
+        f'{file} is not a readable safetensors file ({e}); fetch it again.'
+    ) from e
+  return [(name, opened.get_slice(name)) for name in opened.keys()]
+
+
+def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
+  """{name: tensor} of the file's tensors under the names of the table.
+
+  Raises:
+    ValueError: names every missing, misshapen, double and unexpected tensor.
+  """
+  family = FAMILIES[config.family]
+  def rename(name):
+    for pattern, replacement in family.RENAMES:
+      name = re.sub(pattern, replacement, name)
+    return name
+
+  tensors, problems = {}, []
+  for name, tensor in found:
+    if rename(name) in tensors:
+      problems.append(f'{rename(name)} is there twice')
+    tensors[rename(name)] = tensor
+  known = set()
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):
-      wanted[row.name.format(l=layer)] = row.source_shape()
-  problems = [f'missing {n}' for n in wanted if n not in tensors]
-  problems += [
-      f'{n} has shape {tuple(tensors[n].get_shape())}, not {shape}'
-      for n, shape in wanted.items()
-      if n in tensors and tuple(tensors[n].get_shape()) != shape]
-  known = ('rotary_emb.inv_freq',) + (
-      ('lm_head.weight',) if config.tied_head else ())
+      name = row.name.format(l=layer)
+      if name not in tensors and row.otherwise in tensors:
+        tensors[name] = tensors[row.otherwise]
+      if name in known:
+        continue  # another part of the same tensor
+      if name not in tensors:
+        problems.append(f'missing {name}')
+      elif tuple(tensors[name].get_shape()) != row.source_shape():
+        problems.append(
+            f'{name} has shape {tuple(tensors[name].get_shape())}, not '
+            f'{row.source_shape()}')
+      known |= {name, row.copy}
   problems += [f'unexpected {n}' for n in tensors
-               if n not in wanted and not n.endswith(known)]
+               if n not in known and not re.search(family.IGNORED, n)]
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''
     raise ValueError(f'{path} does not fit its config: {shown}{more}.')
+  return tensors
 
 
 def _read(row: table.Row, config, tensors: dict, mesh, dtype) -> jax.Array:
@@ -194,11 +309,15 @@ def _read(row: table.Row, config, tensors: dict, mesh, dtype) -> jax.Array:
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]
     if not row.stacked:
       block = row.read(tensors[row.name], tuple(index))
-    else:
-      layers, *rest = index
-      block = np.stack([
-          row.read(tensors[row.name.format(l=l)], tuple(rest))
-          for l in range(layers.start, layers.stop)])
-    return block.astype(jnp.dtype(dtype)) if dtype else block
+      return block.astype(jnp.dtype(dtype or block.dtype))
+    layers, *rest = index
+    out = None  # filled layer by layer: one layer is alive beside it
+    for i, layer in enumerate(range(layers.start, layers.stop)):
+      block = row.read(tensors[row.name.format(l=layer)], tuple(rest))
+      if out is None:
+        out = np.empty((layers.stop - layers.start, *block.shape),
+                       jnp.dtype(dtype or block.dtype))
+      out[i] = block
+    return out
 
   return jax.make_array_from_callback(shape, place, read)

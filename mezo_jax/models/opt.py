@@ -1,7 +1,12 @@
-"""OPT, 125M to 175B without 350M: config reader and one table."""
+"""OPT, 125M to 175B, and Galactica: config reader and one table."""
 
-from mezo_jax.models.table import Row
-from mezo_jax.models.transformer import Config, POSITION_OFFSET
+from mezo_jax.models import table as t
+from mezo_jax.models.fields import activation, only
+from mezo_jax.models.layers import Config
+
+_OFFSET = 2  # rows 0 and 1 of the positions are for padding
+RENAMES = ((r'^decoder\.', 'model.decoder.'),)
+IGNORED = r'^lm_head\.weight$'
 
 
 def config_from_hf(hf: dict) -> Config:
@@ -11,15 +16,9 @@ def config_from_hf(hf: dict) -> Config:
     ValueError: for a choice that this family's code does not cover.
   """
   width, heads = hf['hidden_size'], hf['num_attention_heads']
-  for field, value, only in (
-      ('activation_function', hf.get('activation_function', 'relu'), 'relu'),
-      ('do_layer_norm_before', hf.get('do_layer_norm_before', True), True),
-      ('word_embed_proj_dim', hf.get('word_embed_proj_dim') or width, width),
-      ('_remove_final_layer_norm',
-       hf.get('_remove_final_layer_norm', False), False)):
-    if value != only:
-      raise ValueError(
-          f'opt with {field}={value!r} is not supported; only {only!r} is.')
+  only(hf, 'opt', layer_norm_elementwise_affine=True)
+  before = hf.get('do_layer_norm_before', True)
+  embed_width = hf.get('word_embed_proj_dim') or width
   bias = hf.get('enable_bias', True)
   return Config(
       family='opt',
@@ -33,49 +32,39 @@ def config_from_hf(hf: dict) -> Config:
       max_length=hf.get('max_position_embeddings', 2048),
       norm_eps=1e-5,
       norm='layer',
-      activation='relu',
+      norm_place='pre' if before else 'post',
+      final_norm=before and not hf.get('_remove_final_layer_norm', False),
+      activation=activation(hf, 'opt', 'activation_function', 'relu'),
       gated=False,
-      learned_positions=True,
-      attention_bias=bias,
+      rope=None,
+      position_offset=_OFFSET,
+      qkv_bias=bias,
+      out_bias=bias,
       mlp_bias=bias,
+      embed_width=None if embed_width == width else embed_width,
       tied_head=hf.get('tie_word_embeddings', True))
 
 
-def table(c: Config) -> list[Row]:
+def table(c: Config) -> list[t.Row]:
   """Every parameter: our path and shape, the checkpoint's name and layout."""
-  d, f, v = c.width, c.ff_width, c.vocab_size
-  n = c.num_heads * c.head_width
   top, layer = 'model.decoder.', 'model.decoder.layers.{l}.'
-
-  def norm(path, name):
-    return [Row(f'{path}/{ours}', (d,), f'{name}.{theirs}', 'd -> d')
-            for ours, theirs in (('scale', 'weight'), ('bias', 'bias'))]
-
+  attn = layer + 'self_attn.'
+  e, d = ('e', c.embed_width or c.width), ('d', c.width)
+  norm = lambda path, name: t.norm(path, name, c.width, True)
   rows = [
-      Row('embed/embedding', (v, d), top + 'embed_tokens.weight', 'v d -> v d'),
-      Row('positions/embedding', (c.max_length + POSITION_OFFSET, d),
-          top + 'embed_positions.weight', 's d -> s d'),
+      *t.embedding('embed', top + 'embed_tokens', c.vocab_size, e[1]),
+      *t.embedding('positions', top + 'embed_positions',
+                   c.max_length + c.position_offset, c.width, 's'),
       *norm('layers/attn_norm', layer + 'self_attn_layer_norm'),
+      *t.attention(c, *(attn + x for x in (
+          'q_proj', 'k_proj', 'v_proj', 'out_proj'))),
       *norm('layers/mlp_norm', layer + 'final_layer_norm'),
-      Row('layers/attn/o/kernel', (n, d),
-          layer + 'self_attn.out_proj.weight', 'd n -> n d'),
-      Row('layers/mlp/up/kernel', (d, f), layer + 'fc1.weight', 'f d -> d f'),
-      Row('layers/mlp/down/kernel', (f, d), layer + 'fc2.weight', 'd f -> f d'),
-      *norm('norm', top + 'final_layer_norm'),
-  ]
-  for x in 'qkv':
-    rows.append(Row(f'layers/attn/{x}/kernel', (d, n),
-                    layer + f'self_attn.{x}_proj.weight', 'n d -> d n'))
-    if c.attention_bias:
-      rows.append(Row(f'layers/attn/{x}/bias', (n,),
-                      layer + f'self_attn.{x}_proj.bias', 'n -> n'))
-  if c.attention_bias:
-    rows += [
-        Row('layers/attn/o/bias', (d,), layer + 'self_attn.out_proj.bias',
-            'd -> d'),
-        Row('layers/mlp/up/bias', (f,), layer + 'fc1.bias', 'f -> f'),
-        Row('layers/mlp/down/bias', (d,), layer + 'fc2.bias', 'd -> d')]
+      *t.mlp(c, layer + 'fc1', layer + 'fc2')]
+  if c.final_norm:
+    rows += norm('norm', top + 'final_layer_norm')
+  if c.embed_width:
+    rows += [*t.linear('project_in', top + 'project_in', e, d, False),
+             *t.linear('project_out', top + 'project_out', d, e, False)]
   if not c.tied_head:
-    rows.append(
-        Row('lm_head/embedding', (v, d), 'lm_head.weight', 'v d -> v d'))
+    rows += t.embedding('lm_head', 'lm_head', c.vocab_size, e[1])
   return rows

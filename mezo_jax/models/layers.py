@@ -1,0 +1,296 @@
+"""The layers that all families share, and the choices that tell them apart.
+
+Shapes in names: B batch, S sequence, T keys (S, or the cache's length), D
+width, N query heads, K key and value heads, H head width, F feed-forward width,
+V vocabulary, L layers, A answers.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from mezo_jax.sharding import split_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary positions (Su et al., 2021): frequencies theta^(-i/H) and scaling.
+
+  ``kind`` is 'default', 'linear' (all frequencies / factor) or 'llama3' (low
+  ones are stretched, high ones kept).
+  """
+
+  theta: float = 10000.0
+  kind: str = 'default'
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The choices that make a family and a size of it."""
+
+  family: str
+  vocab_size: int
+  width: int
+  ff_width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_width: int
+  max_length: int
+  norm_eps: float
+  norm: str = 'rms'  # or 'rms+1', whose scale is 1 + w, or 'layer'
+  norm_place: str = 'pre'  # x + f(norm(x)); 'post' norm(x + f(x)); 'both'
+  final_norm: bool = True
+  activation: str = 'silu'  # or 'relu', 'gelu', 'gelu_tanh'
+  gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
+  rope: Rope | None = Rope()  # None: learned positions
+  local_rope: Rope | None = None  # of local layers; None: the same
+  position_offset: int = 0  # rows of learned positions before the first
+  causal: bool = True
+  window: int | None = None  # keys that a local layer sees, itself included
+  local_layers: tuple[bool, ...] = ()  # which are local; () for all
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False  # of every head of q and k
+  query_scale: float | None = None  # None: head_width ** -0.5
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  embed_width: int | None = None  # projected to and from width if it differs
+  embed_scale: float | None = None
+  embed_norm: bool = False
+  token_types: int = 0
+  masked_head: bool = False  # dense, activation and norm before the vocabulary
+  tied_head: bool = False
+  source: str = dataclasses.field(  # the config.json that it was read from
+      default='', compare=False, repr=False)
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far; `Transformer` fills it."""
+
+  k: jax.Array  # [L, B, T, K, H]
+  v: jax.Array  # [L, B, T, K, H]
+  length: jax.Array  # int32 []: how many of the T are filled
+
+
+class Shared(NamedTuple):
+  """What all layers see; the local fields are for layers with a window."""
+
+  mask: jax.Array  # bool [B, 1, S, T]
+  local_mask: jax.Array | None
+  rope: tuple[jax.Array, jax.Array] | None  # cos, sin: float32 [B, S, H]
+  local_rope: tuple[jax.Array, jax.Array] | None
+  start: jax.Array | None  # int32 []: where these tokens stand in the cache
+
+
+_init = nn.initializers.normal(0.02)
+_ACTIVATIONS = {
+    'silu': jax.nn.silu, 'relu': jax.nn.relu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class RMSNorm(nn.Module):
+  """``x / rms(x) * scale`` in float32 (Zhang and Sennrich, 2019).
+
+  With ``plus_one`` it is ``1 + scale``, all in float32, as Gemma has it.
+  """
+
+  eps: float
+  plus_one: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+    scale = self.param('scale', init, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    if self.plus_one:
+      return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """``(x - mean) / std * scale + bias`` in float32 (Ba et al., 2016)."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def make_norm(config: Config, name: str) -> nn.Module:
+  if config.norm == 'layer':
+    return LayerNorm(config.norm_eps, name=name)
+  return RMSNorm(config.norm_eps, config.norm == 'rms+1', name=name)
+
+
+class Linear(nn.Module):
+  """``x @ kernel + bias``; the kernel is [inputs, outputs]."""
+
+  inputs: int
+  outputs: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', _init, (self.inputs, self.outputs))
+    y = x @ kernel.astype(x.dtype)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.outputs,))
+      y = y + bias.astype(x.dtype)
+    return y
+
+
+class Table(nn.Module):
+  """Rows of width D, one a token: looked up, or scored against."""
+
+  rows: int
+  width: int
+
+  @nn.compact
+  def __call__(self, ids=None):
+    table_VxD = self.param('embedding', _init, (self.rows, self.width))
+    return table_VxD if ids is None else table_VxD[ids]
+
+
+def activation(config: Config, x: jax.Array) -> jax.Array:
+  return _ACTIVATIONS[config.activation](x)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """``cap * tanh(x / cap)``, within (-cap, cap); x itself without a cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_tables(rope: Rope, head_width: int, positions_BxS):
+  """(cos, sin), float32 [B, S, H]."""
+  h = head_width
+  freq = rope.theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
+  if rope.kind == 'linear':
+    freq = freq / rope.factor
+  elif rope.kind == 'llama3':
+    turns = rope.original_max_length * freq / (2 * jnp.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    freq = keep * freq + (1 - keep) * freq / rope.factor
+  angle = positions_BxS.astype(jnp.float32)[..., None] * freq
+  angle = jnp.concatenate([angle, angle], -1)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BxSxNxH, cos_BxSxH, sin_BxSxH):
+  """Rotates pairs (i, i + H/2) of every head, in float32."""
+  x = x_BxSxNxH.astype(jnp.float32)
+  first, second = jnp.split(x, 2, -1)
+  turned = jnp.concatenate([-second, first], -1)
+  out = x * cos_BxSxH[:, :, None] + turned * sin_BxSxH[:, :, None]
+  return out.astype(x_BxSxNxH.dtype)
+
+
+def attend(config: Config, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xSxT):
+  """softmax(q k / sqrt(H)) v over the keys that the mask allows."""
+  if config.attention_softcap is None:
+    return jax.nn.dot_product_attention(
+        q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_Bx1xSxT,
+        scale=config.query_scale)
+  # No library's fused attention caps its scores.
+  b, s, n, h = q_BxSxNxH.shape
+  k = config.num_kv_heads
+  scale = config.query_scale or h ** -0.5
+  q_BxSxKxGxH = q_BxSxNxH.reshape(b, s, k, n // k, h)
+  scores = jnp.einsum('bskgh,btkh->bkgst', q_BxSxKxGxH, k_BxTxKxH,
+                      preferred_element_type=jnp.float32)
+  scores = softcap(scores * scale, config.attention_softcap)
+  scores = jnp.where(mask_Bx1xSxT[:, :, None], scores, -1e30)
+  weights = jax.nn.softmax(scores).astype(v_BxTxKxH.dtype)
+  return jnp.einsum('bkgst,btkh->bskgh', weights, v_BxTxKxH).reshape(b, s, n, h)
+
+
+class Attention(nn.Module):
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BxSxD, cache, shared: Shared, local, layer):
+    c = self.config
+    b, s, _ = x_BxSxD.shape
+    # Kernels are matrices: with a head axis XLA copies them all on TPU.
+    head = lambda n, name: Linear(
+        c.width, n * c.head_width, c.qkv_bias, name=name)(
+            x_BxSxD).reshape(b, s, n, c.head_width)
+    q_BxSxNxH = head(c.num_heads, 'q')
+    k_BxTxKxH = head(c.num_kv_heads, 'k')
+    v_BxTxKxH = head(c.num_kv_heads, 'v')
+    if c.qk_norm:
+      q_BxSxNxH = make_norm(c, 'q_norm')(q_BxSxNxH)
+      k_BxTxKxH = make_norm(c, 'k_norm')(k_BxTxKxH)
+    mask, rope = shared.mask, shared.rope
+    if local is not None:
+      pick = lambda a, b: jnp.where(local, a, b)
+      mask = pick(shared.local_mask, mask)
+      if shared.local_rope is not None:
+        rope = jax.tree.map(pick, shared.local_rope, rope)
+    if rope is not None:
+      q_BxSxNxH = apply_rope(q_BxSxNxH, *rope)
+      k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
+    if cache is not None:
+      at = (layer, 0, shared.start, 0, 0)
+      put = lambda all_, new: jax.lax.dynamic_update_slice(
+          all_, new[None].astype(all_.dtype), at)
+      cache = cache._replace(k=put(cache.k, k_BxTxKxH),
+                             v=put(cache.v, v_BxTxKxH))
+      k_BxTxKxH, v_BxTxKxH = cache.k[layer], cache.v[layer]
+    out_BxSxNxH = attend(c, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask)
+    return Linear(c.num_heads * c.head_width, c.width, c.out_bias,
+                  name='o')(out_BxSxNxH.reshape(b, s, -1)), cache
+
+
+class MLP(nn.Module):
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BxSxD):
+    c = self.config
+    up = lambda name: Linear(
+        c.width, c.ff_width, c.mlp_bias, name=name)(x_BxSxD)
+    h_BxSxF = activation(c, up('gate')) * up('up') if c.gated else activation(
+        c, up('up'))
+    return Linear(c.ff_width, c.width, c.mlp_bias, name='down')(h_BxSxF)
+
+
+class Block(nn.Module):
+  """One layer; the signature that `nn.scan` wants."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, carry, shared: Shared, local, layer):
+    c = self.config
+    x_BxSxD, cache = carry
+    norm = lambda name: make_norm(c, name)
+    if c.norm_place == 'post':
+      y, cache = Attention(c, name='attn')(x_BxSxD, cache, shared, local, layer)
+      x_BxSxD = norm('attn_norm')(x_BxSxD + y)
+      x_BxSxD = norm('mlp_norm')(x_BxSxD + MLP(c, name='mlp')(x_BxSxD))
+    else:
+      after = norm if c.norm_place == 'both' else lambda name: lambda y: y
+      y, cache = Attention(c, name='attn')(
+          norm('attn_norm')(x_BxSxD), cache, shared, local, layer)
+      x_BxSxD += after('attn_post_norm')(y)
+      y = MLP(c, name='mlp')(norm('mlp_norm')(x_BxSxD))
+      x_BxSxD += after('mlp_post_norm')(y)
+    return (split_rows(x_BxSxD), cache), None

@@ -1,0 +1,163 @@
+"""Parameters to Hugging Face files: the inverse of `load`, from one table."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from mezo_jax.models import hub
+from mezo_jax.models.table import Row
+from mezo_jax.models.transformer import Transformer
+
+
+def save(directory: str | os.PathLike, model: Transformer, params, *,
+         tokenizer=None, card: str | None = None,
+         max_shard_bytes: int = 2 * 2**30, progress: bool = True) -> Path:
+  """Writes a model as Hugging Face has it; any tool that reads those reads it.
+
+  ``config.json`` is the one that the model was loaded with, with the dtype of
+  ``params`` and, where it was missing, transformers' name of the class.
+  Tensors are gathered one at a time, those of a file are held by the host until
+  it is written; the directory appears when all is written. On several hosts
+  every process must call this, and the first one writes.
+
+  Args:
+    directory: to make.
+    model: from `load` (its config remembers where it came from).
+    params: its parameters, in `load`'s layout, on any devices.
+    tokenizer: to write beside it.
+    card: the text of README.md.
+    max_shard_bytes: size of a file at most, but for a tensor larger than it.
+    progress: whether to show a progress bar.
+
+  Returns:
+    The directory.
+
+  Raises:
+    FileExistsError: if the directory is there and not empty.
+    ValueError: if ``params`` do not fit the config, or that was not read from
+      a file.
+  """
+  config, directory = model.config, Path(directory)
+  if not config.source:
+    raise ValueError('this config was not read from a config.json, which '
+                     'belongs to the files; make it with models.read_config.')
+  rows = hub.FAMILIES[config.family].table(config)
+  _check(params, hub.param_shapes(config))
+  first = jax.process_index() == 0
+  full = first and directory.exists() and any(directory.iterdir())
+  if jax.process_count() > 1:  # all raise, or none
+    full = multihost_utils.broadcast_one_to_all(np.array(full))
+  if full:
+    raise FileExistsError(
+        f'{directory} is there already and not empty; give another directory.')
+  part = directory.with_name(directory.name + '.part')
+  if first:
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was stopped
+    part.mkdir(parents=True)
+  files, batch, held, total = [], {}, 0, 0
+
+  def flush():
+    nonlocal batch, held
+    files.append(list(batch))
+    if first:
+      save_file(batch, part / f'{len(files)}.safetensors', {'format': 'pt'})
+    batch, held = {}, 0
+
+  names = {row.name.format(l=l) for row in rows
+           for l in range(config.num_layers if row.stacked else 1)}
+  for name, tensor in tqdm(
+      _tensors(rows, params), f'writing {directory.name}', len(names),
+      unit='tensor', disable=not (progress and first)):
+    if batch and held + tensor.nbytes > max_shard_bytes:
+      flush()
+    batch[name], size = tensor, tensor.nbytes
+    held, total = held + size, total + size
+  flush()
+  if first:
+    _name_files(part, files, total)
+    dtype = str(params['embed']['embedding'].dtype)
+    hf = {k: v for k, v in json.loads(config.source).items()
+          if k != 'torch_dtype'} | {'dtype': dtype}
+    hf['architectures'] = hf.get('architectures') or [
+        hub.ARCHITECTURES[config.family]]
+    (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+    if tokenizer is not None:
+      tokenizer.save_pretrained(part)
+    if card is not None:
+      (part / 'README.md').write_text(card)
+    if directory.exists():
+      directory.rmdir()
+    part.rename(directory)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'saved {directory}')
+  return directory
+
+
+def _check(params, shapes):
+  """One error for all leaves that are missing, unexpected or misshapen."""
+  flat = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+      for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  have, want = flat(params), flat(shapes)
+  problems = [
+      f'{path} is {have.get(path, "missing")}, not {want.get(path, "expected")}'
+      for path in sorted(have | want) if have.get(path) != want.get(path)]
+  if problems:
+    raise ValueError(
+        f'the parameters do not fit the config: {"; ".join(problems[:20])}.')
+
+
+def _leaf(params, path: str):
+  for name in path.split('/'):
+    params = params[name]
+  return params
+
+
+def _tensors(rows: list[Row], params):
+  """Yields (name, whole tensor on the host), layer by layer."""
+  for group in _grouped(rows):
+    leaves = [_leaf(params, row.path) for row in group]
+    for layer in range(len(leaves[0]) if group[0].stacked else 1):
+      parts = [row.write(_on_host(leaf[layer] if row.stacked else leaf))
+               for row, leaf in zip(group, leaves)]
+      tensor = np.ascontiguousarray(
+          np.concatenate(parts, -1) if len(parts) > 1 else parts[0])
+      yield group[0].name.format(l=layer), tensor
+      if group[0].copy:
+        yield group[0].copy, tensor.copy()
+
+
+def _grouped(rows: list[Row]) -> list[list[Row]]:
+  """Rows that are parts of one tensor together, in the order of the parts."""
+  groups = {}
+  for row in rows:
+    groups.setdefault(row.name, []).append(row)
+  return [sorted(group, key=lambda row: row.part) for group in groups.values()]
+
+
+def _on_host(x) -> np.ndarray:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
+
+
+def _name_files(part: Path, files: list[list[str]], total: int):
+  """Names one file or many as Hugging Face does, with an index for many."""
+  n = len(files)
+  if n == 1:
+    (part / '1.safetensors').rename(part / 'model.safetensors')
+    return
+  index = {}
+  for i, names in enumerate(files, 1):
+    name = f'model-{i:05d}-of-{n:05d}.safetensors'
+    (part / f'{i}.safetensors').rename(part / name)
+    index |= dict.fromkeys(names, name)
+  (part / 'model.safetensors.index.json').write_text(json.dumps(
+      {'metadata': {'total_size': total}, 'weight_map': index}, indent=2))
