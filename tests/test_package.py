@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import conftest
+import helpers
 import pytest
 
 import mezo_jax
@@ -36,3 +37,16 @@ def test_the_readme_s_example_runs():
   exec(code, scope)
   params, state = scope['step'](scope['params'], scope['state'], jnp.zeros(3))
   assert state[0].count == 1 and params['w'].shape == (3,)
+
+
+def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
+  text = (conftest.ROOT / 'README.md').read_text()
+  code = text.split('```python\n')[2].split('```')[0]
+  (tmp_path / 'my-model').symlink_to(tiny_dir)
+  monkeypatch.chdir(tmp_path)
+  scope = {}
+  exec(code, scope)
+  rows, length, vocab = scope['logits'].shape
+  assert (rows, vocab) == (1, 300) and scope['tokens'].shape == (1, 20)
+  copy = mezo_jax.models.load('copy-of-my-model')[1]
+  helpers.assert_bitwise(copy, scope['params'])
