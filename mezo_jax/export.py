@@ -103,7 +103,8 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
       f'| learning rate | {o.learning_rate:g}, {o.schedule} |',
       f'| eps | {o.eps:g} |',
       f'| directions a step | {o.num_samples}, {signs}, {o.distribution} |',
-      f'| parameters trained | {f"`{o.mask}`" if o.mask else "all"} |',
+      f'| parameters trained | '
+      f'{f"`{_cell(o.mask)}`" if o.mask else "all"} |',
       f'| batch size | {run.data.batch_size} |',
       f'| dtype | {run.model.dtype} |',
       f'| seed | {run.seed} |', '']

@@ -16,6 +16,7 @@ import pytest
 
 from mezo_jax import checkpoint, models
 from mezo_jax import config as config_lib
+from mezo_jax.export import card
 import train
 
 SMALL = ['--config.task.template={text} It was',
@@ -319,6 +320,14 @@ def test_export_of_a_run(whole, tmp_path):
     output, code = run_export(*args)
     assert code == 1 and message in output and 'Traceback' not in output
   assert not (tmp_path / 'n').exists()
+
+
+def test_a_card_s_tables_hold_any_text():
+  config = config_lib.Train()
+  config.task.template, config.optimizer.mask = '{text}\n|?', 'attn/(q|v)'
+  lines = card(config, 5, {}).splitlines()
+  assert r'| prompt | `{text}\n\|?` |' in lines
+  assert r'| parameters trained | `attn/(q\|v)` |' in lines
 
 
 def test_a_config_survives_json():
