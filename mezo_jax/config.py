@@ -185,6 +185,7 @@ def check_same_run(config: Train, saved: dict) -> None:
     if isinstance(new, dict):
       for name in new:
         compare(new[name], old.get(name), f'{path}.{name}'.lstrip('.'))
+    # '' is what a run did before there was such an option.
     elif new != old and not (old is None and new == ''):
       changed.append(f'{path} was {old!r} and is now {new!r}')
 

@@ -26,7 +26,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   Raises:
     FileNotFoundError: if the run, or a checkpoint of that step, is not there.
     FileExistsError: if ``directory`` is not empty.
-    ValueError: if the checkpoint cannot be read.
+    ValueError: if the run's config or the checkpoint cannot be read.
   """
   workdir, directory = Path(workdir), Path(directory)
   if not ((workdir / 'config.json').is_file()

@@ -203,7 +203,13 @@ def apply_rope(x_BxSxNxH, cos_BxSxH, sin_BxSxH):
 
 
 def attend(config: Config, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xSxT):
-  """softmax(q k / sqrt(H)) v over the keys that the mask allows."""
+  r"""Attention over the keys that the mask allows, [B, S, N, H].
+
+  .. math:: \mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v, \quad
+            s = 1 / \sqrt{H} \text{ or query\_scale}
+
+  (Vaswani et al., 2017; the cap is Gemma 2's.) N / K queries share a key.
+  """
   if config.attention_softcap is None:
     return jax.nn.dot_product_attention(
         q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_Bx1xSxT,

@@ -204,7 +204,17 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache):
 
 
 def make_cache(config: Config, rows: int, length: int, dtype) -> Cache:
-  """An empty cache for ``length`` tokens of each of ``rows`` texts."""
+  """An empty cache for ``length`` tokens of each of ``rows`` texts.
+
+  Args:
+    config: of the model.
+    rows: B, texts in the batch.
+    length: T, tokens of prompt and continuation together.
+    dtype: of the keys and values, as a rule that of the parameters.
+
+  Returns:
+    A `Cache` with k and v [L, B, T, K, H] and length 0.
+  """
   shape = (config.num_layers, rows, length, config.num_kv_heads,
            config.head_width)
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
