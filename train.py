@@ -1,4 +1,5 @@
-"""Fine-tunes a language model with forward passes only (MeZO).
+"""Fine-tunes a language model with forward passes only (MeZO), or evaluates
+what that is compared with (--config.method).
 
   python train.py                                   the quickstart
   python train.py --config=configs/NAME.py --config.FIELD=VALUE --workdir=DIR
@@ -19,10 +20,10 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from mezo_jax import checkpoint, evaluate, loggers, models, sharding
+from mezo_jax import baselines, checkpoint, evaluate, loggers, models, sharding
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
-from mezo_jax.tasks import classification
+from mezo_jax.tasks import encode, head, score
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -45,22 +46,23 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------- step ---
 
 
-def make_step(tx, loss_fn, params, mesh):
+def make_step(tx, loss_fn, state, mesh):
   """The training step, two forwards and one update in place, and its compiled
   forms by length: one a bucket, made when first needed, never again."""
-  everywhere = sharding.replicated(mesh)
-  placed = jax.tree.map(lambda x: x.sharding, params)
+  placed = jax.tree.map(lambda x: x.sharding, state)
   @functools.partial(jax.jit, donate_argnums=(0, 1),
-                     out_shardings=(placed, everywhere, everywhere))
+                     out_shardings=(*placed, sharding.replicated(mesh)))
   def step(params, opt_state, batch):
     updates, opt_state = tx.update(
         None, opt_state, params, value_fn=loss_fn, batch=batch)
-    spsa = opt_state[0]
+    first = opt_state[0]
+    name = next(name for name in ('projected_grad', 'grad_norm')
+                if hasattr(first, name))
     metrics = {
-        'loss': spsa.value,
-        'projected_grad': spsa.projected_grad,
-        'skipped': spsa.total_notfinite,
-        'skipped_in_a_row': spsa.notfinite_count,
+        'loss': first.value,
+        name: getattr(first, name),
+        'skipped': first.total_notfinite,
+        'skipped_in_a_row': first.notfinite_count,
     }
     return optax.apply_updates(params, updates), opt_state, metrics
 
@@ -104,100 +106,142 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   name = config_lib.model_name(config)
   revision = config.model.revision or None
   model_config = models.load_config(name, revision)
-  if not model_config.causal:
-    raise ValueError(
-        f'{name} is a masked model ({model_config.family}); this script '
-        'trains causal ones. mezo_jax.mezo trains it in a loop of your own.')
   tokenizer = models.load_tokenizer(
       name, revision, config.model.bos_token or None)
+
+  # Data: before the weights, so that a wrong column costs no waiting.
+  task = config.task
+  splits = data_lib.read_splits(config, tokenizer, model_config, say)
+  train = splits.train
+  sizes = lambda name: evaluate.Sizes(
+      splits.buckets[name], config.eval_batch_size, config.eval_batch_tokens)
+
+  # Weights, with a head of their own where the method trains one.
   model, params = models.load(
       name, mesh, config.model.dtype, revision=revision)
+  model = model.clone(remat=config.model.remat)
+  if config.method in config_lib.UNTIES and task.kind != 'head':
+    model, params = baselines.untie(model, params)
+  if task.kind == 'head':
+    params['classifier'] = jax.device_put(
+        head.init(jax.random.key(config.seed), model.config, task.num_classes),
+        sharding.replicated(mesh))
   size = sum(x.size for x in jax.tree.leaves(params))
   say(f'model: {Path(name).name}, {size:,} parameters in '
       f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
       'device(s)')
+  ask = {name: evaluate.make_evaluator(
+      model, task, getattr(splits, name), tokenizer, sizes(name), mesh,
+      splits.prior.get(name)) for name in ('dev', 'test')}
+  metric, offsets, zero_shot = task.main_metric, None, None
+  classes = task.kind in ('classification', 'head')  # the same for all rows
+  result = {'method': config.method, 'metric': metric,
+            'train_rows': len(train.prompts)}
 
-  # Data.
-  splits, buckets = data_lib.read_splits(
-      config.data, config.task, tokenizer, model.config.max_length, say)
-  train = splits['train']
-  in_use = data_lib.used_buckets(
-      train.lengths, buckets, config.data.batch_size)
-  say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
-  score = {name: evaluate.make_scorer(
-      model, splits[name], buckets, config.eval_batch_size, mesh)
-           for name in ('dev', 'test')}
+  def finish(final, steps=0, **more):
+    """Writes result.json, and says what is in it."""
+    nonlocal result
+    result |= {'zero_shot': zero_shot} if zero_shot else {}
+    result |= {
+        'final': final, 'steps': steps, 'forwards': steps * forwards(config),
+        **more, 'truncated': splits.test.truncated,
+        'seconds': time.time() - began, 'peak_memory': evaluate.peak_memory(),
+        'model': Path(name).name,
+        'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
+    if jax.process_index() == 0:
+      result_file.write_text(json.dumps(result, indent=2) + '\n')
+    return result
+
+  # Baselines that make no step.
+  workdir.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    config_file.write_text(json.dumps(config_lib.to_json(config), indent=2))
+  if config.method in ('linear_probe', 'lp_mezo'):
+    read = lambda name: baselines.features(
+        model, params, getattr(splits, name), sizes(name), mesh)
+    probe = baselines.fit_probe(
+        read('train'), train.labels, bias=not model.config.causal)
+    if config.method == 'lp_mezo':
+      params = baselines.write_probe(params, probe, train.token_ids)
+  if config.method == 'linear_probe':
+    final = evaluate.report(
+        baselines.probe_scores(probe, read('test'), splits.test.width),
+        splits.test.golds, metric=metric)
+  elif not config_lib.trains(config):
+    if config.method == 'zero_shot' and classes:
+      offsets = evaluate.calibrate(ask['dev'](params)[1], splits.dev.labels)
+    final = ask['test'](params, offsets)[0]
+  if not config_lib.trains(config):
+    say(f'{config.method}: test {evaluate.spell(final)}; see {result_file}')
+    return finish(final)
 
   # Optimizer.
   tx = config_lib.make_optimizer(config)
-  loss_fn = classification.make_loss_fn(model, train.token_ids)
-  step_fn, compiled = make_step(tx, loss_fn, params, mesh)
-  opt_state = jax.device_put(tx.init(params), sharding.replicated(mesh))
+  loss_fn = score.make_loss_fn(
+      model, train, task, config_lib.objective(config), tokenizer)
+  opt_state = jax.tree.map(
+      lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
+      jax.device_put(x, sharding.replicated(mesh)), tx.init(params))
+  step_fn, compiled = make_step(tx, loss_fn, (params, opt_state), mesh)
+  in_use = data_lib.used_buckets(
+      train.lengths, splits.buckets['train'], config.data.batch_size)
+  say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
-  workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
   start = checkpoints.latest_step() or 0
   if start:
     params, opt_state = checkpoints.load(start, (params, opt_state))
     say(f'resumed from step {start} of {workdir}')
-  if jax.process_index() == 0:
-    config_file.write_text(json.dumps(config_lib.to_json(config), indent=2))
   metrics = loggers.Metrics(workdir, start)
 
   # Zero-shot: what fine-tuning is compared with.
-  if not metrics.of('zero_shot'):
-    scores = score['dev'](params)
-    offsets = evaluate.calibrate(scores, splits['dev'].labels)
-    metrics.write('dev', 0, **evaluate.report(
-        scores, splits['dev'].labels, offsets))
-    metrics.write('zero_shot', 0, offsets=offsets.tolist(), **evaluate.report(
-        score['test'](params), splits['test'].labels, offsets))
-  zero_shot = dict(metrics.of('zero_shot')[0])
-  offsets = np.array(zero_shot.pop('offsets'))
-  say(f'zero-shot: test accuracy {zero_shot["accuracy"]:.1%}, '
-      f'{zero_shot["calibrated_accuracy"]:.1%} with a calibrated threshold')
+  if config.zero_shot and not metrics.of('zero_shot'):
+    report, scores = ask['dev'](params)
+    if classes:
+      offsets = evaluate.calibrate(scores, splits.dev.labels)
+      report = evaluate.report(scores, splits.dev.golds, offsets, metric)
+    metrics.write('dev', 0, **report)
+    metrics.write('zero_shot', 0, **ask['test'](params, offsets)[0])
+  if metrics.of('zero_shot'):
+    zero_shot = plain(metrics.of('zero_shot')[0])
+    say(f'zero-shot: test {evaluate.spell(zero_shot)}')
 
   # Loop.
-  report_dev = lambda params: evaluate.report(
-      score['dev'](params), splits['dev'].labels)
-  batches = feed(config, train, buckets, mesh, start)
+  batches = feed(config, train, splits.buckets['train'], mesh, start)
   params, opt_state = loop(
-      config, (params, opt_state), step_fn, batches, report_dev, checkpoints,
-      metrics, start)
+      config, (params, opt_state), step_fn, batches,
+      lambda params: ask['dev'](params)[0], checkpoints, metrics, start)
 
   # Report.
   best = checkpoints.best_step()
   if best != config.steps:
     params, _ = checkpoints.load(best, (params, opt_state))
-  dev_scores = score['dev'](params)
-  final = evaluate.report(
-      score['test'](params), splits['test'].labels,
-      evaluate.calibrate(dev_scores, splits['dev'].labels))
-  n = config.optimizer.num_samples
-  strip = lambda r: {k: v for k, v in r.items() if k not in ('kind', 'step')}
-  result = {
-      'zero_shot': strip(zero_shot),
-      'final': final | {'step': best},
-      'steps': config.steps,
-      'forwards': config.steps * (
-          n + 1 if config.optimizer.one_sided else 2 * n),
-      'compilations': len(compiled),
-      'seconds': time.time() - began,
-      'model': Path(name).name,
-      'devices': f'{mesh.size} x {jax.devices()[0].device_kind}',
-  }
+  if classes:
+    offsets = evaluate.calibrate(ask['dev'](params)[1], splits.dev.labels)
+  final = ask['test'](params, offsets)[0]
   checkpoints.close()
   metrics.close()
   if jax.process_index() == 0:
-    result_file.write_text(json.dumps(result, indent=2) + '\n')
-    loggers.draw_curves(
-        workdir / 'curves.png', metrics, f'MeZO, {Path(name).name}')
-  say(f'final (step {best}, best on dev): test accuracy '
-      f'{final["accuracy"]:.1%}, zero-shot {zero_shot["accuracy"]:.1%}, '
-      f'calibrated zero-shot {zero_shot["calibrated_accuracy"]:.1%}; '
+    loggers.draw_curves(workdir / 'curves.png', metrics, metric,
+                        f'{config.method}, {Path(name).name}')
+  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
-  return result
+  return finish(final | {'step': best}, config.steps,
+                compilations=len(compiled))
+
+
+def forwards(config) -> int:
+  """Forward passes of a batch that a step takes."""
+  if config.method in ('finetune', 'head_only'):
+    return 1
+  n = config.optimizer.num_samples
+  return n + 1 if config.optimizer.one_sided else 2 * n
+
+
+def plain(record: dict) -> dict:
+  return {k: v for k, v in record.items() if k not in ('kind', 'step')}
 
 
 def feed(config, train, buckets, mesh, start):
@@ -205,7 +249,7 @@ def feed(config, train, buckets, mesh, start):
   rows = config.data.batch_size
   for length, index in data_lib.batches(
       train.lengths, buckets, rows, config.seed, start):
-    batch = classification.batch_of(train, index, length, rows)
+    batch = encode.batch_of(train, index, length, rows)
     yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
 
 
@@ -221,12 +265,12 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     values = jax.device_get(values)
     seconds, clock = time.time() - clock, time.time()
     metrics.write(
-        'train', step, loss=_number(values['loss']),
-        projected_grad=[_number(g) for g in values['projected_grad']],
+        'train', step, **{k: _number(v) for k, v in values.items()
+                          if not k.startswith('skipped')},
         tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
+    size = values.get('projected_grad', values.get('grad_norm'))
     bar.set_postfix_str(
-        f'loss {values["loss"]:.3f}, '
-        f'|g| {np.abs(values["projected_grad"]).mean():.1f}, '
+        f'loss {values["loss"]:.3f}, |g| {np.abs(size).mean():.1f}, '
         f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
     bar.update()
     if values['skipped_in_a_row'] >= config.max_skipped:
@@ -249,10 +293,9 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     if evaluates:
       report = evaluate_dev(state[0])
       metrics.write('dev', step, **report)
-      bar.write(f'step {step}: dev accuracy {report["accuracy"]:.1%}, '
-                f'loss {report["loss"]:.3f}')
-    checkpoints.save(step, tuple(state), report and {
-        name: report[name] for name in ('accuracy', 'loss')})
+      bar.write(f'step {step}: dev {evaluate.spell(report)}')
+    checkpoints.save(step, tuple(state), report and evaluate.rank(
+        report, config.task.main_metric, config.select))
     if stopping and step < config.steps:
       checkpoints.wait()
       raise Stopped(f'told to stop; step {step} is saved. Run the same command '
@@ -262,8 +305,10 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
   return state
 
 
-def _number(x) -> float | None:
-  """A float that JSON can hold; None for inf and NaN."""
+def _number(x) -> float | list | None:
+  """Floats that JSON can hold; None for inf and NaN."""
+  if np.ndim(x):
+    return [_number(v) for v in x]
   return float(x) if np.isfinite(x) else None
 
 

@@ -23,7 +23,7 @@ import optax
 from configs import quickstart as quickstart_config
 import mezo_jax
 from mezo_jax import data, models, quickstart
-from mezo_jax.tasks import classification
+from mezo_jax.tasks import encode, score
 
 SEEDS, STEPS, EVERY, ROWS, TOKENS, HELD_OUT = 15, 30, 10, 8, 16, 128
 NOISE = {
@@ -46,18 +46,18 @@ def compile_step(tx, loss_fn, params, batch):
 def reviews():
   """{noise: (losses [seeds, evaluations], accuracies, seconds a step)}."""
   config = quickstart_config.get_config()
+  task = config.task
   path = quickstart.model_path()
   model, start = models.load(path, dtype='float32')
-  splits, _ = data.read_splits(
-      config.data, config.task, models.load_tokenizer(path),
-      model.config.max_length, print)
-  short = {name: np.flatnonzero(splits[name].lengths <= TOKENS)
-           for name in ('train', 'dev')}
-  words = splits['train'].token_ids
-  loss_fn = classification.make_loss_fn(model, words)
-  held = classification.batch_of(
-      splits['dev'], short['dev'][:HELD_OUT], TOKENS, HELD_OUT)
-  scores = jax.jit(lambda p: classification.scores(model, p, held, words))
+  splits = data.read_splits(
+      config, models.load_tokenizer(path), model.config, print)
+  train, dev = splits.train, splits.dev
+  short = np.flatnonzero(train.lengths <= TOKENS)
+  loss_fn = score.make_loss_fn(model, train, task, 'cross_entropy')
+  held = encode.batch_of(
+      dev, np.flatnonzero(dev.lengths <= TOKENS)[:HELD_OUT], TOKENS, HELD_OUT)
+  scores = jax.jit(lambda p: score.scores(
+      *score.log_likelihoods(model, p, held, dev)))
 
   def evaluate(params):
     s = np.asarray(scores(params))
@@ -69,15 +69,14 @@ def reviews():
   o, results = config.optimizer, {name: [] for name in NOISE}
   tx_of = lambda key, noise: mezo_jax.mezo(
       o.learning_rate, o.eps, key=key, mask=o.mask, **noise)
-  shapes = classification.batch_of(
-      splits['train'], short['train'][:ROWS], TOKENS, ROWS)
+  shapes = encode.batch_of(train, short[:ROWS], TOKENS, ROWS)
   step_of = {name: compile_step(tx_of(0, noise), loss_fn, start, shapes)
              for name, noise in NOISE.items()}
   for seed in range(SEEDS):
     order = np.random.RandomState(seed)
-    batches = [classification.batch_of(
-        splits['train'], order.choice(short['train'], ROWS, False), TOKENS,
-        ROWS) for _ in range(STEPS)]
+    batches = [encode.batch_of(
+        train, order.choice(short, ROWS, False), TOKENS, ROWS)
+               for _ in range(STEPS)]
     for name, noise in NOISE.items():
       params = jax.tree.map(jnp.copy, start)
       state = tx_of(seed, noise).init(params)

@@ -32,7 +32,7 @@ import optax
 
 import mezo_jax
 from mezo_jax import data, loggers, models, sharding
-from mezo_jax.tasks import classification
+from mezo_jax.tasks import encode
 
 ROUNDS = 5
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
@@ -193,16 +193,18 @@ def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
   for _ in range(4):
     took, (params, state) = harness.timed(step, params, state, ids)
     step_seconds.append(took)
-  encoded = classification.Encoded(
-      [[[5] * (tokens - i % 8)] for i in range(512)], [[1, 1]] * 512,
-      np.zeros(512, np.int32), np.array(harness.LABEL_WORDS), 0)
+  prompts, none = [[5] * (tokens - i % 8) for i in range(512)], [[]] * 512
+  encoded = encode.Encoded(
+      none, prompts, none, none, [(0,)] * 512, 0,
+      read_at=np.array([len(p) - 1 for p in prompts]),
+      token_ids=np.array(harness.LABEL_WORDS))
   mesh = sharding.make_mesh()
   with tempfile.TemporaryDirectory() as folder:
     metrics = loggers.Metrics(Path(folder), 0)
     batches = data.batches(encoded.lengths, (tokens,), rows, 0)
     began = time.perf_counter()
     for i, (length, index) in zip(range(steps), batches):
-      batch = classification.batch_of(encoded, index, length, rows)
+      batch = encode.batch_of(encoded, index, length, rows)
       jax.block_until_ready(sharding.put_batch(batch, mesh))
       values = jax.device_get(state[0])
       metrics.write('train', i, loss=float(values.value), seconds=0.0)

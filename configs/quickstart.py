@@ -12,14 +12,15 @@ Prompt, parameters, learning rate and number of steps were chosen on dev rows,
 never on test rows.
 """
 
-from mezo_jax.config import Data, Optimizer, Task, Train
+from mezo_jax.config import Data, Optimizer, Train
+from mezo_jax.tasks import Task
 
 
 def get_config() -> Train:
   return Train(
       task=Task(template='{text} Recommended:', label_words=(' no', ' yes')),
-      data=Data(num_train=600, num_dev=300, num_test=400, max_length=64,
-                buckets=(16, 24, 32, 64), batch_size=16),
+      data=Data(train='quickstart', num_train=600, num_dev=300, num_test=400,
+                max_length=64, buckets=(16, 24, 32, 64), batch_size=16),
       optimizer=Optimizer(
           learning_rate=1.5e-4, schedule='linear', eps=1e-3,
           distribution='rademacher',

@@ -1,10 +1,12 @@
-"""The command line beside train.py: python -m mezo_jax export ..."""
+"""The command line beside train.py: python -m mezo_jax export | evaluate."""
 
 import argparse
 import logging
+from pathlib import Path
 import sys
 
 from mezo_jax.export import export
+from mezo_jax.suite import evaluate
 
 
 def main(argv=None) -> None:
@@ -15,10 +17,28 @@ def main(argv=None) -> None:
   sub.add_argument('workdir', help='of the run, such as runs/quickstart')
   sub.add_argument('directory', help='to make')
   sub.add_argument('--step', type=int, help='default: the best on dev rows')
+  sub = commands.add_parser(
+      'evaluate', help='many runs of train.py, and one table of their results')
+  sub.add_argument('--suite', required=True, help='file, such as '
+                   'configs/cpu_suite.py')
+  sub.add_argument('--workdir', help='default: runs/<suite>')
+  names = lambda text: text.split(',')
+  sub.add_argument('--tasks', type=names, default=(), help='a,b; default: all')
+  sub.add_argument('--methods', type=names, default=(), help='the same')
   options = parser.parse_args(argv)
   logging.getLogger('absl').setLevel(logging.WARNING)  # orbax is talkative
   try:
-    print(f'wrote {export(options.workdir, options.directory, options.step)}')
+    if options.command == 'export':
+      print(f'wrote {export(options.workdir, options.directory, options.step)}')
+      return
+    table, failed = evaluate(
+        options.suite, options.workdir or f'runs/{Path(options.suite).stem}',
+        options.tasks, options.methods)
+    if table.is_file():
+      print(f'{table.read_text()}wrote {table}')
+    if failed:
+      sys.exit(f'python -m mezo_jax: {", ".join(failed)} failed; run the same '
+               'command again to go on.')
   except (OSError, RuntimeError, ValueError) as e:
     sys.exit(f'python -m mezo_jax: {e}')
 

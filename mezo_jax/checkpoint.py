@@ -25,9 +25,9 @@ class Checkpoints:
       clean: remove what a killed run has half written; not while one runs.
     """
     keep = ocp.training.preservation_policies
-    # A better accuracy wins; of equals, the lower loss.
+    # A higher score wins; of equals, the lower loss.
     best = keep.BestN(
-        n=1, get_metric_fn=lambda m: (m['accuracy'], -m['loss']),
+        n=1, get_metric_fn=lambda m: (m['score'], -m['loss']),
         keep_checkpoints_without_metrics=False)
     self._checkpointer = ocp.training.Checkpointer(
         directory.absolute(), cleanup_tmp_directories=clean,
@@ -40,7 +40,8 @@ class Checkpoints:
     Args:
       step: the number of steps made.
       state: a tree of arrays, typed keys included.
-      metrics: dev ``accuracy`` and ``loss``, where there was an evaluation.
+      metrics: ``score`` and ``loss`` of the dev rows, where there was an
+        evaluation.
     """
     self._checkpointer.save_async(step, state, metrics=metrics, force=True)
 
@@ -63,7 +64,7 @@ class Checkpoints:
     if not scored:
       raise FileNotFoundError('no checkpoint with an evaluation was kept.')
     return max(scored, key=lambda c: (
-        c.metrics['accuracy'], -c.metrics['loss'])).step
+        c.metrics['score'], -c.metrics['loss'])).step
 
   def load(self, step: int, like: Any) -> Any:
     """The state of a step, with the shapes, dtypes and shardings of ``like``.

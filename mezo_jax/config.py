@@ -1,5 +1,6 @@
 """The configuration of a run: typed dataclasses with a comment a field."""
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -8,7 +9,14 @@ import jax
 import optax
 
 from mezo_jax import quickstart
+from mezo_jax.backprop import backprop
 from mezo_jax.mezo import mezo
+from mezo_jax.tasks import score, Task
+from mezo_jax.tasks import task as task_lib
+
+METHODS = ('mezo', 'zero_shot', 'icl', 'linear_probe', 'finetune', 'head_only',
+           'lp_mezo')
+UNTIES = ('head_only', 'lp_mezo')  # methods with a head of their own
 
 
 @dataclasses.dataclass
@@ -17,28 +25,22 @@ class Model:
   dtype: str = 'float32'  # of the weights: 'float32', 'bfloat16', 'float16'
   revision: str = ''  # branch, tag or commit of a hub id
   bos_token: str = ''  # put first; '' for the tokenizer's own. OPT: '<s>'
-
-
-@dataclasses.dataclass
-class Task:
-  template: str = '{text} It was'  # columns in braces
-  label_words: tuple[str, ...] = (' terrible', ' great')  # answers, by class
-  label_column: str = 'label'
-  label_names: tuple[str, ...] = ()  # where the column holds names
+  remat: bool = False  # backpropagation keeps no more than layers' inputs
 
 
 @dataclasses.dataclass
 class Data:
-  train: str = 'quickstart'  # or .jsonl, .csv, .tsv, .parquet, hub id
-  train_split: str = 'train'  # of a hub data set
-  test: str = ''  # like `train`; '' takes test rows out of the training data
-  test_split: str = 'validation'  # of a hub data set
+  train: str = ''  # .jsonl, .csv, .tsv, .parquet, hub id; '' for the task's
+  train_split: str = ''  # of a hub data set; '' for the task's
+  test: str = ''  # like `train`; '' takes test rows out of training data given
+  test_split: str = ''  # of a hub data set; '' for the task's
   subset: str = ''  # configuration of a hub data set
   num_train: int = 1000  # as the paper
   num_dev: int = 500
   num_test: int = 1000  # at most; 0 for all
   k_shot: int = 0  # > 0: k rows of each label for train, as many for dev
-  seed: int = 0  # of the choice of rows
+  seed: int = 0  # of the choice of train and dev rows
+  test_seed: int = 0  # of the choice of test rows
   max_length: int = 2048  # tokens; longer prompts keep their end
   buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)  # padding
   batch_size: int = 16
@@ -46,6 +48,7 @@ class Data:
 
 @dataclasses.dataclass
 class Optimizer:
+  name: str = 'adam'  # or 'sgd', where there is backpropagation
   learning_rate: float = 1e-6
   schedule: str = 'constant'  # or 'linear' or 'cosine' decay to 0
   warmup_steps: int = 0  # linear, from 0
@@ -71,28 +74,66 @@ class Mesh:
 class Train:
   """Everything that `train.py` needs to know."""
 
+  # 'mezo'; the baselines 'zero_shot', 'icl' (demonstrations in the prompt),
+  # 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the same, of
+  # the head alone); 'lp_mezo', MeZO from the linear probe on.
+  method: str = 'mezo'
+  # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
+  # of (predictions, examples) to be maximised; '' for the task's own.
+  objective: str | Callable = ''
+  calibration: str = ''  # 'sfc', or 'icl_sfc' with the demonstrations in it
+  num_demos: int = 32  # demonstrations of in-context learning
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
+  select: str = 'metric'  # what dev rows choose the best step by, or 'loss'
+  zero_shot: bool = True  # evaluate before training, to compare with
   steps: int = 20_000
   eval_every: int = 4_000  # steps; also checkpoints
   checkpoint_every: int = 1_000  # steps; a killed run loses no more than these
-  eval_batch_size: int = 32
+  eval_batch_size: int = 32  # rows, at most
+  eval_batch_tokens: int = 16_384  # padding included, at most
   max_skipped: int = 10  # steps in a row with a loss that is not finite
 
 
 # Fields that may differ between the runs that share a working directory.
-_FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size', 'mesh',
-         'max_skipped')
+_FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
+         'eval_batch_tokens', 'mesh', 'max_skipped')
 
 
 def check(config: Train) -> None:
   """Raises ValueError, in one sentence, for a value that cannot work."""
   d, o = config.data, config.optimizer
+  task_lib.check(config.task)
+  score.form(config.task, objective(config))
+  generated = config.task.kind == 'generation'
+  by_words = config.task.kind == 'classification'
   rules = [
+      (config.method in METHODS,
+       f'method {config.method!r} is none of {", ".join(METHODS)}'),
+      (config.method not in ('linear_probe', 'lp_mezo') or by_words,
+       f'method {config.method!r} needs a task with label words; take '
+       'head_only'),
+      (config.method not in ('finetune', 'head_only')
+       or objective(config) in ('cross_entropy', 'lm'),
+       f'objective {objective(config)!r} has no derivative: take a method '
+       'without backpropagation, or cross_entropy or lm'),
+      (config.calibration in ('', 'sfc', 'icl_sfc'),
+       f'calibration {config.calibration!r} is none of sfc, icl_sfc'),
+      (not config.calibration or (
+          config.task.calibration is not None and not generated),
+       'calibration needs task.calibration, a prompt without content, and '
+       'candidates'),
+      (config.calibration != 'icl_sfc' or config.method == 'icl',
+       "calibration 'icl_sfc' needs method 'icl'"),
+      (config.select in ('metric', 'loss'),
+       f"select {config.select!r} is neither 'metric' nor 'loss'"),
+      (o.name in ('adam', 'sgd'),
+       f"optimizer.name {o.name!r} is neither 'adam' nor 'sgd'"),
+      (config.num_demos >= 1, 'num_demos must be at least 1'),
       (config.model.dtype in ('float32', 'bfloat16', 'float16'),
        f'model.dtype {config.model.dtype!r} is none of float32, bfloat16, '
        'float16'),
@@ -102,7 +143,6 @@ def check(config: Train) -> None:
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (o.warmup_steps < max(config.steps, 1),
        'optimizer.warmup_steps must be below steps'),
-      (len(config.task.label_words) >= 2, 'task.label_words needs two or more'),
       (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,
        f'data.buckets {d.buckets} must increase'),
       (d.batch_size >= 1, 'data.batch_size must be at least 1'),
@@ -110,7 +150,7 @@ def check(config: Train) -> None:
        'optimizer.micro_batches must divide data.batch_size'),
       (min(d.num_dev, d.num_train) >= 1,
        'data.num_train and data.num_dev must be at least 1'),
-      (d.num_test >= 1 or bool(d.test),
+      (d.num_test >= 1 or bool(d.test) or not d.train,
        'data.num_test must be at least 1 where data.test is not set'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
@@ -136,9 +176,29 @@ def schedule(config: Train) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [o.warmup_steps])
 
 
+def objective(config: Train) -> str | Callable:
+  """What is trained: the config's, or the task's own."""
+  return config.objective or score.default_objective(config.task)
+
+
+def trains(config: Train) -> bool:
+  """Whether the method makes steps."""
+  return config.method in ('mezo', 'lp_mezo', 'finetune', 'head_only')
+
+
 def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
-  """The optax transform that a config describes."""
+  """The optax transform that a config describes; the state's first entry has
+  the loss and the counts of skipped steps."""
   o = config.optimizer
+  if config.method in ('finetune', 'head_only'):
+    head = '^(lm_head|head|classifier)/' if config.method == 'head_only' else ''
+    inner = {'adam': optax.adamw, 'sgd': optax.sgd}[o.name]
+    decay = {'adam': dict(weight_decay=o.weight_decay), 'sgd': {}}[o.name]
+    inner = inner(schedule(config), **decay)
+    if o.name == 'sgd' and o.weight_decay:
+      inner = optax.chain(optax.add_decayed_weights(o.weight_decay), inner)
+    return optax.chain(backprop(
+        inner, mask=o.mask or head or None, micro_batches=o.micro_batches))
   return mezo(
       schedule(config), o.eps, key=jax.random.key(config.seed),
       weight_decay=o.weight_decay, mask=o.mask or None,
@@ -154,17 +214,20 @@ def model_name(config: Train) -> str | os.PathLike:
 
 
 def to_json(config: Train) -> dict:
-  """The config as plain JSON values."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  """The config as plain JSON values; a function is its name."""
+  name = lambda f: f'{f.__module__}.{f.__qualname__}'
+  return json.loads(json.dumps(dataclasses.asdict(config), default=name))
 
 
 def from_json(saved: dict) -> Train:
   """The inverse of `to_json`; fields that it lacks have their defaults."""
+  def plain(v):
+    return tuple(map(plain, v)) if isinstance(v, list) else v
   def build(cls, values):
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     return cls(**{
-        name: build(fields[name], v) if isinstance(v, dict) else
-        tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        name: build(fields[name], v) if isinstance(v, dict) else plain(v)
+        for name, v in values.items()})
   return build(Train, saved)
 
 
@@ -183,10 +246,9 @@ def check_same_run(config: Train, saved: dict) -> None:
     if path in free:
       return
     if isinstance(new, dict):
-      for name in new:
-        compare(new[name], old.get(name), f'{path}.{name}'.lstrip('.'))
-    # '' is what a run did before there was such an option.
-    elif new != old and not (old is None and new == ''):
+      for name in (n for n in new if n in old):  # others are of a new version
+        compare(new[name], old[name], f'{path}.{name}'.lstrip('.'))
+    elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
   compare(to_json(config), saved, '')

@@ -1,13 +1,15 @@
 """Rows in, batches out: files and hub data sets, splits, buckets, order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mezo_jax import config as config_lib
 from mezo_jax import quickstart
-from mezo_jax.tasks import classification
+from mezo_jax.tasks import score, Task
+from mezo_jax.tasks.encode import encode, Encoded
 
 _FORMATS = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.tsv': 'csv',
             '.parquet': 'parquet'}
@@ -87,58 +89,139 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
   return train, dev, test
 
 
-def read_splits(
-    config: config_lib.Data, task_config: config_lib.Task, tokenizer,
-    positions: int, say: Callable[[str], None],
-) -> tuple[dict[str, classification.Encoded], tuple[int, ...]]:
+class Splits(NamedTuple):
+  """The rows of a run as tokens."""
+
+  train: Encoded  # as the objective needs them
+  dev: Encoded  # as evaluation needs them; right answers alone for their loss
+  test: Encoded
+  prior: dict[str, Encoded]  # candidates after a prompt without content
+  buckets: dict[str, tuple[int, ...]]  # lengths that each is padded to
+
+
+def read_rows(config: config_lib.Train) -> tuple[dict, list[dict]]:
+  """``{'train': rows, 'dev': ..., 'test': ...}``, and all rows that are not
+  for testing, in the order of their source, to take demonstrations from.
+
+  Raises:
+    FileNotFoundError: if there are no such data.
+    ValueError: if no data are named, or they do not fit the task.
+  """
+  d, task = config.data, config.task
+  source = d.train or task.hub
+  if not source:
+    raise ValueError(
+        'there is nothing to train on: set --config.data.train to a file or '
+        'the id of a data set.')
+  subset = d.subset or ('' if d.train else task.subset)
+  if source == 'quickstart':
+    rows = quickstart.reviews()
+  else:
+    rows = load_rows(source, subset, d.train_split or task.train_split)
+  rows = task.prepare(rows)
+  held_out = d.test or ('' if d.train else task.hub)
+  labels = np.array([task.golds(r)[0] for r in rows]) if (
+      d.k_shot and task.kind != 'generation') else np.zeros(len(rows), int)
+  indices = split_rows(labels, d.num_train, d.num_dev,
+                       0 if held_out else d.num_test, d.seed, d.k_shot)
+  parts = {name: [rows[i] for i in index] for name, index in
+           zip(('train', 'dev', 'test'), indices)}
+  if held_out:
+    test = task.prepare(load_rows(
+        held_out, subset, d.test_split or task.test_split))
+    order = np.random.RandomState(d.test_seed).permutation(len(test))
+    parts['test'] = [test[i] for i in order[:d.num_test or len(test)]]
+  for_test = set() if held_out else set(indices[2].tolist())
+  return parts, [r for i, r in enumerate(rows) if i not in for_test]
+
+
+def demonstrations(task: Task, pool: Sequence[dict], num: int,
+                   count: int) -> list[str]:
+  """What stands before each of ``count`` prompts: ``num`` rows with answers.
+
+  As in the paper's code each prompt has rows of its own: seeds
+  ``RandomState(0).randint(0, 10000, count)``, and of each seed the first
+  ``num`` rows of a permutation of the pool.
+
+  Raises:
+    ValueError: if the pool is smaller than ``num``.
+  """
+  if len(pool) < num:
+    raise ValueError(f'there are {len(pool)} rows for {num} demonstrations; '
+                     'lower --config.num_demos.')
+  out = []
+  for seed in np.random.RandomState(0).randint(0, 10_000, count):
+    rows = [pool[i] for i in
+            np.random.RandomState(seed).permutation(len(pool))[:num]]
+    out.append('\n\n'.join(
+        (task.prompt(r) + task.gold_text(r)).strip() for r in rows) + '\n\n')
+  return out
+
+
+def read_splits(config: config_lib.Train, tokenizer, model_config,
+                say: Callable[[str], None]) -> Splits:
   """The encoded rows of a run, and the lengths that they are padded to.
 
   Args:
-    config: where the rows are and how many are wanted.
-    task_config: how they read.
+    config: of the run.
     tokenizer: the model's.
-    positions: tokens that the model can take.
+    model_config: the model's.
     say: reports what was found.
-
-  Returns:
-    ``{'train': ..., 'dev': ..., 'test': ...}`` and the buckets that they need.
   """
-  options = vars(task_config)
-  task = classification.Classification(**options | {
-      name: tuple(options[name]) for name in ('label_words', 'label_names')})
-  if config.train == 'quickstart':
-    rows = quickstart.reviews()
-  else:
-    rows = load_rows(config.train, config.subset, config.train_split)
-  labels = np.array([task.label(row) for row in rows])
-  indices = split_rows(
-      labels, config.num_train, config.num_dev,
-      0 if config.test else config.num_test, config.seed, config.k_shot)
-  parts = {name: [rows[i] for i in index] for name, index in
-           zip(('train', 'dev', 'test'), indices)}
-  if config.test:
-    test = load_rows(config.test, config.subset, config.test_split)
-    most = config.num_test or len(test)
-    order = np.random.RandomState(0).permutation(len(test))[:most]
-    parts['test'] = [test[i] for i in order]
+  task, parts, pool = config.task, *read_rows(config)
+  limit = min(config.data.max_length, model_config.max_length)
+  causal = model_config.causal
+  if task.kind != 'head' and task.masked == causal:
+    raise ValueError(
+        f'the prompt {task.template!r} is for a '
+        f'{"masked" if task.masked else "causal"} model and '
+        f'{config.model.name} is none; choose another --config.task.template '
+        '({mask} is where a masked model reads the label words).')
+  form = score.form(task, config_lib.objective(config))
+  forms = {'train': form, 'dev': {}, 'test': {}}
+  if config.select == 'loss' and task.kind == 'generation':
+    forms['dev'] = dict(gold_only=True)
+  before = {}
+  if config.method == 'icl':
+    forms['dev'] = dict(gold_only=True)  # not used: the cheapest form
+    before['test'] = demonstrations(
+        task, pool, config.num_demos, len(parts['test']))
 
-  def encode(**kwargs):
-    return {name: classification.encode(
-        task, part, tokenizer, min(config.max_length, positions), **kwargs)
-            for name, part in parts.items()}
+  def read(name, prior=False, **kwargs):
+    rows, prompts = parts[name], None
+    if prior:
+      prompts = [task.prior(r) for r in rows]
+    elif name in before:
+      prompts = [task.prompt(r) for r in rows]
+    if name in before and (not prior or config.calibration == 'icl_sfc'):
+      prompts = [b + p for b, p in zip(before[name], prompts)]
+    return encode(task, rows, tokenizer, limit, prompts=prompts,
+                  causal=causal, **forms[name], **kwargs)
 
-  splits = encode()
-  if len({split.token_ids is None for split in splits.values()}) > 1:
-    splits = encode(pad_to_candidates=True)  # one form for all
+  splits = {name: read(name) for name in parts}
+  if len({s.token_ids is None for s in splits.values() if s.width > 1}) > 1:
+    splits = {name: read(name, write_out=True) for name in parts}
+  prior = {name: read(name, prior=True) for name in ('dev', 'test') if (
+      config.calibration and splits[name].width > 1)}
   for name, split in splits.items():
-    cut = (f'; {split.truncated} rows lost tokens at their beginning'
-           if split.truncated else '')
-    say(f'data: {len(split.labels)} {name} rows, {split.lengths.mean():.0f} '
+    cut = f'; {split.truncated} rows were cut to fit' if split.truncated else ''
+    say(f'data: {len(split.prompts)} {name} rows, {split.lengths.mean():.0f} '
         f'tokens on average, {split.lengths.max()} at most{cut}')
-  longest = int(max(split.lengths.max() for split in splits.values()))
-  shorter = [b for b in config.buckets if b < longest]
-  enough = [b for b in config.buckets if b >= longest]
-  return splits, (*shorter, min(enough, default=longest))
+  buckets = {name: buckets_for(
+      split, config.data.buckets,
+      limit - (task.max_new_tokens if split.left else 0))
+             for name, split in (*splits.items(), *(
+                 (f'prior_{name}', p) for name, p in prior.items()))}
+  return Splits(**splits, prior=prior, buckets=buckets)
+
+
+def buckets_for(data: Encoded, buckets: Sequence[int],
+                limit: int) -> tuple[int, ...]:
+  """Those of the buckets that the rows need, none above what a model takes."""
+  longest = int(data.lengths.max())
+  shorter = [b for b in buckets if b < longest]
+  enough = min([b for b in buckets if b >= longest], default=longest)
+  return (*shorter, max(longest, min(enough, limit)))
 
 
 def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
@@ -192,10 +275,14 @@ def batches(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
     number, at = number + 1, 0
 
 
-def in_order(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int):
-  """Evaluation batches: every row once, (bucket, indices), by bucket."""
-  bucket = np.array([bucket_of(n, buckets) for n in lengths])
-  for b in np.unique(bucket):
-    rows = np.flatnonzero(bucket == b)
-    for i in range(0, len(rows), batch_size):
-      yield int(b), rows[i:i + batch_size]
+def used_lengths(lengths: np.ndarray, buckets: tuple[int, ...]) -> list[int]:
+  """The buckets that rows of these lengths fall into."""
+  return sorted({bucket_of(n, buckets) for n in lengths})
+
+
+def rows_of(lengths: np.ndarray, buckets: tuple[int, ...], bucket: int,
+            batch_size: int) -> Iterator[np.ndarray]:
+  """Evaluation batches of a bucket: the indices of its rows, each once."""
+  rows = np.flatnonzero([bucket_of(n, buckets) == bucket for n in lengths])
+  for i in range(0, len(rows), batch_size):
+    yield rows[i:i + batch_size]

@@ -1,60 +1,155 @@
-"""Scores, accuracy, and accuracy with a calibrated threshold."""
+"""What a model answers, and how right it is."""
 
 from collections.abc import Callable
+import resource
+import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from mezo_jax import data as data_lib
-from mezo_jax import sharding
-from mezo_jax.tasks import classification
+from mezo_jax import metrics, sharding
+from mezo_jax.tasks import score as score_lib
+from mezo_jax.tasks.encode import batch_of, Encoded
+from mezo_jax.tasks.task import Task
 
 
-def make_scorer(model, encoded: classification.Encoded, buckets, batch_size,
-                mesh) -> Callable:
-  """``score(params) -> float32 [R, C]`` over all rows, jitted per bucket.
+class Sizes(NamedTuple):
+  """The shapes of evaluation batches."""
 
+  buckets: tuple[int, ...]  # of lengths
+  rows: int = 32  # a batch, at most
+  tokens: int = 16_384  # a batch, padding included, at most
+
+
+def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
+  """``run(params)``: the rows' values of ``fn(params, batch)``, in order.
+
+  ``fn`` is jitted, once per bucket; its result is a tree of arrays [rows, ...].
   No row is dropped: the last batch of a bucket is padded.
   """
   groups = sharding.row_groups(mesh)
-  batch_size = -(-min(batch_size, len(encoded.labels)) // groups) * groups
-  score_batch = jax.jit(
-      lambda params, batch: classification.scores(
-          model, params, batch, encoded.token_ids),
-      out_shardings=sharding.replicated(mesh))
+  jitted = jax.jit(fn, out_shardings=sharding.replicated(mesh))
 
-  def score(params) -> np.ndarray:
+  def run(params) -> list:
     parts = []
-    for length, index in data_lib.in_order(
-        encoded.lengths, buckets, batch_size):
-      batch = classification.batch_of(encoded, index, length, batch_size)
-      batch = sharding.put_batch(batch, mesh)
-      with jax.set_mesh(mesh):
-        parts.append((index, score_batch(params, batch)))
-    out = [None] * len(encoded.labels)
-    for index, scores in parts:
-      for row, value in zip(index, jax.device_get(scores)):
-        out[row] = value
-    return np.stack(out)
+    for length in data_lib.used_lengths(data.lengths, sizes.buckets):
+      rows = min(sizes.rows, max(sizes.tokens // length, 1), len(data.prompts))
+      rows = -(-rows // groups) * groups
+      for index in data_lib.rows_of(
+          data.lengths, sizes.buckets, length, rows):
+        batch = sharding.put_batch(batch_of(data, index, length, rows), mesh)
+        with jax.set_mesh(mesh):
+          parts.append((index, jitted(params, batch)))
+    out = [None] * len(data.prompts)
+    for index, values in parts:
+      values = jax.device_get(values)
+      for i, row in enumerate(index):
+        out[row] = jax.tree.map(lambda x, i=i: x[i], values)
+    return out
 
-  return score
+  return run
 
 
-def report(scores: np.ndarray, labels: np.ndarray,
-           offsets: np.ndarray | None = None) -> dict:
-  """Loss and accuracy of scores [R, C] against labels [R].
+def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:
+  """``score(params) -> (sums, counts)``, float32 [R, C] over all rows; see
+  `mezo_jax.tasks.score.log_likelihoods`."""
+  run = run_batches(lambda params, batch: score_lib.log_likelihoods(
+      model, params, batch, data), data, sizes, mesh)
+  return lambda params: tuple(np.stack(x) for x in zip(*run(params)))
 
-  With ``offsets`` [C], also the accuracy of ``scores + offsets``.
+
+def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
+                   mesh, prior: Encoded | None = None) -> Callable:
+  """``evaluate(params, offsets=None) -> (report, scores)`` over ``data``.
+
+  A report has the task's metrics, ``loss`` and ``count``, with offsets [C] also
+  the metric of ``scores + offsets``; scores are [R, C], or None where answers
+  are generated.
+
+  Args:
+    model: a `mezo_jax.models.Transformer`.
+    task: of the rows.
+    data: the rows; prompts to be continued, candidates, or right answers alone
+      (then the LM loss is all there is to say).
+    tokenizer: the model's.
+    sizes: of the batches.
+    mesh: that parameters are on.
+    prior: the same candidates after a prompt without content, whose summed
+      log-likelihoods are subtracted: surface-form calibration (Holtzman et al.,
+      2021).
   """
+  if data.left:
+    run = run_batches(lambda params, batch: score_lib.generate(
+        model, params, batch, task, tokenizer), data, sizes, mesh)
+    def evaluate(params, offsets=None):
+      del offsets  # of candidates
+      answers = score_lib.texts(np.stack(run(params)), task, tokenizer)
+      return report_texts(
+          answers, [task.references(r) for r in data.rows]), None
+    return evaluate
+
+  score = make_scorer(model, data, sizes, mesh)
+  subtract = prior and make_scorer(model, prior, sizes, mesh)
+
+  def evaluate(params, offsets=None):
+    sums, counts = score(params)
+    if data.width == 1:
+      return {'loss': float(-sums.sum() / counts.sum()),
+              'count': len(sums)}, None
+    if subtract:
+      scores = np.where(counts > 0, sums - subtract(params)[0], -1e30)
+    else:
+      scores = np.asarray(score_lib.scores(sums, counts))
+    return report(scores, data.golds, offsets, task.main_metric), scores
+
+  return evaluate
+
+
+def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,
+           metric: str = 'accuracy') -> dict:
+  """Loss and metrics of scores [R, C].
+
+  Args:
+    scores: of the candidates.
+    golds: [R] integers, or [R] tuples of them where any will do.
+    offsets: [C]; adds the metric of ``scores + offsets``, as ``calibrated_``.
+    metric: of the predictions, beside their accuracy.
+  """
+  several = [g if isinstance(g, tuple) else (int(g),) for g in golds]
+  labels = np.array([g[0] for g in several])
   shifted = scores - scores.max(-1, keepdims=True)
   log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
   loss = -log_p[np.arange(len(labels)), labels].mean()
-  accuracy = lambda s: float(np.mean(s.argmax(-1) == labels))
-  out = {'accuracy': accuracy(scores), 'loss': float(loss),
-         'count': len(labels)}
+
+  def measure(name, scores):
+    said = scores.argmax(-1)
+    if name == 'accuracy':
+      return float(np.mean([p in g for p, g in zip(said, several)]))
+    return float(getattr(metrics, name)(said, labels))
+
+  out = {name: measure(name, scores)
+         for name in dict.fromkeys(('accuracy', metric))}
+  out |= {'loss': float(loss), 'count': len(labels)}
   if offsets is not None:
-    out['calibrated_accuracy'] = accuracy(scores + offsets)
+    out[f'calibrated_{metric}'] = measure(metric, scores + offsets)
   return out
+
+
+def report_texts(answers: list[str], references: list[list[str]]) -> dict:
+  """F1 and exact match of generated answers, the paper's (SQuAD's) and DROP's.
+
+  Each is the best over the references of a row; each of these counts as one
+  annotation of DROP.
+  """
+  pairs = [*zip(answers, references)]
+  drop = [metrics.drop_metrics(a, [[r] for r in refs]) for a, refs in pairs]
+  return {
+      'f1': float(np.mean([metrics.span_f1(*pair) for pair in pairs])),
+      'exact_match': float(np.mean([metrics.exact_match(*p) for p in pairs])),
+      'drop_f1': float(np.mean([f1 for _, f1 in drop])),
+      'count': len(pairs)}
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -78,3 +173,27 @@ def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
       best = np.flatnonzero(np.array(hits) == max(hits))
       offsets[c] = tries[best[len(best) // 2]]
   return offsets
+
+
+def rank(report: dict, metric: str, select: str) -> dict:
+  """What checkpoints are compared by: ``score`` first, then ``loss``."""
+  loss = report.get('loss', 0.0)
+  by_loss = select == 'loss' or metric not in report
+  return {'score': -loss if by_loss else report[metric], 'loss': loss}
+
+
+def spell(report: dict) -> str:
+  """A report as text: ``accuracy 65.5 %, loss 0.612``."""
+  return ', '.join(
+      f'{name.replace("_", " ")} '
+      f'{f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.1%}"}'
+      for name, value in report.items() if isinstance(value, float))
+
+
+def peak_memory() -> int:
+  """Bytes that this process has held at most: of its fullest accelerator, or
+  where that is the CPU of the whole process."""
+  stats = [d.memory_stats() or {} for d in jax.local_devices()]
+  most = max(s.get('peak_bytes_in_use', 0) for s in stats)
+  kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return most or kib * (1 if sys.platform == 'darwin' else 1024)

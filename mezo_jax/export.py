@@ -7,7 +7,7 @@ import shutil
 
 import jax
 
-from mezo_jax import checkpoint, models, sharding
+from mezo_jax import baselines, checkpoint, models, sharding
 from mezo_jax import config as config_lib
 
 
@@ -44,8 +44,15 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise ValueError(
         f'{workdir}/config.json is not that of a run of this version ({e}); '
         'give the --workdir of one.') from e
+  if run.task.kind == 'head':
+    raise ValueError(
+        f'{workdir} trained a classification head, which a language model has '
+        'no place for; its checkpoints hold it, under `classifier`.')
   name, revision = config_lib.model_name(run), run.model.revision or None
-  model = models.Transformer(models.load_config(name, revision))
+  model_config = models.load_config(name, revision)
+  if run.method in config_lib.UNTIES:
+    model_config = baselines.untied(model_config)
+  model = models.Transformer(model_config)
   tokenizer = models.load_tokenizer(
       name, revision, run.model.bos_token or None)
 
@@ -85,36 +92,47 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
     base = 'HuggingFaceTB/SmolLM2-135M-Instruct'
     note = ' (its weights as a Q4_1 GGUF file has them)'
   hub_id = base.count('/') == 1 and not Path(base).exists()
-  o = run.optimizer
+  o, metric = run.optimizer, run.task.main_metric
+  mezo = run.method in ('mezo', 'lp_mezo')
+  how = {'mezo': 'MeZO (Malladi et al., 2023), forward passes only',
+         'lp_mezo': 'MeZO (Malladi et al., 2023) after a linear probe, forward '
+                    'passes only',
+         'head_only': f'backpropagation ({o.name}) into the head alone',
+         'finetune': f'backpropagation ({o.name})'}[run.method]
   signs = 'one-sided' if o.one_sided else 'two-sided'
   lines = [
       '---',
       *([f'base_model: {base}'] if hub_id else []),
       'library_name: transformers',
-      'tags:', '- mezo', '- zeroth-order', '---', '',
-      f'# {Path(base).name}, fine-tuned with MeZO', '',
-      f'`{base}`{note} after {step} of {run.steps} steps of MeZO (Malladi et '
-      'al., 2023), forward passes only, by mezo_jax.', '',
+      *(['tags:', '- mezo', '- zeroth-order'] if mezo else []), '---', '',
+      f'# {Path(base).name}, fine-tuned{" with MeZO" if mezo else ""}', '',
+      f'`{base}`{note} after {step} of {run.steps} steps of {how}, by '
+      'mezo_jax.', '',
       '| | |', '|---|---|',
-      f'| data | {run.data.train} |',
+      f'| data | {run.data.train or run.task.hub} |',
       f'| prompt | `{_cell(run.task.template)}` |',
-      f'| label words | '
-      f'{", ".join(f"`{_cell(w)}`" for w in run.task.label_words)} |',
+      *([f'| label words | '
+         f'{", ".join(f"`{_cell(w)}`" for w in run.task.label_words)} |'] if (
+             run.task.label_words) else []),
+      f'| objective | {config_lib.objective(run)} |',
       f'| learning rate | {o.learning_rate:g}, {o.schedule} |',
-      f'| eps | {o.eps:g} |',
-      f'| directions a step | {o.num_samples}, {signs}, {o.distribution} |',
+      *([f'| eps | {o.eps:g} |',
+         f'| directions a step | {o.num_samples}, {signs}, '
+         f'{o.distribution} |'] if mezo else []),
       f'| parameters trained | '
       f'{f"`{_cell(o.mask)}`" if o.mask else "all"} |',
       f'| batch size | {run.data.batch_size} |',
       f'| dtype | {run.model.dtype} |',
       f'| seed | {run.seed} |', '']
-  final, zero = result.get('final'), result.get('zero_shot')
+  final, zero = result.get('final'), result.get('zero_shot', {})
   if final and final.get('step') == step:
-    lines += [
-        f'| {final["count"]} test rows | accuracy |', '|---|---|',
-        f'| zero-shot | {zero["accuracy"]:.1%} |',
-        f'| zero-shot, calibrated | {zero["calibrated_accuracy"]:.1%} |',
-        f'| this model | {final["accuracy"]:.1%} |', '']
+    calibrated = f'calibrated_{metric}'
+    lines += [f'| {final["count"]} test rows | {metric.replace("_", " ")} |',
+              '|---|---|']
+    lines += [f'| {what} | {report[key]:.1%} |' for what, report, key in (
+        ('zero-shot', zero, metric),
+        ('zero-shot, calibrated', zero, calibrated),
+        ('this model', final, metric)) if key in report] + ['']
   else:
     lines += ['No result on test rows was recorded for this step.', '']
   return '\n'.join(lines)

@@ -65,25 +65,28 @@ def _read(path: Path) -> list[dict]:
   return records
 
 
-def draw_curves(path: Path, metrics: Metrics, title: str) -> None:
-  """Draws loss and dev accuracy against steps, with the zero-shot lines."""
+def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
+  """Draws loss and the dev metric against steps, with the zero-shot lines."""
   from matplotlib.figure import Figure  # slow to import
   steps, evals = metrics.of('train'), metrics.of('dev')
   figure = Figure(figsize=(10, 4), layout='constrained')
   left, right = figure.subplots(1, 2)
   left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
             color='0.75', lw=0.8, label='training batch')
-  left.plot([r['step'] for r in evals], [r['loss'] for r in evals],
-            'o-', color='C0', label='dev')
+  def draw(axes, name):
+    found = [r for r in evals if name in r]
+    axes.plot([r['step'] for r in found], [r[name] for r in found],
+              'o-', color='C0', label='dev')
+  draw(left, 'loss')
   left.set(xlabel='step', ylabel='loss')
   left.legend()
-  right.plot([r['step'] for r in evals], [100 * r['accuracy'] for r in evals],
-             'o-', color='C0', label='dev')
+  draw(right, metric)
   for r in evals[:1]:
-    right.axhline(100 * r['accuracy'], color='0.4', ls='--', label='zero-shot')
-    right.axhline(100 * r['calibrated_accuracy'], color='0.4', ls=':',
-                  label='zero-shot, calibrated')
-  right.set(xlabel='step', ylabel='accuracy, %')
+    for name, label, style in ((metric, 'zero-shot', '--'), (
+        f'calibrated_{metric}', 'zero-shot, calibrated', ':')):
+      if r['step'] == 0 and name in r:
+        right.axhline(r[name], color='0.4', ls=style, label=label)
+  right.set(xlabel='step', ylabel=metric.replace('_', ' '))
   right.legend()
   figure.suptitle(title)
   figure.savefig(path, dpi=110)

@@ -137,7 +137,7 @@ def spsa(
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     _check_update(updates, params, value_fn)
-    kwargs = _accepted(value_fn, extra_args)
+    kwargs = accepted(value_fn, extra_args)
     epsilon = jnp.asarray(eps(state.count) if callable(eps) else eps)
     epsilon = epsilon.astype(jnp.float32)
 
@@ -196,15 +196,22 @@ def _mean_loss(loss: Callable, batch: dict, parts: int) -> jax.Array:
     return out.astype(jnp.float32)
   if parts == 1:
     return scalar(batch)
-  arrays, treedef = jax.tree.flatten(batch)
-  for x in arrays:
+  return jnp.mean(lax.map(scalar, split_batch(batch, parts)))
+
+
+def split_batch(batch: dict, parts: int) -> dict:
+  """Every array [B, ...] as [parts, B / parts, ...].
+
+  Raises:
+    ValueError: if ``parts`` does not divide B.
+  """
+  def split(x):
     if not jnp.ndim(x) or x.shape[0] % parts:
       raise ValueError(
           f'micro_batches={parts} does not divide the leading axis of an array '
           f'of shape {jnp.shape(x)} among the arguments of value_fn.')
-  arrays = [x.reshape(parts, -1, *x.shape[1:]) for x in arrays]
-  return jnp.mean(lax.map(
-      lambda part: scalar(jax.tree.unflatten(treedef, part)), arrays))
+    return x.reshape(parts, -1, *x.shape[1:])
+  return jax.tree.map(split, batch)
 
 
 def _to_sphere(params, key, of_noise) -> jax.Array:
@@ -221,7 +228,7 @@ def _after(keys: jax.Array, value: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
 
-def _accepted(value_fn: Callable, extra_args: dict) -> dict:
+def accepted(value_fn: Callable, extra_args: dict) -> dict:
   """Those of the extra arguments that ``value_fn`` takes by name."""
   try:
     taken = inspect.signature(value_fn).parameters.values()

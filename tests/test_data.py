@@ -99,8 +99,12 @@ def test_batches_resume_anywhere():
 
 
 def test_evaluation_visits_every_row_once():
-  batches = list(data_lib.in_order(LENGTHS, BUCKETS, 7))
-  assert sorted(np.concatenate([i for _, i in batches])) == list(range(200))
+  seen = []
+  for bucket in data_lib.used_lengths(LENGTHS, BUCKETS):
+    for index in data_lib.rows_of(LENGTHS, BUCKETS, bucket, 7):
+      assert len(index) <= 7 and LENGTHS[index].max() <= bucket
+      seen += index.tolist()
+  assert sorted(seen) == list(range(200))
 
 
 def test_too_few_rows_for_a_batch_or_too_long_for_the_buckets():

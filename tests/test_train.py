@@ -17,6 +17,7 @@ import pytest
 from mezo_jax import checkpoint, models
 from mezo_jax import config as config_lib
 from mezo_jax.export import card
+from mezo_jax.tasks import Task
 import train
 
 SMALL = ['--config.task.template={text} It was',
@@ -149,6 +150,8 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file):
 
 def small_config(model, data, **changes):
   config = config_lib.Train(steps=6, eval_every=3, checkpoint_every=3)
+  config.task = Task(
+      template='{text} It was', label_words=(' terrible', ' great'))
   config.model.name, config.data.train = str(model), str(data)
   config.data.num_train, config.data.num_dev, config.data.num_test = 40, 20, 40
   config.data.batch_size, config.data.buckets = 8, (16,)
@@ -224,7 +227,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
   kept = checkpoint.Checkpoints(tmp_path)
   for step, accuracy, loss in ((1, .5, 1.0), (2, .9, .6), (3, .9, .5), (4, .6,
                                                                        .4)):
-    kept.save(step, state, {'accuracy': accuracy, 'loss': loss})
+    kept.save(step, state, {'score': accuracy, 'loss': loss})
   kept.save(5, state)
   assert kept.best_step() == 3 and kept.latest_step() == 5
   kept.wait()
@@ -272,7 +275,7 @@ def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
   params = model.init(jax.random.key(0), np.zeros((1, 4), int))['params']
   models.save(tmp_path / 'm', model, params,
               tokenizer=models.load_tokenizer(tiny_dir))
-  with pytest.raises(ValueError, match='is a masked model'):
+  with pytest.raises(ValueError, match='is for a causal model'):
     train.run(small_config(tmp_path / 'm', reviews_file), tmp_path / 'w')
 
 

@@ -96,7 +96,8 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None,
-               answer_at=None, token_ids=None, targets=None, cache=None):
+               answer_at=None, token_ids=None, targets=None, cache=None,
+               shared_prompt=False, features=''):
     """Logits, or log-likelihoods of given tokens.
 
     Args:
@@ -113,10 +114,17 @@ class Transformer(nn.Module):
         instead of logits.
       cache: of the tokens before these, from `make_cache`, with room for these:
         what is too many overwrites the last ones.
+      shared_prompt: text 1 of a row is a prompt that its texts 2, 3, ...
+        continue, each as if it were alone with it. Each continuation with the
+        prompt, but not all of them together, must fit the model's positions.
+      features: what to return instead of logits: 'head' for what the
+        vocabulary is scored against, 'body' for what the last layer gives
+        (after the final norm; they differ in masked models).
 
     Returns:
       float32 logits [B, A or S, C or V]; with ``targets``, their
-      log-likelihoods [B, A or S]. With a cache, a pair of that and the cache
+      log-likelihoods [B, A or S]; with ``features``, vectors [B, A or S, D] in
+      the dtype of the parameters. With a cache, a pair of that and the cache
       with these tokens added.
 
     Raises:
@@ -125,7 +133,7 @@ class Transformer(nn.Module):
     c = self.config
     b, s = input_ids.shape
     longest = s if cache is None else cache.k.shape[2]
-    if longest > c.max_length:
+    if longest > c.max_length and not shared_prompt:
       raise ValueError(f'{longest} tokens exceed the {c.max_length} '
                        'positions of this model.')
     embed = Table(c.vocab_size, c.embed_width or c.width, name='embed')
@@ -134,7 +142,8 @@ class Transformer(nn.Module):
       x_BxSxD *= jnp.asarray(c.embed_scale, x_BxSxD.dtype)
     if c.embed_width:
       x_BxSxD = Linear(c.embed_width, c.width, name='project_in')(x_BxSxD)
-    shared, at_BxS = _shared(c, b, s, attention_mask, cache)
+    shared, at_BxS = _shared(
+        c, b, s, attention_mask, cache, shared_prompt)
     if c.rope is None:
       x_BxSxD += Table(c.max_length + c.position_offset, c.width,
                        name='positions')(at_BxS + c.position_offset)
@@ -157,11 +166,15 @@ class Transformer(nn.Module):
       x_BxSxD = jnp.take_along_axis(x_BxSxD, answer_at[..., None], 1)
     if c.final_norm:
       x_BxSxD = make_norm(c, 'norm')(x_BxSxD)
+    if features == 'body':
+      return x_BxSxD
     if c.embed_width:
       x_BxSxD = Linear(c.width, c.embed_width, name='project_out')(x_BxSxD)
     bias_V = None
     if c.masked_head:
       x_BxSxD, bias_V = Head(c, name='head')(x_BxSxD)
+    if features == 'head':
+      return x_BxSxD
     head = embed if c.tied_head else Table(
         c.vocab_size, c.embed_width or c.width, name='lm_head')
     if targets is not None:
@@ -176,7 +189,7 @@ class Transformer(nn.Module):
     return out, cache._replace(length=cache.length + s)
 
 
-def _shared(c: Config, b: int, s: int, attention_mask, cache):
+def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt):
   """(what all layers see, positions of the tokens [B or 1, S])."""
   start, t = (0, s) if cache is None else (cache.length, cache.k.shape[2])
   query_Sx1 = start + jnp.arange(s)[:, None]
@@ -189,10 +202,15 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache):
     text_BxT = attention_mask.astype(jnp.int32)
     text_BxS = jax.lax.dynamic_slice_in_dim(text_BxT, start, s, 1)
     same_BxSxT = text_BxS[:, :, None] == text_BxT[:, None]
+    if shared_prompt:
+      same_BxSxT |= (text_BxS[:, :, None] > 1) & (text_BxT[:, None] == 1)
     at_BxS = jnp.sum(same_BxSxT & before_1xSxT, -1) - 1
   mask_BxSxT = same_BxSxT & before_1xSxT if c.causal else same_BxSxT
+  # A continuation lies further from the prompt in the row than in its text.
+  ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt
+               else query_Sx1 - key_T)
   near = (lambda x: x) if c.window is None else (
-      lambda x: x & (key_T > query_Sx1 - c.window))
+      lambda x: x & (ago_BxSxT < c.window))
   rope = lambda r: r and rope_tables(r, c.head_width, at_BxS)
   if c.local_layers:
     local_mask, local_rope = near(mask_BxSxT)[:, None], rope(c.local_rope)

@@ -1,5 +1,24 @@
 """What a row of data becomes: prompts, answers, scores and a loss."""
 
-from mezo_jax.tasks.classification import Classification
+import dataclasses
 
-__all__ = ('Classification',)
+from mezo_jax.tasks import glue, opt, roberta
+from mezo_jax.tasks.task import Task
+
+TASKS = {task.name: task
+         for task in (*opt.TASKS, *roberta.TASKS, *glue.TASKS)}
+
+
+def get(name: str, **changes) -> Task:
+  """A declared task, with changes.
+
+  Raises:
+    ValueError: if there is none of that name.
+  """
+  if name not in TASKS:
+    raise ValueError(
+        f'no task is called {name!r}; declared are {", ".join(TASKS)}.')
+  return dataclasses.replace(TASKS[name], **changes)
+
+
+__all__ = ('Task', 'TASKS', 'get')

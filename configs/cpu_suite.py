@@ -1,0 +1,119 @@
+"""The paper's comparison in small: SmolLM2-135M, six tasks, on CPU cores.
+
+  python -m mezo_jax evaluate --suite configs/cpu_suite.py
+  python train.py --config=configs/cpu_suite.py:sst2/mezo     one of its runs
+
+Reproduces benchmarks/results/cpu_suite.md. The quickstart's data come through
+pip; the others from files ``data/*.jsonl`` (columns: see below) if they are
+there, else from the hub. BoolQ there has 69 rows.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mezo_jax import tasks
+from mezo_jax.config import Data, Optimizer, Train
+from mezo_jax.tasks import Task
+
+_DATA = Path('data')
+_MASK = 'embed|attn/(q|k|o)|mlp/(gate|up)'
+
+
+def _sst2(row):
+  return row | {'sentence': row.get('sentence', row.get('text'))}
+
+
+def _trec(row):
+  return row | {'kind': row.get('coarse', row.get('label_coarse_original'))}
+
+
+def _boolq(row):
+  return tasks.TASKS['boolq'].row(
+      row | {'answer': row.get('answer', row.get('label') == 1)})
+
+
+TREC = Task(
+    name='trec', template='Question: {text}\nType of answer:', row=_trec,
+    label_words=(' description', ' entity', ' abbreviation', ' person',
+                 ' place', ' number'),
+    label_column='kind', label_names=('DESC', 'ENTY', 'ABBR', 'HUM', 'LOC',
+                                      'NUM'),
+    hub='SetFit/TREC-QC', test_split='test')
+SQUAD = tasks.get(
+    'squad', max_new_tokens=12,
+    template='Context: {context}\nQuestion: {question}\nAnswer:')
+
+
+def _data(name: str, **kwargs) -> Data:
+  """From files under data/ if they are there, else from the task's hub id."""
+  found = [_DATA / f'{name}_{split}.jsonl' for split in ('train', 'test')]
+  train, test = (str(f) if f.is_file() else '' for f in found)
+  return Data(train=train, test=test, **kwargs)
+
+
+# Task, data, demonstrations that a CPU has time for; then of MeZO: batch size,
+# steps, and steps on the metric; steps of backpropagation.
+_TASKS = {
+    'sst2': (
+        tasks.get('sst2', row=_sst2),
+        _data('sst2', num_train=1000, num_dev=100, num_test=400),
+        8, (16, 120, 50), 48),
+    'squad': (
+        SQUAD, _data('squad', num_train=300, num_dev=30, num_test=60),
+        4, (8, 20, 10), 15),
+    'trec': (
+        TREC, _data('trec', num_train=1000, num_dev=100, num_test=200),
+        16, (16, 80, 40), 48),
+    'reviews': (
+        Task(template='{text} Recommended:', label_words=(' no', ' yes')),
+        Data(train='quickstart', num_train=600, num_dev=100, num_test=200),
+        16, (16, 100, 40), 48),
+    'rte': (
+        tasks.get('rte'),
+        _data('rte', num_train=500, num_dev=60, num_test=150),
+        4, (16, 30, 15), 24),
+    'boolq': (
+        tasks.get('boolq', row=_boolq),
+        _data('boolq', num_train=24, num_dev=16, num_test=29),
+        4, (8, 15, 10), 10),
+}
+METHODS = ('zero_shot', 'icl', 'linear_probe', 'mezo', 'mezo_metric',
+           'finetune')
+
+
+def _config(name: str, method: str) -> Train:
+  task, data, num_demos, (rows, steps, on_metric), backprop = _TASKS[name]
+  on = 'f1' if task.kind == 'generation' else 'accuracy'
+  long = name in ('squad', 'rte', 'boolq')
+  optimizer = Optimizer(
+      learning_rate=1e-4, schedule='linear', distribution='rademacher',
+      mask=_MASK)
+  if method == 'mezo_metric':
+    # The metric is flat between rows that change sides: a wider look, more
+    # rows, and a larger step for what is a smaller slope.
+    rows, steps = (rows if long else 2 * rows), on_metric
+    optimizer = dataclasses.replace(optimizer, learning_rate=3e-4, eps=1e-2)
+  if method == 'finetune':
+    rows, steps = 8, backprop
+    optimizer = Optimizer(learning_rate=2e-5, schedule='linear')
+  return Train(
+      method=method.removesuffix('_metric'),
+      objective=on if method == 'mezo_metric' else '',
+      task=dataclasses.replace(task),
+      data=dataclasses.replace(
+          data, batch_size=rows, max_length=2048,
+          buckets=(16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)),
+      optimizer=optimizer, num_demos=num_demos, zero_shot=False,
+      steps=steps, eval_every=steps, checkpoint_every=10_000,
+      select='loss' if task.kind == 'generation' else 'metric',
+      eval_batch_size=64, eval_batch_tokens=4096)
+
+
+def get_suite() -> dict[str, Train]:
+  return {f'{name}/{method}': _config(name, method)
+          for name in _TASKS for method in METHODS
+          if not (method == 'linear_probe' and name == 'squad')}
+
+
+def get_config(name: str = 'sst2/mezo') -> Train:
+  return get_suite()[name]

@@ -1,0 +1,103 @@
+"""Linear probing, and a vocabulary head of its own to write the probe into."""
+
+import dataclasses
+import json
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import models
+from mezo_jax.evaluate import run_batches, Sizes
+from mezo_jax.tasks.encode import Encoded
+
+
+def untied(config: models.Config) -> models.Config:
+  """The config of a model whose head is no longer its embedding."""
+  source = json.loads(config.source) if config.source else None
+  return dataclasses.replace(
+      config, tied_head=False, source=source and json.dumps(
+          source | {'tie_word_embeddings': False}))
+
+
+def untie(model: models.Transformer, params: dict):
+  """``model, params`` with a copy of the embedding as a head of its own.
+
+  The head can then be trained, or written to, without the embedding (the
+  original's linear probe overwrites input embeddings of OPT's label words).
+  """
+  if not model.config.tied_head:
+    return model, params
+  config = untied(model.config)
+  head = {'embedding': jnp.copy(params['embed']['embedding'])}
+  return model.clone(config=config), params | {'lm_head': head}
+
+
+def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
+  """float32 [R, D]: what the label words' logits are linear in."""
+  def read(params, batch):
+    return model.apply(
+        {'params': params}, batch['input_ids'], batch['attention_mask'],
+        answer_at=batch['answer_at'], features='head')[:, 0].astype(jnp.float32)
+  return np.stack(run_batches(read, data, sizes, mesh)(params))
+
+
+def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
+  """scikit-learn's logistic regression, its penalty chosen by five folds.
+
+  Settings as in the paper's code: at most 5,000 iterations, tolerance 1e-4,
+  random state 0; an intercept for masked models only.
+
+  Args:
+    x: features [R, D].
+    labels: [R].
+    bias: whether there is an intercept.
+
+  Raises:
+    ValueError: if there are fewer than two labels, or rows, to fit.
+  """
+  from sklearn.exceptions import ConvergenceWarning
+  from sklearn.linear_model import LogisticRegressionCV
+  probe = LogisticRegressionCV(
+      max_iter=5000, tol=1e-4, fit_intercept=bias, random_state=0)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', ConvergenceWarning)
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    warnings.filterwarnings('ignore', message='The least populated class')
+    try:
+      return probe.fit(x, labels)
+    except ValueError as e:
+      raise ValueError(
+          f'the linear probe cannot be fitted to {len(labels)} rows: {e}'
+      ) from e
+
+
+def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:
+  """Scores [R, C] of a probe; classes that it never saw come last."""
+  found = probe.decision_function(x)
+  if found.ndim == 1:
+    found = np.stack([-found / 2, found / 2], -1)
+  scores = np.full((len(x), width), -1e30)
+  scores[:, probe.classes_] = found
+  return scores
+
+
+def write_probe(params: dict, probe, token_ids: np.ndarray) -> dict:
+  """Parameters whose label-word logits are the probe's scores.
+
+  The rows of the label words in the head become the probe's coefficients, and
+  with an intercept their biases become it.
+  """
+  coef, bias = probe.coef_, probe.intercept_
+  if len(coef) == 1:
+    coef, bias = (np.concatenate([-x, x]) / 2 for x in (coef, bias))
+  ids = token_ids[probe.classes_]
+  table = params['lm_head']['embedding']
+  table = table.at[ids].set(jnp.asarray(coef, table.dtype))
+  params = params | {'lm_head': {'embedding': table}}
+  if 'head' in params:
+    old = params['head']['bias']
+    params['head'] = params['head'] | {
+        'bias': old.at[ids].set(jnp.asarray(bias, old.dtype))}
+  return params
+

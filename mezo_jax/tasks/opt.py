@@ -1,0 +1,103 @@
+"""The eleven tasks that the paper fine-tunes OPT on (Malladi et al., 2023,
+Appendix E.2 and the prompts of its Table 14).
+
+Rows are those of the data sets on the hub, or of a local file with the same
+columns. ``label`` of the SuperGLUE tasks is what SuperGLUE has.
+"""
+
+from mezo_jax.tasks.task import Task
+
+_SUPER_GLUE = 'aps/super_glue'
+
+
+def _boolq(row):
+  question = row['question']
+  question += '' if question.endswith('?') else '?'
+  return row | {'question': question[:1].upper() + question[1:],
+                'label': 0 if row['answer'] else 1}
+
+
+def _wsc(row):
+  return row | {'span2_text': row['span2_text'].lower()}
+
+
+def _copa(row):
+  def continues(choice):
+    first, *rest = choice.split(' ')
+    return ' '.join([first if first == 'I' else first.lower(), *rest])
+  premise = row['premise'].rstrip()
+  return row | {
+      'premise': premise[:-1] if premise.endswith('.') else premise,
+      'connective': 'so' if row['question'] == 'effect' else 'because',
+      'choices': [continues(row['choice1']), continues(row['choice2'])]}
+
+
+def _record(row):
+  """The candidates are the whole query with each entity in the blank."""
+  entities = list(dict.fromkeys(row['entities']))
+  answers = [a for a in row['answers'] if a in entities]
+  return row | {
+      'passage': row['passage'].replace('@highlight\n', '- '),
+      'choices': [row['query'].replace('@placeholder', e) for e in entities],
+      'label': [entities.index(a) for a in answers]}
+
+
+def _drop(row):
+  return row | {'question': row['question'].strip(),
+                'answers': list(row['answers_spans']['spans'])}
+
+
+TASKS = (
+    Task(
+        name='sst2', hub='nyu-mll/glue', subset='sst2',
+        template='{sentence} It was', calibration=' It was',
+        label_words=(' terrible', ' great')),
+    Task(
+        name='rte', hub=_SUPER_GLUE, subset='rte', strip=False, calibration='',
+        template='{premise}\nDoes this mean that "{hypothesis}" is true? '
+                 'Yes or No?\n',
+        label_words=('Yes', 'No')),
+    Task(
+        name='cb', hub=_SUPER_GLUE, subset='cb', strip=False, calibration='',
+        template='Suppose {premise} Can we infer that "{hypothesis}"? '
+                 'Yes, No, or Maybe?\n',
+        label_words=('Yes', 'No', 'Maybe')),
+    Task(
+        name='boolq', hub='google/boolq', strip=False, calibration='',
+        row=_boolq, template='{passage} {question}\n',
+        label_words=('Yes', 'No')),
+    Task(
+        name='wsc', hub=_SUPER_GLUE, subset='wsc.fixed', strip=False,
+        calibration='', row=_wsc,
+        template='{text}\nIn the previous sentence, does the pronoun '
+                 '"{span2_text}" refer to {span1_text}? Yes or No?\n',
+        label_words=('No', 'Yes')),
+    Task(
+        name='wic', hub=_SUPER_GLUE, subset='wic', strip=False, calibration='',
+        template='Does the word "{word}" have the same meaning in these two '
+                 'sentences? Yes, No?\n{sentence1}\n{sentence2}\n',
+        label_words=('No', 'Yes')),
+    Task(
+        name='multirc', hub=_SUPER_GLUE, subset='multirc', strip=False,
+        calibration='',
+        template='{paragraph}\nQuestion: {question}\nI found this answer '
+                 '"{answer}". Is that correct? Yes or No?\n',
+        label_words=('No', 'Yes')),
+    Task(
+        name='copa', kind='multiple_choice', hub=_SUPER_GLUE, subset='copa',
+        strip=False, row=_copa, template='{premise} {connective}',
+        calibration='{connective}'),
+    Task(
+        name='record', kind='multiple_choice', hub=_SUPER_GLUE,
+        subset='record', strip=False, row=_record, template='{passage}\n-',
+        calibration='-'),
+    Task(
+        name='squad', kind='generation', hub='rajpurkar/squad', strip=False,
+        row=lambda row: row | {'question': row['question'].strip()},
+        template='Title: {title}\nContext: {context}\nQuestion: {question}\n'
+                 'Answer:'),
+    Task(
+        name='drop', kind='generation', hub='ucinlp/drop', strip=False,
+        row=_drop,
+        template='Passage: {passage}\nQuestion: {question}\nAnswer:'),
+)

@@ -1,0 +1,194 @@
+r"""Scores of candidates, and the objectives that training takes from them.
+
+With :math:`a_c` the tokens of candidate c after the prompt x, its
+length-normalised log-likelihood is
+
+.. math:: s_c = \frac{1}{|a_c|} \sum_t \log p(a_{c,t} \mid x, a_{c,<t})
+
+(Malladi et al., 2023, Appendix E). An objective is a ``value_fn(params,
+batch)`` like any other, whether it has a derivative or not:
+
+* ``cross_entropy``: of softmax(s) over the candidates (the paper's code calls
+  it train_as_classification);
+* ``lm``: minus the mean log-likelihood of the right answers' tokens, each token
+  of the batch counting the same;
+* ``accuracy``, ``f1``: minus the metric (Section 3.3 of the paper): accuracy or
+  macro-F1 of argmax s; exact match or span F1 of the text that is generated;
+* any Python function ``f(predictions, examples)``, to be maximised:
+  predictions are the numbers of the chosen candidates or the generated texts,
+  examples the rows.
+
+What Python must compute runs on the host inside the step, through
+`jax.pure_callback`, so that nothing else of the step changes; it needs one
+process (on several hosts only the others work).
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import metrics, models
+from mezo_jax.tasks import head
+from mezo_jax.tasks.encode import Encoded
+from mezo_jax.tasks.task import Task
+
+OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
+_NEVER = -1e30  # the score of a candidate that a row does not have
+
+
+def log_likelihoods(model, params, batch: dict, data: Encoded):
+  """(sums, counts) over the answers' tokens, float32 [rows, C] each.
+
+  Where label words are read at one position, sums are logits: log-likelihoods
+  up to a constant per row. A candidate that a row does not have has count 0.
+  """
+  apply = functools.partial(
+      model.apply, {'params': params}, batch['input_ids'],
+      batch['attention_mask'], answer_at=batch['answer_at'],
+      token_type_ids=batch.get('token_type_ids'))
+  if data.read_at is not None:
+    if data.token_ids is None:
+      sums = head.apply(params['classifier'], apply(features='body')[:, 0])
+    else:
+      sums = apply(token_ids=jnp.asarray(data.token_ids))[:, 0]
+    return sums, jnp.ones_like(sums)
+  log_p = apply(targets=batch['answer_ids'], shared_prompt=True)
+  of = batch['answer_of'][..., None] == jnp.arange(data.width)
+  return (jnp.sum(jnp.where(of, log_p[..., None], 0.0), 1),
+          jnp.sum(of, 1).astype(jnp.float32))
+
+
+def scores(sums, counts):
+  """Length-normalised log-likelihoods [rows, C]."""
+  return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), _NEVER)
+
+
+def generate(model, params, batch: dict, task: Task, tokenizer) -> jax.Array:
+  """int32 [rows, max_new_tokens]: greedy continuations up to a stop."""
+  return models.generate(
+      model, params, batch['input_ids'], batch['attention_mask'],
+      max_new_tokens=task.max_new_tokens,
+      stop_ids=stop_ids(task, tokenizer))
+
+
+def stop_ids(task: Task, tokenizer) -> tuple[int, ...]:
+  """The tokens that end an answer: the last of ``task.stop``, and the end."""
+  last = tokenizer(task.stop, add_special_tokens=False)['input_ids'][-1:]
+  end = tokenizer.eos_token_id
+  return (*last, *([] if end is None else [end]))
+
+
+def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
+  """The answers in generated tokens, without the stop and outer white space."""
+  stops, out = set(stop_ids(task, tokenizer)), []
+  for row in np.asarray(tokens).tolist():
+    end = next((i for i, t in enumerate(row) if t in stops), len(row))
+    out.append(tokenizer.decode(
+        row[:end], skip_special_tokens=True).strip())
+  return out
+
+
+def make_loss_fn(model, data: Encoded, task: Task,
+                 objective: str | Callable, tokenizer=None):
+  """``loss_fn(params, batch)``, float32 [], of batches of ``data``.
+
+  Args:
+    model: a `mezo_jax.models.Transformer`.
+    data: the rows that batches are made of, in the form that the objective
+      needs (see `form`).
+    task: the rows' task.
+    objective: one of `OBJECTIVES`, or ``f(predictions, examples)`` that returns
+      a number to be maximised.
+    tokenizer: needed where the answer is generated.
+
+  Raises:
+    ValueError: for an objective that does not fit the task.
+  """
+  form(task, objective)
+  likely = functools.partial(log_likelihoods, model, data=data)
+  mean = lambda x, weight: (
+      jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1))
+
+  def cross_entropy(params, batch):
+    log_p = jax.nn.log_softmax(scores(*likely(params, batch)))
+    nll = -jnp.take_along_axis(log_p, batch['label'][:, None], -1)[:, 0]
+    return mean(nll, batch['weight'])
+
+  def lm(params, batch):
+    sums, counts = likely(params, batch)
+    weight = batch['weight'][:, None]
+    return -jnp.sum(sums * weight) / jnp.maximum(jnp.sum(counts * weight), 1)
+
+  def predict(params, batch):
+    return jnp.argmax(scores(*likely(params, batch)), -1)
+
+  def accuracy(params, batch):
+    right = jnp.take_along_axis(
+        batch['gold'], predict(params, batch)[:, None], -1)[:, 0]
+    return -mean(right, batch['weight'])
+
+  def f1(params, batch):
+    weight = batch['weight'][:, None]
+    one_hot = lambda x: jax.nn.one_hot(x, data.width) * weight
+    said, true = one_hot(predict(params, batch)), one_hot(batch['label'])
+    total = jnp.sum(said + true, 0)
+    each = 2 * jnp.sum(said * true, 0) / jnp.maximum(total, 1)
+    return -mean(each, total > 0)
+
+  def on_host(measure, predict):
+    def call(predictions, row, weight):
+      there = np.asarray(weight) > 0
+      value = measure(np.asarray(predictions)[there],
+                      [data.rows[r] for r in np.asarray(row)[there]])
+      return np.float32(-value)
+    def loss_fn(params, batch):
+      return jax.pure_callback(
+          call, jax.ShapeDtypeStruct((), jnp.float32), predict(params, batch),
+          batch['row'], batch['weight'])
+    return loss_fn
+
+  if data.left:
+    measure = {'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
+        objective)
+    def of_texts(tokens, examples):
+      answers = texts(tokens, task, tokenizer)
+      if measure is None:
+        return objective(answers, examples)
+      return np.mean([measure(a, task.references(e))
+                      for a, e in zip(answers, examples)])
+    return on_host(of_texts, functools.partial(
+        generate, model, task=task, tokenizer=tokenizer))
+  if callable(objective):
+    return on_host(lambda p, rows: objective(p.tolist(), rows), predict)
+  return dict(cross_entropy=cross_entropy, lm=lm, accuracy=accuracy,
+              f1=f1)[objective]
+
+
+def form(task: Task, objective: str | Callable) -> dict:
+  """How `encode` must lay rows out for an objective: its keyword arguments.
+
+  Raises:
+    ValueError: for an objective that is unknown or does not fit the task.
+  """
+  known = callable(objective) or objective in OBJECTIVES
+  generated = task.kind == 'generation'
+  fits = not (objective == 'cross_entropy' and generated
+              or objective == 'lm' and (task.masked or task.kind == 'head'))
+  if not known or not fits:
+    what = 'a function' if callable(objective) else repr(objective)
+    raise ValueError(
+        f'objective {what} does not fit a task of kind {task.kind!r}'
+        f'{" with a {mask}" if task.masked else ""}; choose one of '
+        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)} or a '
+        'function of (predictions, examples).')
+  return dict(gold_only=objective == 'lm')
+
+
+def default_objective(task: Task) -> str:
+  """The paper's: cross-entropy over classes, else LM loss on the answer."""
+  if task.objective:
+    return task.objective
+  return 'cross_entropy' if task.kind in ('classification', 'head') else 'lm'

@@ -1,0 +1,224 @@
+r"""What a task is: how a row of data reads, and what its answers are.
+
+A row, a dict of columns, becomes a prompt and
+
+* candidate answers, of which the likeliest is the prediction:
+  ``kind='classification'`` (the same label words for every row) and
+  ``'multiple_choice'`` (the row brings its own);
+* or answers to be generated: ``kind='generation'``;
+* or nothing more, and a new linear layer names the class: ``kind='head'``.
+
+A prompt with ``{mask}`` in it is one for a masked language model, which reads
+the label words there. The declarations of the papers' tasks are in `opt`,
+`roberta` and `glue` beside this file.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+import re
+
+KINDS = ('classification', 'multiple_choice', 'generation', 'head')
+METRICS = ('accuracy', 'macro_f1', 'matthews', 'f1', 'drop_f1')
+
+
+@dataclasses.dataclass
+class Task:
+  """A task; see `mezo_jax.tasks.task` and docs/tasks.md for examples."""
+
+  name: str = ''  # of a task that this library declares; '' for one's own
+  kind: str = 'classification'  # or 'multiple_choice', 'generation', 'head'
+  template: str = ''  # the prompt, columns in braces; {mask}; {sep} for 'head'
+  # Classes: answers by class, with their leading space.
+  label_words: tuple[str, ...] = ()
+  label_column: str = 'label'
+  label_names: tuple[str, ...] = ()  # where the column holds names
+  # Multiple choice: columns of one choice each, or one column with a list.
+  choices: tuple[str, ...] = ('choices',)
+  answer: str = ' {choice}'  # a candidate, columns and its choice in braces
+  # Generation.
+  answers_column: str = 'answers'  # a text or a list of acceptable ones
+  stop: str = '\n'  # ends the answer
+  max_new_tokens: int = 50
+  # How it is measured and trained.
+  metric: str = ''  # '' for accuracy, or f1 where the answer is generated
+  objective: str = ''  # '' for cross_entropy over classes, else lm
+  calibration: str | None = None  # prompt without content, for SFC
+  limits: tuple[tuple[str, int], ...] = ()  # (column, tokens): cut its tail
+  strip: bool = True  # white space around text columns
+  # Changes a row before anything else; None of it leaves the row out.
+  row: Callable[[dict], dict | None] | None = None
+  # Where the data are, if the run's config names none.
+  hub: str = ''
+  subset: str = ''
+  train_split: str = 'train'
+  test_split: str = 'validation'
+
+  @property
+  def masked(self) -> bool:
+    return '{mask}' in self.template
+
+  @property
+  def main_metric(self) -> str:
+    """The name of the number that stands for the result."""
+    if self.metric:
+      return self.metric
+    return 'f1' if self.kind == 'generation' else 'accuracy'
+
+  def prepare(self, rows: Sequence[dict]) -> list[dict]:
+    """The rows as the templates see them; some tasks leave some out.
+
+    Raises:
+      ValueError: if a row lacks a column that the task's ``row`` needs.
+    """
+    if self.row is None:
+      return [dict(row) for row in rows]
+    try:
+      found = [self.row(dict(row)) for row in rows]
+    except KeyError as e:
+      raise ValueError(
+          f'task {self.name or self.kind!r} needs column {e}, the data have '
+          f'{sorted(rows[0])}.') from None
+    return [row for row in found if row is not None]
+
+  def prompt(self, row: dict, **more: str) -> str:
+    """The prompt of a row.
+
+    Raises:
+      ValueError: if the template names a column that the row does not have.
+    """
+    return self._fill('template', self.template, row, **more)
+
+  def prior(self, row: dict) -> str:
+    """The prompt without content, for surface-form calibration."""
+    return self._fill('calibration', self.calibration, row)
+
+  def candidates(self, row: dict) -> list[str]:
+    """The answers to choose from, as they follow the prompt."""
+    if self.kind == 'classification':
+      return list(self.label_words)
+    return [self._fill('answer', self.answer, row, choice=choice)
+            for choice in self._choices(row)]
+
+  def golds(self, row: dict) -> tuple[int, ...]:
+    """The right candidates or classes: one, or several where any will do.
+
+    Raises:
+      ValueError: if the row has none.
+    """
+    if self.label_column not in row:
+      raise ValueError(
+          f'the data have no column {self.label_column!r} but {sorted(row)}; '
+          'set --config.task.label_column.')
+    value = row[self.label_column]
+    if self.kind == 'multiple_choice':
+      choices = self._choices(row)
+      several = value if isinstance(value, (list, tuple)) else [value]
+      golds = tuple(choices.index(v) if v in choices else _integer(v)
+                    for v in several)
+      if golds and all(g is not None and g < len(choices) for g in golds):
+        return golds
+      raise ValueError(
+          f'{self.label_column} {value!r} is neither one of the choices '
+          f'{choices} nor the number of one; set --config.task.label_column.')
+    number = self.num_classes
+    if value in self.label_names:
+      return (self.label_names.index(value),)
+    if _integer(value) is not None and _integer(value) < number:
+      return (_integer(value),)
+    raise ValueError(
+        f'label {value!r} is neither an integer below {number} (the number of '
+        f'label words) nor one of the names {tuple(self.label_names)}; set '
+        '--config.task.label_words or label_names.')
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.label_words or self.label_names)
+
+  def references(self, row: dict) -> list[str]:
+    """The acceptable texts of a generated answer; the first is trained on.
+
+    Raises:
+      ValueError: if the row has none.
+    """
+    value = row.get(self.answers_column)
+    if isinstance(value, dict) and 'text' in value:  # SQuAD's own form
+      value = value['text']
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if not texts or not all(isinstance(t, str) for t in texts):
+      raise ValueError(
+          f'column {self.answers_column!r} of the row {_short(row)} is no text '
+          'and no list of texts; set --config.task.answers_column.')
+    return texts
+
+  def gold_text(self, row: dict) -> str:
+    """The right answer as it follows the prompt."""
+    if self.kind == 'generation':
+      return f' {self.references(row)[0]}{self.stop}'
+    return self.candidates(row)[self.golds(row)[0]]
+
+  def _choices(self, row: dict) -> list[str]:
+    missing = [c for c in self.choices if c not in row]
+    if missing:
+      raise ValueError(
+          f'the data have no column {missing[0]!r} but {sorted(row)}; set '
+          '--config.task.choices.')
+    if len(self.choices) > 1:
+      return [str(row[c]) for c in self.choices]
+    value = row[self.choices[0]]
+    if isinstance(value, str) and value.lstrip().startswith('['):
+      value = json.loads(value)  # a list in a csv file
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+      raise ValueError(
+          f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
+          'two or more choices; set --config.task.choices.')
+    return [str(v) for v in value]
+
+  def _fill(self, field: str, template: str, row: dict, **more: str) -> str:
+    texts = {k: str(v).strip() if self.strip else str(v)
+             for k, v in row.items()}
+    try:
+      return template.format(**texts | more)
+    except (KeyError, IndexError, ValueError) as e:
+      what = (f'names column {e}' if isinstance(e, KeyError)
+              else f'is malformed ({e})')
+      raise ValueError(
+          f'the {field} {template!r} {what}, the data have {sorted(row)}; set '
+          f'--config.task.{field}.') from None
+
+
+def check(task: Task) -> None:
+  """Raises ValueError, in one sentence, for a task that cannot work."""
+  words = task.kind == 'classification' or task.masked
+  rules = [
+      (task.kind in KINDS,
+       f'task.kind {task.kind!r} is none of {", ".join(KINDS)}'),
+      (bool(task.template),
+       'task.template is empty: give the prompt, with columns in braces, or '
+       'the name of a task that is declared'),
+      (task.metric in ('', *METRICS),
+       f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
+      (not words or len(task.label_words) >= 2,
+       'task.label_words needs two or more'),
+      (task.kind != 'head' or task.num_classes >= 2,
+       "kind 'head' needs two or more names in task.label_names"),
+      (not task.masked or task.kind == 'classification',
+       "a prompt with {mask} needs task.kind 'classification'"),
+      (task.kind != 'generation' or task.max_new_tokens >= 1,
+       'task.max_new_tokens must be at least 1'),
+      ((task.kind == 'generation') == (task.main_metric in ('f1', 'drop_f1')),
+       f'task.metric {task.metric!r} does not fit kind {task.kind!r}'),
+  ]
+  for holds, message in rules:
+    if not holds:
+      raise ValueError(f'config: {message}.')
+
+
+def _integer(value) -> int | None:
+  return int(value) if re.fullmatch(r'\d+', str(value)) else (
+      int(value) if isinstance(value, bool) else None)
+
+
+def _short(row: dict) -> str:
+  text = repr(row)
+  return text if len(text) < 200 else text[:200] + '...'
