@@ -112,66 +112,50 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   # Data: before the weights, so that a wrong column costs no waiting.
   task = config.task
   splits = data_lib.read_splits(config, tokenizer, model_config, say)
-  train = splits.train
-  sizes = lambda name: evaluate.Sizes(
-      splits.buckets[name], config.eval_batch_size, config.eval_batch_tokens)
+  train, buckets = splits.train, splits.buckets['train']
 
   # Weights, with a head of their own where the method trains one.
   model, params = models.load(
       name, mesh, config.model.dtype, revision=revision)
   model = model.clone(remat=config.model.remat)
-  if config.method in config_lib.UNTIES and task.kind != 'head':
-    model, params = baselines.untie(model, params)
   if task.kind == 'head':
     params['classifier'] = jax.device_put(
         head.init(jax.random.key(config.seed), model.config, task.num_classes),
         sharding.replicated(mesh))
+  elif config.method in config_lib.UNTIES:
+    model, params = baselines.untie(model, params)
   size = sum(x.size for x in jax.tree.leaves(params))
   say(f'model: {Path(name).name}, {size:,} parameters in '
       f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
       'device(s)')
-  ask = {name: evaluate.make_evaluator(
-      model, task, getattr(splits, name), tokenizer, sizes(name), mesh,
-      splits.prior.get(name)) for name in ('dev', 'test')}
-  metric, offsets, zero_shot = task.main_metric, None, None
-  classes = task.kind in ('classification', 'head')  # the same for all rows
-  result = {'method': config.method, 'metric': metric,
-            'train_rows': len(train.prompts)}
+  ask = evaluate.make_evaluators(config, model, splits, tokenizer, mesh)
 
-  def finish(final, steps=0, **more):
-    """Writes result.json, and says what is in it."""
-    nonlocal result
-    result |= {'zero_shot': zero_shot} if zero_shot else {}
-    result |= {
-        'final': final, 'steps': steps, 'forwards': steps * forwards(config),
-        **more, 'truncated': splits.test.truncated,
-        'seconds': time.time() - began, 'peak_memory': evaluate.peak_memory(),
-        'model': Path(name).name,
+  def finish(final, **more) -> dict:
+    """Writes config.json and result.json."""
+    result = {
+        'method': config.method, 'metric': task.main_metric, 'final': final,
+        'steps': 0, 'forwards': 0, **more, 'train_rows': len(train.prompts),
+        'truncated': splits.test.truncated, 'seconds': time.time() - began,
+        'peak_memory': evaluate.peak_memory(), 'model': Path(name).name,
         'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
-    if jax.process_index() == 0:
-      result_file.write_text(json.dumps(result, indent=2) + '\n')
+    loggers.write_json(config_file, config_lib.to_json(config))
+    loggers.write_json(result_file, result)
     return result
 
-  # Baselines that make no step.
-  workdir.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    config_file.write_text(json.dumps(config_lib.to_json(config), indent=2))
+  # Linear probe: a baseline, or where MeZO starts.
   if config.method in ('linear_probe', 'lp_mezo'):
-    read = lambda name: baselines.features(
-        model, params, getattr(splits, name), sizes(name), mesh)
-    probe = baselines.fit_probe(
-        read('train'), train.labels, bias=not model.config.causal)
+    probe, scores = baselines.linear_probe(
+        model, params, splits, ask.sizes, mesh)
+    final = evaluate.report(scores, splits.test.golds, metric=task.main_metric)
     if config.method == 'lp_mezo':
       params = baselines.write_probe(params, probe, train.token_ids)
-  if config.method == 'linear_probe':
-    final = evaluate.report(
-        baselines.probe_scores(probe, read('test'), splits.test.width),
-        splits.test.golds, metric=metric)
-  elif not config_lib.trains(config):
-    if config.method == 'zero_shot' and classes:
-      offsets = evaluate.calibrate(ask['dev'](params)[1], splits.dev.labels)
-    final = ask['test'](params, offsets)[0]
+
+  # Baselines that make no step.
   if not config_lib.trains(config):
+    if config.method == 'icl':
+      final = ask.test(params)
+    elif config.method == 'zero_shot':
+      _, final = ask.both(params)
     say(f'{config.method}: test {evaluate.spell(final)}; see {result_file}')
     return finish(final)
 
@@ -184,64 +168,52 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       jax.device_put(x, sharding.replicated(mesh)), tx.init(params))
   step_fn, compiled = make_step(tx, loss_fn, (params, opt_state), mesh)
   in_use = data_lib.used_buckets(
-      train.lengths, splits.buckets['train'], config.data.batch_size)
+      train.lengths, buckets, config.data.batch_size)
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
+  workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
   start = checkpoints.latest_step() or 0
   if start:
     params, opt_state = checkpoints.load(start, (params, opt_state))
     say(f'resumed from step {start} of {workdir}')
+  loggers.write_json(config_file, config_lib.to_json(config))
   metrics = loggers.Metrics(workdir, start)
 
   # Zero-shot: what fine-tuning is compared with.
   if config.zero_shot and not metrics.of('zero_shot'):
-    report, scores = ask['dev'](params)
-    if classes:
-      offsets = evaluate.calibrate(scores, splits.dev.labels)
-      report = evaluate.report(scores, splits.dev.golds, offsets, metric)
-    metrics.write('dev', 0, **report)
-    metrics.write('zero_shot', 0, **ask['test'](params, offsets)[0])
-  if metrics.of('zero_shot'):
-    zero_shot = plain(metrics.of('zero_shot')[0])
-    say(f'zero-shot: test {evaluate.spell(zero_shot)}')
+    on_dev, on_test = ask.both(params)
+    metrics.write('dev', 0, **on_dev)
+    metrics.write('zero_shot', 0, **on_test)
+  zero_shot = [{k: v for k, v in r.items() if k not in ('kind', 'step')}
+               for r in metrics.of('zero_shot')]
+  for found in zero_shot:
+    say(f'zero-shot: test {evaluate.spell(found)}')
 
   # Loop.
-  batches = feed(config, train, splits.buckets['train'], mesh, start)
-  params, opt_state = loop(
-      config, (params, opt_state), step_fn, batches,
-      lambda params: ask['dev'](params)[0], checkpoints, metrics, start)
+  batches = feed(config, train, buckets, mesh, start)
+  params, opt_state = loop(config, (params, opt_state), step_fn, batches,
+                           ask.dev, checkpoints, metrics, start)
 
   # Report.
   best = checkpoints.best_step()
   if best != config.steps:
     params, _ = checkpoints.load(best, (params, opt_state))
-  if classes:
-    offsets = evaluate.calibrate(ask['dev'](params)[1], splits.dev.labels)
-  final = ask['test'](params, offsets)[0]
+  _, final = ask.both(params)
   checkpoints.close()
   metrics.close()
   if jax.process_index() == 0:
-    loggers.draw_curves(workdir / 'curves.png', metrics, metric,
+    loggers.draw_curves(workdir / 'curves.png', metrics, task.main_metric,
                         f'{config.method}, {Path(name).name}')
-  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  was = ''.join(f', zero-shot {evaluate.spell(found)}' for found in zero_shot)
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
-  return finish(final | {'step': best}, config.steps,
-                compilations=len(compiled))
-
-
-def forwards(config) -> int:
-  """Forward passes of a batch that a step takes."""
-  if config.method in ('finetune', 'head_only'):
-    return 1
-  n = config.optimizer.num_samples
-  return n + 1 if config.optimizer.one_sided else 2 * n
-
-
-def plain(record: dict) -> dict:
-  return {k: v for k, v in record.items() if k not in ('kind', 'step')}
+  return finish(
+      final | {'step': best}, **({'zero_shot': zero_shot[0]} if zero_shot
+                                 else {}), steps=config.steps,
+      forwards=config.steps * config_lib.forwards(config),
+      compilations=len(compiled))
 
 
 def feed(config, train, buckets, mesh, start):

@@ -102,7 +102,8 @@ def _config(name: str, method: str) -> Train:
       task=dataclasses.replace(task),
       data=dataclasses.replace(
           data, batch_size=rows, max_length=2048,
-          buckets=(16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)),
+          buckets=(16, 24, 32, 48, 64, 96, *range(128, 512, 32),
+                   *range(512, 2049, 128))),
       optimizer=optimizer, num_demos=num_demos, zero_shot=False,
       steps=steps, eval_every=steps, checkpoint_every=10_000,
       select='loss' if task.kind == 'generation' else 'metric',

@@ -7,6 +7,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax import data as data_lib
 from mezo_jax import models
 from mezo_jax.evaluate import run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
@@ -70,6 +71,35 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
       raise ValueError(
           f'the linear probe cannot be fitted to {len(labels)} rows: {e}'
       ) from e
+
+
+def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh):
+  """A probe of the train rows' features.
+
+  Args:
+    model: a `mezo_jax.models.Transformer`.
+    params: its parameters.
+    splits: rows whose label words are read at one position.
+    sizes: of the batches, by split.
+    mesh: that parameters are on.
+
+  Returns:
+    ``probe, scores``: scikit-learn's model and its scores [R, C] of the test
+    rows.
+
+  Raises:
+    ValueError: for label words of several tokens, or as `fit_probe`.
+  """
+  if splits.train.read_at is None or splits.test.read_at is None:
+    raise ValueError(
+        'a linear probe takes features where label words of one token each are '
+        'read; choose such with --config.task.label_words, the objective '
+        'cross_entropy, or the method head_only.')
+  read = lambda name: features(
+      model, params, getattr(splits, name), sizes[name], mesh)
+  probe = fit_probe(
+      read('train'), splits.train.labels, bias=not model.config.causal)
+  return probe, probe_scores(probe, read('test'), splits.test.width)
 
 
 def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:

@@ -186,6 +186,14 @@ def trains(config: Train) -> bool:
   return config.method in ('mezo', 'lp_mezo', 'finetune', 'head_only')
 
 
+def forwards(config: Train) -> int:
+  """Forward passes of a batch that a step takes."""
+  if config.method in ('finetune', 'head_only'):
+    return 1
+  n = config.optimizer.num_samples
+  return n + 1 if config.optimizer.one_sided else 2 * n
+
+
 def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
   """The optax transform that a config describes; the state's first entry has
   the loss and the counts of skipped steps."""

@@ -107,6 +107,38 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
   return evaluate
 
 
+class Evaluators(NamedTuple):
+  """Functions of parameters."""
+
+  dev: Callable  # -> report
+  test: Callable  # -> report
+  both: Callable  # -> (report, report), of classes also calibrated on dev
+  sizes: dict[str, Sizes]  # of the batches of train, dev and test
+
+
+def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
+                    mesh) -> Evaluators:
+  """How the dev and test rows of a run are answered."""
+  task = config.task
+  sizes = {name: Sizes(splits.buckets[name], config.eval_batch_size,
+                       config.eval_batch_tokens)
+           for name in ('train', 'dev', 'test')}
+  dev, test = (make_evaluator(
+      model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
+      splits.prior.get(name)) for name in ('dev', 'test'))
+
+  def both(params):
+    on_dev, scores = dev(params)
+    offsets = None
+    if scores is not None and task.kind in ('classification', 'head'):
+      offsets = calibrate(scores, splits.dev.labels)
+      on_dev = report(scores, splits.dev.golds, offsets, task.main_metric)
+    return on_dev, test(params, offsets)[0]
+
+  return Evaluators(lambda params: dev(params)[0],
+                    lambda params: test(params)[0], both, sizes)
+
+
 def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,
            metric: str = 'accuracy') -> dict:
   """Loss and metrics of scores [R, C].

@@ -65,6 +65,16 @@ def _read(path: Path) -> list[dict]:
   return records
 
 
+def write_json(path: Path, value) -> None:
+  """Writes a file whole or not at all, on process 0."""
+  if jax.process_index() > 0:
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + '.part')
+  part.write_text(json.dumps(value, indent=2) + '\n')
+  part.replace(path)
+
+
 def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
   """Draws loss and the dev metric against steps, with the zero-shot lines."""
   from matplotlib.figure import Figure  # slow to import

@@ -1,5 +1,7 @@
 """The package: what it imports, and what it shows."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -50,3 +52,18 @@ def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
   assert (rows, vocab) == (1, 300) and scope['tokens'].shape == (1, 20)
   copy = mezo_jax.models.load('copy-of-my-model')[1]
   helpers.assert_bitwise(copy, scope['params'])
+
+
+def test_the_tasks_in_the_documentation_fit_their_rows():
+  from mezo_jax.tasks import Task
+  from mezo_jax.tasks import task as task_lib
+  text = (conftest.ROOT / 'docs' / 'tasks.md').read_text()
+  blocks = re.findall(r'```python\n# (\{.*?\})\n(Task\(.*?\))\n```', text, re.S)
+  found = []
+  for row, code in blocks:
+    task, row = eval(code, {'Task': Task}), json.loads(row)
+    task_lib.check(task)
+    found.append(task.prompt(row) + task.gold_text(row))
+  assert found == [
+      'a warm film It was great', 'Who wrote it? Joyce',
+      '...\nQuestion: ...\nAnswer: Paris\n']

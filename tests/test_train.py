@@ -279,16 +279,6 @@ def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
     train.run(small_config(tmp_path / 'm', reviews_file), tmp_path / 'w')
 
 
-def test_configs_load():
-  from importlib import util
-  for path in (conftest.ROOT / 'configs').glob('*.py'):
-    spec = util.spec_from_file_location(path.stem, path)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config_lib.check(module.get_config())
-    assert 'python train.py' in module.__doc__
-
-
 # --- export -----------------------------------------------------------------
 
 

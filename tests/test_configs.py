@@ -1,0 +1,60 @@
+"""Every config loads; the paper's programs trace at their real sizes."""
+
+import importlib.util
+
+import conftest
+import jax
+import pytest
+
+from mezo_jax import config as config_lib
+from mezo_jax import sharding
+from mezo_jax.config import Train
+
+OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
+       'squad', 'drop')
+ARGUMENTS = {
+    'quickstart': [None], 'opt_f1': [None], 'opt': OPT,
+    'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
+                                         'trec')
+                for k in (16, 512) for s in (13, 21, 42, 87, 100)],
+    'glue': ('mnli', 'qnli', 'sst2', 'cola'),
+    'cpu_suite': ('sst2/mezo', 'squad/mezo_metric', 'boolq/icl')}
+
+
+def module(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found
+
+
+def test_every_config_loads_and_says_how_to_run_it():
+  paths = list((conftest.ROOT / 'configs').glob('*.py'))
+  assert {p.stem for p in paths} == ARGUMENTS.keys()
+  for path in paths:
+    found = module(path)
+    assert 'python train.py' in found.__doc__
+    for argument in ARGUMENTS[path.stem]:
+      config = found.get_config(argument) if argument else found.get_config()
+      assert isinstance(config, Train)
+      config_lib.check(config)
+      assert config_lib.to_json(config)
+    if hasattr(found, 'get_suite'):
+      for config in found.get_suite().values():
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize('case', [
+    ('opt', 'sst2', 'facebook/opt-13b', 32), ('opt', 'cb', '', 64),
+    ('opt', 'copa', 'facebook/opt-66b', 32), ('opt', 'squad', '', 64),
+    ('opt_f1', '', '', 96), ('roberta', 'sst2,16,13', '', 32),
+    ('roberta', 'trec,512,42', '', 32), ('glue', 'mnli', '', 32)])
+def test_the_paper_s_programs_trace_with_abstract_weights(case, monkeypatch):
+  monkeypatch.syspath_prepend(str(conftest.ROOT / 'benchmarks'))
+  found = module(conftest.ROOT / 'benchmarks' / 'aot_configs.py')
+  config = found.load_config(*case[:3])
+  lowered = found.lower(config, sharding.make_mesh(fsdp=8), case[3])
+  params, state = lowered.out_info
+  want = jax.tree.map(lambda x: x.shape, lowered.args_info[0][0])
+  assert jax.tree.map(lambda x: x.shape, params) == want
+  assert state[0].value.shape == ()
