@@ -61,7 +61,8 @@ def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:
 
 
 def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
-                   mesh, prior: Encoded | None = None) -> Callable:
+                   mesh, prior: Encoded | None = None,
+                   prior_sizes: Sizes | None = None) -> Callable:
   """``evaluate(params, offsets=None) -> (report, scores)`` over ``data``.
 
   A report has the task's metrics, ``loss`` and ``count``, with offsets [C] also
@@ -79,6 +80,7 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
     prior: the same candidates after a prompt without content, whose summed
       log-likelihoods are subtracted: surface-form calibration (Holtzman et al.,
       2021).
+    prior_sizes: of its batches, if not the same.
   """
   if data.left:
     run = run_batches(lambda params, batch: score_lib.generate(
@@ -91,7 +93,8 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
     return evaluate
 
   score = make_scorer(model, data, sizes, mesh)
-  subtract = prior and make_scorer(model, prior, sizes, mesh)
+  subtract = prior and make_scorer(
+      model, prior, prior_sizes or sizes, mesh)
 
   def evaluate(params, offsets=None):
     sums, counts = score(params)
@@ -120,12 +123,13 @@ def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
                     mesh) -> Evaluators:
   """How the dev and test rows of a run are answered."""
   task = config.task
-  sizes = {name: Sizes(splits.buckets[name], config.eval_batch_size,
+  sizes = {name: Sizes(buckets, config.eval_batch_size,
                        config.eval_batch_tokens)
-           for name in ('train', 'dev', 'test')}
+           for name, buckets in splits.buckets.items()}
   dev, test = (make_evaluator(
       model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
-      splits.prior.get(name)) for name in ('dev', 'test'))
+      splits.prior.get(name), sizes.get(f'prior_{name}'))
+               for name in ('dev', 'test'))
 
   def both(params):
     on_dev, scores = dev(params)

@@ -49,6 +49,9 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
   if not names:
     raise ValueError(f'{suite} has no such runs; it has {", ".join(runs)}.')
   script, rows, failed = _train_script(), [], []
+  # Runs of one task evaluate with the same programs: compile them once.
+  env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
+         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'} | os.environ
   for name in names:
     directory = workdir / name
     result = directory / 'result.json'
@@ -59,7 +62,8 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
       with log.open('a') as out:
         code = subprocess.run(
             [sys.executable, script, f'--config={suite}:{name}',
-             f'--workdir={directory}'], stdout=out, stderr=out).returncode
+             f'--workdir={directory}'], stdout=out, stderr=out, env=env
+        ).returncode
       if code or not result.is_file():
         last = (log.read_text().strip().splitlines() or ['no output'])[-1]
         say(f'{name}: failed. {last}')
