@@ -59,9 +59,11 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
   """
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.linear_model import LogisticRegressionCV
+  from threadpoolctl import threadpool_limits  # scikit-learn's own
   probe = LogisticRegressionCV(
       max_iter=5000, tol=1e-4, fit_intercept=bias, random_state=0)
-  with warnings.catch_warnings():
+  # On small matrices BLAS threads cost a hundred times what they save.
+  with warnings.catch_warnings(), threadpool_limits(1):
     warnings.simplefilter('ignore', ConvergenceWarning)
     warnings.filterwarnings('ignore', category=FutureWarning)
     warnings.filterwarnings('ignore', message='The least populated class')
