@@ -59,23 +59,23 @@ _TASKS = {
         _data('sst2', num_train=1000, num_dev=100, num_test=400),
         8, (16, 120, 50), 48),
     'squad': (
-        SQUAD, _data('squad', num_train=300, num_dev=30, num_test=60),
-        4, (8, 20, 10), 15),
+        SQUAD, _data('squad', num_train=200, num_dev=16, num_test=48),
+        4, (8, 16, 8), 10),
     'trec': (
-        TREC, _data('trec', num_train=1000, num_dev=100, num_test=200),
-        16, (16, 80, 40), 48),
+        TREC, _data('trec', num_train=1000, num_dev=60, num_test=160),
+        8, (16, 60, 25), 32),
     'reviews': (
         Task(template='{text} Recommended:', label_words=(' no', ' yes')),
-        Data(train='quickstart', num_train=600, num_dev=100, num_test=200),
-        16, (16, 100, 40), 48),
+        Data(train='quickstart', num_train=600, num_dev=60, num_test=160),
+        8, (16, 80, 25), 32),
     'rte': (
         tasks.get('rte'),
-        _data('rte', num_train=500, num_dev=60, num_test=150),
-        4, (16, 30, 15), 24),
+        _data('rte', num_train=300, num_dev=40, num_test=100),
+        3, (16, 20, 10), 12),
     'boolq': (
         tasks.get('boolq', row=_boolq),
         _data('boolq', num_train=24, num_dev=16, num_test=29),
-        4, (8, 15, 10), 10),
+        4, (8, 12, 8), 8),
 }
 METHODS = ('zero_shot', 'icl', 'linear_probe', 'mezo', 'mezo_metric',
            'finetune')

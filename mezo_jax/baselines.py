@@ -62,7 +62,7 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
   from threadpoolctl import threadpool_limits  # scikit-learn's own
   probe = LogisticRegressionCV(
       max_iter=5000, tol=1e-4, fit_intercept=bias, random_state=0)
-  # On small matrices BLAS threads cost a hundred times what they save.
+  # On small matrices BLAS threads wait for each other more than they work.
   with warnings.catch_warnings(), threadpool_limits(1):
     warnings.simplefilter('ignore', ConvergenceWarning)
     warnings.filterwarnings('ignore', category=FutureWarning)
