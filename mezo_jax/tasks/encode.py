@@ -76,10 +76,12 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   """
   if not rows:
     raise ValueError('there are no rows to encode.')
-  own = prompts is None
+  own, slots = prompts is None, _slots(task, tokenizer)
   rows, cut = _limited(task, rows, tokenizer)
-  prompts = [task.prompt(r, **_slots(task, tokenizer)) for r in rows] if (
-      own) else list(prompts)
+  if task.masked:  # a mask in the data would be read in the prompt's place
+    rows = [{k: v.replace(slots['mask'], ' ') if isinstance(v, str) else v
+             for k, v in row.items()} for row in rows]
+  prompts = [task.prompt(r, **slots) for r in rows] if own else list(prompts)
   for r, text in enumerate(prompts):
     if own and not text.strip():
       raise ValueError(f'row {r} has an empty prompt: {rows[r]!r}.')
@@ -107,6 +109,10 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
   rows, cut = list(rows), set()
   for column, most in task.limits:
     for r, row in enumerate(rows):
+      if column not in row:
+        raise ValueError(
+            f'task.limits names column {column!r}, the data have '
+            f'{sorted(row)}; set --config.task.limits.')
       ids = tokenizer(row[column], add_special_tokens=False)['input_ids']
       if len(ids) > most:
         rows[r] = row | {column: tokenizer.decode(ids[:most])}
@@ -119,6 +125,9 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
   tokens = _tokenise(tokenizer)
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
+  if task.kind == 'generation':  # as where the answer is generated
+    max_length -= task.max_new_tokens
+  texts = [text.lstrip(' ') for text in texts]
   bare = tokens(text.rstrip(' ') for text in texts)
   flat = iter(tokens(text + a for text, some in zip(texts, answers)
                      for a in some))
@@ -163,7 +172,7 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
     raise ValueError(
         f'{task.max_new_tokens} new tokens leave no room for a prompt in '
         f'{max_length}; lower --config.task.max_new_tokens.')
-  prompts = _tokenise(tokenizer)(text.rstrip(' ') for text in texts)
+  prompts = _tokenise(tokenizer)(text.strip(' ') for text in texts)
   cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
   prompts = [_keep_end(ids, most, tokenizer.bos_token_id) for ids in prompts]
   for row in rows:
@@ -185,6 +194,9 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
   for r, ids in enumerate(_tokenise(tokenizer)(texts)):
     if len(ids) > max_length:
       cut.add(r)
+      if max_length < 3:
+        raise ValueError(f'{max_length} tokens have no room for a text and its '
+                         'mask; raise --config.data.max_length.')
       ids = _keep_mask(ids, max_length, mask)
     prompts.append(ids)
     at.append(ids.index(mask))
@@ -203,12 +215,11 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
   found = [tokenizer(*pair) for pair in pairs]
   cut |= {r for r, f in enumerate(found) if len(f['input_ids']) > max_length}
   # The longer text loses its end; special tokens stay.
-  found = [tokenizer(*pair, truncation='longest_first', max_length=max_length)
-           for pair in pairs]
+  found = [tokenizer(*pair, truncation='longest_first', max_length=max_length,
+                     return_token_type_ids=not causal) for pair in pairs]
   prompts = [list(f['input_ids']) for f in found]
   at = [len(ids) - 1 if causal else 0 for ids in prompts]
-  types = [list(f['token_type_ids']) for f in found] if (
-      'token_type_ids' in found[0] and not causal) else None
+  types = None if causal else [list(f['token_type_ids']) for f in found]
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
       [task.golds(row) for row in rows], len(cut), np.array(at, np.int32),

@@ -36,6 +36,8 @@ def _record(row):
   """The candidates are the whole query with each entity in the blank."""
   entities = list(dict.fromkeys(row['entities']))
   answers = [a for a in row['answers'] if a in entities]
+  if not answers:
+    return None
   return row | {
       'passage': row['passage'].replace('@highlight\n', '- '),
       'choices': [row['query'].replace('@placeholder', e) for e in entities],

@@ -45,10 +45,11 @@ def log_likelihoods(model, params, batch: dict, data: Encoded):
   Where label words are read at one position, sums are logits: log-likelihoods
   up to a constant per row. A candidate that a row does not have has count 0.
   """
+  types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   apply = functools.partial(
       model.apply, {'params': params}, batch['input_ids'],
       batch['attention_mask'], answer_at=batch['answer_at'],
-      token_type_ids=batch.get('token_type_ids'))
+      token_type_ids=types)
   if data.read_at is not None:
     if data.token_ids is None:
       sums = head.apply(params['classifier'], apply(features='body')[:, 0])

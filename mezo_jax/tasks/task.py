@@ -13,9 +13,9 @@ the label words there. The declarations of the papers' tasks are in `opt`,
 `roberta` and `glue` beside this file.
 """
 
+import ast
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import re
 
 KINDS = ('classification', 'multiple_choice', 'generation', 'head')
@@ -142,10 +142,11 @@ class Task:
       ValueError: if the row has none.
     """
     value = row.get(self.answers_column)
-    if isinstance(value, dict) and 'text' in value:  # SQuAD's own form
-      value = value['text']
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if not texts or not all(isinstance(t, str) for t in texts):
+    if isinstance(value, dict):  # SQuAD's and DROP's own form
+      value = value.get('text', value.get('spans'))
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts or not all(
+        isinstance(t, str) for t in texts):
       raise ValueError(
           f'column {self.answers_column!r} of the row {_short(row)} is no text '
           'and no list of texts; set --config.task.answers_column.')
@@ -166,12 +167,15 @@ class Task:
     if len(self.choices) > 1:
       return [str(row[c]) for c in self.choices]
     value = row[self.choices[0]]
-    if isinstance(value, str) and value.lstrip().startswith('['):
-      value = json.loads(value)  # a list in a csv file
-    if not isinstance(value, (list, tuple)) or len(value) < 2:
+    if isinstance(value, str):  # a list in a csv file
+      try:
+        value = ast.literal_eval(value.strip())
+      except (SyntaxError, ValueError):
+        value = None
+    if not isinstance(value, (list, tuple)) or not value:
       raise ValueError(
           f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
-          'two or more choices; set --config.task.choices.')
+          'choices; set --config.task.choices.')
     return [str(v) for v in value]
 
   def _fill(self, field: str, template: str, row: dict, **more: str) -> str:
@@ -179,7 +183,7 @@ class Task:
              for k, v in row.items()}
     try:
       return template.format(**texts | more)
-    except (KeyError, IndexError, ValueError) as e:
+    except (AttributeError, IndexError, KeyError, ValueError) as e:
       what = (f'names column {e}' if isinstance(e, KeyError)
               else f'is malformed ({e})')
       raise ValueError(
