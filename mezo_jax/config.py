@@ -134,6 +134,9 @@ def check(config: Train) -> None:
       (o.name in ('adam', 'sgd'),
        f"optimizer.name {o.name!r} is neither 'adam' nor 'sgd'"),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
+      (config.method != 'icl' or not (
+          config.task.masked or config.task.kind == 'head'),
+       "method 'icl' needs a causal model and a prompt"),
       (config.model.dtype in ('float32', 'bfloat16', 'float16'),
        f'model.dtype {config.model.dtype!r} is none of float32, bfloat16, '
        'float16'),

@@ -240,6 +240,7 @@ def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
     (dict(select='best'), "select 'best' is neither"),
     (dict(optimizer__name='lion'), "optimizer.name 'lion'"),
     (dict(num_demos=0), 'num_demos must be'),
+    (dict(method='icl', task__template='{text}{mask}'), 'needs a causal model'),
     (dict(method='icl', num_demos=4000), 'lower --config.num_demos'),
     (dict(task__kind='essay'), "task.kind 'essay'"),
     (dict(task__template=''), 'task.template is empty'),
