@@ -62,16 +62,16 @@ _TASKS = {
         SQUAD, _data('squad', num_train=200, num_dev=16, num_test=48),
         4, (8, 16, 8), 10),
     'trec': (
-        TREC, _data('trec', num_train=1000, num_dev=60, num_test=160),
-        8, (16, 60, 25), 32),
+        TREC, _data('trec', num_train=400, num_dev=60, num_test=160),
+        8, (16, 50, 20), 24),
     'reviews': (
         Task(template='{text} Recommended:', label_words=(' no', ' yes')),
-        Data(train='quickstart', num_train=600, num_dev=60, num_test=160),
-        8, (16, 80, 25), 32),
+        Data(train='quickstart', num_train=400, num_dev=60, num_test=160),
+        8, (16, 60, 20), 24),
     'rte': (
         tasks.get('rte'),
-        _data('rte', num_train=300, num_dev=40, num_test=100),
-        3, (16, 20, 10), 12),
+        _data('rte', num_train=200, num_dev=40, num_test=80),
+        3, (16, 12, 8), 8),
     'boolq': (
         tasks.get('boolq', row=_boolq),
         _data('boolq', num_train=24, num_dev=16, num_test=29),
