@@ -38,13 +38,10 @@ OPT = {  # width, layers, heads
 CASES = [
     ('opt', 'sst2', '', 'v5p:1x1x1', (1, 1, 1), 64),
     ('opt', 'multirc', '', 'v5p:1x1x1', (1, 1, 1), 512),
-    ('opt', 'cb', '', 'v5p:1x1x1', (1, 1, 1), 256),
-    ('opt', 'copa', '', 'v5p:1x1x1', (1, 1, 1), 32),
     ('opt', 'squad', '', 'v5p:1x1x1', (1, 1, 1), 512),
     ('opt', 'sst2', 'facebook/opt-30b', 'v5p:1x1x1', (1, 1, 1), 64),
     ('opt', 'squad', 'facebook/opt-66b', 'v5e:4x4', (1, 4, 4), 512),
     ('opt_f1', '', '', 'cpu', (1, 1, 1), 512),
-    ('roberta', 'sst2,16,13', '', 'v5p:1x1x1', (1, 1, 1), 128),
     ('roberta', 'mnli,512,100', '', 'v5p:1x1x1', (1, 1, 1), 256),
     ('roberta', 'trec,16,42', '', 'v5p:1x1x1', (1, 1, 1), 128),
     ('glue', 'mnli', '', 'v5p:1x1x1', (1, 1, 1), 128),
