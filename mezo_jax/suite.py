@@ -8,8 +8,8 @@ import runpy
 import subprocess
 import sys
 
-COLUMNS = ('task', 'method', 'metric', 'zero-shot', 'score', 'calibrated',
-           'examples', 'steps', 'training forwards', 'seconds', 'GiB')
+COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
+           'steps', 'training forwards', 'seconds', 'GiB')
 
 
 def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
@@ -95,12 +95,11 @@ def row_of(name: str, config, result: dict) -> dict:
   metric, final = result['metric'], result['final']
   percent = lambda report, key: (
       f'{100 * report[key]:.1f}' if key in report else '')
-  zero = result.get('zero_shot', {})
   probed = config.method in ('linear_probe', 'lp_mezo')
   examples = result['forwards'] * config.data.batch_size + (
       result['train_rows'] if probed else 0)
   return dict(zip(COLUMNS, (
-      task, method, metric, percent(zero, metric), percent(final, metric),
+      task, method, metric, percent(final, metric),
       percent(final, f'calibrated_{metric}'), final['count'], result['steps'],
       examples, round(result['seconds']),
       f'{result["peak_memory"] / 2**30:.2f}')))
