@@ -132,4 +132,3 @@ def write_probe(params: dict, probe, token_ids: np.ndarray) -> dict:
     params['head'] = params['head'] | {
         'bias': old.at[ids].set(jnp.asarray(bias, old.dtype))}
   return params
-

@@ -109,7 +109,6 @@ def check(config: Train) -> None:
   d, o = config.data, config.optimizer
   task_lib.check(config.task)
   score.form(config.task, objective(config))
-  generated = config.task.kind == 'generation'
   by_words = config.task.kind == 'classification'
   rules = [
       (config.method in METHODS,
@@ -124,9 +123,10 @@ def check(config: Train) -> None:
       (config.calibration in ('', 'sfc', 'icl_sfc'),
        f'calibration {config.calibration!r} is none of sfc, icl_sfc'),
       (not config.calibration or (
-          config.task.calibration is not None and not generated),
+          config.task.calibration is not None and not config.task.masked
+          and config.task.kind in ('classification', 'multiple_choice')),
        'calibration needs task.calibration, a prompt without content, and '
-       'candidates'),
+       'candidates that a causal model scores'),
       (config.calibration != 'icl_sfc' or config.method == 'icl',
        "calibration 'icl_sfc' needs method 'icl'"),
       (config.select in ('metric', 'loss'),

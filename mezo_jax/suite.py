@@ -48,7 +48,7 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
   names = [name for name in runs if _wanted(name, tasks, methods)]
   if not names:
     raise ValueError(f'{suite} has no such runs; it has {", ".join(runs)}.')
-  script, rows, failed = _train_script(), [], []
+  script, failed = _train_script(), []
   # Runs of one task evaluate with the same programs: compile them once.
   env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'} | os.environ
@@ -69,9 +69,12 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
         say(f'{name}: failed. {last}')
         failed.append(name)
         continue
-    rows.append(row_of(name, runs[name], json.loads(result.read_text())))
-    say(f'{name}: {rows[-1]["metric"]} {rows[-1]["score"]}')
-    write_table(workdir, rows)
+    # All that is finished, wanted or not: the table never loses a line.
+    results = {n: workdir / n / 'result.json' for n in runs}
+    rows = {n: row_of(n, runs[n], json.loads(r.read_text()))
+            for n, r in results.items() if r.is_file()}
+    say(f'{name}: {rows[name]["metric"]} {rows[name]["score"]}')
+    write_table(workdir, [*rows.values()])
   return workdir / 'table.md', failed
 
 

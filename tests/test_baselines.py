@@ -236,6 +236,8 @@ def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
     (dict(objective='accuracy', method='finetune'), 'has no derivative'),
     (dict(objective='bleu'), "objective 'bleu' does not fit"),
     (dict(calibration='sfc'), 'needs task.calibration'),
+    (dict(calibration='sfc', task__calibration='', task__template='{text}{mask}'
+          ), 'that a causal model scores'),
     (dict(calibration='icl_sfc', task__calibration=''), "needs method 'icl'"),
     (dict(select='best'), "select 'best' is neither"),
     (dict(optimizer__name='lion'), "optimizer.name 'lion'"),
@@ -284,6 +286,7 @@ get_config = lambda name: get_suite()[name]
   assert all(float(r['GiB']) > 0.05 and r['examples'] == 40 for r in rows)
   output, code = run('--methods', 'mezo')
   assert code == 0 and 'running' not in output
+  assert json.loads((tmp_path / 'w/table.json').read_text()) == rows
   for more, message in ((['--tasks', 'x'], 'has no such runs'), (
       ['--suite', str(reviews_file) + 'x'], 'there is no suite')):
     output, code = run(*more)
