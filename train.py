@@ -20,7 +20,16 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from mezo_jax import baselines, checkpoint, evaluate, loggers, models, sharding
+from mezo_jax import (
+  baselines,
+  checkpoint,
+  evaluate,
+  loggers,
+  masks,
+  models,
+  sharding,
+  trainable,
+)
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax.tasks import encode, head, score
@@ -46,15 +55,17 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------- step ---
 
 
-def make_step(tx, loss_fn, state, mesh):
+def make_step(tx, loss_fn, state, frozen, mesh):
   """The training step, two forwards and one update in place, and its compiled
-  forms by length: one a bucket, made when first needed, never again."""
+  forms by length: one a bucket, made when first needed, never again. What is
+  not trained is never donated."""
   placed = jax.tree.map(lambda x: x.sharding, state)
+  value_fn = masks.on_trainable(loss_fn)
   @functools.partial(jax.jit, donate_argnums=(0, 1),
                      out_shardings=(*placed, sharding.replicated(mesh)))
-  def step(params, opt_state, batch):
+  def step(params, opt_state, frozen, batch):
     updates, opt_state = tx.update(
-        None, opt_state, params, value_fn=loss_fn, batch=batch)
+        None, opt_state, params, value_fn=value_fn, frozen=frozen, batch=batch)
     first = opt_state[0]
     name = next(name for name in ('projected_grad', 'grad_norm')
                 if hasattr(first, name))
@@ -72,12 +83,13 @@ def make_step(tx, loss_fn, state, mesh):
     if length not in compiled:
       began = time.time()
       with jax.set_mesh(mesh):
-        compiled[length] = step.lower(params, opt_state, batch).compile()
+        compiled[length] = step.lower(
+            params, opt_state, frozen, batch).compile()
       extra = compiled[length].memory_analysis().temp_size_in_bytes
       say(f'compiled the step for {length} tokens in '
           f'{time.time() - began:.0f} s; it needs {extra / 2**20:.0f} MiB a '
           'device beside weights and batch')
-    return compiled[length](params, opt_state, batch)
+    return compiled[length](params, opt_state, frozen, batch)
 
   return step_fn, compiled
 
@@ -114,18 +126,16 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   splits = data_lib.read_splits(config, tokenizer, model_config, say)
   train, buckets = splits.train, splits.buckets['train']
 
-  # Weights, with a head of their own where the method trains one.
-  model, params = models.load(
+  # Weights, and parameters that the task or the method adds.
+  model, plain = models.load(
       name, mesh, config.model.dtype, revision=revision)
   model = model.clone(remat=config.model.remat)
   if task.kind == 'head':
-    params['classifier'] = jax.device_put(
+    plain['classifier'] = jax.device_put(
         head.init(jax.random.key(config.seed), model.config, task.num_classes),
         sharding.replicated(mesh))
-  elif config.method in config_lib.UNTIES:
-    model, params = baselines.untie(model, params)
-  size = sum(x.size for x in jax.tree.leaves(params))
-  say(f'model: {Path(name).name}, {size:,} parameters in '
+  model, params = trainable.add(config, model, plain, tokenizer, mesh)
+  say(f'model: {Path(name).name}, {size_of(params):,} parameters in '
       f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
       'device(s)')
   ask = evaluate.make_evaluators(config, model, splits, tokenizer, mesh)
@@ -159,14 +169,22 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(f'{config.method}: test {evaluate.spell(final)}; see {result_file}')
     return finish(final)
 
-  # Optimizer.
+  # Optimizer, of what is trained alone.
+  before = trainable.before_training(config, plain, params)
+  del plain  # its layers may have been laid out anew
+  params, frozen = trainable.split(config, params)
+  whole = lambda: masks.join(params, frozen)
+  say(f'training {size_of(params):,} of {size_of(whole()):,} parameters')
+  for text in trainable.warnings(config):
+    say(f'warning: {text}.')
   tx = config_lib.make_optimizer(config)
   loss_fn = score.make_loss_fn(
       model, train, task, config_lib.objective(config), tokenizer)
   opt_state = jax.tree.map(
       lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
       jax.device_put(x, sharding.replicated(mesh)), tx.init(params))
-  step_fn, compiled = make_step(tx, loss_fn, (params, opt_state), mesh)
+  step_fn, compiled = make_step(
+      tx, loss_fn, (params, opt_state), frozen, mesh)
   in_use = data_lib.used_buckets(
       train.lengths, buckets, config.data.batch_size)
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
@@ -183,7 +201,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Zero-shot: what fine-tuning is compared with.
   if config.zero_shot and not metrics.of('zero_shot'):
-    on_dev, on_test = ask.both(params)
+    on_dev, on_test = ask.both(before)
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
   zero_shot = [{k: v for k, v in r.items() if k not in ('kind', 'step')}
@@ -191,16 +209,19 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   for found in zero_shot:
     say(f'zero-shot: test {evaluate.spell(found)}')
 
+  del before  # before the first step donates what it shares
+
   # Loop.
   batches = feed(config, train, buckets, mesh, start)
   params, opt_state = loop(config, (params, opt_state), step_fn, batches,
-                           ask.dev, checkpoints, metrics, start)
+                           lambda p: ask.dev(masks.join(p, frozen)),
+                           checkpoints, metrics, start)
 
   # Report.
   best = checkpoints.best_step()
   if best != config.steps:
     params, _ = checkpoints.load(best, (params, opt_state))
-  _, final = ask.both(params)
+  _, final = ask.both(whole())
   checkpoints.close()
   metrics.close()
   if jax.process_index() == 0:
@@ -214,6 +235,10 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
                                  else {}), steps=config.steps,
       forwards=config.steps * config_lib.forwards(config),
       compilations=len(compiled))
+
+
+def size_of(params) -> int:
+  return sum(x.size for x in jax.tree.leaves(params))
 
 
 def feed(config, train, buckets, mesh, start):

@@ -68,7 +68,7 @@ def reviews():
 
   o, results = config.optimizer, {name: [] for name in NOISE}
   tx_of = lambda key, noise: mezo_jax.mezo(
-      o.learning_rate, o.eps, key=key, mask=o.mask, **noise)
+      o.learning_rate, o.eps, key=key, mask=config.peft.mask, **noise)
   shapes = encode.batch_of(train, short[:ROWS], TOKENS, ROWS)
   step_of = {name: compile_step(tx_of(0, noise), loss_fn, start, shapes)
              for name, noise in NOISE.items()}

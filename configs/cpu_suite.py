@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Optimizer, Train
+from mezo_jax.config import Data, Optimizer, Peft, Train
 from mezo_jax.tasks import Task
 
 _DATA = Path('data')
@@ -86,8 +86,7 @@ def _config(name: str, method: str) -> Train:
   on = 'f1' if task.kind == 'generation' else 'accuracy'
   long = name in ('squad', 'rte', 'boolq')
   optimizer = Optimizer(
-      learning_rate=1e-4, schedule='linear', distribution='rademacher',
-      mask=_MASK)
+      learning_rate=1e-4, schedule='linear', distribution='rademacher')
   if method == 'mezo_metric':
     # The metric is flat between rows that change sides: a wider look, more
     # rows, and a larger step for what is a smaller slope.
@@ -104,7 +103,9 @@ def _config(name: str, method: str) -> Train:
           data, batch_size=rows, max_length=2048,
           buckets=(16, 24, 32, 48, 64, 96, *range(128, 512, 32),
                    *range(512, 2049, 128))),
-      optimizer=optimizer, num_demos=num_demos, zero_shot=False,
+      optimizer=optimizer,
+      peft=Peft(mask='' if method == 'finetune' else _MASK),
+      num_demos=num_demos, zero_shot=False,
       steps=steps, eval_every=steps, checkpoint_every=10_000,
       select='loss' if task.kind == 'generation' else 'metric',
       eval_batch_size=64, eval_batch_tokens=4096)

@@ -12,7 +12,7 @@ Prompt, parameters, learning rate and number of steps were chosen on dev rows,
 never on test rows.
 """
 
-from mezo_jax.config import Data, Optimizer, Train
+from mezo_jax.config import Data, Optimizer, Peft, Train
 from mezo_jax.tasks import Task
 
 
@@ -23,6 +23,6 @@ def get_config() -> Train:
                 max_length=64, buckets=(16, 24, 32, 64), batch_size=16),
       optimizer=Optimizer(
           learning_rate=1.5e-4, schedule='linear', eps=1e-3,
-          distribution='rademacher',
-          mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
+          distribution='rademacher'),
+      peft=Peft(mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
       steps=200, eval_every=50, checkpoint_every=50)

@@ -17,6 +17,8 @@ def main(argv=None) -> None:
   sub.add_argument('workdir', help='of the run, such as runs/quickstart')
   sub.add_argument('directory', help='to make')
   sub.add_argument('--step', type=int, help='default: the best on dev rows')
+  sub.add_argument('--merged', action='store_true',
+                   help='LoRA added to the weights: a whole model')
   sub = commands.add_parser(
       'evaluate', help='many runs of train.py, and one table of their results')
   sub.add_argument('--suite', required=True, help='file, such as '
@@ -29,7 +31,9 @@ def main(argv=None) -> None:
   logging.getLogger('absl').setLevel(logging.WARNING)  # orbax is talkative
   try:
     if options.command == 'export':
-      print(f'wrote {export(options.workdir, options.directory, options.step)}')
+      found = export(options.workdir, options.directory, options.step,
+                     options.merged)
+      print(f'wrote {found}')
       return
     table, failed = evaluate(
         options.suite, options.workdir or f'runs/{Path(options.suite).stem}',

@@ -1,37 +1,13 @@
-"""Linear probing, and a vocabulary head of its own to write the probe into."""
+"""Linear probing, and how the probe is written into a vocabulary head."""
 
-import dataclasses
-import json
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import data as data_lib
-from mezo_jax import models
 from mezo_jax.evaluate import run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
-
-
-def untied(config: models.Config) -> models.Config:
-  """The config of a model whose head is no longer its embedding."""
-  source = json.loads(config.source) if config.source else None
-  return dataclasses.replace(
-      config, tied_head=False, source=source and json.dumps(
-          source | {'tie_word_embeddings': False}))
-
-
-def untie(model: models.Transformer, params: dict):
-  """``model, params`` with a copy of the embedding as a head of its own.
-
-  The head can then be trained, or written to, without the embedding (the
-  original's linear probe overwrites input embeddings of OPT's label words).
-  """
-  if not model.config.tied_head:
-    return model, params
-  config = untied(model.config)
-  head = {'embedding': jnp.copy(params['embed']['embedding'])}
-  return model.clone(config=config), params | {'lm_head': head}
 
 
 def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:

@@ -8,15 +8,14 @@ import os
 import jax
 import optax
 
-from mezo_jax import quickstart
+from mezo_jax import peft, quickstart
 from mezo_jax.backprop import backprop
-from mezo_jax.mezo import mezo
+from mezo_jax.mezo import by_group, mezo
 from mezo_jax.tasks import score, Task
 from mezo_jax.tasks import task as task_lib
 
 METHODS = ('mezo', 'zero_shot', 'icl', 'linear_probe', 'finetune', 'head_only',
            'lp_mezo')
-UNTIES = ('head_only', 'lp_mezo')  # methods with a head of their own
 
 
 @dataclasses.dataclass
@@ -59,8 +58,33 @@ class Optimizer:
   one_sided: bool = False
   micro_batches: int = 1  # parts a batch is evaluated in
   weight_decay: float = 0.0
-  mask: str = ''  # regular expression of the parameters to train; '' for all
+  # Parameters with values of their own, by the first expression that is found
+  # in their paths: (regular expression, learning_rate, eps), ...
+  groups: tuple[tuple[str, float, float], ...] = ()
   stochastic_rounding: bool = True  # of half-precision weights
+
+
+@dataclasses.dataclass
+class Peft:
+  """Which parameters are trained; all if nothing is set."""
+
+  # 'lora'; 'prefix' (keys and values of every layer); 'prompt' (soft tokens);
+  # 'bitfit' (biases); 'last_layers'; 'head'; '' for the model's own parameters.
+  method: str = ''
+  mask: str = ''  # regular expression of those of them to train; '' for all
+  adapter: str = ''  # directory of PEFT's to start from, or to evaluate
+  rank: int = 8  # of LoRA
+  alpha: float = 16.0  # LoRA is scaled by alpha / rank
+  rslora: bool = False  # by alpha / sqrt(rank) instead
+  targets: str = 'attn/(q|v)$'  # regular expression of LoRA's matrices
+  num_tokens: int = 5  # of a prefix or a soft prompt
+  init: str = 'tokens'  # random ones, 'text' or 'normal'
+  text: str = ''  # to start from, repeated or cut to num_tokens
+  # Of the tokens after a prefix: 'zero', as without it (the paper); 'after' it
+  # (PEFT); 'jump', tokens that are generated stand num_tokens too far on (the
+  # paper's code).
+  positions: str = 'zero'
+  num_layers: int = 2  # at the end, of last_layers
 
 
 @dataclasses.dataclass
@@ -87,6 +111,7 @@ class Train:
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
   select: str = 'metric'  # what dev rows choose the best step by, or 'loss'
@@ -106,7 +131,7 @@ _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
 
 def check(config: Train) -> None:
   """Raises ValueError, in one sentence, for a value that cannot work."""
-  d, o = config.data, config.optimizer
+  d, o, p = config.data, config.optimizer, config.peft
   task_lib.check(config.task)
   score.form(config.task, objective(config))
   by_words = config.task.kind == 'classification'
@@ -133,6 +158,26 @@ def check(config: Train) -> None:
        f"select {config.select!r} is neither 'metric' nor 'loss'"),
       (o.name in ('adam', 'sgd'),
        f"optimizer.name {o.name!r} is neither 'adam' nor 'sgd'"),
+      (p.method in peft.TRAINED,
+       f'peft.method {p.method!r} is none of '
+       f'{", ".join(filter(None, peft.TRAINED))}'),
+      (p.positions in ('zero', 'after', 'jump'),
+       f'peft.positions {p.positions!r} is none of zero, after, jump'),
+      (p.init in peft.prefix.INITS,
+       f'peft.init {p.init!r} is none of {", ".join(peft.prefix.INITS)}'),
+      (p.init != 'text' or bool(p.text), "peft.init 'text' needs peft.text"),
+      (min(p.rank, p.num_tokens, p.num_layers) >= 1,
+       'peft.rank, num_tokens and num_layers must be at least 1'),
+      (not p.adapter or p.method in peft.ADAPTERS,
+       'peft.adapter needs peft.method, one of '
+       f'{", ".join(peft.ADAPTERS)}'),
+      (config.method not in ('head_only', 'lp_mezo')
+       or not (p.method or p.mask),
+       f'method {config.method!r} says itself what is trained: leave '
+       'peft.method and peft.mask out'),
+      (all(len(g) == 3 and min(g[1:]) > 0 for g in o.groups),
+       f'optimizer.groups {o.groups} must be of (regular expression, '
+       'learning_rate, eps), both positive'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (config.method != 'icl' or not (
           config.task.masked or config.task.kind == 'head'),
@@ -163,19 +208,19 @@ def check(config: Train) -> None:
       raise ValueError(f'config: {message}.')
 
 
-def schedule(config: Train) -> optax.Schedule:
-  """The learning rate as a function of the step number."""
+def schedule(config: Train, learning_rate: float) -> optax.Schedule:
+  """A learning rate as a function of the step number."""
   o = config.optimizer
   after = max(config.steps - o.warmup_steps, 1)
   if o.schedule == 'linear':
-    main = optax.linear_schedule(o.learning_rate, 0.0, after)
+    main = optax.linear_schedule(learning_rate, 0.0, after)
   elif o.schedule == 'cosine':
-    main = optax.cosine_decay_schedule(o.learning_rate, after)
+    main = optax.cosine_decay_schedule(learning_rate, after)
   else:
-    main = optax.constant_schedule(o.learning_rate)
+    main = optax.constant_schedule(learning_rate)
   if not o.warmup_steps:
     return main
-  warmup = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
+  warmup = optax.linear_schedule(0.0, learning_rate, o.warmup_steps)
   return optax.join_schedules([warmup, main], [o.warmup_steps])
 
 
@@ -201,18 +246,20 @@ def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
   """The optax transform that a config describes; the state's first entry has
   the loss and the counts of skipped steps."""
   o = config.optimizer
+  rates, eps = schedule(config, o.learning_rate), o.eps
+  if o.groups:
+    rates = {g: schedule(config, rate) for g, rate, _ in o.groups} | {'': rates}
+    eps = {g: e for g, _, e in o.groups} | {'': eps}
   if config.method in ('finetune', 'head_only'):
-    head = '^(lm_head|head|classifier)/' if config.method == 'head_only' else ''
-    inner = {'adam': optax.adamw, 'sgd': optax.sgd}[o.name]
-    decay = {'adam': dict(weight_decay=o.weight_decay), 'sgd': {}}[o.name]
-    inner = inner(schedule(config), **decay)
-    if o.name == 'sgd' and o.weight_decay:
-      inner = optax.chain(optax.add_decayed_weights(o.weight_decay), inner)
+    def inner(rate):
+      if o.name == 'adam':
+        return optax.adamw(rate, weight_decay=o.weight_decay)
+      return optax.chain(optax.add_decayed_weights(o.weight_decay),
+                         optax.sgd(rate))
     return optax.chain(backprop(
-        inner, mask=o.mask or head or None, micro_batches=o.micro_batches))
+        by_group(inner, rates), micro_batches=o.micro_batches))
   return mezo(
-      schedule(config), o.eps, key=jax.random.key(config.seed),
-      weight_decay=o.weight_decay, mask=o.mask or None,
+      rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
       distribution=o.distribution, generator=o.generator,
       one_sided=o.one_sided, micro_batches=o.micro_batches)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mezo_jax import config as config_lib
-from mezo_jax import quickstart
+from mezo_jax import quickstart, trainable
 from mezo_jax.tasks import score, Task
-from mezo_jax.tasks.encode import encode, Encoded
+from mezo_jax.tasks.encode import after_tokens, encode, Encoded
 
 _FORMATS = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.tsv': 'csv',
             '.parquet': 'parquet'}
@@ -169,7 +169,10 @@ def read_splits(config: config_lib.Train, tokenizer, model_config,
     say: reports what was found.
   """
   task, parts, pool = config.task, *read_rows(config)
-  limit = min(config.data.max_length, model_config.max_length)
+  before_all = trainable.tokens_before(config)
+  limit = min(config.data.max_length, model_config.max_length - before_all)
+  soft = list(range(model_config.vocab_size, model_config.vocab_size + (
+      before_all if config.peft.method == 'prompt' else 0)))
   causal = model_config.causal
   if task.kind != 'head' and task.masked == causal:
     raise ValueError(
@@ -195,8 +198,9 @@ def read_splits(config: config_lib.Train, tokenizer, model_config,
       prompts = [task.prompt(r) for r in rows]
     if name in before and (not prior or config.calibration == 'icl_sfc'):
       prompts = [b + p for b, p in zip(before[name], prompts)]
-    return encode(task, rows, tokenizer, limit, prompts=prompts,
-                  causal=causal, **forms[name], **kwargs)
+    return after_tokens(
+        encode(task, rows, tokenizer, limit, prompts=prompts, causal=causal,
+               **forms[name], **kwargs), soft)
 
   splits = {name: read(name) for name in parts}
   if len({s.token_ids is None for s in splits.values() if s.width > 1}) > 1:
@@ -209,7 +213,7 @@ def read_splits(config: config_lib.Train, tokenizer, model_config,
         f'tokens on average, {split.lengths.max()} at most{cut}')
   buckets = {name: buckets_for(
       split, config.data.buckets,
-      limit - (task.max_new_tokens if split.left else 0))
+      limit + len(soft) - (task.max_new_tokens if split.left else 0))
              for name, split in (*splits.items(), *(
                  (f'prior_{name}', p) for name, p in prior.items()))}
   return Splits(**splits, prior=prior, buckets=buckets)

@@ -1,4 +1,4 @@
-"""A run's working directory to a model in Hugging Face's format."""
+"""A run's working directory to what transformers and PEFT load."""
 
 import json
 import os
@@ -7,21 +7,24 @@ import shutil
 
 import jax
 
-from mezo_jax import baselines, checkpoint, models, sharding
+from mezo_jax import checkpoint, masks, models, peft, sharding, trainable
 from mezo_jax import config as config_lib
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike,
-           step: int | None = None) -> Path:
+           step: int | None = None, merged: bool = False) -> Path:
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
   Args:
     workdir: of a run of ``train.py``.
     directory: to make; it must not hold anything yet.
     step: of the checkpoint; None for the one that is best on dev rows.
+    merged: add LoRA to the weights and write a whole model.
 
   Returns:
-    The directory: ``transformers`` loads it, and `mezo_jax.models.load`.
+    The directory: ``transformers`` loads it, and `mezo_jax.models.load`. Of
+    LoRA, a prefix or a soft prompt the adapters alone: ``peft`` loads them on
+    the base model, and `mezo_jax.peft.load`.
 
   Raises:
     FileNotFoundError: if the run, or a checkpoint of that step, is not there.
@@ -48,16 +51,25 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise ValueError(
         f'{workdir} trained a classification head, which a language model has '
         'no place for; its checkpoints hold it, under `classifier`.')
+  adapts = trainable.adapts(run)
+  if merged and run.peft.method != 'lora':
+    raise ValueError('only LoRA can be merged into the weights; leave --merged '
+                     'out.')
   name, revision = config_lib.model_name(run), run.model.revision or None
-  model_config = models.load_config(name, revision)
-  if run.method in config_lib.UNTIES:
-    model_config = baselines.untied(model_config)
-  model = models.Transformer(model_config)
+  model = models.Transformer(models.load_config(name, revision))
   tokenizer = models.load_tokenizer(
       name, revision, run.model.bos_token or None)
 
+  # What the checkpoint holds; what it does not is the base model's.
   mesh = sharding.make_mesh()
-  shapes = models.param_shapes(model.config, mesh, run.model.dtype)
+  shapes, frozen = models.param_shapes(model.config, mesh, run.model.dtype), {}
+  if run.method == 'lp_mezo':
+    model = model.clone(config=peft.untied(model.config))
+    shapes = models.param_shapes(model.config, mesh, run.model.dtype)
+  elif trainable.method_of(run) or run.peft.mask:
+    model, params = models.load(name, mesh, run.model.dtype, revision=revision)
+    model, params = trainable.add(run, model, params, tokenizer, mesh)
+    shapes, frozen = trainable.split(run, params)
   opt_state = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
           x.shape, x.dtype, sharding=sharding.replicated(mesh)),
@@ -70,13 +82,17 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, _ = checkpoints.load(step, (shapes, opt_state))
+  params = masks.join(params, frozen)
   checkpoints.close()
 
   result_file = workdir / 'result.json'
   result = (json.loads(result_file.read_text()) if result_file.is_file()
             else {})
-  models.save(directory, model, params, tokenizer=tokenizer,
-              card=card(run, step, result))
+  about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  if adapts and not merged:
+    return peft.save(directory, model, params, base=run.model.name, **about)
+  params = peft.join_layers(peft.lora.merge(params))
+  models.save(directory, model, params, **about)
   generation = models.find(name, revision, weights=False) / (
       'generation_config.json')
   if generation.is_file() and jax.process_index() == 0:
@@ -119,8 +135,7 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
       *([f'| eps | {o.eps:g} |',
          f'| directions a step | {o.num_samples}, {signs}, '
          f'{o.distribution} |'] if mezo else []),
-      f'| parameters trained | '
-      f'{f"`{_cell(o.mask)}`" if o.mask else "all"} |',
+      f'| parameters trained | {_trained(run)} |',
       f'| batch size | {run.data.batch_size} |',
       f'| dtype | {run.model.dtype} |',
       f'| seed | {run.seed} |', '']
@@ -136,6 +151,17 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   else:
     lines += ['No result on test rows was recorded for this step.', '']
   return '\n'.join(lines)
+
+
+def _trained(run: config_lib.Train) -> str:
+  p = run.peft
+  what = {'lora': f'LoRA of `{_cell(p.targets)}`, rank {p.rank}, alpha '
+                  f'{p.alpha:g}',
+          'prefix': f'a prefix of {p.num_tokens} keys and values a layer',
+          'prompt': f'{p.num_tokens} soft tokens', 'bitfit': 'biases',
+          'last_layers': f'the last {p.num_layers} layers',
+          'head': 'the head', '': 'all'}[trainable.method_of(run)]
+  return f'{what}: `{_cell(p.mask)}`' if p.mask else what
 
 
 def _cell(text: str) -> str:

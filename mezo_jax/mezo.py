@@ -4,13 +4,14 @@ Malladi et al. (2023), Algorithm 1 and Definition 2; the estimate ``g z`` is
 `mezo_jax.spsa`.
 """
 
+from collections.abc import Mapping
 import re
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import noise, perturb
+from mezo_jax import masks, noise
 from mezo_jax.spsa import spsa
 
 _ROUNDING = 2**31  # no direction has this number
@@ -19,8 +20,8 @@ _NOT_DECAYED = re.compile(
 
 
 def mezo(
-    learning_rate: float | optax.Schedule,
-    eps: float | optax.Schedule = 1e-3,
+    learning_rate: float | optax.Schedule | Mapping,
+    eps: float | optax.Schedule | Mapping = 1e-3,
     *,
     key: jax.Array | int,
     weight_decay: float = 0.0,
@@ -43,14 +44,17 @@ def mezo(
   `jax.jit` with params and state donated: no tree of updates is then built.
 
   Args:
-    learning_rate: :math:`\eta`, a number or a schedule. The paper: 1e-7 to 1e-6
-      for 13B in full, 5e-5 to 1e-4 with LoRA, 1e-3 to 1e-2 with prefixes.
-    eps: :math:`\epsilon`, a number or a schedule. The paper: 1e-3 in full.
+    learning_rate: :math:`\eta`, a number or a schedule; or groups of them,
+      ``{regular expression: number or schedule}``, by the first that is found
+      in a parameter's path. The paper: 1e-7 to 1e-6 for 13B in full, 5e-5 to
+      1e-4 with LoRA, 1e-3 to 1e-2 with prefixes.
+    eps: :math:`\epsilon`, likewise. The paper: 1e-3 in full, 1e-2 with LoRA (on
+      RoBERTa 1e-3), 1e-1 with prefixes.
     key: a `jax.random.key` or an integer seed.
     weight_decay: :math:`\lambda`; biases and norms of every family are exempt
       (by name, and any leaf with fewer than two axes to a layer).
     mask: which leaves are perturbed, updated and decayed; see
-      `mezo_jax.perturb.selected`.
+      `mezo_jax.masks.selected`.
     num_samples: directions per step.
     distribution: of the directions: 'normal', 'rademacher' or 'sphere'.
     generator: of the noise: 'threefry2x32' or 'hash32'.
@@ -83,7 +87,7 @@ def mezo(
   def decayed(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, p, used: used and is_decayed(noise.path_str(path), p),
-        params, perturb.selected(params, mask))
+        params, masks.selected(params, mask))
 
   chain = optax.chain(
       spsa(eps, key=key, mask=mask, num_samples=num_samples,
@@ -91,7 +95,7 @@ def mezo(
            sum_samples=sum_samples, micro_batches=micro_batches,
            dtype=jnp.float32),
       optax.add_decayed_weights(weight_decay, decayed),
-      optax.scale_by_learning_rate(learning_rate))
+      by_group(optax.scale_by_learning_rate, learning_rate))
 
   def update_fn(updates, state, params=None, **extra_args):
     run = state[0]
@@ -112,6 +116,15 @@ def mezo(
     return jax.tree_util.tree_map_with_path(finish, updates, params), state
 
   return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def by_group(make, value) -> optax.GradientTransformation:
+  """``make(value)``, or for groups of values each for its own parameters."""
+  if not isinstance(value, Mapping):
+    return make(value)
+  return optax.partition(
+      {group: make(v) for group, v in value.items()},
+      lambda params: masks.groups_of(params, value))
 
 
 def is_decayed(path: str, leaf) -> bool:

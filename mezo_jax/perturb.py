@@ -17,18 +17,16 @@ rounding error can accumulate (Malladi et al., 2023, Algorithm 1, adds +ε, -2ε
 and +ε in place).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import re
-from typing import Any
 
 import jax
 from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax import noise
+from mezo_jax import masks, noise
 
 Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 
@@ -36,7 +34,7 @@ Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=('w', 'stream'),
-    meta_fields=('casts',),
+    meta_fields=('casts', 'group'),
 )
 @dataclasses.dataclass(frozen=True)
 class Lazy:
@@ -45,53 +43,13 @@ class Lazy:
   w: jax.Array  # [*lead, *inner]
   stream: noise.Stream  # of the same block
   casts: tuple = ()  # dtypes that the program has cast the weights to since
+  group: str | None = None  # of the scales
 
   def rows(self, w: jax.Array, index: jax.Array) -> 'Lazy':
     """These weights, ``w``, being the rows ``index`` of this block."""
     inner = self.w.shape[self.stream.lo.ndim:]
-    return Lazy(w, noise.rows(self.stream, inner, index), self.casts)
-
-
-# --- masks ------------------------------------------------------------------
-
-
-def selected(params, mask) -> Any:
-  """A tree of bools: which leaves are perturbed and updated.
-
-  Args:
-    params: the parameters.
-    mask: None (every floating-point leaf), a tree or prefix tree of bools, a
-      function from params to one, or a regular expression that is searched for
-      in the paths (``'attn/(q|v)/'``). True means trained.
-
-  Raises:
-    ValueError: if a mask selects nothing or does not fit the tree.
-  """
-  paths = [noise.path_str(p)
-           for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-  leaves, treedef = jax.tree.flatten(params)
-  if mask is None:
-    chosen = [True] * len(leaves)
-  elif isinstance(mask, str):
-    chosen = [bool(re.search(mask, p)) for p in paths]
-  else:
-    mask = mask(params) if callable(mask) else mask
-    try:
-      chosen = jax.tree.leaves(jax.tree.map(
-          lambda m, part: jax.tree.map(lambda _: bool(m), part), mask, params))
-    except ValueError as e:
-      raise ValueError(
-          f'mask is not a prefix of the parameter tree: {e}') from e
-  floating = [jnp.issubdtype(getattr(x, 'dtype', jnp.result_type(x)),
-                             jnp.floating) for x in leaves]
-  chosen = [c and f for c, f in zip(chosen, floating)]
-  if leaves and not any(chosen):
-    shown = ', '.join(paths[:5]) or 'none at all'
-    raise ValueError(
-        f'mask {mask!r} selects no floating-point parameter; the paths are '
-        f'{shown}{", ..." if len(paths) > 5 else ""}.')
-  noise.check_paths([p for p, c in zip(paths, chosen) if c])
-  return jax.tree.unflatten(treedef, chosen)
+    return dataclasses.replace(
+        self, w=w, stream=noise.rows(self.stream, inner, index))
 
 
 def _keys_and_coefs(displacement):
@@ -106,7 +64,16 @@ def _map_selected(fn, params, mask, other):
   """Maps ``fn(path, leaf)`` over the selected leaves, ``other`` over others."""
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf, use: fn(noise.path_str(path), leaf) if use
-      else other(leaf), params, selected(params, mask))
+      else other(leaf), params, masks.selected(params, mask))
+
+
+def _scaled(coefs, scales: Mapping | None, group: str | None):
+  """The coefficients of the leaves of a group."""
+  return coefs if group is None else coefs * scales[group]
+
+
+def _group(path: str, scales: Mapping | None) -> str | None:
+  return None if scales is None else masks.group_of(path, scales)
 
 
 # --- the eager twins --------------------------------------------------------
@@ -114,7 +81,8 @@ def _map_selected(fn, params, mask, other):
 
 def displace(
     params, displacement: Displacement, *, mask=None,
-    distribution: str = 'normal', generator: str = 'hash32',
+    scales: Mapping | None = None, distribution: str = 'normal',
+    generator: str = 'hash32',
 ):
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
@@ -124,7 +92,9 @@ def displace(
   Args:
     params: a tree of arrays.
     displacement: pairs (key, coefficient).
-    mask: see `selected`; other leaves are returned as they are.
+    mask: see `mezo_jax.masks.selected`; other leaves are returned as they are.
+    scales: z of a leaf is multiplied by the number of its group, `{regular
+      expression: number}`; None for 1.
     distribution: 'normal' or 'rademacher'.
     generator: 'threefry2x32' or 'hash32'.
   """
@@ -132,22 +102,25 @@ def displace(
   def one(path, w):
     w = jnp.asarray(w)
     return noise.add(
-        w, coefs, noise.stream(keys, path, w.shape),
-        distribution=distribution, generator=generator).astype(w.dtype)
+        w, _scaled(coefs, scales, _group(path, scales)),
+        noise.stream(keys, path, w.shape), distribution=distribution,
+        generator=generator).astype(w.dtype)
   return _map_selected(one, params, mask, lambda w: w)
 
 
 def direction(
     params, displacement: Displacement, *, mask=None, dtype=None,
-    distribution: str = 'normal', generator: str = 'hash32',
+    scales: Mapping | None = None, distribution: str = 'normal',
+    generator: str = 'hash32',
 ):
   r"""Builds :math:`\sum_j c_j z(key_j)`; zero where the mask is False.
 
   Args:
     params: a tree that gives paths, shapes and dtypes.
     displacement: pairs (key, coefficient).
-    mask: see `selected`.
+    mask: see `mezo_jax.masks.selected`.
     dtype: of the result; None for the parameters' own.
+    scales: as for `displace`.
     distribution: 'normal' or 'rademacher'.
     generator: 'threefry2x32' or 'hash32'.
   """
@@ -155,8 +128,9 @@ def direction(
   def one(path, w):
     w = jnp.asarray(w)
     return noise.combination(
-        w, coefs, noise.stream(keys, path, w.shape),
-        distribution=distribution, generator=generator).astype(dtype or w.dtype)
+        w, _scaled(coefs, scales, _group(path, scales)),
+        noise.stream(keys, path, w.shape), distribution=distribution,
+        generator=generator).astype(dtype or w.dtype)
   return _map_selected(one, params, mask, jnp.zeros_like)
 
 
@@ -181,8 +155,8 @@ def norm(
 
 
 def perturbed(
-    value_fn: Callable, *, mask=None, distribution: str = 'normal',
-    generator: str = 'hash32',
+    value_fn: Callable, *, mask=None, scales: Mapping | None = None,
+    distribution: str = 'normal', generator: str = 'hash32',
 ) -> Callable:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
@@ -192,7 +166,8 @@ def perturbed(
 
   Args:
     value_fn: a traceable function ``(params, *args, **kwargs) -> tree``.
-    mask: see `selected`; other leaves are not perturbed.
+    mask: see `mezo_jax.masks.selected`; other leaves are not perturbed.
+    scales: as for `displace`.
     distribution: 'normal' or 'rademacher'.
     generator: 'threefry2x32' or 'hash32'.
 
@@ -215,7 +190,8 @@ def perturbed(
     def build(x):
       if not isinstance(x, Lazy):
         return x
-      w = noise.add(x.w, coefs, x.stream, distribution=distribution,
+      w = noise.add(x.w, _scaled(coefs, scales, x.group), x.stream,
+                    distribution=distribution,
                     generator=generator).astype(x.w.dtype)
       for dtype in x.casts:
         w = w.astype(dtype)
@@ -224,7 +200,8 @@ def perturbed(
 
     def lazy(path, w):
       w = jnp.asarray(w)
-      return Lazy(w, noise.stream(keys, path, w.shape))
+      return Lazy(w, noise.stream(keys, path, w.shape),
+                  group=_group(path, scales))
 
     closed, out = jax.make_jaxpr(
         lambda p: value_fn(p, *args, **kwargs), return_shape=True)(params)
@@ -286,7 +263,7 @@ def _reshape(eqn, ins, build):
   else:
     return _bind(eqn, ins, build)
   (w,) = _bind(eqn, [x.w], build)
-  return [Lazy(w, stream, x.casts)]
+  return [dataclasses.replace(x, w=w, stream=stream)]
 
 
 def _gather(eqn, ins, build):

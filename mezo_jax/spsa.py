@@ -12,8 +12,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 \mathcal{L}`, is optax's: see `mezo_jax.mezo`.
 """
 
-from collections.abc import Callable
-import inspect
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import noise, perturb
+from mezo_jax import masks, noise, perturb
 
 DISTRIBUTIONS = (*noise.DISTRIBUTIONS, 'sphere')
 
@@ -39,7 +38,7 @@ class SpsaState(NamedTuple):
 
 
 def spsa(
-    eps: float | optax.Schedule = 1e-3,
+    eps: float | optax.Schedule | Mapping = 1e-3,
     *,
     key: jax.Array | int,
     num_samples: int = 1,
@@ -69,7 +68,11 @@ def spsa(
 
   Args:
     eps: perturbation scale :math:`\epsilon`, a number or a schedule of the
-      step number.
+      step number; or groups of them, ``{regular expression: number or
+      schedule}``, by the first that is found in a parameter's path. With
+      :math:`\epsilon_i` for the parameters of group i, :math:`g z` is
+      :math:`(\ell_+ - \ell_-) / (2 \epsilon_i) \cdot z` there, and the state
+      has ``projected_grad`` with that of the first group.
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
     num_samples: directions per step (n-SPSA). They share the batch.
@@ -78,7 +81,7 @@ def spsa(
     generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
       'threefry2x32', with which z is, bit for bit, what `jax.random` draws.
     mask: which leaves are perturbed and updated; see
-      `mezo_jax.perturb.selected`. The others get zero updates.
+      `mezo_jax.masks.selected`. The others get zero updates.
     one_sided: use :math:`(\mathcal{L}(\theta + \epsilon z) -
       \mathcal{L}(\theta)) / \epsilon`: n + 1 evaluations instead of 2n, with
       a bias of :math:`O(\epsilon)`.
@@ -86,7 +89,7 @@ def spsa(
       the learning rate by n.
     micro_batches: evaluate the batch in this many equal parts and average the
       losses, all with one z: gradient accumulation. Every array passed on to
-      ``value_fn`` is split along its leading axis.
+      ``value_fn`` is split along its leading axis, but those in ``frozen``.
     dtype: of the updates; None for each parameter's own.
 
   Returns:
@@ -126,7 +129,7 @@ def spsa(
       'normal' if distribution == 'sphere' else distribution))
 
   def init_fn(params):
-    perturb.selected(params, mask)
+    masks.selected(params, mask)
     return SpsaState(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(noise.as_key(key)),  # the caller's may not be donated
@@ -137,9 +140,8 @@ def spsa(
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     _check_update(updates, params, value_fn)
-    kwargs = accepted(value_fn, extra_args)
-    epsilon = jnp.asarray(eps(state.count) if callable(eps) else eps)
-    epsilon = epsilon.astype(jnp.float32)
+    kwargs = masks.accepted(value_fn, extra_args)
+    epsilon, relative = _epsilon(eps, state.count)
 
     keys = jax.vmap(
         lambda j: noise.direction_key(state.key, state.count, j))(
@@ -150,7 +152,7 @@ def spsa(
 
     def loss_at(key_and_scale):  # L(theta + scale * z(key); B)
       z, scale = key_and_scale
-      loss = perturb.perturbed(value_fn, **of_noise)
+      loss = perturb.perturbed(value_fn, scales=relative, **of_noise)
       return _mean_loss(lambda batch: loss(params, [(z, scale)], **batch),
                         kwargs, micro_batches)
 
@@ -174,7 +176,8 @@ def spsa(
     g = g if sum_samples else g / num_samples
     keys = _after(keys, value)
     updates = perturb.direction(
-        params, [*zip(keys, g)], dtype=dtype, **of_noise)
+        params, [*zip(keys, g)], dtype=dtype,
+        scales=relative and {i: 1 / s for i, s in relative.items()}, **of_noise)
     return updates, SpsaState(
         count=optax.safe_increment(state.count),
         key=state.key,
@@ -184,6 +187,16 @@ def spsa(
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _epsilon(eps, count) -> tuple[jax.Array, dict | None]:
+  """The (first group's) epsilon, and what the groups' are as multiples."""
+  groups = eps if isinstance(eps, Mapping) else {'': eps}
+  values = {i: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
+            for i, e in groups.items()}
+  first = next(iter(values.values()))
+  return first, ({i: e / first for i, e in values.items()}
+                 if isinstance(eps, Mapping) else None)
 
 
 def _mean_loss(loss: Callable, batch: dict, parts: int) -> jax.Array:
@@ -196,11 +209,13 @@ def _mean_loss(loss: Callable, batch: dict, parts: int) -> jax.Array:
     return out.astype(jnp.float32)
   if parts == 1:
     return scalar(batch)
-  return jnp.mean(lax.map(scalar, split_batch(batch, parts)))
+  whole = {k: batch[k] for k in ('frozen',) if k in batch}
+  return jnp.mean(lax.map(
+      lambda part: scalar(part | whole), split_batch(batch, parts)))
 
 
 def split_batch(batch: dict, parts: int) -> dict:
-  """Every array [B, ...] as [parts, B / parts, ...].
+  """Every array [B, ...] as [parts, B / parts, ...]; ``frozen`` is left out.
 
   Raises:
     ValueError: if ``parts`` does not divide B.
@@ -211,7 +226,8 @@ def split_batch(batch: dict, parts: int) -> dict:
           f'micro_batches={parts} does not divide the leading axis of an array '
           f'of shape {jnp.shape(x)} among the arguments of value_fn.')
     return x.reshape(parts, -1, *x.shape[1:])
-  return jax.tree.map(split, batch)
+  return jax.tree.map(
+      split, {k: v for k, v in batch.items() if k != 'frozen'})
 
 
 def _to_sphere(params, key, of_noise) -> jax.Array:
@@ -228,18 +244,6 @@ def _after(keys: jax.Array, value: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
 
-def accepted(value_fn: Callable, extra_args: dict) -> dict:
-  """Those of the extra arguments that ``value_fn`` takes by name."""
-  try:
-    taken = inspect.signature(value_fn).parameters.values()
-  except (TypeError, ValueError):  # a builtin, or a compiled function
-    return extra_args
-  if any(p.kind is p.VAR_KEYWORD for p in taken):
-    return extra_args
-  named = [p.name for p in taken if p.kind is not p.POSITIONAL_ONLY]
-  return {k: v for k, v in extra_args.items() if k in named}
-
-
 def _check_options(eps, num_samples, distribution, generator, micro_batches):
   for name, value in (('num_samples', num_samples),
                       ('micro_batches', micro_batches)):
@@ -247,8 +251,9 @@ def _check_options(eps, num_samples, distribution, generator, micro_batches):
       raise ValueError(
           f'{name} must be a Python integer of at least 1, got {value!r}; '
           f"under optax.inject_hyperparams name it in static_args.")
-  if isinstance(eps, (int, float)) and not eps > 0:
-    raise ValueError(f'eps must be positive, got {eps}.')
+  for e in eps.values() if isinstance(eps, Mapping) else (eps,):
+    if isinstance(e, (int, float)) and not e > 0:
+      raise ValueError(f'eps must be positive, got {eps}.')
   for name, value, known in (('distribution', distribution, DISTRIBUTIONS),
                              ('generator', generator, noise.GENERATORS)):
     if value not in known:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import noise, perturb
+from mezo_jax import masks, noise
 
 KEY = jax.random.key(4)
 STEP = [(KEY, 0.05)]
@@ -233,7 +233,7 @@ def test_integer_leaves_are_left_alone():
 ])
 def test_bad_masks(mask, message):
   with pytest.raises(ValueError, match=message):
-    perturb.selected({'w': W, 'b': {'c': E}}, mask)
+    masks.selected({'w': W, 'b': {'c': E}}, mask)
 
 
 def test_an_empty_displacement_is_refused():

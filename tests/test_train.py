@@ -24,7 +24,7 @@ SMALL = ['--config.task.template={text} It was',
          "--config.task.label_words=(' terrible', ' great')",
          '--config.data.num_train=40', '--config.data.num_dev=20',
          '--config.data.num_test=40', '--config.data.batch_size=8',
-         '--config.data.buckets=(8,16)', '--config.optimizer.mask=',
+         '--config.data.buckets=(8,16)', '--config.peft.mask=',
          '--config.optimizer.learning_rate=1e-3', '--config.steps=30',
          '--config.eval_every=10', '--config.checkpoint_every=4']
 
@@ -169,7 +169,7 @@ def small_config(model, data, **changes):
     dict(optimizer__num_samples=2, optimizer__distribution='sphere'),
     dict(optimizer__one_sided=True, optimizer__schedule='linear',
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
-    dict(optimizer__mask='attn/(q|v)', optimizer__schedule='cosine'),
+    dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),
     dict(model__dtype='bfloat16', optimizer__micro_batches=1),
     dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
     dict(model__bos_token='<pad>')])
@@ -250,7 +250,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     (dict(data__num_train=4000), 'lower --config.data.num_train'),
     (dict(task__template='{sentence} It was'), 'config.task.template'),
     (dict(optimizer__generator='dice'), 'generator must be one of'),
-    (dict(optimizer__mask='no_such'), 'selects no floating-point')])
+    (dict(peft__mask='no_such'), 'selects no floating-point')])
 def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
@@ -317,10 +317,10 @@ def test_export_of_a_run(whole, tmp_path):
 
 def test_a_card_s_tables_hold_any_text():
   config = config_lib.Train()
-  config.task.template, config.optimizer.mask = '{text}\n|?', 'attn/(q|v)'
+  config.task.template, config.peft.mask = '{text}\n|?', 'attn/(q|v)'
   lines = card(config, 5, {}).splitlines()
   assert r'| prompt | `{text}\n\|?` |' in lines
-  assert r'| parameters trained | `attn/(q\|v)` |' in lines
+  assert r'| parameters trained | all: `attn/(q\|v)` |' in lines
 
 
 def test_a_config_survives_json():

@@ -140,7 +140,12 @@ def make_norm(config: Config, name: str) -> nn.Module:
 
 
 class Linear(nn.Module):
-  """``x @ kernel + bias``; the kernel is [inputs, outputs]."""
+  r"""``x @ kernel + bias``; the kernel is [inputs, outputs].
+
+  Where the parameters have ``lora_a`` [inputs, R], ``lora_b`` [R, outputs] and
+  ``lora_scale`` [], see `mezo_jax.peft.lora`, their product is added without
+  being built: :math:`x W + s\, (x A) B`.
+  """
 
   inputs: int
   outputs: int
@@ -150,6 +155,11 @@ class Linear(nn.Module):
   def __call__(self, x):
     kernel = self.param('kernel', _init, (self.inputs, self.outputs))
     y = x @ kernel.astype(x.dtype)
+    if self.has_variable('params', 'lora_a'):
+      a, b, scale = (self.get_variable('params', f'lora_{name}')
+                     for name in ('a', 'b', 'scale'))
+      y = y + (x @ a.astype(x.dtype) * scale.astype(x.dtype)
+               ) @ b.astype(x.dtype)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.outputs,))
       y = y + bias.astype(x.dtype)
@@ -228,6 +238,13 @@ def attend(config: Config, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xSxT):
 
 
 class Attention(nn.Module):
+  """Queries, keys, values, and the output matrix.
+
+  Where the parameters have ``prefix_k`` and ``prefix_v`` [M, K, H], see
+  `mezo_jax.peft.prefix`, every token sees these keys (rotated already) and
+  values as well.
+  """
+
   config: Config
 
   @nn.compact
@@ -260,6 +277,14 @@ class Attention(nn.Module):
       cache = cache._replace(k=put(cache.k, k_BxTxKxH),
                              v=put(cache.v, v_BxTxKxH))
       k_BxTxKxH, v_BxTxKxH = cache.k[layer], cache.v[layer]
+    if self.has_variable('params', 'prefix_k'):
+      before = lambda name, x: jnp.concatenate([jnp.broadcast_to(
+          self.get_variable('params', name).astype(x.dtype),
+          (b, *self.get_variable('params', name).shape)), x], 1)
+      k_BxTxKxH = before('prefix_k', k_BxTxKxH)
+      v_BxTxKxH = before('prefix_v', v_BxTxKxH)
+      more = k_BxTxKxH.shape[1] - mask.shape[-1]
+      mask = jnp.pad(mask, [(0, 0)] * 3 + [(more, 0)], constant_values=True)
     out_BxSxNxH = attend(c, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask)
     return Linear(c.num_heads * c.head_width, c.width, c.out_bias,
                   name='o')(out_BxSxNxH.reshape(b, s, -1)), cache

@@ -87,12 +87,23 @@ class Transformer(nn.Module):
   """A language model over the nested dict of its parameters.
 
   ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-  logits [B, S, V]. Parameters of layers are stacked, ``layers/...`` [L, ...].
-  With ``remat`` backpropagation keeps each layer's input alone.
+  logits [B, S, V]. Parameters of layers are stacked, ``layers/...`` [L, ...];
+  the last k may stand apart, ``last_layers/...`` [k, ...]. Parameters that
+  `mezo_jax.peft` adds (LoRA, a prefix of M keys and values, a prompt of M soft
+  tokens) are used where they are there.
+
+  Attributes:
+    config: the family and its size.
+    remat: whether backpropagation keeps each layer's input alone.
+    prefix_positions: of the tokens after a prefix: 'zero', they start at 0 as
+      without one (the paper); 'after', they start at M (PEFT); 'jump', tokens
+      that come through a cache are M further on than the prompt before them,
+      which is what the paper's code does when it generates.
   """
 
   config: Config
   remat: bool = False
+  prefix_positions: str = 'zero'
 
   @nn.compact
   def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None,
@@ -101,7 +112,7 @@ class Transformer(nn.Module):
     """Logits, or log-likelihoods of given tokens.
 
     Args:
-      input_ids: integers [B, S].
+      input_ids: integers [B, S]; V, V + 1, ... are the tokens of a soft prompt.
       attention_mask: integers [B, S]: 0 at padding, on either side, and 1 at
         tokens; or 1, 2, ... for several texts packed into a row, none of which
         sees another and each of which starts at position 0. None for no
@@ -132,7 +143,11 @@ class Transformer(nn.Module):
     """
     c = self.config
     b, s = input_ids.shape
+    have = self.variables.get('params', {})
+    shift = self._shift(have, cache)
     longest = s if cache is None else cache.k.shape[2]
+    if self.prefix_positions != 'zero':
+      longest += prefix_length(have)
     if longest > c.max_length and not shared_prompt:
       raise ValueError(f'{longest} tokens exceed the {c.max_length} '
                        'positions of this model.')
@@ -140,10 +155,16 @@ class Transformer(nn.Module):
     x_BxSxD = embed(input_ids)
     if c.embed_scale:
       x_BxSxD *= jnp.asarray(c.embed_scale, x_BxSxD.dtype)
+    if 'prompt' in have:  # as PEFT has it, after the scale
+      soft_MxD = have['prompt']['embedding'].astype(x_BxSxD.dtype)
+      at_BxSxM = jax.nn.one_hot(
+          input_ids - c.vocab_size, len(soft_MxD), dtype=x_BxSxD.dtype)
+      x_BxSxD = jnp.where(
+          input_ids[..., None] < c.vocab_size, x_BxSxD, at_BxSxM @ soft_MxD)
     if c.embed_width:
       x_BxSxD = Linear(c.embed_width, c.width, name='project_in')(x_BxSxD)
     shared, at_BxS = _shared(
-        c, b, s, attention_mask, cache, shared_prompt)
+        c, b, s, attention_mask, cache, shared_prompt, shift)
     if c.rope is None:
       x_BxSxD += Table(c.max_length + c.position_offset, c.width,
                        name='positions')(at_BxS + c.position_offset)
@@ -154,27 +175,32 @@ class Transformer(nn.Module):
     if c.embed_norm:
       x_BxSxD = make_norm(c, 'embed_norm')(x_BxSxD)
     x_BxSxD = split_rows(x_BxSxD)
-    layers = nn.scan(
-        nn.remat(Block, prevent_cse=False) if self.remat else Block,
-        variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(nn.broadcast, 0, 0), length=c.num_layers)
-    (x_BxSxD, cache), _ = layers(c, name='layers')(
-        (x_BxSxD, cache), shared,
-        jnp.array(c.local_layers) if c.local_layers else None,
-        None if cache is None else jnp.arange(c.num_layers))
+    carry, first = (x_BxSxD, cache), 0
+    for name, length in _parts(c, have):
+      layers = nn.scan(
+          nn.remat(Block, prevent_cse=False) if self.remat else Block,
+          variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(nn.broadcast, 0, 0), length=length)
+      index = jnp.arange(first, first + length)
+      carry, _ = layers(c, name=name)(
+          carry, shared,
+          jnp.array(c.local_layers)[index] if c.local_layers else None,
+          None if cache is None else index)
+      first += length
+    x_BxSxD, cache = carry
     if answer_at is not None:
       x_BxSxD = jnp.take_along_axis(x_BxSxD, answer_at[..., None], 1)
     if c.final_norm:
       x_BxSxD = make_norm(c, 'norm')(x_BxSxD)
     if features == 'body':
-      return x_BxSxD
+      return self._with(cache, s, x_BxSxD)
     if c.embed_width:
       x_BxSxD = Linear(c.width, c.embed_width, name='project_out')(x_BxSxD)
     bias_V = None
     if c.masked_head:
       x_BxSxD, bias_V = Head(c, name='head')(x_BxSxD)
     if features == 'head':
-      return x_BxSxD
+      return self._with(cache, s, x_BxSxD)
     head = embed if c.tied_head else Table(
         c.vocab_size, c.embed_width or c.width, name='lm_head')
     if targets is not None:
@@ -184,12 +210,40 @@ class Transformer(nn.Module):
       if bias_V is not None:
         out += bias_V if token_ids is None else bias_V[token_ids]
       out = softcap(out, c.logit_softcap)
+    return self._with(cache, s, out)
+
+  def _with(self, cache, s, out):
+    """The result, with a cache also the cache with these tokens added."""
     if cache is None:
       return out
     return out, cache._replace(length=cache.length + s)
 
+  def _shift(self, params, cache):
+    """How much further on the tokens stand than without a prefix."""
+    m = prefix_length(params)
+    if self.prefix_positions == 'zero' or not m:
+      return 0
+    if self.prefix_positions == 'after':
+      return m
+    return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
 
-def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt):
+
+def prefix_length(params: dict) -> int:
+  """M, the keys and values that `mezo_jax.peft.prefix` put before the texts."""
+  attn = params.get('layers', {}).get('attn', {})
+  return attn['prefix_k'].shape[1] if 'prefix_k' in attn else 0
+
+
+def _parts(c: Config, params: dict) -> list[tuple[str, int]]:
+  """The stacks of layers, in order, and how many layers each has."""
+  last = jax.tree.leaves(params.get('last_layers', {}))
+  k = len(last[0]) if last else 0
+  return [(name, n) for name, n in (
+      ('layers', c.num_layers - k), ('last_layers', k)) if n]
+
+
+def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
+            shift):
   """(what all layers see, positions of the tokens [B or 1, S])."""
   start, t = (0, s) if cache is None else (cache.length, cache.k.shape[2])
   query_Sx1 = start + jnp.arange(s)[:, None]
@@ -205,6 +259,7 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt):
     if shared_prompt:
       same_BxSxT |= (text_BxS[:, :, None] > 1) & (text_BxT[:, None] == 1)
     at_BxS = jnp.sum(same_BxSxT & before_1xSxT, -1) - 1
+  at_BxS = at_BxS + shift
   mask_BxSxT = same_BxSxT & before_1xSxT if c.causal else same_BxSxT
   # A continuation lies further from the prompt in the row than in its text.
   ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt

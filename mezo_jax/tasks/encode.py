@@ -95,6 +95,16 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
                          gold_only, write_out)
 
 
+def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
+  """The same rows with these tokens, of a soft prompt, before each prompt."""
+  if not ids:
+    return data
+  return data._replace(
+      prompts=[[*ids, *prompt] for prompt in data.prompts],
+      read_at=None if data.read_at is None else data.read_at + len(ids),
+      types=data.types and [[*[0] * len(ids), *t] for t in data.types])
+
+
 def _slots(task: Task, tokenizer) -> dict:
   if task.masked and tokenizer.mask_token is None:
     raise ValueError(

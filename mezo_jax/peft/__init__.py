@@ -1,0 +1,23 @@
+"""Fine-tuning with few parameters: LoRA, prefixes, soft prompts, last layers.
+
+Each function returns leaves to `mezo_jax.masks.join` to a model's parameters,
+which then has them wherever it is applied; `TRAINED` says which of all leaves
+are trained, for `mezo_jax.masks.split`.
+"""
+
+from mezo_jax.peft import lora, prefix
+from mezo_jax.peft.files import describe, load, save
+from mezo_jax.peft.layout import join_layers, split_layers, untie, untied
+
+TRAINED = {  # regular expressions of paths
+    '': '',
+    'lora': r'/lora_[ab]$',
+    'prefix': r'/prefix_[kv]$',
+    'prompt': r'^prompt/',
+    'bitfit': r'(^|/)bias$',
+    'last_layers': r'^last_layers/',
+    'head': r'^(lm_head|head|classifier)/'}
+ADAPTERS = ('lora', 'prefix', 'prompt')  # parameters beside the model's own
+
+__all__ = ('ADAPTERS', 'TRAINED', 'describe', 'join_layers', 'load', 'lora',
+           'prefix', 'save', 'split_layers', 'untie', 'untied')

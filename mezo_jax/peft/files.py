@@ -1,0 +1,325 @@
+"""Adapters as directories of Hugging Face's PEFT: one that it loads, and back.
+
+``adapter_config.json`` says what they are, ``adapter_model.safetensors`` has
+LoRA's matrices under the names of the base model's modules, or the keys and
+values of a prefix, or a soft prompt.
+"""
+
+import collections
+import json
+import os
+from pathlib import Path
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open, SafetensorError
+from safetensors.numpy import save_file
+
+from mezo_jax.models import hub
+from mezo_jax.models.layers import apply_rope, Config, rope_tables
+from mezo_jax.models.table import Row
+from mezo_jax.models.transformer import prefix_length, Transformer
+from mezo_jax.peft import lora
+
+_FILE = 'adapter_model.safetensors'
+_TOP = 'base_model.model.'
+_KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
+
+
+def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
+         base: str = '', tokenizer=None, card: str | None = None) -> Path:
+  """Writes the adapters in ``params`` so that PEFT loads them.
+
+  LoRA of q, k and v of a GPT-2, which PEFT has as one matrix, is written as one
+  adapter of their ranks together; the product is the same.
+
+  Args:
+    directory: to make.
+    model: that they are of.
+    params: with LoRA, a prefix or a soft prompt; other leaves are not written.
+    base: name of the base model, for PEFT to find it.
+    tokenizer: to write beside them.
+    card: the text of README.md.
+
+  Returns:
+    The directory.
+
+  Raises:
+    FileExistsError: if the directory is there and not empty.
+    ValueError: for no adapters; or a prefix after which positions start at 0
+      in a model with learned positions, since PEFT starts at M.
+  """
+  directory, c = Path(directory), model.config
+  if directory.exists() and any(directory.iterdir()):
+    raise FileExistsError(
+        f'{directory} is there already and not empty; give another directory.')
+  if 'prompt' in params:
+    rows = np.asarray(params['prompt']['embedding'], np.float32)
+    tensors, about = {'prompt_embeddings': rows}, _virtual(
+        'PROMPT_TUNING', c, len(rows)) | {
+            'token_dim': rows.shape[1], 'num_attention_heads': c.num_heads}
+  elif prefix_length(params):
+    tensors, about = _prefix_tensors(model, params['layers']['attn'])
+  else:
+    tensors, about = _lora_tensors(c, params)
+  about |= {'base_model_name_or_path': str(base), 'inference_mode': True,
+            'task_type': 'CAUSAL_LM' if c.causal else None}
+  if jax.process_index() == 0:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / _FILE, {'format': 'pt'})
+    (directory / 'adapter_config.json').write_text(
+        json.dumps(about, indent=2, sort_keys=True) + '\n')
+    if tokenizer is not None:
+      tokenizer.save_pretrained(directory)
+    if card is not None:
+      (directory / 'README.md').write_text(card)
+  return directory
+
+
+def load(directory: str | os.PathLike, model: Transformer):
+  """Reads a directory that `save` or PEFT wrote.
+
+  Args:
+    directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    model: that they are of.
+
+  Returns:
+    ``model, adapters, kind``: the model (after a prefix, with positions as
+    PEFT counts them), the leaves to `mezo_jax.masks.join` to its parameters,
+    and 'lora', 'prefix' or 'prompt'.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: for another kind of adapter, an option that is not supported,
+      or tensors that do not fit the model.
+  """
+  directory, c = Path(directory), model.config
+  kind, about = describe(directory)
+  try:
+    with safe_open(directory / _FILE, 'numpy') as f:
+      tensors = {name: f.get_tensor(name) for name in f.keys()}
+  except (SafetensorError, TypeError) as e:
+    raise ValueError(f'{directory / _FILE} cannot be read ({e}).') from e
+  if kind == 'lora':
+    return model, _lora_leaves(c, about, tensors, directory), kind
+  found = tensors.get('prompt_embeddings', np.zeros((0, 0)))
+  m, width = found.shape
+  of = {'prefix': 2 * c.num_layers * c.num_kv_heads * c.head_width,
+        'prompt': c.embed_width or c.width}[kind]
+  if not m or width != of or about.get('prefix_projection'):
+    raise ValueError(
+        f'{directory} does not fit the model: prompt_embeddings are '
+        f'{found.shape}, not (tokens, {of}), or made by a projection.')
+  found = jnp.asarray(found, jnp.float32)
+  if kind == 'prompt':
+    return model, {'prompt': {'embedding': found}}, kind
+  k, v = jnp.moveaxis(found.reshape(
+      m, c.num_layers, 2, c.num_kv_heads, c.head_width), (1, 2), (1, 0))
+  return model.clone(prefix_positions='after'), {
+      'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
+
+
+def describe(directory: str | os.PathLike) -> tuple[str, dict]:
+  """``kind, about``: 'lora', 'prefix' or 'prompt', and the adapter's config.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: for another kind of adapter, or a config that is not JSON.
+  """
+  directory = Path(directory)
+  for name in ('adapter_config.json', _FILE):
+    if not (directory / name).is_file():
+      raise FileNotFoundError(
+          f'{directory} has no {name}: it is not a directory that PEFT wrote '
+          'with safetensors.')
+  try:
+    about = json.loads((directory / 'adapter_config.json').read_text())
+  except ValueError as e:
+    raise ValueError(f'{directory}/adapter_config.json cannot be read '
+                     f'({e}).') from e
+  kind = _KINDS.get(about.get('peft_type'))
+  if kind is None:
+    raise ValueError(f'{directory} has an adapter of type '
+                     f'{about.get("peft_type")!r}; {", ".join(_KINDS)} are '
+                     'supported.')
+  return kind, about
+
+
+# --- prefixes ---------------------------------------------------------------
+
+
+def _virtual(peft_type: str, c: Config, m: int) -> dict:
+  return {'peft_type': peft_type, 'num_virtual_tokens': m,
+          'num_layers': c.num_layers, 'num_transformer_submodules': 1}
+
+
+def _prefix_tensors(model: Transformer, attn: dict):
+  c, k, v = model.config, attn['prefix_k'], attn['prefix_v']
+  m = k.shape[1]
+  if model.prefix_positions == 'zero' and c.rope:
+    k = _turned(c, k, m)  # keys M further on, as the tokens are in PEFT
+  elif model.prefix_positions != 'after':
+    raise ValueError(
+        'PEFT counts positions from after the prefix; this one was trained '
+        f'with positions {model.prefix_positions!r}, learned ones, and has no '
+        'equal there. Train with --config.peft.positions=after.')
+  both = np.stack([np.asarray(x, np.float32) for x in (k, v)])  # [2, L, M, ..]
+  return {'prompt_embeddings': np.ascontiguousarray(
+      np.moveaxis(both, 2, 0).swapaxes(1, 2).reshape(m, -1))}, _virtual(
+          'PREFIX_TUNING', c, m) | {
+              'token_dim': c.num_kv_heads * c.head_width,
+              'num_attention_heads': c.num_kv_heads,
+              'encoder_hidden_size': c.num_kv_heads * c.head_width,
+              'prefix_projection': False}
+
+
+def _turned(c: Config, k_LxMxKxH, by: int):
+  """Rotary keys as they would be ``by`` positions further on."""
+  local = c.local_layers or (False,) * c.num_layers
+  at = jnp.full((1, k_LxMxKxH.shape[1]), by)
+  return jnp.stack([apply_rope(k[None], *rope_tables(
+      (l and c.local_rope) or c.rope, c.head_width, at))[0]
+                    for k, l in zip(k_LxMxKxH, local)])
+
+
+# --- LoRA -------------------------------------------------------------------
+
+
+def _modules(c: Config) -> dict[str, list[Row]]:
+  """The rows of each matrix of the checkpoint, by its module's name."""
+  out = collections.defaultdict(list)
+  for row in hub.FAMILIES[c.family].table(c):
+    if row.path.endswith('/kernel'):
+      out[row.name.removesuffix('.weight')].append(row)
+  return {name: sorted(rows, key=lambda r: r.part)
+          for name, rows in out.items()}
+
+
+def _leaves(params: dict, row: Row) -> dict:
+  """LoRA's leaves of a module on the host, float32; {} where there are none."""
+  for name in row.path.split('/')[:-1]:
+    params = params.get(name, {})
+  return {k: np.asarray(v, np.float32) for k, v in params.items()
+          if lora.is_lora(k)}
+
+
+def _lora_tensors(c: Config, params: dict):
+  """PEFT's tensors and config: one rank and scale for all, others by name."""
+  tensors, ranks, modules = {}, {}, _modules(c)
+  have = {name: [_leaves(params, row) for row in rows]
+          for name, rows in modules.items()}
+  found = {float(s) for some in have.values() for x in some if x
+           for s in np.ravel(x['lora_scale'])}
+  scale = found.pop() if len(found) == 1 else 1.0
+  for name, some in have.items():
+    if not any(some):
+      continue
+    rows = modules[name]
+    for l in range(c.num_layers if rows[0].stacked else 1):
+      a, b = _fused([{k: v[l] if rows[0].stacked else v for k, v in x.items()}
+                     for x in some], rows, scale)
+      at = _TOP + name.format(l=l)
+      tensors[f'{at}.lora_A.weight'], tensors[f'{at}.lora_B.weight'] = a, b
+    ranks[name] = len(a)
+  if not tensors:
+    raise ValueError('these parameters have no LoRA, prefix or prompt to save.')
+  short = {name: _short(name, modules) for name in ranks}
+  rank, names = max(ranks.values()), sorted(short.values())
+  # PEFT takes the ends of names, or one regular expression of whole names.
+  one = any(r'\d+' in name for name in names)
+  return tensors, {
+      'peft_type': 'LORA', 'r': rank, 'lora_alpha': scale * rank,
+      'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
+      'init_lora_weights': True,
+      'fan_in_fan_out': c.family == 'gpt2',
+      'target_modules': rf'(.*\.)?({"|".join(names)})' if one else names,
+      'rank_pattern': {short[n]: r for n, r in ranks.items() if r != rank},
+      'alpha_pattern': {
+          short[n]: scale * r for n, r in ranks.items() if r != rank}}
+
+
+def _fused(parts: list[dict], rows: list[Row], scale: float):
+  """PEFT's A [R, I] and B [O, R] of the parts of a matrix, to be scaled."""
+  ranks = [x['lora_a'].shape[-1] if x else 0 for x in parts]
+  inputs = next(x['lora_a'].shape[0] for x in parts if x)
+  a = np.zeros((sum(ranks), inputs), np.float32)
+  b = np.zeros((sum(row.shape[-1] for row in rows), sum(ranks)), np.float32)
+  r = o = 0
+  for x, row, rank in zip(parts, rows, ranks):
+    if x:
+      a[r:r + rank] = x['lora_a'].T
+      b[o:o + row.shape[-1], r:r + rank] = (
+          x['lora_scale'] / scale * x['lora_b']).T
+    r, o = r + rank, o + row.shape[-1]
+  return a, b
+
+
+def _short(name: str, modules: dict) -> str:
+  """No more of a module's name than tells it from others; where that takes the
+  number of the layer, a regular expression."""
+  parts = name.split('.')
+  for i in range(len(parts) - 1, -1, -1):
+    end = '.'.join(parts[i:])
+    if sum(f'.{other}'.endswith(f'.{end}') for other in modules) == 1:
+      return end.replace('{l}', r'\d+')
+  return name
+
+
+def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
+  """Our leaves of PEFT's tensors; layers without an adapter get zeros."""
+  if about.get('use_dora') or about.get('bias', 'none') != 'none':
+    raise ValueError(f'{directory} has DoRA or trained biases, which are not '
+                     'supported.')
+  left, out = dict(tensors), {}
+  for name, rows in _modules(c).items():
+    layers = range(c.num_layers if rows[0].stacked else 1)
+    found = []
+    for l in layers:
+      at = _TOP + name.format(l=l)
+      a, b = (left.pop(f'{at}.lora_{x}.weight', None) for x in 'AB')
+      found.append(None if a is None or b is None else (
+          a, b, _scale(about, name.format(l=l), len(a))))
+    if not any(found):
+      continue
+    rank = max(len(x[0]) for x in found if x)
+    o = 0
+    for row in rows:
+      shape = rows[0].stacked and (c.num_layers,) or ()
+      inputs, outputs = row.shape
+      leaves = {'lora_a': np.zeros((len(layers), inputs, rank), np.float32),
+                'lora_b': np.zeros((len(layers), rank, outputs), np.float32),
+                'lora_scale': np.ones(len(layers), np.float32)}
+      for l, x in enumerate(found):
+        if x is None:
+          continue
+        a, b, scale = x
+        part = b[o:o + outputs]
+        if a.shape[1] != inputs or part.shape != (outputs, len(a)):
+          raise ValueError(
+              f'{directory} does not fit the model: {name.format(l=l)} has A '
+              f'{a.shape} and B {b.shape} for {inputs} inputs and '
+              f'{sum(r.shape[1] for r in rows)} outputs.')
+        leaves['lora_a'][l, :, :len(a)] = a.T
+        leaves['lora_b'][l, :len(a)] = part.T
+        leaves['lora_scale'][l] = scale
+      lora.put(out, row.path.removesuffix('/kernel'), {
+          k: jnp.asarray(v.reshape(*shape, *v.shape[1:]))
+          for k, v in leaves.items()})
+      o += outputs
+  if left or not out:
+    shown = ', '.join(sorted(left)[:5]) or 'none'
+    raise ValueError(f'{directory} has tensors that no matrix of a {c.family} '
+                     f'takes: {shown}.')
+  return out
+
+
+def _scale(about: dict, module: str, rank: int) -> float:
+  """alpha / r, or alpha / sqrt(r), of a module."""
+  alpha = about.get('lora_alpha', 8)
+  for pattern, value in (about.get('alpha_pattern') or {}).items():
+    if re.match(rf'(.*\.)?({pattern})$', module):
+      alpha = value
+      break
+  return alpha / (rank ** 0.5 if about.get('use_rslora') else rank)

@@ -1,0 +1,120 @@
+r"""LoRA: :math:`W + \frac{\alpha}{r} A B` with W frozen (Hu et al., 2021).
+
+A matrix ``x/kernel`` [*, I, O] is given ``x/lora_a`` [*, I, r] and ``x/lora_b``
+[*, r, O], which are trained, and ``x/lora_scale`` [*], which is not; * is the
+layer axis where there is one. `mezo_jax.models` adds their product without
+building it; nothing ever merges behind one's back, so a perturbed A or B is
+seen by every forward pass.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from mezo_jax import noise
+
+
+def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
+         targets: str = 'attn/(q|v)$', rslora: bool = False) -> dict:
+  r"""Adapters of new matrices: A uniform in :math:`\pm 1/\sqrt{I}`, B zero.
+
+  So the model is as it was. Adapters are float32 whatever the weights are.
+
+  Args:
+    params: of a model.
+    key: of A.
+    rank: r.
+    alpha: :math:`\alpha`; the product is scaled by :math:`\alpha / r`.
+    targets: a regular expression, searched for in the matrices' paths without
+      ``/kernel``; the paper's are queries and values.
+    rslora: scale by :math:`\alpha / \sqrt r` (Kalajdzievski, 2023).
+
+  Returns:
+    A nested dict of ``lora_a``, ``lora_b`` and ``lora_scale``, all float32.
+
+  Raises:
+    ValueError: if no matrix is selected, or the rank is below 1.
+  """
+  if rank < 1:
+    raise ValueError(f'the rank of LoRA must be at least 1, got {rank}.')
+  scale = alpha / (rank ** 0.5 if rslora else rank)
+  found = {path: x for path, x in _matrices(params).items()
+           if re.search(targets, path)}
+  if not found:
+    raise ValueError(f'the targets {targets!r} of LoRA are none of '
+                     f'{", ".join(_matrices(params))}.')
+  out = {}
+  for path, kernel in found.items():
+    *lead, inputs, outputs = kernel.shape
+    bound = inputs ** -0.5
+    put(out, path, {
+        'lora_a': jax.random.uniform(
+            noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32,
+            -bound, bound),
+        'lora_b': jnp.zeros((*lead, rank, outputs), jnp.float32),
+        'lora_scale': jnp.full(lead, scale, jnp.float32)})
+  return out
+
+
+def _matrices(params) -> dict[str, jax.Array]:
+  """The model's matrices by the paths of their modules."""
+  found = jax.tree_util.tree_flatten_with_path(params)[0]
+  paths = {noise.path_str(path): x for path, x in found}
+  return {path.removesuffix('/kernel'): x for path, x in paths.items()
+          if path.endswith('/kernel') and not path.startswith('classifier/')}
+
+
+def put(tree: dict, path: str, leaves: dict) -> None:
+  """Adds leaves to the nested dict at a path."""
+  for name in path.split('/'):
+    tree = tree.setdefault(name, {})
+  tree.update(leaves)
+
+
+def is_lora(name: str) -> bool:
+  return name in ('lora_a', 'lora_b', 'lora_scale')
+
+
+def merge(params: dict) -> dict:
+  r"""The plain parameters of a model with LoRA: :math:`W + s A B`.
+
+  The sum is float32 and rounded once to W's dtype. ``params`` are not changed:
+  they are the exact inverse. Under `jax.jit` with them donated it is in place.
+  """
+  return _add(params, 1.0)
+
+
+def unmerge(merged: dict, adapters: dict) -> dict:
+  r"""The base of merged parameters, :math:`W' - s A B`, joined with adapters.
+
+  For those who have the merged weights alone; each is within one rounding of
+  what it was.
+
+  Args:
+    merged: from `merge`.
+    adapters: ``lora_a``, ``lora_b`` and ``lora_scale`` as `init` gives them.
+  """
+  from mezo_jax.masks import join
+  return join(_add(join(merged, adapters), -1.0), adapters)
+
+
+def _add(params: dict, sign: float) -> dict:
+  out = {}
+  for name, x in params.items():
+    if isinstance(x, dict):
+      out[name] = _add(x, sign)
+    elif name == 'kernel' and 'lora_a' in params:
+      out[name] = _sum(x, params['lora_a'], params['lora_b'],
+                       sign * params['lora_scale'])
+    elif not is_lora(name):
+      out[name] = x
+  return out
+
+
+@jax.jit
+def _sum(w, a, b, scale):
+  product = jnp.einsum('...ir,...ro->...io', a, b,
+                       precision=jax.lax.Precision.HIGHEST)
+  return (w.astype(jnp.float32) + scale[..., None, None] * product).astype(
+      w.dtype)

@@ -1,0 +1,427 @@
+"""Few parameters: what is added, what is trained, and that it is used."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mezo_jax
+from mezo_jax import masks, models, peft
+
+KEY = jax.random.key(0)
+
+
+def tiny(**changes):
+  return helpers.tiny_model(**changes)
+
+
+def adapted(kind, model, params, **kwargs):
+  """(model, parameters with adapters away from where they start)."""
+  if kind == 'last_layers':
+    return model, peft.split_layers(params, 2)
+  make = {'lora': lambda: peft.lora.init(params, KEY, rank=2),
+          'prefix': lambda: peft.prefix.init(
+              model, params, KEY, num_tokens=3, **kwargs)}[kind]
+  adapters = jax.tree_util.tree_map_with_path(
+      lambda path, x: x if path[-1].key == 'lora_scale' else
+      x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), make())
+  return model, masks.join(params, adapters)
+
+
+def apply(model, params, ids, **kwargs):
+  return np.asarray(helpers.quick_jit(lambda p: model.apply(
+      {'params': p}, ids, **kwargs))(params))
+
+
+# --- trees ------------------------------------------------------------------
+
+
+def test_split_and_join_are_inverse_and_copy_nothing():
+  _, params, _ = tiny()
+  trainable, frozen = masks.split(params, 'attn/(q|v)/')
+  assert {p for p in paths(trainable)} == {
+      'layers/attn/q/kernel', 'layers/attn/v/kernel'}
+  assert not paths(trainable) & paths(frozen)
+  again = masks.join(trainable, frozen)
+  assert jax.tree.structure(again) == jax.tree.structure(params)
+  assert all(a is b for a, b in zip(jax.tree.leaves(again),
+                                    jax.tree.leaves(params)))
+  tree = masks.selected(params, 'norm')
+  assert paths(masks.split(params, tree)[0]) == paths(
+      masks.split(params, 'norm')[0])
+  with pytest.raises(ValueError, match="two trees have the parameter"):
+    masks.join(trainable, params)
+
+
+def paths(tree):
+  return {jax.tree_util.keystr(p, simple=True, separator='/')
+          for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def test_a_step_on_the_trainable_tree_is_the_masked_step():
+  """Same directions, same loss, same updates; the rest never moves."""
+  model, params, ids = tiny()
+  loss_fn = helpers.lm_loss(model)
+  tx = mezo_jax.mezo(1e-2, key=0, mask='attn/q', weight_decay=0.1)
+  want, wanted = tx.update(
+      None, tx.init(params), params, value_fn=loss_fn, ids=ids)
+  trainable, frozen = masks.split(params, 'attn/q')
+  tx = mezo_jax.mezo(1e-2, key=0, weight_decay=0.1)
+  state = tx.init(trainable)
+  got, state = tx.update(
+      None, state, trainable, value_fn=masks.on_trainable(loss_fn),
+      frozen=frozen, ids=ids)
+  assert paths(got) == {'layers/attn/q/kernel'}
+  helpers.assert_close(got, masks.split(want, 'attn/q')[0])
+  np.testing.assert_allclose(state[0].projected_grad,
+                             wanted[0].projected_grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize('make', [
+    lambda: mezo_jax.mezo(1e-2, key=0, micro_batches=2),
+    lambda: __import__('mezo_jax.backprop').backprop.backprop(
+        optax.sgd(1.0), micro_batches=2)])
+def test_micro_batches_do_not_split_what_is_frozen(make):
+  x = jnp.arange(8.0).reshape(4, 2)
+  def loss_fn(params, x):
+    return jnp.mean((x @ params['w'] - params['b']) ** 2)
+  params = {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}
+  trainable, frozen = masks.split(params, 'w')
+  tx = make()
+  def step(x):
+    return tx.update(None, tx.init(trainable), trainable, frozen=frozen,
+                     value_fn=masks.on_trainable(loss_fn), x=x)[0]
+  got = step(x)
+  assert got.keys() == {'w'} and np.isfinite(got['w']).all()
+  # The loss is a mean over rows: two halves, each twice, give the same.
+  helpers.assert_close(got, jax.tree.map(lambda a, b: (a + b) / 2, *(
+      step(jnp.concatenate([half, half])) for half in (x[:2], x[2:]))),
+                       rtol=1e-3)
+
+
+def test_groups_have_their_own_eps_and_learning_rate():
+  """Against numpy: theta_i +- eps_i z_i, and -lr_i (l+ - l-) / (2 eps_i) z."""
+  params = {'a': jnp.array([1.0, 2.0]), 'b': {'c': jnp.array([3.0])}}
+  loss_fn = lambda p: jnp.sum(p['a'] ** 2) + 2 * jnp.sum(p['b']['c'] ** 3)
+  eps, rate = {'^b/': 1e-2, '': 1e-3}, {'^b/': 0.1, '': 0.5}
+  tx = mezo_jax.mezo(rate, eps, key=7)
+  updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
+  key = mezo_jax.noise.direction_key(jax.random.key(7), 0)
+  z = mezo_jax.direction(params, [(key, 1.0)])
+  z = {'a': np.asarray(z['a'], np.float64),
+       'c': np.asarray(z['b']['c'], np.float64)}
+  at = lambda s: (np.sum((np.array([1, 2]) + s * 1e-3 * z['a']) ** 2)
+                  + 2 * np.sum((3 + s * 1e-2 * z['c']) ** 3))
+  difference = at(1) - at(-1)
+  np.testing.assert_allclose(
+      state[0].projected_grad, difference / (2 * 1e-2), rtol=1e-3)
+  np.testing.assert_allclose(
+      updates['a'], -0.5 * difference / (2 * 1e-3) * z['a'], rtol=1e-3)
+  np.testing.assert_allclose(
+      updates['b']['c'], -0.1 * difference / (2 * 1e-2) * z['c'], rtol=1e-3)
+
+
+def test_groups_are_schedules_too_and_must_cover_what_is_trained():
+  params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
+  loss_fn = lambda p: jnp.sum(p['a'] ** 2 + p['b'] ** 2)
+  halves = lambda count: 1e-3 / (1 + count)
+  tx = mezo_jax.mezo({'a': halves, '': 0.0}, {'a': halves, '': 1e-3}, key=7)
+  updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
+  assert updates['a'].all() and not updates['b'].any()
+  for bad in (dict(eps={'a': 1e-3}), dict(learning_rate={'a': 1e-3})):
+    tx = mezo_jax.mezo(**dict(learning_rate=1e-3, key=7) | bad)
+    with pytest.raises(ValueError, match="b is in none of the groups a; end"):
+      tx.update(None, tx.init(params), params, value_fn=loss_fn)
+  with pytest.raises(ValueError, match='eps must be positive'):
+    mezo_jax.mezo(1e-3, {'a': 0.0}, key=0)
+
+
+# --- LoRA -------------------------------------------------------------------
+
+
+def test_lora_starts_as_the_model_and_as_the_paper_says():
+  model, params, ids = tiny()
+  adapters = peft.lora.init(params, KEY, rank=4, alpha=8.0)
+  assert paths(adapters) == {
+      f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in ('a', 'b', 'scale')}
+  q = adapters['layers']['attn']['q']
+  assert q['lora_a'].shape == (3, 32, 4) and q['lora_b'].shape == (3, 4, 32)
+  assert not q['lora_b'].any() and (q['lora_scale'] == 2.0).all()
+  a = np.concatenate([np.ravel(peft.lora.init(params, jax.random.key(s))[
+      'layers']['attn']['q']['lora_a']) for s in range(5)])
+  bound = 32 ** -0.5  # uniform: variance bound^2 / 3
+  assert np.abs(a).max() <= bound and np.abs(a.mean()) < 4 * bound / (
+      3 * a.size) ** 0.5
+  np.testing.assert_allclose(a.var(), bound ** 2 / 3, rtol=0.1)
+  np.testing.assert_array_equal(
+      apply(model, masks.join(params, adapters), ids),
+      apply(model, params, ids))
+  scaled = peft.lora.init(params, KEY, rank=4, alpha=8.0, rslora=True)
+  assert (scaled['layers']['attn']['q']['lora_scale'] == 4.0).all()
+
+
+def test_perturbing_lora_alone_changes_the_loss():
+  """One release of the original trained nothing: its LoRA was merged away."""
+  model, params, ids = tiny()
+  adapters = peft.lora.init(params, KEY)
+  trainable, frozen = masks.split(
+      masks.join(params, adapters), peft.TRAINED['lora'])
+  assert paths(trainable) == {
+      f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in 'ab'}
+  loss_fn = masks.on_trainable(helpers.lm_loss(model))
+  far = mezo_jax.perturbed(loss_fn)
+  losses = [float(far(trainable, [(jax.random.key(3), c)], frozen=frozen,
+                      ids=ids)) for c in (0.0, 0.1, -0.1)]
+  assert len(set(losses)) == 3 and max(losses) - min(losses) > 1e-4
+  built = mezo_jax.displace(trainable, [(jax.random.key(3), 0.1)])
+  np.testing.assert_allclose(
+      losses[1], loss_fn(built, frozen=frozen, ids=ids), rtol=1e-6)
+
+
+def test_merging_is_the_same_function_and_unmerging_its_inverse():
+  model, params, ids = tiny()
+  model, whole = adapted('lora', model, params)
+  merged = peft.lora.merge(whole)
+  assert paths(merged) == paths(params)
+  np.testing.assert_allclose(
+      apply(model, merged, ids), apply(model, whole, ids), atol=2e-5)
+  w, a = whole['layers']['attn']['q'], None
+  a = np.asarray(w['kernel'], np.float64) + np.asarray(
+      w['lora_scale'], np.float64)[:, None, None] * np.einsum(
+          'lir,lro->lio', *(np.asarray(w[f'lora_{x}'], np.float64)
+                            for x in 'ab'))
+  np.testing.assert_allclose(
+      merged['layers']['attn']['q']['kernel'], a, rtol=1e-6, atol=1e-7)
+  helpers.assert_bitwise(merged['layers']['mlp'], params['layers']['mlp'])
+  adapters = masks.split(whole, '/lora_')[0]
+  back = peft.lora.unmerge(merged, adapters)
+  assert paths(back) == paths(whole)
+  np.testing.assert_allclose(
+      back['layers']['attn']['q']['kernel'], params['layers']['attn']['q'][
+          'kernel'], atol=2e-7)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  assert peft.lora.merge(masks.join(half, adapters))['layers']['attn']['q'][
+      'kernel'].dtype == jnp.bfloat16
+
+
+def test_bad_lora():
+  _, params, _ = tiny()
+  with pytest.raises(ValueError, match='none of .*layers/attn/q'):
+    peft.lora.init(params, KEY, targets='query')
+  with pytest.raises(ValueError, match='at least 1'):
+    peft.lora.init(params, KEY, rank=0)
+
+
+def test_a_lora_step_draws_noise_for_lora_alone():
+  """By the compiler's count, and its memory is that of two forwards."""
+  config = helpers.tiny_config(
+      width=256, ff_width=1024, num_layers=4, head_width=64, vocab_size=512)
+  model = models.Transformer(config)
+  params = jax.eval_shape(
+      lambda: models.Transformer(config).init(KEY, jnp.zeros((1, 8), int)))[
+          'params']
+  adapters = jax.eval_shape(lambda p: peft.lora.init(p, KEY), params)
+  trainable, frozen = masks.split(
+      masks.join(params, adapters), peft.TRAINED['lora'])
+  ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+  loss_fn = masks.on_trainable(helpers.lm_loss(model))
+  tx = mezo_jax.mezo(1e-4, 1e-2, key=0)
+
+  def step(trainable, state, frozen, ids):
+    updates, state = tx.update(None, state, trainable, value_fn=loss_fn,
+                               frozen=frozen, ids=ids)
+    return optax.apply_updates(trainable, updates), state
+
+  def forward(trainable, frozen, ids):
+    return loss_fn(trainable, frozen=frozen, ids=ids)
+
+  step = jax.jit(step, donate_argnums=(0, 1)).lower(
+      trainable, jax.eval_shape(tx.init, trainable), frozen, ids).compile()
+  forward = jax.jit(forward).lower(trainable, frozen, ids).compile()
+  size = lambda x: x.memory_analysis().temp_size_in_bytes
+  weights = 4 * sum(x.size for x in jax.tree.leaves(params))
+  assert size(step) - size(forward) < 0.05 * weights
+  flops = lambda x: x.cost_analysis()['flops']
+  assert flops(step) < 2.1 * flops(forward)
+
+
+# --- prefixes, soft prompts, last layers ------------------------------------
+
+
+def test_a_prefix_is_what_the_layers_make_of_real_tokens():
+  """With it, and positions after it, a text reads as if they stood there."""
+  for changes in (dict(), dict(rope=None, norm='layer')):
+    model, params, ids = tiny(**changes)
+    tokens = jax.random.randint(KEY, (3,), 0, 64)
+    for init, more in (('tokens', {}), ('text', dict(token_ids=tokens))):
+      adapters = peft.prefix.init(
+          model, params, KEY, num_tokens=3, init=init, **more)
+      after = model.clone(prefix_positions='after')
+      np.testing.assert_allclose(
+          apply(after, masks.join(params, adapters), ids),
+          apply(model, params, jnp.concatenate(
+              [jnp.broadcast_to(tokens, (4, 3)), ids], 1))[:, 3:], atol=2e-5)
+  k = adapters['layers']['attn']['prefix_k']
+  assert k.shape == (3, 3, 2, 8) and k.dtype == jnp.float32
+  normal = peft.prefix.init(model, params, KEY, num_tokens=50, init='normal')
+  values = np.ravel(normal['layers']['attn']['prefix_v'])
+  assert abs(values.mean()) < 4 / values.size ** 0.5
+  np.testing.assert_allclose(values.std(), 1, rtol=0.1)
+
+
+def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
+  for changes in (dict(), dict(rope=None, norm='layer', embed_scale=3.0)):
+    model, params, ids = tiny(**changes)
+    tokens = jnp.array([5, 9])
+    adapters = peft.prefix.init_prompt(
+        model, params, KEY, num_tokens=3, init='text', token_ids=tokens)
+    whole = masks.join(params, adapters)
+    mask = np.ones((4, 12), np.int32)
+    mask[1, :5] = mask[2, :2] = 0
+    soft, soft_mask = peft.prefix.prepend(
+        peft.prefix.soft_ids(64, whole), ids, mask)
+    real, real_mask = peft.prefix.prepend([5, 9, 5], ids, mask)
+    np.testing.assert_allclose(
+        apply(model, whole, soft, attention_mask=soft_mask),
+        apply(model, params, real, attention_mask=real_mask), atol=2e-5)
+
+
+def test_last_layers_are_the_same_model():
+  model, params, ids = tiny()
+  want = apply(model, params, ids)
+  for k in (1, 2, 3):
+    apart = peft.split_layers(params, k)
+    assert ('layers' in apart) == (k < 3)
+    assert len(apart['last_layers']['attn']['q']['kernel']) == k
+    np.testing.assert_allclose(apply(model, apart, ids), want, atol=1e-6)
+    helpers.assert_bitwise(peft.join_layers(apart), params)
+  assert peft.join_layers(params) is params
+  for k in (0, 4):
+    with pytest.raises(ValueError, match=f'{k} last layers cannot'):
+      peft.split_layers(params, k)
+
+
+@pytest.mark.parametrize('kind,changes', [
+    ('lora', {}), ('prefix', {}), ('prefix', dict(rope=None, norm='layer')),
+    ('prefix', dict(window=4)), ('last_layers', {})])
+@pytest.mark.parametrize('positions', ['zero', 'after'])
+def test_cached_generation_is_uncached(kind, changes, positions):
+  if positions == 'after' and kind != 'prefix':
+    pytest.skip('no positions of its own')
+  model, params, ids = tiny(**changes)
+  model = model.clone(prefix_positions=positions)
+  model, whole = adapted(kind, model, params)
+  mask = np.ones((4, 12), np.int32)
+  mask[1, :5] = 0
+  got = models.generate(model, whole, ids, mask, max_new_tokens=6)
+  for n in range(6):
+    logits = apply(model, whole, ids, attention_mask=mask)
+    np.testing.assert_array_equal(got[:, n], logits[:, -1].argmax(-1))
+    ids = jnp.concatenate([ids, got[:, n:n + 1]], 1)
+    mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+
+
+def test_the_original_s_jump_is_an_option():
+  """Tokens that are generated stand M further on than they should."""
+  model, params, ids = tiny(rope=None, norm='layer')
+  jumping, whole = adapted(
+      'prefix', model.clone(prefix_positions='jump'), params, init='normal')
+  cache = lambda: models.make_cache(model.config, 4, 14, jnp.float32)
+  run = lambda m, ids, cache: m.apply({'params': whole}, ids, cache=cache)
+  first, now = run(jumping, ids, cache())
+  same, then = run(model, ids, cache())
+  np.testing.assert_array_equal(first, same)
+  jumped, _ = run(jumping, ids[:, :1], now)
+  plain, _ = run(model, ids[:, :1], then)
+  shifted = whole | {'positions': {'embedding': jnp.roll(
+      params['positions']['embedding'], -3, 0)}}
+  want, _ = model.apply({'params': shifted}, ids[:, :1], cache=then)
+  np.testing.assert_allclose(jumped, want, atol=1e-5)
+  assert np.abs(jumped - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize('kind', ['prefix', 'prompt'])
+def test_packed_candidates_each_see_the_prefix(kind):
+  """Candidates after a shared prompt score as each does alone."""
+  model, params, ids = tiny()
+  if kind == 'prefix':
+    model, whole = adapted('prefix', model, params)
+    soft = []
+  else:
+    whole = masks.join(params, peft.prefix.init_prompt(model, params, KEY))
+    soft = peft.prefix.soft_ids(64, whole)
+  prompt, one, two = ids[:1, :5], ids[:1, 5:8], ids[:1, 8:12]
+  put = lambda *parts: peft.prefix.prepend(soft, jnp.concatenate(parts, 1))[0]
+  n = len(soft)
+  packed = put(prompt, one, two)
+  mask = jnp.array([[1] * (5 + n) + [2] * 3 + [3] * 4])
+  got = apply(model, whole, packed, attention_mask=mask, shared_prompt=True)
+  for start, answer in ((5 + n, one), (8 + n, two)):
+    alone = apply(model, whole, put(prompt, answer))
+    np.testing.assert_allclose(
+        got[:, start:start + answer.shape[1]], alone[:, 5 + n:], atol=2e-5)
+
+
+def test_a_prefix_leaves_room_for_itself():
+  model, params, _ = tiny()
+  ids = jnp.zeros((1, 64), int)
+  _, whole = adapted('prefix', model, params)
+  apply(model, whole, ids)
+  with pytest.raises(ValueError, match='67 tokens exceed the 64 positions'):
+    apply(model.clone(prefix_positions='after'), whole, ids)
+  for bad, message in ((dict(num_tokens=0), 'at least 1'),
+                       (dict(init='no'), 'none of tokens, normal, text'),
+                       (dict(init='text'), 'needs a text')):
+    with pytest.raises(ValueError, match=message):
+      peft.prefix.init(model, params, KEY, **bad)
+
+
+# --- files ------------------------------------------------------------------
+
+
+def test_adapters_survive_their_files(tiny_dir, tmp_path):
+  model, params = models.load(tiny_dir, progress=False)
+  cases = {'lora': adapted('lora', model, params)[1],
+           'prefix': adapted('prefix', model, params)[1],
+           'prompt': masks.join(
+               params, peft.prefix.init_prompt(model, params, KEY))}
+  model = model.clone(prefix_positions='after')
+  for kind, whole in cases.items():
+    peft.save(tmp_path / kind, model, whole, base='someone/base', card='# a')
+    _, adapters, found = peft.load(tmp_path / kind, model)
+    assert found == kind
+    assert (tmp_path / kind / 'README.md').read_text() == '# a'
+    helpers.assert_bitwise(masks.join(params, adapters), whole)
+  with pytest.raises(FileExistsError, match='not empty'):
+    peft.save(tmp_path / 'lora', model, cases['lora'])
+  with pytest.raises(ValueError, match='no LoRA, prefix or prompt'):
+    peft.save(tmp_path / 'none', model, params)
+
+
+def test_bad_adapter_directories(tiny_dir, tmp_path):
+  model, params = models.load(tiny_dir, progress=False)
+  _, whole = adapted('lora', model, params)
+  with pytest.raises(FileNotFoundError, match='no adapter_config.json'):
+    peft.load(tmp_path, model)
+  at = peft.save(tmp_path / 'a', model, whole)
+  config, weights = at / 'adapter_config.json', at / 'adapter_model.safetensors'
+  said, data = config.read_text(), weights.read_bytes()
+  for old, new, message in (
+      ('"LORA"', '"IA3"', 'type .IA3.; LORA, PREFIX_TUNING'),
+      ('"LORA"', '"PREFIX_TUNING"', 'does not fit the model'),
+      ('"none"', '"all"', 'trained biases'), ('{', '', 'cannot be read')):
+    config.write_text(said.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+      peft.load(at, model)
+  config.write_text(said)
+  weights.write_bytes(data[:-200])
+  with pytest.raises(ValueError, match='cannot be read'):
+    peft.load(at, model)
+  weights.write_bytes(data)
+  for changes, message in (
+      (dict(width=64), 'for 64 inputs'), (dict(num_layers=2), 'no matrix of')):
+    with pytest.raises(ValueError, match=message):
+      peft.load(at, models.Transformer(helpers.tiny_config(
+          **dict(vocab_size=300) | changes)))

@@ -1,0 +1,177 @@
+"""Each way to train few parameters, through train.py: run, resume, export."""
+
+import json
+
+import helpers
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import pytest
+from test_baselines import small_config
+
+from mezo_jax import config as config_lib
+from mezo_jax import masks, models, peft, trainable
+from mezo_jax.export import export
+import train
+
+WAYS = {
+    'lora': dict(peft__method='lora', peft__rank=2,
+                 optimizer__learning_rate=1e-3),
+    'prefix': dict(peft__method='prefix', optimizer__learning_rate=1e-2,
+                   optimizer__eps=1e-2),
+    'prompt': dict(peft__method='prompt', optimizer__learning_rate=1e-2,
+                   peft__init='text', peft__text='a good film'),
+    'last_layers': dict(peft__method='last_layers', peft__num_layers=1),
+    'head': dict(peft__method='head'),
+    'mask': dict(peft__mask='attn/(q|v)/'),
+    'lora with Adam': dict(peft__method='lora', method='finetune',
+                           optimizer__learning_rate=1e-3),
+    'groups': dict(peft__method='lora', peft__mask='lora_b$',
+                   optimizer__groups=(('attn/q', 1e-3, 1e-2),))}
+
+
+def saved(workdir):
+  """The parameters of the last checkpoint, as saved."""
+  directory = workdir / 'checkpoints'
+  step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+  return ocp.load(directory / str(step), checkpointable_name='state')[0]
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
+  resumes = way == 'lora'  # the same code for all
+  for steps, where in (*(((2, 'b'), (4, 'b')) if resumes else ()), (4, 'a')):
+    config = small_config(tiny_dir, reviews_file, steps=steps, eval_every=2,
+                          **WAYS[way])
+    result = train.run(config, tmp_path / where)
+  if resumes:
+    helpers.assert_bitwise(saved(tmp_path / 'a'), saved(tmp_path / 'b'))
+
+  # A checkpoint holds what is trained and nothing else.
+  kinds = {'lora': ('lora_a', 'lora_b'), 'prefix': ('prefix_k', 'prefix_v')}
+  names = {p[-1].key for p, _ in jax.tree_util.tree_flatten_with_path(
+      saved(tmp_path / 'a'))[0]}
+  if way in kinds:
+    assert names == set(kinds[way])
+  elif way == 'groups':
+    assert names == {'lora_b'}
+  model, base = models.load(tiny_dir, progress=False)
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert size(saved(tmp_path / 'a')) < size(base)
+
+  # What is exported gives the result's predictions again.
+  out = export(tmp_path / 'a', tmp_path / 'out')
+  adapts = config.peft.method in peft.ADAPTERS
+  assert (out / 'adapter_config.json').is_file() == adapts
+  if adapts:
+    again = small_config(tiny_dir, reviews_file, method='zero_shot',
+                         peft__method=config.peft.method,
+                         peft__adapter=str(out))
+  else:
+    again = small_config(out, reviews_file, method='zero_shot')
+  found = train.run(again, tmp_path / 'again')['final']
+  np.testing.assert_allclose(found['loss'], result['final']['loss'], rtol=1e-4)
+  assert found['accuracy'] == result['final']['accuracy']
+  if way == 'lora':
+    export(tmp_path / 'a', tmp_path / 'merged', merged=True)
+    again = small_config(tmp_path / 'merged', reviews_file, method='zero_shot')
+    found = train.run(again, tmp_path / 'again_merged')['final']
+    np.testing.assert_allclose(
+        found['loss'], result['final']['loss'], rtol=1e-4)
+  elif config.peft.method != 'lora':
+    with pytest.raises(ValueError, match='only LoRA can be merged'):
+      export(tmp_path / 'a', tmp_path / 'merged', merged=True)
+
+
+def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
+  first = small_config(tiny_dir, reviews_file, **WAYS['lora'])
+  train.run(first, tmp_path / 'a')
+  out = export(tmp_path / 'a', tmp_path / 'out')
+  second = small_config(tiny_dir, reviews_file, peft__adapter=str(out),
+                        **WAYS['lora'])
+  result = train.run(second, tmp_path / 'b')
+  plain = train.run(small_config(tiny_dir, reviews_file, method='zero_shot'),
+                    tmp_path / 'c')
+  # Zero-shot is the model without them.
+  assert result['zero_shot']['loss'] == pytest.approx(plain['final']['loss'])
+  _, was, _ = peft.load(out, models.load(tiny_dir, progress=False)[0])
+  now = saved(tmp_path / 'b')['layers']['attn']['q']['lora_b']
+  was = was['layers']['attn']['q']['lora_b']
+  assert was.any() and (now != was).all()  # from zero it would be `was` again
+  with pytest.raises(ValueError, match='kind .lora.: set'):
+    train.run(small_config(
+        tiny_dir, reviews_file, peft__method='prefix',
+        peft__adapter=str(out)), tmp_path / 'd')
+
+
+def test_biases_alone(tmp_path):
+  """BitFit, and a model that has none says so."""
+  for changes, message in ((dict(norm='layer', qkv_bias=True), ''),
+                           (dict(), 'selects no floating-point parameter')):
+    _, params, _ = helpers.tiny_model(**changes)
+    config = config_lib.Train(peft=config_lib.Peft(method='bitfit'))
+    if message:
+      with pytest.raises(ValueError, match=message):
+        trainable.split(config, params)
+      continue
+    chosen, _ = trainable.split(config, params)
+    assert {p[-1].key for p, _ in jax.tree_util.tree_flatten_with_path(
+        chosen)[0]} == {'bias'}
+
+
+def test_a_task_s_new_head_is_trained_with_few_parameters():
+  _, params, _ = helpers.tiny_model()
+  whole = masks.join(params, peft.lora.init(params, jax.random.key(0)), {
+      'classifier': {'kernel': np.zeros((32, 2), np.float32)}})
+  config = config_lib.Train(peft=config_lib.Peft(method='lora'))
+  assert 'classifier' not in trainable.split(config, whole)[0]
+  config.task.kind = 'head'
+  assert 'classifier' in trainable.split(config, whole)[0]
+
+
+@pytest.mark.parametrize('changes,warns', [
+    (dict(), False), (dict(optimizer__learning_rate=2e-3), True),
+    (dict(peft__method='lora'), True),
+    (dict(peft__method='lora', optimizer__learning_rate=1e-4), False),
+    (dict(peft__method='lora', optimizer__learning_rate=1e-2), True),
+    (dict(peft__method='prefix', optimizer__learning_rate=1e-4), True),
+    (dict(peft__method='prefix', optimizer__learning_rate=1e-1), False),
+    (dict(method='finetune', peft__method='lora'), True),
+    (dict(method='zero_shot', peft__method='lora'), False)])
+def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
+  config = config_lib.Train()
+  for name, value in changes.items():
+    part, _, field = name.rpartition('__')
+    setattr(getattr(config, part) if part else config, field, value)
+  found = trainable.warnings(config)
+  assert bool(found) == warns
+  assert all('two orders of magnitude' in text for text in found)
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(peft__method='ia3'), 'none of lora, prefix, prompt'),
+    (dict(peft__positions='no'), 'none of zero, after, jump'),
+    (dict(peft__init='no'), 'none of tokens, normal, text'),
+    (dict(peft__init='text'), "'text' needs peft.text"),
+    (dict(peft__rank=0), 'must be at least 1'),
+    (dict(peft__adapter='x'), 'needs peft.method, one of lora'),
+    (dict(method='lp_mezo', peft__mask='q'), 'says itself what is trained'),
+    (dict(optimizer__groups=(('q', 1e-3),)), 'must be of .regular'),
+    (dict(peft__method='prompt', peft__adapter='nowhere'),
+     'nowhere has no adapter_config.json'),
+    (dict(peft__method='lora', peft__targets='query'), 'are none of layers'),
+    (dict(peft__method='last_layers', peft__num_layers=9), 'cannot be taken')])
+def test_bad_settings(changes, message, tiny_dir, reviews_file, tmp_path):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_the_log_says_what_is_trained(tiny_dir, reviews_file, tmp_path, capsys):
+  train.run(small_config(tiny_dir, reviews_file, peft__method='lora',
+                         peft__rank=2), tmp_path)
+  said = capsys.readouterr().out
+  # q: 3 layers of 2 * (32 + 32); v: of 2 * (32 + 16).
+  assert 'training 672 of 38,150 parameters' in said
+  assert 'warning: optimizer.learning_rate' in said
+  assert json.loads((tmp_path / 'config.json').read_text())['peft']['rank'] == 2
