@@ -234,6 +234,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       final | {'step': best}, **({'zero_shot': zero_shot[0]} if zero_shot
                                  else {}), steps=config.steps,
       forwards=config.steps * config_lib.forwards(config),
+      trained=size_of(params),
       compilations=len(compiled))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from mezo_jax import config as config_lib
-from mezo_jax import models, sharding
+from mezo_jax import masks, models, peft, sharding, trainable
 from mezo_jax.tasks import encode, head, score
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,10 @@ OPT = {  # width, layers, heads
 CASES = [
     ('roberta', 'mnli,512,100', '', 'v5p:1x1x1', (1, 1, 1), 256),
     ('glue', 'mnli', '', 'v5p:1x1x1', (1, 1, 1), 128),
+    ('roberta', 'sst2,512,13,prefix', '', 'v5p:1x1x1', (1, 1, 1), 128),
     ('opt', 'sst2', '', 'v5p:1x1x1', (1, 1, 1), 64),
-    ('opt', 'squad', '', 'v5p:1x1x1', (1, 1, 1), 512),
+    ('opt', 'sst2,lora', '', 'v5p:1x1x1', (1, 1, 1), 64),
+    ('opt', 'squad,prefix', '', 'v5p:1x1x1', (1, 1, 1), 512),
     ('opt', 'sst2', 'facebook/opt-30b', 'v5p:1x1x1', (1, 1, 1), 64),
     ('opt_f1', '', '', 'cpu', (1, 1, 1), 512),
     ('opt', 'squad', 'facebook/opt-66b', 'v5e:4x4', (1, 4, 4), 512),
@@ -121,21 +123,36 @@ def lower(config: config_lib.Train, mesh, tokens: int):
     params['classifier'] = jax.tree.map(
         lambda x: struct(x, everywhere), jax.eval_shape(
             lambda: head.init(jax.random.key(0), shape, task.num_classes)))
+  if config.peft.method:
+    params = with_adapters(config, model, params, mesh)
+  params, frozen = trainable.split(config, params)
   tx = config_lib.make_optimizer(config)
   state = jax.tree.map(lambda x: struct(x, everywhere),
                        jax.eval_shape(tx.init, params))
-  loss_fn = score.make_loss_fn(
-      model, data, task, objective, tokenizer_of(config))
+  loss_fn = masks.on_trainable(score.make_loss_fn(
+      model, data, task, objective, tokenizer_of(config)))
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=placed)
-  def step(params, state, batch):
+  def step(params, state, frozen, batch):
     updates, state = tx.update(
-        None, state, params, value_fn=loss_fn, batch=batch)
+        None, state, params, value_fn=loss_fn, frozen=frozen, batch=batch)
     return optax.apply_updates(params, updates), state
 
   with jax.set_mesh(mesh):
-    return step.lower(params, state, batch)
+    return step.lower(params, state, frozen, batch)
+
+
+def with_adapters(config: config_lib.Train, model, params, mesh):
+  """Abstract parameters with those that the config's method adds."""
+  p, key = config.peft, jax.random.key(0)
+  make = {'lora': lambda params: peft.lora.init(params, key, rank=p.rank),
+          'prefix': lambda params: peft.prefix.init(
+              model, params, key, num_tokens=p.num_tokens)}[p.method]
+  added = jax.eval_shape(make, params)
+  return masks.join(params, jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      added, sharding.param_shardings(added, mesh)))
 
 
 def main():
@@ -154,11 +171,11 @@ def main():
         'config': f'{name}.py' + (f':{argument}' if argument else ''),
         'model': config.model.name.split('/')[-1],
         'objective': config_lib.objective(config),
+        'trained': config.peft.method or 'all',
         'batch': f'{config.data.batch_size} x {tokens}',
         'dtype': config.model.dtype, 'compiled for': topology,
         'GiB a device': round(total / 2**30, 2),
-        'kept in place': round(
-            m.alias_size_in_bytes / m.argument_size_in_bytes, 3),
+        'kept in place': round(m.alias_size_in_bytes / 2**30, 2),
         'seconds': round(time.time() - began)})
     harness.write('aot_configs', harness.header(), [
         ('One training step of each, compiled ahead of time:', table)])

@@ -71,11 +71,16 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
         continue
     # All that is finished, wanted or not: the table never loses a line.
     results = {n: workdir / n / 'result.json' for n in runs}
-    rows = {n: row_of(n, runs[n], json.loads(r.read_text()))
+    rows = {n: row_of(n, runs[n], read_result(r.parent))
             for n, r in results.items() if r.is_file()}
     say(f'{name}: {rows[name]["metric"]} {rows[name]["score"]}')
     write_table(workdir, [*rows.values()])
   return workdir / 'table.md', failed
+
+
+def read_result(workdir: Path) -> dict:
+  """What a finished run of ``train.py`` says of itself."""
+  return json.loads((workdir / 'result.json').read_text())
 
 
 def _wanted(name: str, tasks, methods) -> bool:

@@ -48,7 +48,8 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
     ValueError: if the adapter of ``peft.adapter`` does not fit.
   """
   p, key = config.peft, jax.random.fold_in(jax.random.key(config.seed), 2**31)
-  if config.method == 'lp_mezo' or method_of(config) == 'head':
+  if config.task.kind != 'head' and (
+      config.method == 'lp_mezo' or method_of(config) == 'head'):
     model, params = peft.untie(model, params)
   if p.method == 'last_layers' and config_lib.trains(config):
     return model, peft.split_layers(params, p.num_layers)
@@ -75,9 +76,9 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
 def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
   """``trainable, frozen``: what the method trains of what `add` gave, and of
   that what ``peft.mask`` selects; a task's new head is always trained."""
-  pattern = peft.TRAINED[method_of(config)]
+  pattern, new = peft.TRAINED[method_of(config)], '^classifier/'
   if pattern and config.task.kind == 'head':
-    pattern += '|^classifier/'
+    pattern = new if method_of(config) == 'head' else f'{pattern}|{new}'
   both = masks.selected(params, pattern)
   if config.peft.mask:
     both = jax.tree.map(lambda a, b: a and b, both,

@@ -13,10 +13,13 @@ from mezo_jax.config import Train
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
-    'quickstart': [None], 'opt_f1': [None], 'opt': OPT,
+    'quickstart': [None], 'opt_f1': [None],
+    'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
+    'peft_suite': ('reviews0/lora', 'reviews2/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')
-                for k in (16, 512) for s in (13, 21, 42, 87, 100)],
+                for k in (16, 512) for s in (13, 21, 42, 87, 100)] + [
+                    'trec,16,13,lora', 'mnli,512,100,prefix'],
     'glue': ('mnli', 'qnli', 'sst2', 'cola'),
     'cpu_suite': ('sst2/mezo', 'squad/mezo_metric', 'boolq/icl')}
 
@@ -48,7 +51,9 @@ def test_every_config_loads_and_says_how_to_run_it():
     ('opt', 'sst2', 'facebook/opt-13b', 32), ('opt', 'cb', '', 64),
     ('opt', 'copa', 'facebook/opt-66b', 32), ('opt', 'squad', '', 64),
     ('opt_f1', '', '', 96), ('roberta', 'sst2,16,13', '', 32),
-    ('roberta', 'trec,512,42', '', 32), ('glue', 'mnli', '', 32)])
+    ('roberta', 'trec,512,42', '', 32), ('glue', 'mnli', '', 32),
+    ('opt', 'sst2,lora', '', 32), ('opt', 'squad,prefix', '', 64),
+    ('roberta', 'sst2,16,13,prefix', '', 32)])
 def test_the_paper_s_programs_trace_with_abstract_weights(case, monkeypatch):
   monkeypatch.syspath_prepend(str(conftest.ROOT / 'benchmarks'))
   found = module(conftest.ROOT / 'benchmarks' / 'aot_configs.py')

@@ -7,6 +7,7 @@ import sys
 
 import conftest
 import helpers
+import numpy as np
 import pytest
 
 import mezo_jax
@@ -52,6 +53,21 @@ def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
   assert (rows, vocab) == (1, 300) and scope['tokens'].shape == (1, 20)
   copy = mezo_jax.models.load('copy-of-my-model')[1]
   helpers.assert_bitwise(copy, scope['params'])
+
+
+def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
+  text = (conftest.ROOT / 'docs' / 'peft.md').read_text()
+  code = text.split('```python\n')[1].split('```')[0]
+  (tmp_path / 'my-model').symlink_to(tiny_dir)
+  monkeypatch.chdir(tmp_path)
+  scope = {}
+  exec(code, scope)
+  scope['loss_fn'] = lambda params, batch: scope['model'].apply(
+      {'params': params}, batch).mean()
+  trainable, state = scope['step'](
+      scope['trainable'], scope['state'], scope['frozen'],
+      np.array([[1, 2, 3]]))
+  assert state[0].count == 1 and set(trainable['layers']['attn']) == {'q', 'v'}
 
 
 def test_the_tasks_in_the_documentation_fit_their_rows():

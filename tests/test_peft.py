@@ -378,6 +378,20 @@ def test_a_prefix_leaves_room_for_itself():
       peft.prefix.init(model, params, KEY, **bad)
 
 
+def test_adapters_of_half_precision_models_are_float32():
+  model, params, ids = tiny()
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  for adapters in (peft.lora.init(half, KEY),
+                   peft.prefix.init(model, half, KEY),
+                   peft.prefix.init_prompt(model, half, KEY)):
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapters))
+    if 'prompt' in adapters:
+      ids, _ = peft.prefix.prepend(peft.prefix.soft_ids(64, adapters), ids)
+    got = apply(model, masks.join(half, adapters), ids)
+    want = apply(model, masks.join(params, adapters), ids)
+    np.testing.assert_allclose(got, want, atol=0.05)
+
+
 # --- files ------------------------------------------------------------------
 
 

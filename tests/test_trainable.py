@@ -127,6 +127,8 @@ def test_a_task_s_new_head_is_trained_with_few_parameters():
   assert 'classifier' not in trainable.split(config, whole)[0]
   config.task.kind = 'head'
   assert 'classifier' in trainable.split(config, whole)[0]
+  config.peft.method = 'head'
+  assert trainable.split(config, whole)[0].keys() == {'classifier'}
 
 
 @pytest.mark.parametrize('changes,warns', [

@@ -42,11 +42,12 @@ def init(model: Transformer, params: dict, key: jax.Array, *,
     shape = (c.num_layers, num_tokens, c.num_kv_heads, c.head_width)
     k, v = jax.random.normal(key, (2, *shape))
   else:
+    dtype = params['embed']['embedding'].dtype
     read = jax.jit(lambda params: model.apply(
         {'params': params}, ids[None], features='body',
-        cache=make_cache(c, 1, num_tokens, jnp.float32))[1])
+        cache=make_cache(c, 1, num_tokens, dtype))[1])
     cache = read(params)
-    k, v = cache.k[:, 0], cache.v[:, 0]
+    k, v = (x[:, 0].astype(jnp.float32) for x in (cache.k, cache.v))
   return {'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}
 
 

@@ -1,0 +1,124 @@
+"""What few parameters give, and what perturbing and updating them costs.
+
+  python benchmarks/peft.py [WORKDIR]
+
+Runs configs/peft_suite.py (three seeds; what WORKDIR has is not run again) and,
+on the same model, times one MeZO step of each against two forwards of the same
+program without noise, and against perturbing (twice) and updating alone, in
+turn. Writes benchmarks/results/peft.md.
+"""
+
+import functools
+from pathlib import Path
+import sys
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mezo_jax
+from mezo_jax import masks, models, peft, quickstart, suite
+
+ROOT = Path(__file__).parents[1]
+ROWS, TOKENS, ROUNDS = 16, 32, 25
+NAMES = {'zero_shot': 'zero-shot', 'mezo': 'MeZO, the quickstart',
+         'lora': 'MeZO, LoRA', 'prefix': 'MeZO, prefix',
+         'lora_adam': 'Adam, LoRA'}
+
+
+def results(workdir: Path) -> list[dict]:
+  """A line a method: test accuracy over the seeds."""
+  _, failed = suite.evaluate(ROOT / 'configs' / 'peft_suite.py', workdir)
+  if failed:
+    raise RuntimeError(f'{", ".join(failed)} failed.')
+  sys.path.insert(0, str(ROOT))
+  from configs import peft_suite
+  table, found = [], {}
+  for name in peft_suite.get_suite():
+    result = suite.read_result(workdir / name)
+    found.setdefault(name.split('/')[1], []).append(result)
+  for method, label in NAMES.items():
+    some = found[method]
+    scores = np.array([100 * r['final']['accuracy'] for r in some])
+    spread = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0
+    table.append({
+        'method': label, 'trained': some[0].get('trained', 0),
+        'forwards of 16': some[0]['forwards'],
+        'test accuracy, %': f'{scores.mean():.1f}' + (
+            f' ± {spread:.1f}' if len(scores) > 1 else ''),
+        'of each seed': ', '.join(f'{s:.1f}' for s in scores),
+        'calibrated, %': ', '.join(
+            f'{100 * r["final"]["calibrated_accuracy"]:.1f}' for r in some),
+        'seconds': round(np.mean([r['seconds'] for r in some])),
+        'GiB': f'{np.mean([r["peak_memory"] for r in some]) / 2**30:.2f}'})
+  return table
+
+
+def times() -> list[dict]:
+  """A line a method: a step / two forwards, and what noise and update take."""
+  model, params = models.load(quickstart.model_path(), dtype='float32')
+  key = jax.random.key(0)
+  loss_fn = masks.on_trainable(harness.classification_loss(model))
+  ids = jax.random.randint(key, (ROWS, TOKENS), 0, model.config.vocab_size)
+  return [
+      time_of(name, loss_fn, *masks.split(masks.join(params, more), mask), ids)
+      for name, more, mask in (
+          ('all', {}, None),
+          ('LoRA', peft.lora.init(params, key), peft.TRAINED['lora']),
+          ('prefix', peft.prefix.init(model, params, key),
+           peft.TRAINED['prefix']))]
+
+
+def time_of(name, loss_fn, trainable, frozen, ids) -> dict:
+  tx = mezo_jax.mezo(1e-9, 1e-3, key=0)
+  trainable = jax.tree.map(jnp.copy, trainable)  # to be donated
+  state = tx.init(trainable)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(trainable, state, frozen, ids):
+    updates, state = tx.update(None, state, trainable, value_fn=loss_fn,
+                               frozen=frozen, ids=ids)
+    return optax.apply_updates(trainable, updates), state
+
+  @jax.jit
+  def forwards(trainable, frozen, ids):
+    return jax.lax.map(lambda ids: loss_fn(trainable, frozen=frozen, ids=ids),
+                       jnp.stack([ids, ids]))
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def move(trainable, key):
+    return mezo_jax.displace(trainable, [(key, 1e-9)])
+
+  seconds = {'step': [], 'forwards': [], 'move': []}
+  for i in range(ROUNDS + 2):
+    s, (trainable, state) = harness.timed(step, trainable, state, frozen, ids)
+    f, _ = harness.timed(forwards, trainable, frozen, ids)
+    m, trainable = harness.timed(move, trainable, jax.random.key(i))
+    if i >= 2:  # the first ones compile
+      for kind, value in (('step', s), ('forwards', f), ('move', m)):
+        seconds[kind].append(value)
+  take = {kind: np.median(values) for kind, values in seconds.items()}
+  return {
+      'trained': name,
+      'parameters': f'{sum(x.size for x in jax.tree.leaves(trainable)):,}',
+      'step, ms': round(1e3 * take['step']),
+      'step / two forwards': harness.median_range(
+          np.array(seconds['step']) / np.array(seconds['forwards'])),
+      'two perturbations and an update / step':
+          f'{300 * take["move"] / take["step"]:.2f} %'}
+
+
+def main():
+  workdir = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs/peft_suite')
+  cost = times()
+  head = harness.header('SmolLM2-135M, float32')
+  harness.write('peft', head, [
+      ('A step of 16 x 32 tokens, normal z:', cost),
+      ("The quickstart's reviews, 200 test rows, mean ± standard error over "
+       'the seeds 0, 1 and 2:', results(workdir))])
+
+
+if __name__ == '__main__':
+  main()
