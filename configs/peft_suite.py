@@ -23,11 +23,11 @@ def _config(seed: int, method: str) -> Train:
     config.peft = Peft(method.removesuffix('_adam'))
   if method == 'lora':
     config.optimizer = Optimizer(
-        learning_rate=1e-2, eps=1e-2, schedule='linear',
+        learning_rate=5e-3, eps=1e-2, schedule='linear',
         distribution='rademacher')
   if method == 'prefix':
     config.optimizer = Optimizer(
-        learning_rate=1e-1, eps=1e-1, schedule='linear',
+        learning_rate=3e-2, eps=1e-1, schedule='linear',
         distribution='rademacher')
   if method == 'lora_adam':  # a forward a step, and a backward
     config.method, config.steps = 'finetune', 2 * STEPS
