@@ -29,6 +29,8 @@ learning rates (all parameters {1e-6, 1e-7}, of SQuAD and DROP also 5e-7; LoRA
 (--config.eval_every=20000).
 """
 
+import copy
+
 from mezo_jax import tasks
 from mezo_jax.config import Data, Model, Optimizer, Peft, Train
 
@@ -48,7 +50,7 @@ _SMALL = {'cb': (150, 100), 'copa': (300, 100), 'wsc': (54, 500)}
 def get_config(spec: str = 'sst2') -> Train:
   task, _, method = spec.partition(',')
   num_train, num_dev = _SMALL.get(task, (1000, 500))
-  peft, optimizer = METHODS[method]
+  peft, optimizer = copy.deepcopy(METHODS[method])
   return Train(
       # The paper's code puts OPT's <s> first, not its </s>.
       model=Model('facebook/opt-13b', dtype='bfloat16', bos_token='<s>'),

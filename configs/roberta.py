@@ -28,6 +28,8 @@ Accuracy itself as the objective (Table 3, k = 512: SST-2 92.7, SST-5 48.9,
 SNLI 82.7, TREC 68.6) is --config.objective=accuracy.
 """
 
+import copy
+
 from mezo_jax import tasks
 from mezo_jax.config import Data, Model, Optimizer, Peft, Train
 
@@ -42,7 +44,7 @@ METHODS = {
 
 def get_config(spec: str = 'sst2,16,13') -> Train:
   task, k, seed, method = f'{spec},'.split(',')[:4]
-  peft, optimizer = METHODS[method]
+  peft, optimizer = copy.deepcopy(METHODS[method])
   pair = task in ('snli', 'mnli', 'rte')
   return Train(
       model=Model('FacebookAI/roberta-large', dtype='float32'),

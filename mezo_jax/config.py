@@ -248,8 +248,11 @@ def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
   o = config.optimizer
   rates, eps = schedule(config, o.learning_rate), o.eps
   if o.groups:
-    rates = {g: schedule(config, rate) for g, rate, _ in o.groups} | {'': rates}
-    eps = {g: e for g, _, e in o.groups} | {'': eps}
+    rest = ('', o.learning_rate, o.eps)
+    groups = {g: (rate, e) for g, rate, e in (rest, *o.groups)}
+    groups[''] = groups.pop('')  # the last: what no other one matches
+    rates = {g: schedule(config, rate) for g, (rate, _) in groups.items()}
+    eps = {g: e for g, (_, e) in groups.items()}
   if config.method in ('finetune', 'head_only'):
     def inner(rate):
       if o.name == 'adam':

@@ -90,8 +90,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
             else {})
   about = dict(tokenizer=tokenizer, card=card(run, step, result))
   if adapts and not merged:
-    return peft.save(directory, model, params, base=run.model.name, **about)
-  params = peft.join_layers(peft.lora.merge(params))
+    return peft.save(directory, model, params, base=_base(run)[0], **about)
+  params = peft.join_layers(peft.lora.merge(params), take=True)
   models.save(directory, model, params, **about)
   generation = models.find(name, revision, weights=False) / (
       'generation_config.json')
@@ -102,11 +102,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
 
 def card(run: config_lib.Train, step: int, result: dict) -> str:
   """README.md of an exported model: base model, method, result."""
-  base = run.model.name
-  note = ''
-  if base == 'quickstart':
-    base = 'HuggingFaceTB/SmolLM2-135M-Instruct'
-    note = ' (its weights as a Q4_1 GGUF file has them)'
+  base, note = _base(run)
   hub_id = base.count('/') == 1 and not Path(base).exists()
   o, metric = run.optimizer, run.task.main_metric
   mezo = run.method in ('mezo', 'lp_mezo')
@@ -119,7 +115,7 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   lines = [
       '---',
       *([f'base_model: {base}'] if hub_id else []),
-      'library_name: transformers',
+      f'library_name: {"peft" if trainable.adapts(run) else "transformers"}',
       *(['tags:', '- mezo', '- zeroth-order'] if mezo else []), '---', '',
       f'# {Path(base).name}, fine-tuned{" with MeZO" if mezo else ""}', '',
       f'`{base}`{note} after {step} of {run.steps} steps of {how}, by '
@@ -132,6 +128,8 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
              run.task.label_words) else []),
       f'| objective | {config_lib.objective(run)} |',
       f'| learning rate | {o.learning_rate:g}, {o.schedule} |',
+      *(f'| learning rate, eps of `{_cell(g)}` | {rate:g}, {eps:g} |'
+        for g, rate, eps in o.groups),
       *([f'| eps | {o.eps:g} |',
          f'| directions a step | {o.num_samples}, {signs}, '
          f'{o.distribution} |'] if mezo else []),
@@ -153,8 +151,18 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   return '\n'.join(lines)
 
 
+def _base(run: config_lib.Train) -> tuple[str, str]:
+  """The base model's name, and a note on it."""
+  if run.model.name == 'quickstart':
+    return ('HuggingFaceTB/SmolLM2-135M-Instruct',
+            ' (its weights as a Q4_1 GGUF file has them)')
+  return run.model.name, ''
+
+
 def _trained(run: config_lib.Train) -> str:
   p = run.peft
+  if p.adapter:
+    return f'{p.method}, from `{_cell(p.adapter)}`'
   what = {'lora': f'LoRA of `{_cell(p.targets)}`, rank {p.rank}, alpha '
                   f'{p.alpha:g}',
           'prefix': f'a prefix of {p.num_tokens} keys and values a layer',

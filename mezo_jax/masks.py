@@ -29,11 +29,12 @@ def selected(params, mask) -> Any:
   Raises:
     ValueError: if a mask selects nothing or does not fit the tree.
   """
-  paths, leaves, treedef = _flat(params)
+  found, treedef = jax.tree_util.tree_flatten_with_path(params)
+  paths, leaves = [noise.path_str(p) for p, _ in found], [x for _, x in found]
   if mask is None:
     chosen = [True] * len(leaves)
   elif isinstance(mask, str):
-    chosen = [bool(re.search(mask, p)) for p in paths]
+    chosen = jax.tree.leaves(matches(params, mask))
   else:
     mask = mask(params) if callable(mask) else mask
     try:
@@ -54,9 +55,10 @@ def selected(params, mask) -> Any:
   return jax.tree.unflatten(treedef, chosen)
 
 
-def _flat(params):
-  found, treedef = jax.tree_util.tree_flatten_with_path(params)
-  return [noise.path_str(p) for p, _ in found], [x for _, x in found], treedef
+def matches(params, pattern: str) -> Any:
+  """A tree of bools: in which paths a regular expression is found."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: bool(re.search(pattern, noise.path_str(path))), params)
 
 
 def group_of(path: str, groups: Mapping[str, Any]) -> str:
@@ -86,6 +88,9 @@ def split(params: dict, mask) -> tuple[dict, dict]:
     params: a nested dict, such as Flax Linen's.
     mask: see `selected`.
 
+  Raises:
+    ValueError: if the tree has other containers than dicts.
+
   Example:
     >>> split({'a': {'w': 1., 'b': 2.}, 'c': 3.}, '^a/w|c')
     ({'a': {'w': 1.0}, 'c': 3.0}, {'a': {'b': 2.0}})
@@ -97,6 +102,9 @@ def split(params: dict, mask) -> tuple[dict, dict]:
         x = part(x, chosen[name], wanted)
         if x:
           out[name] = x
+      elif not isinstance(chosen[name], bool):
+        raise ValueError(f'split takes nested dicts of arrays; {name!r} is a '
+                         f'{type(x).__name__}.')
       elif chosen[name] == wanted:
         out[name] = x
     return out

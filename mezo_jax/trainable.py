@@ -52,7 +52,7 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
       config.method == 'lp_mezo' or method_of(config) == 'head'):
     model, params = peft.untie(model, params)
   if p.method == 'last_layers' and config_lib.trains(config):
-    return model, peft.split_layers(params, p.num_layers)
+    return model, peft.split_layers(params, p.num_layers, take=True)
   if not adapts(config):
     return model, params
   if p.adapter:
@@ -75,21 +75,34 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
 
 def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
   """``trainable, frozen``: what the method trains of what `add` gave, and of
-  that what ``peft.mask`` selects; a task's new head is always trained."""
-  pattern, new = peft.TRAINED[method_of(config)], '^classifier/'
-  if pattern and config.task.kind == 'head':
-    pattern = new if method_of(config) == 'head' else f'{pattern}|{new}'
-  both = masks.selected(params, pattern)
+  that what ``peft.mask`` selects; a task's new head is always trained.
+
+  Raises:
+    ValueError: if nothing is selected, or a group is of no parameter.
+  """
+  of_head = config.task.kind == 'head'
+  pattern = peft.TRAINED[method_of(config)]
+  if of_head and method_of(config) == 'head':
+    pattern = '^classifier/'  # the vocabulary's head is not used
+  chosen = masks.selected(params, pattern)
   if config.peft.mask:
-    both = jax.tree.map(lambda a, b: a and b, both,
-                        masks.selected(params, config.peft.mask))
-  return masks.split(params, both)
+    chosen = jax.tree.map(lambda a, b: a and b, chosen,
+                          masks.selected(params, config.peft.mask))
+  if of_head:
+    chosen['classifier'] = masks.selected(params['classifier'], None)
+  trainable, frozen = masks.split(params, chosen)
+  for group, *_ in config.optimizer.groups:
+    if not any(jax.tree.leaves(masks.matches(trainable, group))):
+      raise ValueError(f'optimizer.groups: {group!r} is found in the path of '
+                       'no parameter that is trained.')
+  return trainable, frozen
 
 
 def before_training(config: config_lib.Train, plain: dict,
                     params: dict) -> dict:
   """What zero-shot means: the model without adapters. With a soft prompt the
-  rows have its tokens in them, so it is the untrained prompt."""
+  rows have its tokens in them, so it is the model with the prompt that training
+  starts from."""
   if method_of(config) == 'prefix' or (
       config.peft.adapter and method_of(config) == 'lora'):
     return plain
@@ -102,6 +115,8 @@ def warnings(config: config_lib.Train) -> list[str]:
     return []
   o = config.optimizer
   first_order = config.method in ('finetune', 'head_only')
+  if first_order and o.name == 'sgd':
+    return []
   usual = (_USUAL_BACKPROP if first_order else _USUAL).get(method_of(config))
   if not usual or usual[0] / 100 < o.learning_rate < usual[1] * 100:
     return []

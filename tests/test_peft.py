@@ -53,6 +53,8 @@ def test_split_and_join_are_inverse_and_copy_nothing():
       masks.split(params, 'norm')[0])
   with pytest.raises(ValueError, match="two trees have the parameter"):
     masks.join(trainable, params)
+  with pytest.raises(ValueError, match="nested dicts of arrays; 'a' is a list"):
+    masks.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
 
 
 def paths(tree):
@@ -272,7 +274,8 @@ def test_a_prefix_is_what_the_layers_make_of_real_tokens():
 
 
 def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
-  for changes in (dict(), dict(rope=None, norm='layer', embed_scale=3.0)):
+  for changes in (dict(), dict(rope=None, norm='layer', embed_scale=3.0),
+                  dict(causal=False, rope=None)):
     model, params, ids = tiny(**changes)
     tokens = jnp.array([5, 9])
     adapters = peft.prefix.init_prompt(
@@ -297,6 +300,11 @@ def test_last_layers_are_the_same_model():
     assert len(apart['last_layers']['attn']['q']['kernel']) == k
     np.testing.assert_allclose(apply(model, apart, ids), want, atol=1e-6)
     helpers.assert_bitwise(peft.join_layers(apart), params)
+  given = jax.tree.map(jnp.copy, params)
+  apart = peft.split_layers(given, 1, take=True)
+  assert not jax.tree.leaves(given['layers'])
+  helpers.assert_bitwise(peft.join_layers(apart, take=True), params)
+  assert not jax.tree.leaves(apart['layers'])
   assert peft.join_layers(params) is params
   for k in (0, 4):
     with pytest.raises(ValueError, match=f'{k} last layers cannot'):

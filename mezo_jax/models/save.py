@@ -1,5 +1,6 @@
 """Parameters to Hugging Face files: the inverse of `load`, from one table."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -44,13 +45,38 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
     ValueError: if ``params`` do not fit the config, or that was not read from
       a file.
   """
-  config, directory = model.config, Path(directory)
+  config = model.config
   if not config.source:
     raise ValueError('this config was not read from a config.json, which '
                      'belongs to the files; make it with models.read_config.')
   rows = hub.FAMILIES[config.family].table(config)
   _check(params, hub.param_shapes(config))
-  first = jax.process_index() == 0
+  with new_directory(directory) as (part, first):
+    _write(part if first else None, rows, params, config, max_shard_bytes,
+           progress, Path(directory).name)
+    if first:
+      dtype = str(params['embed']['embedding'].dtype)
+      hf = {k: v for k, v in json.loads(config.source).items()
+            if k != 'torch_dtype'} | {'dtype': dtype}
+      hf['architectures'] = hf.get('architectures') or [
+          hub.ARCHITECTURES[config.family]]
+      (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+      if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+      if card is not None:
+        (part / 'README.md').write_text(card)
+  return Path(directory)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike):
+  """``with new_directory(d) as (part, first)``: a directory that appears when
+  all is written. Every process enters; the first one writes, into ``part``.
+
+  Raises:
+    FileExistsError: if the directory is there and not empty.
+  """
+  directory, first = Path(directory), jax.process_index() == 0
   full = first and directory.exists() and any(directory.iterdir())
   if jax.process_count() > 1:  # all raise, or none
     full = multihost_utils.broadcast_one_to_all(np.array(full))
@@ -59,45 +85,41 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
         f'{directory} is there already and not empty; give another directory.')
   part = directory.with_name(directory.name + '.part')
   if first:
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was stopped
+    shutil.rmtree(part, ignore_errors=True)  # of one that was stopped
     part.mkdir(parents=True)
-  files, batch, held, total = [], {}, 0, 0
-
-  def flush():
-    nonlocal batch, held
-    files.append(list(batch))
-    if first:
-      save_file(batch, part / f'{len(files)}.safetensors', {'format': 'pt'})
-    batch, held = {}, 0
-
-  names = {row.name.format(l=l) for row in rows
-           for l in range(config.num_layers if row.stacked else 1)}
-  for name, tensor in tqdm(
-      _tensors(rows, params), f'writing {directory.name}', len(names),
-      unit='tensor', disable=not (progress and first)):
-    if batch and held + tensor.nbytes > max_shard_bytes:
-      flush()
-    batch[name], size = tensor, tensor.nbytes
-    held, total = held + size, total + size
-  flush()
+  yield part, first
   if first:
-    _name_files(part, files, total)
-    dtype = str(params['embed']['embedding'].dtype)
-    hf = {k: v for k, v in json.loads(config.source).items()
-          if k != 'torch_dtype'} | {'dtype': dtype}
-    hf['architectures'] = hf.get('architectures') or [
-        hub.ARCHITECTURES[config.family]]
-    (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
-    if tokenizer is not None:
-      tokenizer.save_pretrained(part)
-    if card is not None:
-      (part / 'README.md').write_text(card)
     if directory.exists():
       directory.rmdir()
     part.rename(directory)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {directory}')
-  return directory
+
+
+def _write(part: Path | None, rows: list[Row], params, config, most: int,
+           progress: bool, name: str) -> None:
+  """The safetensors files, of ``most`` bytes; none where ``part`` is None."""
+  files, batch, held, total = [], {}, 0, 0
+
+  def flush():
+    nonlocal batch, held
+    files.append(list(batch))
+    if part:
+      save_file(batch, part / f'{len(files)}.safetensors', {'format': 'pt'})
+    batch, held = {}, 0
+
+  names = {row.name.format(l=l) for row in rows
+           for l in range(config.num_layers if row.stacked else 1)}
+  for tensor_name, tensor in tqdm(
+      _tensors(rows, params), f'writing {name}', len(names), unit='tensor',
+      disable=not (progress and part)):
+    if batch and held + tensor.nbytes > most:
+      flush()
+    batch[tensor_name], size = tensor, tensor.nbytes
+    held, total = held + size, total + size
+  flush()
+  if part:
+    _name_files(part, files, total)
 
 
 def _check(params, shapes):
@@ -125,7 +147,7 @@ def _tensors(rows: list[Row], params):
   for group in _grouped(rows):
     leaves = [_leaf(params, row.path) for row in group]
     for layer in range(len(leaves[0]) if group[0].stacked else 1):
-      parts = [row.write(_on_host(leaf[layer] if row.stacked else leaf))
+      parts = [row.write(on_host(leaf[layer] if row.stacked else leaf))
                for row, leaf in zip(group, leaves)]
       tensor = np.ascontiguousarray(
           np.concatenate(parts, -1) if len(parts) > 1 else parts[0])
@@ -142,7 +164,8 @@ def _grouped(rows: list[Row]) -> list[list[Row]]:
   return [sorted(group, key=lambda row: row.part) for group in groups.values()]
 
 
-def _on_host(x) -> np.ndarray:
+def on_host(x) -> np.ndarray:
+  """A whole array, of all processes' devices."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)

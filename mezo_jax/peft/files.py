@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open, SafetensorError
@@ -19,12 +18,14 @@ from safetensors.numpy import save_file
 
 from mezo_jax.models import hub
 from mezo_jax.models.layers import apply_rope, Config, rope_tables
+from mezo_jax.models.save import new_directory, on_host
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import prefix_length, Transformer
 from mezo_jax.peft import lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
+_POSITIONS = 'prefix_positions'  # our own field
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
@@ -44,19 +45,18 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     card: the text of README.md.
 
   Returns:
-    The directory.
+    The directory. What PEFT has no equal of, it refuses to load (a task type
+    that it does not know), and only `load` reads: prefixes and prompts of
+    masked models, which it would ignore, and prefixes after which learned
+    positions start at 0. On several hosts every process must call this.
 
   Raises:
     FileExistsError: if the directory is there and not empty.
-    ValueError: for no adapters; or a prefix after which positions start at 0
-      in a model with learned positions, since PEFT starts at M.
+    ValueError: for no adapters.
   """
-  directory, c = Path(directory), model.config
-  if directory.exists() and any(directory.iterdir()):
-    raise FileExistsError(
-        f'{directory} is there already and not empty; give another directory.')
+  c = model.config
   if 'prompt' in params:
-    rows = np.asarray(params['prompt']['embedding'], np.float32)
+    rows = _host(params['prompt']['embedding'])
     tensors, about = {'prompt_embeddings': rows}, _virtual(
         'PROMPT_TUNING', c, len(rows)) | {
             'token_dim': rows.shape[1], 'num_attention_heads': c.num_heads}
@@ -64,18 +64,25 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     tensors, about = _prefix_tensors(model, params['layers']['attn'])
   else:
     tensors, about = _lora_tensors(c, params)
+  ours = _POSITIONS in about or (
+      about['peft_type'] != 'LORA' and not c.causal)
   about |= {'base_model_name_or_path': str(base), 'inference_mode': True,
-            'task_type': 'CAUSAL_LM' if c.causal else None}
-  if jax.process_index() == 0:
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _FILE, {'format': 'pt'})
-    (directory / 'adapter_config.json').write_text(
-        json.dumps(about, indent=2, sort_keys=True) + '\n')
-    if tokenizer is not None:
-      tokenizer.save_pretrained(directory)
-    if card is not None:
-      (directory / 'README.md').write_text(card)
-  return directory
+            'task_type': 'MEZO_JAX' if ours else (
+                'CAUSAL_LM' if c.causal else None)}
+  with new_directory(directory) as (part, first):
+    if first:
+      save_file(tensors, part / _FILE, {'format': 'pt'})
+      (part / 'adapter_config.json').write_text(
+          json.dumps(about, indent=2, sort_keys=True) + '\n')
+      if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+      if card is not None:
+        (part / 'README.md').write_text(card)
+  return Path(directory)
+
+
+def _host(x) -> np.ndarray:
+  return np.asarray(on_host(x), np.float32)
 
 
 def load(directory: str | os.PathLike, model: Transformer):
@@ -86,8 +93,8 @@ def load(directory: str | os.PathLike, model: Transformer):
     model: that they are of.
 
   Returns:
-    ``model, adapters, kind``: the model (after a prefix, with positions as
-    PEFT counts them), the leaves to `mezo_jax.masks.join` to its parameters,
+    ``model, adapters, kind``: the model (with a prefix, counting positions as
+    it was trained with), the leaves to `mezo_jax.masks.join` to its parameters,
     and 'lora', 'prefix' or 'prompt'.
 
   Raises:
@@ -117,7 +124,7 @@ def load(directory: str | os.PathLike, model: Transformer):
     return model, {'prompt': {'embedding': found}}, kind
   k, v = jnp.moveaxis(found.reshape(
       m, c.num_layers, 2, c.num_kv_heads, c.head_width), (1, 2), (1, 0))
-  return model.clone(prefix_positions='after'), {
+  return model.clone(prefix_positions=about.get(_POSITIONS, 'after')), {
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
@@ -156,32 +163,29 @@ def _virtual(peft_type: str, c: Config, m: int) -> dict:
 
 
 def _prefix_tensors(model: Transformer, attn: dict):
-  c, k, v = model.config, attn['prefix_k'], attn['prefix_v']
-  m = k.shape[1]
-  if model.prefix_positions == 'zero' and c.rope:
-    k = _turned(c, k, m)  # keys M further on, as the tokens are in PEFT
-  elif model.prefix_positions != 'after':
-    raise ValueError(
-        'PEFT counts positions from after the prefix; this one was trained '
-        f'with positions {model.prefix_positions!r}, learned ones, and has no '
-        'equal there. Train with --config.peft.positions=after.')
-  both = np.stack([np.asarray(x, np.float32) for x in (k, v)])  # [2, L, M, ..]
+  """PEFT's tensor and config. It counts positions from after the prefix."""
+  c, (k, v) = model.config, (_host(attn[f'prefix_{x}']) for x in 'kv')
+  m, positions = k.shape[1], model.prefix_positions
+  if positions == 'zero' and c.rope:
+    k, positions = _turned(c, k, m), 'after'  # M further on, as the tokens are
+  both = np.stack([k, v])  # [2, L, M, K, H]
+  own = {} if positions == 'after' else {_POSITIONS: positions}
   return {'prompt_embeddings': np.ascontiguousarray(
       np.moveaxis(both, 2, 0).swapaxes(1, 2).reshape(m, -1))}, _virtual(
           'PREFIX_TUNING', c, m) | {
               'token_dim': c.num_kv_heads * c.head_width,
               'num_attention_heads': c.num_kv_heads,
               'encoder_hidden_size': c.num_kv_heads * c.head_width,
-              'prefix_projection': False}
+              'prefix_projection': False} | own
 
 
-def _turned(c: Config, k_LxMxKxH, by: int):
+def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
   """Rotary keys as they would be ``by`` positions further on."""
   local = c.local_layers or (False,) * c.num_layers
   at = jnp.full((1, k_LxMxKxH.shape[1]), by)
-  return jnp.stack([apply_rope(k[None], *rope_tables(
+  return np.stack([apply_rope(k[None], *rope_tables(
       (l and c.local_rope) or c.rope, c.head_width, at))[0]
-                    for k, l in zip(k_LxMxKxH, local)])
+                   for k, l in zip(k_LxMxKxH, local)])
 
 
 # --- LoRA -------------------------------------------------------------------
@@ -201,8 +205,7 @@ def _leaves(params: dict, row: Row) -> dict:
   """LoRA's leaves of a module on the host, float32; {} where there are none."""
   for name in row.path.split('/')[:-1]:
     params = params.get(name, {})
-  return {k: np.asarray(v, np.float32) for k, v in params.items()
-          if lora.is_lora(k)}
+  return {k: _host(v) for k, v in params.items() if lora.is_lora(k)}
 
 
 def _lora_tensors(c: Config, params: dict):

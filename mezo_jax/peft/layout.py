@@ -11,39 +11,62 @@ from mezo_jax.models.layers import Config
 from mezo_jax.models.transformer import Transformer
 
 
-def split_layers(params: dict, k: int) -> dict:
+def split_layers(params: dict, k: int, take: bool = False) -> dict:
   """The same parameters with the last k layers under ``last_layers``.
 
-  `mezo_jax.Transformer` runs either layout. Leaf by leaf: the host or
-  device holds one stacked leaf more at most, if ``params`` are let go.
+  `mezo_jax.models.Transformer` runs either layout.
 
   Args:
     params: with ``layers/...`` [L, ...].
     k: layers at the end, 1 to L; with L none is left under ``layers``.
+    take: take the layers out of ``params`` leaf by leaf, so that no more than
+      one stacked leaf is ever held twice.
 
   Raises:
     ValueError: for k out of range.
   """
-  layers = dict(params['layers'])
-  total = len(jax.tree.leaves(layers)[0])
+  total = len(jax.tree.leaves(params['layers'])[0])
   if not 1 <= k <= total:
     raise ValueError(f'{k} last layers cannot be taken of {total}.')
-  first, last = (jax.tree.map(lambda x, part=part: jnp.copy(x[part]), layers)
-                 for part in (slice(total - k), slice(total - k, None)))
   rest = {name: x for name, x in params.items() if name != 'layers'}
+  first, last = _unzip(
+      lambda x: (x[:total - k], x[total - k:]), params['layers'], take)
   return rest | ({'layers': first} if k < total else {}) | {
       'last_layers': last}
 
 
-def join_layers(params: dict) -> dict:
+def _unzip(fn, tree: dict, take: bool) -> tuple[dict, dict]:
+  """Two trees, of the two results of ``fn`` for each leaf."""
+  one, two = {}, {}
+  for name in list(tree):
+    x = tree[name]
+    one[name], two[name] = (
+        _unzip(fn, x, take) if isinstance(x, dict) else fn(x))
+    if take:
+      del tree[name], x
+  return one, two
+
+
+def join_layers(params: dict, take: bool = False) -> dict:
   """The inverse of `split_layers`; as they are without ``last_layers``."""
   if 'last_layers' not in params:
     return params
   out = {k: v for k, v in params.items() if k != 'last_layers'}
   last = params['last_layers']
   if 'layers' in out:
-    last = jax.tree.map(lambda *x: jnp.concatenate(x), out['layers'], last)
+    last = _zip(out['layers'], last, take)
   return out | {'layers': last}
+
+
+def _zip(first: dict, last: dict, take: bool) -> dict:
+  out = {}
+  for name in list(first):
+    x, y = first[name], last[name]
+    out[name] = _zip(x, y, take) if isinstance(x, dict) else (
+        jnp.concatenate([x, y]))
+    if take:
+      del first[name], last[name], x, y
+  return out
 
 
 def untied(config: Config) -> Config:
