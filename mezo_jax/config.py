@@ -171,6 +171,9 @@ def check(config: Train) -> None:
       (not p.adapter or p.method in peft.ADAPTERS,
        'peft.adapter needs peft.method, one of '
        f'{", ".join(peft.ADAPTERS)}'),
+      (p.method not in peft.ADAPTERS or not p.mask or p.method in p.mask,
+       f'peft.mask {p.mask!r} is of the model\'s own parameters, not of '
+       f'{p.method}; leave it empty, --config.peft.mask='),
       (config.method not in ('head_only', 'lp_mezo')
        or not (p.method or p.mask),
        f'method {config.method!r} says itself what is trained: leave '

@@ -166,6 +166,7 @@ def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
     (dict(peft__rank=0), 'must be at least 1'),
     (dict(peft__adapter='x'), 'needs peft.method, one of lora'),
     (dict(method='lp_mezo', peft__mask='q'), 'says itself what is trained'),
+    (dict(peft__method='lora', peft__mask='attn/q'), 'leave it empty'),
     (dict(optimizer__groups=(('q', 1e-3),)), 'must be of .regular'),
     (dict(optimizer__groups=(('none', 1e-3, 1e-3),)), 'path of no parameter'),
     (dict(peft__method='prompt', peft__adapter='nowhere'),
