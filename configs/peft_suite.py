@@ -1,4 +1,4 @@
-"""Most parameters, LoRA, a prefix: the quickstart's data, three seeds.
+"""Most parameters, LoRA, a prefix: the quickstart's data, two seeds.
 
   python -m mezo_jax evaluate --suite configs/peft_suite.py
   python train.py --config=configs/peft_suite.py:reviews0/lora   one of them
@@ -13,7 +13,7 @@ from configs import quickstart
 from mezo_jax.config import Optimizer, Peft, Train
 
 STEPS = 60
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 METHODS = ('mezo', 'lora', 'prefix', 'lora_adam')
 
 
@@ -23,9 +23,10 @@ def _config(seed: int, method: str) -> Train:
   if method != 'mezo':
     config.peft = Peft(method.removesuffix('_adam'))
   if method == 'lora':
+    # A starts at +-0.04 and would be lost in noise at B's rate.
     config.optimizer = Optimizer(
         learning_rate=5e-3, eps=1e-2, schedule='linear',
-        distribution='rademacher')
+        distribution='rademacher', groups=(('lora_a$', 1e-4, 1e-3),))
   if method == 'prefix':
     config.optimizer = Optimizer(
         learning_rate=3e-2, eps=1e-1, schedule='linear',
