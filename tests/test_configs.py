@@ -15,7 +15,7 @@ OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
 ARGUMENTS = {
     'quickstart': [None], 'opt_f1': [None],
     'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
-    'peft_suite': ('reviews0/lora', 'reviews2/lora_adam'),
+    'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')
                 for k in (16, 512) for s in (13, 21, 42, 87, 100)] + [
