@@ -1,11 +1,11 @@
 """What few parameters give, and what perturbing and updating them costs.
 
-  python benchmarks/peft.py [WORKDIR]
+  python benchmarks/few_parameters.py [WORKDIR]
 
 Runs configs/peft_suite.py (what WORKDIR has is not run again) and,
 on the same model, times one MeZO step of each against two forwards of the same
 program without noise, and against perturbing (twice) and updating alone, in
-turn. Writes benchmarks/results/peft.md.
+turn. Writes benchmarks/results/few_parameters.md.
 """
 
 import functools
@@ -112,7 +112,7 @@ def main():
   workdir = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs/peft_suite')
   cost = times()
   head = harness.header('SmolLM2-135M, float32')
-  harness.write('peft', head, [
+  harness.write('few_parameters', head, [
       ('A step of 16 x 32 tokens, normal z:', cost),
       ("The quickstart's reviews, 200 test rows, mean of seeds 0 and 1:",
        results(workdir))])
