@@ -3,7 +3,8 @@
   python -m mezo_jax evaluate --suite configs/peft_suite.py
   python train.py --config=configs/peft_suite.py:reviews0/lora   one of them
 
-Reproduces benchmarks/results/few_parameters.md: SmolLM2-135M, as many forwards each.
+Reproduces benchmarks/results/few_parameters.md: SmolLM2-135M, as many forwards
+each.
 `mezo` trains what the quickstart does, 105 of 135 million parameters. Learning
 rates were chosen on dev rows of seed 0. They are higher than the
 paper's (1e-4 for LoRA, 1e-2 for prefixes), which makes 20,000 steps.
