@@ -127,7 +127,8 @@ def warnings(config: config_lib.Train) -> list[str]:
           f'{" to ".join(f"{x:g}" for x in dict.fromkeys(usual))}']
 
 
-# Learning rates that the paper's results were found with (Tables 15 and 16).
+# Learning rates of the paper's searches (Tables 15 and 16); it has no soft
+# prompts, for which a prefix's stand here.
 _USUAL = {'': (1e-6, 1e-5), 'lora': (1e-4, 1e-4), 'prefix': (1e-2, 1e-2),
           'prompt': (1e-2, 1e-2)}
 _USUAL_BACKPROP = {'': (1e-5, 1e-4), 'lora': (3e-4, 3e-4),

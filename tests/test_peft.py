@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import masks, models, peft
+from mezo_jax import backprop, masks, models, peft
 
 KEY = jax.random.key(0)
 
@@ -83,8 +83,7 @@ def test_a_step_on_the_trainable_tree_is_the_masked_step():
 
 @pytest.mark.parametrize('make', [
     lambda: mezo_jax.mezo(1e-2, key=0, micro_batches=2),
-    lambda: __import__('mezo_jax.backprop').backprop.backprop(
-        optax.sgd(1.0), micro_batches=2)])
+    lambda: backprop.backprop(optax.sgd(1.0), micro_batches=2)])
 def test_micro_batches_do_not_split_what_is_frozen(make):
   x = jnp.arange(8.0).reshape(4, 2)
   def loss_fn(params, x):

@@ -12,7 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import noise
+from mezo_jax import masks, noise
 
 
 def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
@@ -95,8 +95,7 @@ def unmerge(merged: dict, adapters: dict) -> dict:
     merged: from `merge`.
     adapters: ``lora_a``, ``lora_b`` and ``lora_scale`` as `init` gives them.
   """
-  from mezo_jax.masks import join
-  return join(_add(join(merged, adapters), -1.0), adapters)
+  return masks.join(_add(masks.join(merged, adapters), -1.0), adapters)
 
 
 def _add(params: dict, sign: float) -> dict:
