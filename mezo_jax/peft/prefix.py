@@ -29,7 +29,7 @@ def init(model: Transformer, params: dict, key: jax.Array, *,
     key: of what is random.
     num_tokens: M; the paper's is 5.
     init: 'tokens', what the layers make of M random tokens of the vocabulary
-      read as one text (Malladi et al., 2023, Appendix E.5); 'text', of the
+      read as one text (Malladi et al., 2023); 'text', of the
       given tokens; 'normal', N(0, 1).
     token_ids: of 'text', repeated or cut to M.
 
