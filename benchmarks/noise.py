@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import noise
+from mezo_jax import noise, streams
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)
@@ -32,8 +32,9 @@ LEAF = (4096, 4096)
 def cost(generator, distribution):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
-    return noise.add(w, jnp.full(1, 1e-3), noise.stream(key[None], 'w', LEAF),
-                     distribution=distribution, generator=generator)
+    return noise.add(
+        w, jnp.full(1, 1e-3), streams.of_leaf(key[None], 'w', LEAF),
+        distribution=distribution, generator=generator)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
   return _ns(axpy, w, key) | {'temporary bytes / leaf': temp / w.nbytes}
@@ -64,7 +65,7 @@ def _ns(axpy, w, key):
 def related_keys():
   """256 keys: layers of a leaf, steps of a run, single bits of one key."""
   base = jax.random.key(0)
-  layers = noise.stream(base[None], 'layers/w', (96, 2)).keys[:, 0]
+  layers = streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
   steps = jnp.stack([jax.random.key_data(noise.direction_key(base, t))
                      for t in range(96)])
   bits = jnp.array([[1 << b, 0] for b in range(32)]
@@ -74,7 +75,7 @@ def related_keys():
 
 @jax.jit
 def words_of(key):
-  block = noise.Stream(key[None], None, jnp.zeros((), jnp.uint32))
+  block = noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
   return noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
 
 

@@ -29,8 +29,8 @@ def selected(params, mask) -> Any:
   Raises:
     ValueError: if a mask selects nothing or does not fit the tree.
   """
-  found, treedef = jax.tree_util.tree_flatten_with_path(params)
-  paths, leaves = [noise.path_str(p) for p, _ in found], [x for _, x in found]
+  found, treedef = noise.named_leaves(params), jax.tree.structure(params)
+  paths, leaves = [p for p, _ in found], [x for _, x in found]
   if mask is None:
     chosen = [True] * len(leaves)
   elif isinstance(mask, str):
@@ -57,8 +57,8 @@ def selected(params, mask) -> Any:
 
 def matches(params, pattern: str) -> Any:
   """A tree of bools: in which paths a regular expression is found."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: bool(re.search(pattern, noise.path_str(path))), params)
+  return noise.map_named(
+      lambda path, _: bool(re.search(pattern, path)), params)
 
 
 def group_of(path: str, groups: Mapping[str, Any]) -> str:
@@ -77,8 +77,7 @@ def group_of(path: str, groups: Mapping[str, Any]) -> str:
 
 def groups_of(params, groups: Mapping[str, Any]) -> Any:
   """A tree of the groups' expressions, one for each leaf of ``params``."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: group_of(noise.path_str(path), groups), params)
+  return noise.map_named(lambda path, _: group_of(path, groups), params)
 
 
 def split(params: dict, mask) -> tuple[dict, dict]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import masks, noise
+from mezo_jax import masks, noise, streams
 from mezo_jax.spsa import spsa
 
 _ROUNDING = 2**31  # no direction has this number
@@ -85,8 +85,8 @@ def mezo(
     >>> params = optax.apply_updates(params, updates)
   """
   def decayed(params):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p, used: used and is_decayed(noise.path_str(path), p),
+    return noise.map_named(
+        lambda path, p, used: used and is_decayed(path, p),
         params, masks.selected(params, mask))
 
   chain = optax.chain(
@@ -103,17 +103,25 @@ def mezo(
     skip = state[0].notfinite_count > 0
     key_ = noise.direction_key(run.key, run.count, _ROUNDING)[None]
 
-    def finish(path, update, p):
+    half = streams.of_leaves(key_, {
+        path: p.shape for (path, p), used in zip(
+            noise.named_leaves(params),
+            jax.tree.leaves(masks.selected(params, mask)))
+        if used and stochastic_rounding
+        and p.dtype in (jnp.bfloat16, jnp.float16)})
+
+    def finish(path, p, update):
+      if update.dtype == jax.dtypes.float0:
+        return update
       update = jnp.where(skip, 0, update)
-      if stochastic_rounding and p.dtype in (jnp.bfloat16, jnp.float16):
-        stream = noise.stream(key_, noise.path_str(path), p.shape)
-        bits = noise.words(stream, 0, p, 'rounding')
+      if path in half:
+        bits = noise.words(half[path], 0, p, 'rounding')
         moved = noise.stochastic_round(
             p.astype(jnp.float32) + update, p.dtype, bits)
         update = moved.astype(jnp.float32) - p.astype(jnp.float32)
-      return update.astype(p.dtype)
+      return update.astype(jnp.result_type(p))
 
-    return jax.tree_util.tree_map_with_path(finish, updates, params), state
+    return noise.map_named(finish, params, updates), state
 
   return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 

@@ -23,9 +23,12 @@ Source: SPSA directions, Spall (1992); "z is never stored but regenerated",
 Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
 """
 
+from collections.abc import Callable
+import dataclasses
+import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any
 import zlib
 
 import jax
@@ -36,22 +39,41 @@ import numpy as np
 GENERATORS = ('threefry2x32', 'hash32')
 DISTRIBUTIONS = ('normal', 'rademacher')
 
+
+def check_names(distribution: str, generator: str,
+                distributions: tuple[str, ...] = DISTRIBUTIONS) -> None:
+  """Raises ValueError for an unknown distribution or generator."""
+  for name, value, known in (('distribution', distribution, distributions),
+                             ('generator', generator, GENERATORS)):
+    if value not in known:
+      raise ValueError(f'{name} must be one of {known}, got {value!r}.')
+
+
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
 _U32 = jnp.uint32
 _UNROLLED = 8  # directions
 
 
-class Stream(NamedTuple):
-  """Where a block of a leaf's draws lies: key and first counter, per row.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('keys', 'lo', 'hi', 'there'), meta_fields=('strides',))
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Where the draws of a block lie: an affine view into those of a leaf.
 
-  The block has shape ``[*lead, *inner]``; element ``j`` (row-major) of the
-  inner part of a row is draw number ``2**32 * hi + lo + j`` of that row's keys.
-  ``pairs`` directions can be held at once (a displacement has several).
+  Element i of a block of ``len(strides)`` axes is draw number
+  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays have the
+  block's axes, of its length or of length 1 (then they are broadcast), so that
+  a row, a run, a transpose or a reshape of a leaf is a stream again: see
+  `mezo_jax.streams`. ``pairs`` directions can be held at once (a displacement
+  has several).
   """
 
-  keys: jax.Array  # uint32 [*lead, pairs, 2]
-  hi: jax.Array | None  # uint32 [*lead]; None where all counters fit in lo
-  lo: jax.Array  # uint32 [*lead]
+  keys: jax.Array  # uint32 [*axes, pairs, 2]
+  lo: jax.Array  # uint32 [*axes]
+  strides: tuple[int, ...]  # below 2**32
+  hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
+  there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
 
 
 # --- keys -------------------------------------------------------------------
@@ -85,13 +107,44 @@ def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
-def path_str(path) -> str:
-  """``'layers/attn/q/kernel'`` from a jax key path, Linen's or NNX's alike."""
-  parts = [str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
-           for k in path]
-  if len(parts) > 1 and parts[-1] in ('value', 'raw_value'):  # an NNX Variable
-    parts = parts[:-1]
-  return '/'.join(parts)
+def named_leaves(tree) -> list[tuple[str, Any]]:
+  """The leaves with their paths, such as ``'layers/attn/q/kernel'``.
+
+  Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
+  out = {}
+  for path, node in jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=_is_variable)[0]:
+    within = jax.tree_util.tree_flatten_with_path(node)[0]
+    if _is_variable(node) and len(within) == 1:
+      within = [((), within[0][1])]
+    for more, leaf in within:
+      name = '/'.join(
+          str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+          for k in (*path, *more))
+      if name in out:
+        raise ValueError(
+            f'two parameters have the path {name!r}, and would draw the same '
+            'noise; rename one of them.')
+      out[name] = leaf
+  return [*out.items()]
+
+
+def _is_variable(node) -> bool:
+  """Whether a node is flax.nnx's box of an array (flax is not imported)."""
+  return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')
+             for c in type(node).__mro__)
+
+
+def map_named(fn: Callable, tree, *rest):
+  """Maps ``fn(path, leaf, *others)`` over trees of one structure."""
+  flat = [jax.tree.structure(tree).flatten_up_to(t) for t in rest]
+  return jax.tree.unflatten(jax.tree.structure(tree), [
+      fn(path, leaf, *others)
+      for (path, leaf), *others in zip(named_leaves(tree), *flat)])
 
 
 def locate(path: str) -> tuple[str, int | None, bool]:
@@ -136,72 +189,7 @@ def check_paths(paths) -> None:
           '(their names hash alike); rename one of them.')
 
 
-# --- streams: random access to a leaf's draws -------------------------------
-
-
-def stream(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
-  """The stream of a whole leaf.
-
-  Args:
-    keys: typed keys [pairs], one a direction.
-    path: the leaf's path, as `path_str` gives it.
-    shape: the leaf's shape.
-
-  Returns:
-    A stream with lead ``[L]`` for a stacked leaf, ``[]`` for any other, or
-    ``[shape[0]]`` where more than 2**32 elements make rows necessary.
-  """
-  _, _, stacked = locate(path)
-  keys = jax.vmap(lambda k: leaf_key(k, path))(keys)
-  if stacked and shape:
-    layers = jnp.arange(shape[0], dtype=jnp.uint32)
-    keys = jax.vmap(lambda l: jax.vmap(
-        lambda k: jax.random.fold_in(k, l))(keys))(layers)
-  keys = jax.random.key_data(keys)
-  zero = jnp.zeros(keys.shape[:-2], jnp.uint32)
-  inner = shape[zero.ndim:]
-  whole = Stream(keys, zero if math.prod(inner) > 2**32 else None, zero)
-  while math.prod(inner) > 2**32:
-    axis, index = whole.lo.ndim, jnp.arange(inner[0], dtype=jnp.uint32)
-    whole = Stream(*(jnp.expand_dims(x, axis) for x in whole))
-    whole, inner = _offset(whole, index, math.prod(inner[1:])), inner[1:]
-  return whole
-
-
-def rows(s: Stream, inner: tuple[int, ...], index: jax.Array) -> Stream:
-  """The stream of the rows ``index`` of a block's axis 0.
-
-  Args:
-    s: the stream of the block.
-    inner: the shape of that part of the block that follows the lead axes.
-    index: integers of any shape; they become the first lead axes.
-  """
-  if s.lo.ndim:
-    return jax.tree.map(lambda x: x[index], s)
-  return _offset(s, index.astype(jnp.uint32), math.prod(inner[1:]))
-
-
-def _offset(s: Stream, index: jax.Array, size: int) -> Stream:
-  """Moves each row's first counter by ``index * size`` (64-bit if need be)."""
-  if s.hi is None:
-    hi, lo = None, s.lo + index * _U32(size)
-  else:
-    hi, lo = _mul_wide(index, size)
-    lo = s.lo + lo
-    hi = s.hi + hi + (lo < s.lo).astype(jnp.uint32)
-  return Stream(jnp.broadcast_to(s.keys, lo.shape + s.keys.shape[-2:]), hi, lo)
-
-
-def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-  """(high, low) words of the 64-bit product of uint32 ``a`` and an int."""
-  if b >= 2**32:
-    hi, lo = _mul_wide(a, b % 2**32)
-    return hi + a * _U32(b >> 32), lo
-  b0, b1, mask = _U32(b & 0xFFFF), _U32(b >> 16), _U32(0xFFFF)
-  a0, a1 = a & mask, a >> 16
-  mid = a1 * b0 + ((a0 * b0) >> 16)
-  low_mid = (mid & mask) + a0 * b1
-  return a1 * b1 + (mid >> 16) + (low_mid >> 16), a * _U32(b)
+# --- words ----------------------------------------------------------------
 
 
 def words(s: Stream, pair: int | jax.Array, like: jax.Array,
@@ -216,36 +204,38 @@ def words(s: Stream, pair: int | jax.Array, like: jax.Array,
     generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
       enough for `stochastic_round`.
   """
-  lead = s.lo.ndim
-  inner = like.shape[lead:]
-  wide = lambda x: x.reshape(x.shape + (1,) * len(inner))
-  place = _explicit(like, lead)
+  place = _explicit(like, s.strides)
+  index_shape = tuple(n if step else 1 for n, step in zip(
+      like.shape, s.strides, strict=True))
 
   # Counters start from lo plus a word of the key: XLA would share one index, as
   # large as a layer, between the layers, and keep it.
   def lo_plus(word):
-    total = wide(s.lo) + word
-    for axis in range(len(inner)):
-      total = total + _U32(math.prod(inner[axis + 1:])) * lax.broadcasted_iota(
-          jnp.uint32, inner, axis, out_sharding=place)
+    total = s.lo + word
+    for axis, step in enumerate(s.strides):
+      if step:
+        total = total + _U32(step) * lax.broadcasted_iota(
+            jnp.uint32, index_shape, axis, out_sharding=place)
     return total
 
-  k0, k1 = wide(s.keys[..., pair, 0]), wide(s.keys[..., pair, 1])
+  k0, k1 = s.keys[..., pair, 0], s.keys[..., pair, 1]
   hi = jnp.zeros((), jnp.uint32)
   if s.hi is not None:
-    hi = wide(s.hi) + (lo_plus(_U32(0)) < wide(s.lo)).astype(jnp.uint32)
+    hi = s.hi + (lo_plus(_U32(0)) < s.lo).astype(jnp.uint32)
   fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
         'rounding': _rounding}[generator]
   return fn(k0, k1, hi, lo_plus)
 
 
-def _explicit(like: jax.Array, lead: int) -> jax.sharding.NamedSharding | None:
-  """The sharding of a block's inner axes, if it is part of its type."""
+def _explicit(like: jax.Array,
+              strides: tuple) -> jax.sharding.NamedSharding | None:
+  """The sharding of a block's counted axes, if it is part of its type."""
   sharding = jax.typeof(like).sharding
   if not any(t == jax.sharding.AxisType.Explicit
              for t in sharding.mesh.axis_types):
     return None
-  return sharding.update(spec=jax.P(*sharding.spec[lead:]))
+  return sharding.update(spec=jax.P(*(
+      name if step else None for name, step in zip(sharding.spec, strides))))
 
 
 def _threefry2x32(k0, k1, hi, lo_plus):
@@ -358,7 +348,7 @@ def add(w: jax.Array, coefs: jax.Array, s: Stream, *, distribution: str,
 
   Args:
     w: a block of weights.
-    coefs: float32 [pairs].
+    coefs: float32 [pairs], or [pairs, ...] that w's shape broadcasts with.
     s: the stream of the block.
     distribution: one of `DISTRIBUTIONS`.
     generator: one of `GENERATORS`.
@@ -370,7 +360,8 @@ def add(w: jax.Array, coefs: jax.Array, s: Stream, *, distribution: str,
 def combination(like: jax.Array, coefs: jax.Array, s: Stream, *,
                 distribution: str, generator: str) -> jax.Array:
   """``sum_j coefs[j] * z_j`` in float32 for a block shaped ``like`` this."""
-  return _sum(None, like, coefs, s, distribution, generator)
+  return jnp.broadcast_to(
+      _sum(None, like, coefs, s, distribution, generator), like.shape)
 
 
 def _sum(start, like, coefs, s, distribution, generator):
@@ -382,8 +373,11 @@ def _sum(start, like, coefs, s, distribution, generator):
   if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
     for j in range(first, n):
       total = total + term(j)
+  else:
+    total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
+  if s.there is None:
     return total
-  return lax.fori_loop(first, n, lambda j, total: total + term(j), total)
+  return jnp.where(s.there, total, 0 if start is None else start)
 
 
 def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   collective each.
 
   Args:
-    path: of the leaf, as `mezo_jax.noise.path_str` gives it.
+    path: of the leaf, as `mezo_jax.noise.named_leaves` gives it.
     shape: of the leaf, the layer axis included.
     mesh: with axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
@@ -80,9 +80,9 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
 
 def param_shardings(params, mesh: Mesh):
   """The tree of `NamedSharding`s of a parameter tree (arrays or shapes)."""
-  return jax.tree_util.tree_map_with_path(
+  return noise.map_named(
       lambda path, x: NamedSharding(
-          mesh, param_spec(noise.path_str(path), x.shape, mesh)), params)
+          mesh, param_spec(path, x.shape, mesh)), params)
 
 
 def row_groups(mesh: Mesh) -> int:

@@ -59,9 +59,8 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
 
 def _matrices(params) -> dict[str, jax.Array]:
   """The model's matrices by the paths of their modules."""
-  found = jax.tree_util.tree_flatten_with_path(params)[0]
-  paths = {noise.path_str(path): x for path, x in found}
-  return {path.removesuffix('/kernel'): x for path, x in paths.items()
+  return {path.removesuffix('/kernel'): x
+          for path, x in noise.named_leaves(params)
           if path.endswith('/kernel') and not path.startswith('classifier/')}
 
 

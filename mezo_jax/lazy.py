@@ -1,0 +1,333 @@
+"""Weights that are displaced where they are consumed, and not before.
+
+`evaluate` runs a jaxpr in which some values are lazy:
+
+* a `Block` is (a view of) a parameter leaf, ``w`` beside the `Stream` of its
+  draws: rows by index, runs, transposes, reshapes and casts of it are blocks
+  again, and a scan over its first axis hands each iteration one row of it;
+* an `Expression` is what an operation makes of lazy values alone (a
+  concatenation, a product with a scale, LoRA's A @ B): it waits too.
+
+An operation in which a lazy value meets anything else consumes it: there it is
+built. Where layers are not scanned, each such operation is a function of its
+own to the compiler, so that what is built in it is gone when it is done.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
+import jax.numpy as jnp
+
+from mezo_jax import noise, streams
+
+_SMALL = 2**16  # elements; below, a weight is built wherever that is
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('w', 'stream', 'coefs'), meta_fields=('casts', 'leaf'))
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
+
+  w: jax.Array
+  stream: noise.Stream  # of the same view
+  coefs: jax.Array  # float32 [pairs]
+  casts: tuple = ()  # dtypes that the program has cast the weights to since
+  leaf: str | None = None  # path of the leaf that this is all of
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.w.shape
+
+  def view(self, w: jax.Array, stream: noise.Stream) -> 'Block':
+    leaf = self.leaf if w.size == self.w.size else None
+    return dataclasses.replace(self, w=w, stream=stream, leaf=leaf)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('args',), meta_fields=('op', 'index', 'shape'))
+@dataclasses.dataclass(frozen=True)
+class Expression:
+  """Result number ``index`` of an operation on lazy values (and scalars)."""
+
+  args: tuple
+  op: 'Operation'
+  index: int
+  shape: tuple[int, ...]
+
+
+Lazy = Block | Expression
+
+
+class Operation:
+  """An equation's operation; equal to others that do the same."""
+
+  def __init__(self, eqn):
+    self.eqn = eqn
+    literals = tuple((v.aval, str(v.val)) if isinstance(v, core.Literal)
+                     else None for v in eqn.invars)
+    self._key = (eqn.primitive, literals, *sorted(
+        eqn.params.items(), key=lambda item: item[0]))
+    try:
+      self._hash = hash(self._key)
+    except TypeError:  # a parameter that is a list, an array, ...
+      self._key, self._hash = id(self), id(self)
+
+  def __hash__(self):
+    return self._hash
+
+  def __eq__(self, other):
+    return isinstance(other, Operation) and self._key == other._key
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """How an evaluation goes."""
+
+  distribution: str
+  generator: str
+  total: int  # elements of all leaves
+  apart: bool = True  # consume in functions apart: not so within a layer
+  functions: dict = dataclasses.field(default_factory=dict)  # by operation
+  built: dict = dataclasses.field(default_factory=dict)  # {leaf: why whole}
+
+  def force(self, x):
+    """The array that a value stands for."""
+    if isinstance(x, Expression):
+      return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
+    if not isinstance(x, Block):
+      return x
+    w = noise.add(x.w, x.coefs, x.stream, distribution=self.distribution,
+                  generator=self.generator).astype(x.w.dtype)
+    for dtype in x.casts:
+      w = w.astype(dtype)
+    # A TPU would make z anew for each tile of rows that it multiplies by w.
+    return (lax.optimization_barrier(w) if self.distribution == 'normal'
+            else w)
+
+  def consume(self, fn: Callable, op: Operation, ins: list) -> list:
+    """``fn(arrays)`` of the arrays that ``ins`` stand for, built for it alone.
+
+    Args:
+      fn: of lazy and other values; the same for all ``op`` that are equal.
+      op: what it does.
+      ins: lazy and other values; None for literals.
+    """
+    size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
+    small = size < _SMALL and 1000 * size < self.total
+    if not self.apart or small or op.eqn.effects:
+      return fn(ins)
+    if op not in self.functions:
+      jitted = jax.jit(fn)
+      def called(ins):
+        # XLA:CPU builds all that it can as soon as it can. What happens in a
+        # function that it does not inline, it leaves there.
+        with set_xla_metadata(inlineable='false'):
+          return jitted(ins)
+      self.functions[op] = jitted, called
+    jitted, called = self.functions[op]
+    return lax.platform_dependent(
+        nameless(ins), cpu=called, default=jitted)
+
+  def note(self, x, why: str) -> None:
+    """Remembers that a large leaf is built whole."""
+    if isinstance(x, Expression):
+      for arg in x.args:
+        self.note(arg, why)
+    elif isinstance(x, Block) and x.leaf and x.w.size > max(
+        0.04 * self.total, _SMALL):
+      self.built.setdefault(x.leaf, why)
+
+
+def nameless(tree):
+  """The values without names, in which equal layers differ."""
+  def strip(x):
+    if isinstance(x, Block):
+      return dataclasses.replace(x, leaf=None)
+    if isinstance(x, Expression):
+      return dataclasses.replace(x, args=tuple(map(strip, x.args)))
+    return x
+  return [strip(x) for x in tree]
+
+
+# --- evaluation -------------------------------------------------------------
+
+
+def evaluate(jaxpr: core.Jaxpr, consts, args, context: Context) -> list:
+  """Evaluates a jaxpr. Inputs may be lazy, and then so may outputs be."""
+  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+  read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+  for eqn in jaxpr.eqns:
+    ins = [read(v) for v in eqn.invars]
+    outs = None
+    if not any(isinstance(x, Lazy) for x in ins):
+      outs = bind(eqn, ins)
+    elif eqn.primitive.name in RULES:
+      outs = RULES[eqn.primitive.name](eqn, ins, context)
+    if outs is None:
+      outs = _otherwise(eqn, ins, context)
+    env.update(zip(eqn.outvars, outs))
+  return [read(v) for v in jaxpr.outvars]
+
+
+def bind(eqn, ins) -> list:
+  """The operation itself, on arrays."""
+  known = {v: x for v, x in zip(eqn.invars, ins)
+           if not isinstance(v, core.Literal)}
+  alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects)
+  return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*known.values())
+
+
+def _otherwise(eqn, ins, context):
+  """What no rule is for: wait for the rest of an expression, or consume."""
+  op = Operation(eqn)
+  ins = [None if isinstance(v, core.Literal) else x
+         for v, x in zip(eqn.invars, ins)]
+  if _waits(eqn, ins):
+    return [Expression(tuple(ins), op, i, v.aval.shape)
+            for i, v in enumerate(eqn.outvars)]
+  for x in ins:
+    if isinstance(x, Block) and (
+        x.leaf and noise.locate(x.leaf)[2] or _inner(eqn)):
+      context.note(x, f'all of it is used at once, by {eqn.primitive.name}')
+  return context.consume(
+      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins)
+
+
+def _waits(eqn, ins) -> bool:
+  """Whether an operation is on weights alone and gives something as large."""
+  return (
+      all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
+      and all(math.prod(v.aval.shape) >= _SMALL for v in eqn.outvars)
+      and not eqn.effects and not _inner(eqn))
+
+
+def _inner(eqn) -> bool:
+  """Whether an operation has programs of its own."""
+  return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
+             for value in eqn.params.values()
+             for x in (value if isinstance(value, tuple) else (value,)))
+
+
+# --- views ------------------------------------------------------------------
+
+
+def _view(move: Callable) -> Callable:
+  """The rule of an operation that only says where elements lie: ``move(stream,
+  shape, eqn, others)`` is the new stream, or None."""
+  def rule(eqn, ins, context):
+    x, *others = ins
+    if not isinstance(x, Block) or any(isinstance(y, Lazy) for y in others):
+      return None
+    stream = move(x.stream, x.w.shape, eqn, others)
+    if stream is None:
+      return None
+    (w,) = bind(eqn, [x.w, *others])
+    return [x.view(w, stream)]
+  return rule
+
+
+def _reshaped(stream, shape, eqn, others):
+  del others
+  return streams.reshape(stream, shape, eqn.outvars[0].aval.shape)
+
+
+def _broadcast(stream, shape, eqn, others):
+  new = eqn.outvars[0].aval.shape
+  if math.prod(new) != math.prod(shape):
+    return None  # its draws would be made again for each copy
+  return _reshaped(stream, shape, eqn, others)
+
+
+def _sliced(stream, shape, eqn, others):
+  size = eqn.outvars[0].aval.shape
+  if others:  # dynamic_slice
+    start = [jnp.clip(i, 0, n - m) for i, n, m in zip(others, shape, size)]
+    steps = (1,) * len(shape)
+  else:
+    start = eqn.params['start_indices']
+    steps = eqn.params['strides'] or (1,) * len(shape)
+  return streams.window(stream, start, size, steps)
+
+
+def _gathered(stream, shape, eqn, others):
+  """Entries of one axis by index, whole along the others: noise for these."""
+  found = gathered_axis(eqn)
+  if found is None:
+    return None
+  axis, at = found
+  index, mode = others[0][..., 0], eqn.params['mode']
+  stream = streams.take(
+      stream, axis, jnp.clip(index, 0, shape[axis] - 1))
+  if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:  # no noise on the fill
+    inside = (index >= 0) & (index < shape[axis])
+    inside = inside.reshape(
+        (1,) * axis + index.shape + (1,) * (len(shape) - axis - 1))
+    if stream.there is not None:
+      inside = inside & stream.there
+    stream = dataclasses.replace(stream, there=inside)
+  order = [a for a in range(len(shape) - 1 + index.ndim)]
+  moved = order[axis:axis + index.ndim]
+  rest = [a for a in order if a not in moved]
+  return streams.transpose(stream, rest[:at] + moved + rest[at:])
+
+
+def gathered_axis(eqn) -> tuple[int, int] | None:
+  """(axis, where its index's axes stand) of a gather of whole entries."""
+  p, shape = eqn.params, eqn.invars[0].aval.shape
+  d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim
+  if len(d.start_index_map) != 1 or d.operand_batching_dims or (
+      d.collapsed_slice_dims != d.start_index_map):
+    return None
+  (axis,) = d.start_index_map
+  if p['slice_sizes'] != tuple(
+      1 if a == axis else n for a, n in enumerate(shape)):
+    return None
+  index = [a for a in range(out) if a not in d.offset_dims]
+  at = index[0] if index else axis
+  return (axis, at) if index == [*range(at, at + len(index))] else None
+
+
+def _cast(eqn, ins, context):
+  del context
+  x, dtype = ins[0], eqn.params['new_dtype']
+  if not isinstance(x, Block) or not jnp.issubdtype(dtype, jnp.floating):
+    return None
+  return [dataclasses.replace(x, casts=(*x.casts, dtype))]
+
+
+def _barrier(eqn, ins, context):
+  """A barrier keeps values from being moved; lazy ones are nowhere yet."""
+  del eqn, context
+  at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]
+  outs = [*ins]
+  if at:
+    for i, x in zip(at, lax.optimization_barrier([ins[i] for i in at])):
+      outs[i] = x
+  return outs
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    'convert_element_type': _cast,
+    'optimization_barrier': _barrier,
+    'reshape': _view(_reshaped),
+    'squeeze': _view(_reshaped),
+    'expand_dims': _view(_reshaped),
+    'broadcast_in_dim': _view(_broadcast),
+    'transpose': _view(lambda stream, shape, eqn, others: streams.transpose(
+        stream, eqn.params['permutation'])),
+    'slice': _view(_sliced),
+    'dynamic_slice': _view(_sliced),
+    'gather': _view(_gathered),
+} | dict.fromkeys(
+    ('copy', 'copy_p', 'sharding_constraint', 'reshard', 'mesh_cast'),
+    _view(lambda stream, shape, eqn, others: stream))
