@@ -18,7 +18,7 @@ def open_files(path: Path, stack: contextlib.ExitStack) -> list:
 
   Raises:
     FileNotFoundError: if there are none, or not all that an index names.
-    ValueError: if one cannot be read.
+    ValueError: if a file or an index cannot be read.
   """
   open_, files, _ = _find(path)
   if not files:
@@ -35,7 +35,7 @@ def names(path: Path) -> list[str]:
   there; else their headers. [] where no weights are there.
 
   Raises:
-    ValueError: if a file cannot be read.
+    ValueError: if a file or an index cannot be read.
   """
   open_, files, indexed = _find(path)
   if indexed:
@@ -51,7 +51,12 @@ def _find(path: Path) -> tuple:
       ('pytorch_model.bin', 'pytorch_model*.bin', torch_files.open_file)):
     index = path / f'{whole}.index.json'
     if index.is_file():
-      named = json.loads(index.read_text())['weight_map']
+      try:
+        named = dict(json.loads(index.read_text())['weight_map'])
+      except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f'{index} has no weight_map that can be read; fetch it again, or '
+            'delete it if the model is one file.') from e
       return open_, [path / n for n in sorted(set(named.values()))], [*named]
     files = ([path / whole] if (path / whole).is_file()
              else sorted(path.glob(pattern)))
