@@ -167,6 +167,10 @@ def read_splits(config: config_lib.Train, tokenizer, model_config,
     tokenizer: the model's.
     model_config: the model's.
     say: reports what was found.
+
+  Raises:
+    FileNotFoundError: if there are no such data.
+    ValueError: if data, task and model do not fit each other.
   """
   task, parts, pool = config.task, *read_rows(config)
   before_all = trainable.tokens_before(config)
@@ -174,6 +178,12 @@ def read_splits(config: config_lib.Train, tokenizer, model_config,
   soft = list(range(model_config.vocab_size, model_config.vocab_size + (
       before_all if config.peft.method == 'prompt' else 0)))
   causal = model_config.causal
+  if task.kind != 'head' and not model_config.head:
+    raise ValueError(
+        f'the files of {config.model.name} are of a base class, without the '
+        f'head that a task of kind {task.kind!r} needs; take a model that was '
+        'saved with its head, or --config.task.kind=head with '
+        'task.label_names.')
   if task.kind != 'head' and task.masked == causal:
     raise ValueError(
         f'the prompt {task.template!r} is for a '

@@ -120,11 +120,16 @@ def torch_model(family: str, switch: str, scale: float = 0.2):
 
 def torch_logits(model, ids, mask, **kwargs) -> np.ndarray:
   """Its logits; padding holds the padding token, positions count tokens."""
+  return torch_outputs(model, ids, mask, **kwargs).logits.float().numpy()
+
+
+def torch_outputs(model, ids, mask, **kwargs):
+  """All that a torch model gives, of the same input."""
   import torch
   ids = np.where(mask == 1, ids, model.config.pad_token_id)
   at = np.maximum(np.cumsum(mask, 1) - 1, 0)
   if model.config.model_type in ('gpt2', 'bert'):
     kwargs['position_ids'] = torch.tensor(at)
   with torch.no_grad():
-    return model(torch.tensor(ids), attention_mask=torch.tensor(mask),
-                 **kwargs).logits.float().numpy()
+    return model(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), **kwargs)

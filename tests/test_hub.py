@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -310,6 +311,15 @@ def test_all_misfits_at_once_twice_there_too(tiny_dir, tmp_path):
     assert part in str(e.value)
   (tmp_path / 'config.json').write_text('{"model_type": ')
   with pytest.raises(ValueError, match='config.json is not JSON'):
+    models.load(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['{"weight_map"', '{}', '[]',
+                                  '{"weight_map": null}'])
+def test_an_index_that_is_none(tiny_dir, tmp_path, text):
+  shutil.copy(tiny_dir / 'config.json', tmp_path)
+  (tmp_path / 'model.safetensors.index.json').write_text(text)
+  with pytest.raises(ValueError, match='index.json has no weight_map'):
     models.load(tmp_path)
 
 

@@ -7,7 +7,7 @@ from mezo_jax.models.layers import Config
 RENAMES = (
     (r'\.gamma$', '.weight'),  # as early checkpoints spell it
     (r'\.beta$', '.bias'))
-IGNORED = (r'position_ids$|\.pooler\.|^cls\.seq_relationship\.|'
+IGNORED = (r'position_ids$|(^|\.)pooler\.|^cls\.seq_relationship\.|'
            r'\.decoder\.(weight|bias)$')  # of a tied head: other names' copies
 
 

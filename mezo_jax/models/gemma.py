@@ -6,8 +6,8 @@ from mezo_jax.models.fields import only, read_rope
 from mezo_jax.models.layers import Config, Rope
 
 RENAMES = (  # the text part of a model with vision
-    (r'^(model\.language_model|language_model\.model)\.', 'model.'),
-    (r'^language_model\.lm_head\.', 'lm_head.'))
+    (r'^language_model\.lm_head\.', 'lm_head.'),
+    (r'^(model\.)?language_model\.(model\.)?', 'model.'))
 IGNORED = (r'rotary_emb\.inv_freq$|^lm_head\.weight$|'
            r'vision_tower\.|multi_modal_projector\.')
 

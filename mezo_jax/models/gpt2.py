@@ -4,7 +4,7 @@ from mezo_jax.models import table as t
 from mezo_jax.models.fields import activation, only
 from mezo_jax.models.layers import Config
 
-RENAMES = ((r'^(h|wte|wpe|ln_f)\.', r'transformer.\1.'),)
+RENAMES = ()
 IGNORED = r'\.attn\.(masked_)?bias$|^lm_head\.weight$'
 
 

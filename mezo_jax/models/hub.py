@@ -15,7 +15,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from tqdm import tqdm
 
 from mezo_jax import sharding
@@ -27,8 +26,8 @@ from mezo_jax.models import (
   llama,
   opt,
   table,
-  torch_files,
   transformer,
+  weights,
 )
 from mezo_jax.models.layers import Config
 
@@ -36,13 +35,18 @@ FAMILIES = {
     'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,
     'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'opt': opt, 'qwen2': llama,
     'qwen3': llama, 'roberta': bert}
-ARCHITECTURES = {  # transformers' classes
-    'bert': 'BertForMaskedLM', 'gemma': 'GemmaForCausalLM',
-    'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM',
-    'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
-    'mistral': 'MistralForCausalLM', 'opt': 'OPTForCausalLM',
-    'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM',
-    'roberta': 'RobertaForMaskedLM'}
+ARCHITECTURES = {  # transformers' classes: with the head, and without it
+    'bert': ('BertForMaskedLM', 'BertModel'),
+    'gemma': ('GemmaForCausalLM', 'GemmaModel'),
+    'gemma2': ('Gemma2ForCausalLM', 'Gemma2Model'),
+    'gemma3_text': ('Gemma3ForCausalLM', 'Gemma3TextModel'),
+    'gpt2': ('GPT2LMHeadModel', 'GPT2Model'),
+    'llama': ('LlamaForCausalLM', 'LlamaModel'),
+    'mistral': ('MistralForCausalLM', 'MistralModel'),
+    'opt': ('OPTForCausalLM', 'OPTModel'),
+    'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
+    'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
+    'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
@@ -63,7 +67,9 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
     ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-    logits [batch, length, vocab]; ``model.config`` is the frozen config.
+    logits [batch, length, vocab]; ``model.config`` is the frozen config. Of
+    files without the head (``BertModel``), unless it is the embedding, the body
+    alone: ``config.head`` is False, and only features are to be had.
 
   Raises:
     FileNotFoundError: if there is no such model.
@@ -76,8 +82,9 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     if path.suffix == '.gguf':
       found = list(gguf.open_file(path)[1].items())
     else:
-      found = _open_files(path, stack)
-    rows = FAMILIES[config.family].table(config)
+      found = weights.open_files(path, stack)
+      config = _with_head(config, [name for name, _ in found])
+    rows = table_of(config)
     tensors = _fit(rows, config, found, path)
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
@@ -88,7 +95,11 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
 
 def load_config(name_or_dir: str | os.PathLike,
                 revision: str | None = None) -> Config:
-  """The `Config` of a model without its weights; arguments as for `load`."""
+  """The `Config` of a model without its weights; arguments as for `load`.
+
+  Whether they have a head is read from the names in their files; where these
+  are not at hand, as of a hub id, ``architectures`` says it.
+  """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
     return read_config(gguf.open_file(path)[0], path)
@@ -96,7 +107,9 @@ def load_config(name_or_dir: str | os.PathLike,
     hf = json.loads((path / 'config.json').read_text())
   except ValueError as e:
     raise ValueError(f'{path}/config.json is not JSON ({e}).') from e
-  return read_config(hf, path)
+  config = read_config(hf, path)
+  names = weights.names(path) if head_of(config) else []
+  return _with_head(config, names) if names else config
 
 
 def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
@@ -116,13 +129,51 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
     config = FAMILIES[family].config_from_hf(hf)
   except KeyError as e:
     raise ValueError(f'{path}: a {family} needs the field {e}.') from None
-  return dataclasses.replace(config, source=json.dumps(hf))
+  of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
+  return dataclasses.replace(config, source=json.dumps(hf),
+                             head=not (of_base and head_of(config)))
+
+
+def table_of(config: Config) -> list[table.Row]:
+  """The rows of a model's parameters, the embedding's first; without the head
+  those of the body, under the names that its class's files have."""
+  rows, prefix = FAMILIES[config.family].table(config), _prefix(config)
+  return rows if config.head else [
+      dataclasses.replace(row, name=row.name.removeprefix(prefix))
+      for row in rows if row.name.startswith(prefix)]
+
+
+def head_of(config: Config) -> list[table.Row]:
+  """The rows that a base class lacks; none where the embedding is the head."""
+  return [row for row in FAMILIES[config.family].table(config)
+          if not row.name.startswith(_prefix(config))]
+
+
+def _prefix(config: Config) -> str:
+  """What the names of a whole model's body begin with, and no base class's."""
+  first, _ = FAMILIES[config.family].table(config)[0].name.split('.', 1)
+  return f'{first}.'
+
+
+def _with_head(config: Config, names: list[str]) -> Config:
+  """The config of files that have tensors of these names."""
+  head, prefix = head_of(config), _prefix(config)
+  own = {name for row in head for name in (row.name, row.otherwise, row.copy)
+         if name and not name.startswith(prefix)}
+  there = any(_renamed(name, config) in own for name in names)
+  return dataclasses.replace(config, head=there or not head)
+
+
+def _renamed(name: str, config: Config) -> str:
+  for pattern, replacement in FAMILIES[config.family].RENAMES:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def param_shapes(config: Config, mesh=None, dtype=jnp.float32) -> dict:
   """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights."""
   params = {}
-  for row in FAMILIES[config.family].table(config):
+  for row in table_of(config):
     shape = _shape(row, config)
     _put(params, row.path, jax.ShapeDtypeStruct(
         shape, dtype, sharding=_place(row, shape, mesh)))
@@ -225,56 +276,24 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
   return path
 
 
-def _open_files(path: Path, stack: contextlib.ExitStack) -> list:
-  """(name, lazily read tensor) of one or many files."""
-  for whole, pattern, open_ in (
-      ('model.safetensors', '*.safetensors', _open_safetensors),
-      ('pytorch_model.bin', 'pytorch_model*.bin', torch_files.open_file)):
-    index = path / f'{whole}.index.json'
-    if index.is_file():
-      named = json.loads(index.read_text())['weight_map'].values()
-      files = [path / n for n in sorted(set(named))]
-    else:
-      files = ([path / whole] if (path / whole).is_file()
-               else sorted(path.glob(pattern)))
-    if files:
-      break
-  else:
-    raise FileNotFoundError(
-        f'{path} has no .safetensors file and no pytorch_model.bin.')
-  missing = [f.name for f in files if not f.is_file()]
-  if missing:
-    raise FileNotFoundError(f'{path} lacks {", ".join(missing)}.')
-  return [found for file in files for found in open_(file, stack)]
-
-
-def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> list:
-  try:
-    opened = stack.enter_context(safe_open(file, framework='numpy'))
-  except Exception as e:
-    raise ValueError(
-        f'{file} is not a readable safetensors file ({e}); fetch it again.'
-    ) from e
-  return [(name, opened.get_slice(name)) for name in opened.keys()]
-
-
 def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
-  """{name: tensor} of the file's tensors under the names of the table.
+  """{name: tensor} of the file's tensors under the names of the table, which
+  they have with the body's prefix or without it.
 
   Raises:
     ValueError: names every missing, misshapen, double and unexpected tensor.
   """
-  family = FAMILIES[config.family]
-  def rename(name):
-    for pattern, replacement in family.RENAMES:
-      name = re.sub(pattern, replacement, name)
-    return name
-
+  prefix, ignored = _prefix(config), FAMILIES[config.family].IGNORED
+  wanted = {row.name.format(l=l) for row in rows
+            for l in range(config.num_layers if row.stacked else 1)}
   tensors, problems = {}, []
   for name, tensor in found:
-    if rename(name) in tensors:
-      problems.append(f'{rename(name)} is there twice')
-    tensors[rename(name)] = tensor
+    name = _renamed(name, config)
+    name = next((n for n in (name, prefix + name, name.removeprefix(prefix))
+                 if n in wanted), name)
+    if name in tensors:
+      problems.append(f'{name} is there twice')
+    tensors[name] = tensor
   known = set()
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):
@@ -291,7 +310,7 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
             f'{row.source_shape()}')
       known |= {name, row.copy}
   problems += [f'unexpected {n}' for n in tensors
-               if n not in known and not re.search(family.IGNORED, n)]
+               if n not in known and not re.search(ignored, n)]
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''

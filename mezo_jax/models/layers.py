@@ -69,6 +69,7 @@ class Config:
   token_types: int = 0
   masked_head: bool = False  # dense, activation and norm before the vocabulary
   tied_head: bool = False
+  head: bool = True  # False: files of a base class, whose head is not in them
   source: str = dataclasses.field(  # the config.json that it was read from
       default='', compare=False, repr=False)
 

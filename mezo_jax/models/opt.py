@@ -5,7 +5,7 @@ from mezo_jax.models.fields import activation, only
 from mezo_jax.models.layers import Config
 
 _OFFSET = 2  # rows 0 and 1 of the positions are for padding
-RENAMES = ((r'^decoder\.', 'model.decoder.'),)
+RENAMES = ()
 IGNORED = r'^lm_head\.weight$'
 
 

@@ -23,7 +23,8 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
 
   ``config.json`` is the one that the model was loaded with, with the dtype of
-  ``params`` and, where it was missing, transformers' name of the class.
+  ``params`` and, where it was missing or no longer fits, transformers' name of
+  the class. A model without its head is written as its base class has it.
   Tensors are gathered one at a time, those of a file are held by the host until
   it is written; the directory appears when all is written. On several hosts
   every process must call this, and the first one writes.
@@ -49,7 +50,7 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   if not config.source:
     raise ValueError('this config was not read from a config.json, which '
                      'belongs to the files; make it with models.read_config.')
-  rows = hub.FAMILIES[config.family].table(config)
+  rows = hub.table_of(config)
   _check(params, hub.param_shapes(config))
   with new_directory(directory) as (part, first):
     _write(part if first else None, rows, params, config, max_shard_bytes,
@@ -58,14 +59,22 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
       dtype = str(params['embed']['embedding'].dtype)
       hf = {k: v for k, v in json.loads(config.source).items()
             if k != 'torch_dtype'} | {'dtype': dtype}
-      hf['architectures'] = hf.get('architectures') or [
-          hub.ARCHITECTURES[config.family]]
+      hf['architectures'] = _architectures(config, hf)
       (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
       if tokenizer is not None:
         tokenizer.save_pretrained(part)
       if card is not None:
         (part / 'README.md').write_text(card)
   return Path(directory)
+
+
+def _architectures(config, hf: dict) -> list[str]:
+  """The class that has these tensors; of several, what ``hf`` says."""
+  whole, base = hub.ARCHITECTURES[config.family]
+  if not config.head:
+    return [base]
+  named = hf.get('architectures') or [whole]
+  return [whole] if named == [base] and hub.head_of(config) else named
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ class Transformer(nn.Module):
       with these tokens added.
 
     Raises:
-      ValueError: for more tokens than the model has positions.
+      ValueError: for more tokens than the model has positions, or for what a
+        model without its head cannot say.
     """
     c = self.config
     b, s = input_ids.shape
@@ -194,6 +195,11 @@ class Transformer(nn.Module):
       x_BxSxD = make_norm(c, 'norm')(x_BxSxD)
     if features == 'body':
       return self._with(cache, s, x_BxSxD)
+    if not c.head and (c.masked_head or not features):
+      raise ValueError(
+          f'the files of this {c.family} are of a base class, without the '
+          "head that makes logits: ask for features='body', or load a model "
+          'that was saved with its head.')
     if c.embed_width:
       x_BxSxD = Linear(c.width, c.embed_width, name='project_out')(x_BxSxD)
     bias_V = None

@@ -68,7 +68,7 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
       about['peft_type'] != 'LORA' and not c.causal)
   about |= {'base_model_name_or_path': str(base), 'inference_mode': True,
             'task_type': 'MEZO_JAX' if ours else (
-                'CAUSAL_LM' if c.causal else None)}
+                'CAUSAL_LM' if c.causal and c.head else None)}
   with new_directory(directory) as (part, first):
     if first:
       save_file(tensors, part / _FILE, {'format': 'pt'})
@@ -194,7 +194,7 @@ def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
 def _modules(c: Config) -> dict[str, list[Row]]:
   """The rows of each matrix of the checkpoint, by its module's name."""
   out = collections.defaultdict(list)
-  for row in hub.FAMILIES[c.family].table(c):
+  for row in hub.table_of(c):
     if row.path.endswith('/kernel'):
       out[row.name.removesuffix('.weight')].append(row)
   return {name: sorted(rows, key=lambda r: r.part)

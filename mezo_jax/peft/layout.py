@@ -82,7 +82,13 @@ def untie(model: Transformer, params: dict):
 
   The head can then be trained, or written to, without the embedding (the
   original's linear probe overwrites input embeddings of OPT's label words).
+
+  Raises:
+    ValueError: for a model that was loaded without its head.
   """
+  if not model.config.head:
+    raise ValueError(f'this {model.config.family} has no head to be trained: '
+                     'load a model that was saved with its head.')
   if not model.config.tied_head:
     return model, params
   config = untied(model.config)
