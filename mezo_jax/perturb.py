@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import control  # noqa: F401, its rules
 from mezo_jax import masks, noise, streams
-from mezo_jax.lazy import Block, Context, evaluate
+from mezo_jax.control import evaluate
+from mezo_jax.lazy import Block, Context
 
 Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 

@@ -107,7 +107,8 @@ def test_rows_are_random_access():
   helpers.assert_bitwise(got, whole[index])
   inner = streams.take(streams.spread(rows, 2, 4), 1, jnp.array(0))
   helpers.assert_bitwise(
-      noise.combination(like[:2], jnp.ones(1), inner, **how), whole[index[:, 0]])
+      noise.combination(like[:2], jnp.ones(1), inner, **how),
+      whole[index[:, 0]])
 
 
 def test_counters_beyond_32_bits():
