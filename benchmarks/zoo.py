@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 WIDTH, FF, HEADS, LAYERS, VOCAB = 256, 1024, 4, 12, 1024
