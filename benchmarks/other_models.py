@@ -4,7 +4,8 @@
       google-tunix
   pip install jaxtyping wadler-lindig jmp tabulate h5py namex optree rich \
       ordered_set treescope einops loguru lz4 requests semver
-  python benchmarks/other_models.py [NAME ...] [float32] [bfloat16] [--quick]
+  python benchmarks/other_models.py [NAME ...] [float32] [bfloat16] \
+      [--quick] [--layers=12]
 
 Each package is optional: what does not import is a row that says so. NAMEs are
 parts of the models' names; --quick leaves LLVM's optimisation out, of which the
@@ -117,7 +118,9 @@ def main():
   args = sys.argv[1:]
   options = QUICK if '--quick' in args else None
   dtypes = [a for a in args if a in DTYPES] or DTYPES
-  wanted = [a for a in args if a not in (*DTYPES, '--quick')]
+  wanted = [a for a in args if a not in DTYPES and not a.startswith('--')]
+  zoo.LAYERS = next((int(a.removeprefix('--layers=')) for a in args
+                     if a.startswith('--layers=')), zoo.LAYERS)
   names = [name for name in zoo.MODELS
            if not wanted or any(part in name for part in wanted)]
   tables = []
