@@ -105,8 +105,7 @@ def _cpu() -> str:
   return f'{len(names)} cores of {names[0]}' if names else 'unknown CPU'
 
 
-def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
-  """Prints and saves tables: results/NAME.md and NAME.json."""
+def markdown(head: str, tables: list[tuple[str, list[dict]]]) -> str:
   lines = [head]
   for title, rows in tables:
     columns = [*rows[0]]
@@ -114,13 +113,19 @@ def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
               '|' + '---|' * len(columns)]
     lines += ['| ' + ' | '.join(_cell(r.get(c, '')) for c in columns) + ' |'
               for r in rows]
+  return '\n'.join(lines)
+
+
+def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
+  """Prints and saves tables: results/NAME.md and NAME.json."""
+  text = markdown(head, tables)
   folder = Path(__file__).parent / 'results'
   folder.mkdir(exist_ok=True)
-  (folder / f'{name}.md').write_text('\n'.join(lines) + '\n')
+  (folder / f'{name}.md').write_text(text + '\n')
   (folder / f'{name}.json').write_text(json.dumps(
       dict(header=head, tables=[dict(title=t, rows=r) for t, r in tables]),
       indent=1) + '\n')
-  print('\n'.join(lines))
+  print(text)
 
 
 def _cell(value) -> str:
