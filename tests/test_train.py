@@ -14,7 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
 
-from mezo_jax import checkpoint, models
+from mezo_jax import checkpoint, models, sharding
 from mezo_jax import config as config_lib
 from mezo_jax.export import card
 from mezo_jax.tasks import Task
@@ -236,6 +236,27 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
   helpers.assert_bitwise(kept.load(3, state)['w'], state['w'])
   assert kept.load(3, state)['key'] == state['key']
   kept.close()
+
+
+def test_loaded_arrays_lie_where_they_were_asked_for(tmp_path):
+  """So one load can follow another; also of keys as earlier versions kept
+  them."""
+  place = sharding.replicated(sharding.make_mesh())
+  state = jax.device_put(
+      {'w': jax.numpy.arange(4.0), 'key': jax.random.key(3)}, place)
+  with ocp.training.Checkpointer(tmp_path / 'earlier') as earlier:
+    earlier.save(1, state)
+  checkpoints = {name: checkpoint.Checkpoints(tmp_path / name)
+                 for name in ('now', 'earlier')}
+  checkpoints['now'].save(1, state)
+  found = state
+  for name in ('now', 'earlier', 'now'):
+    checkpoints[name].wait()
+    found = checkpoints[name].load(1, found)
+    assert found['key'] == state['key']
+    assert {x.sharding for x in found.values()} == {place}
+  for each in checkpoints.values():
+    each.close()
 
 
 @pytest.mark.parametrize('changes,message', [
