@@ -131,7 +131,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       name, mesh, config.model.dtype, revision=revision)
   model = model.clone(remat=config.model.remat)
   if task.kind == 'head':
-    plain['classifier'] = jax.device_put(
+    plain['classifier'] = sharding.place(
         head.init(jax.random.key(config.seed), model.config, task.num_classes),
         sharding.replicated(mesh))
   model, params = trainable.add(config, model, plain, tokenizer, mesh)
@@ -182,7 +182,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       model, train, task, config_lib.objective(config), tokenizer)
   opt_state = jax.tree.map(
       lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
-      jax.device_put(x, sharding.replicated(mesh)), tx.init(params))
+      sharding.place(x, sharding.replicated(mesh)), tx.init(params))
   step_fn, compiled = make_step(
       tx, loss_fn, (params, opt_state), frozen, mesh)
   in_use = data_lib.used_buckets(
@@ -291,7 +291,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     if evaluates:
       report = evaluate_dev(state[0])
       metrics.write('dev', step, **report)
-      bar.write(f'step {step}: dev {evaluate.spell(report)}')
+      say(f'step {step}: dev {evaluate.spell(report)}')
     checkpoints.save(step, tuple(state), report and evaluate.rank(
         report, config.task.main_metric, config.select))
     if stopping and step < config.steps:
@@ -329,6 +329,15 @@ def parse(argv):
              'mezo_jax/config.py.')
 
 
+def join_processes() -> None:
+  """Joins the other hosts' processes; exits where none are to be found."""
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError) as e:
+    sys.exit(f'train.py: --distributed finds no other processes: {e} Start it '
+             'on each host with srun or mpirun, or leave it out on one host.')
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
@@ -336,7 +345,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   config = _CONFIG.value
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    join_processes()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
   try:

@@ -282,7 +282,8 @@ def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
     ('--config.optimizer.lr=1', 'train.py: Field lr not found'),
     ('--config.steps=many', "invalid literal for int() with base 10: 'many'"),
     ('--config=configs/none.py', 'none.py'), ('stray', "argument 'stray'"),
-    ('--config.data.train=/none.jsonl', 'train.py: no data file')])
+    ('--config.data.train=/none.jsonl', 'train.py: no data file'),
+    ('--distributed', 'train.py: --distributed finds no other processes')])
 def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   out, code = finish(tiny_dir, reviews_file, tmp_path, argument)
   assert code != 0 and message in out
