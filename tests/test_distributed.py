@@ -17,7 +17,7 @@ from mezo_jax.export import export
 SETTINGS = ['--config.steps=6', '--config.eval_every=3',
             '--config.optimizer.learning_rate=1e-4', '--config.select=loss',
             '--config.optimizer.schedule=constant', '--config.zero_shot=False',
-            '--config.data.buckets=(16,)']
+            '--config.data.max_length=8']
 
 
 def run(processes, cache, *args):
@@ -30,7 +30,6 @@ def run(processes, cache, *args):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  argv = [x for x in command(*args) if x != '--config.data.buckets=(8,16)']
   started = []
   for i in range(processes):
     slurm = {} if processes == 1 else {
@@ -40,7 +39,7 @@ def run(processes, cache, *args):
         'JAX_COORDINATOR_BIND_ADDRESS': f'127.0.0.1:{port}'}
     more = ['--distributed'] if slurm else []
     started.append(subprocess.Popen(
-        [*argv, *more], env=env | slurm, text=True,
+        [*command(*args), *more], env=env | slurm, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
   try:
     outputs = [p.communicate(timeout=400)[0] for p in started]
