@@ -11,6 +11,7 @@ from test_train import small_config
 
 from mezo_jax import checkpoint, models
 from mezo_jax.export import export
+from mezo_jax.tasks import Task
 import train
 
 
@@ -57,20 +58,35 @@ def test_a_run_that_skipped_every_step_has_no_result(
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.fixture(scope='module')
+def nan_dir(tiny_dir, tmp_path_factory):
+  """A model that computes NaN."""
+  model, params = models.load(tiny_dir, progress=False)
+  params['embed']['embedding'] *= np.nan
+  return models.save(tmp_path_factory.mktemp('nan') / 'm', model, params,
+                     progress=False, tokenizer=models.load_tokenizer(tiny_dir))
+
+
 @pytest.mark.parametrize('method,message', [
     ('zero_shot', 'zero_shot has no result: .*of 40 of 40 rows not finite'),
     ('icl', 'icl has no result'), ('linear_probe', 'features of 40 of 40')])
 def test_a_model_that_is_not_finite_has_no_result(
-    tiny_dir, reviews_file, tmp_path, method, message):
-  model, params = models.load(tiny_dir, progress=False)
-  params['embed']['embedding'] *= np.nan
-  models.save(tmp_path / 'm', model, params, progress=False,
-              tokenizer=models.load_tokenizer(tiny_dir))
-  config = small_config(
-      tmp_path / 'm', reviews_file, method=method, num_demos=2)
+    nan_dir, reviews_file, tmp_path, method, message):
+  config = small_config(nan_dir, reviews_file, method=method, num_demos=2)
   with pytest.raises((train.Stopped, ValueError), match=message):
+    train.run(config, tmp_path)
+  assert not (tmp_path / 'result.json').exists()
+
+
+def test_texts_of_a_model_that_is_not_finite_are_no_result(nan_dir, tmp_path):
+  row = json.dumps({'question': 'a film', 'answers': ['good']})
+  data = tmp_path / 'qa.jsonl'
+  data.write_text('\n'.join([row] * 100))
+  config = small_config(nan_dir, data, method='zero_shot')
+  config.task = Task(kind='generation', template='{question} It was',
+                     stop='the', max_new_tokens=3)
+  with pytest.raises(train.Stopped, match='f1 0.0%.*40 of 40 rows not finite'):
     train.run(config, tmp_path / 'w')
-  assert not (tmp_path / 'w' / 'result.json').exists()
 
 
 def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
