@@ -42,6 +42,9 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
 
+_TRY = ('Try a lower --config.optimizer.learning_rate, or '
+        '--config.model.dtype=float32.')  # where numbers are not finite
+
 
 class Stopped(RuntimeError):
   """The run cannot go on; nothing that was saved is lost."""
@@ -104,6 +107,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   result_file, config_file = workdir / 'result.json', workdir / 'config.json'
   if config_file.exists():
     config_lib.check_same_run(config, json.loads(config_file.read_text()))
+  check_steps(config, workdir)
 
   # Mesh.
   mesh = sharding.make_mesh(
@@ -131,7 +135,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       name, mesh, config.model.dtype, revision=revision)
   model = model.clone(remat=config.model.remat)
   if task.kind == 'head':
-    plain['classifier'] = jax.device_put(
+    plain['classifier'] = sharding.place(
         head.init(jax.random.key(config.seed), model.config, task.num_classes),
         sharding.replicated(mesh))
   model, params = trainable.add(config, model, plain, tokenizer, mesh)
@@ -142,6 +146,11 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   def finish(final, **more) -> dict:
     """Writes config.json and result.json."""
+    if not evaluate.is_finite(final):
+      raise Stopped(
+          f'{config.method} has no result: test {evaluate.spell(final)}. '
+          + (_TRY if config_lib.trains(config) else
+             'Check the weights, or try --config.model.dtype=float32.'))
     result = {
         'method': config.method, 'metric': task.main_metric, 'final': final,
         'steps': 0, 'forwards': 0, **more, 'train_rows': len(train.prompts),
@@ -166,8 +175,9 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       final = ask.test(params)
     elif config.method == 'zero_shot':
       _, final = ask.both(params)
+    result = finish(final)
     say(f'{config.method}: test {evaluate.spell(final)}; see {result_file}')
-    return finish(final)
+    return result
 
   # Optimizer, of what is trained alone.
   before = trainable.before_training(config, plain, params)
@@ -182,7 +192,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       model, train, task, config_lib.objective(config), tokenizer)
   opt_state = jax.tree.map(
       lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
-      jax.device_put(x, sharding.replicated(mesh)), tx.init(params))
+      sharding.place(x, sharding.replicated(mesh)), tx.init(params))
   step_fn, compiled = make_step(
       tx, loss_fn, (params, opt_state), frozen, mesh)
   in_use = data_lib.used_buckets(
@@ -213,12 +223,19 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Loop.
   batches = feed(config, train, buckets, mesh, start)
-  params, opt_state = loop(config, (params, opt_state), step_fn, batches,
-                           lambda p: ask.dev(masks.join(p, frozen)),
-                           checkpoints, metrics, start)
+  try:
+    params, opt_state = loop(config, (params, opt_state), step_fn, batches,
+                             lambda p: ask.dev(masks.join(p, frozen)),
+                             checkpoints, metrics, start)
+  finally:
+    checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
-  best = checkpoints.best_step()
+  if opt_state[0].total_notfinite >= config.steps:
+    raise Stopped(
+        f'each of the {config.steps} steps gave a loss that is not finite and '
+        f'was skipped: nothing was trained. {_TRY}')
+  best = find_best(checkpoints)
   if best != config.steps:
     params, _ = checkpoints.load(best, (params, opt_state))
   _, final = ask.both(whole())
@@ -227,15 +244,39 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   if jax.process_index() == 0:
     loggers.draw_curves(workdir / 'curves.png', metrics, task.main_metric,
                         f'{config.method}, {Path(name).name}')
-  was = ''.join(f', zero-shot {evaluate.spell(found)}' for found in zero_shot)
-  say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
-      f'{config.steps} steps; see {workdir}/result.json, curves.png')
-  return finish(
+  result = finish(
       final | {'step': best}, **({'zero_shot': zero_shot[0]} if zero_shot
                                  else {}), steps=config.steps,
       forwards=config.steps * config_lib.forwards(config),
       trained=size_of(params),
       compilations=len(compiled))
+  was = ''.join(f', zero-shot {evaluate.spell(found)}' for found in zero_shot)
+  say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
+      f'{config.steps} steps; see {workdir}/result.json, curves.png')
+  return result
+
+
+def check_steps(config: config_lib.Train, workdir: Path) -> None:
+  """Raises ValueError if the run has more steps behind it than it should make,
+  or has as many and the last was not evaluated."""
+  held = checkpoint.latest_step(workdir / 'checkpoints')
+  evaluated = not held or any(
+      r['kind'] == 'dev' and r['step'] == held
+      for r in loggers.read(workdir / 'metrics.jsonl'))
+  least = held if evaluated else held + 1
+  if config.steps < least:
+    raise ValueError(
+        f'{workdir} holds step {held}{"" if evaluated else ", not evaluated,"} '
+        f'and --config.steps is {config.steps}; give {least} or more, or '
+        'another --workdir.')
+
+
+def find_best(checkpoints: checkpoint.Checkpoints) -> int:
+  """The step that is best on dev rows; raises Stopped where none is."""
+  try:
+    return checkpoints.best_step()
+  except FileNotFoundError as e:
+    raise Stopped(f'{e} {_TRY}') from e
 
 
 def size_of(params) -> int:
@@ -263,7 +304,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     values = jax.device_get(values)
     seconds, clock = time.time() - clock, time.time()
     metrics.write(
-        'train', step, **{k: _number(v) for k, v in values.items()
+        'train', step, **{k: v for k, v in values.items()
                           if not k.startswith('skipped')},
         tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
     size = values.get('projected_grad', values.get('grad_norm'))
@@ -275,7 +316,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
       raise Stopped(
           f'the last {config.max_skipped} steps, up to {step}, gave a loss '
           'that is not finite and were skipped; the parameters are as before '
-          'them. Try a lower --config.optimizer.learning_rate, or float32.')
+          f'them. {_TRY}')
 
   for step in range(start + 1, config.steps + 1):
     tokens, batch = next(batches)
@@ -291,23 +332,15 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     if evaluates:
       report = evaluate_dev(state[0])
       metrics.write('dev', step, **report)
-      bar.write(f'step {step}: dev {evaluate.spell(report)}')
+      say(f'step {step}: dev {evaluate.spell(report)}')
     checkpoints.save(step, tuple(state), report and evaluate.rank(
         report, config.task.main_metric, config.select))
     if stopping and step < config.steps:
-      checkpoints.wait()
       raise Stopped(f'told to stop; step {step} is saved. Run the same command '
                     'again to resume.')
     clock = time.time()
   bar.close()
   return state
-
-
-def _number(x) -> float | list | None:
-  """Floats that JSON can hold; None for inf and NaN."""
-  if np.ndim(x):
-    return [_number(v) for v in x]
-  return float(x) if np.isfinite(x) else None
 
 
 # ------------------------------------------------------------------- main ---
@@ -329,6 +362,15 @@ def parse(argv):
              'mezo_jax/config.py.')
 
 
+def join_processes() -> None:
+  """Joins the other hosts' processes; exits where none are to be found."""
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError) as e:
+    sys.exit(f'train.py: --distributed finds no other processes: {e} Start it '
+             'on each host with srun or mpirun, or leave it out on one host.')
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
@@ -336,7 +378,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   config = _CONFIG.value
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    join_processes()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
   try:

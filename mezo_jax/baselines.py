@@ -31,8 +31,14 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
     bias: whether there is an intercept.
 
   Raises:
-    ValueError: if there are fewer than two labels, or rows, to fit.
+    ValueError: if there are fewer than two labels, or rows, to fit, or
+      features that are not finite.
   """
+  lost = int(np.sum(~np.isfinite(x).all(-1)))
+  if lost:
+    raise ValueError(
+        f'the linear probe cannot be fitted: features of {lost} of {len(x)} '
+        'rows are not finite; try --config.model.dtype=float32.')
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.linear_model import LogisticRegressionCV
   from threadpoolctl import threadpool_limits  # scikit-learn's own

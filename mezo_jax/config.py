@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import json
+import math
 import os
 
 import jax
@@ -192,6 +193,8 @@ def check(config: Train) -> None:
        f'optimizer.schedule {o.schedule!r} is none of constant, linear, '
        'cosine'),
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
+      (all(map(math.isfinite, (o.learning_rate, o.eps, o.weight_decay))),
+       'optimizer.learning_rate, eps and weight_decay must be finite'),
       (o.warmup_steps < max(config.steps, 1),
        'optimizer.warmup_steps must be below steps'),
       (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,

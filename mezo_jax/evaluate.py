@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mezo_jax import data as data_lib
-from mezo_jax import metrics, sharding
+from mezo_jax import metrics, models, sharding
 from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded
 from mezo_jax.tasks.task import Task
@@ -66,8 +66,9 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
   """``evaluate(params, offsets=None) -> (report, scores)`` over ``data``.
 
   A report has the task's metrics, ``loss`` and ``count``, with offsets [C] also
-  the metric of ``scores + offsets``; scores are [R, C], or None where answers
-  are generated.
+  the metric of ``scores + offsets``, and ``not_finite``, how many rows have
+  scores that are not, where there are such (see `is_finite`); scores are
+  [R, C], or None where answers are generated.
 
   Args:
     model: a `mezo_jax.models.Transformer`.
@@ -83,13 +84,17 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
     prior_sizes: of its batches, if not the same.
   """
   if data.left:
-    run = run_batches(lambda params, batch: score_lib.generate(
-        model, params, batch, task, tokenizer), data, sizes, mesh)
+    run = run_batches(lambda params, batch: models.generate(
+        model, params, batch['input_ids'], batch['attention_mask'],
+        max_new_tokens=task.max_new_tokens, check=True,
+        stop_ids=score_lib.stop_ids(task, tokenizer)), data, sizes, mesh)
     def evaluate(params, offsets=None):
       del offsets  # of candidates
-      answers = score_lib.texts(np.stack(run(params)), task, tokenizer)
-      return report_texts(
-          answers, [task.references(r) for r in data.rows]), None
+      tokens, finite = map(np.stack, zip(*run(params)))
+      answers = [text if fine else '' for text, fine in zip(
+          score_lib.texts(tokens, task, tokenizer), finite)]
+      return report_texts(answers, [
+          task.references(r) for r in data.rows]) | _lost(finite), None
     return evaluate
 
   score = make_scorer(model, data, sizes, mesh)
@@ -99,8 +104,8 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
   def evaluate(params, offsets=None):
     sums, counts = score(params)
     if data.width == 1:
-      return {'loss': float(-sums.sum() / counts.sum()),
-              'count': len(sums)}, None
+      return {'loss': float(-sums.sum() / counts.sum()), 'count': len(sums),
+              **_lost(np.isfinite(sums[:, 0]))}, None
     if subtract:
       scores = np.where(counts > 0, sums - subtract(params)[0], -1e30)
     else:
@@ -147,6 +152,8 @@ def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,
            metric: str = 'accuracy') -> dict:
   """Loss and metrics of scores [R, C].
 
+  A row whose highest score is not finite has no answer: it counts as wrong.
+
   Args:
     scores: of the candidates.
     golds: [R] integers, or [R] tuples of them where any will do.
@@ -155,19 +162,21 @@ def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,
   """
   several = [g if isinstance(g, tuple) else (int(g),) for g in golds]
   labels = np.array([g[0] for g in several])
-  shifted = scores - scores.max(-1, keepdims=True)
-  log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-  loss = -log_p[np.arange(len(labels)), labels].mean()
+  with np.errstate(invalid='ignore'):
+    shifted = scores - scores.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+  losses = -log_p[np.arange(len(labels)), labels]
 
   def measure(name, scores):
-    said = scores.argmax(-1)
+    said = np.where(np.isfinite(scores.max(-1)), scores.argmax(-1), -1)
     if name == 'accuracy':
       return float(np.mean([p in g for p, g in zip(said, several)]))
     return float(getattr(metrics, name)(said, labels))
 
   out = {name: measure(name, scores)
          for name in dict.fromkeys(('accuracy', metric))}
-  out |= {'loss': float(loss), 'count': len(labels)}
+  out |= {'loss': float(losses.mean()), 'count': len(labels),
+          **_lost(np.isfinite(losses))}
   if offsets is not None:
     out[f'calibrated_{metric}'] = measure(metric, scores + offsets)
   return out
@@ -188,14 +197,31 @@ def report_texts(answers: list[str], references: list[list[str]]) -> dict:
       'count': len(pairs)}
 
 
+def _lost(finite: np.ndarray) -> dict:
+  """``not_finite`` of a report, if any of the rows [R] is not."""
+  lost = int(np.sum(~finite))
+  return {'not_finite': lost} if lost else {}
+
+
+def is_finite(report: dict) -> bool:
+  """Whether a report says how good a model is: with scores that are not finite
+  for some rows it does not, and is never the best."""
+  return 'not_finite' not in report and all(
+      np.isfinite(v) for v in report.values())
+
+
 def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """One offset a class that makes scores [R, C] most accurate on their rows.
 
   For two classes this is the best threshold. A model's prior for its label
   words is corrected so without any training, which is what a fine-tuned model
-  has to beat. Coordinate ascent; of equally good offsets, the middle one.
+  has to beat. Coordinate ascent; of equally good offsets, the middle one. Rows
+  with scores that are not finite have no say.
   """
-  offsets = np.zeros(scores.shape[1])
+  offsets, finite = np.zeros(scores.shape[1]), np.isfinite(scores).all(-1)
+  if not finite.any():
+    return offsets
+  scores, labels = scores[finite], labels[finite]
   for _ in range(3 if scores.shape[1] > 2 else 1):
     for c in range(1, scores.shape[1]):
       others = np.delete(scores + offsets, c, axis=1).max(-1)
@@ -211,8 +237,11 @@ def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return offsets
 
 
-def rank(report: dict, metric: str, select: str) -> dict:
-  """What checkpoints are compared by: ``score`` first, then ``loss``."""
+def rank(report: dict, metric: str, select: str) -> dict | None:
+  """What checkpoints are compared by: ``score`` first, then ``loss``; None for
+  a report that is not finite."""
+  if not is_finite(report):
+    return None
   loss = report.get('loss', 0.0)
   by_loss = select == 'loss' or metric not in report
   return {'score': -loss if by_loss else report[metric], 'loss': loss}
@@ -220,10 +249,14 @@ def rank(report: dict, metric: str, select: str) -> dict:
 
 def spell(report: dict) -> str:
   """A report as text: ``accuracy 65.5 %, loss 0.612``."""
-  return ', '.join(
+  out = [
       f'{name.replace("_", " ")} '
       f'{f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.1%}"}'
-      for name, value in report.items() if isinstance(value, float))
+      for name, value in report.items() if isinstance(value, float)]
+  if 'not_finite' in report:
+    out.append(f'scores of {report["not_finite"]} of {report["count"]} rows '
+               'not finite')
+  return ', '.join(out)
 
 
 def peak_memory() -> int:

@@ -6,8 +6,17 @@ from pathlib import Path
 import shutil
 
 import jax
+import jax.numpy as jnp
 
-from mezo_jax import checkpoint, masks, models, peft, sharding, trainable
+from mezo_jax import (
+  checkpoint,
+  masks,
+  models,
+  noise,
+  peft,
+  sharding,
+  trainable,
+)
 from mezo_jax import config as config_lib
 
 
@@ -29,7 +38,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   Raises:
     FileNotFoundError: if the run, or a checkpoint of that step, is not there.
     FileExistsError: if ``directory`` is not empty.
-    ValueError: if the run's config or the checkpoint cannot be read.
+    ValueError: if the run's config or the checkpoint cannot be read, or a
+      parameter is not finite.
   """
   workdir, directory = Path(workdir), Path(directory)
   if not ((workdir / 'config.json').is_file()
@@ -90,14 +100,25 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
             else {})
   about = dict(tokenizer=tokenizer, card=card(run, step, result))
   if adapts and not merged:
+    _check_finite(params, step)
     return peft.save(directory, model, params, base=_base(run)[0], **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)
+  _check_finite(params, step)
   models.save(directory, model, params, **about)
   generation = models.find(name, revision, weights=False) / (
       'generation_config.json')
   if generation.is_file() and jax.process_index() == 0:
     shutil.copy(generation, directory)
   return directory
+
+
+def _check_finite(params: dict, step: int) -> None:
+  """Raises ValueError for the first parameter that is not finite."""
+  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+    if not jnp.isfinite(x).all():
+      raise ValueError(
+          f'{noise.path_str(path)} of step {step} is not finite: such a model '
+          'computes nothing. Choose an earlier --step, if one was kept.')
 
 
 def card(run: config_lib.Train, step: int, result: dict) -> str:

@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, TensorBoard if it is installed."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -9,13 +10,14 @@ import jax
 class Metrics:
   """Appends records to ``metrics.jsonl`` (on process 0) and keeps them.
 
-  A record is one JSON object a line with at least ``kind`` and ``step``.
-  Opened again for a resumed run, it drops what came after the restored step.
+  A record is one JSON object a line with at least ``kind`` and ``step``, null
+  for a number that is not finite. Opened again for a resumed run, it drops what
+  came after the restored step.
   """
 
   def __init__(self, workdir: Path, step: int = 0):
     path = workdir / 'metrics.jsonl'
-    self.records = [r for r in _read(path) if r['step'] <= step]
+    self.records = [_plain(r) for r in read(path) if r['step'] <= step]
     self._file = self._board = None
     if jax.process_index() > 0:
       return
@@ -30,14 +32,14 @@ class Metrics:
     self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
 
   def write(self, kind: str, step: int, **values) -> None:
-    record = {'kind': kind, 'step': step, **values}
+    record = _plain({'kind': kind, 'step': step, **values})
     self.records.append(record)
     if self._file:
-      self._file.write(json.dumps(record) + '\n')
+      self._file.write(json.dumps(record, allow_nan=False) + '\n')
     if self._board:
-      for name, value in values.items():
-        if isinstance(value, (int, float)):
-          self._board.add_scalar(f'{kind}/{name}', value, step)
+      for name in values:
+        if isinstance(record[name], (int, float)):
+          self._board.add_scalar(f'{kind}/{name}', record[name], step)
 
   def of(self, kind: str) -> list[dict]:
     return [r for r in self.records if r['kind'] == kind]
@@ -48,7 +50,18 @@ class Metrics:
         sink.close()
 
 
-def _read(path: Path) -> list[dict]:
+def _plain(value):
+  """A value as JSON can hold it: lists and numbers, null for inf and NaN."""
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  value = value.tolist() if hasattr(value, 'tolist') else value  # numpy's
+  if isinstance(value, (list, tuple)):
+    return [*map(_plain, value)]
+  lost = isinstance(value, float) and not math.isfinite(value)
+  return None if lost else value
+
+
+def read(path: Path) -> list[dict]:
   """The records of a log; a last line cut short by a crash is left out."""
   if not path.is_file():
     return []
@@ -66,12 +79,13 @@ def _read(path: Path) -> list[dict]:
 
 
 def write_json(path: Path, value) -> None:
-  """Writes a file whole or not at all, on process 0."""
+  """Writes a file whole or not at all, on process 0; inf and NaN as null."""
   if jax.process_index() > 0:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
-  part.write_text(json.dumps(value, indent=2) + '\n')
+  part.write_text(
+      json.dumps(_plain(value), indent=2, allow_nan=False) + '\n')
   part.replace(path)
 
 

@@ -94,6 +94,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def place(tree, shardings):
+  """A tree of arrays that each process has made for itself, laid out anew.
+
+  Typed keys too: `jax.device_put` refuses those on other processes' devices.
+  """
+  return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+
+
 def put_batch(batch, mesh: Mesh):
   """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 

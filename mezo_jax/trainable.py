@@ -68,7 +68,7 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
       adapters = peft.prefix.init(model, params, key, **init)
     else:
       adapters = peft.prefix.init_prompt(model, params, key, **init)
-  adapters = jax.device_put(
+  adapters = sharding.place(
       adapters, sharding.param_shardings(adapters, mesh))
   return model, masks.join(params, adapters)
 

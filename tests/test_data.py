@@ -140,6 +140,32 @@ def test_report_against_jax():
   assert got['count'] == 20 and 'calibrated_accuracy' not in got
 
 
+def test_a_row_whose_scores_are_not_finite_is_wrong_and_is_counted():
+  scores = np.array([[2.0, 1.0], [np.nan, 1.0], [0.0, np.nan], [np.inf, 0.0],
+                     [-np.inf, 3.0], [-np.inf, -np.inf]])
+  got = evaluate.report(scores, np.array([0, 0, 0, 0, 1, 0]))
+  assert got['accuracy'] == 2 / 6 and got['not_finite'] == 4
+  assert not evaluate.is_finite(got)
+  assert evaluate.rank(got, 'accuracy', 'metric') is None
+  assert 'scores of 4 of 6 rows not finite' in evaluate.spell(got)
+  offsets = evaluate.calibrate(scores, np.array([0, 0, 0, 0, 1, 0]))
+  assert np.isfinite(offsets).all()
+  assert not evaluate.calibrate(scores[1:4], np.zeros(3, int)).any()
+  fine = evaluate.report(scores[:1], [0])
+  assert evaluate.is_finite(fine) and 'not_finite' not in fine
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  log = loggers.Metrics(tmp_path)
+  log.write('train', 1, loss=np.float32('nan'), g=np.array([1.0, np.inf]))
+  log.close()
+  loggers.write_json(tmp_path / 'x.json', {'a': [{'b': float('-inf')}, 2]})
+  assert log.of('train') == loggers.Metrics(tmp_path, 1).records == [
+      {'kind': 'train', 'step': 1, 'loss': None, 'g': [1.0, None]}]
+  assert json.loads((tmp_path / 'x.json').read_text()) == {'a': [{'b': None},
+                                                                 2]}
+
+
 def test_metrics_survive_a_crash_and_forget_what_was_not_saved(tmp_path):
   log = loggers.Metrics(tmp_path)
   for step in (1, 2, 3):

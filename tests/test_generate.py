@@ -88,6 +88,16 @@ def test_stops(tiny):
     assert (row[n:] == 63).all()
 
 
+def test_rows_whose_logits_are_not_finite_are_told(tiny):
+  model, params, ids = tiny
+  run = lambda p: models.generate(model, p, ids, max_new_tokens=4, check=True)
+  tokens, finite = run(params)
+  np.testing.assert_array_equal(
+      tokens, models.generate(model, params, ids, max_new_tokens=4))
+  assert finite.all()
+  assert not run(jax.tree.map(lambda x: x * jnp.nan, params))[1].any()
+
+
 def test_perturbed_generation_is_that_of_built_weights(tiny):
   model, params, ids = tiny
   step = [(jax.random.key(5), 0.3)]

@@ -21,14 +21,17 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
   stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
   def step(ids, cache, key):
-    """(next tokens [B], cache) after the tokens ids [B, S]."""
+    """(next tokens [B], whether they mean anything [B], cache) after the tokens
+    ids [B, S]."""
     last = jnp.full((b, 1), ids.shape[1] - 1)
     logits, cache = model.apply(
         {'params': params}, ids, mask_BxT, answer_at=last, cache=cache)
+    logits = logits[:, 0]
+    finite = jnp.isfinite(jnp.max(logits, -1))
     if not sample:
-      return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
-    logits = _keep(logits[:, 0] / temperature, top_k, top_p)
-    return jax.random.categorical(key, logits).astype(jnp.int32), cache
+      return jnp.argmax(logits, -1).astype(jnp.int32), finite, cache
+    logits = _keep(logits / temperature, top_k, top_p)
+    return jax.random.categorical(key, logits).astype(jnp.int32), finite, cache
 
   def write(out, done, tokens, i):
     tokens = jnp.where(done, pad_id, tokens)
@@ -36,22 +39,25 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     return out, done | jnp.isin(tokens, stops), tokens
 
   cache = make_cache(model.config, b, total, dtype)
-  tokens, cache = step(input_ids, cache, jax.random.fold_in(key, 0))
+  tokens, finite, cache = step(input_ids, cache, jax.random.fold_in(key, 0))
   out, done, tokens = write(
       jnp.full((b, max_new_tokens), pad_id, jnp.int32),
       jnp.zeros(b, bool), tokens, 0)
 
   def more(carry):
-    i, _, done, *_ = carry
+    i, _, _, done, *_ = carry
     return (i < max_new_tokens) & ~jnp.all(done)
 
   def one(carry):
-    i, out, done, tokens, cache = carry
-    tokens, cache = step(tokens[:, None], cache, jax.random.fold_in(key, i))
+    i, out, finite, done, tokens, cache = carry
+    tokens, fine, cache = step(
+        tokens[:, None], cache, jax.random.fold_in(key, i))
+    finite &= done | fine
     out, done, tokens = write(out, done, tokens, i)
-    return i + 1, out, done, tokens, cache
+    return i + 1, out, finite, done, tokens, cache
 
-  return jax.lax.while_loop(more, one, (1, out, done, tokens, cache))[1]
+  return jax.lax.while_loop(
+      more, one, (1, out, finite, done, tokens, cache))[1:3]
 
 
 def _keep(logits, top_k: int, top_p: jax.Array | None):
@@ -72,7 +78,8 @@ def _keep(logits, top_k: int, top_p: jax.Array | None):
 def generate(model: Transformer, params, input_ids, attention_mask=None, *,
              max_new_tokens: int, stop_ids: Sequence[int] = (),
              pad_id: int = 0, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, key: jax.Array | None = None) -> jax.Array:
+             top_p: float = 1.0, key: jax.Array | None = None,
+             check: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Continues prompts, one token of each a step, until all have stopped.
 
   The prompts pass through the model once; then a `lax.while_loop` feeds back
@@ -94,9 +101,11 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
     top_k: draw from the k likeliest; 0 for all.
     top_p: draw from the fewest likeliest that have this probability together.
     key: of the draws; needed if temperature > 0.
+    check: whether to say also for which rows the model's logits were finite:
+      of NaNs the likeliest token is one like any other.
 
   Returns:
-    int32 [B, max_new_tokens].
+    int32 [B, max_new_tokens]; with ``check`` also bool [B].
 
   Raises:
     ValueError: for a model that is not causal, a batch with padding on the
@@ -123,10 +132,11 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
   elif not isinstance(attention_mask, jax.core.Tracer) and not (
       jnp.asarray(attention_mask)[:, -1].all()):
     raise ValueError('a prompt ends in padding; pad prompts on the left.')
-  return _generate(
+  out = _generate(
       model, params, jnp.asarray(input_ids, jnp.int32),
       jnp.asarray(attention_mask, jnp.int32),
       jax.random.key(0) if key is None else key, temperature,
       top_p if top_p < 1 else None, max_new_tokens=max_new_tokens,
       stop_ids=tuple(map(int, stop_ids)), pad_id=int(pad_id),
       sample=bool(temperature), top_k=top_k)
+  return out if check else out[0]

@@ -1,0 +1,111 @@
+"""Losses, scores, parameters that are not finite: no result, said plainly."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import pytest
+from test_train import small_config
+
+from mezo_jax import checkpoint, models
+from mezo_jax.export import export
+from mezo_jax.tasks import Task
+import train
+
+
+@pytest.fixture(scope='module')
+def lost(tiny_dir, reviews_file, tmp_path_factory):
+  """A run whose parameters are not finite from its first step on."""
+  workdir = tmp_path_factory.mktemp('lost')
+  config = small_config(
+      tiny_dir, reviews_file, steps=30, optimizer__learning_rate=3e38,
+      max_skipped=4)
+  with pytest.raises(train.Stopped, match='last 4 steps.*learning_rate'):
+    train.run(config, workdir)
+  return workdir, config
+
+
+def strict(path):
+  """The records of a log, in which NaN and Infinity are no JSON."""
+  def refuse(name):
+    raise AssertionError(f'{name} in {path}')
+  return [json.loads(line, parse_constant=refuse)
+          for line in path.read_text().splitlines()]
+
+
+def test_losses_that_are_not_finite_stop_the_run(lost):
+  rows = strict(lost[0] / 'metrics.jsonl')
+  assert [r['loss'] for r in rows if r['kind'] == 'dev'][-1] is None
+  rows = [r for r in rows if r['kind'] == 'train']
+  assert rows[-1]['skipped'] >= 4 and rows[-1]['loss'] is None
+
+
+def test_a_run_without_a_finite_evaluation_has_no_result(lost):
+  workdir, config = lost
+  steps = checkpoint.latest_step(workdir / 'checkpoints')
+  with pytest.raises(train.Stopped, match='no checkpoint whose evaluation is'):
+    train.run(dataclasses.replace(config, steps=steps), workdir)
+  assert not (workdir / 'result.json').exists()
+
+
+def test_a_run_that_skipped_every_step_has_no_result(
+    tiny_dir, reviews_file, tmp_path):
+  config = small_config(tiny_dir, reviews_file, steps=2, optimizer__eps=3e38)
+  with pytest.raises(train.Stopped, match='each of the 2 steps.*was skipped'):
+    train.run(config, tmp_path)
+  assert not (tmp_path / 'result.json').exists()
+
+
+@pytest.fixture(scope='module')
+def nan_dir(tiny_dir, tmp_path_factory):
+  """A model that computes NaN."""
+  model, params = models.load(tiny_dir, progress=False)
+  params['embed']['embedding'] *= np.nan
+  return models.save(tmp_path_factory.mktemp('nan') / 'm', model, params,
+                     progress=False, tokenizer=models.load_tokenizer(tiny_dir))
+
+
+@pytest.mark.parametrize('method,message', [
+    ('zero_shot', 'zero_shot has no result: .*of 40 of 40 rows not finite'),
+    ('icl', 'icl has no result'), ('linear_probe', 'features of 40 of 40')])
+def test_a_model_that_is_not_finite_has_no_result(
+    nan_dir, reviews_file, tmp_path, method, message):
+  config = small_config(nan_dir, reviews_file, method=method, num_demos=2)
+  with pytest.raises((train.Stopped, ValueError), match=message):
+    train.run(config, tmp_path)
+  assert not (tmp_path / 'result.json').exists()
+
+
+def test_texts_of_a_model_that_is_not_finite_are_no_result(nan_dir, tmp_path):
+  row = json.dumps({'question': 'a film', 'answers': ['good']})
+  data = tmp_path / 'qa.jsonl'
+  data.write_text('\n'.join([row] * 100))
+  config = small_config(nan_dir, data, method='zero_shot')
+  config.task = Task(kind='generation', template='{question} It was',
+                     stop='the', max_new_tokens=3)
+  with pytest.raises(train.Stopped, match='f1 0.0%.*40 of 40 rows not finite'):
+    train.run(config, tmp_path / 'w')
+
+
+def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
+  state, nan = {'w': jax.numpy.arange(4.0)}, float('nan')
+  earlier = ocp.training.Checkpointer(tmp_path)  # versions that kept NaN
+  earlier.save(1, state, metrics={'score': nan, 'loss': nan})
+  earlier.close()
+  kept = checkpoint.Checkpoints(tmp_path)
+  with pytest.raises(FileNotFoundError, match='there is no best step'):
+    kept.best_step()
+  for step, score, loss in ((2, .6, .5), (3, .6, nan), (4, nan, .1),
+                            (5, .5, float('-inf'))):
+    kept.save(step, state, {'score': score, 'loss': loss})
+  assert kept.best_step() == 2 and kept.steps() == [2, 5]
+  kept.close()
+
+
+def test_parameters_that_are_not_finite_are_not_exported(lost, tmp_path):
+  step = checkpoint.latest_step(lost[0] / 'checkpoints')
+  with pytest.raises(ValueError, match='embed/embedding of step 3 is not fin'):
+    export(lost[0], tmp_path / 'm', step)
+  assert not (tmp_path / 'm').exists()
