@@ -9,6 +9,7 @@ import dataclasses
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mezo_jax import streams
 from mezo_jax.lazy import (
@@ -173,6 +174,45 @@ def _cond(eqn, ins, context):
   return lax.switch(index.astype(jnp.int32), branches, *operands)
 
 
+def _shard_map(eqn, ins, context):
+  """Each device's part of a leaf has that part of the leaf's noise."""
+  p = eqn.params
+  args, specs, trees = [], [], []
+  for x, spec in zip(ins, p['in_specs']):
+    tree = None
+    if isinstance(x, Expression):
+      context.note(x, 'something is computed of it before a shard_map')
+      x = context.force(x)
+    elif isinstance(x, Block):
+      arrays, tree = jax.tree.flatten(x.stream)
+      x, spec = (x.w, arrays, x.coefs), (spec, [P()] * len(arrays), P())
+    args.append(x)
+    specs.append(spec)
+    trees.append(tree)
+
+  def body(*args):
+    local = []
+    for x, lazy, tree, spec in zip(args, ins, trees, p['in_specs']):
+      if tree is not None:
+        w, arrays, coefs = x
+        starts = [0] * w.ndim
+        for axis, names in enumerate(spec):
+          if names is not None:
+            starts[axis] = lax.axis_index(names) * w.shape[axis]
+        stream = streams.window(jax.tree.unflatten(tree, arrays), starts,
+                                w.shape, (1,) * w.ndim)
+        x = dataclasses.replace(
+            lazy, w=w, stream=stream, coefs=coefs, leaf=None)
+      local.append(x)
+    outs = evaluate(p['jaxpr'], (), local, context)
+    return tuple(map(context.force, outs))
+
+  return [*jax.shard_map(
+      body, mesh=p['mesh'], in_specs=tuple(specs),
+      out_specs=tuple(p['out_specs']), check_vma=p['check_vma'],
+      axis_names=p['newly_manual_axes'])(*args)]
+
+
 # --- which weights a loop takes apart ---------------------------------------
 
 
@@ -226,5 +266,5 @@ _CALLS = {
     'custom_vjp_call': _custom_vjp,
     'custom_vjp_call_jaxpr': _custom_vjp,
 }
-RULES.update(_CALLS, scan=_scan, cond=_cond)
+RULES.update(_CALLS, scan=_scan, cond=_cond, shard_map=_shard_map)
 RULES['while'] = _while

@@ -51,6 +51,18 @@ class Block:
     leaf = self.leaf if w.size == self.w.size else None
     return dataclasses.replace(self, w=w, stream=stream, leaf=leaf)
 
+  def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
+    """The block with its axes in the order of the leaf, and the order that
+    they have here: a transpose must not be built before it is read."""
+    lies = sorted(range(self.w.ndim), key=lambda a: (
+        -self.stream.strides[a] or -2**63))
+    block = self.transpose(lies)
+    return block, tuple(lies.index(a) for a in range(len(lies)))
+
+  def transpose(self, order) -> 'Block':
+    return self.view(self.w.transpose(order),
+                     streams.transpose(self.stream, order))
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -73,9 +85,9 @@ class Operation:
 
   def __init__(self, eqn):
     self.eqn = eqn
-    literals = tuple((v.aval, str(v.val)) if isinstance(v, core.Literal)
-                     else None for v in eqn.invars)
-    self._key = (eqn.primitive, literals, *sorted(
+    inputs = tuple((v.aval, str(v.val) if isinstance(v, core.Literal) else '')
+                   for v in eqn.invars)
+    self._key = (eqn.primitive, inputs, *sorted(
         eqn.params.items(), key=lambda item: item[0]))
     try:
       self._hash = hash(self._key)
@@ -106,37 +118,42 @@ class Context:
       return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
     if not isinstance(x, Block):
       return x
+    x, order = x.as_it_lies()
     w = noise.add(x.w, x.coefs, x.stream, distribution=self.distribution,
                   generator=self.generator).astype(x.w.dtype)
     for dtype in x.casts:
       w = w.astype(dtype)
-    # A TPU would make z anew for each tile of rows that it multiplies by w.
-    return (lax.optimization_barrier(w) if self.distribution == 'normal'
-            else w)
+    if self.distribution == 'normal':
+      # A TPU would make z anew for each tile of rows that it multiplies by w.
+      w = lax.optimization_barrier(w)
+    return w.transpose(order)
 
-  def consume(self, fn: Callable, op: Operation, ins: list) -> list:
-    """``fn(arrays)`` of the arrays that ``ins`` stand for, built for it alone.
+  def consume(self, fn: Callable, op: Operation, ins: list,
+              fn_on_cpu: Callable | None = None) -> list:
+    """``fn(ins)``, in which lazy values are built, for it alone.
 
     Args:
       fn: of lazy and other values; the same for all ``op`` that are equal.
       op: what it does.
       ins: lazy and other values; None for literals.
+      fn_on_cpu: does the same, with less memory.
     """
     size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
     small = size < _SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
       return fn(ins)
-    if op not in self.functions:
-      jitted = jax.jit(fn)
+    ins, orders = pack(ins)
+    if (op, orders) not in self.functions:
+      unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
+      apart = jax.jit(unpacked(fn_on_cpu or fn))
       def called(ins):
         # XLA:CPU builds all that it can as soon as it can. What happens in a
         # function that it does not inline, it leaves there.
         with set_xla_metadata(inlineable='false'):
-          return jitted(ins)
-      self.functions[op] = jitted, called
-    jitted, called = self.functions[op]
-    return lax.platform_dependent(
-        nameless(ins), cpu=called, default=jitted)
+          return apart(ins)
+      self.functions[op, orders] = jax.jit(unpacked(fn)), called
+    jitted, called = self.functions[op, orders]
+    return lax.platform_dependent(ins, cpu=called, default=jitted)
 
   def note(self, x, why: str) -> None:
     """Remembers that a large leaf is built whole."""
@@ -148,15 +165,31 @@ class Context:
       self.built.setdefault(x.leaf, why)
 
 
-def nameless(tree):
-  """The values without names, in which equal layers differ."""
-  def strip(x):
+def pack(values) -> tuple[list, tuple]:
+  """Values as arguments of a function that equal layers share: without names,
+  and each block as it lies; with the orders that `unpack` wants."""
+  out, orders = [], []
+  for x in values:
+    order = None
     if isinstance(x, Block):
-      return dataclasses.replace(x, leaf=None)
+      x, order = dataclasses.replace(x, leaf=None).as_it_lies()
+    elif isinstance(x, Expression):
+      args, order = pack(x.args)
+      x = dataclasses.replace(x, args=tuple(args))
+    out.append(x)
+    orders.append(order)
+  return out, tuple(orders)
+
+
+def unpack(values, orders) -> list:
+  """The inverse of `pack`, but for the names."""
+  def one(x, order):
+    if isinstance(x, Block):
+      return x.transpose(order)
     if isinstance(x, Expression):
-      return dataclasses.replace(x, args=tuple(map(strip, x.args)))
+      return dataclasses.replace(x, args=tuple(unpack(x.args, order)))
     return x
-  return [strip(x) for x in tree]
+  return [*map(one, values, orders)]
 
 
 # --- evaluation -------------------------------------------------------------
@@ -199,8 +232,50 @@ def _otherwise(eqn, ins, context):
     if isinstance(x, Block) and (
         x.leaf and noise.locate(x.leaf)[2] or _inner(eqn)):
       context.note(x, f'all of it is used at once, by {eqn.primitive.name}')
+  by_parts = eqn.primitive.name == 'dot_general' and _dot_by_parts(
+      eqn, ins, context)
   return context.consume(
-      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins)
+      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins,
+      by_parts or None)
+
+
+def _dot_by_parts(eqn, ins, context) -> Callable | None:
+  """A product with a matrix that is a good part of the model (an embedding as
+  the head): the same product, of some of the matrix's rows at a time."""
+  p = eqn.params
+  at = 0 if isinstance(ins[0], Block) else 1
+  w = ins[at]
+  contracted, batch = (pair[at] for pair in p['dimension_numbers'])
+  free = [a for a in range(len(w.shape)) if a not in (*contracted, *batch)]
+  if (not isinstance(w, Block) or isinstance(ins[1 - at], Lazy) or not free
+      or p['out_sharding'] is not None or 16 * w.w.size <= context.total
+      or jax.sharding.get_abstract_mesh().manual_axes):
+    return None
+  axis = max(free, key=lambda a: w.shape[a])
+  size = w.shape[axis]
+  rows = max(1, size * context.total // (16 * w.w.size))
+  others = len(ins[1 - at].shape) - len(contracted) - len(batch)
+  out_axis = len(batch) + (others if at else 0) + free.index(axis)
+
+  def run(ins):
+    (w, order), x = ins[at].as_it_lies(), ins[1 - at]
+    along = order[axis]
+    def part(i, out):
+      start = jnp.minimum(i * rows, size - rows)  # the last overlaps
+      first = [start if a == along else 0 for a in range(w.w.ndim)]
+      sizes = [rows if a == along else n for a, n in enumerate(w.shape)]
+      block = w.view(lax.dynamic_slice(w.w, first, sizes), streams.window(
+          w.stream, first, sizes, (1,) * w.w.ndim))
+      built = context.force(block).transpose(order)
+      pair = [x, built] if at else [built, x]
+      return lax.dynamic_update_slice_in_dim(out, lax.dot_general(
+          *pair, p['dimension_numbers'], p['precision'],
+          p['preferred_element_type']), start, out_axis)
+    out = eqn.outvars[0].aval
+    return [lax.fori_loop(0, -(-size // rows), part,
+                          jnp.zeros(out.shape, out.dtype))]
+
+  return run
 
 
 def _waits(eqn, ins) -> bool:
@@ -329,5 +404,5 @@ RULES: dict[str, Callable[..., Any]] = {
     'dynamic_slice': _view(_sliced),
     'gather': _view(_gathered),
 } | dict.fromkeys(
-    ('copy', 'copy_p', 'sharding_constraint', 'reshard', 'mesh_cast'),
+    ('copy', 'copy_p', 'sharding_constraint', 'reshard', 'mesh_cast', 'pvary'),
     _view(lambda stream, shape, eqn, others: stream))

@@ -43,6 +43,7 @@ def _blocks(params, displacement: Displacement, mask,
   coefs = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefs])
   leaves = noise.named_leaves(params)
   used = jax.tree.leaves(masks.selected(params, mask))
+  _check_shards([leaf for leaf, use in zip(leaves, used) if use])
   of = streams.of_leaves(keys, {
       path: jnp.shape(x) for (path, x), use in zip(leaves, used) if use})
 
@@ -52,6 +53,29 @@ def _blocks(params, displacement: Displacement, mask,
 
   return [block(path, x) if use else x
           for (path, x), use in zip(leaves, used)]
+
+
+def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
+  """Within `jax.shard_map` a shard knows not which part of a leaf it is.
+
+  Raises:
+    ValueError: if a leaf differs between devices there.
+  """
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  if not manual:
+    return
+  varies = lambda x: jax.typeof(x).mat.varying
+  if not varies(jax.lax.axis_index(manual[0])):
+    warnings.warn(
+        'inside pmap, or shard_map with check_vma=False, sharded weights '
+        'cannot be told from replicated ones: if they are sharded, each shard '
+        'draws the same z, which is wrong.', stacklevel=4)
+  for path, x in leaves:
+    if varies(x):
+      raise ValueError(
+          f'parameter {path!r} is sharded over {sorted(varies(x))} inside '
+          'shard_map, where each shard would draw the same z: call the '
+          'optimizer outside it, with shard_map inside value_fn if need be.')
 
 
 def _small(blocks: list[Block]) -> set[int]:

@@ -151,15 +151,16 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
 def window(s: Stream, starts, sizes, steps) -> Stream:
   """A run along each axis: ``x[start:start + size * step:step]``."""
   for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
-    def of(x, axis=axis, start=start, size=size, step=step):
-      if x.shape[axis] == 1:
+    at_start = isinstance(start, int) and start == 0
+    def of(x, axis=axis, start=start, size=size, step=step, whole=at_start):
+      if x.shape[axis] == 1 or whole and x.shape[axis] == size:
         return x
       return jnp.take(x, start + step * jnp.arange(size), axis=axis,
                       mode='clip')
     move = s.strides[axis]
     s = _map(of, s, strides=tuple(
         x * step if a == axis else x for a, x in enumerate(s.strides)))
-    if move:
+    if move and not at_start:
       s = _moved(s, jnp.asarray(start), move)
   return s
 
