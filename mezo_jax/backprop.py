@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mezo_jax import values
 from mezo_jax.masks import accepted
-from mezo_jax.spsa import split_batch
 
 
 class BackpropState(NamedTuple):
@@ -21,6 +21,7 @@ class BackpropState(NamedTuple):
 
 def backprop(
     inner: optax.GradientTransformation, *, micro_batches: int = 1,
+    equal_parts: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer of first order that is called as `mezo_jax.mezo` is.
 
@@ -31,8 +32,11 @@ def backprop(
 
   Args:
     inner: such as ``optax.adam(1e-5)``.
-    micro_batches: gradient accumulation: the gradient is the mean over this
-      many equal parts of the batch, one at a time; ``frozen`` is not split.
+    micro_batches: gradient accumulation: the gradient is that of the whole
+      batch, made of this many equal parts, one at a time; ``frozen`` is not
+      split.
+    equal_parts: average the scalars of the parts as they are; as for
+      `mezo_jax.spsa`.
   """
   def init_fn(params):
     # Arrays of their own: one that stood twice could not be donated.
@@ -44,18 +48,25 @@ def backprop(
         inner=inner.init(params))
 
   def gradient(loss, params, batch):
-    """(loss, gradient), float32 sums over the parts divided by their number."""
+    """(loss, gradient), float32 sums over the parts divided by the weights'."""
     if micro_batches == 1:
-      return jax.value_and_grad(loss)(params, **batch)
+      return jax.value_and_grad(lambda params: values.mean(
+          loss(params, **batch)).astype(jnp.float32))(params)
     whole = {k: batch[k] for k in ('frozen',) if k in batch}
+    def of_part(params, part):
+      out = loss(params, **part, **whole)
+      values.check_parts(out, micro_batches, equal_parts)
+      return values.sums(out)
     def add(total, part):
-      found = jax.value_and_grad(loss)(params, **part, **whole)
+      (value, weight), grads = jax.value_and_grad(
+          of_part, has_aux=True)(params, part)
       return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total,
-                          found), None
+                          (value, weight, grads)), None
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
-                        (jnp.zeros([]), params))
-    total, _ = jax.lax.scan(add, zero, split_batch(batch, micro_batches))
-    value, grads = jax.tree.map(lambda x: x / micro_batches, total)
+                        (jnp.zeros([]), jnp.zeros([]), params))
+    (value, weight, grads), _ = jax.lax.scan(
+        add, zero, values.split_batch(batch, micro_batches))
+    value, grads = jax.tree.map(lambda x: x / weight, (value, grads))
     return value, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -63,7 +74,7 @@ def backprop(
       raise ValueError('backprop makes its own updates: call tx.update(None, '
                        'state, params, value_fn=loss_fn, batch=batch).')
     def loss(params, **batch):
-      return jnp.asarray(value_fn(params, **batch), jnp.float32)
+      return value_fn(params, **batch)
     value, grads = gradient(loss, params, accepted(value_fn, extra_args))
     norm = optax.global_norm(grads).astype(jnp.float32)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)

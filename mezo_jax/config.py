@@ -202,6 +202,9 @@ def check(config: Train) -> None:
       (d.batch_size >= 1, 'data.batch_size must be at least 1'),
       (d.batch_size % max(o.micro_batches, 1) == 0,
        'optimizer.micro_batches must divide data.batch_size'),
+      (o.micro_batches == 1 or score.over_rows(config.task, objective(config)),
+       f'objective {objective(config)!r} is of a whole batch, no mean over '
+       'rows: leave optimizer.micro_batches at 1'),
       (min(d.num_dev, d.num_train) >= 1,
        'data.num_train and data.num_dev must be at least 1'),
       (d.num_test >= 1 or bool(d.test) or not d.train,

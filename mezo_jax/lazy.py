@@ -155,13 +155,14 @@ class Context:
     jitted, called = self.functions[op, orders]
     return lax.platform_dependent(ins, cpu=called, default=jitted)
 
-  def note(self, x, why: str) -> None:
-    """Remembers that a large leaf is built whole."""
+  def note(self, x, why: str, stacked: bool = False) -> None:
+    """Remembers that a large leaf (or: stack of layers) is built whole."""
     if isinstance(x, Expression):
       for arg in x.args:
-        self.note(arg, why)
+        self.note(arg, why, stacked)
     elif isinstance(x, Block) and x.leaf and x.w.size > max(
-        0.04 * self.total, _SMALL):
+        0.04 * self.total, _SMALL) and (
+            not stacked or noise.locate(x.leaf)[2]):
       self.built.setdefault(x.leaf, why)
 
 
@@ -229,9 +230,8 @@ def _otherwise(eqn, ins, context):
     return [Expression(tuple(ins), op, i, v.aval.shape)
             for i, v in enumerate(eqn.outvars)]
   for x in ins:
-    if isinstance(x, Block) and (
-        x.leaf and noise.locate(x.leaf)[2] or _inner(eqn)):
-      context.note(x, f'all of it is used at once, by {eqn.primitive.name}')
+    context.note(x, f'all of it is used at once, by {eqn.primitive.name}',
+                 stacked=not _inner(eqn))
   by_parts = eqn.primitive.name == 'dot_general' and _dot_by_parts(
       eqn, ins, context)
   return context.consume(
@@ -248,34 +248,48 @@ def _dot_by_parts(eqn, ins, context) -> Callable | None:
   contracted, batch = (pair[at] for pair in p['dimension_numbers'])
   free = [a for a in range(len(w.shape)) if a not in (*contracted, *batch)]
   if (not isinstance(w, Block) or isinstance(ins[1 - at], Lazy) or not free
-      or p['out_sharding'] is not None or 16 * w.w.size <= context.total
-      or jax.sharding.get_abstract_mesh().manual_axes):
+      or 8 * w.w.size <= context.total or _in_sharded_types(w.w)):
     return None
   axis = max(free, key=lambda a: w.shape[a])
-  size = w.shape[axis]
-  rows = max(1, size * context.total // (16 * w.w.size))
+  size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
+  parts = next((n for n in range(wanted, size) if size % n == 0), size)
+  if parts > 16 * wanted:
+    return None
   others = len(ins[1 - at].shape) - len(contracted) - len(batch)
   out_axis = len(batch) + (others if at else 0) + free.index(axis)
+  # Every parts-th row: runs of rows may be on different devices.
+  apart = lambda shape, axis: (
+      *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
+  whole, order = w.as_it_lies()
+  along, lies = order[axis], whole.shape
+  if streams.reshape(whole.stream, lies, apart(lies, along)) is None:
+    return None
 
   def run(ins):
-    (w, order), x = ins[at].as_it_lies(), ins[1 - at]
-    along = order[axis]
+    (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
+    rows = w.view(w.w.reshape(split), streams.reshape(w.stream, lies, split))
     def part(i, out):
-      start = jnp.minimum(i * rows, size - rows)  # the last overlaps
-      first = [start if a == along else 0 for a in range(w.w.ndim)]
-      sizes = [rows if a == along else n for a, n in enumerate(w.shape)]
-      block = w.view(lax.dynamic_slice(w.w, first, sizes), streams.window(
-          w.stream, first, sizes, (1,) * w.w.ndim))
-      built = context.force(block).transpose(order)
+      some = rows.view(
+          lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
+          streams.take(rows.stream, along + 1, i))
+      built = context.force(some).transpose(order)
       pair = [x, built] if at else [built, x]
-      return lax.dynamic_update_slice_in_dim(out, lax.dot_general(
+      return lax.dynamic_update_index_in_dim(out, lax.dot_general(
           *pair, p['dimension_numbers'], p['precision'],
-          p['preferred_element_type']), start, out_axis)
+          p['preferred_element_type']), i, out_axis + 1)
     out = eqn.outvars[0].aval
-    return [lax.fori_loop(0, -(-size // rows), part,
-                          jnp.zeros(out.shape, out.dtype))]
+    return [lax.fori_loop(0, parts, part, jnp.zeros(
+        apart(out.shape, out_axis), out.dtype)).reshape(out.shape)]
 
   return run
+
+
+def _in_sharded_types(w) -> bool:
+  """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
+  its carry how it lies."""
+  mesh = jax.typeof(w).sharding.mesh
+  return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(
+      jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _waits(eqn, ins) -> bool:

@@ -26,12 +26,13 @@ def mezo(
     key: jax.Array | int,
     weight_decay: float = 0.0,
     mask=None,
-    num_samples: int = 1,
+    num_samples: int | None = None,
     distribution: str = 'normal',
     generator: str = 'hash32',
     one_sided: bool = False,
     sum_samples: bool = False,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
+    equal_parts: bool = False,
     stochastic_rounding: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Memory-efficient zeroth-order SGD.
@@ -60,8 +61,9 @@ def mezo(
     generator: of the noise: 'threefry2x32' or 'hash32'.
     one_sided: whether to compare with the clean loss.
     sum_samples: whether to sum over directions instead of averaging.
-    micro_batches: parts that the batch is evaluated in; these options are
-      described in full at `mezo_jax.spsa`.
+    micro_batches: parts that the batch is evaluated in.
+    equal_parts: whether parts whose loss is a scalar weigh the same; these
+      options are described in full at `mezo_jax.spsa`.
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
       stochastically, with bits of the step's key, instead of to nearest.
 
@@ -93,7 +95,7 @@ def mezo(
       spsa(eps, key=key, mask=mask, num_samples=num_samples,
            distribution=distribution, generator=generator, one_sided=one_sided,
            sum_samples=sum_samples, micro_batches=micro_batches,
-           dtype=jnp.float32),
+           equal_parts=equal_parts, dtype=jnp.float32),
       optax.add_decayed_weights(weight_decay, decayed),
       by_group(optax.scale_by_learning_rate, learning_rate))
 

@@ -12,7 +12,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 \mathcal{L}`, is optax's: see `mezo_jax.mezo`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import masks, noise, perturb
+from mezo_jax import masks, noise, perturb, values
 
 DISTRIBUTIONS = (*noise.DISTRIBUTIONS, 'sphere')
 
@@ -41,13 +41,14 @@ def spsa(
     eps: float | optax.Schedule | Mapping = 1e-3,
     *,
     key: jax.Array | int,
-    num_samples: int = 1,
+    num_samples: int | None = None,
     distribution: str = 'normal',
     generator: str = 'hash32',
     mask=None,
     one_sided: bool = False,
     sum_samples: bool = False,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
+    equal_parts: bool = False,
     dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the gradient by simultaneous perturbation.
@@ -63,8 +64,7 @@ def spsa(
   an estimate of :math:`E[zz^\top]\nabla\mathcal{L} = \nabla\mathcal{L}` that is
   unbiased up to :math:`O(\epsilon^2)`. ``update`` needs ``params`` and
   ``value_fn`` and makes its own updates, so it stands first in any chain and
-  is given ``None`` in their place (or, inside a wrapper that wants a tree such
-  as `optax.apply_if_finite`, the params themselves, whose values are ignored).
+  is given ``None`` in their place.
 
   Args:
     eps: perturbation scale :math:`\epsilon`, a number or a schedule of the
@@ -75,7 +75,7 @@ def spsa(
       has ``projected_grad`` with that of the first group.
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
-    num_samples: directions per step (n-SPSA). They share the batch.
+    num_samples: directions per step (n-SPSA), 1 if None. They share the batch.
     distribution: 'normal'; 'rademacher' (signs); or 'sphere', uniform on the
       sphere of radius :math:`\sqrt d` (one more pass of noise per direction).
     generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
@@ -87,21 +87,28 @@ def spsa(
       a bias of :math:`O(\epsilon)`.
     sum_samples: sum over the directions instead of their mean, which scales
       the learning rate by n.
-    micro_batches: evaluate the batch in this many equal parts and average the
-      losses, all with one z: gradient accumulation. Every array passed on to
-      ``value_fn`` is split along its leading axis, but those in ``frozen``.
+    micro_batches: evaluate the batch in this many equal parts (1 if None), all
+      with one z: gradient accumulation. Every array passed on to ``value_fn``
+      is split along its leading axis, but those in ``frozen``. The value is
+      that of the whole batch, so ``value_fn`` must return the rows' values
+      ``[B]`` or ``(values, weights)``: see `mezo_jax.values`.
+    equal_parts: average the scalars of the parts as they are.
     dtype: of the updates; None for each parameter's own.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`. Its ``update(None, state,
     params, value_fn=..., **kwargs)`` calls ``value_fn(params, ...)`` with those
-    of ``kwargs`` that it takes by name, in float32 whatever it returns. A
-    value or projected gradient that is not finite gives zero updates and is
-    counted in the state.
+    of ``kwargs`` that it takes by name. That returns a scalar, the rows'
+    values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
+    projected gradient that is not finite gives zero updates and is counted in
+    the state. (`optax.apply_updates` cannot add to PRNG keys among the params:
+    `mezo_jax.masks.split` sets them apart.)
 
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
-      updates of an earlier transform, or params with `optax.MaskedNode` holes.
+      updates of an earlier transform, params with `optax.MaskedNode` holes, a
+      loss that is none of the above or of half precision, or parts of unknown
+      weight.
 
   References:
     Spall, 1992, "Multivariate stochastic approximation using a simultaneous
@@ -120,23 +127,29 @@ def spsa(
     >>> params = optax.apply_updates(params, updates)
 
   .. warning::
-    ``optax.MultiSteps(optax.chain(spsa(...), ...))`` cannot accumulate, since
-    the estimate does not depend on the updates it is handed: it is refused.
-    Use ``micro_batches``, or put only what follows inside `optax.MultiSteps`.
+    Wrappers that want a tree of updates (`optax.MultiSteps`, ``flatten``,
+    ``apply_if_finite``, ``conditionally_mask``, ``conditionally_transform``,
+    ``contrib.mechanize``) or hide a part of the params (``masked``,
+    ``partition``) cannot hold an estimate, which does not depend on what it is
+    handed. Put them around what follows: ``chain(spsa(...), wrapper(rest))``.
+    `optax.lookahead` cannot be used: it passes no extra arguments on.
   """
+  num_samples = 1 if num_samples is None else num_samples
+  micro_batches = 1 if micro_batches is None else micro_batches
   _check_options(eps, num_samples, distribution, generator, micro_batches)
   of_noise = dict(generator=generator, mask=mask, distribution=(
       'normal' if distribution == 'sphere' else distribution))
 
   def init_fn(params):
+    _check_holes(params)
     masks.selected(params, mask)
-    return SpsaState(
+    return _beside(SpsaState(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(noise.as_key(key)),  # the caller's may not be donated
         value=jnp.zeros([], jnp.float32),
         projected_grad=jnp.zeros([num_samples], jnp.float32),
         notfinite_count=jnp.zeros([], jnp.int32),
-        total_notfinite=jnp.zeros([], jnp.int32))
+        total_notfinite=jnp.zeros([], jnp.int32)), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     _check_update(updates, params, value_fn)
@@ -153,8 +166,9 @@ def spsa(
     def loss_at(key_and_scale):  # L(theta + scale * z(key); B)
       z, scale = key_and_scale
       loss = perturb.perturbed(value_fn, scales=relative, **of_noise)
-      return _mean_loss(lambda batch: loss(params, [(z, scale)], **batch),
-                        kwargs, micro_batches)
+      return values.mean_over_parts(
+          lambda batch: loss(params, [(z, scale)], **batch), kwargs,
+          micro_batches, equal_parts)
 
     # One loop over (direction, sign): one forward to compile, one in memory.
     signs = np.array([1.0] if one_sided else [1.0, -1.0], np.float32)
@@ -172,7 +186,7 @@ def spsa(
       projected_grad = (loss_plus - loss_minus) / (2 * epsilon)
 
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(projected_grad))
-    g = jnp.where(finite, projected_grad * radii, 0.0)
+    g = jnp.where(finite, projected_grad * radii, 0.0).astype(jnp.float32)
     g = g if sum_samples else g / num_samples
     keys = _after(keys, value)
     updates = perturb.direction(
@@ -181,8 +195,8 @@ def spsa(
     return updates, SpsaState(
         count=optax.safe_increment(state.count),
         key=state.key,
-        value=value,
-        projected_grad=projected_grad,
+        value=value.astype(jnp.float32),
+        projected_grad=projected_grad.astype(jnp.float32),
         notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
@@ -197,37 +211,6 @@ def _epsilon(eps, count) -> tuple[jax.Array, dict | None]:
   first = next(iter(values.values()))
   return first, ({i: e / first for i, e in values.items()}
                  if isinstance(eps, Mapping) else None)
-
-
-def _mean_loss(loss: Callable, batch: dict, parts: int) -> jax.Array:
-  """float32 mean of ``loss`` over equal parts of a batch, one at a time."""
-  def scalar(batch):
-    out = jnp.asarray(loss(batch))
-    if out.shape:
-      raise ValueError(
-          f'value_fn must return a scalar, it returned shape {out.shape}.')
-    return out.astype(jnp.float32)
-  if parts == 1:
-    return scalar(batch)
-  whole = {k: batch[k] for k in ('frozen',) if k in batch}
-  return jnp.mean(lax.map(
-      lambda part: scalar(part | whole), split_batch(batch, parts)))
-
-
-def split_batch(batch: dict, parts: int) -> dict:
-  """Every array [B, ...] as [parts, B / parts, ...]; ``frozen`` is left out.
-
-  Raises:
-    ValueError: if ``parts`` does not divide B.
-  """
-  def split(x):
-    if not jnp.ndim(x) or x.shape[0] % parts:
-      raise ValueError(
-          f'micro_batches={parts} does not divide the leading axis of an array '
-          f'of shape {jnp.shape(x)} among the arguments of value_fn.')
-    return x.reshape(parts, -1, *x.shape[1:])
-  return jax.tree.map(
-      split, {k: v for k, v in batch.items() if k != 'frozen'})
 
 
 def _to_sphere(params, key, of_noise) -> jax.Array:
@@ -254,10 +237,16 @@ def _check_options(eps, num_samples, distribution, generator, micro_batches):
   for e in eps.values() if isinstance(eps, Mapping) else (eps,):
     if isinstance(e, (int, float)) and not e > 0:
       raise ValueError(f'eps must be positive, got {eps}.')
-  for name, value, known in (('distribution', distribution, DISTRIBUTIONS),
-                             ('generator', generator, noise.GENERATORS)):
-    if value not in known:
-      raise ValueError(f'{name} must be one of {known}, got {value!r}.')
+  noise.check_names(distribution, generator, DISTRIBUTIONS)
+
+
+def _check_holes(params):
+  is_hole = lambda x: isinstance(x, optax.MaskedNode)
+  if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+    raise ValueError(
+        'spsa was given params with holes (optax.MaskedNode), on which '
+        'value_fn would compute a wrong loss. Do not wrap it in optax.masked '
+        'or optax.partition: pass its own mask=... instead.')
 
 
 def _check_update(updates, params, value_fn):
@@ -269,17 +258,23 @@ def _check_update(updates, params, value_fn):
         'spsa needs value_fn: call tx.update(None, state, params, '
         'value_fn=loss_fn, batch=batch). Wrappers that drop extra arguments, '
         "as flax's TrainState.apply_gradients does, cannot be used.")
-  is_hole = lambda x: isinstance(x, optax.MaskedNode)
-  if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
-    raise ValueError(
-        'spsa was given params with holes (optax.MaskedNode), on which '
-        'value_fn would compute a wrong loss. Do not wrap it in optax.masked '
-        'or optax.partition: pass its own mask=... instead.')
-  handed, own = jax.tree.leaves(updates), jax.tree.leaves(params)
-  if handed and [*map(id, handed)] != [*map(id, own)]:
+  _check_holes(params)
+  if jax.tree.leaves(updates):  # nnx.Optimizer makes an empty tree of None
     raise ValueError(
         'spsa makes its own updates and was handed some: it must be first in '
-        'the chain and called with updates=None (or with params in their '
-        'place, where a wrapper wants a tree). To accumulate, use '
-        'micro_batches=k or chain(spsa(...), MultiSteps(rest, k)'
-        '.gradient_transformation()), not MultiSteps(chain(spsa(...), ...)).')
+        'the chain and called with updates=None. A wrapper that wants a tree '
+        'of updates goes around what follows, not around the estimate: '
+        'chain(spsa(...), MultiSteps(rest, k).gradient_transformation()), '
+        'chain(spsa(...), apply_if_finite(rest, 5)). To accumulate, use '
+        'micro_batches=k.')
+
+
+def _beside(state: SpsaState, params) -> SpsaState:
+  """The state on the mesh that params are on: else a second step compiles
+  again, for a state that the first one has put there."""
+  for x in jax.tree.leaves(params):
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and (
+        isinstance(x.sharding, jax.NamedSharding)):
+      everywhere = jax.NamedSharding(x.sharding.mesh, jax.P())
+      return jax.jit(lambda s: s, out_shardings=everywhere)(state)
+  return state

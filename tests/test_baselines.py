@@ -38,7 +38,7 @@ X = jnp.arange(8.0).reshape(4, 2)
 @pytest.mark.parametrize('parts', [1, 2, 4])
 def test_backprop_is_the_optimizer_on_the_gradient(parts):
   inner = optax.adam(1e-2)
-  tx = backprop.backprop(inner, micro_batches=parts)
+  tx = backprop.backprop(inner, micro_batches=parts, equal_parts=True)
   params, theirs = PARAMS, PARAMS
   state, other = tx.init(params), inner.init(theirs)
   for _ in range(3):

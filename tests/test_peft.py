@@ -82,8 +82,10 @@ def test_a_step_on_the_trainable_tree_is_the_masked_step():
 
 
 @pytest.mark.parametrize('make', [
-    lambda: mezo_jax.mezo(1e-2, key=0, micro_batches=2),
-    lambda: backprop.backprop(optax.sgd(1.0), micro_batches=2)])
+    lambda: mezo_jax.mezo(
+        1e-2, key=0, micro_batches=2, equal_parts=True),
+    lambda: backprop.backprop(
+        optax.sgd(1.0), micro_batches=2, equal_parts=True)])
 def test_micro_batches_do_not_split_what_is_frozen(make):
   x = jnp.arange(8.0).reshape(4, 2)
   def loss_fn(params, x):

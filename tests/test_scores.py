@@ -19,7 +19,7 @@ import families  # noqa: E402
 import transformers  # noqa: E402
 
 import mezo_jax  # noqa: E402
-from mezo_jax import evaluate, metrics, models, noise  # noqa: E402
+from mezo_jax import evaluate, metrics, models, noise, values  # noqa: E402
 from mezo_jax.tasks import score, Task  # noqa: E402
 from mezo_jax.tasks.encode import batch_of, encode  # noqa: E402
 
@@ -253,7 +253,8 @@ def values_of(model, params, data, batch, task, objectives, tokenizer=None):
   fns = [score.make_loss_fn(model, data, task, o, tokenizer)
          for o in objectives]
   return helpers.quick_jit(
-      lambda params, batch: [fn(params, batch) for fn in fns])(params, batch)
+      lambda params, batch: [values.mean(fn(params, batch)) for fn in fns])(
+          params, batch)
 
 
 @pytest.mark.parametrize('task,write_out', [
@@ -325,7 +326,7 @@ def test_a_function_of_predictions_in_a_step(both, tokenizer):
   step = helpers.quick_jit(lambda state, params, batch: tx.update(
       None, state, params, value_fn=loss_fn, batch=batch)[1])
   spsa = jax.block_until_ready(step(state, params, batch))[0]
-  key, values = noise.direction_key(state[0].key, 0, 0), []
+  key, wanted = noise.direction_key(state[0].key, 0, 0), []
   def predict(params, batch, c):
     moved = mezo_jax.displace(params, [(key, c)], mask=mask)
     return score.scores(*score.log_likelihoods(
@@ -334,11 +335,11 @@ def test_a_function_of_predictions_in_a_step(both, tokenizer):
   for sign, (predictions, examples) in zip((1, -1), calls, strict=True):
     assert predictions == predict(params, batch, sign * eps).tolist()
     assert examples == ROWS
-    values.append(-sum((i + 1) * p for i, p in enumerate(predictions)))
-  assert values[0] != values[1]
-  assert spsa.value == np.mean(values)
+    wanted.append(-sum((i + 1) * p for i, p in enumerate(predictions)))
+  assert wanted[0] != wanted[1]
+  assert spsa.value == np.mean(wanted)
   np.testing.assert_allclose(
-      spsa.projected_grad, (values[0] - values[1]) / (2 * eps), rtol=1e-6)
+      spsa.projected_grad, (wanted[0] - wanted[1]) / (2 * eps), rtol=1e-6)
 
 
 def test_objectives_over_generated_text(both, tokenizer):

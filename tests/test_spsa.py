@@ -120,7 +120,7 @@ def test_num_samples_is_algorithm_2():
 
 def test_micro_batches_average_the_loss_with_one_z():
   x = jnp.linspace(-1, 2, 8)
-  loss = lambda p, batch: jnp.mean((p['b'].sum() - batch['x']) ** 2)
+  loss = lambda p, batch: (p['b'].sum() - batch['x']) ** 2
   whole, parts = (
       run(mezo_jax.mezo(1e-2, key=0, micro_batches=k), value_fn=loss,
           batch={'x': x})[0] for k in (1, 4))
@@ -128,6 +128,53 @@ def test_micro_batches_average_the_loss_with_one_z():
   with pytest.raises(ValueError, match='micro_batches=3 does not divide'):
     run(mezo_jax.mezo(1e-2, key=0, micro_batches=3), value_fn=loss,
         batch={'x': x})
+
+
+def test_a_mean_over_tokens_is_the_same_in_parts():
+  """Four rows of unequal length: 1.2 as a whole, 1.5 as a mean of means."""
+  x = jnp.array([[1.0, 1, 1, 1], [1, 1, 1, 1], [3, 0, 0, 0], [1, 0, 0, 0]])
+  there = jnp.array([[1.0] * 4, [1.0] * 4, [1.0, 0, 0, 0], [1.0, 0, 0, 0]])
+  def rows(p, x, there):
+    values = jnp.sum(p['w'] * x * there, 1) / jnp.sum(there, 1)
+    return values, jnp.sum(there, 1)
+  whole = lambda p, x, there: jnp.sum(p['w'] * x * there) / jnp.sum(there)
+  params = {'w': jnp.ones(())}
+  def run_in(parts, fn, **kwargs):
+    tx = mezo_jax.mezo(1e-2, key=0, micro_batches=parts, **kwargs)
+    return tx.update(None, tx.init(params), params, value_fn=fn, x=x,
+                     there=there)
+  want, state = run_in(1, whole)
+  np.testing.assert_allclose(state[0].value, 1.2, rtol=1e-6)
+  for parts in (1, 2, 4):
+    got, state = run_in(parts, rows)
+    np.testing.assert_allclose(state[0].value, 1.2, rtol=1e-6)
+    helpers.assert_close(got, want, rtol=1e-3)
+  with pytest.raises(ValueError, match='cannot average a scalar.*equal_parts'):
+    run_in(2, whole)
+  _, state = run_in(2, whole, equal_parts=True)
+  np.testing.assert_allclose(state[0].value, 1.5, rtol=1e-6)
+
+
+def test_rows_of_weight_0_do_not_count():
+  rows = lambda p: (jnp.array([1.0, 3.0, jnp.nan]) * p['w'],
+                    jnp.array([1.0, 1.0, 0.0]))
+  tx = mezo_jax.spsa(1e-3, key=0)
+  _, state = tx.update(None, tx.init({'w': 1.0}), {'w': 1.0}, value_fn=rows)
+  np.testing.assert_allclose(state.value, 2.0, rtol=1e-5)
+
+
+def test_a_float64_loss_is_subtracted_in_float64():
+  """1e9 + a slope of 1: in float32 the difference of the losses is 0 or 64."""
+  with jax.enable_x64(True):
+    loss = lambda p: 1e9 + jnp.sum(p['b']).astype(jnp.float64)
+    tx = mezo_jax.spsa(1e-3, key=0)
+    params = {'b': jnp.ones(2, jnp.float32)}
+    _, state = tx.update(None, tx.init(params), params, value_fn=loss)
+    z = mezo_jax.direction(
+        params, [(noise.direction_key(jax.random.key(0), 0), 1.0)])
+    assert state.projected_grad.dtype == jnp.float32
+    np.testing.assert_allclose(state.projected_grad[0], jnp.sum(z['b']),
+                               rtol=1e-2)
 
 
 def test_schedules_of_learning_rate_and_eps():
@@ -279,11 +326,12 @@ def test_update_compiles_once_and_keeps_types():
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
 def test_updates_keep_the_dtype_of_the_parameters(dtype):
   params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+  loss = lambda p: quadratic(p).astype(jnp.float32)
   for tx in (mezo_jax.mezo(1e-2, key=0), mezo_jax.spsa(1e-2, key=0)):
-    updates, _ = tx.update(None, tx.init(params), params, value_fn=quadratic)
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=loss)
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {dtype}
   updates, _ = (tx := mezo_jax.spsa(1e-2, key=0, dtype=jnp.float32)).update(
-      None, tx.init(params), params, value_fn=quadratic)
+      None, tx.init(params), params, value_fn=loss)
   assert updates['a'].dtype == jnp.float32
 
 
@@ -344,8 +392,15 @@ def test_bad_calls():
     tx.update(None, state, value_fn=quadratic)
   with pytest.raises(ValueError, match='needs value_fn'):
     tx.update(None, state, PARAMS)
-  with pytest.raises(ValueError, match=r'returned shape \(2,\)'):
-    tx.update(None, state, PARAMS, value_fn=lambda p: p['b'])
+  for bad, message in (
+      (lambda p: p['a'], r'returned shape \(2, 2\)'),
+      (lambda p: (quadratic(p), {'logits': p['b']}), r'Of \(loss, aux\)'),
+      (lambda p: (quadratic(p), p['b']), r'Of \(loss, aux\)'),
+      (lambda p: None, 'must return a scalar'),
+      (lambda p: quadratic(p).astype(jnp.bfloat16), 'returned bfloat16'),
+      (lambda p: p['b'].astype(jnp.float16), 'returned float16')):
+    with pytest.raises(ValueError, match=message):
+      tx.update(None, state, PARAMS, value_fn=bad)
 
 
 # --- memory -----------------------------------------------------------------

@@ -94,7 +94,9 @@ def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
 
 def make_loss_fn(model, data: Encoded, task: Task,
                  objective: str | Callable, tokenizer=None):
-  """``loss_fn(params, batch)``, float32 [], of batches of ``data``.
+  """``loss_fn(params, batch)`` of batches of ``data``, a `value_fn`: the rows'
+  ``(values, weights)``, float32 [rows] each, or a scalar where the objective is
+  no mean over rows (macro-F1, what Python computes of a batch).
 
   Args:
     model: a `mezo_jax.models.Transformer`.
@@ -110,45 +112,52 @@ def make_loss_fn(model, data: Encoded, task: Task,
   """
   form(task, objective)
   likely = functools.partial(log_likelihoods, model, data=data)
-  mean = lambda x, weight: (
-      jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1))
-
   def cross_entropy(params, batch):
     log_p = jax.nn.log_softmax(scores(*likely(params, batch)))
     nll = -jnp.take_along_axis(log_p, batch['label'][:, None], -1)[:, 0]
-    return mean(nll, batch['weight'])
+    return nll, batch['weight']
 
   def lm(params, batch):
-    sums, counts = likely(params, batch)
-    weight = batch['weight'][:, None]
-    return -jnp.sum(sums * weight) / jnp.maximum(jnp.sum(counts * weight), 1)
+    sums, counts = (jnp.sum(x, -1) for x in likely(params, batch))
+    return -sums / jnp.maximum(counts, 1), counts * batch['weight']
 
   def predict(params, batch):
-    return jnp.argmax(scores(*likely(params, batch)), -1)
+    found = scores(*likely(params, batch))
+    return jnp.argmax(found, -1), jnp.isfinite(jnp.max(found, -1))
 
   def accuracy(params, batch):
-    right = jnp.take_along_axis(
-        batch['gold'], predict(params, batch)[:, None], -1)[:, 0]
-    return -mean(right, batch['weight'])
+    said, finite = predict(params, batch)
+    right = jnp.take_along_axis(batch['gold'], said[:, None], -1)[:, 0]
+    return jnp.where(finite, -right.astype(jnp.float32), jnp.nan), (
+        batch['weight'])
 
   def f1(params, batch):
     weight = batch['weight'][:, None]
     one_hot = lambda x: jax.nn.one_hot(x, data.width) * weight
-    said, true = one_hot(predict(params, batch)), one_hot(batch['label'])
+    predictions, finite = predict(params, batch)
+    said, true = one_hot(predictions), one_hot(batch['label'])
     total = jnp.sum(said + true, 0)
     each = 2 * jnp.sum(said * true, 0) / jnp.maximum(total, 1)
-    return -mean(each, total > 0)
+    value = -jnp.sum(each) / jnp.maximum(jnp.sum(total > 0), 1)
+    return jnp.where(jnp.all(finite | (weight[:, 0] == 0)), value, jnp.nan)
 
-  def on_host(measure, predict):
+  def on_host(measure, predict, shape):
+    """``-measure(predictions, examples)`` of the rows that have a weight."""
     def call(predictions, row, weight):
-      there = np.asarray(weight) > 0
-      value = measure(np.asarray(predictions)[there],
-                      [data.rows[r] for r in np.asarray(row)[there]])
-      return np.float32(-value)
+      there = np.flatnonzero(np.asarray(weight) > 0)
+      value = -np.asarray(measure(np.asarray(predictions)[there], [
+          data.rows[r] for r in np.asarray(row)[there]]), np.float32)
+      if not value.ndim:
+        return value
+      out = np.zeros(weight.shape, np.float32)
+      out[there] = value
+      return out
     def loss_fn(params, batch):
-      return jax.pure_callback(
-          call, jax.ShapeDtypeStruct((), jnp.float32), predict(params, batch),
+      predictions = predict(params, batch)
+      value = jax.pure_callback(
+          call, jax.ShapeDtypeStruct(shape(batch), jnp.float32), predictions,
           batch['row'], batch['weight'])
+      return (value, batch['weight']) if value.ndim else value
     return loss_fn
 
   if data.left:
@@ -158,14 +167,26 @@ def make_loss_fn(model, data: Encoded, task: Task,
       answers = texts(tokens, task, tokenizer)
       if measure is None:
         return objective(answers, examples)
-      return np.mean([measure(a, task.references(e))
-                      for a, e in zip(answers, examples)])
-    return on_host(of_texts, functools.partial(
-        generate, model, task=task, tokenizer=tokenizer))
+      return [measure(a, task.references(e))
+              for a, e in zip(answers, examples)]
+    return on_host(
+        of_texts,
+        functools.partial(generate, model, task=task, tokenizer=tokenizer),
+        lambda batch: batch['weight'].shape if measure else ())
   if callable(objective):
-    return on_host(lambda p, rows: objective(p.tolist(), rows), predict)
+    return on_host(lambda p, rows: objective(p.tolist(), rows),
+                   lambda params, batch: predict(params, batch)[0],
+                   lambda batch: ())
   return dict(cross_entropy=cross_entropy, lm=lm, accuracy=accuracy,
               f1=f1)[objective]
+
+
+def over_rows(task: Task, objective: str | Callable) -> bool:
+  """Whether an objective is a mean over rows (or their tokens), so that parts
+  of a batch can be averaged."""
+  if task.kind == 'generation':
+    return not callable(objective)
+  return objective in ('cross_entropy', 'lm', 'accuracy')
 
 
 def form(task: Task, objective: str | Callable) -> dict:
