@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import masks, noise, streams
+from mezo_jax.perturb import zeros
 from mezo_jax.spsa import spsa
 
 _ROUNDING = 2**31  # no direction has this number
@@ -113,8 +114,8 @@ def mezo(
         and p.dtype in (jnp.bfloat16, jnp.float16)})
 
     def finish(path, p, update):
-      if update.dtype == jax.dtypes.float0:
-        return update
+      if jnp.issubdtype(jnp.result_type(p), jax.dtypes.prng_key):
+        return zeros(p)
       update = jnp.where(skip, 0, update)
       if path in half:
         bits = noise.words(half[path], 0, p, 'rounding')

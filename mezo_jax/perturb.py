@@ -168,8 +168,8 @@ def direction(
     params: a tree that gives paths, shapes and dtypes.
     displacement: pairs (key, coefficient).
     mask: see `mezo_jax.masks.selected`.
-    dtype: of the result; None for the parameters' own. Zeros have the
-      parameters' own, those of a leaf that is no number `jax.dtypes.float0`.
+    dtype: of the result; None for the parameters' own, which of PRNG keys is
+      `jax.dtypes.float0`.
     scales: as for `displace`.
     distribution: 'normal' or 'rademacher'.
     generator: 'threefry2x32' or 'hash32'.
@@ -182,10 +182,11 @@ def direction(
       lambda w, coefs, stream: noise.combination(
           w, coefs, stream, distribution=distribution,
           generator=generator).astype(dtype or w.dtype),
-      _blocks(params, displacement, mask, scales), _zeros))
+      _blocks(params, displacement, mask, scales),
+      lambda x: zeros(x) if dtype is None else jnp.zeros(jnp.shape(x), dtype)))
 
 
-def _zeros(x):
+def zeros(x) -> jax.Array:
   """The update of a leaf that is not trained."""
   if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
