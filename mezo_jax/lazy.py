@@ -151,9 +151,12 @@ class Context:
         # function that it does not inline, it leaves there.
         with set_xla_metadata(inlineable='false'):
           return apart(ins)
-      self.functions[op, orders] = jax.jit(unpacked(fn)), called
-    jitted, called = self.functions[op, orders]
-    return lax.platform_dependent(ins, cpu=called, default=jitted)
+      jitted = jax.jit(unpacked(fn))
+      tied = lambda ins: jitted(_tied(ins))
+      self.functions[op, orders] = called, tied, jitted
+    called, tied, jitted = self.functions[op, orders]
+    return lax.platform_dependent(
+        ins, cpu=called, cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x, why: str, stacked: bool = False) -> None:
     """Remembers that a large leaf (or: stack of layers) is built whole."""
@@ -164,6 +167,21 @@ class Context:
         0.04 * self.total, _SMALL) and (
             not stacked or noise.locate(x.leaf)[2]):
       self.built.setdefault(x.leaf, why)
+
+
+def _tied(values) -> list:
+  """Blocks that are there only when what they meet is: a compiler for GPUs
+  would build those of all layers at once, too."""
+  met = [x for x in values if x is not None and not isinstance(x, Lazy)]
+  def one(x):
+    if isinstance(x, Expression):
+      return dataclasses.replace(x, args=tuple(map(one, x.args)))
+    if not isinstance(x, Block):
+      return x
+    w, keys, _ = lax.optimization_barrier((x.w, x.stream.keys, met))
+    return dataclasses.replace(
+        x, w=w, stream=dataclasses.replace(x.stream, keys=keys))
+  return [*map(one, values)] if met else values
 
 
 def pack(values) -> tuple[list, tuple]:

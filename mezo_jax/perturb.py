@@ -101,6 +101,8 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
   for i, x in enumerate(blocks):
     key = (x.w.shape, x.w.dtype) if i in small else i
     alike.setdefault(key, []).append(i)
+  if any(isinstance(x.w, jax.core.Tracer) for x in blocks):
+    fn = jax.jit(fn)  # so that leaves of one shape share a program's lines
   out = [None] * len(blocks)
   for members in alike.values():
     one = [blocks[i] for i in members]

@@ -3,6 +3,7 @@
   pip install -e '.[aot]' && python -m pytest tests/test_aot.py
 """
 
+import ast
 import json
 from pathlib import Path
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'aot.py'
+UNROLLED = SCRIPT.with_name('aot_unrolled.py')
 
 
 def report(*case):
@@ -34,3 +36,16 @@ def test_a_step_is_inference_twice(topology, mesh, shape, cycles):
   assert step['memory'] <= 1.02 * forward['memory']
   assert step['kept'] > 0.999
   assert step['cycles'] <= cycles * 2 * forward['cycles']
+
+
+@pytest.mark.parametrize('topology,package', [
+    ('v5p:1x1x1', 'libtpu'), ('a100', 'jax_cuda12_plugin')])
+def test_layers_that_are_not_scanned_are_built_one_at_a_time(topology, package):
+  """Twelve of them: the forward and one; one is 0.07 of the weights."""
+  pytest.importorskip(package)
+  done = subprocess.run([sys.executable, UNROLLED, topology],
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  row = ast.literal_eval(done.stdout.splitlines()[-1])
+  for z in ('normal', 'rademacher'):
+    assert row[f'step, {z} z'] < row['forward'] + 0.1

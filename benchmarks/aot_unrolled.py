@@ -1,0 +1,80 @@
+"""What the TPU and CUDA compilers make of a model whose layers are not scanned.
+
+  pip install -e '.[aot]'
+  pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+  python benchmarks/aot_unrolled.py
+
+(CUDA packages of jax's version). Twelve pairs of Dense layers in Linen, one
+after the other, and an embedding that is the head too, bfloat16, 16 x 32
+tokens: temporaries of the forward and of a MeZO step in one donated jit, over
+the bytes of the weights. Nothing is run. Writes results/aot_unrolled.md.
+"""
+
+import sys
+
+import aot  # first: it sets what the compilers look for
+from flax import linen as nn
+import harness
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+import mezo_jax
+
+LAYERS, WIDTH, VOCAB, ROWS, TOKENS = 12, 1024, 16_000, 16, 32
+TOPOLOGIES = ('v5p:1x1x1', 'a100')
+
+
+class Model(nn.Module):
+
+  @nn.compact
+  def __call__(self, ids):
+    half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    embed = nn.Embed(VOCAB, WIDTH, **half)
+    x = embed(ids)
+    for i in range(LAYERS):
+      h = nn.LayerNorm(**half, name=f'norm_{i}')(x)
+      h = nn.gelu(nn.Dense(4 * WIDTH, **half, name=f'layers_{i}_up')(h))
+      x = x + nn.Dense(WIDTH, **half, name=f'layers_{i}_down')(h)
+    return embed.attend(x[:, -1]).astype(jnp.float32)
+
+
+def measure(topology: str) -> dict:
+  place = NamedSharding(aot.mesh_of(topology, (1, 1, 1)), P())
+  put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=place), tree)
+  model, ids = Model(), jnp.zeros((ROWS, TOKENS), jnp.int32)
+  params = put(jax.eval_shape(model.init, jax.random.key(0), ids)['params'])
+  loss_fn = lambda p, ids: jnp.mean(model.apply({'params': p}, ids) ** 2)
+  weights = harness.nbytes(params)
+  over = lambda lowered: (lowered.compile().memory_analysis()
+                          .temp_size_in_bytes / weights)
+  row = {'compiled for': topology, 'forward': over(
+      jax.jit(loss_fn).lower(params, put(ids)))}
+  for distribution in ('normal', 'rademacher'):
+    tx = mezo_jax.mezo(1e-3, key=0, distribution=distribution)
+    def step(params, state, ids, tx=tx):
+      updates, state = tx.update(
+          None, state, params, value_fn=loss_fn, ids=ids)
+      return optax.apply_updates(params, updates), state
+    row[f'step, {distribution} z'] = over(jax.jit(
+        step, donate_argnums=(0, 1)).lower(
+            params, put(jax.eval_shape(tx.init, params)), put(ids)))
+  return row
+
+
+def main():
+  rows = []
+  for topology in sys.argv[1:] or TOPOLOGIES:
+    rows.append(measure(topology))
+    print(rows[-1], flush=True)
+  if not sys.argv[1:]:
+    harness.write('aot_unrolled', harness.header(
+        f'{LAYERS} unrolled pairs of width {WIDTH}', 'nothing was run'),
+                  [('Temporaries over weights:', rows)])
+
+
+if __name__ == '__main__':
+  main()
