@@ -9,14 +9,15 @@
 
 Each package is optional: what does not import is a row that says so. NAMEs are
 parts of the models' names; --quick leaves LLVM's optimisation out, of which the
-seconds then are; with any other argument nothing is written. Models of twelve layers
-as their libraries build them, random weights, 2 rows of 8 tokens, so that
-activations are nothing beside weights and a layer is 0.08 of them; then cases
-made by hand to be hard. Temporaries are the compiler's (`memory_analysis`) over
-the bytes of the weights. `error` is that of `perturbed(f)` against
-`f(displace(...))` at c = 0.01 and `effect` what displacing does, both relative
-to the value. Step: `mezo` and `apply_updates` in one donated jit; `again`
-counts what a second step compiles. Writes benchmarks/results/other_models.md.
+seconds then are; with any other argument nothing is written. Models of twelve
+layers as their libraries build them, random weights, 2 rows of 8 tokens, so
+that activations are nothing beside weights and a layer is 0.08 of them; then
+cases made by hand to be hard. Temporaries are the compiler's
+(`memory_analysis`) over the bytes of the weights. `error` is that of
+`perturbed(f)` against `f(displace(...))` at c = 0.01 and `effect` what
+displacing does, both relative to the value. Step: `mezo` and `apply_updates` in
+one donated jit; `again` counts what a second step compiles. Writes
+benchmarks/results/other_models.md.
 """
 
 import functools

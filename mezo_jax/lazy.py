@@ -143,7 +143,8 @@ class Context:
     if not self.apart or small or op.eqn.effects:
       return fn(ins)
     ins, orders = pack(ins)
-    if (op, orders) not in self.functions:
+    kind = op, orders, fn_on_cpu is not None
+    if kind not in self.functions:
       unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
       apart = jax.jit(unpacked(fn_on_cpu or fn))
       def called(ins):
@@ -153,8 +154,8 @@ class Context:
           return apart(ins)
       jitted = jax.jit(unpacked(fn))
       tied = lambda ins: jitted(_tied(ins))
-      self.functions[op, orders] = called, tied, jitted
-    called, tied, jitted = self.functions[op, orders]
+      self.functions[kind] = called, tied, jitted
+    called, tied, jitted = self.functions[kind]
     return lax.platform_dependent(
         ins, cpu=called, cuda=tied, rocm=tied, default=jitted)
 
