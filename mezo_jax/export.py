@@ -114,10 +114,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
 
 def _check_finite(params: dict, step: int) -> None:
   """Raises ValueError for the first parameter that is not finite."""
-  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+  for path, x in noise.named_leaves(params):
     if not jnp.isfinite(x).all():
       raise ValueError(
-          f'{noise.path_str(path)} of step {step} is not finite: such a model '
+          f'{path} of step {step} is not finite: such a model '
           'computes nothing. Choose an earlier --step, if one was kept.')
 
 

@@ -41,14 +41,14 @@ class Block:
   stream: noise.Stream  # of the same view
   coefs: jax.Array  # float32 [pairs]
   casts: tuple = ()  # dtypes that the program has cast the weights to since
-  leaf: str | None = None  # path of the leaf that this is all of
+  leaf: str | None = None  # path of the leaf that this is all of; '' if part
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
   def view(self, w: jax.Array, stream: noise.Stream) -> 'Block':
-    leaf = self.leaf if w.size == self.w.size else None
+    leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, stream=stream, leaf=leaf)
 
   def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
@@ -142,6 +142,7 @@ class Context:
     small = size < _SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
       return fn(ins)
+    part = any(isinstance(x, Block) and x.leaf == '' for x in ins)
     ins, orders = pack(ins)
     kind = op, orders, fn_on_cpu is not None
     if kind not in self.functions:
@@ -156,8 +157,9 @@ class Context:
       tied = lambda ins: jitted(_tied(ins))
       self.functions[kind] = called, tied, jitted
     called, tied, jitted = self.functions[kind]
-    return lax.platform_dependent(
-        ins, cpu=called, cuda=tied, rocm=tied, default=jitted)
+    # Part of a leaf would be cut out, and kept, to be handed to a function.
+    return lax.platform_dependent(ins, cpu=jitted if part else called,
+                                  cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x, why: str, stacked: bool = False) -> None:
     """Remembers that a large leaf (or: stack of layers) is built whole."""

@@ -52,7 +52,7 @@ def selected(params, mask) -> Any:
         f'mask {mask!r} selects no floating-point parameter; the paths are '
         f'{shown}{", ..." if len(paths) > 5 else ""}.')
   for path, x, c in zip(paths, leaves, chosen):
-    if c and jnp.dtype(x.dtype).itemsize < 2:
+    if c and jnp.result_type(x).itemsize < 2:
       raise ValueError(
           f'parameter {path!r} is {x.dtype}, too coarse to be perturbed: leave '
           'it out with mask=... .')
