@@ -68,17 +68,18 @@ def _scan(eqn, ins, context):
   """Stacked weights among ``xs`` become one layer and its key per iteration."""
   p, body = eqn.params, eqn.params['jaxpr'].jaxpr
   n, m = p['num_consts'], p['num_consts'] + p['num_carry']
-  whole = [isinstance(x, Lazy) and not _by_parts(body, v)
-           for v, x in zip(body.invars[:n], ins)]
-  whole += [isinstance(x, Lazy) for x in ins[n:m]]
-  whole += [isinstance(x, Expression) for x in ins[m:]]
+  ins, whole = [*ins], [False] * len(ins)
+  for i, x in enumerate(ins):
+    if isinstance(x, Lazy) and n <= i < m or (
+        isinstance(x, Expression) and i >= m):
+      context.note(x, 'it is what a scan starts from' if i < m else
+                   'something is computed of all layers before a scan')
+      ins[i] = context.force(x)
+    elif isinstance(x, Lazy) and i < n and not _by_parts(body, body.invars[i]):
+      context.note(x, 'each iteration of a scan uses all of it')
+      whole[i] = True
   if not any(whole):
     return _scan_layers(eqn, ins, context)
-  for x, built, v in zip(ins, whole, range(len(ins))):
-    if built:
-      context.note(x, 'each iteration of a scan uses all of it' if v < n else
-                   'it is part of what a scan carries' if v < m else
-                   'something is computed of all layers before a scan')
   def run(ins):
     ins = [context.force(x) if b else x for x, b in zip(ins, whole)]
     return _scan_layers(eqn, ins, dataclasses.replace(context, apart=False))
@@ -142,10 +143,13 @@ def _while(eqn, ins, context):
   whole = [isinstance(x, Lazy) and not _by_parts(
       cond.jaxpr if i < n else body.jaxpr, v)
            for i, (x, v) in enumerate(zip(ins, variables))]
-  whole += [isinstance(x, Lazy) for x in ins[m:]]
   for x, built in zip(ins, whole):
     if built:
       context.note(x, 'each iteration of a while_loop uses all of it')
+  for x in ins[m:]:
+    context.note(x, 'it is what a while_loop starts from')
+  ins = [*ins[:m], *map(context.force, ins[m:])]
+  whole += [False] * (len(ins) - m)
 
   def run(ins):
     ins = [context.force(x) if b else x for x, b in zip(ins, whole)]

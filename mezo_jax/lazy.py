@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from mezo_jax import noise, streams
 
-_SMALL = 2**16  # elements; below, a weight is built wherever that is
+SMALL = 2**16  # elements; below, a weight is built wherever that is
 
 
 @functools.partial(
@@ -139,15 +139,18 @@ class Context:
       fn_on_cpu: does the same, with less memory.
     """
     size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
-    small = size < _SMALL and 1000 * size < self.total
+    small = size < SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
       return fn(ins)
-    part = any(isinstance(x, Block) and x.leaf == '' for x in ins)
+    part = any(map(_is_part, ins))
     ins, orders = pack(ins)
     kind = op, orders, fn_on_cpu is not None
     if kind not in self.functions:
       unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
-      apart = jax.jit(unpacked(fn_on_cpu or fn))
+      def alone(ins):
+        with set_xla_metadata(inlineable=None):  # what it calls may be
+          return unpacked(fn_on_cpu or fn)(ins)
+      apart = jax.jit(alone)
       def called(ins):
         # XLA:CPU builds all that it can as soon as it can. What happens in a
         # function that it does not inline, it leaves there.
@@ -167,9 +170,16 @@ class Context:
       for arg in x.args:
         self.note(arg, why, stacked)
     elif isinstance(x, Block) and x.leaf and x.w.size > max(
-        0.04 * self.total, _SMALL) and (
+        0.04 * self.total, SMALL) and (
             not stacked or noise.locate(x.leaf)[2]):
       self.built.setdefault(x.leaf, why)
+
+
+def _is_part(x) -> bool:
+  """Whether a value is cut out of a leaf."""
+  if isinstance(x, Expression):
+    return any(map(_is_part, x.args))
+  return isinstance(x, Block) and x.leaf == ''
 
 
 def _tied(values) -> list:
@@ -317,7 +327,7 @@ def _waits(eqn, ins) -> bool:
   """Whether an operation is on weights alone and gives something as large."""
   return (
       all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
-      and all(math.prod(v.aval.shape) >= _SMALL for v in eqn.outvars)
+      and all(math.prod(v.aval.shape) >= SMALL for v in eqn.outvars)
       and not eqn.effects and not _inner(eqn))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from mezo_jax import masks, noise, streams
 from mezo_jax.control import evaluate
-from mezo_jax.lazy import Block, Context
+from mezo_jax.lazy import Block, Context, SMALL
 
 Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 
@@ -79,7 +79,7 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
 
 
 def _small(blocks: list[Block]) -> set[int]:
-  """Which leaves are the smallest, together 2 % of all; none of them stacked.
+  """The smallest leaves, together 2 % of all; none of them large or stacked.
 
   They are most of the leaves of a model whose layers are not stacked, and one
   by one they would be most of its program.
@@ -88,7 +88,7 @@ def _small(blocks: list[Block]) -> set[int]:
   left, found = sum(x.w.size for x in blocks) // 50, set()
   for i in order:
     left -= blocks[i].w.size
-    if left < 0:
+    if left < 0 or blocks[i].w.size >= SMALL:
       break
     if not noise.locate(blocks[i].leaf)[2]:
       found.add(i)
