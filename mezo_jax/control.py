@@ -17,11 +17,11 @@ from mezo_jax.lazy import (
   Block,
   evaluate,
   Expression,
-  gathered_axis,
   Lazy,
   Operation,
   RULES,
 )
+from mezo_jax.views import gathered_axis
 
 
 def _nested(eqn):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import masks, noise, perturb, values
+from mezo_jax import masks, noise, perturb, sharding, values
 
 DISTRIBUTIONS = (*noise.DISTRIBUTIONS, 'sphere')
 
@@ -276,5 +276,5 @@ def _beside(state: SpsaState, params) -> SpsaState:
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and (
         isinstance(x.sharding, jax.NamedSharding)):
       everywhere = jax.NamedSharding(x.sharding.mesh, jax.P())
-      return jax.jit(lambda s: s, out_shardings=everywhere)(state)
+      return sharding.place(state, everywhere)
   return state

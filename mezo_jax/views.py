@@ -1,0 +1,125 @@
+"""The rules of operations that only say where a leaf's elements lie: their
+results are blocks again."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from mezo_jax import streams
+from mezo_jax.lazy import bind, Block, Lazy, RULES
+
+
+def _view(move: Callable) -> Callable:
+  """The rule of an operation that only says where elements lie: ``move(stream,
+  shape, eqn, others)`` is the new stream, or None."""
+  def rule(eqn, ins, context):
+    x, *others = ins
+    if not isinstance(x, Block) or any(isinstance(y, Lazy) for y in others):
+      return None
+    stream = move(x.stream, x.w.shape, eqn, others)
+    if stream is None:
+      return None
+    (w,) = bind(eqn, [x.w, *others])
+    return [x.view(w, stream)]
+  return rule
+
+
+def _reshaped(stream, shape, eqn, others):
+  del others
+  return streams.reshape(stream, shape, eqn.outvars[0].aval.shape)
+
+
+def _broadcast(stream, shape, eqn, others):
+  new = eqn.outvars[0].aval.shape
+  if math.prod(new) != math.prod(shape):
+    return None  # its draws would be made again for each copy
+  return _reshaped(stream, shape, eqn, others)
+
+
+def _sliced(stream, shape, eqn, others):
+  size = eqn.outvars[0].aval.shape
+  if others:  # dynamic_slice
+    start = [jnp.clip(i, 0, n - m) for i, n, m in zip(others, shape, size)]
+    steps = (1,) * len(shape)
+  else:
+    start = eqn.params['start_indices']
+    steps = eqn.params['strides'] or (1,) * len(shape)
+  return streams.window(stream, start, size, steps)
+
+
+def _gathered(stream, shape, eqn, others):
+  """Entries of one axis by index, whole along the others: noise for these."""
+  found = gathered_axis(eqn)
+  if found is None:
+    return None
+  axis, at = found
+  index, mode = others[0][..., 0], eqn.params['mode']
+  stream = streams.take(
+      stream, axis, jnp.clip(index, 0, shape[axis] - 1))
+  if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:  # no noise on the fill
+    inside = (index >= 0) & (index < shape[axis])
+    inside = inside.reshape(
+        (1,) * axis + index.shape + (1,) * (len(shape) - axis - 1))
+    if stream.there is not None:
+      inside = inside & stream.there
+    stream = dataclasses.replace(stream, there=inside)
+  order = [a for a in range(len(shape) - 1 + index.ndim)]
+  moved = order[axis:axis + index.ndim]
+  rest = [a for a in order if a not in moved]
+  return streams.transpose(stream, rest[:at] + moved + rest[at:])
+
+
+def gathered_axis(eqn) -> tuple[int, int] | None:
+  """(axis, where its index's axes stand) of a gather of whole entries."""
+  p, shape = eqn.params, eqn.invars[0].aval.shape
+  d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim
+  if len(d.start_index_map) != 1 or d.operand_batching_dims or (
+      d.collapsed_slice_dims != d.start_index_map):
+    return None
+  (axis,) = d.start_index_map
+  if p['slice_sizes'] != tuple(
+      1 if a == axis else n for a, n in enumerate(shape)):
+    return None
+  index = [a for a in range(out) if a not in d.offset_dims]
+  at = index[0] if index else axis
+  return (axis, at) if index == [*range(at, at + len(index))] else None
+
+
+def _cast(eqn, ins, context):
+  del context
+  x, dtype = ins[0], eqn.params['new_dtype']
+  if not isinstance(x, Block) or not jnp.issubdtype(dtype, jnp.floating):
+    return None
+  return [dataclasses.replace(x, casts=(*x.casts, dtype))]
+
+
+def _barrier(eqn, ins, context):
+  """A barrier keeps values from being moved; lazy ones are nowhere yet."""
+  del eqn, context
+  at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]
+  outs = [*ins]
+  if at:
+    for i, x in zip(at, lax.optimization_barrier([ins[i] for i in at])):
+      outs[i] = x
+  return outs
+
+
+RULES.update({
+    'convert_element_type': _cast,
+    'optimization_barrier': _barrier,
+    'reshape': _view(_reshaped),
+    'squeeze': _view(_reshaped),
+    'expand_dims': _view(_reshaped),
+    'broadcast_in_dim': _view(_broadcast),
+    'transpose': _view(lambda stream, shape, eqn, others: streams.transpose(
+        stream, eqn.params['permutation'])),
+    'slice': _view(_sliced),
+    'dynamic_slice': _view(_sliced),
+    'gather': _view(_gathered),
+} | dict.fromkeys(
+    ('copy', 'copy_p', 'sharding_constraint', 'reshard', 'mesh_cast', 'pvary'),
+    _view(lambda stream, shape, eqn, others: stream)))
