@@ -25,8 +25,8 @@ from mezo_jax import (
   checkpoint,
   evaluate,
   loggers,
-  masks,
   models,
+  peft,
   sharding,
   trainable,
 )
@@ -63,7 +63,7 @@ def make_step(tx, loss_fn, state, frozen, mesh):
   forms by length: one a bucket, made when first needed, never again. What is
   not trained is never donated."""
   placed = jax.tree.map(lambda x: x.sharding, state)
-  value_fn = masks.on_trainable(loss_fn)
+  value_fn = peft.on_trainable(loss_fn)
   @functools.partial(jax.jit, donate_argnums=(0, 1),
                      out_shardings=(*placed, sharding.replicated(mesh)))
   def step(params, opt_state, frozen, batch):
@@ -183,7 +183,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   before = trainable.before_training(config, plain, params)
   del plain  # its layers may have been laid out anew
   params, frozen = trainable.split(config, params)
-  whole = lambda: masks.join(params, frozen)
+  whole = lambda: peft.join(params, frozen)
   say(f'training {size_of(params):,} of {size_of(whole()):,} parameters')
   for text in trainable.warnings(config):
     say(f'warning: {text}.')
@@ -225,7 +225,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   batches = feed(config, train, buckets, mesh, start)
   try:
     params, opt_state = loop(config, (params, opt_state), step_fn, batches,
-                             lambda p: ask.dev(masks.join(p, frozen)),
+                             lambda p: ask.dev(peft.join(p, frozen)),
                              checkpoints, metrics, start)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended

@@ -40,7 +40,7 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import models, noise, sharding, streams
+from mezo_jax import _noise, _streams, models, sharding
 
 ROWS, TOKENS = 16, 256
 MEZO = ('MeZO normal', 'MeZO rademacher')
@@ -209,7 +209,7 @@ def forms() -> list[dict]:
       def moved(w, seed, c, how=dict(
           generator=generator, distribution=distribution)):
         keys = jax.random.key(seed, impl='threefry2x32')[None]
-        return noise.add(w, c[None], streams.of_leaf(keys, 'w', w.shape),
+        return _noise.add(w, c[None], _streams.of_leaf(keys, 'w', w.shape),
                          **how).astype(w.dtype)
       def first(w, seed, c, x, moved=moved):
         return x @ jax.lax.optimization_barrier(moved(w, seed, c))

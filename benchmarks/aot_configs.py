@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from mezo_jax import config as config_lib
-from mezo_jax import masks, models, peft, sharding, trainable
+from mezo_jax import models, peft, sharding, trainable
 from mezo_jax.tasks import encode, head, score
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def lower(config: config_lib.Train, mesh, tokens: int):
   tx = config_lib.make_optimizer(config)
   state = jax.tree.map(lambda x: struct(x, everywhere),
                        jax.eval_shape(tx.init, params))
-  loss_fn = masks.on_trainable(score.make_loss_fn(
+  loss_fn = peft.on_trainable(score.make_loss_fn(
       model, data, task, objective, tokenizer_of(config)))
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
 
@@ -150,7 +150,7 @@ def with_adapters(config: config_lib.Train, model, params, mesh):
           'prefix': lambda params: peft.prefix.init(
               model, params, key, num_tokens=p.num_tokens)}[p.method]
   added = jax.eval_shape(make, params)
-  return masks.join(params, jax.tree.map(
+  return peft.join(params, jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
       added, sharding.param_shardings(added, mesh)))
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import masks, models, peft, quickstart, suite
+from mezo_jax import models, peft, quickstart, suite
 
 ROOT = Path(__file__).parents[1]
 ROWS, TOKENS, ROUNDS = 16, 32, 10
@@ -58,10 +58,10 @@ def times() -> list[dict]:
   """A line a method: a step / two forwards, and what noise and update take."""
   model, params = models.load(quickstart.model_path(), dtype='float32')
   key = jax.random.key(0)
-  loss_fn = masks.on_trainable(harness.classification_loss(model))
+  loss_fn = peft.on_trainable(harness.classification_loss(model))
   ids = jax.random.randint(key, (ROWS, TOKENS), 0, model.config.vocab_size)
   return [
-      time_of(name, loss_fn, *masks.split(masks.join(params, more), mask), ids)
+      time_of(name, loss_fn, *peft.split(peft.join(params, more), mask), ids)
       for name, more, mask in (
           ('all', {}, None),
           ('LoRA', peft.lora.init(params, key), peft.TRAINED['lora']),

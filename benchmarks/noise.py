@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import noise, streams
+from mezo_jax import _noise, _streams
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)
@@ -32,8 +32,8 @@ LEAF = (4096, 4096)
 def cost(generator, distribution):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
-    return noise.add(
-        w, jnp.full(1, 1e-3), streams.of_leaf(key[None], 'w', LEAF),
+    return _noise.add(
+        w, jnp.full(1, 1e-3), _streams.of_leaf(key[None], 'w', LEAF),
         distribution=distribution, generator=generator)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
@@ -65,8 +65,8 @@ def _ns(axpy, w, key):
 def related_keys():
   """256 keys: layers of a leaf, steps of a run, single bits of one key."""
   base = jax.random.key(0)
-  layers = streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
-  steps = jnp.stack([jax.random.key_data(noise.direction_key(base, t))
+  layers = _streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
+  steps = jnp.stack([jax.random.key_data(_noise.direction_key(base, t))
                      for t in range(96)])
   bits = jnp.array([[1 << b, 0] for b in range(32)]
                    + [[0, 1 << b] for b in range(32)], jnp.uint32)
@@ -75,8 +75,8 @@ def related_keys():
 
 @jax.jit
 def words_of(key):
-  block = noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
-  return noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
+  block = _noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
+  return _noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
 
 
 def chi_score(counts):
@@ -126,7 +126,7 @@ def quality():
   normal, signs = Totals('normal'), Totals('rademacher')
   top, low, pair = (np.zeros(2**16, np.int64) for _ in range(3))
   bits = np.zeros((33, 33))
-  draw = jax.jit(lambda w, d: noise.from_bits(w, d, 'hash32'),
+  draw = jax.jit(lambda w, d: _noise.from_bits(w, d, 'hash32'),
                  static_argnums=1)
   began = time.perf_counter()
   for i, key in enumerate(related_keys()):
@@ -177,7 +177,7 @@ def quality():
 def main():
   costs = [{'what': 'jax.random.normal', **cost_of_jax_random()}]
   costs += [{'what': f'{d}, {g}', **cost(g, d)}
-            for g in noise.GENERATORS for d in noise.DISTRIBUTIONS]
+            for g in _noise.GENERATORS for d in _noise.DISTRIBUTIONS]
   rows, n = quality()
   harness.write('noise', harness.header(), [
       ('Cost of `w += c * z`, float32, in place:', costs),

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import models, noise
+from mezo_jax import _noise, models
 from mezo_jax.tasks import encode, score, Task
 
 ROWS, TOKENS, ROUNDS = 16, 32, 9
@@ -56,7 +56,7 @@ def two_phases(model, data):
     return mezo_jax.displace(params, [(key, -LEARNING_RATE * g)], **OPTIONS)
 
   def step(params, count, batch):
-    key = noise.direction_key(jax.random.key(0), count, 0)
+    key = _noise.direction_key(jax.random.key(0), count, 0)
     plus, minus = np.asarray(predict(params, key, batch)).tolist()
     rows = [data.rows[r] for r in batch['row']]
     g = -(accuracy(plus, rows) - accuracy(minus, rows)) / (2 * EPS)

@@ -2,9 +2,9 @@
 
 import importlib
 
-from mezo_jax.mezo import mezo
-from mezo_jax.perturb import direction, displace, perturbed
-from mezo_jax.spsa import spsa, SpsaState
+from mezo_jax._mezo import mezo
+from mezo_jax._perturb import direction, displace, perturbed
+from mezo_jax._spsa import spsa, SpsaState
 
 __all__ = (
     'SpsaState', 'direction', 'displace', 'mezo', 'perturbed', 'spsa')

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import values
-from mezo_jax.masks import accepted
+from mezo_jax import _values
+from mezo_jax._values import accepted
 
 
 class BackpropState(NamedTuple):
@@ -27,7 +27,7 @@ def backprop(
 
   ``update(None, state, params, value_fn=..., **kwargs)`` differentiates
   ``value_fn(params, ...)`` and hands the gradient to ``inner``. To train some
-  of the parameters, `mezo_jax.masks.split` them. A loss or gradient that is
+  of the parameters, `mezo_jax.peft.split` them. A loss or gradient that is
   not finite changes nothing and is counted, as in `mezo_jax.spsa`.
 
   Args:
@@ -50,13 +50,13 @@ def backprop(
   def gradient(loss, params, batch):
     """(loss, gradient), float32 sums over the parts divided by the weights'."""
     if micro_batches == 1:
-      return jax.value_and_grad(lambda params: values.mean(
+      return jax.value_and_grad(lambda params: _values.mean(
           loss(params, **batch)).astype(jnp.float32))(params)
     whole = {k: batch[k] for k in ('frozen',) if k in batch}
     def of_part(params, part):
       out = loss(params, **part, **whole)
-      values.check_parts(out, micro_batches, equal_parts)
-      return values.sums(out)
+      _values.check_parts(out, micro_batches, equal_parts)
+      return _values.sums(out)
     def add(total, part):
       (value, weight), grads = jax.value_and_grad(
           of_part, has_aux=True)(params, part)
@@ -65,7 +65,7 @@ def backprop(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
                         (jnp.zeros([]), jnp.zeros([]), params))
     (value, weight, grads), _ = jax.lax.scan(
-        add, zero, values.split_batch(batch, micro_batches))
+        add, zero, _values.split_batch(batch, micro_batches))
     value, grads = jax.tree.map(lambda x: x / weight, (value, grads))
     return value, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
 

@@ -113,7 +113,7 @@ def latest_step(directory: Path) -> int:
   return step
 
 
-# The only keys that there are in a state; see `mezo_jax.noise.as_key`.
+# The only keys that there are in a state; see `mezo_jax._noise.as_key`.
 _wrap = functools.partial(jax.random.wrap_key_data, impl='threefry2x32')
 
 

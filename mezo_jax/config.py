@@ -10,8 +10,8 @@ import jax
 import optax
 
 from mezo_jax import peft, quickstart
+from mezo_jax._mezo import by_group, mezo
 from mezo_jax.backprop import backprop
-from mezo_jax.mezo import by_group, mezo
 from mezo_jax.tasks import score, Task
 from mezo_jax.tasks import task as task_lib
 

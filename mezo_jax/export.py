@@ -8,15 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import (
-  checkpoint,
-  masks,
-  models,
-  noise,
-  peft,
-  sharding,
-  trainable,
-)
+from mezo_jax import _paths, checkpoint, models, peft, sharding, trainable
 from mezo_jax import config as config_lib
 
 
@@ -92,7 +84,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, _ = checkpoints.load(step, (shapes, opt_state))
-  params = masks.join(params, frozen)
+  params = peft.join(params, frozen)
   checkpoints.close()
 
   result_file = workdir / 'result.json'
@@ -114,7 +106,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
 
 def _check_finite(params: dict, step: int) -> None:
   """Raises ValueError for the first parameter that is not finite."""
-  for path, x in noise.named_leaves(params):
+  for path, x in _paths.named_leaves(params):
     if not jnp.isfinite(x).all():
       raise ValueError(
           f'{path} of step {step} is not finite: such a model '

@@ -5,7 +5,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from mezo_jax import noise
+from mezo_jax import _paths
 
 AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
@@ -54,12 +54,12 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   collective each.
 
   Args:
-    path: of the leaf, as `mezo_jax.noise.named_leaves` gives it.
+    path: of the leaf, as `mezo_jax._paths.named_leaves` gives it.
     shape: of the leaf, the layer axis included.
     mesh: with axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
   """
-  first = 1 if noise.locate(path)[2] else 0
+  first = 1 if _paths.locate(path)[2] else 0
   if int(np.prod(shape[first:])) < 2**16:
     return P()
   fsdp, tensor = mesh.shape['fsdp'], mesh.shape.get('tensor', 1)
@@ -80,7 +80,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
 
 def param_shardings(params, mesh: Mesh):
   """The tree of `NamedSharding`s of a parameter tree (arrays or shapes)."""
-  return noise.map_named(
+  return _paths.map_named(
       lambda path, x: NamedSharding(
           mesh, param_spec(path, x.shape, mesh)), params)
 

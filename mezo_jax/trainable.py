@@ -2,8 +2,8 @@
 
 import jax
 
+from mezo_jax import _paths, models, peft, sharding
 from mezo_jax import config as config_lib
-from mezo_jax import masks, models, peft, sharding
 
 
 def method_of(config: config_lib.Train) -> str:
@@ -70,7 +70,7 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
       adapters = peft.prefix.init_prompt(model, params, key, **init)
   adapters = sharding.place(
       adapters, sharding.param_shardings(adapters, mesh))
-  return model, masks.join(params, adapters)
+  return model, peft.join(params, adapters)
 
 
 def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
@@ -84,15 +84,15 @@ def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
   pattern = peft.TRAINED[method_of(config)]
   if of_head and method_of(config) == 'head':
     pattern = '^classifier/'  # the vocabulary's head is not used
-  chosen = masks.selected(params, pattern)
+  chosen = _paths.selected(params, pattern)
   if config.peft.mask:
     chosen = jax.tree.map(lambda a, b: a and b, chosen,
-                          masks.selected(params, config.peft.mask))
+                          _paths.selected(params, config.peft.mask))
   if of_head:
-    chosen['classifier'] = masks.selected(params['classifier'], None)
-  trainable, frozen = masks.split(params, chosen)
+    chosen['classifier'] = _paths.selected(params['classifier'], None)
+  trainable, frozen = peft.split(params, chosen)
   for group, *_ in config.optimizer.groups:
-    if not any(jax.tree.leaves(masks.matches(trainable, group))):
+    if not any(jax.tree.leaves(_paths.matches(trainable, group))):
       raise ValueError(f'optimizer.groups: {group!r} is found in the path of '
                        'no parameter that is trained.')
   return trainable, frozen

@@ -15,7 +15,7 @@ import optax
 import pytest
 from test_train import small_config
 
-from mezo_jax import backprop, baselines, masks, models, peft
+from mezo_jax import backprop, baselines, models, peft
 from mezo_jax import config as config_lib
 from mezo_jax.export import export
 from mezo_jax.tasks import Task
@@ -56,12 +56,12 @@ def test_backprop_is_the_optimizer_on_the_gradient(parts):
 
 def test_backprop_trains_what_the_mask_selects_and_keeps_no_state_of_others():
   tx = backprop.backprop(optax.adam(1e-2))
-  trainable, frozen = masks.split(PARAMS, '^b/')
+  trainable, frozen = peft.split(PARAMS, '^b/')
   state = tx.init(trainable)
   sizes = [x.size for x in jax.tree.leaves(state.inner) if x.ndim]
   assert sizes == [1, 1]
   updates, _ = tx.update(
-      None, state, trainable, value_fn=masks.on_trainable(quadratic),
+      None, state, trainable, value_fn=peft.on_trainable(quadratic),
       frozen=frozen, x=X)
   assert updates.keys() == {'b'} and updates['b']['c'].all()
 

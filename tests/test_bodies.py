@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_train import small_config
 
-from mezo_jax import masks, models, peft
+from mezo_jax import models, peft
 from mezo_jax.models import hub
 from mezo_jax.tasks import Task
 import train
@@ -177,7 +177,7 @@ def test_lora_of_a_body_is_one_for_peft(tmp_path):
       theirs, families.IDS, families.MASKS['right']).last_hidden_state.numpy()
   got = helpers.quick_jit(lambda p: model.apply(
       {'params': p}, families.IDS, families.MASKS['right'], features='body'))(
-          masks.join(params, adapters))
+          peft.join(params, adapters))
   at = families.MASKS['right'] == 1
   np.testing.assert_allclose(np.asarray(got)[at], want[at], atol=3e-5)
   same_tree(peft.load(tmp_path / 'lora', model)[1], adapters)

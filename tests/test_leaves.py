@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import masks, noise
+from mezo_jax import _paths
 
 STEP = [(jax.random.key(4), 0.05)]
 OTHERS = {
@@ -74,9 +74,9 @@ def test_weights_of_eight_bits_are_refused_where_they_are_selected():
 
 def test_a_parameter_may_be_called_value():
   params = {'attn': {n: jnp.ones((2, 2)) for n in ('query', 'key', 'value')}}
-  assert [p for p, _ in noise.named_leaves(params)] == [
+  assert [p for p, _ in _paths.named_leaves(params)] == [
       'attn/key', 'attn/query', 'attn/value']
-  chosen = masks.selected(params, 'attn/value$')
+  chosen = _paths.selected(params, 'attn/value$')
   assert chosen == {'attn': {'query': False, 'key': False, 'value': True}}
   z = mezo_jax.direction({'a': {
       'value': jnp.ones(9), 'raw_value': jnp.ones(9)}}, STEP)['a']
@@ -89,7 +89,7 @@ def test_variables_of_nnx_have_their_own_names():
     def __init__(self, rngs):
       self.query, self.value = (nnx.Linear(2, 2, rngs=rngs) for _ in range(2))
   state = nnx.split(Attention(nnx.Rngs(0)))[1]
-  assert [p for p, _ in noise.named_leaves(state)] == [
+  assert [p for p, _ in _paths.named_leaves(state)] == [
       'query/bias', 'query/kernel', 'value/bias', 'value/kernel']
 
 

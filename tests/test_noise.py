@@ -11,10 +11,10 @@ import pytest
 import scipy.special
 
 import mezo_jax
-from mezo_jax import noise, streams
+from mezo_jax import _noise, _paths, _streams
 
 KEY = jax.random.key(11)
-BOTH = [(g, d) for g in noise.GENERATORS for d in noise.DISTRIBUTIONS]
+BOTH = [(g, d) for g in _noise.GENERATORS for d in _noise.DISTRIBUTIONS]
 THREEFRY = dict(generator='threefry2x32')
 
 
@@ -24,7 +24,7 @@ def z(tree, key=KEY, **kwargs):
 
 def test_it_is_what_jax_random_draws():
   leaf = jnp.zeros((5, 7, 3))
-  key = noise.leaf_key(KEY, 'embed/table')
+  key = _noise.leaf_key(KEY, 'embed/table')
   tree = {'embed': {'table': leaf}}
   helpers.assert_bitwise(
       z(tree, **THREEFRY)['embed']['table'], jax.random.normal(key, leaf.shape))
@@ -35,7 +35,7 @@ def test_it_is_what_jax_random_draws():
 
 def test_a_layer_has_the_key_of_that_layer():
   tree = {'layers': {'w': jnp.zeros((4, 6, 5))}}
-  key = noise.leaf_key(KEY, 'layers/w')
+  key = _noise.leaf_key(KEY, 'layers/w')
   for l in range(4):
     helpers.assert_bitwise(
         z(tree, **THREEFRY)['layers']['w'][l],
@@ -69,7 +69,7 @@ def test_where_layers_are():
       'Dense_0/kernel': ('Dense_0/kernel', None, False),
       'head/h': ('head/h', None, False),
   }.items():
-    assert noise.locate(path) == want
+    assert _paths.locate(path) == want
 
 
 def test_linen_and_nnx_paths_agree():
@@ -99,28 +99,28 @@ def test_rows_are_random_access():
   shape = (9, 4, 5)
   like = jnp.zeros(shape)
   how = dict(distribution='normal', generator='threefry2x32')
-  whole_stream = streams.of_leaf(KEY[None], 'embed', shape)
-  whole = noise.combination(like, jnp.ones(1), whole_stream, **how)
+  whole_stream = _streams.of_leaf(KEY[None], 'embed', shape)
+  whole = _noise.combination(like, jnp.ones(1), whole_stream, **how)
   index = jnp.array([[7, 0], [3, 3]])
-  rows = streams.take(whole_stream, 0, index)
-  got = noise.combination(like[index], jnp.ones(1), rows, **how)
+  rows = _streams.take(whole_stream, 0, index)
+  got = _noise.combination(like[index], jnp.ones(1), rows, **how)
   helpers.assert_bitwise(got, whole[index])
-  inner = streams.take(streams.spread(rows, 2, 4), 1, jnp.array(0))
+  inner = _streams.take(_streams.spread(rows, 2, 4), 1, jnp.array(0))
   helpers.assert_bitwise(
-      noise.combination(like[:2], jnp.ones(1), inner, **how),
+      _noise.combination(like[:2], jnp.ones(1), inner, **how),
       whole[index[:, 0]])
 
 
 def test_counters_beyond_32_bits():
   """Row 65,000 of a leaf of 4.9e9 elements, against jax's own threefry."""
   n, row = 70_000, 65_000
-  s = jax.eval_shape(lambda: streams.of_leaf(KEY[None], 'w', (n, n)))
+  s = jax.eval_shape(lambda: _streams.of_leaf(KEY[None], 'w', (n, n)))
   assert s.lo.shape == (n, 1) and s.hi is not None
-  one = jax.jit(lambda: streams.take(
-      streams.of_leaf(KEY[None], 'w', (n, n)), 0, jnp.array(row)))()
-  bits = noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
+  one = jax.jit(lambda: _streams.take(
+      _streams.of_leaf(KEY[None], 'w', (n, n)), 0, jnp.array(row)))()
+  bits = _noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
   counter = row * n + np.arange(4)
-  key = jax.random.key_data(noise.leaf_key(KEY, 'w'))
+  key = jax.random.key_data(_noise.leaf_key(KEY, 'w'))
   count = np.concatenate([counter >> 32, counter & 0xFFFFFFFF])
   hi, lo = np.split(
       np.asarray(extend_random.threefry_2x32(key, jnp.uint32(count))), 2)
@@ -192,9 +192,9 @@ def test_hash32_streams_of_related_keys_are_independent():
   like, ones = jnp.zeros(200_000), jnp.ones(1)
   def draw(words):
     key = jax.random.wrap_key_data(jnp.uint32(words), impl='threefry2x32')
-    s = noise.Stream(
+    s = _noise.Stream(
         jax.random.key_data(key)[None, None], jnp.zeros(1, jnp.uint32), (1,))
-    return np.asarray(noise.combination(
+    return np.asarray(_noise.combination(
         like, ones, s, distribution='rademacher', generator='hash32'))
   base = draw([1234567, 7654321])
   for bit in range(32):
@@ -206,8 +206,8 @@ def test_hash32_streams_of_related_keys_are_independent():
 def test_hash32_counters_beyond_32_bits():
   """Draws 2**32 apart, of a leaf of 4.9e9 elements, are different ones."""
   n = 70_000
-  row = jax.jit(lambda i: noise.words(streams.take(
-      streams.of_leaf(KEY[None], 'w', (n, n)), 0, i), 0, jnp.zeros(n),
+  row = jax.jit(lambda i: _noise.words(_streams.take(
+      _streams.of_leaf(KEY[None], 'w', (n, n)), 0, i), 0, jnp.zeros(n),
       'hash32'))
   later, at = divmod(2**32, n)
   first, wrapped = np.asarray(row(0))[:n - at], np.asarray(row(later))[at:]
@@ -221,7 +221,7 @@ def test_quantile_of_hash32():
       np.arange(2**16), 2**32 - 1 - np.arange(2**16),
       np.random.RandomState(0).randint(0, 2**32, 10**6),
       2 ** np.arange(32)]).astype(np.uint32)
-  got = np.asarray(noise.from_bits(jnp.asarray(words), 'normal', 'hash32'))
+  got = np.asarray(_noise.from_bits(jnp.asarray(words), 'normal', 'hash32'))
   tail = ((words >> 1) + 0.5) / 2**31
   want = np.sqrt(2) * scipy.special.erfcinv(tail)
   np.testing.assert_allclose(np.abs(got), want, atol=5e-6)
@@ -230,8 +230,8 @@ def test_quantile_of_hash32():
 
 def test_rounding_words_are_independent_of_z():
   like = jnp.zeros(2**20)
-  s = streams.of_leaf(KEY[None], 'w', like.shape)
-  z_words, words = (np.asarray(noise.words(s, 0, like, g), np.float64) / 2**32
+  s = _streams.of_leaf(KEY[None], 'w', like.shape)
+  z_words, words = (np.asarray(_noise.words(s, 0, like, g), np.float64) / 2**32
                     for g in ('hash32', 'rounding'))
   for u in (words, z_words):
     assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / u.size)
@@ -257,7 +257,7 @@ def test_stochastic_rounding_is_unbiased(dtype, at):
   ulp = abs(float(jax.lax.nextafter(near, jnp.array(9, dtype))) - float(near))
   for share in (0.0, 0.1, 0.5, 0.93):
     x = jnp.float32(float(near) + share * ulp)
-    got = np.asarray(noise.stochastic_round(
+    got = np.asarray(_noise.stochastic_round(
         jnp.full(n, x), dtype, bits).astype(jnp.float32), np.float64)
     assert len(np.unique(got)) <= 2
     tolerance = 5 * ulp * np.sqrt(share * (1 - share) / n) + 1e-3 * ulp
@@ -265,10 +265,10 @@ def test_stochastic_rounding_is_unbiased(dtype, at):
 
 
 def test_keys():
-  assert noise.as_key(3) == noise.as_key(jax.random.key(3))
-  assert noise.as_key(jax.random.PRNGKey(3)) == noise.as_key(3)
-  assert jax.random.key_impl(noise.as_key(
+  assert _noise.as_key(3) == _noise.as_key(jax.random.key(3))
+  assert _noise.as_key(jax.random.PRNGKey(3)) == _noise.as_key(3)
+  assert jax.random.key_impl(_noise.as_key(
       jax.random.key(0, impl='rbg'))) == 'threefry2x32'
   for bad in (1.5, jnp.zeros(3), jax.random.split(KEY, 2)):
     with pytest.raises(ValueError, match='key must be'):
-      noise.as_key(bad)
+      _noise.as_key(bad)

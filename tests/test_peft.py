@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import backprop, masks, models, peft
+from mezo_jax import _paths, backprop, models, peft
 
 KEY = jax.random.key(0)
 
@@ -27,7 +27,7 @@ def adapted(kind, model, params, **kwargs):
   adapters = jax.tree_util.tree_map_with_path(
       lambda path, x: x if path[-1].key == 'lora_scale' else
       x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), make())
-  return model, masks.join(params, adapters)
+  return model, peft.join(params, adapters)
 
 
 def apply(model, params, ids, **kwargs):
@@ -40,21 +40,21 @@ def apply(model, params, ids, **kwargs):
 
 def test_split_and_join_are_inverse_and_copy_nothing():
   _, params, _ = tiny()
-  trainable, frozen = masks.split(params, 'attn/(q|v)/')
+  trainable, frozen = peft.split(params, 'attn/(q|v)/')
   assert {p for p in paths(trainable)} == {
       'layers/attn/q/kernel', 'layers/attn/v/kernel'}
   assert not paths(trainable) & paths(frozen)
-  again = masks.join(trainable, frozen)
+  again = peft.join(trainable, frozen)
   assert jax.tree.structure(again) == jax.tree.structure(params)
   assert all(a is b for a, b in zip(jax.tree.leaves(again),
                                     jax.tree.leaves(params)))
-  tree = masks.selected(params, 'norm')
-  assert paths(masks.split(params, tree)[0]) == paths(
-      masks.split(params, 'norm')[0])
+  tree = _paths.selected(params, 'norm')
+  assert paths(peft.split(params, tree)[0]) == paths(
+      peft.split(params, 'norm')[0])
   with pytest.raises(ValueError, match="two trees have the parameter"):
-    masks.join(trainable, params)
+    peft.join(trainable, params)
   with pytest.raises(ValueError, match="nested dicts of arrays; 'a' is a list"):
-    masks.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
+    peft.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
 
 
 def paths(tree):
@@ -69,14 +69,14 @@ def test_a_step_on_the_trainable_tree_is_the_masked_step():
   tx = mezo_jax.mezo(1e-2, key=0, mask='attn/q', weight_decay=0.1)
   want, wanted = tx.update(
       None, tx.init(params), params, value_fn=loss_fn, ids=ids)
-  trainable, frozen = masks.split(params, 'attn/q')
+  trainable, frozen = peft.split(params, 'attn/q')
   tx = mezo_jax.mezo(1e-2, key=0, weight_decay=0.1)
   state = tx.init(trainable)
   got, state = tx.update(
-      None, state, trainable, value_fn=masks.on_trainable(loss_fn),
+      None, state, trainable, value_fn=peft.on_trainable(loss_fn),
       frozen=frozen, ids=ids)
   assert paths(got) == {'layers/attn/q/kernel'}
-  helpers.assert_close(got, masks.split(want, 'attn/q')[0])
+  helpers.assert_close(got, peft.split(want, 'attn/q')[0])
   np.testing.assert_allclose(state[0].projected_grad,
                              wanted[0].projected_grad, rtol=1e-5)
 
@@ -91,11 +91,11 @@ def test_micro_batches_do_not_split_what_is_frozen(make):
   def loss_fn(params, x):
     return jnp.mean((x @ params['w'] - params['b']) ** 2)
   params = {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}
-  trainable, frozen = masks.split(params, 'w')
+  trainable, frozen = peft.split(params, 'w')
   tx = make()
   def step(x):
     return tx.update(None, tx.init(trainable), trainable, frozen=frozen,
-                     value_fn=masks.on_trainable(loss_fn), x=x)[0]
+                     value_fn=peft.on_trainable(loss_fn), x=x)[0]
   got = step(x)
   assert got.keys() == {'w'} and np.isfinite(got['w']).all()
   # The loss is a mean over rows: two halves, each twice, give the same.
@@ -111,7 +111,7 @@ def test_groups_have_their_own_eps_and_learning_rate():
   eps, rate = {'^b/': 1e-2, '': 1e-3}, {'^b/': 0.1, '': 0.5}
   tx = mezo_jax.mezo(rate, eps, key=7)
   updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  key = mezo_jax.noise.direction_key(jax.random.key(7), 0)
+  key = mezo_jax._noise.direction_key(jax.random.key(7), 0)
   z = mezo_jax.direction(params, [(key, 1.0)])
   z = {'a': np.asarray(z['a'], np.float64),
        'c': np.asarray(z['b']['c'], np.float64)}
@@ -159,7 +159,7 @@ def test_lora_starts_as_the_model_and_as_the_paper_says():
       3 * a.size) ** 0.5
   np.testing.assert_allclose(a.var(), bound ** 2 / 3, rtol=0.1)
   np.testing.assert_array_equal(
-      apply(model, masks.join(params, adapters), ids),
+      apply(model, peft.join(params, adapters), ids),
       apply(model, params, ids))
   scaled = peft.lora.init(params, KEY, rank=4, alpha=8.0, rslora=True)
   assert (scaled['layers']['attn']['q']['lora_scale'] == 4.0).all()
@@ -169,11 +169,11 @@ def test_perturbing_lora_alone_changes_the_loss():
   """One release of the original trained nothing: its LoRA was merged away."""
   model, params, ids = tiny()
   adapters = peft.lora.init(params, KEY)
-  trainable, frozen = masks.split(
-      masks.join(params, adapters), peft.TRAINED['lora'])
+  trainable, frozen = peft.split(
+      peft.join(params, adapters), peft.TRAINED['lora'])
   assert paths(trainable) == {
       f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in 'ab'}
-  loss_fn = masks.on_trainable(helpers.lm_loss(model))
+  loss_fn = peft.on_trainable(helpers.lm_loss(model))
   far = helpers.quick_jit(lambda c: mezo_jax.perturbed(loss_fn)(
       trainable, [(jax.random.key(3), c)], frozen=frozen, ids=ids))
   losses = [float(far(c)) for c in (0.0, 0.1, -0.1)]
@@ -199,14 +199,14 @@ def test_merging_is_the_same_function_and_unmerging_its_inverse():
   np.testing.assert_allclose(
       merged['layers']['attn']['q']['kernel'], a, rtol=1e-6, atol=1e-7)
   helpers.assert_bitwise(merged['layers']['mlp'], params['layers']['mlp'])
-  adapters = masks.split(whole, '/lora_')[0]
+  adapters = peft.split(whole, '/lora_')[0]
   back = peft.lora.unmerge(merged, adapters)
   assert paths(back) == paths(whole)
   np.testing.assert_allclose(
       back['layers']['attn']['q']['kernel'], params['layers']['attn']['q'][
           'kernel'], atol=2e-7)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  assert peft.lora.merge(masks.join(half, adapters))['layers']['attn']['q'][
+  assert peft.lora.merge(peft.join(half, adapters))['layers']['attn']['q'][
       'kernel'].dtype == jnp.bfloat16
 
 
@@ -227,10 +227,10 @@ def test_a_lora_step_draws_noise_for_lora_alone():
       lambda: models.Transformer(config).init(KEY, jnp.zeros((1, 8), int)))[
           'params']
   adapters = jax.eval_shape(lambda p: peft.lora.init(p, KEY), params)
-  trainable, frozen = masks.split(
-      masks.join(params, adapters), peft.TRAINED['lora'])
+  trainable, frozen = peft.split(
+      peft.join(params, adapters), peft.TRAINED['lora'])
   ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-  loss_fn = masks.on_trainable(helpers.lm_loss(model))
+  loss_fn = peft.on_trainable(helpers.lm_loss(model))
   tx = mezo_jax.mezo(1e-4, 1e-2, key=0)
 
   def step(trainable, state, frozen, ids):
@@ -264,7 +264,7 @@ def test_a_prefix_is_what_the_layers_make_of_real_tokens():
           model, params, KEY, num_tokens=3, init=init, **more)
       after = model.clone(prefix_positions='after')
       np.testing.assert_allclose(
-          apply(after, masks.join(params, adapters), ids),
+          apply(after, peft.join(params, adapters), ids),
           apply(model, params, jnp.concatenate(
               [jnp.broadcast_to(tokens, (4, 3)), ids], 1))[:, 3:], atol=2e-5)
   k = adapters['layers']['attn']['prefix_k']
@@ -282,7 +282,7 @@ def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
     tokens = jnp.array([5, 9])
     adapters = peft.prefix.init_prompt(
         model, params, KEY, num_tokens=3, init='text', token_ids=tokens)
-    whole = masks.join(params, adapters)
+    whole = peft.join(params, adapters)
     mask = np.ones((4, 12), np.int32)
     mask[1, :5] = mask[2, :2] = 0
     soft, soft_mask = peft.prefix.prepend(
@@ -362,7 +362,7 @@ def test_packed_candidates_each_see_the_prefix(kind):
     model, whole = adapted('prefix', model, params)
     soft = []
   else:
-    whole = masks.join(params, peft.prefix.init_prompt(model, params, KEY))
+    whole = peft.join(params, peft.prefix.init_prompt(model, params, KEY))
     soft = peft.prefix.soft_ids(64, whole)
   prompt, one, two = ids[:1, :5], ids[:1, 5:8], ids[:1, 8:12]
   put = lambda *parts: peft.prefix.prepend(soft, jnp.concatenate(parts, 1))[0]
@@ -399,8 +399,8 @@ def test_adapters_of_half_precision_models_are_float32():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapters))
     if 'prompt' in adapters:
       ids, _ = peft.prefix.prepend(peft.prefix.soft_ids(64, adapters), ids)
-    got = apply(model, masks.join(half, adapters), ids)
-    want = apply(model, masks.join(params, adapters), ids)
+    got = apply(model, peft.join(half, adapters), ids)
+    want = apply(model, peft.join(params, adapters), ids)
     np.testing.assert_allclose(got, want, atol=0.05)
 
 
@@ -411,7 +411,7 @@ def test_adapters_survive_their_files(tiny_dir, tmp_path):
   model, params = models.load(tiny_dir, progress=False)
   cases = {'lora': adapted('lora', model, params)[1],
            'prefix': adapted('prefix', model, params)[1],
-           'prompt': masks.join(
+           'prompt': peft.join(
                params, peft.prefix.init_prompt(model, params, KEY))}
   model = model.clone(prefix_positions='after')
   for kind, whole in cases.items():
@@ -419,7 +419,7 @@ def test_adapters_survive_their_files(tiny_dir, tmp_path):
     _, adapters, found = peft.load(tmp_path / kind, model)
     assert found == kind
     assert (tmp_path / kind / 'README.md').read_text() == '# a'
-    helpers.assert_bitwise(masks.join(params, adapters), whole)
+    helpers.assert_bitwise(peft.join(params, adapters), whole)
   with pytest.raises(FileExistsError, match='not empty'):
     peft.save(tmp_path / 'lora', model, cases['lora'])
   with pytest.raises(ValueError, match='no LoRA, prefix or prompt'):

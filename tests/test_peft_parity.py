@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mezo_jax import masks, models, peft
+from mezo_jax import models, peft
 
 torch = pytest.importorskip('torch')
 reference = pytest.importorskip('peft')
@@ -69,7 +69,7 @@ def test_lora_of_peft_is_read_and_written(loaded, tmp_path):
   assert np.abs(want - logits(model, params)).max() > 0.1
 
   model, adapters, kind = peft.load(tmp_path / 'theirs', model)
-  whole = masks.join(params, adapters)
+  whole = peft.join(params, adapters)
   assert kind == 'lora'
   close(logits(model, whole), want)
   close(logits(model, peft.lora.merge(whole)), want)
@@ -86,7 +86,7 @@ def test_lora_of_queries_and_values_alone(loaded, tmp_path):
   adapters = jax.tree.map(
       lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape),
       adapters)
-  whole = masks.join(params, adapters)
+  whole = peft.join(params, adapters)
   peft.save(tmp_path / 'a', model, whole)
   theirs = reference.PeftModel.from_pretrained(make(), tmp_path / 'a').eval()
   close(families.torch_logits(theirs, IDS, MASKS['right']),
@@ -105,14 +105,14 @@ def test_prefix_and_prompt_of_peft(loaded, tmp_path, kind):
     adapters = peft.prefix.init(model, params, key, num_tokens=M)
     if kind == 'prefix':
       model = model.clone(prefix_positions='after')
-  whole = masks.join(params, adapters)
+  whole = peft.join(params, adapters)
   peft.save(tmp_path / 'a', model, whole)
   if not model.config.causal or (
       kind == 'zero prefix' and model.config.rope is None):
     with pytest.raises(ValueError, match='MEZO_JAX'):  # no equal in PEFT
       reference.PeftModel.from_pretrained(make(), tmp_path / 'a')
     again, adapters, _ = peft.load(tmp_path / 'a', model)
-    close(logits(again, masks.join(params, adapters), ids, mask),
+    close(logits(again, peft.join(params, adapters), ids, mask),
           logits(model, whole, ids, mask))
     return
   theirs = reference.PeftModel.from_pretrained(make(), tmp_path / 'a').eval()
@@ -124,7 +124,7 @@ def test_prefix_and_prompt_of_peft(loaded, tmp_path, kind):
   assert np.abs(got[:, -20:] - logits(model, params)).max() > 0.1
   close(got, want)
   again, adapters, _ = peft.load(tmp_path / 'a', model)
-  close(logits(again, masks.join(params, adapters), ids, mask), want)
+  close(logits(again, peft.join(params, adapters), ids, mask), want)
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -154,6 +154,6 @@ def test_a_prefix_from_position_zero(loaded, side):
   want = families.torch_logits(
       theirs, IDS, MASKS[side], **{} if family in ('opt', 'roberta') else {
           'position_ids': torch.tensor(at)})
-  got = logits(model, masks.join(params, adapters), mask=MASKS[side])
+  got = logits(model, peft.join(params, adapters), mask=MASKS[side])
   assert np.abs(got - logits(model, params, mask=MASKS[side])).max() > 0.1
   close(got, want, side)

@@ -11,7 +11,7 @@ from test_baselines import small_config
 
 import mezo_jax
 from mezo_jax import config as config_lib
-from mezo_jax import masks, models, peft, trainable
+from mezo_jax import models, peft, trainable
 from mezo_jax.export import export
 import train
 
@@ -125,7 +125,7 @@ def test_biases_alone(tmp_path):
 
 def test_a_task_s_new_head_is_trained_with_few_parameters():
   _, params, _ = helpers.tiny_model()
-  whole = masks.join(params, peft.lora.init(params, jax.random.key(0)), {
+  whole = peft.join(params, peft.lora.init(params, jax.random.key(0)), {
       'classifier': {'kernel': np.zeros((32, 2), np.float32)}})
   config = config_lib.Train(peft=config_lib.Peft(method='lora'))
   assert 'classifier' not in trainable.split(config, whole)[0]
@@ -186,7 +186,7 @@ def test_a_group_for_all_others_comes_last():
   tx = config_lib.make_optimizer(config)
   updates, state = tx.update(None, tx.init(params), params,
                              value_fn=lambda p: (p['a'] + p['b']).sum())
-  z = mezo_jax.direction(params, [(mezo_jax.noise.direction_key(
+  z = mezo_jax.direction(params, [(mezo_jax._noise.direction_key(
       jax.random.key(0), 0), 1.0)])
   # l+ - l- = 2 (eps_a z_a + eps_b z_b)
   difference = 2 * (1e-1 * z['a'] + 1e-2 * z['b'])

@@ -1,13 +1,14 @@
 """Fine-tuning with few parameters: LoRA, prefixes, soft prompts, last layers.
 
-Each function returns leaves to `mezo_jax.masks.join` to a model's parameters,
+Each function returns leaves to `mezo_jax.peft.join` to a model's parameters,
 which then has them wherever it is applied; `TRAINED` says which of all leaves
-are trained, for `mezo_jax.masks.split`.
+are trained, for `mezo_jax.peft.split`.
 """
 
 from mezo_jax.peft import lora, prefix
 from mezo_jax.peft.files import describe, load, save
 from mezo_jax.peft.layout import join_layers, split_layers, untie, untied
+from mezo_jax.peft.parts import join, on_trainable, split
 
 TRAINED = {  # regular expressions of paths
     '': '',
@@ -19,5 +20,6 @@ TRAINED = {  # regular expressions of paths
     'head': r'^(lm_head|head|classifier)/'}
 ADAPTERS = ('lora', 'prefix', 'prompt')  # parameters beside the model's own
 
-__all__ = ('ADAPTERS', 'TRAINED', 'describe', 'join_layers', 'load', 'lora',
-           'prefix', 'save', 'split_layers', 'untie', 'untied')
+__all__ = ('ADAPTERS', 'TRAINED', 'describe', 'join', 'join_layers', 'load',
+           'lora', 'on_trainable', 'prefix', 'save', 'split', 'split_layers',
+           'untie', 'untied')

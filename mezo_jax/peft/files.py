@@ -94,7 +94,7 @@ def load(directory: str | os.PathLike, model: Transformer):
 
   Returns:
     ``model, adapters, kind``: the model (with a prefix, counting positions as
-    it was trained with), the leaves to `mezo_jax.masks.join` to its parameters,
+    it was trained with), the leaves to `mezo_jax.peft.join` to its parameters,
     and 'lora', 'prefix' or 'prompt'.
 
   Raises:

@@ -12,7 +12,8 @@ import re
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import masks, noise
+from mezo_jax import _noise, _paths
+from mezo_jax.peft.parts import join
 
 
 def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
@@ -50,7 +51,7 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
     bound = inputs ** -0.5
     put(out, path, {
         'lora_a': jax.random.uniform(
-            noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32,
+            _noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32,
             -bound, bound),
         'lora_b': jnp.zeros((*lead, rank, outputs), jnp.float32),
         'lora_scale': jnp.full(lead, scale, jnp.float32)})
@@ -60,7 +61,7 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
 def _matrices(params) -> dict[str, jax.Array]:
   """The model's matrices by the paths of their modules."""
   return {path.removesuffix('/kernel'): x
-          for path, x in noise.named_leaves(params)
+          for path, x in _paths.named_leaves(params)
           if path.endswith('/kernel') and not path.startswith('classifier/')}
 
 
@@ -94,7 +95,7 @@ def unmerge(merged: dict, adapters: dict) -> dict:
     merged: from `merge`.
     adapters: ``lora_a``, ``lora_b`` and ``lora_scale`` as `init` gives them.
   """
-  return masks.join(_add(masks.join(merged, adapters), -1.0), adapters)
+  return join(_add(join(merged, adapters), -1.0), adapters)
 
 
 def _add(params: dict, sign: float) -> dict:

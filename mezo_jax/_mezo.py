@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import masks, noise, streams
-from mezo_jax.perturb import zeros
-from mezo_jax.spsa import spsa
+from mezo_jax import _noise, _paths, _streams
+from mezo_jax._perturb import zeros
+from mezo_jax._spsa import spsa
 
 _ROUNDING = 2**31  # no direction has this number
 _NOT_DECAYED = re.compile(
@@ -56,7 +56,7 @@ def mezo(
     weight_decay: :math:`\lambda`; biases and norms of every family are exempt
       (by name, and any leaf with fewer than two axes to a layer).
     mask: which leaves are perturbed, updated and decayed; see
-      `mezo_jax.masks.selected`.
+      `mezo_jax._paths.selected`.
     num_samples: directions per step.
     distribution: of the directions: 'normal', 'rademacher' or 'sphere'.
     generator: of the noise: 'threefry2x32' or 'hash32'.
@@ -88,9 +88,9 @@ def mezo(
     >>> params = optax.apply_updates(params, updates)
   """
   def decayed(params):
-    return noise.map_named(
+    return _paths.map_named(
         lambda path, p, used: used and is_decayed(path, p),
-        params, masks.selected(params, mask))
+        params, _paths.selected(params, mask))
 
   chain = optax.chain(
       spsa(eps, key=key, mask=mask, num_samples=num_samples,
@@ -104,12 +104,12 @@ def mezo(
     run = state[0]
     updates, state = chain.update(updates, state, params, **extra_args)
     skip = state[0].notfinite_count > 0
-    key_ = noise.direction_key(run.key, run.count, _ROUNDING)[None]
+    key_ = _noise.direction_key(run.key, run.count, _ROUNDING)[None]
 
-    half = streams.of_leaves(key_, {
+    half = _streams.of_leaves(key_, {
         path: p.shape for (path, p), used in zip(
-            noise.named_leaves(params),
-            jax.tree.leaves(masks.selected(params, mask)))
+            _paths.named_leaves(params),
+            jax.tree.leaves(_paths.selected(params, mask)))
         if used and stochastic_rounding
         and p.dtype in (jnp.bfloat16, jnp.float16)})
 
@@ -118,13 +118,13 @@ def mezo(
         return zeros(p)
       update = jnp.where(skip, 0, update)
       if path in half:
-        bits = noise.words(half[path], 0, p, 'rounding')
-        moved = noise.stochastic_round(
+        bits = _noise.words(half[path], 0, p, 'rounding')
+        moved = _noise.stochastic_round(
             p.astype(jnp.float32) + update, p.dtype, bits)
         update = moved.astype(jnp.float32) - p.astype(jnp.float32)
       return update.astype(jnp.result_type(p))
 
-    return noise.map_named(finish, params, updates), state
+    return _paths.map_named(finish, params, updates), state
 
   return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
@@ -135,10 +135,10 @@ def by_group(make, value) -> optax.GradientTransformation:
     return make(value)
   return optax.partition(
       {group: make(v) for group, v in value.items()},
-      lambda params: masks.groups_of(params, value))
+      lambda params: _paths.groups_of(params, value))
 
 
 def is_decayed(path: str, leaf) -> bool:
   """Whether weight decay applies: a matrix (per layer), no bias or norm."""
-  axes = jnp.ndim(leaf) - (noise.locate(path)[2] and jnp.ndim(leaf) > 0)
+  axes = jnp.ndim(leaf) - (_paths.locate(path)[2] and jnp.ndim(leaf) > 0)
   return axes >= 2 and not _NOT_DECAYED.search(path)

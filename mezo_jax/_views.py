@@ -9,8 +9,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mezo_jax import streams
-from mezo_jax.lazy import bind, Block, Lazy, RULES
+from mezo_jax import _streams
+from mezo_jax._lazy import bind, Block, Lazy, RULES
 
 
 def _view(move: Callable) -> Callable:
@@ -30,7 +30,7 @@ def _view(move: Callable) -> Callable:
 
 def _reshaped(stream, shape, eqn, others):
   del others
-  return streams.reshape(stream, shape, eqn.outvars[0].aval.shape)
+  return _streams.reshape(stream, shape, eqn.outvars[0].aval.shape)
 
 
 def _broadcast(stream, shape, eqn, others):
@@ -48,7 +48,7 @@ def _sliced(stream, shape, eqn, others):
   else:
     start = eqn.params['start_indices']
     steps = eqn.params['strides'] or (1,) * len(shape)
-  return streams.window(stream, start, size, steps)
+  return _streams.window(stream, start, size, steps)
 
 
 def _gathered(stream, shape, eqn, others):
@@ -58,7 +58,7 @@ def _gathered(stream, shape, eqn, others):
     return None
   axis, at = found
   index, mode = others[0][..., 0], eqn.params['mode']
-  stream = streams.take(
+  stream = _streams.take(
       stream, axis, jnp.clip(index, 0, shape[axis] - 1))
   if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:  # no noise on the fill
     inside = (index >= 0) & (index < shape[axis])
@@ -70,7 +70,7 @@ def _gathered(stream, shape, eqn, others):
   order = [a for a in range(len(shape) - 1 + index.ndim)]
   moved = order[axis:axis + index.ndim]
   rest = [a for a in order if a not in moved]
-  return streams.transpose(stream, rest[:at] + moved + rest[at:])
+  return _streams.transpose(stream, rest[:at] + moved + rest[at:])
 
 
 def gathered_axis(eqn) -> tuple[int, int] | None:
@@ -115,7 +115,7 @@ RULES.update({
     'squeeze': _view(_reshaped),
     'expand_dims': _view(_reshaped),
     'broadcast_in_dim': _view(_broadcast),
-    'transpose': _view(lambda stream, shape, eqn, others: streams.transpose(
+    'transpose': _view(lambda stream, shape, eqn, others: _streams.transpose(
         stream, eqn.params['permutation'])),
     'slice': _view(_sliced),
     'dynamic_slice': _view(_sliced),

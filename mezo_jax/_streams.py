@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import noise
-from mezo_jax.noise import Stream
+from mezo_jax import _paths
+from mezo_jax._noise import Stream
 
 _U32 = jnp.uint32
 
@@ -26,7 +26,7 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[int, ...]]
 
   Args:
     keys: typed keys [pairs], one a direction.
-    leaves: shapes by path, as `noise.named_leaves` gives it.
+    leaves: shapes by path, as `_paths.named_leaves` gives it.
 
   Returns:
     Streams by path: an axis of keys for a stacked leaf (its first), none for
@@ -34,7 +34,7 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[int, ...]]
     than 2**32 elements make necessary.
   """
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-  found = {path: noise.locate(path) for path in leaves}
+  found = {path: _paths.locate(path) for path in leaves}
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}

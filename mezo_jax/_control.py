@@ -11,8 +11,8 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mezo_jax import streams
-from mezo_jax.lazy import (
+from mezo_jax import _streams
+from mezo_jax._lazy import (
   bind,
   Block,
   evaluate,
@@ -21,7 +21,7 @@ from mezo_jax.lazy import (
   Operation,
   RULES,
 )
-from mezo_jax.views import gathered_axis
+from mezo_jax._views import gathered_axis
 
 
 def _nested(eqn):
@@ -119,7 +119,7 @@ def _scan_layers(eqn, ins, context):
 
 def _rows(x: Block, length: int):
   """Arrays to scan over, and what makes the block of a row of them."""
-  arrays, tree = jax.tree.flatten(streams.spread(x.stream, 0, length))
+  arrays, tree = jax.tree.flatten(_streams.spread(x.stream, 0, length))
   along = [a for a in arrays if a.shape[0] == length]
   shared = [a[0] for a in arrays if a.shape[0] != length]
   places = [a.shape[0] == length for a in arrays]
@@ -203,7 +203,7 @@ def _shard_map(eqn, ins, context):
         for axis, names in enumerate(spec):
           if names is not None:
             starts[axis] = lax.axis_index(names) * w.shape[axis]
-        stream = streams.window(jax.tree.unflatten(tree, arrays), starts,
+        stream = _streams.window(jax.tree.unflatten(tree, arrays), starts,
                                 w.shape, (1,) * w.ndim)
         x = dataclasses.replace(
             lazy, w=w, stream=stream, coefs=coefs, leaf=None)

@@ -12,6 +12,7 @@ length. Values are float32, or float64 where they are given so.
 """
 
 from collections.abc import Callable
+import inspect
 
 import jax
 from jax import lax
@@ -109,3 +110,15 @@ def split_batch(batch: dict, parts: int) -> dict:
     return x.reshape(parts, -1, *x.shape[1:])
   return jax.tree.map(
       split, {k: v for k, v in batch.items() if k != 'frozen'})
+
+
+def accepted(value_fn: Callable, extra_args: dict) -> dict:
+  """Those of the extra arguments that ``value_fn`` takes by name."""
+  try:
+    taken = inspect.signature(value_fn).parameters.values()
+  except (TypeError, ValueError):  # a builtin, or a compiled function
+    return extra_args
+  if any(p.kind is p.VAR_KEYWORD for p in taken):
+    return extra_args
+  named = [p.name for p in taken if p.kind is not p.POSITIONAL_ONLY]
+  return {k: v for k, v in extra_args.items() if k in named}

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import masks, noise, perturb, sharding, values
+from mezo_jax import _noise, _paths, _perturb, _values, sharding
 
-DISTRIBUTIONS = (*noise.DISTRIBUTIONS, 'sphere')
+DISTRIBUTIONS = (*_noise.DISTRIBUTIONS, 'sphere')
 
 
 class SpsaState(NamedTuple):
@@ -81,7 +81,7 @@ def spsa(
     generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
       'threefry2x32', with which z is, bit for bit, what `jax.random` draws.
     mask: which leaves are perturbed and updated; see
-      `mezo_jax.masks.selected`. The others get zero updates.
+      `mezo_jax._paths.selected`. The others get zero updates.
     one_sided: use :math:`(\mathcal{L}(\theta + \epsilon z) -
       \mathcal{L}(\theta)) / \epsilon`: n + 1 evaluations instead of 2n, with
       a bias of :math:`O(\epsilon)`.
@@ -91,7 +91,7 @@ def spsa(
       with one z: gradient accumulation. Every array passed on to ``value_fn``
       is split along its leading axis, but those in ``frozen``. The value is
       that of the whole batch, so ``value_fn`` must return the rows' values
-      ``[B]`` or ``(values, weights)``: see `mezo_jax.values`.
+      ``[B]`` or ``(values, weights)``: see `mezo_jax._values`.
     equal_parts: average the scalars of the parts as they are.
     dtype: of the updates; None for each parameter's own.
 
@@ -102,7 +102,7 @@ def spsa(
     values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
     projected gradient that is not finite gives zero updates and is counted in
     the state. (`optax.apply_updates` cannot add to PRNG keys among the params:
-    `mezo_jax.masks.split` sets them apart.)
+    `mezo_jax.peft.split` sets them apart.)
 
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
@@ -142,10 +142,10 @@ def spsa(
 
   def init_fn(params):
     _check_holes(params)
-    masks.selected(params, mask)
+    _paths.selected(params, mask)
     return _beside(SpsaState(
         count=jnp.zeros([], jnp.int32),
-        key=jnp.copy(noise.as_key(key)),  # the caller's may not be donated
+        key=jnp.copy(_noise.as_key(key)),  # the caller's may not be donated
         value=jnp.zeros([], jnp.float32),
         projected_grad=jnp.zeros([num_samples], jnp.float32),
         notfinite_count=jnp.zeros([], jnp.int32),
@@ -153,11 +153,11 @@ def spsa(
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     _check_update(updates, params, value_fn)
-    kwargs = masks.accepted(value_fn, extra_args)
+    kwargs = _values.accepted(value_fn, extra_args)
     epsilon, relative = _epsilon(eps, state.count)
 
     keys = jax.vmap(
-        lambda j: noise.direction_key(state.key, state.count, j))(
+        lambda j: _noise.direction_key(state.key, state.count, j))(
             jnp.arange(num_samples))
     radii = jnp.ones(num_samples)
     if distribution == 'sphere':
@@ -165,8 +165,8 @@ def spsa(
 
     def loss_at(key_and_scale):  # L(theta + scale * z(key); B)
       z, scale = key_and_scale
-      loss = perturb.perturbed(value_fn, scales=relative, **of_noise)
-      return values.mean_over_parts(
+      loss = _perturb.perturbed(value_fn, scales=relative, **of_noise)
+      return _values.mean_over_parts(
           lambda batch: loss(params, [(z, scale)], **batch), kwargs,
           micro_batches, equal_parts)
 
@@ -189,7 +189,7 @@ def spsa(
     g = jnp.where(finite, projected_grad * radii, 0.0).astype(jnp.float32)
     g = g if sum_samples else g / num_samples
     keys = _after(keys, value)
-    updates = perturb.direction(
+    updates = _perturb.direction(
         params, [*zip(keys, g)], dtype=dtype,
         scales=relative and {i: 1 / s for i, s in relative.items()}, **of_noise)
     return updates, SpsaState(
@@ -215,7 +215,7 @@ def _epsilon(eps, count) -> tuple[jax.Array, dict | None]:
 
 def _to_sphere(params, key, of_noise) -> jax.Array:
   """The factor that brings z(key) to the sphere of radius sqrt(d)."""
-  length, size = perturb.norm(params, key, **of_noise)
+  length, size = _perturb.norm(params, key, **of_noise)
   return jnp.sqrt(jnp.float32(size)) / length
 
 
@@ -237,7 +237,7 @@ def _check_options(eps, num_samples, distribution, generator, micro_batches):
   for e in eps.values() if isinstance(eps, Mapping) else (eps,):
     if isinstance(e, (int, float)) and not e > 0:
       raise ValueError(f'eps must be positive, got {eps}.')
-  noise.check_names(distribution, generator, DISTRIBUTIONS)
+  _noise.check_names(distribution, generator, DISTRIBUTIONS)
 
 
 def _check_holes(params):

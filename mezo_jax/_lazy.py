@@ -25,7 +25,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax import noise, streams
+from mezo_jax import _noise, _paths, _streams
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
 SMALL = 2**16  # elements; below, a weight is built wherever that is
@@ -39,7 +39,7 @@ class Block:
   """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
 
   w: jax.Array
-  stream: noise.Stream  # of the same view
+  stream: _noise.Stream  # of the same view
   coefs: jax.Array  # float32 [pairs]
   casts: tuple = ()  # dtypes that the program has cast the weights to since
   leaf: str | None = None  # path of the leaf that this is all of; '' if part
@@ -48,7 +48,7 @@ class Block:
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
-  def view(self, w: jax.Array, stream: noise.Stream) -> 'Block':
+  def view(self, w: jax.Array, stream: _noise.Stream) -> 'Block':
     leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, stream=stream, leaf=leaf)
 
@@ -62,7 +62,7 @@ class Block:
 
   def transpose(self, order) -> 'Block':
     return self.view(self.w.transpose(order),
-                     streams.transpose(self.stream, order))
+                     _streams.transpose(self.stream, order))
 
 
 @functools.partial(
@@ -120,7 +120,7 @@ class Context:
     if not isinstance(x, Block):
       return x
     x, order = x.as_it_lies()
-    w = noise.add(x.w, x.coefs, x.stream, distribution=self.distribution,
+    w = _noise.add(x.w, x.coefs, x.stream, distribution=self.distribution,
                   generator=self.generator).astype(x.w.dtype)
     for dtype in x.casts:
       w = w.astype(dtype)
@@ -172,7 +172,7 @@ class Context:
         self.note(arg, why, stacked)
     elif isinstance(x, Block) and x.leaf and x.w.size > max(
         0.04 * self.total, SMALL) and (
-            not stacked or noise.locate(x.leaf)[2]):
+            not stacked or _paths.locate(x.leaf)[2]):
       self.built.setdefault(x.leaf, why)
 
 
@@ -294,16 +294,16 @@ def _dot_by_parts(eqn, ins, context) -> Callable | None:
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
   along, lies = order[axis], whole.shape
-  if streams.reshape(whole.stream, lies, apart(lies, along)) is None:
+  if _streams.reshape(whole.stream, lies, apart(lies, along)) is None:
     return None
 
   def run(ins):
     (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
-    rows = w.view(w.w.reshape(split), streams.reshape(w.stream, lies, split))
+    rows = w.view(w.w.reshape(split), _streams.reshape(w.stream, lies, split))
     def part(i, out):
       some = rows.view(
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
-          streams.take(rows.stream, along + 1, i))
+          _streams.take(rows.stream, along + 1, i))
       built = context.force(some).transpose(order)
       pair = [x, built] if at else [built, x]
       return lax.dynamic_update_index_in_dim(out, lax.dot_general(

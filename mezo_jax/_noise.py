@@ -23,18 +23,17 @@ Source: SPSA directions, Spall (1992); "z is never stored but regenerated",
 Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
-import re
-from typing import Any
 import zlib
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+from mezo_jax import _paths
 
 GENERATORS = ('threefry2x32', 'hash32')
 DISTRIBUTIONS = ('normal', 'rademacher')
@@ -49,7 +48,6 @@ def check_names(distribution: str, generator: str,
       raise ValueError(f'{name} must be one of {known}, got {value!r}.')
 
 
-_LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
 _U32 = jnp.uint32
 _UNROLLED = 8  # directions
 
@@ -65,7 +63,7 @@ class Stream:
   ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays have the
   block's axes, of its length or of length 1 (then they are broadcast), so that
   a row, a run, a transpose or a reshape of a leaf is a stream again: see
-  `mezo_jax.streams`. ``pairs`` directions can be held at once (a displacement
+  `mezo_jax._streams`. ``pairs`` directions can be held at once (a displacement
   has several).
   """
 
@@ -107,86 +105,11 @@ def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
-def named_leaves(tree) -> list[tuple[str, Any]]:
-  """The leaves with their paths, such as ``'layers/attn/q/kernel'``.
-
-  Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name.
-
-  Raises:
-    ValueError: if two leaves have the same path.
-  """
-  out = {}
-  for path, node in jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=_is_variable)[0]:
-    within = jax.tree_util.tree_flatten_with_path(node)[0]
-    if _is_variable(node) and len(within) == 1:
-      within = [((), within[0][1])]
-    for more, leaf in within:
-      name = '/'.join(
-          str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
-          for k in (*path, *more))
-      if name in out:
-        raise ValueError(
-            f'two parameters have the path {name!r}, and would draw the same '
-            'noise; rename one of them.')
-      out[name] = leaf
-  return [*out.items()]
-
-
-def _is_variable(node) -> bool:
-  """Whether a node is flax.nnx's box of an array (flax is not imported)."""
-  return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')
-             for c in type(node).__mro__)
-
-
-def map_named(fn: Callable, tree, *rest):
-  """Maps ``fn(path, leaf, *others)`` over trees of one structure."""
-  flat = [jax.tree.structure(tree).flatten_up_to(t) for t in rest]
-  return jax.tree.unflatten(jax.tree.structure(tree), [
-      fn(path, leaf, *others)
-      for (path, leaf), *others in zip(named_leaves(tree), *flat)])
-
-
-def locate(path: str) -> tuple[str, int | None, bool]:
-  """Splits a path into (path without layer number, layer, stacked?).
-
-  The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h``
-  decides: followed by a number (``layers_3``, ``layers/3``) the leaf is that
-  layer; without one its leading axis is the layer axis. ``layers/3/q/kernel``
-  of shape [a, b] is thus row 3 of ``layers/q/kernel`` of shape [L, a, b]. Any
-  other path has neither; its leaf is one block, however it is scanned.
-  """
-  parts = path.split('/')
-  for i, part in enumerate(parts[:-1]):
-    match = _LAYERS.fullmatch(part)
-    if not match:
-      continue
-    name, number = match.groups()
-    if number is not None:
-      return '/'.join([*parts[:i], name, *parts[i + 1:]]), int(number), False
-    if parts[i + 1].isdigit():
-      return '/'.join(parts[:i + 1] + parts[i + 2:]), int(parts[i + 1]), False
-    return path, None, True
-  return path, None, False
-
-
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
   """The key of one leaf; of one layer where the path has a layer number."""
-  name, layer, _ = locate(path)
+  name, layer, _ = _paths.locate(path)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
   return key if layer is None else jax.random.fold_in(key, layer)
-
-
-def check_paths(paths) -> None:
-  """Raises if two leaves would draw the same noise (a collision of crc32)."""
-  seen = {}
-  for path in paths:
-    name, layer, _ = locate(path)
-    other = seen.setdefault((zlib.crc32(name.encode()), layer), path)
-    if other != path:
-      raise ValueError(
-          f'Parameters {other!r} and {path!r} would draw the same noise '
-          '(their names hash alike); rename one of them.')
 
 
 # --- words ----------------------------------------------------------------

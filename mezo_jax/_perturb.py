@@ -6,7 +6,7 @@ A *displacement* is a list of pairs ``(key, coefficient)``: the vector
 * `perturbed` is a function transformation in the family of `jax.jvp`: it traces
   ``value_fn`` to a jaxpr and evaluates that with every parameter leaf as a lazy
   `Block`, which turns into ``w + c*z`` where an operation consumes it
-  (`mezo_jax.lazy`). A `lax.scan` over stacked layers hands its body one layer
+  (`mezo_jax._lazy`). A `lax.scan` over stacked layers hands its body one layer
   and that layer's key, an unrolled model consumes its layers one by one: either
   way one layer's perturbed weights are alive at a time; a lookup of embedding
   rows draws noise for those rows alone. The model needs no change.
@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import masks, noise, streams
-from mezo_jax.control import evaluate
-from mezo_jax.lazy import Block, Context, SMALL
+from mezo_jax import _noise, _paths, _streams
+from mezo_jax._control import evaluate
+from mezo_jax._lazy import Block, Context, SMALL
 
 Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 
@@ -39,16 +39,16 @@ def _blocks(params, displacement: Displacement, mask,
   if not displacement:
     raise ValueError('a displacement needs at least one (key, coefficient).')
   keys, coefs = zip(*displacement)
-  keys = jnp.stack([noise.as_key(k) for k in keys])
+  keys = jnp.stack([_noise.as_key(k) for k in keys])
   coefs = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefs])
-  leaves = noise.named_leaves(params)
-  used = jax.tree.leaves(masks.selected(params, mask))
+  leaves = _paths.named_leaves(params)
+  used = jax.tree.leaves(_paths.selected(params, mask))
   _check_shards([leaf for leaf, use in zip(leaves, used) if use])
-  of = streams.of_leaves(keys, {
+  of = _streams.of_leaves(keys, {
       path: jnp.shape(x) for (path, x), use in zip(leaves, used) if use})
 
   def block(path, x):
-    scale = 1.0 if scales is None else scales[masks.group_of(path, scales)]
+    scale = 1.0 if scales is None else scales[_paths.group_of(path, scales)]
     return Block(jnp.asarray(x), of[path], coefs * scale, leaf=path)
 
   return [block(path, x) if use else x
@@ -90,7 +90,7 @@ def _small(blocks: list[Block]) -> set[int]:
     left -= blocks[i].w.size
     if left < 0 or blocks[i].w.size >= SMALL:
       break
-    if not noise.locate(blocks[i].leaf)[2]:
+    if not _paths.locate(blocks[i].leaf)[2]:
       found.add(i)
   return found
 
@@ -141,7 +141,7 @@ def displace(
   Args:
     params: a tree of arrays.
     displacement: pairs (key, coefficient).
-    mask: see `mezo_jax.masks.selected`; other leaves are returned as they are.
+    mask: see `mezo_jax._paths.selected`; other leaves are returned as they are.
     scales: z of a leaf is multiplied by the number of its group, `{regular
       expression: number}`; None for 1.
     distribution: 'normal' or 'rademacher'.
@@ -151,9 +151,9 @@ def displace(
     ValueError: for an unknown distribution or generator, a mask that does not
       fit, or a displacement without pairs.
   """
-  noise.check_names(distribution, generator)
+  _noise.check_names(distribution, generator)
   return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
-      lambda w, coefs, stream: noise.add(
+      lambda w, coefs, stream: _noise.add(
           w, coefs, stream, distribution=distribution,
           generator=generator).astype(w.dtype),
       _blocks(params, displacement, mask, scales), lambda x: x))
@@ -169,7 +169,7 @@ def direction(
   Args:
     params: a tree that gives paths, shapes and dtypes.
     displacement: pairs (key, coefficient).
-    mask: see `mezo_jax.masks.selected`.
+    mask: see `mezo_jax._paths.selected`.
     dtype: of the result; None for the parameters' own, which of PRNG keys is
       `jax.dtypes.float0`.
     scales: as for `displace`.
@@ -179,9 +179,9 @@ def direction(
   Raises:
     ValueError: as for `displace`.
   """
-  noise.check_names(distribution, generator)
+  _noise.check_names(distribution, generator)
   return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
-      lambda w, coefs, stream: noise.combination(
+      lambda w, coefs, stream: _noise.combination(
           w, coefs, stream, distribution=distribution,
           generator=generator).astype(dtype or w.dtype),
       _blocks(params, displacement, mask, scales),
@@ -200,10 +200,10 @@ def norm(
     generator: str = 'hash32',
 ) -> tuple[jax.Array, int]:
   """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
-  noise.check_names(distribution, generator)
+  _noise.check_names(distribution, generator)
   blocks = [x for x in _blocks(params, [(key, 1.0)], mask, None)
             if isinstance(x, Block)]
-  squares = [jnp.sum(jnp.square(noise.combination(
+  squares = [jnp.sum(jnp.square(_noise.combination(
       x.w, x.coefs, x.stream, distribution=distribution, generator=generator)))
              for x in blocks]
   return jnp.sqrt(sum(squares)), sum(x.w.size for x in blocks)
@@ -225,7 +225,7 @@ def perturbed(
 
   Args:
     value_fn: a traceable function ``(params, *args, **kwargs) -> tree``.
-    mask: see `mezo_jax.masks.selected`; other leaves are not perturbed.
+    mask: see `mezo_jax._paths.selected`; other leaves are not perturbed.
     scales: as for `displace`.
     distribution: 'normal' or 'rademacher'.
     generator: 'threefry2x32' or 'hash32'.
@@ -246,7 +246,7 @@ def perturbed(
     >>> bool(jnp.allclose(near, f(displace(w, [(key, 1e-3)]), x)))
     True
   """
-  noise.check_names(distribution, generator)
+  _noise.check_names(distribution, generator)
 
   def perturbed_fn(params, displacement, /, *args, **kwargs):
     leaves = _blocks(params, displacement, mask, scales)
@@ -256,7 +256,7 @@ def perturbed(
     context = Context(distribution, generator, sum(x.w.size for x in blocks))
     small = _small(blocks)
     built = iter(_each(
-        lambda w, coefs, stream: noise.add(
+        lambda w, coefs, stream: _noise.add(
             w, coefs, stream, distribution=distribution,
             generator=generator).astype(w.dtype),
         [blocks[i] for i in sorted(small)], {*range(len(small))}))

@@ -1,0 +1,70 @@
+"""A nested dict of parameters in two: what is trained, and what is not.
+
+So that optimizer state, noise and checkpoints hold only what is trained.
+"""
+
+from collections.abc import Callable, Mapping
+
+from mezo_jax._paths import selected
+from mezo_jax._values import accepted
+
+
+def split(params: dict, mask) -> tuple[dict, dict]:
+  """``trainable, frozen``: two nested dicts that share no leaf.
+
+  Args:
+    params: a nested dict, such as Flax Linen's.
+    mask: see `selected`.
+
+  Raises:
+    ValueError: if the tree has other containers than dicts.
+
+  Example:
+    >>> split({'a': {'w': 1., 'b': 2.}, 'c': 3.}, '^a/w|c')
+    ({'a': {'w': 1.0}, 'c': 3.0}, {'a': {'b': 2.0}})
+  """
+  def part(tree, chosen, wanted):
+    out = {}
+    for name, x in tree.items():
+      if isinstance(x, Mapping):
+        x = part(x, chosen[name], wanted)
+        if x:
+          out[name] = x
+      elif not isinstance(chosen[name], bool):
+        raise ValueError(f'split takes nested dicts of arrays; {name!r} is a '
+                         f'{type(x).__name__}.')
+      elif chosen[name] == wanted:
+        out[name] = x
+    return out
+  chosen = selected(params, mask)
+  return part(params, chosen, True), part(params, chosen, False)
+
+
+def join(*trees: dict) -> dict:
+  """The nested dict with the leaves of all of ``trees``, which are not copied.
+
+  Raises:
+    ValueError: if two of them have a leaf of the same path.
+  """
+  out = {}
+  for tree in trees:
+    for name, x in tree.items():
+      if name not in out:
+        out[name] = x
+      elif isinstance(x, Mapping) and isinstance(out[name], Mapping):
+        out[name] = join(out[name], x)
+      else:
+        raise ValueError(f'two trees have the parameter {name!r}.')
+  return out
+
+
+def on_trainable(value_fn: Callable) -> Callable:
+  """``value_fn(params, ...)`` as a function ``(trainable, ..., frozen=...)``.
+
+  So that ``tx.update(None, state, trainable, value_fn=on_trainable(loss_fn),
+  frozen=frozen, batch=batch)`` perturbs and updates ``trainable`` alone.
+  """
+  def joined_fn(trainable, *args, frozen, **kwargs):
+    return value_fn(join(trainable, frozen), *args,
+                    **accepted(value_fn, kwargs))
+  return joined_fn
