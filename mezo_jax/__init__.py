@@ -2,12 +2,31 @@
 
 import importlib
 
+from mezo_jax._directions import (
+  Directions,
+  Displacement,
+  Normal,
+  Rademacher,
+  Sphere,
+)
 from mezo_jax._mezo import mezo
 from mezo_jax._perturb import direction, displace, perturbed
-from mezo_jax._spsa import spsa, SpsaState
+from mezo_jax._rounding import round_stochastically
+from mezo_jax._skip import skip_not_finite
+from mezo_jax._spsa import (
+  Combine,
+  estimate,
+  one_sided,
+  spsa,
+  SpsaState,
+  two_sided,
+)
 
 __all__ = (
-    'SpsaState', 'direction', 'displace', 'mezo', 'perturbed', 'spsa')
+    'Combine', 'Directions', 'Displacement', 'Normal', 'Rademacher', 'Sphere',
+    'SpsaState', 'direction', 'displace', 'estimate', 'mezo', 'one_sided',
+    'perturbed', 'round_stochastically', 'skip_not_finite', 'spsa',
+    'two_sided')
 __version__ = '0.1.0'
 
 

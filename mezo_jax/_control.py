@@ -11,7 +11,6 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mezo_jax import _streams
 from mezo_jax._lazy import (
   bind,
   Block,
@@ -26,7 +25,7 @@ from mezo_jax._views import gathered_axis
 
 def _nested(eqn):
   p = eqn.params
-  inner = p.get('jaxpr', p.get('call_jaxpr', p.get('fun_jaxpr')))
+  inner = p['jaxpr'] if 'jaxpr' in p else p['call_jaxpr']
   return getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ())
 
 
@@ -119,19 +118,10 @@ def _scan_layers(eqn, ins, context):
 
 def _rows(x: Block, length: int):
   """Arrays to scan over, and what makes the block of a row of them."""
-  arrays, tree = jax.tree.flatten(_streams.spread(x.stream, 0, length))
-  along = [a for a in arrays if a.shape[0] == length]
-  shared = [a[0] for a in arrays if a.shape[0] != length]
-  places = [a.shape[0] == length for a in arrays]
-
+  along, draws_of = x.draws.rows(length)
   def remake(row):
     w, along = row
-    along, rest = iter(along), iter(shared)
-    stream = jax.tree.unflatten(
-        tree, [next(along if p else rest) for p in places])
-    stream = dataclasses.replace(stream, strides=stream.strides[1:])
-    return dataclasses.replace(x, w=w, stream=stream, leaf=None)
-
+    return dataclasses.replace(x, w=w, draws=draws_of(along), leaf=None)
   return (x.w, along), remake
 
 
@@ -188,8 +178,8 @@ def _shard_map(eqn, ins, context):
       context.note(x, 'something is computed of it before a shard_map')
       x = context.force(x)
     elif isinstance(x, Block):
-      arrays, tree = jax.tree.flatten(x.stream)
-      x, spec = (x.w, arrays, x.coefs), (spec, [P()] * len(arrays), P())
+      arrays, tree = jax.tree.flatten(x.draws)
+      x, spec = (x.w, arrays), (spec, [P()] * len(arrays))
     args.append(x)
     specs.append(spec)
     trees.append(tree)
@@ -198,15 +188,14 @@ def _shard_map(eqn, ins, context):
     local = []
     for x, lazy, tree, spec in zip(args, ins, trees, p['in_specs']):
       if tree is not None:
-        w, arrays, coefs = x
+        w, arrays = x
         starts = [0] * w.ndim
         for axis, names in enumerate(spec):
           if names is not None:
             starts[axis] = lax.axis_index(names) * w.shape[axis]
-        stream = _streams.window(jax.tree.unflatten(tree, arrays), starts,
-                                w.shape, (1,) * w.ndim)
-        x = dataclasses.replace(
-            lazy, w=w, stream=stream, coefs=coefs, leaf=None)
+        draws = jax.tree.unflatten(tree, arrays).window(
+            starts, w.shape, (1,) * w.ndim)
+        x = dataclasses.replace(lazy, w=w, draws=draws, leaf=None)
       local.append(x)
     outs = evaluate(p['jaxpr'], (), local, context)
     return tuple(map(context.force, outs))
@@ -261,14 +250,12 @@ def _eqn_by_parts(eqn, i: int) -> bool:
   return False
 
 
-_PASSING = ('convert_element_type', 'reshape', 'squeeze', 'expand_dims',
-            'transpose', 'copy', 'copy_p', 'sharding_constraint')
+_PASSING = ('convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy',
+            'sharding_constraint')
 _CALLS = {
-    **dict.fromkeys(('jit', 'pjit', 'closed_call', 'core_call', 'remat',
-                     'remat2', 'checkpoint'), _call),
+    **dict.fromkeys(('jit', 'closed_call', 'remat2'), _call),
     'custom_jvp_call': _custom_jvp,
     'custom_vjp_call': _custom_vjp,
-    'custom_vjp_call_jaxpr': _custom_vjp,
 }
 RULES.update(_CALLS, scan=_scan, cond=_cond, shard_map=_shard_map)
 RULES['while'] = _while

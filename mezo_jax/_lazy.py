@@ -2,9 +2,9 @@
 
 `evaluate` runs a jaxpr in which some values are lazy:
 
-* a `Block` is (a view of) a parameter leaf, ``w`` beside the `Stream` of its
-  draws: rows by index, runs, transposes, reshapes and casts of it are blocks
-  again, and a scan over its first axis hands each iteration one row of it;
+* a `Block` is (a view of) a parameter leaf, ``w`` beside its `Draws`: rows by
+  index, runs, transposes, reshapes and casts of it are blocks again, and a scan
+  over its first axis hands each iteration one row of it;
 * an `Expression` is what an operation makes of lazy values alone (a
   concatenation, a product with a scale, LoRA's A @ B): it waits too.
 
@@ -25,7 +25,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax import _noise, _paths, _streams
+from mezo_jax._directions import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
 SMALL = 2**16  # elements; below, a weight is built wherever that is
@@ -33,14 +33,13 @@ SMALL = 2**16  # elements; below, a weight is built wherever that is
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('w', 'stream', 'coefs'), meta_fields=('casts', 'leaf'))
+    data_fields=('w', 'draws'), meta_fields=('casts', 'leaf'))
 @dataclasses.dataclass(frozen=True)
 class Block:
   """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
 
   w: jax.Array
-  stream: _noise.Stream  # of the same view
-  coefs: jax.Array  # float32 [pairs]
+  draws: Draws  # of the same view
   casts: tuple = ()  # dtypes that the program has cast the weights to since
   leaf: str | None = None  # path of the leaf that this is all of; '' if part
 
@@ -48,21 +47,26 @@ class Block:
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
-  def view(self, w: jax.Array, stream: _noise.Stream) -> 'Block':
+  def view(self, w: jax.Array, draws: Draws) -> 'Block':
     leaf = self.leaf if w.size == self.w.size else ''
-    return dataclasses.replace(self, w=w, stream=stream, leaf=leaf)
+    return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
 
   def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
     """The block with its axes in the order of the leaf, and the order that
     they have here: a transpose must not be built before it is read."""
-    lies = sorted(range(self.w.ndim), key=lambda a: (
-        -self.stream.strides[a] or -2**63))
+    lies = self.draws.lies()
     block = self.transpose(lies)
     return block, tuple(lies.index(a) for a in range(len(lies)))
 
   def transpose(self, order) -> 'Block':
-    return self.view(self.w.transpose(order),
-                     _streams.transpose(self.stream, order))
+    return self.view(self.w.transpose(order), self.draws.transpose(order))
+
+  def build(self) -> jax.Array:
+    """The weights, displaced and cast."""
+    w = self.draws.add(self.w).astype(self.w.dtype)
+    for dtype in self.casts:
+      w = w.astype(dtype)
+    return w
 
 
 @functools.partial(
@@ -106,8 +110,6 @@ class Operation:
 class Context:
   """How an evaluation goes."""
 
-  distribution: str
-  generator: str
   total: int  # elements of all leaves
   apart: bool = True  # consume in functions apart: not so within a layer
   functions: dict = dataclasses.field(default_factory=dict)  # by operation
@@ -120,11 +122,8 @@ class Context:
     if not isinstance(x, Block):
       return x
     x, order = x.as_it_lies()
-    w = _noise.add(x.w, x.coefs, x.stream, distribution=self.distribution,
-                  generator=self.generator).astype(x.w.dtype)
-    for dtype in x.casts:
-      w = w.astype(dtype)
-    if self.distribution == 'normal':
+    w = x.build()
+    if x.draws.directions.dear:
       # A TPU would make z anew for each tile of rows that it multiplies by w.
       w = lax.optimization_barrier(w)
     return w.transpose(order)
@@ -172,7 +171,7 @@ class Context:
         self.note(arg, why, stacked)
     elif isinstance(x, Block) and x.leaf and x.w.size > max(
         0.04 * self.total, SMALL) and (
-            not stacked or _paths.locate(x.leaf)[2]):
+            not stacked or x.draws.is_stack()):
       self.built.setdefault(x.leaf, why)
 
 
@@ -192,9 +191,8 @@ def _tied(values) -> list:
       return dataclasses.replace(x, args=tuple(map(one, x.args)))
     if not isinstance(x, Block):
       return x
-    w, keys, _ = lax.optimization_barrier((x.w, x.stream.keys, met))
-    return dataclasses.replace(
-        x, w=w, stream=dataclasses.replace(x.stream, keys=keys))
+    w, keys, _ = lax.optimization_barrier((x.w, x.draws.stream.keys, met))
+    return dataclasses.replace(x, w=w, draws=x.draws.tied(keys))
   return [*map(one, values)] if met else values
 
 
@@ -294,16 +292,16 @@ def _dot_by_parts(eqn, ins, context) -> Callable | None:
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
   along, lies = order[axis], whole.shape
-  if _streams.reshape(whole.stream, lies, apart(lies, along)) is None:
+  if whole.draws.reshape(lies, apart(lies, along)) is None:
     return None
 
   def run(ins):
     (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
-    rows = w.view(w.w.reshape(split), _streams.reshape(w.stream, lies, split))
+    rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
     def part(i, out):
       some = rows.view(
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
-          _streams.take(rows.stream, along + 1, i))
+          rows.draws.take(along + 1, i))
       built = context.force(some).transpose(order)
       pair = [x, built] if at else [built, x]
       return lax.dynamic_update_index_in_dim(out, lax.dot_general(

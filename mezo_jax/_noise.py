@@ -8,7 +8,8 @@ One leaf of the parameters has one stream of draws,
 where ``i`` is the row-major index of the element and ``bits`` a counter-based
 generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
 alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
-same noise (see `locate`). With the generator 'threefry2x32', bit for bit,
+same noise (see `mezo_jax._paths.locate`). With the generator 'threefry2x32', bit
+for bit,
 
   ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
   ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
@@ -25,7 +26,6 @@ Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
 
 import dataclasses
 import functools
-import math
 import zlib
 
 import jax
@@ -36,20 +36,7 @@ import numpy as np
 from mezo_jax import _paths
 
 GENERATORS = ('threefry2x32', 'hash32')
-DISTRIBUTIONS = ('normal', 'rademacher')
-
-
-def check_names(distribution: str, generator: str,
-                distributions: tuple[str, ...] = DISTRIBUTIONS) -> None:
-  """Raises ValueError for an unknown distribution or generator."""
-  for name, value, known in (('distribution', distribution, distributions),
-                             ('generator', generator, GENERATORS)):
-    if value not in known:
-      raise ValueError(f'{name} must be one of {known}, got {value!r}.')
-
-
 _U32 = jnp.uint32
-_UNROLLED = 8  # directions
 
 
 @functools.partial(
@@ -63,11 +50,10 @@ class Stream:
   ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays have the
   block's axes, of its length or of length 1 (then they are broadcast), so that
   a row, a run, a transpose or a reshape of a leaf is a stream again: see
-  `mezo_jax._streams`. ``pairs`` directions can be held at once (a displacement
-  has several).
+  `mezo_jax._streams`. Those of all n keys of a displacement are held at once.
   """
 
-  keys: jax.Array  # uint32 [*axes, pairs, 2]
+  keys: jax.Array  # uint32 [*axes, n, 2]
   lo: jax.Array  # uint32 [*axes]
   strides: tuple[int, ...]  # below 2**32
   hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
@@ -100,6 +86,16 @@ def _wrap(words: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
+def as_keys(keys) -> jax.Array:
+  """Typed threefry keys [n] from an array of keys, or from one key."""
+  if isinstance(keys, jax.Array) and keys.ndim == 1 and jnp.issubdtype(
+      keys.dtype, jax.dtypes.prng_key):
+    if jax.random.key_impl(keys) == 'threefry2x32':
+      return keys
+    return _wrap(jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys))
+  return as_key(keys)[None]
+
+
 def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
   """The key of direction number ``sample`` of step number ``count``."""
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
@@ -115,13 +111,13 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 # --- words ----------------------------------------------------------------
 
 
-def words(s: Stream, pair: int | jax.Array, like: jax.Array,
+def words(s: Stream, j: int | jax.Array, like: jax.Array,
           generator: str) -> jax.Array:
   """A uint32 word for each element of a block.
 
   Args:
     s: the stream of the block.
-    pair: which of its directions.
+    j: which of its directions.
     like: gives the shape of the block and, where mesh axes are Explicit, its
       sharding.
     generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
@@ -141,7 +137,7 @@ def words(s: Stream, pair: int | jax.Array, like: jax.Array,
             jnp.uint32, index_shape, axis, out_sharding=place)
     return total
 
-  k0, k1 = s.keys[..., pair, 0], s.keys[..., pair, 1]
+  k0, k1 = s.keys[..., j, 0], s.keys[..., j, 1]
   hi = jnp.zeros((), jnp.uint32)
   if s.hi is not None:
     hi = s.hi + (lo_plus(_U32(0)) < s.lo).astype(jnp.uint32)
@@ -199,131 +195,3 @@ def _finalise(x, m0, m1):
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)
   return x ^ (x >> 16)
-
-
-# --- draws ------------------------------------------------------------------
-
-
-def from_bits(bits: jax.Array, distribution: str, generator: str) -> jax.Array:
-  """float32 draws of mean 0 and variance 1 from uint32 words.
-
-  With threefry2x32 they are, bit for bit, what `jax.random.normal` and
-  `jax.random.rademacher` make of the same words; with hash32 normal draws are
-  `_quantile`'s, which are cheaper (benchmarks/results/noise.md).
-  """
-  if distribution == 'rademacher':
-    one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
-    return lax.bitcast_convert_type(one, jnp.float32)
-  if generator == 'hash32':
-    return _quantile(bits)
-  one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
-  unit = lax.bitcast_convert_type(
-      (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
-  uniform = jnp.maximum(low, unit * (one - low) + low)
-  return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
-
-
-def _quantile(bits: jax.Array) -> jax.Array:
-  r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
-
-  .. math:: w = -2 \ln t, \quad y = \sqrt{w}, \quad
-            |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
-
-  The form is that of Abramowitz and Stegun 26.2.23; the coefficients are our
-  least-maximum fit; in float32 |z| is within 5e-6 of the quantile for all
-  t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial too, in the
-  fraction bits of t: multiplications, additions, one square root, one division,
-  no branch.
-  """
-  tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
-          + np.float32(0.5)) * np.float32(2**-31)
-  word = lax.bitcast_convert_type(tail, jnp.int32)
-  exponent = (word - 0x3F3504F3) >> 23  # the fraction is in [sqrt(1/2), sqrt 2)
-  m = lax.bitcast_convert_type(word - (exponent << 23), jnp.float32)
-  m = m - np.float32(1)
-  w = m * _polynomial(_LOG, m) + exponent.astype(jnp.float32) * np.float32(
-      -2 * math.log(2))
-  w = jnp.maximum(w, np.float32(0))
-  y = jnp.sqrt(w)
-  z = w * _polynomial(_P, y) / _polynomial(_Q, y)
-  sign = bits << 31
-  return lax.bitcast_convert_type(
-      lax.bitcast_convert_type(z, jnp.uint32) | sign, jnp.float32)
-
-
-_LOG = (-2.0000064, 1.0000393, -0.6660660, 0.4976268, -0.4120935, 0.3780396,
-        -0.2365496)  # of -2 ln(1 + m) / m
-_P = (0.6271003, 0.6916010, 0.5510004, 0.1647054)
-_Q = (1.0, 1.1099032, 1.1097076, 0.5660853, 0.1643640)
-
-
-def _polynomial(coefs, x):
-  """Horner's rule, constant coefficient first."""
-  total = np.float32(coefs[-1])
-  for c in coefs[-2::-1]:
-    total = total * x + np.float32(c)
-  return total
-
-
-def add(w: jax.Array, coefs: jax.Array, s: Stream, *, distribution: str,
-        generator: str) -> jax.Array:
-  r"""``w + sum_j coefs[j] * z_j`` in float32 (float64 for float64 weights).
-
-  Args:
-    w: a block of weights.
-    coefs: float32 [pairs], or [pairs, ...] that w's shape broadcasts with.
-    s: the stream of the block.
-    distribution: one of `DISTRIBUTIONS`.
-    generator: one of `GENERATORS`.
-  """
-  start = w.astype(jnp.promote_types(jnp.float32, w.dtype))
-  return _sum(start, w, coefs, s, distribution, generator)
-
-
-def combination(like: jax.Array, coefs: jax.Array, s: Stream, *,
-                distribution: str, generator: str) -> jax.Array:
-  """``sum_j coefs[j] * z_j`` in float32 for a block shaped ``like`` this."""
-  return jnp.broadcast_to(
-      _sum(None, like, coefs, s, distribution, generator), like.shape)
-
-
-def _sum(start, like, coefs, s, distribution, generator):
-  def term(j):
-    bits = words(s, j, like, generator)
-    return coefs[j] * from_bits(bits, distribution, generator)
-  n, first = coefs.shape[0], 0 if start is not None else 1
-  total = term(0) if start is None else start
-  if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
-    for j in range(first, n):
-      total = total + term(j)
-  else:
-    total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
-  if s.there is None:
-    return total
-  return jnp.where(s.there, total, 0 if start is None else start)
-
-
-def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
-  """Rounds float32 to a narrower float so that the expectation is ``x``.
-
-  Of the two neighbours of ``x`` the farther is taken with probability equal
-  to its closeness (Connolly, Higham and Mary, 2021, "Stochastic rounding").
-
-  Args:
-    x: float32.
-    dtype: bfloat16, whose 16 lost bits ``bits`` decide about exactly, or
-      float16, where the probability has 24 bits.
-    bits: uint32 words of x's shape, uniform and independent of x.
-  """
-  if dtype == jnp.bfloat16:  # float32 cut short: a carry out of the part cut
-    word = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
-    cut = lax.bitcast_convert_type(word & _U32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
-  near = x.astype(dtype)
-  error = x - near.astype(jnp.float32)
-  toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
-  far = lax.nextafter(near, toward)
-  gap = jnp.abs(far.astype(jnp.float32) - near.astype(jnp.float32))
-  unit = (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
-  use_far = (unit * gap < jnp.abs(error)) & jnp.isfinite(far)
-  return jnp.where(use_far, far, near)

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
+_SEVERAL = re.compile(r'(?i)(^|/)\w*(layers|blocks)/')
+_NOT_DECAYED = re.compile(
+    r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
 
 
 def named_leaves(tree) -> list[tuple[str, Any]]:
@@ -91,50 +94,117 @@ def check_paths(paths) -> None:
           '(their names hash alike); rename one of them.')
 
 
-# --- masks and groups -------------------------------------------------------
+def stacked(params, how=None) -> list[bool]:
+  """Which leaves are stacks of layers along their first axis, each layer with
+  a key of its own: by their names (see `locate`), or as a mask says."""
+  found = named_leaves(params)
+  chosen = ([locate(path)[2] for path, _ in found] if how is None
+            else resolved(params, how))
+  return [bool(c) and jnp.ndim(x) > 0 for c, (_, x) in zip(chosen, found)]
 
 
-def selected(params, mask) -> Any:
-  """A tree of bools: which leaves are perturbed and updated.
+def decayed(params, how=None) -> Any:
+  """Which leaves weight decay is for: matrices (of each layer), no biases and
+  norms. A tree of bools.
+
+  Where it is not said what is stacked, shapes say it: a part of the tree all of
+  whose leaves begin with the same length is, if one of them has three axes or
+  more, or its name is that of several layers.
 
   Args:
     params: the parameters.
-    mask: None (every floating-point leaf), a tree or prefix tree of bools, a
-      function from params to one, or a regular expression that is searched for
-      in the paths (``'attn/(q|v)/'``). True means trained.
+    how: which are stacked; None to guess.
+  """
+  found = named_leaves(params)
+  is_stack = ([*map(bool, resolved(params, how))] if how is not None
+              else _seem_stacked(found))
+  return jax.tree.unflatten(jax.tree.structure(params), [
+      jnp.ndim(x) - (s and jnp.ndim(x) > 0) >= 2
+      and not _NOT_DECAYED.search(path)
+      for (path, x), s in zip(found, is_stack)])
+
+
+def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
+  parts = {}  # of the tree, by path: [(first length, axes)] of their leaves
+  above = lambda path: [path[:i + 1] for i, c in enumerate(path) if c == '/']
+  for path, x in found:
+    for part in ['', *above(path)]:
+      parts.setdefault(part, []).append((*jnp.shape(x)[:1], jnp.ndim(x)))
+  alike = {part for part, of in parts.items()
+           if all(n for *_, n in of) and len({x[0] for x in of}) == 1}
+  whole = {part for part in alike if max(n for _, n in parts[part]) >= 3}
+  named = lambda path: locate(path)[2] and _SEVERAL.search(path)
+  return [any(part in whole or part in alike and named(path)
+              for part in ['', *above(path)]) for path, _ in found]
+
+
+# --- masks and groups -------------------------------------------------------
+
+
+def selected(params, mask, takes: Callable | None = None) -> Any:
+  """Which leaves are perturbed and updated: a tree of bools.
+
+  An array of bools in place of one says which elements of its leaf are.
+
+  Args:
+    params: the parameters.
+    mask: None (every leaf that can be), a tree or prefix tree of bools (or, for
+      elements, bool arrays of the leaves' shapes), a function from params to
+      one, or a regular expression that is searched for in the paths
+      (``'attn/(q|v)/'``). True means trained.
+    takes: which leaves can be; None for those of floating point.
 
   Raises:
     ValueError: if a mask selects nothing or does not fit the tree.
   """
-  found, treedef = named_leaves(params), jax.tree.structure(params)
-  paths, leaves = [p for p, _ in found], [x for _, x in found]
-  if mask is None:
-    chosen = [True] * len(leaves)
-  elif isinstance(mask, str):
-    chosen = jax.tree.leaves(matches(params, mask))
-  else:
-    mask = mask(params) if callable(mask) else mask
-    try:
-      chosen = jax.tree.leaves(jax.tree.map(
-          lambda m, part: jax.tree.map(lambda _: bool(m), part), mask, params))
-    except ValueError as e:
-      raise ValueError(
-          f'mask is not a prefix of the parameter tree: {e}') from e
-  floating = [jnp.issubdtype(getattr(x, 'dtype', jnp.result_type(x)),
-                             jnp.floating) for x in leaves]
-  chosen = [c and f for c, f in zip(chosen, floating)]
-  if leaves and not any(chosen):
-    shown = ', '.join(paths[:5]) or 'none at all'
+  chosen, takes = resolved(params, mask), takes or is_floating
+  found = named_leaves(params)
+  chosen = [takes(x) and c for (_, x), c in zip(found, chosen)]
+  if found and not any(c is not False for c in chosen):
+    shown = ', '.join(path for path, _ in found[:5])
     raise ValueError(
         f'mask {mask!r} selects no floating-point parameter; the paths are '
-        f'{shown}{", ..." if len(paths) > 5 else ""}.')
-  for path, x, c in zip(paths, leaves, chosen):
-    if c and jnp.result_type(x).itemsize < 2:
+        f'{shown}{", ..." if len(found) > 5 else ""}.')
+  for (path, x), c in zip(found, chosen):
+    if c is not False and is_floating(x) and jnp.result_type(x).itemsize < 2:
       raise ValueError(
           f'parameter {path!r} is {x.dtype}, too coarse to be perturbed: leave '
           'it out with mask=... .')
-  check_paths([p for p, c in zip(paths, chosen) if c])
-  return jax.tree.unflatten(treedef, chosen)
+  check_paths([path for (path, _), c in zip(found, chosen) if c is not False])
+  return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+
+def is_floating(x) -> bool:
+  return jnp.issubdtype(
+      getattr(x, 'dtype', jnp.result_type(x)), jnp.floating)
+
+
+def resolved(params, mask) -> list:
+  """What a mask says of each leaf: True, False or an array of bools.
+
+  Raises:
+    ValueError: if it does not fit the tree.
+  """
+  if mask is None or isinstance(mask, bool):
+    return [mask is not False] * len(named_leaves(params))
+  if isinstance(mask, str):
+    return jax.tree.leaves(matches(params, mask))
+  mask = mask(params) if callable(mask) else mask
+  out = []
+
+  def of_leaf(m, x):
+    if jnp.ndim(m) and jnp.shape(m) != jnp.shape(x):
+      raise ValueError(f'a mask of elements has the shape {jnp.shape(m)} and '
+                       f'its parameter {jnp.shape(x)}')
+    out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
+
+  try:
+    jax.tree.map(lambda m, part: jax.tree.map(
+        lambda x: of_leaf(m, x), part), mask, params)
+  except ValueError as e:
+    raise ValueError(
+        f'mask is not a prefix of the parameter tree: {e}') from e
+  return out
 
 
 def matches(params, pattern: str) -> Any:

@@ -1,8 +1,5 @@
 r"""Evaluate at θ + Σ c·z(key) without building θ + Σ c·z(key).
 
-A *displacement* is a list of pairs ``(key, coefficient)``: the vector
-:math:`\sum_j c_j z(key_j)`, as large as the model and never stored.
-
 * `perturbed` is a function transformation in the family of `jax.jvp`: it traces
   ``value_fn`` to a jaxpr and evaluates that with every parameter leaf as a lazy
   `Block`, which turns into ``w + c*z`` where an operation consumes it
@@ -18,41 +15,31 @@ rounding error can accumulate (Malladi et al., 2023, Algorithm 1, adds +ε, -2ε
 and +ε in place).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Callable
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _paths, _streams
 from mezo_jax._control import evaluate
+from mezo_jax._directions import (
+  Directions,
+  Displacement,
+  Normal,
+  of_leaves,
+  stack,
+)
 from mezo_jax._lazy import Block, Context, SMALL
 
-Displacement = Sequence[tuple[jax.Array, jax.typing.ArrayLike]]
 
-
-def _blocks(params, displacement: Displacement, mask,
-            scales: Mapping | None) -> list:
-  """The leaves of a tree; selected ones as blocks that are to be displaced."""
-  if not displacement:
-    raise ValueError('a displacement needs at least one (key, coefficient).')
-  keys, coefs = zip(*displacement)
-  keys = jnp.stack([_noise.as_key(k) for k in keys])
-  coefs = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefs])
-  leaves = _paths.named_leaves(params)
-  used = jax.tree.leaves(_paths.selected(params, mask))
-  _check_shards([leaf for leaf, use in zip(leaves, used) if use])
-  of = _streams.of_leaves(keys, {
-      path: jnp.shape(x) for (path, x), use in zip(leaves, used) if use})
-
-  def block(path, x):
-    scale = 1.0 if scales is None else scales[_paths.group_of(path, scales)]
-    return Block(jnp.asarray(x), of[path], coefs * scale, leaf=path)
-
-  return [block(path, x) if use else x
-          for (path, x), use in zip(leaves, used)]
+def _blocks(params, displacement: Displacement,
+            directions: Directions) -> list:
+  """The leaves of a tree; those that have a z as blocks to be displaced."""
+  leaves = of_leaves(params, displacement, directions)
+  _check_shards([(path, x) for path, x, draws in leaves if draws is not None])
+  return [x if draws is None else Block(jnp.asarray(x), draws, leaf=path)
+          for path, x, draws in leaves]
 
 
 def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
@@ -90,16 +77,17 @@ def _small(blocks: list[Block]) -> set[int]:
     left -= blocks[i].w.size
     if left < 0 or blocks[i].w.size >= SMALL:
       break
-    if not _paths.locate(blocks[i].leaf)[2]:
+    if not blocks[i].draws.is_stack():
       found.add(i)
   return found
 
 
 def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
-  """``fn(w, coefs, stream)`` of blocks; `_small` ones of one shape at once."""
+  """``fn(w, draws)`` of blocks; `_small` ones of one shape at once."""
   alike = {}
   for i, x in enumerate(blocks):
-    key = (x.w.shape, x.w.dtype) if i in small else i
+    key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
+        i in small) else i
     alike.setdefault(key, []).append(i)
   if any(isinstance(x.w, jax.core.Tracer) for x in blocks):
     fn = jax.jit(fn)  # so that leaves of one shape share a program's lines
@@ -107,32 +95,30 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
   for members in alike.values():
     one = [blocks[i] for i in members]
     if len(members) == 1:
-      out[members[0]] = fn(one[0].w, one[0].coefs, one[0].stream)
+      out[members[0]] = fn(one[0].w, one[0].draws)
       continue
-    w, coefs, stream = jax.tree.map(
-        lambda *x: jnp.stack(x), *((x.w, x.coefs, x.stream) for x in one))
-    stream = dataclasses.replace(stream, strides=(0, *stream.strides))
-    coefs = coefs.T.reshape(coefs.shape[::-1] + (1,) * (w.ndim - 1))
-    for i, x in zip(members, fn(w, coefs, stream)):
+    together = fn(jnp.stack([x.w for x in one]), stack([x.draws for x in one]))
+    for i, x in zip(members, together):
       out[i] = x
   return out
 
 
 def _map_blocks(fn: Callable, leaves: list, other: Callable) -> list:
-  """``fn(w, coefs, stream)`` of the blocks, ``other`` of the other leaves."""
+  """``fn(w, draws)`` of the blocks, ``other`` of the other leaves."""
   blocks = [x for x in leaves if isinstance(x, Block)]
   done = iter(_each(fn, blocks, _small(blocks)))
   return [next(done) if isinstance(x, Block) else other(x) for x in leaves]
 
 
+def _build(w, draws):
+  return draws.add(w).astype(w.dtype)
+
+
 # --- the eager twins --------------------------------------------------------
 
 
-def displace(
-    params, displacement: Displacement, *, mask=None,
-    scales: Mapping | None = None, distribution: str = 'normal',
-    generator: str = 'hash32',
-):
+def displace(params, displacement: Displacement,
+             directions: Directions = Normal()):
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
   Elementwise, so that under `jax.jit` with donated params it is in place. The
@@ -140,51 +126,34 @@ def displace(
 
   Args:
     params: a tree of arrays.
-    displacement: pairs (key, coefficient).
-    mask: see `mezo_jax._paths.selected`; other leaves are returned as they are.
-    scales: z of a leaf is multiplied by the number of its group, `{regular
-      expression: number}`; None for 1.
-    distribution: 'normal' or 'rademacher'.
-    generator: 'threefry2x32' or 'hash32'.
+    displacement: keys and coefficients [n].
+    directions: what z is; leaves without z are returned as they are.
 
   Raises:
-    ValueError: for an unknown distribution or generator, a mask that does not
-      fit, or a displacement without pairs.
+    ValueError: for what is no displacement, or directions whose mask does not
+      fit.
   """
-  _noise.check_names(distribution, generator)
   return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
-      lambda w, coefs, stream: _noise.add(
-          w, coefs, stream, distribution=distribution,
-          generator=generator).astype(w.dtype),
-      _blocks(params, displacement, mask, scales), lambda x: x))
+      _build, _blocks(params, displacement, directions), lambda x: x))
 
 
-def direction(
-    params, displacement: Displacement, *, mask=None, dtype=None,
-    scales: Mapping | None = None, distribution: str = 'normal',
-    generator: str = 'hash32',
-):
-  r"""Builds :math:`\sum_j c_j z(key_j)`; zero where the mask is False.
+def direction(params, displacement: Displacement,
+              directions: Directions = Normal(), *, dtype=None):
+  r"""Builds :math:`\sum_j c_j z(key_j)`, zero where there is no z.
 
   Args:
     params: a tree that gives paths, shapes and dtypes.
-    displacement: pairs (key, coefficient).
-    mask: see `mezo_jax._paths.selected`.
+    displacement: keys and coefficients [n].
+    directions: what z is.
     dtype: of the result; None for the parameters' own, which of PRNG keys is
       `jax.dtypes.float0`.
-    scales: as for `displace`.
-    distribution: 'normal' or 'rademacher'.
-    generator: 'threefry2x32' or 'hash32'.
 
   Raises:
     ValueError: as for `displace`.
   """
-  _noise.check_names(distribution, generator)
   return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
-      lambda w, coefs, stream: _noise.combination(
-          w, coefs, stream, distribution=distribution,
-          generator=generator).astype(dtype or w.dtype),
-      _blocks(params, displacement, mask, scales),
+      lambda w, draws: draws.built(w).astype(dtype or w.dtype),
+      _blocks(params, displacement, directions),
       lambda x: zeros(x) if dtype is None else jnp.zeros(jnp.shape(x), dtype)))
 
 
@@ -195,27 +164,11 @@ def zeros(x) -> jax.Array:
   return jnp.zeros_like(x)
 
 
-def norm(
-    params, key: jax.Array, *, mask=None, distribution: str = 'normal',
-    generator: str = 'hash32',
-) -> tuple[jax.Array, int]:
-  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
-  _noise.check_names(distribution, generator)
-  blocks = [x for x in _blocks(params, [(key, 1.0)], mask, None)
-            if isinstance(x, Block)]
-  squares = [jnp.sum(jnp.square(_noise.combination(
-      x.w, x.coefs, x.stream, distribution=distribution, generator=generator)))
-             for x in blocks]
-  return jnp.sqrt(sum(squares)), sum(x.w.size for x in blocks)
-
-
 # --- perturbed evaluation ---------------------------------------------------
 
 
-def perturbed(
-    value_fn: Callable, *, mask=None, scales: Mapping | None = None,
-    distribution: str = 'normal', generator: str = 'hash32',
-) -> Callable:
+def perturbed(value_fn: Callable,
+              directions: Directions = Normal()) -> Callable:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
   ``perturbed(f)(params, displacement, *args)`` is
@@ -225,42 +178,34 @@ def perturbed(
 
   Args:
     value_fn: a traceable function ``(params, *args, **kwargs) -> tree``.
-    mask: see `mezo_jax._paths.selected`; other leaves are not perturbed.
-    scales: as for `displace`.
-    distribution: 'normal' or 'rademacher'.
-    generator: 'threefry2x32' or 'hash32'.
+    directions: what z is; leaves without z are not perturbed.
 
   Returns:
     A function ``(params, displacement, *args, **kwargs)``. ``params`` may be
     any tree (a Linen dict, an NNX state, an Equinox module).
 
   Raises:
-    ValueError: for an unknown distribution or generator, a mask that does not
-      fit, or a displacement without pairs.
+    ValueError: for what is no displacement, or directions whose mask does not
+      fit.
 
   Example:
     >>> import jax, jax.numpy as jnp
     >>> f = lambda w, x: jnp.sum((w * x) ** 2)
-    >>> w, x, key = jnp.ones(3), jnp.arange(3.), jax.random.key(0)
-    >>> near = perturbed(f)(w, [(key, 1e-3)], x)
-    >>> bool(jnp.allclose(near, f(displace(w, [(key, 1e-3)]), x)))
+    >>> w, x, d = jnp.ones(3), jnp.arange(3.), Displacement(
+    ...     jax.random.key(0), 1e-3)
+    >>> bool(jnp.allclose(perturbed(f)(w, d, x), f(displace(w, d), x)))
     True
   """
-  _noise.check_names(distribution, generator)
 
   def perturbed_fn(params, displacement, /, *args, **kwargs):
-    leaves = _blocks(params, displacement, mask, scales)
+    leaves = _blocks(params, displacement, directions)
     closed, out = jax.make_jaxpr(
         lambda p: value_fn(p, *args, **kwargs), return_shape=True)(params)
     blocks = [x for x in leaves if isinstance(x, Block)]
-    context = Context(distribution, generator, sum(x.w.size for x in blocks))
-    small = _small(blocks)
-    built = iter(_each(
-        lambda w, coefs, stream: _noise.add(
-            w, coefs, stream, distribution=distribution,
-            generator=generator).astype(w.dtype),
-        [blocks[i] for i in sorted(small)], {*range(len(small))}))
-    built = {blocks[i].leaf: next(built) for i in sorted(small)}
+    context = Context(sum(x.w.size for x in blocks))
+    small = sorted(_small(blocks))
+    built = dict(zip([blocks[i].leaf for i in small], _each(
+        _build, [blocks[i] for i in small], {*range(len(small))})))
     leaves = [built.get(x.leaf, x) if isinstance(x, Block) else x
               for x in leaves]
     outs = evaluate(closed.jaxpr, closed.consts, leaves, context)

@@ -12,7 +12,8 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 \mathcal{L}`, is optax's: see `mezo_jax.mezo`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -21,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _noise, _paths, _perturb, _values, sharding
-
-DISTRIBUTIONS = (*_noise.DISTRIBUTIONS, 'sphere')
+from mezo_jax import _noise, _values, sharding
+from mezo_jax._directions import Directions, Displacement, KINDS, Normal
+from mezo_jax._perturb import direction, perturbed
 
 
 class SpsaState(NamedTuple):
@@ -37,16 +38,91 @@ class SpsaState(NamedTuple):
   total_notfinite: jax.Array  # shape=(), dtype=int32: skipped in all
 
 
+# --- from losses to coefficients --------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+  r"""From the losses of n directions to a value and n coefficients of z.
+
+  Attributes:
+    signs: s of the points :math:`\theta + s \epsilon z` that are evaluated
+      for each direction; of 0, which is the same for all, once.
+    fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
+  """
+
+  signs: tuple[float, ...]
+  fn: Callable
+
+
+def _two_sided(losses, eps):
+  loss_plus, loss_minus = losses.T
+  return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
+
+
+def _one_sided(losses, eps):
+  loss_plus, loss = losses.T
+  return loss[0], (loss_plus - loss) / eps
+
+
+two_sided = Combine((1.0, -1.0), _two_sided)  # bias O(eps**2), 2n evaluations
+one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
+
+
+# --- losses -----------------------------------------------------------------
+
+
+def estimate(
+    value_fn: Callable, params, keys: jax.Array, eps, directions: Directions,
+    *, signs: tuple[float, ...] = (1.0, -1.0), micro_batches: int = 1,
+    equal_parts: bool = False, batch: Mapping | None = None,
+) -> jax.Array:
+  r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B})`.
+
+  One after the other: one forward pass is compiled, and in memory at a time.
+
+  Args:
+    value_fn: ``value_fn(params, **batch)``; see `mezo_jax._values`.
+    params: :math:`\theta`.
+    keys: typed keys [n] of the directions.
+    eps: :math:`\epsilon`, or ``{regular expression: number}`` of groups.
+    directions: what z is, one that is plain (`Directions.plain`).
+    signs: s, one or more; the losses of 0 are evaluated once.
+    micro_batches: parts that the batch is evaluated in.
+    equal_parts: whether scalars of parts are averaged as they are.
+    batch: keyword arguments of ``value_fn``.
+
+  Returns:
+    float32 (or wider) losses [n, signs].
+  """
+  def loss_at(displacement):
+    at = lambda part: perturbed(value_fn, directions)(
+        params, displacement, **part)
+    return _values.mean_over_parts(
+        at, dict(batch or {}), micro_batches, equal_parts)
+
+  moved, n = np.array([s for s in signs if s], np.float32), keys.shape[0]
+  at_keys = jnp.repeat(keys, len(moved))
+  coefs = jax.tree.map(lambda e: (e[..., None] * moved).ravel(), eps)
+  if 0 in signs:
+    at_keys = jnp.append(at_keys, keys[0])
+    coefs = jax.tree.map(lambda c: jnp.append(c, 0.0), coefs)
+  losses = lax.map(loss_at, Displacement(at_keys, coefs))
+  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
+  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
+                    for s in signs], axis=1)
+
+
+# --- the transform ----------------------------------------------------------
+
+
 def spsa(
     eps: float | optax.Schedule | Mapping = 1e-3,
     *,
     key: jax.Array | int,
+    directions: Directions | str = Normal(),
+    combine: Combine = two_sided,
     num_samples: int | None = None,
-    distribution: str = 'normal',
-    generator: str = 'hash32',
-    mask=None,
-    one_sided: bool = False,
-    sum_samples: bool = False,
     micro_batches: int | None = None,
     equal_parts: bool = False,
     dtype=None,
@@ -75,21 +151,18 @@ def spsa(
       has ``projected_grad`` with that of the first group.
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
-    num_samples: directions per step (n-SPSA), 1 if None. They share the batch.
-    distribution: 'normal'; 'rademacher' (signs); or 'sphere', uniform on the
-      sphere of radius :math:`\sqrt d` (one more pass of noise per direction).
-    generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
-      'threefry2x32', with which z is, bit for bit, what `jax.random` draws.
-    mask: which leaves are perturbed and updated; see
-      `mezo_jax._paths.selected`. The others get zero updates.
-    one_sided: use :math:`(\mathcal{L}(\theta + \epsilon z) -
-      \mathcal{L}(\theta)) / \epsilon`: n + 1 evaluations instead of 2n, with
-      a bias of :math:`O(\epsilon)`.
-    sum_samples: sum over the directions instead of their mean, which scales
-      the learning rate by n.
+    directions: what z is: its distribution and generator, and which leaves have
+      it (`mezo_jax.Normal`, `Rademacher`, `Sphere`). The others get zero
+      updates.
+    combine: from losses to :math:`g`: `two_sided`, or `one_sided`,
+      :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
+      \epsilon`: n + 1 evaluations instead of 2n, with a bias of
+      :math:`O(\epsilon)`.
+    num_samples: directions per step (n-SPSA), 1 if None. They share the batch;
+      for their sum instead of their mean, multiply the learning rate by n.
     micro_batches: evaluate the batch in this many equal parts (1 if None), all
       with one z: gradient accumulation. Every array passed on to ``value_fn``
-      is split along its leading axis, but those in ``frozen``. The value is
+      is split along its leading axis; close over what is no batch. The value is
       that of the whole batch, so ``value_fn`` must return the rows' values
       ``[B]`` or ``(values, weights)``: see `mezo_jax._values`.
     equal_parts: average the scalars of the parts as they are.
@@ -103,6 +176,11 @@ def spsa(
     projected gradient that is not finite gives zero updates and is counted in
     the state. (`optax.apply_updates` cannot add to PRNG keys among the params:
     `mezo_jax.peft.split` sets them apart.)
+
+    *The door*: ``update(None, state, params, projected_grad=g)``, with g [n] as
+    the state of a step has it (and ``value=``, to be kept in the state), is the
+    same update without the evaluations: replay, directions of other hosts,
+    losses computed elsewhere. One that is not finite is a skipped step.
 
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
@@ -136,13 +214,12 @@ def spsa(
   """
   num_samples = 1 if num_samples is None else num_samples
   micro_batches = 1 if micro_batches is None else micro_batches
-  _check_options(eps, num_samples, distribution, generator, micro_batches)
-  of_noise = dict(generator=generator, mask=mask, distribution=(
-      'normal' if distribution == 'sphere' else distribution))
+  directions = as_directions(directions)
+  _check_options(eps, num_samples, micro_batches)
 
   def init_fn(params):
     _check_holes(params)
-    _paths.selected(params, mask)
+    directions.selected(params)
     return _beside(SpsaState(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(_noise.as_key(key)),  # the caller's may not be donated
@@ -151,72 +228,51 @@ def spsa(
         notfinite_count=jnp.zeros([], jnp.int32),
         total_notfinite=jnp.zeros([], jnp.int32)), params)
 
-  def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-    _check_update(updates, params, value_fn)
-    kwargs = _values.accepted(value_fn, extra_args)
-    epsilon, relative = _epsilon(eps, state.count)
+  def update_fn(updates, state, params=None, *, value_fn=None,
+                projected_grad=None, **extra_args):
+    _check_update(updates, params, value_fn, projected_grad)
+    epsilon = _at(eps, state.count)  # of the first group, and of each
+    keys = jax.vmap(lambda j: _noise.direction_key(state.key, state.count, j))(
+        jnp.arange(num_samples))
+    z, length = directions.plain(params, keys)  # of z_j, times length[j]
 
-    keys = jax.vmap(
-        lambda j: _noise.direction_key(state.key, state.count, j))(
-            jnp.arange(num_samples))
-    radii = jnp.ones(num_samples)
-    if distribution == 'sphere':
-      radii = lax.map(lambda k: _to_sphere(params, k, of_noise), keys)
-
-    def loss_at(key_and_scale):  # L(theta + scale * z(key); B)
-      z, scale = key_and_scale
-      loss = _perturb.perturbed(value_fn, scales=relative, **of_noise)
-      return _values.mean_over_parts(
-          lambda batch: loss(params, [(z, scale)], **batch), kwargs,
-          micro_batches, equal_parts)
-
-    # One loop over (direction, sign): one forward to compile, one in memory.
-    signs = np.array([1.0] if one_sided else [1.0, -1.0], np.float32)
-    scales = (radii[:, None] * signs * epsilon).ravel()
-    at_keys = jnp.repeat(keys, len(signs))
-    if one_sided:  # the last evaluation, at scale 0, is L(theta)
-      at_keys, scales = jnp.append(at_keys, keys[0]), jnp.append(scales, 0.0)
-    losses = lax.map(loss_at, (at_keys, scales))
-    if one_sided:
-      value = losses[-1]
-      projected_grad = (losses[:-1] - value) / epsilon
+    if projected_grad is None:
+      losses = estimate(
+          value_fn, params, keys,
+          jax.tree.map(lambda e: length * e, epsilon[1]), z,
+          signs=combine.signs, micro_batches=micro_batches,
+          equal_parts=equal_parts,
+          batch=_values.accepted(value_fn, extra_args))
+      value, g = combine.fn(losses, epsilon[0])
+      g = jnp.where(jnp.isfinite(value), g, jnp.nan)
+      keys = _after(keys, value)
     else:
-      value = jnp.mean(losses)
-      loss_plus, loss_minus = losses.reshape(num_samples, 2).T
-      projected_grad = (loss_plus - loss_minus) / (2 * epsilon)
+      value = extra_args.get('value', jnp.nan)
+      g = _checked(projected_grad, num_samples)
 
-    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(projected_grad))
-    g = jnp.where(finite, projected_grad * radii, 0.0).astype(jnp.float32)
-    g = g if sum_samples else g / num_samples
-    keys = _after(keys, value)
-    updates = _perturb.direction(
-        params, [*zip(keys, g)], dtype=dtype,
-        scales=relative and {i: 1 / s for i, s in relative.items()}, **of_noise)
+    value, g = jnp.float32(value), g.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(g))
+    mean = jnp.where(finite, g * length, 0.0) / num_samples
+    coefs = jax.tree.map(lambda e: mean * (epsilon[0] / e), epsilon[1])
+    updates = direction(params, Displacement(keys, coefs), z, dtype=dtype)
     return updates, SpsaState(
         count=optax.safe_increment(state.count),
         key=state.key,
-        value=value.astype(jnp.float32),
-        projected_grad=projected_grad.astype(jnp.float32),
+        value=value,
+        projected_grad=g,
         notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _epsilon(eps, count) -> tuple[jax.Array, dict | None]:
-  """The (first group's) epsilon, and what the groups' are as multiples."""
-  groups = eps if isinstance(eps, Mapping) else {'': eps}
-  values = {i: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
-            for i, e in groups.items()}
-  first = next(iter(values.values()))
-  return first, ({i: e / first for i, e in values.items()}
-                 if isinstance(eps, Mapping) else None)
-
-
-def _to_sphere(params, key, of_noise) -> jax.Array:
-  """The factor that brings z(key) to the sphere of radius sqrt(d)."""
-  length, size = _perturb.norm(params, key, **of_noise)
-  return jnp.sqrt(jnp.float32(size)) / length
+def _at(eps, count):
+  """The (first group's) epsilon, and that of every group, at a step."""
+  now = lambda e: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
+  if not isinstance(eps, Mapping):
+    return now(eps), now(eps)
+  groups = {group: now(e) for group, e in eps.items()}
+  return next(iter(groups.values())), groups
 
 
 def _after(keys: jax.Array, value: jax.Array) -> jax.Array:
@@ -227,7 +283,17 @@ def _after(keys: jax.Array, value: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
 
-def _check_options(eps, num_samples, distribution, generator, micro_batches):
+def as_directions(directions: Directions | str) -> Directions:
+  """A config's name of directions, 'normal', as what it names."""
+  if isinstance(directions, Directions):
+    return directions
+  if directions not in KINDS:
+    raise ValueError(f'directions must be one of {tuple(KINDS)}, or such as '
+                     f'mezo_jax.Normal(), got {directions!r}.')
+  return KINDS[directions]()
+
+
+def _check_options(eps, num_samples, micro_batches):
   for name, value in (('num_samples', num_samples),
                       ('micro_batches', micro_batches)):
     if not isinstance(value, (int, np.integer)) or value < 1:
@@ -237,7 +303,14 @@ def _check_options(eps, num_samples, distribution, generator, micro_batches):
   for e in eps.values() if isinstance(eps, Mapping) else (eps,):
     if isinstance(e, (int, float)) and not e > 0:
       raise ValueError(f'eps must be positive, got {eps}.')
-  _noise.check_names(distribution, generator, DISTRIBUTIONS)
+
+
+def _checked(projected_grad, num_samples: int) -> jax.Array:
+  g = jnp.asarray(projected_grad)
+  if g.shape != (num_samples,):
+    raise ValueError(f'projected_grad must have the shape [{num_samples}], one '
+                     f'for each direction, got {list(g.shape)}.')
+  return g
 
 
 def _check_holes(params):
@@ -246,18 +319,23 @@ def _check_holes(params):
     raise ValueError(
         'spsa was given params with holes (optax.MaskedNode), on which '
         'value_fn would compute a wrong loss. Do not wrap it in optax.masked '
-        'or optax.partition: pass its own mask=... instead.')
+        'or optax.partition: pass its own mask instead, '
+        'directions=mezo_jax.Normal(mask=...).')
 
 
-def _check_update(updates, params, value_fn):
+def _check_update(updates, params, value_fn, projected_grad):
   if params is None:
     raise ValueError(
         'spsa needs params: tx.update(None, state, params, value_fn=...).')
-  if value_fn is None:
+  if value_fn is None and projected_grad is None:
     raise ValueError(
         'spsa needs value_fn: call tx.update(None, state, params, '
         'value_fn=loss_fn, batch=batch). Wrappers that drop extra arguments, '
         "as flax's TrainState.apply_gradients does, cannot be used.")
+  if value_fn is not None and projected_grad is not None:
+    raise ValueError(
+        'spsa was given both value_fn and projected_grad: it makes the latter '
+        'of the losses, or is told it.')
   _check_holes(params)
   if jax.tree.leaves(updates):  # nnx.Optimizer makes an empty tree of None
     raise ValueError(

@@ -18,15 +18,15 @@ from mezo_jax._noise import Stream
 _U32 = jnp.uint32
 
 
-def of_leaves(keys: jax.Array, leaves: dict[str, tuple[int, ...]]
+def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
               ) -> dict[str, Stream]:
   """The streams of whole leaves.
 
   All keys are derived in a few operations, however many leaves there are.
 
   Args:
-    keys: typed keys [pairs], one a direction.
-    leaves: shapes by path, as `_paths.named_leaves` gives it.
+    keys: typed keys [n], one a direction.
+    leaves: shapes, and whether they are stacks of layers, by path.
 
   Returns:
     Streams by path: an axis of keys for a stacked leaf (its first), none for
@@ -38,7 +38,7 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[int, ...]]
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
-  own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, pairs]
+  own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
   numbered = [p for p, (_, layer, _) in found.items() if layer is not None]
   if numbered:
@@ -47,32 +47,31 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[int, ...]]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
   row = {path: i for i, path in enumerate(numbered)}
-  stacks = {}  # [names, layers, pairs] of each number of layers
+  stacks = {}  # [names, layers, n] of each number of layers
   own_data = jax.random.key_data(own)
 
-  def data_of(path, shape):
-    _, layer, stacked = found[path]
-    if layer is not None:
+  def words_of(path, shape, stacked):
+    if path in row:
       return of_layer[row[path]]
-    if not (stacked and shape):
+    if not stacked:
       return own_data[by_name[path]]
     if shape[0] not in stacks:
       stacks[shape[0]] = jax.random.key_data(jax.vmap(lambda k: fold(
           k, jnp.arange(shape[0], dtype=jnp.uint32)))(own))
     return stacks[shape[0]][by_name[path]]
 
-  return {path: _whole(data_of(path, shape), shape,
-                       bool(found[path][2] and shape))
-          for path, shape in leaves.items()}
+  return {path: _whole(words_of(path, *of), of[0])
+          for path, of in leaves.items()}
 
 
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
-  """The stream of one leaf; see `of_leaves`."""
-  return of_leaves(keys, {path: shape})[path]
+  """The stream of one leaf, stacked if its name says so; see `of_leaves`."""
+  stacked = _paths.locate(path)[2] and bool(shape)
+  return of_leaves(keys, {path: (shape, stacked)})[path]
 
 
-def _whole(words: jax.Array, shape: tuple[int, ...], stacked: bool) -> Stream:
-  """The stream of a leaf from the words of its keys, [(layers,) pairs, 2]."""
+def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
+  """The stream of a leaf from the words of its keys, [(layers,) n, 2]."""
   inner, first = len(shape), words.ndim - 2
   words = words.reshape(words.shape[:first] + (1,) * (inner - first)
                         + words.shape[first:])
@@ -176,6 +175,15 @@ def transpose(s: Stream, order) -> Stream:
 def reshape(s: Stream, old: tuple[int, ...],
             new: tuple[int, ...]) -> Stream | None:
   """A row-major reshape, or None where its draws do not lie evenly."""
+  out = _reshape(s, old, new)
+  if out or s.there is None:
+    return out
+  out = _reshape(dataclasses.replace(s, there=None), old, new)
+  there = jnp.broadcast_to(s.there, old).reshape(new)
+  return out and dataclasses.replace(out, there=there)
+
+
+def _reshape(s, old, new):
   if 0 in old:
     return None
   groups = _groups(old, new)

@@ -87,9 +87,8 @@ def mean_over_parts(loss: Callable, batch: dict, parts: int,
   """The value of a batch, evaluated in equal parts, one at a time."""
   if parts == 1:
     return mean(loss(batch))
-  whole = {k: batch[k] for k in ('frozen',) if k in batch}
   def of_part(part):
-    out = loss(part | whole)
+    out = loss(part)
     check_parts(out, parts, equal_parts)
     return sums(out)
   total, weight = lax.map(of_part, split_batch(batch, parts))
@@ -97,7 +96,7 @@ def mean_over_parts(loss: Callable, batch: dict, parts: int,
 
 
 def split_batch(batch: dict, parts: int) -> dict:
-  """Every array [B, ...] as [parts, B / parts, ...]; ``frozen`` is left out.
+  """Every array [B, ...] as [parts, B / parts, ...].
 
   Raises:
     ValueError: if ``parts`` does not divide B.
@@ -106,10 +105,10 @@ def split_batch(batch: dict, parts: int) -> dict:
     if not jnp.ndim(x) or x.shape[0] % parts:
       raise ValueError(
           f'micro_batches={parts} does not divide the leading axis of an array '
-          f'of shape {jnp.shape(x)} among the arguments of value_fn.')
+          f'of shape {jnp.shape(x)} among the arguments of value_fn; close '
+          'over what is no part of a batch.')
     return x.reshape(parts, -1, *x.shape[1:])
-  return jax.tree.map(
-      split, {k: v for k, v in batch.items() if k != 'frozen'})
+  return jax.tree.map(split, batch)
 
 
 def accepted(value_fn: Callable, extra_args: dict) -> dict:

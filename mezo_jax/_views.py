@@ -9,38 +9,37 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mezo_jax import _streams
 from mezo_jax._lazy import bind, Block, Lazy, RULES
 
 
 def _view(move: Callable) -> Callable:
-  """The rule of an operation that only says where elements lie: ``move(stream,
-  shape, eqn, others)`` is the new stream, or None."""
+  """The rule of an operation that only says where elements lie: ``move(draws,
+  shape, eqn, others)`` is the view of the draws, or None."""
   def rule(eqn, ins, context):
     x, *others = ins
     if not isinstance(x, Block) or any(isinstance(y, Lazy) for y in others):
       return None
-    stream = move(x.stream, x.w.shape, eqn, others)
-    if stream is None:
+    draws = move(x.draws, x.w.shape, eqn, others)
+    if draws is None:
       return None
     (w,) = bind(eqn, [x.w, *others])
-    return [x.view(w, stream)]
+    return [x.view(w, draws)]
   return rule
 
 
-def _reshaped(stream, shape, eqn, others):
+def _reshaped(draws, shape, eqn, others):
   del others
-  return _streams.reshape(stream, shape, eqn.outvars[0].aval.shape)
+  return draws.reshape(shape, eqn.outvars[0].aval.shape)
 
 
-def _broadcast(stream, shape, eqn, others):
+def _broadcast(draws, shape, eqn, others):
   new = eqn.outvars[0].aval.shape
   if math.prod(new) != math.prod(shape):
     return None  # its draws would be made again for each copy
-  return _reshaped(stream, shape, eqn, others)
+  return _reshaped(draws, shape, eqn, others)
 
 
-def _sliced(stream, shape, eqn, others):
+def _sliced(draws, shape, eqn, others):
   size = eqn.outvars[0].aval.shape
   if others:  # dynamic_slice
     start = [jnp.clip(i, 0, n - m) for i, n, m in zip(others, shape, size)]
@@ -48,29 +47,25 @@ def _sliced(stream, shape, eqn, others):
   else:
     start = eqn.params['start_indices']
     steps = eqn.params['strides'] or (1,) * len(shape)
-  return _streams.window(stream, start, size, steps)
+  return draws.window(start, size, steps)
 
 
-def _gathered(stream, shape, eqn, others):
+def _gathered(draws, shape, eqn, others):
   """Entries of one axis by index, whole along the others: noise for these."""
   found = gathered_axis(eqn)
   if found is None:
     return None
   axis, at = found
   index, mode = others[0][..., 0], eqn.params['mode']
-  stream = _streams.take(
-      stream, axis, jnp.clip(index, 0, shape[axis] - 1))
+  draws = draws.take(axis, jnp.clip(index, 0, shape[axis] - 1))
   if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:  # no noise on the fill
     inside = (index >= 0) & (index < shape[axis])
-    inside = inside.reshape(
-        (1,) * axis + index.shape + (1,) * (len(shape) - axis - 1))
-    if stream.there is not None:
-      inside = inside & stream.there
-    stream = dataclasses.replace(stream, there=inside)
+    draws = draws.where(inside.reshape(
+        (1,) * axis + index.shape + (1,) * (len(shape) - axis - 1)))
   order = [a for a in range(len(shape) - 1 + index.ndim)]
   moved = order[axis:axis + index.ndim]
   rest = [a for a in order if a not in moved]
-  return _streams.transpose(stream, rest[:at] + moved + rest[at:])
+  return draws.transpose(rest[:at] + moved + rest[at:])
 
 
 def gathered_axis(eqn) -> tuple[int, int] | None:
@@ -113,13 +108,12 @@ RULES.update({
     'optimization_barrier': _barrier,
     'reshape': _view(_reshaped),
     'squeeze': _view(_reshaped),
-    'expand_dims': _view(_reshaped),
     'broadcast_in_dim': _view(_broadcast),
-    'transpose': _view(lambda stream, shape, eqn, others: _streams.transpose(
-        stream, eqn.params['permutation'])),
+    'transpose': _view(lambda draws, shape, eqn, others: draws.transpose(
+        eqn.params['permutation'])),
     'slice': _view(_sliced),
     'dynamic_slice': _view(_sliced),
     'gather': _view(_gathered),
 } | dict.fromkeys(
-    ('copy', 'copy_p', 'sharding_constraint', 'reshard', 'mesh_cast', 'pvary'),
-    _view(lambda stream, shape, eqn, others: stream)))
+    ('copy', 'sharding_constraint', 'reshard', 'pvary'),
+    _view(lambda draws, shape, eqn, others: draws)))

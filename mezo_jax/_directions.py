@@ -1,0 +1,332 @@
+r"""What z is: its distribution, its generator, where it is not zero.
+
+A `Directions` says all that there is to say of a direction but its key, and
+nothing else does. `Draws` are one leaf's share of a displacement, or a view of
+it, to be added to weights where they are used.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import _noise, _paths, _streams
+
+_U32 = jnp.uint32
+_UNROLLED = 8  # directions
+
+
+class Displacement(NamedTuple):
+  r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
+
+  It is never stored: a pytree of two arrays, to be scanned, joined, kept or
+  sent. A single key and number are n = 1.
+  """
+
+  keys: jax.Array  # typed keys [n]
+  coefs: jax.Array | Mapping  # float32 [n]; or {regular expression: [n]}, by
+  # the first expression that is found in a leaf's path
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+  """What z is, as a function of a key; base of the kinds of it.
+
+  Attributes:
+    generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
+      'threefry2x32', with which draws are, bit for bit, those of `jax.random`.
+    mask: where z is not 0: None (every floating-point leaf), a tree or prefix
+      tree of bools (or, for elements, bool arrays of the leaves' shapes), a
+      function from params to one, or a regular expression that is searched for
+      in the leaves' paths. Leaves without z are neither perturbed nor updated.
+    stacked: a mask of the leaves whose first axis is that of layers, each with
+      a key of its own; None to tell by the names (`mezo_jax._paths.locate`).
+
+  Raises:
+    ValueError: for an unknown generator.
+  """
+
+  generator: str = 'hash32'
+  _: dataclasses.KW_ONLY
+  mask: Any = None
+  stacked: Any = None
+
+  dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
+
+  def __post_init__(self):
+    if self.generator not in _noise.GENERATORS:
+      raise ValueError(f'generator must be one of {_noise.GENERATORS}, got '
+                       f'{self.generator!r}.')
+
+  def draw(self, bits: jax.Array) -> jax.Array:
+    """float32 draws of mean 0 and variance 1 from uint32 words."""
+    raise NotImplementedError
+
+  def takes(self, leaf) -> bool:
+    """Whether z has a part for a leaf of this dtype."""
+    return _paths.is_floating(leaf)
+
+  def plain(self, params, keys) -> tuple['Directions', jax.Array]:
+    """``directions, factors [n]``: z(key_j) is factors[j] times the latter's
+    z(key_j), whose elements depend on no others."""
+    del params
+    return self, jnp.ones(keys.shape, jnp.float32)
+
+  def selected(self, params):
+    """Where z is not 0: a tree of bools, or arrays of them for elements."""
+    return _paths.selected(params, self.mask, self.takes)
+
+  def bare(self) -> 'Directions':
+    """Without what is said of leaves: hashable, and the same for each."""
+    return dataclasses.replace(self, mask=None, stacked=None)
+
+
+class Normal(Directions):
+  """Elements are independent standard normal draws (MeZO, Algorithm 1)."""
+
+  dear = True
+
+  def draw(self, bits):
+    if self.generator == 'hash32':
+      return _quantile(bits)
+    one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
+    unit = lax.bitcast_convert_type(
+        (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
+    uniform = jnp.maximum(low, unit * (one - low) + low)
+    return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+
+
+class Rademacher(Directions):
+  """Elements are 1 or -1, independently, with probability 1/2 each."""
+
+  def draw(self, bits):
+    one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
+    return lax.bitcast_convert_type(one, jnp.float32)
+
+
+class Sphere(Directions):
+  r"""Uniform on the sphere of radius :math:`\sqrt d`: normal draws, scaled.
+
+  One more pass of noise for each key.
+  """
+
+  def plain(self, params, keys):
+    normal = Normal(self.generator, mask=self.mask, stacked=self.stacked)
+    def factor(key):
+      length, size = norm(params, key, normal)
+      return jnp.sqrt(jnp.float32(size)) / length
+    return normal, lax.map(factor, keys)
+
+
+KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere}
+
+
+def _quantile(bits: jax.Array) -> jax.Array:
+  r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
+
+  .. math:: w = -2 \ln t, \quad y = \sqrt{w}, \quad
+            |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
+
+  The form is that of Abramowitz and Stegun 26.2.23; the coefficients are our
+  least-maximum fit; in float32 |z| is within 5e-6 of the quantile for all
+  t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial too, in the
+  fraction bits of t: multiplications, additions, one square root, one division,
+  no branch.
+  """
+  tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
+          + np.float32(0.5)) * np.float32(2**-31)
+  word = lax.bitcast_convert_type(tail, jnp.int32)
+  exponent = (word - 0x3F3504F3) >> 23  # the fraction is in [sqrt(1/2), sqrt 2)
+  m = lax.bitcast_convert_type(word - (exponent << 23), jnp.float32)
+  m = m - np.float32(1)
+  w = m * _polynomial(_LOG, m) + exponent.astype(jnp.float32) * np.float32(
+      -2 * math.log(2))
+  w = jnp.maximum(w, np.float32(0))
+  y = jnp.sqrt(w)
+  z = w * _polynomial(_P, y) / _polynomial(_Q, y)
+  sign = bits << 31
+  return lax.bitcast_convert_type(
+      lax.bitcast_convert_type(z, jnp.uint32) | sign, jnp.float32)
+
+
+_LOG = (-2.0000064, 1.0000393, -0.6660660, 0.4976268, -0.4120935, 0.3780396,
+        -0.2365496)  # of -2 ln(1 + m) / m
+_P = (0.6271003, 0.6916010, 0.5510004, 0.1647054)
+_Q = (1.0, 1.1099032, 1.1097076, 0.5660853, 0.1643640)
+
+
+def _polynomial(coefs, x):
+  """Horner's rule, constant coefficient first."""
+  total = np.float32(coefs[-1])
+  for c in coefs[-2::-1]:
+    total = total * x + np.float32(c)
+  return total
+
+
+# --- of leaves --------------------------------------------------------------
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('stream', 'coefs'), meta_fields=('directions',))
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
+
+  A view (rows by index, a run, a transpose, a reshape) is of the same draws:
+  see `mezo_jax._streams`. The methods that make one return None where they
+  cannot.
+  """
+
+  stream: _noise.Stream  # of a block
+  coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
+  directions: Directions  # bare
+
+  def add(self, w: jax.Array) -> jax.Array:
+    """``w + sum`` in float32 (float64 for float64 weights)."""
+    return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
+
+  def built(self, like: jax.Array) -> jax.Array:
+    """``sum`` in float32, in the shape of ``like``."""
+    return jnp.broadcast_to(self._sum(None, like), like.shape)
+
+  def _sum(self, start, like):
+    def term(j):
+      bits = _noise.words(self.stream, j, like, self.directions.generator)
+      return self.coefs[j] * self.directions.draw(bits)
+    n, first = self.coefs.shape[0], 0 if start is not None else 1
+    total = term(0) if start is None else start
+    if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
+      for j in range(first, n):
+        total = total + term(j)
+    else:
+      total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
+    there = self.stream.there
+    if there is None:
+      return total
+    return jnp.where(there, total, 0 if start is None else start)
+
+  def on(self, stream: _noise.Stream | None) -> 'Draws | None':
+    return stream and dataclasses.replace(self, stream=stream)
+
+  def take(self, axis, index):
+    return self.on(_streams.take(self.stream, axis, index))
+
+  def window(self, starts, sizes, steps):
+    return self.on(_streams.window(self.stream, starts, sizes, steps))
+
+  def transpose(self, order):
+    return self.on(_streams.transpose(self.stream, order))
+
+  def reshape(self, old, new):
+    return self.on(_streams.reshape(self.stream, old, new))
+
+  def where(self, there):
+    """Zero elsewhere."""
+    if self.stream.there is not None:
+      there = there & self.stream.there
+    return self.on(dataclasses.replace(self.stream, there=there))
+
+  def rows(self, length):
+    """Of each entry of the first axis: ``along, of_row``, a list of arrays to
+    scan over, and a function from those of one entry to its draws."""
+    arrays, tree = jax.tree.flatten(_streams.spread(self.stream, 0, length))
+    varies = [a.shape[0] == length for a in arrays]
+    shared = [a[0] for a, v in zip(arrays, varies) if not v]
+
+    def of_row(along):
+      along, rest = iter(along), iter(shared)
+      stream = jax.tree.unflatten(
+          tree, [next(along if v else rest) for v in varies])
+      return self.on(dataclasses.replace(stream, strides=stream.strides[1:]))
+
+    return [a for a, v in zip(arrays, varies) if v], of_row
+
+  def tied(self, keys) -> 'Draws':
+    """With the same keys, as the compiler is to see them."""
+    return self.on(dataclasses.replace(self.stream, keys=keys))
+
+  def lies(self) -> list[int]:
+    """The block's axes in the order in which the leaf has them."""
+    steps = self.stream.strides
+    return sorted(range(len(steps)), key=lambda a: -steps[a] or -2**63)
+
+  def is_stack(self) -> bool:
+    """Whether a leaf has a key for each entry of its first axis."""
+    keys = self.stream.keys
+    return keys.ndim > 2 and keys.shape[0] > 1
+
+
+def stack(several: list[Draws]) -> Draws:
+  """The draws of blocks of one shape as those of one, with a new first axis."""
+  stream, coefs = jax.tree.map(
+      lambda *x: jnp.stack(x), *((x.stream, x.coefs) for x in several))
+  stream = dataclasses.replace(stream, strides=(0, *stream.strides))
+  axes = len(stream.strides) - 1
+  return dataclasses.replace(
+      several[0], stream=stream,
+      coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
+
+
+def of_leaves(params, displacement: Displacement, directions: Directions
+              ) -> list[tuple[str, Any, Draws | None]]:
+  """Paths, leaves and their draws; None where z is 0.
+
+  Raises:
+    ValueError: for what is no displacement, or a mask that does not fit.
+  """
+  keys, coefs = _arrays(displacement)
+  directions, factors = directions.plain(params, keys)
+  leaves = _paths.named_leaves(params)
+  used = jax.tree.leaves(directions.selected(params))
+  stacks = _paths.stacked(params, directions.stacked)
+  streams = _streams.of_leaves(keys, {
+      path: (jnp.shape(x), is_stack)
+      for (path, x), use, is_stack in zip(leaves, used, stacks)
+      if use is not False})
+
+  def draws(path, use):
+    if use is False:
+      return None
+    c = coefs
+    if isinstance(c, Mapping):
+      c = c[_paths.group_of(path, c)]
+    out = Draws(streams[path], c * factors, directions.bare())
+    return out if use is True else out.where(use)
+
+  return [(path, x, draws(path, use)) for (path, x), use in zip(leaves, used)]
+
+
+def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
+  """Keys and coefficients [n]."""
+  if not isinstance(displacement, Displacement):
+    raise ValueError(
+        'a displacement must be a mezo_jax.Displacement(keys, coefs), got a '
+        f'{type(displacement).__name__}.')
+  keys = _noise.as_keys(displacement.keys)
+  coefs = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32).reshape(-1),
+                       displacement.coefs)
+  sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
+  if not keys.shape[0] or sizes != {keys.shape[0]}:
+    raise ValueError(
+        f'a displacement needs at least one key and a coefficient for each, '
+        f'got {keys.shape[0]} and {sorted(sizes)}.')
+  return keys, coefs
+
+
+def norm(params, key: jax.Array, directions: Directions
+         ) -> tuple[jax.Array, int]:
+  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
+  squares, size = [], 0
+  for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
+    if draws is not None:
+      squares.append(jnp.sum(jnp.square(draws.built(x))))
+      there = draws.stream.there
+      size += jnp.size(x) if there is None else jnp.sum(there)
+  return jnp.sqrt(sum(squares)), size

@@ -1,0 +1,55 @@
+"""A step whose loss is not finite changes nothing, in any chain."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def skip_not_finite(
+    inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Steps that an estimator within ``inner`` skips change nothing.
+
+  Where a loss or projected gradient is not finite, `mezo_jax.spsa` gives zeros
+  and counts. What follows it would go on: Adam by its momentum, weight decay
+  by itself. Here the updates are then zero and every state is as before, but
+  the estimator's own: ``skip_not_finite(chain(spsa(...), adam(1e-4)))``.
+
+  Args:
+    inner: a chain with an estimator in it, that is a state with the field
+      ``notfinite_count``.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    state = inner.init(params)
+    if not _estimators(state):
+      raise ValueError(
+          'skip_not_finite needs an estimator inside, which says what is not '
+          'finite: skip_not_finite(optax.chain(mezo_jax.spsa(...), ...)).')
+    return state
+
+  def update_fn(updates, state, params=None, **extra_args):
+    updates, new = inner.update(updates, state, params, **extra_args)
+    skipped = sum(x.notfinite_count for x in _estimators(new)) > 0
+    def keep(old, x):
+      return x if _is_estimator(x) else jnp.where(skipped, old, x)
+    def zero(u):
+      return u if u.dtype == jax.dtypes.float0 else (
+          jnp.where(skipped, jnp.zeros_like(u), u))
+    return jax.tree.map(zero, updates), jax.tree.map(
+        keep, state, new, is_leaf=_is_estimator)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_estimator(x) -> bool:
+  return hasattr(x, 'notfinite_count')
+
+
+def _estimators(state) -> list:
+  return [x for x in jax.tree.leaves(state, is_leaf=_is_estimator)
+          if _is_estimator(x)]
