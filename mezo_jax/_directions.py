@@ -5,7 +5,7 @@ nothing else does. `Draws` are one leaf's share of a displacement, or a view of
 it, to be added to weights where they are used.
 """
 
-from collections.abc import Mapping
+from collections import OrderedDict
 import dataclasses
 import functools
 import math
@@ -30,8 +30,9 @@ class Displacement(NamedTuple):
   """
 
   keys: jax.Array  # typed keys [n]
-  coefs: jax.Array | Mapping  # float32 [n]; or {regular expression: [n]}, by
-  # the first expression that is found in a leaf's path
+  # float32 [n]; or {regular expression: [n]}, by the first that is found in a
+  # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
+  coefs: jax.Array | OrderedDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Directions:
     """Whether z has a part for a leaf of this dtype."""
     return _paths.is_floating(leaf)
 
-  def plain(self, params, keys) -> tuple['Directions', jax.Array]:
-    """``directions, factors [n]``: z(key_j) is factors[j] times the latter's
-    z(key_j), whose elements depend on no others."""
+  def plain(self, params, keys) -> tuple['Directions', jax.Array, jax.Array]:
+    """``directions, keys, factors [n]``: z(key_j) is factors[j] times a z whose
+    elements depend on no others."""
     del params
-    return self, jnp.ones(keys.shape, jnp.float32)
+    return self, keys, jnp.ones(keys.shape, jnp.float32)
 
   def selected(self, params):
     """Where z is not 0: a tree of bools, or arrays of them for elements."""
@@ -121,7 +122,16 @@ class Sphere(Directions):
     def factor(key):
       length, size = norm(params, key, normal)
       return jnp.sqrt(jnp.float32(size)) / length
-    return normal, lax.map(factor, keys)
+    factors = lax.map(factor, keys)
+    return normal, after(keys, factors[0]), factors
+
+
+def after(keys: jax.Array, value: jax.Array) -> jax.Array:
+  """Makes the keys depend on ``value`` for the compiler: it would otherwise
+  find the same z in what came before and keep it, as large as the model."""
+  words = jax.random.key_data(keys)
+  words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
+  return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
 
 KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere}
@@ -282,7 +292,7 @@ def of_leaves(params, displacement: Displacement, directions: Directions
     ValueError: for what is no displacement, or a mask that does not fit.
   """
   keys, coefs = _arrays(displacement)
-  directions, factors = directions.plain(params, keys)
+  directions, keys, factors = directions.plain(params, keys)
   leaves = _paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = _paths.stacked(params, directions.stacked)
@@ -295,7 +305,7 @@ def of_leaves(params, displacement: Displacement, directions: Directions
     if use is False:
       return None
     c = coefs
-    if isinstance(c, Mapping):
+    if isinstance(c, OrderedDict):
       c = c[_paths.group_of(path, c)]
     out = Draws(streams[path], c * factors, directions.bare())
     return out if use is True else out.where(use)
@@ -309,6 +319,9 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
     raise ValueError(
         'a displacement must be a mezo_jax.Displacement(keys, coefs), got a '
         f'{type(displacement).__name__}.')
+  if type(displacement.coefs) is dict:
+    raise ValueError('coefs of groups must be a collections.OrderedDict: their '
+                     'order counts, and JAX sorts the keys of a dict.')
   keys = _noise.as_keys(displacement.keys)
   coefs = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32).reshape(-1),
                        displacement.coefs)
@@ -326,7 +339,7 @@ def norm(params, key: jax.Array, directions: Directions
   squares, size = [], 0
   for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
     if draws is not None:
-      squares.append(jnp.sum(jnp.square(draws.built(x))))
+      squares.append(jnp.sum(jnp.square(draws.built(jnp.asarray(x)))))
       there = draws.stream.there
       size += jnp.size(x) if there is None else jnp.sum(there)
   return jnp.sqrt(sum(squares)), size

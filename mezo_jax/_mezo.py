@@ -105,8 +105,8 @@ def mezo(
       round_))
 
   def init_fn(params):
-    if decay is None and not (
-        isinstance(weight_decay, (int, float)) and weight_decay == 0):
+    known = not isinstance(weight_decay, jax.core.Tracer)
+    if decay is None and known and weight_decay != 0:
       _show(params, decayed(params))
     return tx.init(params)
 

@@ -8,8 +8,8 @@ One leaf of the parameters has one stream of draws,
 where ``i`` is the row-major index of the element and ``bits`` a counter-based
 generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
 alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
-same noise (see `mezo_jax._paths.locate`). With the generator 'threefry2x32', bit
-for bit,
+same noise (see `mezo_jax._paths.locate`). With the generator 'threefry2x32',
+bit for bit,
 
   ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
   ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;

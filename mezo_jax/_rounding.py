@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _noise, _paths, _streams
+from mezo_jax import _noise, _paths, _streams, sharding
 from mezo_jax._perturb import zeros
 
 _U32 = jnp.uint32
@@ -47,8 +47,8 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
     backward error analysis".
   """
   def init_fn(params):
-    del params
-    return RoundingState(jnp.zeros([], jnp.int32), jnp.copy(_noise.as_key(key)))
+    return sharding.beside(RoundingState(
+        jnp.zeros([], jnp.int32), jnp.copy(_noise.as_key(key))), params)
 
   def update_fn(updates, state, params=None):
     if params is None:

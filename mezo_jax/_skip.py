@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mezo_jax import sharding
+
 
 def skip_not_finite(
     inner: optax.GradientTransformation
@@ -30,7 +32,7 @@ def skip_not_finite(
       raise ValueError(
           'skip_not_finite needs an estimator inside, which says what is not '
           'finite: skip_not_finite(optax.chain(mezo_jax.spsa(...), ...)).')
-    return state
+    return sharding.beside(state, params)
 
   def update_fn(updates, state, params=None, **extra_args):
     updates, new = inner.update(updates, state, params, **extra_args)

@@ -12,6 +12,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 \mathcal{L}`, is optax's: see `mezo_jax.mezo`.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 import dataclasses
 from typing import NamedTuple
@@ -23,7 +24,13 @@ import numpy as np
 import optax
 
 from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import Directions, Displacement, KINDS, Normal
+from mezo_jax._directions import (
+  after,
+  Directions,
+  Displacement,
+  KINDS,
+  Normal,
+)
 from mezo_jax._perturb import direction, perturbed
 
 
@@ -220,7 +227,7 @@ def spsa(
   def init_fn(params):
     _check_holes(params)
     directions.selected(params)
-    return _beside(SpsaState(
+    return sharding.beside(SpsaState(
         count=jnp.zeros([], jnp.int32),
         key=jnp.copy(_noise.as_key(key)),  # the caller's may not be donated
         value=jnp.zeros([], jnp.float32),
@@ -234,7 +241,7 @@ def spsa(
     epsilon = _at(eps, state.count)  # of the first group, and of each
     keys = jax.vmap(lambda j: _noise.direction_key(state.key, state.count, j))(
         jnp.arange(num_samples))
-    z, length = directions.plain(params, keys)  # of z_j, times length[j]
+    z, keys, length = directions.plain(params, keys)  # z_j, times length[j]
 
     if projected_grad is None:
       losses = estimate(
@@ -245,7 +252,7 @@ def spsa(
           batch=_values.accepted(value_fn, extra_args))
       value, g = combine.fn(losses, epsilon[0])
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
-      keys = _after(keys, value)
+      keys = after(keys, value)
     else:
       value = extra_args.get('value', jnp.nan)
       g = _checked(projected_grad, num_samples)
@@ -271,16 +278,8 @@ def _at(eps, count):
   now = lambda e: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
   if not isinstance(eps, Mapping):
     return now(eps), now(eps)
-  groups = {group: now(e) for group, e in eps.items()}
+  groups = OrderedDict((group, now(e)) for group, e in eps.items())
   return next(iter(groups.values())), groups
-
-
-def _after(keys: jax.Array, value: jax.Array) -> jax.Array:
-  """Makes the keys depend on ``value`` for the compiler: it would otherwise
-  find the same z in the forward pass and keep it, as large as the model."""
-  words = jax.random.key_data(keys)
-  words = jnp.where(value > jnp.float32(3e38), words ^ jnp.uint32(1), words)
-  return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
 
 def as_directions(directions: Directions | str) -> Directions:
@@ -345,14 +344,3 @@ def _check_update(updates, params, value_fn, projected_grad):
         'chain(spsa(...), MultiSteps(rest, k).gradient_transformation()), '
         'chain(spsa(...), apply_if_finite(rest, 5)). To accumulate, use '
         'micro_batches=k.')
-
-
-def _beside(state: SpsaState, params) -> SpsaState:
-  """The state on the mesh that params are on: else a second step compiles
-  again, for a state that the first one has put there."""
-  for x in jax.tree.leaves(params):
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and (
-        isinstance(x.sharding, jax.NamedSharding)):
-      everywhere = jax.NamedSharding(x.sharding.mesh, jax.P())
-      return sharding.place(state, everywhere)
-  return state

@@ -9,7 +9,15 @@ import os
 import jax
 import optax
 
-from mezo_jax import peft, quickstart
+from mezo_jax import (
+  _paths,
+  one_sided,
+  peft,
+  quickstart,
+  skip_not_finite,
+  two_sided,
+)
+from mezo_jax._directions import KINDS
 from mezo_jax._mezo import by_group, mezo
 from mezo_jax.backprop import backprop
 from mezo_jax.tasks import score, Task
@@ -268,13 +276,14 @@ def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
         return optax.adamw(rate, weight_decay=o.weight_decay)
       return optax.chain(optax.add_decayed_weights(o.weight_decay),
                          optax.sgd(rate))
-    return optax.chain(backprop(
-        by_group(inner, rates), micro_batches=o.micro_batches))
+    return skip_not_finite(optax.chain(
+        backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
-      distribution=o.distribution, generator=o.generator,
-      one_sided=o.one_sided, micro_batches=o.micro_batches)
+      directions=KINDS[o.distribution](o.generator), decay=_paths.decayed,
+      combine=one_sided if o.one_sided else two_sided,
+      micro_batches=o.micro_batches)
 
 
 def model_name(config: Train) -> str | os.PathLike:

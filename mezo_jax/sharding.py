@@ -102,6 +102,19 @@ def place(tree, shardings):
   return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
 
+def beside(state, params):
+  """The state, where it is on no mesh, on the one that params are on: else a
+  second step compiles again, for a state that the first one has put there."""
+  on_mesh = lambda x: isinstance(x, jax.Array) and not isinstance(
+      x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
+  mesh = next((x.sharding.mesh for x in jax.tree.leaves(params)
+               if on_mesh(x)), None)
+  if mesh is None:
+    return state
+  return jax.tree.map(
+      lambda x: x if on_mesh(x) else place(x, replicated(mesh)), state)
+
+
 def put_batch(batch, mesh: Mesh):
   """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 

@@ -134,13 +134,14 @@ def test_perturbed_is_built_weights(family, saved):
     log_p = model.apply(
         {'params': params}, families.IDS, mask, targets=families.IDS)
     return jnp.sum(log_p * mask) / mask.sum()
-  step = [(jax.random.key(3), 0.02), (jax.random.key(4), -0.01)]
+  step = mezo_jax.Displacement(jax.vmap(jax.random.key)(
+      jnp.array([3, 4])), jnp.array([0.02, -0.01]))
   lazy = helpers.quick_jit(
       lambda p: mezo_jax.perturbed(
-          loss_fn, distribution='rademacher')(p, step))(params)
+          loss_fn, mezo_jax.Rademacher())(p, step))(params)
   plain = helpers.quick_jit(loss_fn)
   built = helpers.quick_jit(lambda p: mezo_jax.displace(
-      p, step, distribution='rademacher'))(params)
+      p, step, mezo_jax.Rademacher()))(params)
   np.testing.assert_allclose(lazy, plain(built), rtol=1e-5)
   assert abs(lazy - plain(params)) > 1e-3
 
@@ -158,9 +159,9 @@ def test_noise_of_stacked_and_of_single_layers(family):
   layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree['layers'])
   apart = {k: v for k, v in zeros.items() if k != 'layers'} | {
       f'layers_{i}': layer(zeros, i) for i in range(config.num_layers)}
-  step = [(jax.random.key(0), 1.0)]
+  step = mezo_jax.Displacement(jax.random.key(0), 1.0)
   one = helpers.quick_jit(lambda p: mezo_jax.displace(
-      p, step, distribution='rademacher'))
+      p, step, mezo_jax.Rademacher()))
   stacked, single = one(zeros), one(apart)
   for i in range(config.num_layers):
     helpers.assert_bitwise(layer(stacked, i), single[f'layers_{i}'])

@@ -15,10 +15,11 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _streams
+from mezo_jax import _streams
+from mezo_jax._directions import Draws
 
 KEY = jax.random.key(4)
-STEP = [(KEY, 0.05)]
+STEP = mezo_jax.Displacement(KEY, 0.05)
 LAYERS, WIDTH = 12, 256
 X = jax.random.normal(jax.random.key(2), (4, WIDTH))
 WIDE = jnp.concatenate([X, X], 1)
@@ -347,9 +348,8 @@ def test_views_are_what_numpy_does(seed, path):
   shape = tuple(rng.choice([1, 2, 3, 4, 6], 4))
   s = _streams.of_leaf(KEY[None], path, shape)
   def draw(s, shape):
-    return np.asarray(_noise.combination(
-        jnp.zeros(shape), jnp.ones(1), s, distribution='normal',
-        generator='threefry2x32'))
+    return np.asarray(Draws(s, jnp.ones(1), mezo_jax.Normal(
+        'threefry2x32')).built(jnp.zeros(shape)))
   x = draw(s, shape)
   for _ in range(5):
     op = rng.choice(['take', 'window', 'transpose', 'reshape'])

@@ -11,15 +11,25 @@ import pytest
 import scipy.special
 
 import mezo_jax
-from mezo_jax import _noise, _paths, _streams
+from mezo_jax import (
+  _noise,
+  _paths,
+  _rounding,
+  _streams,
+  Displacement,
+  Normal,
+  Rademacher,
+)
+from mezo_jax._directions import Draws
 
 KEY = jax.random.key(11)
-BOTH = [(g, d) for g in _noise.GENERATORS for d in _noise.DISTRIBUTIONS]
-THREEFRY = dict(generator='threefry2x32')
+BOTH = [kind(g) for g in _noise.GENERATORS for kind in (Normal, Rademacher)]
+THREEFRY = Normal('threefry2x32')
 
 
-def z(tree, key=KEY, **kwargs):
-  return mezo_jax.direction(tree, [(key, 1.0)], **kwargs)
+def z(tree, key=KEY, directions=Normal(), **kwargs):
+  return mezo_jax.direction(
+      tree, Displacement(key, 1.0), directions, **kwargs)
 
 
 def test_it_is_what_jax_random_draws():
@@ -27,9 +37,10 @@ def test_it_is_what_jax_random_draws():
   key = _noise.leaf_key(KEY, 'embed/table')
   tree = {'embed': {'table': leaf}}
   helpers.assert_bitwise(
-      z(tree, **THREEFRY)['embed']['table'], jax.random.normal(key, leaf.shape))
+      z(tree, directions=THREEFRY)['embed']['table'],
+      jax.random.normal(key, leaf.shape))
   helpers.assert_bitwise(
-      z(tree, distribution='rademacher', **THREEFRY)['embed']['table'],
+      z(tree, directions=Rademacher('threefry2x32'))['embed']['table'],
       jax.random.rademacher(key, leaf.shape, jnp.float32))
 
 
@@ -38,14 +49,14 @@ def test_a_layer_has_the_key_of_that_layer():
   key = _noise.leaf_key(KEY, 'layers/w')
   for l in range(4):
     helpers.assert_bitwise(
-        z(tree, **THREEFRY)['layers']['w'][l],
+        z(tree, directions=THREEFRY)['layers']['w'][l],
         jax.random.normal(jax.random.fold_in(key, l), (6, 5)))
 
 
-@pytest.mark.parametrize('generator,distribution', BOTH)
+@pytest.mark.parametrize('directions', BOTH, ids=str)
 @pytest.mark.parametrize('shape', [(6, 5), (7,), ()])
-def test_stacked_and_separate_layers_agree(generator, distribution, shape):
-  how = dict(generator=generator, distribution=distribution)
+def test_stacked_and_separate_layers_agree(directions, shape):
+  how = dict(directions=directions)
   stacked = z({'layers': {'q': {'w': jnp.zeros((3, *shape))}}}, **how)
   leaf = {'q': {'w': jnp.zeros(shape)}}
   for separate in (
@@ -89,8 +100,8 @@ def test_nothing_else_enters():
            dtype=jnp.float32)
   helpers.assert_bitwise(full, half)
   helpers.assert_bitwise(full['b'], z({'b': tree['b']})['b'])
-  helpers.assert_bitwise(full['b'], z(tree, mask='^b/')['b'])
-  assert not np.any(z(tree, mask='^b/')['a']['w'])
+  helpers.assert_bitwise(full['b'], z(tree, directions=Normal(mask='^b/'))['b'])
+  assert not np.any(z(tree, directions=Normal(mask='^b/'))['a']['w'])
   assert np.abs(np.corrcoef(
       full['a']['w'].ravel(), full['b']['w'].ravel())[0, 1]) < 0.5
 
@@ -98,17 +109,17 @@ def test_nothing_else_enters():
 def test_rows_are_random_access():
   shape = (9, 4, 5)
   like = jnp.zeros(shape)
-  how = dict(distribution='normal', generator='threefry2x32')
+  def draw(stream, like):
+    return Draws(stream, jnp.ones(1), THREEFRY).built(like)
   whole_stream = _streams.of_leaf(KEY[None], 'embed', shape)
-  whole = _noise.combination(like, jnp.ones(1), whole_stream, **how)
+  whole = draw(whole_stream, like)
   index = jnp.array([[7, 0], [3, 3]])
   rows = _streams.take(whole_stream, 0, index)
-  got = _noise.combination(like[index], jnp.ones(1), rows, **how)
+  got = draw(rows, like[index])
   helpers.assert_bitwise(got, whole[index])
   inner = _streams.take(_streams.spread(rows, 2, 4), 1, jnp.array(0))
   helpers.assert_bitwise(
-      _noise.combination(like[:2], jnp.ones(1), inner, **how),
-      whole[index[:, 0]])
+      draw(inner, like[:2]), whole[index[:, 0]])
 
 
 def test_counters_beyond_32_bits():
@@ -133,41 +144,39 @@ def test_names_that_hash_alike_are_refused():
     z(tree)
 
 
-@pytest.mark.parametrize('generator,distribution', BOTH)
-def test_jit_and_eager_agree(generator, distribution):
+@pytest.mark.parametrize('directions', BOTH, ids=str)
+def test_jit_and_eager_agree(directions):
   tree = {'layers': {'w': jnp.ones((3, 40, 50))}}
-  draw = functools.partial(z, generator=generator, distribution=distribution)
-  if (generator, distribution) == ('hash32', 'normal'):
+  draw = functools.partial(z, directions=directions)
+  if directions == Normal('hash32'):
     # jit contracts a*b + c; eagerly each is an operation, and rounds.
     helpers.assert_close(draw(tree), jax.jit(draw)(tree))
   else:
     helpers.assert_bitwise(draw(tree), jax.jit(draw)(tree))
 
 
-@pytest.mark.parametrize('generator,distribution', BOTH)
-def test_no_temporary_of_a_leafs_size(generator, distribution):
+@pytest.mark.parametrize('directions', BOTH, ids=str)
+def test_no_temporary_of_a_leafs_size(directions):
   tree = {'layers': {'w': jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)},
           'embed': jax.ShapeDtypeStruct((5000, 256), jnp.float32)}
   size = sum(4 * x.size for x in jax.tree.leaves(tree))
   move = jax.jit(
-      lambda t: mezo_jax.displace(
-          t, [(KEY, 0.1)], generator=generator, distribution=distribution),
+      lambda t: mezo_jax.displace(t, Displacement(KEY, 0.1), directions),
       donate_argnums=0)
   memory = move.lower(tree).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 0.01 * size
   assert memory.alias_size_in_bytes == size
 
 
-@pytest.mark.parametrize('generator,distribution', BOTH)
-def test_statistics(generator, distribution):
+@pytest.mark.parametrize('directions', BOTH, ids=str)
+def test_statistics(directions):
   """Moments, and correlations between keys, layers and neighbours, each
   within 5 standard errors; 1.6e7 draws."""
-  how = dict(generator=generator, distribution=distribution)
   tree = {'layers': {'w': jnp.zeros((4, 1000, 1000))}}
-  draw = jax.jit(lambda k: z(tree, k, **how)['layers']['w'])
+  draw = jax.jit(lambda k: z(tree, k, directions)['layers']['w'])
   a, b = (np.asarray(draw(jax.random.key(k)), np.float64) for k in (0, 1))
   n = a.size
-  normal = distribution == 'normal'
+  normal = isinstance(directions, Normal)
   assert abs(a.mean()) < 5 / np.sqrt(n)
   assert abs((a**2).mean() - 1) < (5 * np.sqrt(2 / n) if normal else 1e-12)
   assert abs((a**3).mean()) < 5 * np.sqrt((15 if normal else 1) / n)
@@ -194,8 +203,7 @@ def test_hash32_streams_of_related_keys_are_independent():
     key = jax.random.wrap_key_data(jnp.uint32(words), impl='threefry2x32')
     s = _noise.Stream(
         jax.random.key_data(key)[None, None], jnp.zeros(1, jnp.uint32), (1,))
-    return np.asarray(_noise.combination(
-        like, ones, s, distribution='rademacher', generator='hash32'))
+    return np.asarray(Draws(s, ones, Rademacher()).built(like))
   base = draw([1234567, 7654321])
   for bit in range(32):
     for words in ([1234567 ^ (1 << bit), 7654321],
@@ -221,7 +229,7 @@ def test_quantile_of_hash32():
       np.arange(2**16), 2**32 - 1 - np.arange(2**16),
       np.random.RandomState(0).randint(0, 2**32, 10**6),
       2 ** np.arange(32)]).astype(np.uint32)
-  got = np.asarray(_noise.from_bits(jnp.asarray(words), 'normal', 'hash32'))
+  got = np.asarray(Normal().draw(jnp.asarray(words)))
   tail = ((words >> 1) + 0.5) / 2**31
   want = np.sqrt(2) * scipy.special.erfcinv(tail)
   np.testing.assert_allclose(np.abs(got), want, atol=5e-6)
@@ -257,7 +265,7 @@ def test_stochastic_rounding_is_unbiased(dtype, at):
   ulp = abs(float(jax.lax.nextafter(near, jnp.array(9, dtype))) - float(near))
   for share in (0.0, 0.1, 0.5, 0.93):
     x = jnp.float32(float(near) + share * ulp)
-    got = np.asarray(_noise.stochastic_round(
+    got = np.asarray(_rounding.stochastic_round(
         jnp.full(n, x), dtype, bits).astype(jnp.float32), np.float64)
     assert len(np.unique(got)) <= 2
     tolerance = 5 * ulp * np.sqrt(share * (1 - share) / n) + 1e-3 * ulp

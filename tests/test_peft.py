@@ -66,15 +66,17 @@ def test_a_step_on_the_trainable_tree_is_the_masked_step():
   """Same directions, same loss, same updates; the rest never moves."""
   model, params, ids = tiny()
   loss_fn = helpers.lm_loss(model)
-  tx = mezo_jax.mezo(1e-2, key=0, mask='attn/q', weight_decay=0.1)
+  decay = dict(weight_decay=0.1, decay='kernel')
+  tx = mezo_jax.mezo(
+      1e-2, key=0, directions=mezo_jax.Normal(mask='attn/q'), **decay)
   want, wanted = tx.update(
       None, tx.init(params), params, value_fn=loss_fn, ids=ids)
   trainable, frozen = peft.split(params, 'attn/q')
-  tx = mezo_jax.mezo(1e-2, key=0, weight_decay=0.1)
+  tx = mezo_jax.mezo(1e-2, key=0, **decay)
   state = tx.init(trainable)
   got, state = tx.update(
-      None, state, trainable, value_fn=peft.on_trainable(loss_fn),
-      frozen=frozen, ids=ids)
+      None, state, trainable, ids=ids,
+      value_fn=lambda p, ids: loss_fn(peft.join(p, frozen), ids))
   assert paths(got) == {'layers/attn/q/kernel'}
   helpers.assert_close(got, peft.split(want, 'attn/q')[0])
   np.testing.assert_allclose(state[0].projected_grad,
@@ -84,8 +86,7 @@ def test_a_step_on_the_trainable_tree_is_the_masked_step():
 @pytest.mark.parametrize('make', [
     lambda: mezo_jax.mezo(
         1e-2, key=0, micro_batches=2, equal_parts=True),
-    lambda: backprop.backprop(
-        optax.sgd(1.0), micro_batches=2, equal_parts=True)])
+    lambda: backprop.backprop(micro_batches=2, equal_parts=True)])
 def test_micro_batches_do_not_split_what_is_frozen(make):
   x = jnp.arange(8.0).reshape(4, 2)
   def loss_fn(params, x):
@@ -94,8 +95,9 @@ def test_micro_batches_do_not_split_what_is_frozen(make):
   trainable, frozen = peft.split(params, 'w')
   tx = make()
   def step(x):
-    return tx.update(None, tx.init(trainable), trainable, frozen=frozen,
-                     value_fn=peft.on_trainable(loss_fn), x=x)[0]
+    return tx.update(
+        None, tx.init(trainable), trainable, x=x,
+        value_fn=lambda p, x: loss_fn(peft.join(p, frozen), x))[0]
   got = step(x)
   assert got.keys() == {'w'} and np.isfinite(got['w']).all()
   # The loss is a mean over rows: two halves, each twice, give the same.
@@ -112,7 +114,7 @@ def test_groups_have_their_own_eps_and_learning_rate():
   tx = mezo_jax.mezo(rate, eps, key=7)
   updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
   key = mezo_jax._noise.direction_key(jax.random.key(7), 0)
-  z = mezo_jax.direction(params, [(key, 1.0)])
+  z = mezo_jax.direction(params, mezo_jax.Displacement(key, 1.0))
   z = {'a': np.asarray(z['a'], np.float64),
        'c': np.asarray(z['b']['c'], np.float64)}
   at = lambda s: (np.sum((np.array([1, 2]) + s * 1e-3 * z['a']) ** 2)
@@ -173,15 +175,16 @@ def test_perturbing_lora_alone_changes_the_loss():
       peft.join(params, adapters), peft.TRAINED['lora'])
   assert paths(trainable) == {
       f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in 'ab'}
-  loss_fn = peft.on_trainable(helpers.lm_loss(model))
+  loss_fn = lambda p: helpers.lm_loss(model)(peft.join(p, frozen), ids)
   far = helpers.quick_jit(lambda c: mezo_jax.perturbed(loss_fn)(
-      trainable, [(jax.random.key(3), c)], frozen=frozen, ids=ids))
+      trainable, mezo_jax.Displacement(jax.random.key(3), c)))
   losses = [float(far(c)) for c in (0.0, 0.1, -0.1)]
   assert len(set(losses)) == 3 and max(losses) - min(losses) > 1e-4
-  built = mezo_jax.displace(trainable, [(jax.random.key(3), 0.1)])
+  built = mezo_jax.displace(
+      trainable, mezo_jax.Displacement(jax.random.key(3), 0.1))
   np.testing.assert_allclose(
       losses[1], helpers.quick_jit(
-          lambda: loss_fn(built, frozen=frozen, ids=ids))(), rtol=1e-6)
+          lambda: loss_fn(built))(), rtol=1e-6)
 
 
 def test_merging_is_the_same_function_and_unmerging_its_inverse():
@@ -230,16 +233,15 @@ def test_a_lora_step_draws_noise_for_lora_alone():
   trainable, frozen = peft.split(
       peft.join(params, adapters), peft.TRAINED['lora'])
   ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-  loss_fn = peft.on_trainable(helpers.lm_loss(model))
   tx = mezo_jax.mezo(1e-4, 1e-2, key=0)
 
-  def step(trainable, state, frozen, ids):
-    updates, state = tx.update(None, state, trainable, value_fn=loss_fn,
-                               frozen=frozen, ids=ids)
-    return optax.apply_updates(trainable, updates), state
-
   def forward(trainable, frozen, ids):
-    return loss_fn(trainable, frozen=frozen, ids=ids)
+    return helpers.lm_loss(model)(peft.join(trainable, frozen), ids)
+
+  def step(trainable, state, frozen, ids):
+    updates, state = tx.update(
+        None, state, trainable, value_fn=lambda p: forward(p, frozen, ids))
+    return optax.apply_updates(trainable, updates), state
 
   step = jax.jit(step, donate_argnums=(0, 1)).lower(
       trainable, jax.eval_shape(tx.init, trainable), frozen, ids).compile()

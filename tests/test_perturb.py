@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _paths
+from mezo_jax import _noise, _paths, Displacement, Normal, Rademacher
 
 KEY = jax.random.key(4)
-STEP = [(KEY, 0.05)]
+STEP = Displacement(KEY, 0.05)
 W = jax.random.normal(jax.random.key(1), (4, 6, 6)) / 3
 X = jax.random.normal(jax.random.key(2), (3, 6))
 E = jax.random.normal(jax.random.key(3), (9, 6))
 IDS = jnp.array([[1, 7], [0, 8]])
 
 
-def both(f, params, displacement=STEP, **kwargs):
-  built = f(mezo_jax.displace(params, displacement, **kwargs))
+def both(f, params, displacement=STEP, directions=Normal()):
+  built = f(mezo_jax.displace(params, displacement, directions))
   lazy = jax.jit(
-      lambda p: mezo_jax.perturbed(f, **kwargs)(p, displacement))(params)
+      lambda p: mezo_jax.perturbed(f, directions)(p, displacement))(params)
   return built, lazy
 
 
@@ -116,39 +116,43 @@ def test_names_of_stacks_do_not_matter_to_the_test_above():
   assert _paths.locate('layers/w')[2] and not _paths.locate('stack/w')[2]
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(distribution='rademacher'), dict(generator='threefry2x32'),
-    dict(mask='layers'), dict(mask={'layers': False, 'e': True})])
-def test_options(kwargs):
+@pytest.mark.parametrize('directions', [
+    Rademacher(), Normal('threefry2x32'), Normal(mask='layers'),
+    Normal(mask={'layers': False, 'e': True}), mezo_jax.Sphere(),
+    Normal(stacked='^e$'), Normal(mask={
+        'layers': jax.random.bernoulli(KEY, 0.5, W.shape),
+        'e': jax.random.bernoulli(KEY, 0.5, E.shape)})], ids=repr)
+def test_directions(directions):
   f = lambda p: (lax.scan(dense, X, p['layers']), p['e'][IDS] @ p['e'].T)
-  built, lazy = both(f, {'layers': W, 'e': E}, **kwargs)
+  built, lazy = both(f, {'layers': W, 'e': E}, directions=directions)
   helpers.assert_close(built, lazy)
 
 
 @pytest.mark.parametrize('n', [5, 12])  # unrolled, and a loop
-def test_many_pairs(n):
-  pairs = [(jax.random.key(i), 0.01 * i - 0.02) for i in range(n)]
+def test_many_keys(n):
+  keys = jax.vmap(jax.random.key)(jnp.arange(n))
+  pairs = Displacement(keys, 0.01 * jnp.arange(n) - 0.02)
   params = {'layers': W, 'e': E}
   f = lambda p: (lax.scan(dense, X, p['layers']), p['e'][IDS])
   built, lazy = both(f, params, pairs)
   helpers.assert_close(built, lazy)
   one_by_one = params
-  for pair in pairs:
-    one_by_one = mezo_jax.displace(one_by_one, [pair])
+  for pair in zip(*pairs):
+    one_by_one = mezo_jax.displace(one_by_one, Displacement(*pair))
   helpers.assert_close(mezo_jax.displace(params, pairs), one_by_one)
 
 
 def test_displace_against_numpy():
   params = {'layers': W, 'e': E}
-  as_jax = dict(generator='threefry2x32')  # draws what jax.random does
-  got = mezo_jax.displace(params, STEP, **as_jax)
+  as_jax = Normal('threefry2x32')  # draws what jax.random does
+  got = mezo_jax.displace(params, STEP, as_jax)
   key = _noise.leaf_key(KEY, 'e')
   want = np.asarray(E) + np.float32(0.05) * np.asarray(
       jax.random.normal(key, E.shape))
   np.testing.assert_allclose(got['e'], want, rtol=1e-6)
   helpers.assert_close(
       jax.tree.map(jnp.add, params, mezo_jax.direction(
-          params, STEP, **as_jax)), got)
+          params, STEP, as_jax)), got)
 
 
 def test_scanned_linen_model_is_unchanged_and_equal():
@@ -196,7 +200,7 @@ def test_memory_stays_at_inference(generator, cast):
         c @ a.astype(jnp.float32)), None), x, p['layers'])[0])
 
   plain = jax.jit(f).lower({'layers': w}).compile().memory_analysis()
-  lazy = jax.jit(lambda p: mezo_jax.perturbed(f, generator=generator)(
+  lazy = jax.jit(lambda p: mezo_jax.perturbed(f, Normal(generator))(
       p, STEP)).lower({'layers': w}).compile().memory_analysis()
   layer = 4 * d * d
   assert lazy.temp_size_in_bytes < plain.temp_size_in_bytes + 1.5 * layer
@@ -213,7 +217,7 @@ def test_embedding_rows_only():
 def test_half_precision_is_displaced_in_float32():
   w = jnp.full((64, 64), 1.0, jnp.bfloat16)
   got = mezo_jax.displace(
-      {'w': w}, [(KEY, 1e-2)], generator='threefry2x32')['w']
+      {'w': w}, Displacement(KEY, 1e-2), Normal('threefry2x32'))['w']
   z = jax.random.normal(_noise.leaf_key(KEY, 'w'), w.shape)
   want = (w.astype(jnp.float32) + np.float32(1e-2) * z).astype(jnp.bfloat16)
   helpers.assert_bitwise(got, want)
@@ -237,5 +241,9 @@ def test_bad_masks(mask, message):
 
 
 def test_an_empty_displacement_is_refused():
-  with pytest.raises(ValueError, match='at least one'):
-    mezo_jax.displace({'w': W}, [])
+  for keys, coefs in ((jax.random.split(KEY, 2)[:0], jnp.zeros(0)),
+                      (KEY, jnp.zeros(2))):
+    with pytest.raises(ValueError, match='at least one'):
+      mezo_jax.displace({'w': W}, Displacement(keys, coefs))
+  with pytest.raises(ValueError, match='Displacement.keys, coefs., got a list'):
+    mezo_jax.displace({'w': W}, [(KEY, 1.0)])

@@ -321,14 +321,16 @@ def test_a_function_of_predictions_in_a_step(both, tokenizer):
     calls.append((predictions, examples))
     return sum((i + 1) * p for i, p in enumerate(predictions))
   loss_fn = score.make_loss_fn(model, data, SEVERAL, objective)
-  tx = mezo_jax.mezo(1e-3, eps, key=3, mask=mask)
+  directions = mezo_jax.Normal(mask=mask)
+  tx = mezo_jax.mezo(1e-3, eps, key=3, directions=directions)
   state = tx.init(params)
   step = helpers.quick_jit(lambda state, params, batch: tx.update(
       None, state, params, value_fn=loss_fn, batch=batch)[1])
   spsa = jax.block_until_ready(step(state, params, batch))[0]
   key, wanted = _noise.direction_key(state[0].key, 0, 0), []
   def predict(params, batch, c):
-    moved = mezo_jax.displace(params, [(key, c)], mask=mask)
+    moved = mezo_jax.displace(
+        params, mezo_jax.Displacement(key, c), directions)
     return score.scores(*score.log_likelihoods(
         model, moved, batch, data)).argmax(-1)[:6]
   predict = helpers.quick_jit(predict)

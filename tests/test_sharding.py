@@ -39,7 +39,8 @@ def test_directions_are_bitwise_equal_on_every_mesh(generator):
     if shape[1] > 1:
       assert any(s.spec for s in jax.tree.leaves(shardings))
     draw = jax.jit(
-        lambda p, k: mezo_jax.displace(p, [(k, 0.3)], generator=generator),
+        lambda p, k: mezo_jax.displace(
+            p, mezo_jax.Displacement(k, 0.3), mezo_jax.Normal(generator)),
         in_shardings=(shardings, None), out_shardings=shardings)
     placed = place(params, mesh)
     text = draw.lower(placed, jax.random.key(5)).compile().as_text()

@@ -1,6 +1,7 @@
 """The estimator: Algorithm 1, unbiased, composable, at inference memory."""
 
 import functools
+import warnings
 
 import helpers
 import jax
@@ -10,7 +11,8 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _mezo, _noise
+from mezo_jax import _noise, _paths
+from mezo_jax._directions import Draws
 
 PARAMS = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
 
@@ -49,7 +51,7 @@ def test_algorithm_1_in_numpy():
     theta = {k: theta[k] - lr * (
         g * z[k] + (decay if k == 'a' else 0.0) * theta[k]) for k in theta}
   tx = mezo_jax.mezo(lr, eps, key=9, weight_decay=decay,
-                     generator='threefry2x32')  # which draws as jax.random
+                     decay='a', directions=mezo_jax.Normal('threefry2x32'))
   got, state = run(tx, steps=steps)
   helpers.assert_close(got, theta, rtol=1e-4)
   np.testing.assert_allclose(state[0].projected_grad, [g], rtol=1e-3)
@@ -59,13 +61,13 @@ def test_algorithm_1_in_numpy():
 
 CASES = {
     'normal': dict(),
-    'rademacher': dict(distribution='rademacher'),
-    'sphere': dict(distribution='sphere'),
-    'threefry': dict(generator='threefry2x32'),
+    'rademacher': dict(directions='rademacher'),
+    'sphere': dict(directions='sphere'),
+    'threefry': dict(directions=mezo_jax.Normal('threefry2x32')),
     'four directions': dict(num_samples=4),
-    'sum of two directions': dict(num_samples=2, sum_samples=True),
-    'one-sided': dict(one_sided=True, eps=1e-4),
-    'one-sided, two directions': dict(one_sided=True, num_samples=2, eps=1e-4),
+    'one-sided': dict(combine=mezo_jax.one_sided, eps=1e-4),
+    'one-sided, two directions': dict(
+        combine=mezo_jax.one_sided, num_samples=2, eps=1e-4),
 }
 
 
@@ -76,17 +78,16 @@ def test_unbiased(name):
   estimate = jax.jit(jax.vmap(lambda count: tx.update(
       None, tx.init(PARAMS)._replace(count=count), PARAMS,
       value_fn=quadratic)[0]))(jnp.arange(20_000))
-  factor = 2 if 'sum' in name else 1
   for got, want in zip(jax.tree.leaves(estimate),
                        jax.tree.leaves(jax.grad(quadratic)(PARAMS))):
     got = np.asarray(got, np.float64)
     error = got.std(0) / np.sqrt(len(got))
     bias = 0.05 if 'one-sided' in name else 1e-3  # O(eps), float32 rounding
-    assert np.all(np.abs(got.mean(0) - factor * want) < 5 * error + bias)
+    assert np.all(np.abs(got.mean(0) - want) < 5 * error + bias)
 
 
 def test_the_sphere_has_radius_sqrt_d():
-  tx = mezo_jax.spsa(1e-2, key=3, distribution='sphere')
+  tx = mezo_jax.spsa(1e-2, key=3, directions=mezo_jax.Sphere())
   updates, state = tx.update(
       None, tx.init(PARAMS), PARAMS, value_fn=quadratic)
   length = optax.global_norm(updates) / jnp.abs(state.projected_grad[0])
@@ -109,10 +110,11 @@ def test_num_samples_is_algorithm_2():
   total = jax.tree.map(jnp.zeros_like, PARAMS)
   for j in range(n):
     key = _noise.direction_key(jax.random.key(1), 0, j)
-    g = (quadratic(mezo_jax.displace(PARAMS, [(key, eps)]))
-         - quadratic(mezo_jax.displace(PARAMS, [(key, -eps)]))) / (2 * eps)
+    plus, minus = (quadratic(mezo_jax.displace(
+        PARAMS, mezo_jax.Displacement(key, c))) for c in (eps, -eps))
+    g = (plus - minus) / (2 * eps)
     np.testing.assert_allclose(state.projected_grad[j], g, rtol=1e-3)
-    z = mezo_jax.direction(PARAMS, [(key, g / n)])
+    z = mezo_jax.direction(PARAMS, mezo_jax.Displacement(key, g / n))
     total = jax.tree.map(jnp.add, total, z)
   helpers.assert_close(updates, total, rtol=1e-3)
 
@@ -170,7 +172,8 @@ def test_a_float64_loss_is_subtracted_in_float64():
     params = {'b': jnp.ones(2, jnp.float32)}
     _, state = tx.update(None, tx.init(params), params, value_fn=loss)
     z = mezo_jax.direction(
-        params, [(_noise.direction_key(jax.random.key(0), 0), 1.0)])
+        params, mezo_jax.Displacement(
+            _noise.direction_key(jax.random.key(0), 0), 1.0))
     assert state.projected_grad.dtype == jnp.float32
     np.testing.assert_allclose(state.projected_grad[0], jnp.sum(z['b']),
                                rtol=1e-2)
@@ -196,7 +199,8 @@ def test_schedules_of_learning_rate_and_eps():
 def test_masked_leaves_are_neither_perturbed_nor_updated(mask):
   blind = lambda p: jnp.where(
       jnp.all(p['a'] == PARAMS['a']), jnp.sum(p['b'] ** 2), jnp.nan)
-  tx = mezo_jax.mezo(1e-2, key=0, mask=mask, weight_decay=0.1)
+  tx = mezo_jax.mezo(1e-2, key=0, weight_decay=0.1,
+                     directions=mezo_jax.Normal(mask=mask), decay='')
   got, state = run(tx, value_fn=blind, steps=3)
   assert state[0].total_notfinite == 0
   helpers.assert_bitwise(got['a'], PARAMS['a'])
@@ -205,7 +209,8 @@ def test_masked_leaves_are_neither_perturbed_nor_updated(mask):
 
 def test_prefix_masks():
   params = {'x': PARAMS, 'y': PARAMS}
-  got, _ = run(mezo_jax.mezo(1e-2, key=0, mask={'x': True, 'y': False}),
+  got, _ = run(mezo_jax.mezo(1e-2, key=0, directions=mezo_jax.Normal(
+      mask={'x': True, 'y': False})),
                params, value_fn=lambda p: quadratic(p['x']))
   helpers.assert_bitwise(got['y'], PARAMS)
   assert np.all(got['x']['b'] != PARAMS['b'])
@@ -220,11 +225,60 @@ def test_weight_decay_skips_biases_and_norms_of_every_family():
           'final_layernorm/weight', 'layers/attn/q/bias', 'post_ffw_norm/scale',
           'q_norm/scale', 'attention/output/LayerNorm/gamma', 'LayerNorm_0/w',
           'decoder/final_layer_norm/beta', 'RMSNorm_0/scale']
-  matrix = jnp.zeros((4, 4))
-  assert all(_mezo.is_decayed(p, jnp.zeros((2, 4, 4))) for p in decayed)
-  assert not any(_mezo.is_decayed(p, matrix) for p in kept)
-  assert not _mezo.is_decayed('layers/anything/w', matrix)  # [L, d]
-  assert not _mezo.is_decayed('anything', jnp.zeros(4))
+  def is_decayed(path, shape):
+    *above, last = path.split('/')
+    tree = {last: jnp.zeros(shape)}
+    for name in reversed(above):
+      tree = {name: tree}
+    return jax.tree.leaves(_paths.decayed(tree))[0]
+  assert all(is_decayed(p, (2, 4, 4)) for p in decayed)
+  assert not any(is_decayed(p, (4, 4)) for p in kept)
+  assert not is_decayed('layers/anything/w', (4, 4))  # [L, d]
+  assert not is_decayed('anything', (4,))
+
+
+def test_what_is_stacked_is_told_by_shapes_or_said():
+  """Names alone took the first six for stacks of vectors."""
+  one = jnp.zeros((4, 5))
+  for name in ('block', 'layer', 'h', 'Dense_layer', 'ResBlock'):
+    tree = {name: {'kernel': one, 'bias': jnp.zeros(5)}}
+    assert _paths.decayed(tree) == {name: {'kernel': True, 'bias': False}}
+  assert _paths.decayed({'block': {'w': one}}) == {'block': {'w': True}}
+  tree = {'encoder': {'mlp': {'kernel': jnp.zeros((3, 4, 5)),
+                              'offset': jnp.zeros((3, 5))}}, 'out': one}
+  assert _paths.decayed(tree) == {'encoder': {'mlp': {
+      'kernel': True, 'offset': False}}, 'out': True}
+  layers = {'layers': [{'q': jnp.zeros((4, 4))}, {'q': jnp.zeros((4, 4))}]}
+  assert all(jax.tree.leaves(_paths.decayed(layers)))
+  assert not any(jax.tree.leaves(_paths.decayed({'w': one}, how='w')))
+  with pytest.warns(UserWarning, match=r'guessed.*: 1 parameters have it '
+                    r'\(a\), 1 do not \(b\).*decay='):
+    mezo_jax.mezo(1e-2, key=0, weight_decay=0.1).init(PARAMS)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    mezo_jax.mezo(1e-2, key=0).init(PARAMS)
+    tx = mezo_jax.mezo(1.0, key=0, weight_decay=0.5, decay='b')
+    updates, _ = tx.update(None, tx.init(PARAMS), PARAMS,
+                           value_fn=lambda p: jnp.float32(1.0))
+  helpers.assert_close(updates['b'], -0.5 * PARAMS['b'])
+  assert not np.any(updates['a'])
+
+
+def test_what_is_said_to_be_stacked_has_a_key_for_each_layer():
+  tree = {'deep': {'w': jnp.zeros((3, 4, 5))}}
+  one = mezo_jax.Displacement(jax.random.key(2), 1.0)
+  said = mezo_jax.direction(tree, one, mezo_jax.Normal(stacked='deep'))
+  named = {'deep_layers': {'w': tree['deep']['w']}}
+  key = _noise.leaf_key(one.keys, 'deep/w')
+  for l in range(3):
+    words = jax.random.key_data(jax.random.fold_in(key, l))
+    s = _noise.Stream(
+        words[None, None, None], jnp.zeros((1, 1), jnp.uint32), (5, 1))
+    want = Draws(s, jnp.ones(1), mezo_jax.Normal()).built(jnp.zeros((4, 5)))
+    helpers.assert_close(said['deep']['w'][l], want)
+  plain = mezo_jax.direction(named, one, mezo_jax.Normal(stacked=False))
+  apart = mezo_jax.direction(named, one)
+  assert not np.any(plain['deep_layers']['w'] == apart['deep_layers']['w'])
 
 
 def test_weight_decay_is_decoupled_from_the_estimate():
@@ -374,8 +428,7 @@ def test_it_converges(name, target):
     (dict(num_samples=0), 'num_samples must be a Python integer of at least 1'),
     (dict(num_samples=1.5), 'num_samples must be'),
     (dict(eps=-1.0), 'eps must be positive'),
-    (dict(distribution='cauchy'), "must be one of .*got 'cauchy'"),
-    (dict(generator='mt19937'), 'must be one of'),
+    (dict(directions='cauchy'), "must be one of .*got 'cauchy'"),
     (dict(micro_batches=0), 'micro_batches must be'),
 ])
 def test_bad_options(kwargs, message):

@@ -141,7 +141,8 @@ def test_params_with_holes_are_refused(wrap):
 
 
 def test_masking_what_follows_works():
-  tx = optax.chain(mezo_jax.spsa(1e-3, key=0, mask='a'),
+  tx = optax.chain(mezo_jax.spsa(
+      1e-3, key=0, directions=mezo_jax.Normal(mask='a')),
                    optax.masked(optax.sgd(1e-2), {'a': True, 'b': False}))
   got, _ = run(tx)
   helpers.assert_bitwise(got['b'], PARAMS['b'])

@@ -1,0 +1,148 @@
+"""The training step: the one place where it is written."""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import sharding
+from mezo_jax.peft.parts import join
+
+
+def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
+              mesh: jax.sharding.Mesh | None = None,
+              on_compile: Callable | None = None) -> 'Step':
+  """``step(params, state, batch, frozen=None) -> params, state, metrics``.
+
+  A step of MeZO is two programs: the losses, one for each shape of a batch, and
+  the update, one for all, of which nothing but the projected gradients is an
+  input (the door of `mezo_jax.spsa`). So what is done to the weights later from
+  the recorded numbers is bitwise what was done to them in training. A step of
+  backpropagation is one program.
+
+  Args:
+    tx: with an estimator in it, such as `mezo_jax.mezo`.
+    value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`.
+    mesh: that params are on; set where programs are traced.
+    on_compile: called with (batch, program, seconds) of each program that was
+      compiled; batch is None for the update.
+
+  Returns:
+    A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
+    ``value_fn`` gets ``mezo_jax.peft.join(params, frozen)``. Metrics are device
+    arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
+    ``skipped_in_a_row``.
+  """
+  return Step(tx, value_fn, mesh, on_compile)
+
+
+class Step:
+  """See `make_step`. Programs are compiled when first needed, never again."""
+
+  def __init__(self, tx, value_fn, mesh, on_compile):
+    self.compiled = {}  # by shape of the batch; the update by None
+    self._mesh, self._on_compile = mesh, on_compile
+
+    def run(params, state, frozen, batch):
+      def of_trainable(params, batch):
+        whole = params if frozen is None else join(params, frozen)
+        return value_fn(whole, batch)
+      return tx.update(
+          None, state, params, value_fn=of_trainable, batch=batch)
+
+    def losses(params, state, frozen, batch):
+      _, state = run(params, state, frozen, batch)
+      return tuple(optax.tree.get(state, name)
+                   for name in ('projected_grad', 'value'))
+
+    def update(params, state, projected_grad, value):
+      updates, state = tx.update(
+          None, state, params, projected_grad=projected_grad, value=value)
+      return optax.apply_updates(params, updates), state, _metrics(state)
+
+    def whole(params, state, frozen, batch):
+      updates, state = run(params, state, frozen, batch)
+      return optax.apply_updates(params, updates), state, _metrics(state)
+
+    self._losses, self._update, self._whole = losses, update, whole
+
+  def __call__(self, params, state, batch, frozen=None):
+    shape = jax.tree.structure(batch), *(
+        (x.shape, x.dtype) for x in jax.tree.leaves(batch))
+    if shape not in self.compiled:
+      lowered = self._lower_losses(params, state, frozen, batch)
+      self._compile(shape, lowered, batch)
+    out = self.compiled[shape](params, state, frozen, batch)
+    return self.update(params, state, *out) if _has_door(state) else out
+
+  def update(self, params, state, projected_grad, value=jnp.nan):
+    """The step that these projected gradients [n] make, without losses."""
+    args = params, state, *self._told(projected_grad, value)
+    if None not in self.compiled:
+      self._compile(None, self._lower_update(*args), None)
+    return self.compiled[None](*args)
+
+  def lower(self, params, state, batch, frozen=None):
+    """The programs of a step, lowered: of arrays, or of shapes and places."""
+    out = [self._lower_losses(params, state, frozen, batch)]
+    if _has_door(state):
+      told = jax.tree.map(
+          lambda x: self._place(jax.ShapeDtypeStruct(x.shape, jnp.float32)),
+          (optax.tree.get(state, 'projected_grad'),
+           optax.tree.get(state, 'value')))
+      out.append(self._lower_update(params, state, *told))
+    return out
+
+  def _lower_losses(self, params, state, frozen, batch):
+    args = params, state, frozen, batch
+    if _has_door(state):
+      return self._lower(self._losses, args, (), self._everywhere())
+    return self._lower(self._whole, args, (0, 1), (
+        *_places((params, state)), self._everywhere()))
+
+  def _lower_update(self, params, state, *told):
+    return self._lower(self._update, (params, state, *told), (0, 1), (
+        *_places((params, state)), self._everywhere()))
+
+  def _lower(self, fn, args, donate, out):
+    jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out)
+    if self._mesh is None:
+      return jitted.lower(*args)
+    with jax.set_mesh(self._mesh):
+      return jitted.lower(*args)
+
+  def _compile(self, key, lowered, batch):
+    began = time.time()
+    self.compiled[key] = lowered.compile()
+    if self._on_compile:
+      self._on_compile(batch, self.compiled[key], time.time() - began)
+
+  def _everywhere(self):
+    return self._mesh and sharding.replicated(self._mesh)
+
+  def _told(self, *values):
+    return [x if isinstance(x, jax.Array) else sharding.place(
+        jnp.asarray(x, jnp.float32), self._everywhere()) for x in values]
+
+  def _place(self, x):
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=self._everywhere())
+
+
+def _places(tree):
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _has_door(state) -> bool:
+  return optax.tree.get(state, 'projected_grad') is not None
+
+
+def _metrics(state) -> dict[str, Any]:
+  name = 'projected_grad' if _has_door(state) else 'grad_norm'
+  get = lambda name: optax.tree.get(state, name)
+  return {
+      'loss': get('value'), name: get(name), 'skipped': get('total_notfinite'),
+      'skipped_in_a_row': get('notfinite_count')}

@@ -1,0 +1,349 @@
+"""What is asked of every estimator, in any chain: one row of `ROWS` each.
+
+After optax's common tests of contrib, with value_fn where theirs have the
+gradient. A relative that is not in the table does not exist.
+"""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mezo_jax
+from mezo_jax import backprop
+
+mezo = mezo_jax.mezo
+
+
+def chained(rest, **kwargs):
+  """spsa, then any optimizer, with the links that `mezo` has."""
+  def make(learning_rate, key, dtype=None, **more):
+    return mezo_jax.skip_not_finite(optax.chain(
+        mezo_jax.spsa(**({'eps': 1e-3} | kwargs | more), key=key),
+        rest(learning_rate), mezo_jax.round_stochastically(key)))
+  return make
+
+
+def first_order(learning_rate, key, **kwargs):
+  del key
+  return mezo_jax.skip_not_finite(optax.chain(
+      backprop.backprop(**kwargs), optax.adam(learning_rate)))
+
+
+# make(learning_rate, key=...): its updates are those of the paper's Algorithm 1
+# unless said otherwise.
+ROWS = {
+    'mezo': mezo,
+    'mezo, decayed': functools.partial(
+        mezo, weight_decay=1e-4, decay=lambda p: True),
+    'mezo, signs': functools.partial(mezo, directions='rademacher'),
+    'mezo, sphere': functools.partial(mezo, directions='sphere'),
+    'mezo, four directions': functools.partial(mezo, num_samples=4),
+    'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
+    'mezo, to nearest': functools.partial(mezo, stochastic_rounding=False),
+    'spsa and sgd': chained(optax.sgd),
+    'spsa and adam': chained(optax.adam),
+    'backprop and adam': first_order,
+}
+ZEROTH = [name for name in ROWS if 'backprop' not in name]
+every = pytest.mark.parametrize('name', ROWS)
+zeroth = pytest.mark.parametrize('name', ZEROTH)
+
+
+def stepped(tx, value_fn, **extra):
+  def step(params, state):
+    updates, state = tx.update(None, state, params, value_fn=value_fn, **extra)
+    return optax.apply_updates(params, updates), state
+  return step
+
+
+def door(tx):
+  def step(params, state, g):
+    updates, state = tx.update(None, state, params, projected_grad=g)
+    return optax.apply_updates(params, updates), state
+  return step
+
+
+def get(state, name):
+  return optax.tree.get(state, name)
+
+
+def words(tree):
+  return jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(
+      x.dtype, jax.dtypes.prng_key) else x, tree)
+
+
+# --- optax's contract -------------------------------------------------------
+
+
+def parabola(params):
+  return jnp.sum((params.astype(jnp.float32) - jnp.array([1.0, -1, 1])) ** 2)
+
+
+START = jnp.array([-1.0, 10.0, 1.0])
+TARGETS = {
+    'parabola': (START, jnp.array([1.0, -1.0, 1.0]), parabola),
+    'rosenbrock': (jnp.zeros(2), jnp.ones(2), lambda p: (
+        (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2)),
+    'matrix parabola': (
+        jnp.zeros((2, 2)), jnp.array([[3.0, -2], [1, 4]]), lambda p: jnp.sum(
+            (p - jnp.array([[3.0, -2], [1, 4]])) ** 2)),
+    'mixed tensors': (
+        (jnp.zeros(3), jnp.zeros((2, 2))),
+        (jnp.array([1.0, -1, 2]), jnp.array([[1.0, 0], [-1, 1]])),
+        lambda p: (jnp.sum((p[0] - jnp.array([1.0, -1, 2])) ** 2)
+                   + jnp.sum((p[1] - jnp.array([[1.0, 0], [-1, 1]])) ** 2))),
+}
+
+
+@every
+def test_extra_arguments_and_no_second_compilation(name):
+  tx = ROWS[name](optax.constant_schedule(1e-3), key=0)
+  step = jax.jit(stepped(
+      tx, parabola, unexpected_extra_args_your_optimizer_doesnt_expect=1))
+  state = tx.init(START)
+  params, new = step(START, state)
+  assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+  with helpers.compilations() as seen:
+    step(params, new)
+  assert not seen
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('name', [
+    'mezo', 'mezo, signs', 'mezo, sphere', 'mezo, four directions',
+    'mezo, decayed', 'spsa and sgd', 'spsa and adam'])
+def test_it_converges(name, target):
+  """To 3e-2 within 30,000 steps; all at one setting a target."""
+  params, goal, value_fn = TARGETS[target]
+  rate, steps, more = 2e-2, 2000, {}
+  if target == 'rosenbrock':
+    rate, steps, more = 1e-3, 30_000, dict(eps=1e-3, num_samples=4)
+    if 'adam' in name:
+      rate = optax.cosine_decay_schedule(3e-2, steps)
+  elif 'adam' in name:
+    rate, steps = optax.cosine_decay_schedule(1e-1, 2000), 2000
+  tx = ROWS[name](rate, key=0, **more)
+  state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
+  step = stepped(tx, value_fn)
+  (end, state), _ = jax.jit(lambda c: jax.lax.scan(
+      lambda c, _: (step(*c), None), c, None, length=steps))((params, state))
+  assert get(state, 'total_notfinite') == 0
+  helpers.assert_close(end, goal, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize('name', [n for n in ROWS if 'mezo' in n])
+def test_hyperparameters_can_be_injected(name):
+  """No argument but the learning rate and the seed is static or named."""
+  params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
+  loss = lambda p: sum(jnp.sum((x - 0.5) ** 2) for x in p)
+  factory = ROWS[name]
+  static = ('num_samples', 'decay') if 'four' in name or (
+      'decayed' in name) else ()
+  tx = factory(learning_rate=1e-2, key=0)
+  injected = optax.inject_hyperparams(factory, static_args=static)(
+      learning_rate=1e-2, key=0)
+  run = lambda tx: jax.jit(functools.partial(tx.update, value_fn=loss))(
+      None, jax.jit(tx.init)(params), params)
+  updates, state = run(tx)
+  got, with_hyperparams = run(injected)
+  helpers.assert_close(got, updates)
+  helpers.assert_close(words(with_hyperparams.inner_state), words(state))
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'float64'])
+@every
+def test_shapes_and_dtypes_are_stable(name, dtype):
+  """Updates have the dtype of the parameters, in and out of `lax.cond`."""
+  with jax.enable_x64(dtype == 'float64'):
+    params = jnp.array([-1.0, 10.0, 1.0], dtype)
+    tx = ROWS[name](1e-2, key=0)
+    step = jax.jit(lambda params, state: jax.lax.cond(
+        jax.random.randint(jax.random.key(0), (), 0, 2) == 0,
+        stepped(tx, parabola), lambda *same: same, params, state))
+    state = tx.init(params)
+    assert jax.eval_shape(lambda: tx.update(
+        None, state, params, value_fn=parabola)[0]).dtype == dtype
+    types = lambda s: jax.tree.map(jax.typeof, s)
+    for _ in range(2):
+      params, new = step(params, state)
+      assert params.dtype == dtype
+      assert types(new) == types(state)
+      state = new
+
+
+@every
+def test_a_schedule_is_as_good_as_a_number(name):
+  runs = []
+  for rate in (1e-3, optax.constant_schedule(1e-3)):
+    tx = ROWS[name](rate, key=0)
+    params, state = START, tx.init(START)
+    step = jax.jit(stepped(tx, parabola))
+    for _ in range(3):
+      params, state = step(params, state)
+    runs.append(params)
+  helpers.assert_close(*runs)
+  assert np.any(runs[0] != START)
+
+
+# --- the laws of the house --------------------------------------------------
+
+TREE = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
+
+
+def quadratic(params, bad=False):
+  loss = sum(jnp.sum((p.astype(jnp.float32) - 1.0) ** 2)
+             for p in jax.tree.leaves(params))
+  return jnp.where(bad, jnp.nan, loss)
+
+
+@every
+def test_any_tree(name):
+  from flax import nnx
+  bias = nnx.split(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[1]
+  bias['bias'] = bias['bias'].replace(jnp.full(2, 0.3))
+  for params in (TREE['a'], [TREE['a'], ({'b': (TREE['b'],)}, bias, {
+      'x': jnp.float32(3.0), 'y': 2.0})]):
+    tx = ROWS[name](1e-2, key=0)
+    got, _ = jax.jit(stepped(tx, quadratic))(params, tx.init(params))
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    assert all(np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(
+        jax.tree.leaves(got), jax.tree.leaves(params)))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@every
+def test_a_loss_that_is_not_finite_changes_nothing(name, dtype):
+  """Not the weights, nor any state but the estimator's own; and it counts."""
+  tx = ROWS[name](1e-2, key=0)
+  params = jax.tree.map(lambda x: x.astype(dtype), TREE)
+  state, seen = tx.init(params), []
+  step = jax.jit(lambda p, s, bad: stepped(tx, quadratic, bad=bad)(p, s))
+  for bad in (False, True, True, False):
+    new, after = step(params, state, bad)
+    if bad:
+      helpers.assert_bitwise(new, params)
+      helpers.assert_bitwise(words(after[1:]), words(state[1:]))
+    else:
+      assert np.any(new['a'] != params['a'])
+    params, state = new, after
+    seen.append((int(get(state, 'notfinite_count')),
+                 int(get(state, 'total_notfinite'))))
+  assert seen == [(0, 0), (1, 1), (2, 2), (0, 2)]
+
+
+@pytest.mark.parametrize('mask', [
+    '^b', {'a': False, 'b': True}, lambda p: {'a': False, 'b': True}, {
+        'a': jnp.array([[True, False], [False, False]]), 'b': True}],
+                         ids=['expression', 'tree', 'function', 'elements'])
+@zeroth
+def test_masked_weights_are_neither_perturbed_nor_updated(name, mask):
+  off = jnp.array([[False, True], [True, True]]) if (
+      isinstance(mask, dict) and jnp.ndim(mask['a'])) else jnp.ones(
+          (2, 2), bool)
+  blind = lambda p: jnp.where(jnp.any(off & (p['a'] != TREE['a'])), jnp.nan,
+                              quadratic(p))
+  kind = {'signs': mezo_jax.Rademacher, 'sphere': mezo_jax.Sphere}.get(
+      name.split(', ')[-1], mezo_jax.Normal)
+  more = {}
+  if 'decayed' in name and jnp.ndim(off) and not np.all(off):
+    more = dict(weight_decay=0.0)
+  tx = ROWS[name](1e-2, key=0, directions=kind(mask=mask), **more)
+  params, state = TREE, tx.init(TREE)
+  step = jax.jit(stepped(tx, blind))
+  for _ in range(3):
+    params, state = step(params, state)
+  assert get(state, 'total_notfinite') == 0
+  helpers.assert_bitwise(params['a'][off], TREE['a'][off])
+  assert np.all(params['a'][~off] != TREE['a'][~off])
+  assert np.all(params['b'] != TREE['b'])
+
+
+@pytest.mark.parametrize('name', [
+    n for n in ZEROTH if 'nearest' not in n and 'adam' not in n])
+def test_half_precision_moves_as_far_as_float32(name):
+  """Along the gradient, over 300 tiny steps; to nearest, most is lost."""
+  wide = {'w': 0.02 * jax.random.normal(jax.random.key(0), (100, 100))}
+  slope = jnp.sign(wide['w'])
+  loss = lambda p: jnp.sum(p['w'].astype(jnp.float32) * slope) / 10
+  def moved(params):
+    tx = ROWS[name](1e-6, key=0)
+    step = stepped(tx, loss)
+    (end, state), _ = jax.jit(lambda c: jax.lax.scan(
+        lambda c, _: (step(*c), None), c, None, length=300))(
+            (params, tx.init(params)))
+    assert get(state, 'total_notfinite') == 0
+    return float(jnp.vdot(end['w'].astype(jnp.float32) - params['w'], slope))
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
+  assert 0.6 < moved(half) / moved(wide) < 1.4
+
+
+@every
+def test_eight_devices_do_as_one(name):
+  params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
+  mesh = helpers.mesh_of(2, 4)
+  tx, runs = ROWS[name](1e-2, key=0), []
+  for place in (lambda x: x, lambda x: jax.device_put(x, jax.NamedSharding(
+      mesh, jax.P(*[None] * (x.ndim - 1), 'fsdp')))):
+    placed = jax.tree.map(place, params)
+    step, state = jax.jit(stepped(tx, quadratic)), tx.init(placed)
+    placed, state = step(placed, state)
+    with helpers.compilations() as seen:
+      placed, state = step(placed, state)
+    assert not seen
+    runs.append((placed, state))
+  # Losses are equal to rounding, of which g has 1 / eps as much.
+  helpers.assert_close(runs[0][0], runs[1][0], rtol=1e-3, atol=1e-3)
+  if 'backprop' not in name:  # the update given g is the same to the last bit
+    g = get(runs[0][1], 'projected_grad')
+    step = jax.jit(door(tx))
+    helpers.assert_bitwise(*(step(p, s, g)[0] for p, s in (
+        (params, tx.init(params)), (jax.tree.map(place, params), tx.init(
+            jax.tree.map(place, params))))))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@zeroth
+def test_the_door_gives_the_same_weights(name, dtype):
+  """From the recorded projected gradients alone, a skipped step among them."""
+  params = jax.tree.map(lambda x: x.astype(dtype), {
+      'w': jnp.linspace(-1, 1, 96).reshape(12, 8),
+      'layers': {'w': jnp.ones((2, 8, 8)) / 3, 'b': jnp.zeros((2, 8))}})
+  tx = ROWS[name](optax.linear_schedule(1e-2, 0, 9), key=0)
+  end, state, told = params, tx.init(params), []
+  step = jax.jit(lambda p, s, bad: stepped(tx, quadratic, bad=bad)(p, s))
+  for t in range(5):
+    end, state = step(end, state, t == 2)
+    told.append(np.asarray(get(state, 'projected_grad')))
+  got, again = params, tx.init(params)
+  step = jax.jit(door(tx))
+  for g in told:
+    got, again = step(got, again, jnp.asarray(g))
+  helpers.assert_bitwise(got, end)
+  assert get(again, 'total_notfinite') == 1
+
+
+@zeroth
+def test_the_update_needs_no_dense_tree(name):
+  """update and apply_updates in one donated jit; Adam has two moments."""
+  shapes = {'layers': {'w': jax.ShapeDtypeStruct((6, 256, 256), jnp.float32)},
+            'embed': jax.ShapeDtypeStruct((2048, 64), jnp.float32)}
+  loss = lambda p: jnp.sum(jax.lax.scan(
+      lambda c, w: (jnp.tanh(c @ w), None), p['embed'][:4] @ jnp.ones(
+          (64, 256)), p['layers']['w'])[0])
+  tx = ROWS[name](1e-3, key=0)
+  state = jax.eval_shape(tx.init, shapes)
+  memory = jax.jit(stepped(tx, loss), donate_argnums=(0, 1)).lower(
+      shapes, state).compile().memory_analysis()
+  size = sum(4 * x.size for x in jax.tree.leaves(shapes))
+  assert memory.alias_size_in_bytes >= size
+  most = 0.3
+  if 'adam' in name:  # two moments are read twice
+    most = 1.6
+  elif 'sphere' in name:  # a CPU keeps the largest leaf's z for its norm
+    most = 0.8
+  assert memory.temp_size_in_bytes < most * size
