@@ -40,7 +40,8 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import _noise, _streams, models, sharding
+from mezo_jax import _streams, backprop, models, sharding
+from mezo_jax._directions import Draws, KINDS
 
 ROWS, TOKENS = 16, 256
 MEZO = ('MeZO normal', 'MeZO rademacher')
@@ -85,51 +86,52 @@ def mesh_of(topology, sizes):
 
 
 def lower(program, shape, mesh):
-  """The program of `inference`, `MeZO z`, `SGD` or `Adam`, lowered."""
+  """The programs of `inference`, `MeZO z`, `SGD` or `Adam`, lowered."""
   model = models.Transformer(
       harness.SHAPES[shape], remat=program in ('SGD', 'Adam'))
   loss_fn = harness.classification_loss(model)
   params = models.param_shapes(model.config, mesh, jnp.bfloat16)
-  placed = jax.tree.map(lambda x: x.sharding, params)
   everywhere = NamedSharding(mesh, P())
   rows = max(ROWS, mesh.shape['data'] * mesh.shape['fsdp'])
   ids = jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32,
                              sharding=NamedSharding(mesh, P(sharding.ROWS)))
   if program == 'inference':
-    return jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)
+    return [jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)]
 
   if program.startswith('MeZO'):
-    tx = mezo_jax.mezo(1e-6, key=0, distribution=program.split()[1])
-    def estimate(state, params, ids):
-      return tx.update(None, state, params, value_fn=loss_fn, ids=ids)
+    tx = mezo_jax.mezo(1e-6, key=0, directions=program.split()[1])
   else:
-    tx = {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6)
-    def estimate(state, params, ids):
-      return tx.update(jax.grad(loss_fn)(params, ids), state, params)
+    tx = optax.chain(backprop.backprop(),
+                     {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6))
 
+  # An optimiser's copies of the parameters lie as these do.
   state = jax.eval_shape(tx.init, params)
-  spread = {}  # an optimiser's copies of the parameters lie as these do
-  if program == 'Adam':
-    spread = dict(mu=placed, nu=placed)
-  at = jax.tree.map(lambda _: everywhere, state)
-  at = (at[0]._replace(**spread), *at[1:])
-  state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=at), state, at)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(placed, at))
-  def step(params, state, ids):
-    updates, state = estimate(state, params, ids)
-    return optax.apply_updates(params, updates), state
-  return step.lower(params, state, ids)
+  like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=like.get(x.shape, everywhere)), state)
+  return mezo_jax.make_step(tx, loss_fn, mesh=mesh).lower(params, state, ids)
 
 
 # --- what the compilers say -------------------------------------------------
 
 
 def report(topology, sizes, shape, program) -> dict:
+  """Of a step of several programs: the most memory, and all cycles."""
   mesh = mesh_of(topology, sizes)
   with jax.set_mesh(mesh):
-    lowered = lower(program, shape, mesh)
+    programs = lower(program, shape, mesh)
+  found = [one(topology, mesh, lowered) for lowered in programs]
+  if not all('cycles' in r for r in found):
+    return dict(fits=False, memory=max(
+        (r['memory'] for r in found if r['memory']), default=None))
+  most = max(found, key=lambda r: r['memory'])
+  return most | dict(
+      fits=all(r['fits'] for r in found), kept=found[-1]['kept'],
+      **{k: sum(r[k] for r in found)
+         for k in ('cycles', 'collectives', 'seconds')})
+
+
+def one(topology, mesh, lowered) -> dict:
   began = time.time()
   with tempfile.TemporaryDirectory() as dump:
     try:
@@ -151,7 +153,6 @@ def report(topology, sizes, shape, program) -> dict:
       r'channel_id=(\d+).*?metadata=\{op_name="([^"]*)"', text))
   return dict(
       fits=memory < HBM[topology.split(':')[0]] * 2**30, memory=memory / 2**30,
-      weights=harness.nbytes(lowered.args_info[0][0]) / mesh.size / 2**30,
       kept=m.alias_size_in_bytes / m.argument_size_in_bytes,
       cycles=cycles(text), collectives=len(kinds),
       seconds=round(time.time() - began, 1))
@@ -205,19 +206,18 @@ def forms() -> list[dict]:
 
   rows, plain = [], cost(lambda w, x: x @ w, w, x)
   for generator in ('hash32', 'threefry2x32'):
-    for distribution in ('normal', 'rademacher'):
-      def moved(w, seed, c, how=dict(
-          generator=generator, distribution=distribution)):
+    for kind in ('normal', 'rademacher'):
+      def moved(w, seed, c, z=KINDS[kind](generator)):
         keys = jax.random.key(seed, impl='threefry2x32')[None]
-        return _noise.add(w, c[None], _streams.of_leaf(keys, 'w', w.shape),
-                         **how).astype(w.dtype)
+        stream = _streams.of_leaf(keys, 'w', w.shape)
+        return Draws(stream, c[None], z).add(w).astype(w.dtype)
       def first(w, seed, c, x, moved=moved):
         return x @ jax.lax.optimization_barrier(moved(w, seed, c))
       def both(w, seed, c, x, moved=moved):
         plus = jax.lax.optimization_barrier(moved(w, seed, c))
         return x @ plus, x @ (2 * w - plus)
       rows.append({
-          'z': f'{distribution}, {generator}', 'x @ W': plain,
+          'z': f'{kind}, {generator}', 'x @ W': plain,
           'z made inside the matmul': cost(
               lambda w, seed, c, x, f=moved: x @ f(w, seed, c), w, seed, c, x),
           'W + cz built first': cost(first, w, seed, c, x),

@@ -11,7 +11,7 @@ with its standard error; within two of them the choices are equal. Writes
 benchmarks/results/convergence.md and convergence.json.
 """
 
-import functools
+import dataclasses
 import time
 
 import harness
@@ -27,20 +27,10 @@ from mezo_jax.tasks import encode, score
 
 SEEDS, STEPS, EVERY, ROWS, TOKENS, HELD_OUT = 15, 30, 10, 8, 16, 128
 NOISE = {
-    'normal, threefry': dict(generator='threefry2x32'),
-    'normal, hash32': dict(generator='hash32'),
-    'rademacher, hash32': dict(generator='hash32', distribution='rademacher'),
+    'normal, threefry': mezo_jax.Normal('threefry2x32'),
+    'normal, hash32': mezo_jax.Normal(),
+    'rademacher, hash32': mezo_jax.Rademacher(),
 }
-
-
-def compile_step(tx, loss_fn, params, batch):
-  """One program for all seeds: the key is part of the state."""
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, batch):
-    updates, state = tx.update(
-        None, state, params, value_fn=loss_fn, batch=batch)
-    return optax.apply_updates(params, updates), state
-  return step.lower(params, tx.init(params), batch).compile()
 
 
 def reviews():
@@ -68,9 +58,10 @@ def reviews():
 
   o, results = config.optimizer, {name: [] for name in NOISE}
   tx_of = lambda key, noise: mezo_jax.mezo(
-      o.learning_rate, o.eps, key=key, mask=config.peft.mask, **noise)
-  shapes = encode.batch_of(train, short[:ROWS], TOKENS, ROWS)
-  step_of = {name: compile_step(tx_of(0, noise), loss_fn, start, shapes)
+      o.learning_rate, config.spsa.eps, key=key,
+      directions=dataclasses.replace(noise, mask=config.peft.mask))
+  # One program for all seeds: the key is part of the state.
+  step_of = {name: mezo_jax.make_step(tx_of(0, noise), loss_fn)
              for name, noise in NOISE.items()}
   for seed in range(SEEDS):
     order = np.random.RandomState(seed)
@@ -82,7 +73,7 @@ def reviews():
       state = tx_of(seed, noise).init(params)
       curve, took = [evaluate(start)], []
       for t, batch in enumerate(batches, 1):
-        seconds, (params, state) = harness.timed(
+        seconds, (params, state, _) = harness.timed(
             step_of[name], params, state, batch)
         took.append(seconds)
         if t % EVERY == 0:
@@ -99,10 +90,9 @@ def quadratic(dims=1000, steps=4000, seeds=20):
   scale = jnp.linspace(1.0, 100.0, dims)
   loss_fn = lambda x, batch: 0.5 * jnp.sum(scale * x**2)
   out = {}
-  for name, noise in (NOISE | {'sphere, hash32': dict(
-      distribution='sphere')}).items():
+  for name, noise in (NOISE | {'sphere, hash32': mezo_jax.Sphere()}).items():
     def run(seed, noise=noise):
-      tx = mezo_jax.mezo(0.5 / jnp.sum(scale), 1e-3, key=seed, **noise)
+      tx = mezo_jax.mezo(0.5 / jnp.sum(scale), 1e-3, key=seed, directions=noise)
       def one(carry, _):
         x, state = carry
         updates, state = tx.update(None, state, x, value_fn=loss_fn, batch=0)

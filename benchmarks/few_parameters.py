@@ -16,7 +16,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import mezo_jax
 from mezo_jax import models, peft, quickstart, suite
@@ -58,7 +57,7 @@ def times() -> list[dict]:
   """A line a method: a step / two forwards, and what noise and update take."""
   model, params = models.load(quickstart.model_path(), dtype='float32')
   key = jax.random.key(0)
-  loss_fn = peft.on_trainable(harness.classification_loss(model))
+  loss_fn = harness.classification_loss(model)
   ids = jax.random.randint(key, (ROWS, TOKENS), 0, model.config.vocab_size)
   return [
       time_of(name, loss_fn, *peft.split(peft.join(params, more), mask), ids)
@@ -74,24 +73,22 @@ def time_of(name, loss_fn, trainable, frozen, ids) -> dict:
   trainable = jax.tree.map(jnp.copy, trainable)  # to be donated
   state = tx.init(trainable)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(trainable, state, frozen, ids):
-    updates, state = tx.update(None, state, trainable, value_fn=loss_fn,
-                               frozen=frozen, ids=ids)
-    return optax.apply_updates(trainable, updates), state
+  step = mezo_jax.make_step(tx, loss_fn)
 
   @jax.jit
   def forwards(trainable, frozen, ids):
-    return jax.lax.map(lambda ids: loss_fn(trainable, frozen=frozen, ids=ids),
+    return jax.lax.map(lambda ids: loss_fn(peft.join(trainable, frozen), ids),
                        jnp.stack([ids, ids]))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def move(trainable, key):
-    return mezo_jax.displace(trainable, [(key, 1e-9)])
+    return mezo_jax.displace(
+        trainable, mezo_jax.Displacement(key, 1e-9))
 
   seconds = {'step': [], 'forwards': [], 'move': []}
   for i in range(ROUNDS + 2):
-    s, (trainable, state) = harness.timed(step, trainable, state, frozen, ids)
+    s, (trainable, state, _) = harness.timed(
+        step, trainable, state, ids, frozen)
     f, _ = harness.timed(forwards, trainable, frozen, ids)
     m, trainable = harness.timed(move, trainable, jax.random.key(i))
     if i >= 2:  # the first ones compile

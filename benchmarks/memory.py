@@ -11,7 +11,6 @@ Writes benchmarks/results/memory.md and memory.json.
 """
 
 import ctypes
-import functools
 import json
 from pathlib import Path
 import re
@@ -22,74 +21,85 @@ import harness
 import jax
 import jax.numpy as jnp
 import optax
+import zoo
 
 import mezo_jax
-from mezo_jax import models
+from mezo_jax import backprop, make_step, models
 
 ROWS, TOKENS = 8, 64
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
-# Every program: transform (None: inference), and whether gradients are taken.
+# Every program: the transform, and how it is called; None for inference.
 PROGRAMS = {
-    'inference': (None, False),
-    'MeZO, normal': (dict(), False),
-    'MeZO, rademacher': (dict(distribution='rademacher'), False),
-    'MeZO, 4 directions': (dict(num_samples=4), False),
-    'MeZO, queries and values only': (dict(mask='attn/(q|v)/'), False),
-    'backprop SGD': (optax.sgd, True),
-    'backprop Adam': (optax.adam, True),
-    'backprop Adam, remat': (optax.adam, True),
+    'inference': None,
+    'MeZO, normal': dict(),
+    'MeZO, rademacher': dict(directions='rademacher'),
+    'MeZO, 4 directions': dict(num_samples=4),
+    'MeZO, queries and values only': dict(
+        directions=mezo_jax.Normal(mask='attn/(q|v)/')),
+    'backprop SGD': optax.sgd,
+    'backprop Adam': optax.adam,
+    'backprop Adam, remat': optax.adam,
 }
+# Models as others write them: names in zoo.py.
+OTHERS = ('Linen scanned', 'Linen unrolled', 'NNX list', 'Equinox list')
 
 
 def build(shape: str, name: str):
-  """(jitted program, model, initial state or None)."""
+  """(model, value_fn, transform or None)."""
   model = models.Transformer(harness.SHAPES[shape], remat='remat' in name)
-  loss_fn = harness.classification_loss(model)
-  what, gradient = PROGRAMS[name]
+  what = PROGRAMS[name]
   if what is None:
-    return jax.jit(lambda params, state, ids: loss_fn(params, ids)), model, None
-  tx = what(1e-6) if gradient else mezo_jax.mezo(1e-6, key=0, **what)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, ids):
-    if gradient:
-      updates, state = tx.update(jax.grad(loss_fn)(params, ids), state, params)
-    else:
-      updates, state = tx.update(
-          None, state, params, value_fn=loss_fn, ids=ids)
-    return optax.apply_updates(params, updates), state
-  return step, model, tx.init
+    tx = None
+  elif isinstance(what, dict):
+    tx = mezo_jax.mezo(1e-6, key=0, **what)
+  else:
+    tx = optax.chain(backprop.backprop(), what(1e-6))
+  return model, harness.classification_loss(model), tx
 
 
-def by_compiler(shape: str, name: str) -> float:
-  fn, model, init = build(shape, name)
-  params = models.param_shapes(model.config)
-  state = jax.eval_shape(init, params) if init else None
-  ids = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
-  m = fn.lower(params, state, ids).compile().memory_analysis()
-  weights = harness.nbytes(params)
+def lower(loss_fn, tx, params, ids) -> list:
+  if tx is None:
+    return [jax.jit(loss_fn).lower(params, ids)]
+  state = jax.eval_shape(tx.init, params)
+  return make_step(tx, loss_fn).lower(params, state, ids)
+
+
+def extra(lowered, weights: int) -> float:
+  """What a program holds beside the weights, of their size."""
+  m = lowered.compile().memory_analysis()
   total = (m.argument_size_in_bytes + m.output_size_in_bytes
            - m.alias_size_in_bytes + m.temp_size_in_bytes)
   return total / weights - 1
 
 
+def by_compiler(shape: str, name: str) -> float:
+  model, loss_fn, tx = build(shape, name)
+  params = models.param_shapes(model.config)
+  ids = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
+  weights = harness.nbytes(params)
+  return max(extra(x, weights) for x in lower(loss_fn, tx, params, ids))
+
+
 def by_system(shape: str, name: str) -> float:
   """In this process, which does nothing else; bytes."""
-  fn, model, init = build(shape, name)
+  model, loss_fn, tx = build(shape, name)
   shapes = models.param_shapes(model.config)
-  state = jax.eval_shape(init, shapes) if init else None
   ids = jnp.ones((ROWS, TOKENS), jnp.int32)
-  fn = fn.lower(shapes, state, ids).compile()
   params = jax.block_until_ready(
       jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes))
+  if tx is None:
+    step = jax.jit(loss_fn).lower(params, ids).compile()
+  else:
+    step, state = make_step(tx, loss_fn), tx.init(params)
+    step.compile(params, state, ids)
   ctypes.CDLL('libc.so.6').malloc_trim(0)
   Path('/proc/self/clear_refs').write_text('5')  # the peak starts here
   before = peak()
-  state = init(params) if init else None
   for _ in range(3):
-    out = jax.block_until_ready(fn(params, state, ids))
-    if init:
-      params, state = out
+    if tx is None:
+      jax.block_until_ready(step(params, ids))
+    else:
+      params, state, _ = jax.block_until_ready(step(params, state, ids))
   return peak() - before
 
 
@@ -97,6 +107,19 @@ def peak() -> int:
   """The greatest resident size since it was last reset, bytes (Linux)."""
   status = Path('/proc/self/status').read_text()
   return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024
+
+
+def others(name: str) -> dict:
+  apply, params = zoo.MODELS[name][0](jnp.float32)
+  def loss_fn(params, ids):
+    return optax.softmax_cross_entropy_with_integer_labels(
+        apply(params, ids), ids).mean()
+  weights = harness.nbytes(params)
+  ids = jnp.ones((zoo.ROWS, zoo.TOKENS), jnp.int32)
+  most = lambda tx: round(max(extra(x, weights) for x in lower(
+      loss_fn, tx, params, ids)), 3)
+  return {'model': name, 'inference': most(None),
+          'MeZO, normal': most(mezo_jax.mezo(1e-6, key=0))}
 
 
 def main():
@@ -119,6 +142,8 @@ def main():
               float(done.stdout.split()[-1]) / weights, 2)})
       print(rows[-1], flush=True)
     tables.append((f'{shape}, weights of {weights / 1e6:.0f} MB:', rows))
+  tables.append(('Models as others write them, twelve layers, 2 x 8 tokens, by '
+                 'the compiler:', [others(name) for name in OTHERS]))
   harness.write('memory', harness.header(
       f'float32, {ROWS} x {TOKENS} tokens'), tables)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _noise, _streams
+from mezo_jax._directions import Draws, KINDS
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)
@@ -29,12 +30,11 @@ LEAF = (4096, 4096)
 # --- cost -------------------------------------------------------------------
 
 
-def cost(generator, distribution):
+def cost(directions):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
-    return _noise.add(
-        w, jnp.full(1, 1e-3), _streams.of_leaf(key[None], 'w', LEAF),
-        distribution=distribution, generator=generator)
+    stream = _streams.of_leaf(key[None], 'w', LEAF)
+    return Draws(stream, jnp.full(1, 1e-3), directions).add(w)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
   return _ns(axpy, w, key) | {'temporary bytes / leaf': temp / w.nbytes}
@@ -126,8 +126,7 @@ def quality():
   normal, signs = Totals('normal'), Totals('rademacher')
   top, low, pair = (np.zeros(2**16, np.int64) for _ in range(3))
   bits = np.zeros((33, 33))
-  draw = jax.jit(lambda w, d: _noise.from_bits(w, d, 'hash32'),
-                 static_argnums=1)
+  draw = jax.jit(lambda w, d: KINDS[d]().draw(w), static_argnums=1)
   began = time.perf_counter()
   for i, key in enumerate(related_keys()):
     words = words_of(key)
@@ -176,8 +175,8 @@ def quality():
 
 def main():
   costs = [{'what': 'jax.random.normal', **cost_of_jax_random()}]
-  costs += [{'what': f'{d}, {g}', **cost(g, d)}
-            for g in _noise.GENERATORS for d in _noise.DISTRIBUTIONS]
+  costs += [{'what': f'{d}, {g}', **cost(KINDS[d](g))}
+            for g in _noise.GENERATORS for d in ('normal', 'rademacher')]
   rows, n = quality()
   harness.write('noise', harness.header(), [
       ('Cost of `w += c * z`, float32, in place:', costs),

@@ -16,7 +16,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import mezo_jax
 from mezo_jax import _noise, models
@@ -24,7 +23,7 @@ from mezo_jax.tasks import encode, score, Task
 
 ROWS, TOKENS, ROUNDS = 16, 32, 9
 LEARNING_RATE, EPS = 1e-6, 1e-2
-OPTIONS = dict(distribution='rademacher', generator='hash32')
+Z = mezo_jax.Rademacher()
 
 
 def accuracy(predictions, examples):
@@ -32,13 +31,9 @@ def accuracy(predictions, examples):
 
 
 def one_phase(loss_fn):
-  tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, **OPTIONS)
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, batch):
-    updates, state = tx.update(
-        None, state, params, value_fn=loss_fn, batch=batch)
-    return optax.apply_updates(params, updates), state
-  return tx.init, step
+  tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, directions=Z)
+  step = mezo_jax.make_step(tx, loss_fn)
+  return tx.init, lambda *args: step(*args)[:2]
 
 
 def two_phases(model, data):
@@ -47,22 +42,22 @@ def two_phases(model, data):
   def predict(params, key, batch):
     answer = lambda params: jnp.argmax(score.scores(
         *score.log_likelihoods(model, params, batch, data)), -1)
-    at = mezo_jax.perturbed(answer, **OPTIONS)
-    return jax.lax.map(lambda sign: at(params, [(key, sign * EPS)]),
-                       jnp.array([1.0, -1.0]))
+    at = mezo_jax.perturbed(answer, Z)
+    return jax.lax.map(
+        lambda sign: at(params, mezo_jax.Displacement(key, sign * EPS)),
+        jnp.array([1.0, -1.0]))
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def update(params, key, g):
-    return mezo_jax.displace(params, [(key, -LEARNING_RATE * g)], **OPTIONS)
+  tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, directions=Z)
+  told = mezo_jax.make_step(tx, None)  # its losses are computed here
 
-  def step(params, count, batch):
-    key = _noise.direction_key(jax.random.key(0), count, 0)
+  def step(params, state, batch):
+    key = _noise.direction_key(jax.random.key(0), int(state[0].count))
     plus, minus = np.asarray(predict(params, key, batch)).tolist()
     rows = [data.rows[r] for r in batch['row']]
     g = -(accuracy(plus, rows) - accuracy(minus, rows)) / (2 * EPS)
-    return update(params, key, np.float32(g)), count + 1
+    return told.update(params, state, [g])[:2]
 
-  return lambda params: 0, step
+  return tx.init, step
 
 
 def main():

@@ -64,7 +64,7 @@ def measure(build, dtype, options) -> dict:
         logits, ids if logits.ndim == 3 else ids[:, 0]).mean()
 
   at = lambda params, key, ids: mezo_jax.perturbed(loss_fn)(
-      params, [(key, C)], ids)
+      params, mezo_jax.Displacement(key, C), ids)
   tx = mezo_jax.mezo(1e-6, key=0)
 
   @functools.partial(jit, donate_argnums=(0, 1))
@@ -79,7 +79,7 @@ def measure(build, dtype, options) -> dict:
 
   clean, value = forward(params, ids), near(params, key, ids)
   displace = jax.jit(mezo_jax.displace, compiler_options=QUICK)
-  wanted = forward(displace(params, [(key, C)]), ids)
+  wanted = forward(displace(params, mezo_jax.Displacement(key, C)), ids)
   params, state = step(params, state, ids)
   before = len(COMPILED)
   jax.block_until_ready(step(params, state, ids))

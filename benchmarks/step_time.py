@@ -28,7 +28,6 @@ import time
 import harness
 import jax
 import numpy as np
-import optax
 
 import mezo_jax
 from mezo_jax import data, loggers, models, sharding
@@ -37,22 +36,14 @@ from mezo_jax.tasks import encode
 ROUNDS = 5
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
 CASES = (('label', 16, 32), ('LM', 8, 64), ('label', 16, 128))  # rows x tokens
-NOISE = {
-    'normal': dict(),
-    'rademacher': dict(distribution='rademacher'),
-}
+NOISE = ('normal', 'rademacher')
 LR, EPS = 1e-7, 1e-3
 
 
-def compile_step(loss_fn, params, ids, noise):
-  """(compiled step, its state)."""
-  tx = mezo_jax.mezo(LR, EPS, key=0, **noise)
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, ids):
-    updates, state = tx.update(None, state, params, value_fn=loss_fn, ids=ids)
-    return optax.apply_updates(params, updates), state
-  state = tx.init(params)
-  return step.lower(params, state, ids).compile(), state
+def step_of(loss_fn, params, noise):
+  """(step, its state)."""
+  tx = mezo_jax.mezo(LR, EPS, key=0, directions=noise)
+  return mezo_jax.make_step(tx, loss_fn), tx.init(params)
 
 
 # --- the original's step, in PyTorch ----------------------------------------
@@ -137,8 +128,7 @@ def race(shape, kind, rows, tokens, with_torch):
   params = harness.random_params(model)
   ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
   forward = jax.jit(loss_fn).lower(params, ids).compile()
-  steps = {name: compile_step(loss_fn, params, ids, noise)
-           for name, noise in NOISE.items()}
+  steps = {name: step_of(loss_fn, params, name) for name in NOISE}
   states = {name: state for name, (_, state) in steps.items()}
   seconds = {name: [] for name in ('two forwards', *NOISE)}
   if with_torch:
@@ -156,7 +146,7 @@ def race(shape, kind, rows, tokens, with_torch):
     took = {'two forwards': harness.timed(forward, params, ids)[0]
                             + harness.timed(forward, params, ids)[0]}
     for name, (step, _) in steps.items():
-      took[name], (params, states[name]) = harness.timed(
+      took[name], (params, states[name], _) = harness.timed(
           step, params, states[name], ids)
     if with_torch:
       for name, fn in theirs.items():
@@ -188,10 +178,10 @@ def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
   loss_fn = harness.classification_loss(model)
   params = harness.random_params(model)
   ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
-  step, state = compile_step(loss_fn, params, ids, NOISE['rademacher'])
+  step, state = step_of(loss_fn, params, 'rademacher')
   step_seconds = []
   for _ in range(4):
-    took, (params, state) = harness.timed(step, params, state, ids)
+    took, (params, state, seen) = harness.timed(step, params, state, ids)
     step_seconds.append(took)
   prompts, none = [[5] * (tokens - i % 8) for i in range(512)], [[]] * 512
   encoded = encode.Encoded(
@@ -206,8 +196,8 @@ def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
     for i, (length, index) in zip(range(steps), batches):
       batch = encode.batch_of(encoded, index, length, rows)
       jax.block_until_ready(sharding.put_batch(batch, mesh))
-      values = jax.device_get(state[0])
-      metrics.write('train', i, loss=float(values.value), seconds=0.0)
+      values = jax.device_get(seen)
+      metrics.write('train', i, loss=float(values['loss']), seconds=0.0)
     seconds = (time.perf_counter() - began) / steps
     metrics.close()
   return [{'shape': shape, 'batch': f'{rows} x {tokens}',

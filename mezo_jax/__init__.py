@@ -24,13 +24,15 @@ from mezo_jax._spsa import (
 
 __all__ = (
     'Combine', 'Directions', 'Displacement', 'Normal', 'Rademacher', 'Sphere',
-    'SpsaState', 'direction', 'displace', 'estimate', 'mezo', 'one_sided',
-    'perturbed', 'round_stochastically', 'skip_not_finite', 'spsa',
+    'SpsaState', 'direction', 'displace', 'estimate', 'make_step', 'mezo',
+    'one_sided', 'perturbed', 'round_stochastically', 'skip_not_finite', 'spsa',
     'two_sided')
 __version__ = '0.1.0'
 
 
-def __getattr__(name):  # the mathematics needs no flax, the models do
+def __getattr__(name):  # the mathematics needs no flax, the rest does
   if name == 'models':
     return importlib.import_module('mezo_jax.models')
+  if name == 'make_step':
+    return importlib.import_module('mezo_jax.step').make_step
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -70,70 +70,73 @@ class Step:
     self._losses, self._update, self._whole = losses, update, whole
 
   def __call__(self, params, state, batch, frozen=None):
-    shape = jax.tree.structure(batch), *(
-        (x.shape, x.dtype) for x in jax.tree.leaves(batch))
-    if shape not in self.compiled:
-      lowered = self._lower_losses(params, state, frozen, batch)
-      self._compile(shape, lowered, batch)
-    out = self.compiled[shape](params, state, frozen, batch)
+    losses = self._program(_shape(batch), batch, lambda: self._lower_losses(
+        params, state, batch, frozen))
+    out = losses(params, state, frozen, batch)
     return self.update(params, state, *out) if _has_door(state) else out
 
   def update(self, params, state, projected_grad, value=jnp.nan):
     """The step that these projected gradients [n] make, without losses."""
-    args = params, state, *self._told(projected_grad, value)
-    if None not in self.compiled:
-      self._compile(None, self._lower_update(*args), None)
-    return self.compiled[None](*args)
+    program = self._program(
+        None, None, lambda: self._lower_update(params, state))
+    everywhere = self._mesh and sharding.replicated(self._mesh)
+    told = [x if isinstance(x, jax.Array) else sharding.place(
+        jnp.asarray(x, jnp.float32), everywhere)
+            for x in (projected_grad, value)]
+    return program(params, state, *told)
 
-  def lower(self, params, state, batch, frozen=None):
+  def lower(self, params, state, batch, frozen=None) -> list:
     """The programs of a step, lowered: of arrays, or of shapes and places."""
-    out = [self._lower_losses(params, state, frozen, batch)]
-    if _has_door(state):
-      told = jax.tree.map(
-          lambda x: self._place(jax.ShapeDtypeStruct(x.shape, jnp.float32)),
-          (optax.tree.get(state, 'projected_grad'),
-           optax.tree.get(state, 'value')))
-      out.append(self._lower_update(params, state, *told))
-    return out
+    out = [self._lower_losses(params, state, batch, frozen)]
+    return out + [self._lower_update(params, state)] * _has_door(state)
 
-  def _lower_losses(self, params, state, frozen, batch):
+  def compile(self, params, state, batch, frozen=None) -> None:
+    """Compiles what the first step would, without making it."""
+    self._program(_shape(batch), batch, lambda: self._lower_losses(
+        params, state, batch, frozen))
+    if _has_door(state):
+      self._program(None, None, lambda: self._lower_update(params, state))
+
+  def _lower_losses(self, params, state, batch, frozen):
     args = params, state, frozen, batch
     if _has_door(state):
-      return self._lower(self._losses, args, (), self._everywhere())
-    return self._lower(self._whole, args, (0, 1), (
-        *_places((params, state)), self._everywhere()))
+      return self._lower(self._losses, args)
+    return self._lower(self._whole, args, (params, state))
 
-  def _lower_update(self, params, state, *told):
-    return self._lower(self._update, (params, state, *told), (0, 1), (
-        *_places((params, state)), self._everywhere()))
+  def _lower_update(self, params, state):
+    told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
+            for x in map(lambda name: optax.tree.get(state, name),
+                         ('projected_grad', 'value'))]
+    return self._lower(self._update, (params, state, *told), (params, state))
 
-  def _lower(self, fn, args, donate, out):
-    jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out)
+  def _lower(self, fn, args, kept=()):
+    """``kept``, the first of args, are donated, and stay where they are."""
+    out = self._mesh and sharding.replicated(self._mesh)
+    if kept:
+      out = (*jax.tree.map(_place, kept), out)
+    jitted = jax.jit(
+        fn, donate_argnums=range(len(kept)), out_shardings=out)
     if self._mesh is None:
       return jitted.lower(*args)
     with jax.set_mesh(self._mesh):
       return jitted.lower(*args)
 
-  def _compile(self, key, lowered, batch):
-    began = time.time()
-    self.compiled[key] = lowered.compile()
-    if self._on_compile:
-      self._on_compile(batch, self.compiled[key], time.time() - began)
-
-  def _everywhere(self):
-    return self._mesh and sharding.replicated(self._mesh)
-
-  def _told(self, *values):
-    return [x if isinstance(x, jax.Array) else sharding.place(
-        jnp.asarray(x, jnp.float32), self._everywhere()) for x in values]
-
-  def _place(self, x):
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=self._everywhere())
+  def _program(self, shape, batch, lower: Callable):
+    if shape not in self.compiled:
+      began = time.time()
+      self.compiled[shape] = lower().compile()
+      if self._on_compile:
+        self._on_compile(batch, self.compiled[shape], time.time() - began)
+    return self.compiled[shape]
 
 
-def _places(tree):
-  return jax.tree.map(lambda x: x.sharding, tree)
+def _shape(batch):
+  return jax.tree.structure(batch), *(
+      (x.shape, x.dtype) for x in jax.tree.leaves(batch))
+
+
+def _place(x):
+  return getattr(x, 'sharding', None)
 
 
 def _has_door(state) -> bool:
