@@ -41,7 +41,7 @@ PROGRAMS = {
     'backprop Adam, remat': optax.adam,
 }
 # Models as others write them: names in zoo.py.
-OTHERS = ('Linen scanned', 'Linen unrolled', 'NNX list', 'Equinox list')
+OTHERS = ('Linen scan', 'Linen unrolled', 'NNX list', 'equinox list')
 
 
 def build(shape: str, name: str):
@@ -110,7 +110,11 @@ def peak() -> int:
 
 
 def others(name: str) -> dict:
-  apply, params = zoo.MODELS[name][0](jnp.float32)
+  build, pip = zoo.MODELS[name]
+  try:
+    apply, params = build(jnp.float32)
+  except ImportError:
+    return {'model': name, 'inference': f'needs pip install {pip}'}
   def loss_fn(params, ids):
     return optax.softmax_cross_entropy_with_integer_labels(
         apply(params, ids), ids).mean()

@@ -12,8 +12,6 @@ import pytest
 
 import mezo_jax
 
-CORE = ('noise', 'perturb', 'spsa', 'mezo')
-
 
 def test_the_mathematics_needs_jax_and_optax_only():
   """They serve Linen, NNX, Equinox and Haiku alike."""
@@ -40,11 +38,16 @@ def test_the_readme_s_example_runs():
   exec(code, scope)
   params, state = scope['step'](scope['params'], scope['state'], jnp.zeros(3))
   assert state[0].count == 1 and params['w'].shape == (3,)
+  exec(text.split('```python\n')[2].split('```')[0], scope)
+  tx, loss_fn = scope['tx'], scope['loss_fn']
+  updates, _ = tx.update(None, tx.init(params), params, value_fn=loss_fn,
+                         batch=jnp.zeros(3))
+  assert np.all(updates['w'] != 0)
 
 
 def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
   text = (conftest.ROOT / 'README.md').read_text()
-  code = text.split('```python\n')[2].split('```')[0]
+  code = text.split('```python\n')[3].split('```')[0]
   (tmp_path / 'my-model').symlink_to(tiny_dir)
   monkeypatch.chdir(tmp_path)
   scope = {}
@@ -60,14 +63,11 @@ def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
   code = text.split('```python\n')[1].split('```')[0]
   (tmp_path / 'my-model').symlink_to(tiny_dir)
   monkeypatch.chdir(tmp_path)
-  scope = {}
+  scope = {'loss_fn': lambda params, batch: scope['model'].apply(
+      {'params': params}, batch).mean(), 'batches': [np.array([[1, 2, 3]])]}
   exec(code, scope)
-  scope['loss_fn'] = lambda params, batch: scope['model'].apply(
-      {'params': params}, batch).mean()
-  trainable, state = scope['step'](
-      scope['trainable'], scope['state'], scope['frozen'],
-      np.array([[1, 2, 3]]))
-  assert state[0].count == 1 and set(trainable['layers']['attn']) == {'q', 'v'}
+  assert scope['state'][0].count == 1 and scope['metrics']['loss'].shape == ()
+  assert set(scope['trainable']['layers']['attn']) == {'q', 'v'}
 
 
 def test_the_tasks_in_the_documentation_fit_their_rows():
