@@ -34,6 +34,18 @@ class Displacement(NamedTuple):
   # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
   coefs: jax.Array | OrderedDict
 
+  def times(self, factors) -> 'Displacement':
+    """With each term multiplied by a factor [n], or an OrderedDict of them."""
+    return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
+
+  def after(self, value: jax.Array) -> 'Displacement':
+    """With keys that depend on ``value`` for the compiler: it would otherwise
+    find the same z in what came before and keep it, as large as the model."""
+    words = jax.random.key_data(self.keys)
+    words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
+    return self._replace(keys=jax.random.wrap_key_data(
+        words, impl=jax.random.key_impl(self.keys)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
@@ -73,11 +85,11 @@ class Directions:
     """Whether z has a part for a leaf of this dtype."""
     return _paths.is_floating(leaf)
 
-  def plain(self, params, keys) -> tuple['Directions', jax.Array, jax.Array]:
-    """``directions, keys, factors [n]``: z(key_j) is factors[j] times a z whose
+  def plain(self, params, keys) -> tuple['Directions', Displacement]:
+    """z(key_j) of keys [n] as the terms of a displacement, in directions whose
     elements depend on no others."""
     del params
-    return self, keys, jnp.ones(keys.shape, jnp.float32)
+    return self, Displacement(keys, jnp.ones(keys.shape, jnp.float32))
 
   def selected(self, params):
     """Where z is not 0: a tree of bools, or arrays of them for elements."""
@@ -123,15 +135,7 @@ class Sphere(Directions):
       length, size = norm(params, key, normal)
       return jnp.sqrt(jnp.float32(size)) / length
     factors = lax.map(factor, keys)
-    return normal, after(keys, factors[0]), factors
-
-
-def after(keys: jax.Array, value: jax.Array) -> jax.Array:
-  """Makes the keys depend on ``value`` for the compiler: it would otherwise
-  find the same z in what came before and keep it, as large as the model."""
-  words = jax.random.key_data(keys)
-  words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
-  return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
+    return normal, Displacement(keys, factors).after(factors[0])
 
 
 KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere}
@@ -292,7 +296,8 @@ def of_leaves(params, displacement: Displacement, directions: Directions
     ValueError: for what is no displacement, or a mask that does not fit.
   """
   keys, coefs = _arrays(displacement)
-  directions, keys, factors = directions.plain(params, keys)
+  directions, z = directions.plain(params, keys)
+  keys, coefs = z.times(coefs)
   leaves = _paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = _paths.stacked(params, directions.stacked)
@@ -307,7 +312,7 @@ def of_leaves(params, displacement: Displacement, directions: Directions
     c = coefs
     if isinstance(c, OrderedDict):
       c = c[_paths.group_of(path, c)]
-    out = Draws(streams[path], c * factors, directions.bare())
+    out = Draws(streams[path], c, directions.bare())
     return out if use is True else out.where(use)
 
   return [(path, x, draws(path, use)) for (path, x), use in zip(leaves, used)]

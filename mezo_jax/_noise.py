@@ -101,6 +101,11 @@ def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
+def step_keys(key: jax.Array, count, n: int) -> jax.Array:
+  """The keys [n] of the directions of step number ``count``."""
+  return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
+
+
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
   """The key of one leaf; of one layer where the path has a layer number."""
   name, layer, _ = _paths.locate(path)

@@ -24,13 +24,7 @@ import numpy as np
 import optax
 
 from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import (
-  after,
-  Directions,
-  Displacement,
-  KINDS,
-  Normal,
-)
+from mezo_jax._directions import Directions, Displacement, KINDS, Normal
 from mezo_jax._perturb import direction, perturbed
 
 
@@ -80,7 +74,7 @@ one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
 
 
 def estimate(
-    value_fn: Callable, params, keys: jax.Array, eps, directions: Directions,
+    value_fn: Callable, params, z: Displacement, eps, directions: Directions,
     *, signs: tuple[float, ...] = (1.0, -1.0), micro_batches: int = 1,
     equal_parts: bool = False, batch: Mapping | None = None,
 ) -> jax.Array:
@@ -91,9 +85,10 @@ def estimate(
   Args:
     value_fn: ``value_fn(params, **batch)``; see `mezo_jax._values`.
     params: :math:`\theta`.
-    keys: typed keys [n] of the directions.
-    eps: :math:`\epsilon`, or ``{regular expression: number}`` of groups.
-    directions: what z is, one that is plain (`Directions.plain`).
+    z: its n terms are :math:`z_j`.
+    eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
+    directions: what z is; plain, or evaluations repeat what `Directions.plain`
+      does once.
     signs: s, one or more; the losses of 0 are evaluated once.
     micro_batches: parts that the batch is evaluated in.
     equal_parts: whether scalars of parts are averaged as they are.
@@ -108,13 +103,13 @@ def estimate(
     return _values.mean_over_parts(
         at, dict(batch or {}), micro_batches, equal_parts)
 
-  moved, n = np.array([s for s in signs if s], np.float32), keys.shape[0]
-  at_keys = jnp.repeat(keys, len(moved))
-  coefs = jax.tree.map(lambda e: (e[..., None] * moved).ravel(), eps)
+  moved, n = np.array([s for s in signs if s], np.float32), z.keys.shape[0]
+  points = Displacement(
+      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
   if 0 in signs:
-    at_keys = jnp.append(at_keys, keys[0])
-    coefs = jax.tree.map(lambda c: jnp.append(c, 0.0), coefs)
-  losses = lax.map(loss_at, Displacement(at_keys, coefs))
+    points = Displacement(jnp.append(points.keys, z.keys[0]),
+                          jnp.append(points.coefs, 0.0))
+  losses = lax.map(loss_at, points.times(eps))
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
@@ -238,30 +233,27 @@ def spsa(
   def update_fn(updates, state, params=None, *, value_fn=None,
                 projected_grad=None, **extra_args):
     _check_update(updates, params, value_fn, projected_grad)
-    epsilon = _at(eps, state.count)  # of the first group, and of each
-    keys = jax.vmap(lambda j: _noise.direction_key(state.key, state.count, j))(
-        jnp.arange(num_samples))
-    z, keys, length = directions.plain(params, keys)  # z_j, times length[j]
+    keys = _noise.step_keys(state.key, state.count, num_samples)
+    kind, z = directions.plain(params, keys)
+    epsilon = _at(eps, state.count)
 
     if projected_grad is None:
-      losses = estimate(
-          value_fn, params, keys,
-          jax.tree.map(lambda e: length * e, epsilon[1]), z,
-          signs=combine.signs, micro_batches=micro_batches,
-          equal_parts=equal_parts,
+      losses = estimate(  # of θ ± εz
+          value_fn, params, z, epsilon, kind, signs=combine.signs,
+          micro_batches=micro_batches, equal_parts=equal_parts,
           batch=_values.accepted(value_fn, extra_args))
-      value, g = combine.fn(losses, epsilon[0])
+      value, g = combine.fn(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
-      keys = after(keys, value)
+      z = z.after(value)
     else:
       value = extra_args.get('value', jnp.nan)
       g = _checked(projected_grad, num_samples)
 
     value, g = jnp.float32(value), g.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(g))
-    mean = jnp.where(finite, g * length, 0.0) / num_samples
-    coefs = jax.tree.map(lambda e: mean * (epsilon[0] / e), epsilon[1])
-    updates = direction(params, Displacement(keys, coefs), z, dtype=dtype)
+    mean = jnp.where(finite, g, 0.0) / num_samples
+    of_group = jax.tree.map(lambda e: mean * (_first(epsilon) / e), epsilon)
+    updates = direction(params, z.times(of_group), kind, dtype=dtype)
     return updates, SpsaState(
         count=optax.safe_increment(state.count),
         key=state.key,
@@ -274,12 +266,16 @@ def spsa(
 
 
 def _at(eps, count):
-  """The (first group's) epsilon, and that of every group, at a step."""
+  """Epsilon at a step; of groups an OrderedDict."""
   now = lambda e: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
-  if not isinstance(eps, Mapping):
-    return now(eps), now(eps)
-  groups = OrderedDict((group, now(e)) for group, e in eps.items())
-  return next(iter(groups.values())), groups
+  if isinstance(eps, Mapping):
+    return OrderedDict((group, now(e)) for group, e in eps.items())
+  return now(eps)
+
+
+def _first(epsilon) -> jax.Array:
+  """The epsilon that ``projected_grad`` is told in: of groups, the first's."""
+  return jax.tree.leaves(epsilon)[0]
 
 
 def as_directions(directions: Directions | str) -> Directions:
