@@ -1,0 +1,111 @@
+"""Training again from the recorded projected gradients: bitwise the weights."""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mezo_jax
+from mezo_jax import models, peft, sharding
+
+GROUPS = {'attn/': 1e-2, '': 1e-3}
+CASES = {
+    'float32': dict(),
+    'bfloat16': dict(dtype='bfloat16'),
+    'decay and schedule': dict(
+        weight_decay=0.1, decay='kernel', dtype='bfloat16',
+        learning_rate=optax.linear_schedule(1e-2, 0.0, 9)),
+    'groups': dict(learning_rate=GROUPS, eps=GROUPS, directions='rademacher'),
+    'micro-batches': dict(micro_batches=2, num_samples=2),
+    'LoRA': dict(trained=peft.TRAINED['lora'], eps=1e-2),
+}
+
+
+def setup(dtype='float32', trained=None, learning_rate=1e-2, mesh=None,
+          **options):
+  """(tx, value_fn, trainable, frozen, batches), one of them with no loss."""
+  model, params, ids = helpers.tiny_model()
+  if trained:
+    params = peft.join(params, peft.lora.init(params, jax.random.key(4)))
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  if mesh is not None:
+    params = jax.device_put(
+        jax.device_get(params), sharding.param_shardings(params, mesh))
+  def value_fn(params, batch):
+    log_p = model.apply({'params': params}, batch['ids'][:, :-1],
+                        targets=batch['ids'][:, 1:])
+    return jnp.where(batch['lost'], jnp.nan, -jnp.mean(log_p, -1))
+  batches = [{'ids': (ids + t) % 64, 'lost': jnp.full(len(ids), t == 2)}
+             for t in range(5)]
+  tx = mezo_jax.mezo(learning_rate, key=3, **options)
+  return (tx, value_fn, *peft.split(params, trained), batches)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('name', CASES)
+def test_recorded_gradients_give_the_weights_of_training(name, devices):
+  mesh = sharding.make_mesh(2, 2, 2) if devices == 8 else None
+  tx, value_fn, start, frozen, batches = setup(**CASES[name], mesh=mesh)
+  step = mezo_jax.make_step(tx, value_fn, mesh=mesh)
+  copy = lambda tree: jax.tree.map(jnp.copy, tree)
+  put = (lambda x: x) if mesh is None else (
+      lambda batch: sharding.put_batch(jax.device_get(batch), mesh))
+  params, state, log = copy(start), tx.init(start), []
+  for batch in batches:
+    params, state, metrics = step(params, state, put(batch), frozen)
+    log.append(np.asarray(metrics['projected_grad']))
+  assert metrics['skipped'] == 1 and len(step.compiled) == 2
+  assert not np.isfinite(log[2]).any()
+
+  told = mezo_jax.make_step(tx, None, mesh=mesh)  # it needs no loss
+  got, state = copy(start), tx.init(start)
+  for g in log:
+    got, state, metrics = told.update(got, state, g)
+  helpers.assert_bitwise(got, params)
+  assert metrics['skipped'] == 1
+  # A loop of one's own, update and apply_updates in one jit, is no other.
+  if devices == 1:
+    got, state = copy(start), tx.init(start)
+    loop = jax.jit(lambda params, state, batch: own(
+        tx, value_fn, params, state, frozen, batch))
+    for batch in batches:
+      got, state = loop(got, state, batch)
+    helpers.assert_bitwise(got, params)
+
+
+def own(tx, value_fn, params, state, frozen, batch):
+  updates, state = tx.update(
+      None, state, params, batch=batch, value_fn=lambda p, batch: value_fn(
+          peft.join(p, frozen), batch))
+  return optax.apply_updates(params, updates), state
+
+
+def test_at_the_size_of_a_real_model():
+  """SmolLM2's shape, 135M parameters, of which each block is fused alike."""
+  model = models.Transformer(helpers.tiny_config(
+      vocab_size=49152, width=576, ff_width=1536, num_layers=30, num_heads=9,
+      num_kv_heads=3, head_width=64))
+  shapes = models.param_shapes(model.config)
+  start = lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.02), shapes)
+  loss = lambda p, ids: jnp.mean(model.apply(
+      {'params': p}, ids, answer_at=jnp.full((2, 1), 7),
+      token_ids=jnp.array([3, 5])) ** 2)
+  tx = mezo_jax.mezo(optax.linear_schedule(1e-2, 0.0, 9), key=3,
+                     weight_decay=0.1, decay='kernel')
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def loop(params, state, ids):
+    updates, state = tx.update(None, state, params, value_fn=loss, ids=ids)
+    return optax.apply_updates(params, updates), state
+
+  params = start()
+  params, state = loop(params, tx.init(params), jnp.full((2, 8), 3))
+  want, g = jax.device_get(params), np.asarray(state[0].projected_grad)
+  assert g != 0
+  told, params = mezo_jax.make_step(tx, None), start()
+  params, _, _ = told.update(params, tx.init(params), g)
+  helpers.assert_bitwise(params, want)
