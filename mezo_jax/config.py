@@ -137,7 +137,7 @@ _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
 
 def objective(config: Train) -> str | Callable:
   """What is trained: the config's, or the task's own."""
-  return config.objective or objectives.default(config.task)
+  return objectives.of(config.task, config.objective)
 
 
 def check(config: Train) -> None:

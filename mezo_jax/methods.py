@@ -40,7 +40,7 @@ def _needs_label_words(config) -> list:
 
 
 def _needs_derivative(config) -> list:
-  name = config.objective or objective.default(config.task)
+  name = objective.of(config.task, config.objective)
   return [(objective.differentiable(name),
            f'objective {name!r} has no derivative: take a method without '
            'backpropagation, or cross_entropy or lm')]

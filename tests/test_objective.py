@@ -22,8 +22,9 @@ def test_objectives_that_fit_and_that_do_not():
        'choose one of cross_entropy, lm, accuracy, f1 or')):
     with pytest.raises(ValueError, match=message):
       check(*args)
-  default = lambda **changes: objectives.default(Task(**changes))
+  default = lambda **changes: objectives.of(Task(**changes))
   assert [default(kind=kind) for kind in (
       'classification', 'head', 'multiple_choice', 'generation')] == [
           'cross_entropy', 'cross_entropy', 'lm', 'lm']
   assert default(objective='f1') == 'f1'
+  assert objectives.of(Task(objective='f1'), 'lm') == 'lm'

@@ -99,7 +99,7 @@ def test_declared_tasks_with_candidates(name, row, prompt, candidates, golds):
   assert json.dumps(row) == before
   assert task.main_metric == (
       'matthews' if name == 'glue_cola' else 'accuracy')
-  assert objectives.default(task) == (
+  assert objectives.of(task) == (
       'lm' if name in ('copa', 'record') else 'cross_entropy')
 
 
@@ -111,7 +111,7 @@ def test_declared_tasks_with_generated_answers(name, row, prompt, references):
   assert task.references(ready) == references
   assert task.gold_text(ready) == ' Denver\n'
   assert (task.main_metric, task.max_new_tokens, task.stop) == ('f1', 50, '\n')
-  assert objectives.default(task) == 'lm'
+  assert objectives.of(task) == 'lm'
   assert task.calibration is None
   (text,) = data_lib.demonstrations(task, [ready] * 2, 2, 1)
   assert text == f'{prompt} Denver\n\n' * 2

@@ -11,9 +11,10 @@ from mezo_jax.tasks.task import Task
 OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
 
 
-def default(task: Task) -> str:
-  """The paper's: cross-entropy over classes, else LM loss on the answer."""
-  return task.objective or task.traits.objective
+def of(task: Task, chosen: str | Callable = '') -> str | Callable:
+  """The one that was chosen, or the task's own, or the paper's: cross-entropy
+  over classes, else LM loss on the answer."""
+  return chosen or task.objective or task.traits.objective
 
 
 def check(task: Task, objective: str | Callable) -> None:
