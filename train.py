@@ -7,8 +7,6 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
-import functools
-import json
 from pathlib import Path
 import sys
 import time
@@ -22,17 +20,21 @@ from tqdm import tqdm
 
 from mezo_jax import (
   baselines,
+  build,
   checkpoint,
   evaluate,
   loggers,
-  models,
+  methods,
   peft,
   sharding,
   trainable,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
-from mezo_jax.tasks import encode, head, score
+from mezo_jax import workdir as workdir_lib
+from mezo_jax.errors import in_one_sentence, InputError, MissingError
+from mezo_jax.step import make_step
+from mezo_jax.tasks import encode
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -46,7 +48,7 @@ _TRY = ('Try a lower --config.optimizer.learning_rate, or '
         '--config.model.dtype=float32.')  # where numbers are not finite
 
 
-class Stopped(RuntimeError):
+class Stopped(InputError):
   """The run cannot go on; nothing that was saved is lost."""
 
 
@@ -55,158 +57,64 @@ def say(text: str) -> None:
     tqdm.write(text)
 
 
-# ------------------------------------------------------------------- step ---
-
-
-def make_step(tx, loss_fn, state, frozen, mesh):
-  """The training step, two forwards and one update in place, and its compiled
-  forms by length: one a bucket, made when first needed, never again. What is
-  not trained is never donated."""
-  placed = jax.tree.map(lambda x: x.sharding, state)
-  value_fn = peft.on_trainable(loss_fn)
-  @functools.partial(jax.jit, donate_argnums=(0, 1),
-                     out_shardings=(*placed, sharding.replicated(mesh)))
-  def step(params, opt_state, frozen, batch):
-    updates, opt_state = tx.update(
-        None, opt_state, params, value_fn=value_fn, frozen=frozen, batch=batch)
-    first = opt_state[0]
-    name = next(name for name in ('projected_grad', 'grad_norm')
-                if hasattr(first, name))
-    metrics = {
-        'loss': first.value,
-        name: getattr(first, name),
-        'skipped': first.total_notfinite,
-        'skipped_in_a_row': first.notfinite_count,
-    }
-    return optax.apply_updates(params, updates), opt_state, metrics
-
-  compiled = {}
-  def step_fn(params, opt_state, batch):
-    length = batch['input_ids'].shape[-1]
-    if length not in compiled:
-      began = time.time()
-      with jax.set_mesh(mesh):
-        compiled[length] = step.lower(
-            params, opt_state, frozen, batch).compile()
-      extra = compiled[length].memory_analysis().temp_size_in_bytes
-      say(f'compiled the step for {length} tokens in '
-          f'{time.time() - began:.0f} s; it needs {extra / 2**20:.0f} MiB a '
-          'device beside weights and batch')
-    return compiled[length](params, opt_state, frozen, batch)
-
-  return step_fn, compiled
-
-
 # -------------------------------------------------------------------- run ---
 
 
 def run(config: config_lib.Train, workdir: Path) -> dict:
   """One run from start, or from where it was stopped, to its result."""
+  # Config.
   began = time.time()
   config_lib.check(config)
-  result_file, config_file = workdir / 'result.json', workdir / 'config.json'
-  if config_file.exists():
-    config_lib.check_same_run(config, json.loads(config_file.read_text()))
-  check_steps(config, workdir)
+  workdir_lib.check(config, workdir)
+  task, method = config.task, methods.method_of(config)
 
-  # Mesh.
-  mesh = sharding.make_mesh(
-      config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  if config.data.batch_size % sharding.row_groups(mesh):
-    raise ValueError(
-        f'data.batch_size {config.data.batch_size} does not divide over '
-        f'{sharding.row_groups(mesh)} groups of devices; make it a multiple of '
-        'that.')
-
-  # Model.
-  name = config_lib.model_name(config)
-  revision = config.model.revision or None
-  model_config = models.load_config(name, revision)
-  tokenizer = models.load_tokenizer(
-      name, revision, config.model.bos_token or None)
-
-  # Data: before the weights, so that a wrong column costs no waiting.
-  task = config.task
-  splits = data_lib.read_splits(config, tokenizer, model_config, say)
-  train, buckets = splits.train, splits.buckets['train']
-
-  # Weights, and parameters that the task or the method adds.
-  model, plain = models.load(
-      name, mesh, config.model.dtype, revision=revision)
-  model = model.clone(remat=config.model.remat)
-  if task.kind == 'head':
-    plain['classifier'] = sharding.place(
-        head.init(jax.random.key(config.seed), model.config, task.num_classes),
-        sharding.replicated(mesh))
-  model, params = trainable.add(config, model, plain, tokenizer, mesh)
-  say(f'model: {Path(name).name}, {size_of(params):,} parameters in '
-      f'{config.model.dtype} on {mesh.size} {jax.devices()[0].platform} '
-      'device(s)')
-  ask = evaluate.make_evaluators(config, model, splits, tokenizer, mesh)
-
-  def finish(final, **more) -> dict:
-    """Writes config.json and result.json."""
-    if not evaluate.is_finite(final):
-      raise Stopped(
-          f'{config.method} has no result: test {evaluate.spell(final)}. '
-          + (_TRY if config_lib.trains(config) else
-             'Check the weights, or try --config.model.dtype=float32.'))
-    result = {
-        'method': config.method, 'metric': task.main_metric, 'final': final,
-        'steps': 0, 'forwards': 0, **more, 'train_rows': len(train.prompts),
-        'truncated': splits.test.truncated, 'seconds': time.time() - began,
-        'peak_memory': evaluate.peak_memory(), 'model': Path(name).name,
-        'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
-    loggers.write_json(config_file, config_lib.to_json(config))
-    loggers.write_json(result_file, result)
-    return result
-
-  # Linear probe: a baseline, or where MeZO starts.
-  if config.method in ('linear_probe', 'lp_mezo'):
-    probe, scores = baselines.linear_probe(
-        model, params, splits, ask.sizes, mesh)
-    final = evaluate.report(scores, splits.test.golds, metric=task.main_metric)
-    if config.method == 'lp_mezo':
-      params = baselines.write_probe(params, probe, train.token_ids)
-
-  # Baselines that make no step.
-  if not config_lib.trains(config):
-    if config.method == 'icl':
-      final = ask.test(params)
-    elif config.method == 'zero_shot':
-      _, final = ask.both(params)
-    result = finish(final)
-    say(f'{config.method}: test {evaluate.spell(final)}; see {result_file}')
-    return result
-
-  # Optimizer, of what is trained alone.
-  before = trainable.before_training(config, plain, params)
-  del plain  # its layers may have been laid out anew
-  params, frozen = trainable.split(config, params)
+  # Build.
+  built = build.build(config, say=say)
+  params, frozen, mesh = built.params, built.frozen, built.mesh
   whole = lambda: peft.join(params, frozen)
+  name = Path(build.model_name(config)).name
+  devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
+  say(f'model: {name}, {size_of(whole()):,} parameters in {config.model.dtype} '
+      f'on {devices}')
+  ask = evaluate.make_evaluators(
+      config, built.model, built.splits, built.tokenizer, mesh)
+  finish = lambda final, **more: write_result(
+      config, workdir, built, final, **more, model=name,
+      seconds=time.time() - began)
+  probed = None
+  if method.probe:
+    found, probed = baselines.linear_probe(
+        built.model, params, built.splits, ask.sizes, mesh, task.main_metric)
+    if method.steps:
+      params = baselines.write_probe(
+          params, found, built.splits.train.token_ids)
+  if not method.steps:
+    final = method.result(ask, params, probed)
+    result = finish(final)
+    say(f'{config.method}: test {evaluate.spell(final)}; see '
+        f'{workdir / "result.json"}')
+    return result
   say(f'training {size_of(params):,} of {size_of(whole()):,} parameters')
-  for text in trainable.warnings(config):
+  for text in methods.warnings(config):
     say(f'warning: {text}.')
-  tx = config_lib.make_optimizer(config)
-  loss_fn = score.make_loss_fn(
-      model, train, task, config_lib.objective(config), tokenizer)
-  opt_state = jax.tree.map(
-      lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
-      sharding.place(x, sharding.replicated(mesh)), tx.init(params))
-  step_fn, compiled = make_step(
-      tx, loss_fn, (params, opt_state), frozen, mesh)
+  step_fn = make_step(
+      built.tx, built.loss_fn, mesh=mesh, on_compile=say_compiled)
   in_use = data_lib.used_buckets(
-      train.lengths, buckets, config.data.batch_size)
+      built.splits.train.lengths, built.splits.buckets['train'],
+      config.data.batch_size)
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
+  before, opt_state = trainable.before_training(
+      config, whole()), built.opt_state
+  built = built._replace(params=None, opt_state=None)  # not to be held twice
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
   start = checkpoints.latest_step() or 0
   if start:
     params, opt_state = checkpoints.load(start, (params, opt_state))
     say(f'resumed from step {start} of {workdir}')
-  loggers.write_json(config_file, config_lib.to_json(config))
+  workdir_lib.write(workdir, config)
   metrics = loggers.Metrics(workdir, start)
 
   # Zero-shot: what fine-tuning is compared with.
@@ -218,24 +126,20 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
                for r in metrics.of('zero_shot')]
   for found in zero_shot:
     say(f'zero-shot: test {evaluate.spell(found)}')
-
   del before  # before the first step donates what it shares
 
   # Loop.
-  batches = feed(config, train, buckets, mesh, start)
+  batches = feed(config, built.splits, mesh, start)
   try:
-    params, opt_state = loop(config, (params, opt_state), step_fn, batches,
-                             lambda p: ask.dev(peft.join(p, frozen)),
-                             checkpoints, metrics, start)
+    params, opt_state = loop(
+        config, (params, opt_state),
+        lambda *state_and_batch: step_fn(*state_and_batch, frozen), batches,
+        lambda p: ask.dev(peft.join(p, frozen)), checkpoints, metrics, start)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
-  if opt_state[0].total_notfinite >= config.steps:
-    raise Stopped(
-        f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {_TRY}')
-  best = find_best(checkpoints)
+  best = find_best(config, checkpoints, opt_state)
   if best != config.steps:
     params, _ = checkpoints.load(best, (params, opt_state))
   _, final = ask.both(whole())
@@ -243,51 +147,66 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   metrics.close()
   if jax.process_index() == 0:
     loggers.draw_curves(workdir / 'curves.png', metrics, task.main_metric,
-                        f'{config.method}, {Path(name).name}')
+                        f'{config.method}, {name}')
   result = finish(
       final | {'step': best}, **({'zero_shot': zero_shot[0]} if zero_shot
                                  else {}), steps=config.steps,
-      forwards=config.steps * config_lib.forwards(config),
-      trained=size_of(params),
-      compilations=len(compiled))
+      forwards=config.steps * methods.forwards(config),
+      trained=size_of(params), compilations=len(step_fn.compiled))
   was = ''.join(f', zero-shot {evaluate.spell(found)}' for found in zero_shot)
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
 
 
-def check_steps(config: config_lib.Train, workdir: Path) -> None:
-  """Raises ValueError if the run has more steps behind it than it should make,
-  or has as many and the last was not evaluated."""
-  held = checkpoint.latest_step(workdir / 'checkpoints')
-  evaluated = not held or any(
-      r['kind'] == 'dev' and r['step'] == held
-      for r in loggers.read(workdir / 'metrics.jsonl'))
-  least = held if evaluated else held + 1
-  if config.steps < least:
-    raise ValueError(
-        f'{workdir} holds step {held}{"" if evaluated else ", not evaluated,"} '
-        f'and --config.steps is {config.steps}; give {least} or more, or '
-        'another --workdir.')
+def say_compiled(batch, compiled, seconds: float) -> None:
+  extra = compiled.memory_analysis().temp_size_in_bytes
+  what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
+          else 'update')
+  say(f'compiled the {what} in {seconds:.0f} s; it needs {extra / 2**20:.0f} '
+      'MiB a device beside weights and batch')
 
 
-def find_best(checkpoints: checkpoint.Checkpoints) -> int:
+def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
   """The step that is best on dev rows; raises Stopped where none is."""
+  if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
+    raise Stopped(
+        f'each of the {config.steps} steps gave a loss that is not finite and '
+        f'was skipped: nothing was trained. {_TRY}')
   try:
     return checkpoints.best_step()
-  except FileNotFoundError as e:
+  except MissingError as e:
     raise Stopped(f'{e} {_TRY}') from e
+
+
+def write_result(config, workdir: Path, built: build.Built, final: dict,
+                 **more) -> dict:
+  """Writes config.json and result.json; raises Stopped if there is none."""
+  if not evaluate.is_finite(final):
+    raise Stopped(
+        f'{config.method} has no result: test {evaluate.spell(final)}. '
+        + (_TRY if methods.method_of(config).steps else
+           'Check the weights, or try --config.model.dtype=float32.'))
+  mesh, splits = built.mesh, built.splits
+  result = {
+      'method': config.method, 'metric': config.task.main_metric,
+      'final': final, 'steps': 0, 'forwards': 0, **more,
+      'train_rows': len(splits.train.prompts),
+      'truncated': splits.test.truncated, 'peak_memory': evaluate.peak_memory(),
+      'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
+  workdir_lib.write(workdir, config, result)
+  return result
 
 
 def size_of(params) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def feed(config, train, buckets, mesh, start):
+def feed(config, splits, mesh, start):
   """Yields (tokens, batch on the mesh) from batch number ``start`` on."""
-  rows = config.data.batch_size
+  train, rows = splits.train, config.data.batch_size
   for length, index in data_lib.batches(
-      train.lengths, buckets, rows, config.seed, start):
+      train.lengths, splits.buckets['train'], rows, config.seed, start):
     batch = encode.batch_of(train, index, length, rows)
     yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
 
@@ -381,13 +300,11 @@ def main(argv):
     join_processes()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
-  try:
-    run(config, workdir)
-  except (Stopped, ValueError, FileNotFoundError, RuntimeError) as e:
-    logging.debug('stopped by', exc_info=True)
-    sys.exit(f'train.py: {e}')
-  except KeyboardInterrupt:
-    sys.exit(f'train.py: interrupted; run it again to resume from {workdir}.')
+  with in_one_sentence('train.py'):
+    try:
+      run(config, workdir)
+    except KeyboardInterrupt:
+      sys.exit(f'train.py: interrupted; run it again to resume from {workdir}.')
 
 
 if __name__ == '__main__':

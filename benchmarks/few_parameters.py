@@ -29,7 +29,7 @@ NAMES = {'zero_shot': 'zero-shot', 'mezo': 'MeZO, the quickstart',
 
 def results(workdir: Path) -> list[dict]:
   """A line a method: test accuracy over the seeds."""
-  _, failed = suite.evaluate(ROOT / 'configs' / 'peft_suite.py', workdir)
+  _, failed = suite.run(ROOT / 'configs' / 'peft_suite.py', workdir)
   if failed:
     raise RuntimeError(f'{", ".join(failed)} failed.')
   sys.path.insert(0, str(ROOT))

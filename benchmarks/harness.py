@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from mezo_jax import models
+from mezo_jax.loggers import markdown_table
 
 
 def _opt(width, layers, heads):
@@ -108,11 +109,7 @@ def _cpu() -> str:
 def markdown(head: str, tables: list[tuple[str, list[dict]]]) -> str:
   lines = [head]
   for title, rows in tables:
-    columns = [*rows[0]]
-    lines += ['', f'{title}', '', '| ' + ' | '.join(columns) + ' |',
-              '|' + '---|' * len(columns)]
-    lines += ['| ' + ' | '.join(_cell(r.get(c, '')) for c in columns) + ' |'
-              for r in rows]
+    lines += ['', title, '', markdown_table(rows)]
   return '\n'.join(lines)
 
 
@@ -126,7 +123,3 @@ def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
       dict(header=head, tables=[dict(title=t, rows=r) for t, r in tables]),
       indent=1) + '\n')
   print(text)
-
-
-def _cell(value) -> str:
-  return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Optimizer, Peft, Train
+from mezo_jax.config import Data, Optimizer, Peft, Spsa, Train
 from mezo_jax.tasks import Task
 
 _DATA = Path('data')
@@ -83,18 +83,20 @@ METHODS = ('zero_shot', 'icl', 'linear_probe', 'mezo', 'mezo_metric',
 
 def _config(name: str, method: str) -> Train:
   task, data, num_demos, (rows, steps, on_metric), backprop = _TASKS[name]
-  on = 'f1' if task.kind == 'generation' else 'accuracy'
+  on = 'f1' if task.traits.generates else 'accuracy'
   long = name in ('squad', 'rte', 'boolq')
-  optimizer = Optimizer(
-      learning_rate=1e-4, schedule='linear', distribution='rademacher')
+  optimizer = Optimizer(learning_rate=1e-4, schedule='linear')
+  spsa = Spsa(distribution='rademacher')
   if method == 'mezo_metric':
     # The metric is flat between rows that change sides: a wider look, more
     # rows, and a larger step for what is a smaller slope.
     rows, steps = (rows if long else 2 * rows), on_metric
-    optimizer = dataclasses.replace(optimizer, learning_rate=3e-4, eps=1e-2)
+    optimizer = dataclasses.replace(optimizer, learning_rate=3e-4)
+    spsa = dataclasses.replace(spsa, eps=1e-2)
   if method == 'finetune':
     rows, steps = 8, backprop
     optimizer = Optimizer(learning_rate=2e-5, schedule='linear')
+    spsa = Spsa()  # unused
   return Train(
       method=method.removesuffix('_metric'),
       objective=on if method == 'mezo_metric' else '',
@@ -103,11 +105,11 @@ def _config(name: str, method: str) -> Train:
           data, batch_size=rows, max_length=2048,
           buckets=(16, 24, 32, 48, 64, 96, *range(128, 512, 32),
                    *range(512, 2049, 128))),
-      optimizer=optimizer,
+      optimizer=optimizer, spsa=spsa,
       peft=Peft(mask='' if method == 'finetune' else _MASK),
       num_demos=num_demos, zero_shot=False,
       steps=steps, eval_every=steps, checkpoint_every=10_000,
-      select='loss' if task.kind == 'generation' else 'metric',
+      select='loss' if task.traits.generates else 'metric',
       eval_batch_size=64, eval_batch_tokens=4096)
 
 

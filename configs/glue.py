@@ -9,7 +9,7 @@ reports for MeZO about MNLI 43, QNLI 59, SST-2 56, CoLA 68 (accuracy, %).
 """
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Model, Optimizer, Train
+from mezo_jax.config import Data, Model, Optimizer, Spsa, Train
 
 TASKS = ('mnli', 'qnli', 'sst2', 'cola')
 
@@ -20,5 +20,5 @@ def get_config(task: str = 'mnli') -> Train:
       task=tasks.get(f'glue_{task}'),
       data=Data(num_train=512, num_dev=256, num_test=256, max_length=128,
                 batch_size=64),
-      optimizer=Optimizer(learning_rate=1e-6, eps=1e-3),
+      optimizer=Optimizer(learning_rate=1e-6), spsa=Spsa(eps=1e-3),
       steps=256_000, eval_every=8_000)

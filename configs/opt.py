@@ -32,16 +32,16 @@ learning rates (all parameters {1e-6, 1e-7}, of SQuAD and DROP also 5e-7; LoRA
 import copy
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Model, Optimizer, Peft, Train
+from mezo_jax.config import Data, Model, Optimizer, Peft, Spsa, Train
 
 TASKS = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa',
          'record', 'squad', 'drop')
 METHODS = {
-    '': (Peft(), Optimizer(learning_rate=1e-6, eps=1e-3)),
+    '': (Peft(), Optimizer(learning_rate=1e-6), Spsa(eps=1e-3)),
     'lora': (Peft('lora', rank=8, alpha=16),
-             Optimizer(learning_rate=1e-4, eps=1e-2)),
+             Optimizer(learning_rate=1e-4), Spsa(eps=1e-2)),
     'prefix': (Peft('prefix', num_tokens=5),
-               Optimizer(learning_rate=1e-2, eps=1e-1))}
+               Optimizer(learning_rate=1e-2), Spsa(eps=1e-1))}
 # Sets too small for 1,000 train and 500 dev rows, as the paper's code deals
 # them out: dev rows first.
 _SMALL = {'cb': (150, 100), 'copa': (300, 100), 'wsc': (54, 500)}
@@ -50,12 +50,12 @@ _SMALL = {'cb': (150, 100), 'copa': (300, 100), 'wsc': (54, 500)}
 def get_config(spec: str = 'sst2') -> Train:
   task, _, method = spec.partition(',')
   num_train, num_dev = _SMALL.get(task, (1000, 500))
-  peft, optimizer = copy.deepcopy(METHODS[method])
+  peft, optimizer, spsa = copy.deepcopy(METHODS[method])
   return Train(
       # The paper's code puts OPT's <s> first, not its </s>.
       model=Model('facebook/opt-13b', dtype='bfloat16', bos_token='<s>'),
       task=tasks.get(task),
       data=Data(num_train=num_train, num_dev=num_dev, num_test=1000,
                 max_length=2048, batch_size=16),
-      optimizer=optimizer, peft=peft,
+      optimizer=optimizer, spsa=spsa, peft=peft,
       select='loss', steps=20_000, eval_every=4_000, eval_batch_size=16)

@@ -12,7 +12,7 @@ paper's (1e-4 for LoRA, 1e-2 for prefixes), which makes 20,000 steps.
 """
 
 from configs import quickstart
-from mezo_jax.config import Optimizer, Peft, Train
+from mezo_jax.config import Optimizer, Peft, Spsa, Train
 
 STEPS = 60
 SEEDS = (0, 1)
@@ -29,15 +29,16 @@ def _config(seed: int, method: str) -> Train:
     # starts at +-0.04 and would be lost in noise at B's rate.
     config.peft.targets = 'attn/(q|k|o)$|mlp/(gate|up)$'
     config.optimizer = Optimizer(
-        learning_rate=2.5e-2, eps=1e-2, schedule='linear',
-        distribution='rademacher', groups=(('lora_a$', 1e-4, 1e-3),))
+        learning_rate=2.5e-2, schedule='linear',
+        groups=(('lora_a$', 1e-4, 1e-3),))
+    config.spsa = Spsa(eps=1e-2, distribution='rademacher')
   if method == 'prefix':
-    config.optimizer = Optimizer(
-        learning_rate=3e-2, eps=1e-1, schedule='linear',
-        distribution='rademacher')
+    config.optimizer = Optimizer(learning_rate=3e-2, schedule='linear')
+    config.spsa = Spsa(eps=1e-1, distribution='rademacher')
   if method == 'lora_adam':  # a forward a step, and a backward
     config.method, config.steps = 'finetune', 2 * STEPS
     config.optimizer = Optimizer(learning_rate=3e-4, schedule='linear')
+    config.spsa = Spsa()  # unused
   config.eval_every = config.checkpoint_every = config.steps
   config.zero_shot = False
   config.data.num_dev, config.data.num_test = 100, 200

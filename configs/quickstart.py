@@ -12,7 +12,7 @@ Prompt, parameters, learning rate and number of steps were chosen on dev rows,
 never on test rows.
 """
 
-from mezo_jax.config import Data, Optimizer, Peft, Train
+from mezo_jax.config import Data, Optimizer, Peft, Spsa, Train
 from mezo_jax.tasks import Task
 
 
@@ -21,8 +21,7 @@ def get_config() -> Train:
       task=Task(template='{text} Recommended:', label_words=(' no', ' yes')),
       data=Data(train='quickstart', num_train=600, num_dev=300, num_test=400,
                 max_length=64, buckets=(16, 24, 32, 64), batch_size=16),
-      optimizer=Optimizer(
-          learning_rate=1.5e-4, schedule='linear', eps=1e-3,
-          distribution='rademacher'),
+      optimizer=Optimizer(learning_rate=1.5e-4, schedule='linear'),
+      spsa=Spsa(eps=1e-3, distribution='rademacher'),
       peft=Peft(mask='embed|attn/(q|k|o)|mlp/(gate|up)'),
       steps=200, eval_every=50, checkpoint_every=50)

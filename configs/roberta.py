@@ -31,25 +31,25 @@ SNLI 82.7, TREC 68.6) is --config.objective=accuracy.
 import copy
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Model, Optimizer, Peft, Train
+from mezo_jax.config import Data, Model, Optimizer, Peft, Spsa, Train
 
 TASKS = ('sst2', 'sst5', 'snli', 'mnli', 'rte', 'trec')
 METHODS = {
-    '': (Peft(), Optimizer(learning_rate=1e-6, eps=1e-3)),
+    '': (Peft(), Optimizer(learning_rate=1e-6), Spsa(eps=1e-3)),
     'lora': (Peft('lora', rank=8, alpha=16),
-             Optimizer(learning_rate=1e-4, eps=1e-3, weight_decay=0.1)),
+             Optimizer(learning_rate=1e-4, weight_decay=0.1), Spsa(eps=1e-3)),
     'prefix': (Peft('prefix', num_tokens=5),
-               Optimizer(learning_rate=1e-2, eps=1e-1))}
+               Optimizer(learning_rate=1e-2), Spsa(eps=1e-1))}
 
 
 def get_config(spec: str = 'sst2,16,13') -> Train:
   task, k, seed, method = f'{spec},'.split(',')[:4]
-  peft, optimizer = copy.deepcopy(METHODS[method])
+  peft, optimizer, spsa = copy.deepcopy(METHODS[method])
   pair = task in ('snli', 'mnli', 'rte')
   return Train(
       model=Model('FacebookAI/roberta-large', dtype='float32'),
       task=tasks.get(f'roberta_{task}'),
       data=Data(k_shot=int(k), seed=int(seed), num_test=1000, test_seed=42,
                 max_length=256 if pair else 128, batch_size=64),
-      optimizer=optimizer, peft=peft,
+      optimizer=optimizer, spsa=spsa, peft=peft,
       seed=int(seed), steps=100_000, eval_every=10_000, eval_batch_size=64)

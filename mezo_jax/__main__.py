@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 import sys
 
+from mezo_jax import suite
+from mezo_jax.errors import in_one_sentence
 from mezo_jax.export import export
-from mezo_jax.suite import evaluate
 
 
 def main(argv=None) -> None:
@@ -29,22 +30,27 @@ def main(argv=None) -> None:
   sub.add_argument('--methods', type=names, default=(), help='the same')
   options = parser.parse_args(argv)
   logging.getLogger('absl').setLevel(logging.WARNING)  # orbax is talkative
-  try:
-    if options.command == 'export':
-      found = export(options.workdir, options.directory, options.step,
-                     options.merged)
-      print(f'wrote {found}')
-      return
-    table, failed = evaluate(
-        options.suite, options.workdir or f'runs/{Path(options.suite).stem}',
-        options.tasks, options.methods)
-    if table.is_file():
-      print(f'{table.read_text()}wrote {table}')
-    if failed:
-      sys.exit(f'python -m mezo_jax: {", ".join(failed)} failed; run the same '
-               'command again to go on.')
-  except (OSError, RuntimeError, ValueError) as e:
-    sys.exit(f'python -m mezo_jax: {e}')
+  with in_one_sentence('python -m mezo_jax'):
+    try:
+      run(options)
+    except KeyboardInterrupt:
+      sys.exit('python -m mezo_jax: interrupted.')
+
+
+def run(options: argparse.Namespace) -> None:
+  if options.command == 'export':
+    found = export(options.workdir, options.directory, options.step,
+                   options.merged)
+    print(f'wrote {found}')
+    return
+  table, failed = suite.run(
+      options.suite, options.workdir or f'runs/{Path(options.suite).stem}',
+      options.tasks, options.methods)
+  if table.is_file():
+    print(f'{table.read_text()}wrote {table}')
+  if failed:
+    sys.exit(f'python -m mezo_jax: {", ".join(failed)} failed; run the same '
+             'command again to go on.')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import data as data_lib
-from mezo_jax.evaluate import run_batches, Sizes
+from mezo_jax.errors import InputError
+from mezo_jax.evaluate import report, run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
 
 
@@ -36,7 +37,7 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
   """
   lost = int(np.sum(~np.isfinite(x).all(-1)))
   if lost:
-    raise ValueError(
+    raise InputError(
         f'the linear probe cannot be fitted: features of {lost} of {len(x)} '
         'rows are not finite; try --config.model.dtype=float32.')
   from sklearn.exceptions import ConvergenceWarning
@@ -52,12 +53,13 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
     try:
       return probe.fit(x, labels)
     except ValueError as e:
-      raise ValueError(
+      raise InputError(
           f'the linear probe cannot be fitted to {len(labels)} rows: {e}'
       ) from e
 
 
-def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh):
+def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
+                 metric: str = 'accuracy'):
   """A probe of the train rows' features.
 
   Args:
@@ -66,16 +68,17 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh):
     splits: rows whose label words are read at one position.
     sizes: of the batches, by split.
     mesh: that parameters are on.
+    metric: of the report.
 
   Returns:
-    ``probe, scores``: scikit-learn's model and its scores [R, C] of the test
+    ``probe, report``: scikit-learn's model, and how right it is of the test
     rows.
 
   Raises:
     ValueError: for label words of several tokens, or as `fit_probe`.
   """
   if splits.train.read_at is None or splits.test.read_at is None:
-    raise ValueError(
+    raise InputError(
         'a linear probe takes features where label words of one token each are '
         'read; choose such with --config.task.label_words, the objective '
         'cross_entropy, or the method head_only.')
@@ -83,7 +86,8 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh):
       model, params, getattr(splits, name), sizes[name], mesh)
   probe = fit_probe(
       read('train'), splits.train.labels, bias=not model.config.causal)
-  return probe, probe_scores(probe, read('test'), splits.test.width)
+  scores = probe_scores(probe, read('test'), splits.test.width)
+  return probe, report(scores, splits.test.golds, metric=metric)
 
 
 def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:

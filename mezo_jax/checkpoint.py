@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from mezo_jax.errors import InputError, MissingError
+
 
 class Checkpoints:
   """The checkpoints of one working directory.
@@ -69,7 +71,7 @@ class Checkpoints:
     scored = [c for c in self._checkpointer.checkpoints
               if c.metrics and _is_finite(c.metrics)]
     if not scored:
-      raise FileNotFoundError(
+      raise MissingError(
           f'{self._checkpointer.directory} has no checkpoint whose evaluation '
           'is finite: there is no best step.')
     return max(scored, key=lambda c: _order(c.metrics)).step
@@ -92,7 +94,7 @@ class Checkpoints:
       return jax.tree.map(restore, state, like)
     except Exception as e:
       where = Path(self._checkpointer.directory) / str(step)
-      raise ValueError(
+      raise InputError(
           f'checkpoint {where} cannot be read ({str(e).splitlines()[0]}); '
           'delete that directory to go on from the one before, if any.') from e
 

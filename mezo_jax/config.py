@@ -4,27 +4,13 @@ from collections.abc import Callable
 import dataclasses
 import json
 import math
-import os
+import re
 
-import jax
-import optax
-
-from mezo_jax import (
-  _paths,
-  one_sided,
-  peft,
-  quickstart,
-  skip_not_finite,
-  two_sided,
-)
-from mezo_jax._directions import KINDS
-from mezo_jax._mezo import by_group, mezo
-from mezo_jax.backprop import backprop
-from mezo_jax.tasks import score, Task
+from mezo_jax import methods
+from mezo_jax.errors import InputError
+from mezo_jax.tasks import objective as objectives
+from mezo_jax.tasks import Task
 from mezo_jax.tasks import task as task_lib
-
-METHODS = ('mezo', 'zero_shot', 'icl', 'linear_probe', 'finetune', 'head_only',
-           'lp_mezo')
 
 
 @dataclasses.dataclass
@@ -56,20 +42,28 @@ class Data:
 
 @dataclasses.dataclass
 class Optimizer:
+  """What is done with a gradient, or with MeZO's estimate of one."""
+
   name: str = 'adam'  # or 'sgd', where there is backpropagation
   learning_rate: float = 1e-6
   schedule: str = 'constant'  # or 'linear' or 'cosine' decay to 0
   warmup_steps: int = 0  # linear, from 0
-  eps: float = 1e-3
-  num_samples: int = 1  # directions a step (n-SPSA)
-  distribution: str = 'normal'  # or 'rademacher' or 'sphere'
-  generator: str = 'hash32'  # or 'threefry2x32', jax.random's
-  one_sided: bool = False
-  micro_batches: int = 1  # parts a batch is evaluated in
   weight_decay: float = 0.0
   # Parameters with values of their own, by the first expression that is found
   # in their paths: (regular expression, learning_rate, eps), ...
   groups: tuple[tuple[str, float, float], ...] = ()
+  micro_batches: int = 1  # parts a batch is evaluated in
+
+
+@dataclasses.dataclass
+class Spsa:
+  """How MeZO estimates; unused where there is backpropagation."""
+
+  eps: float = 1e-3  # how far along z the losses are taken
+  num_samples: int = 1  # directions a step (n-SPSA)
+  distribution: str = 'normal'  # of z; or 'rademacher' or 'sphere'
+  generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
+  one_sided: bool = False  # compare with the clean loss, not with -eps
   stochastic_rounding: bool = True  # of half-precision weights
 
 
@@ -120,6 +114,7 @@ class Train:
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  spsa: Spsa = dataclasses.field(default_factory=Spsa)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
@@ -133,84 +128,75 @@ class Train:
   max_skipped: int = 10  # steps in a row with a loss that is not finite
 
 
+DISTRIBUTIONS = ('normal', 'rademacher', 'sphere')
+GENERATORS = ('hash32', 'threefry2x32')
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
          'eval_batch_tokens', 'mesh', 'max_skipped')
 
 
+def objective(config: Train) -> str | Callable:
+  """What is trained: the config's, or the task's own."""
+  return objectives.of(config.task, config.objective)
+
+
 def check(config: Train) -> None:
-  """Raises ValueError, in one sentence, for a value that cannot work."""
-  d, o, p = config.data, config.optimizer, config.peft
+  """Raises InputError, in one sentence, for a value that cannot work."""
+  d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
   task_lib.check(config.task)
-  score.form(config.task, objective(config))
-  by_words = config.task.kind == 'classification'
+  of_task = config.task.traits
+  objectives.check(config.task, objective(config))
+  _one_of('method', config.method, methods.METHODS)
+  _one_of('peft.method', p.method, methods.PARTS)
+  method, part = methods.method_of(config), methods.part_of(config)
+  _one_of('calibration', config.calibration, ('', 'sfc', 'icl_sfc'))
+  _one_of('select', config.select, ('metric', 'loss'))
+  _one_of('model.dtype', config.model.dtype,
+          ('float32', 'bfloat16', 'float16'))
+  _one_of('optimizer.name', o.name, ('adam', 'sgd'))
+  _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
+  _one_of('spsa.distribution', z.distribution, DISTRIBUTIONS)
+  _one_of('spsa.generator', z.generator, GENERATORS)
+  _one_of('peft.positions', p.positions, ('zero', 'after', 'jump'))
+  _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
   rules = [
-      (config.method in METHODS,
-       f'method {config.method!r} is none of {", ".join(METHODS)}'),
-      (config.method not in ('linear_probe', 'lp_mezo') or by_words,
-       f'method {config.method!r} needs a task with label words; take '
-       'head_only'),
-      (config.method not in ('finetune', 'head_only')
-       or objective(config) in ('cross_entropy', 'lm'),
-       f'objective {objective(config)!r} has no derivative: take a method '
-       'without backpropagation, or cross_entropy or lm'),
-      (config.calibration in ('', 'sfc', 'icl_sfc'),
-       f'calibration {config.calibration!r} is none of sfc, icl_sfc'),
+      *method.rules(config),
       (not config.calibration or (
           config.task.calibration is not None and not config.task.masked
-          and config.task.kind in ('classification', 'multiple_choice')),
+          and not of_task.generates and not of_task.new_head),
        'calibration needs task.calibration, a prompt without content, and '
        'candidates that a causal model scores'),
-      (config.calibration != 'icl_sfc' or config.method == 'icl',
+      (config.calibration != 'icl_sfc' or method.demonstrations,
        "calibration 'icl_sfc' needs method 'icl'"),
-      (config.select in ('metric', 'loss'),
-       f"select {config.select!r} is neither 'metric' nor 'loss'"),
-      (o.name in ('adam', 'sgd'),
-       f"optimizer.name {o.name!r} is neither 'adam' nor 'sgd'"),
-      (p.method in peft.TRAINED,
-       f'peft.method {p.method!r} is none of '
-       f'{", ".join(filter(None, peft.TRAINED))}'),
-      (p.positions in ('zero', 'after', 'jump'),
-       f'peft.positions {p.positions!r} is none of zero, after, jump'),
-      (p.init in peft.prefix.INITS,
-       f'peft.init {p.init!r} is none of {", ".join(peft.prefix.INITS)}'),
       (p.init != 'text' or bool(p.text), "peft.init 'text' needs peft.text"),
       (min(p.rank, p.num_tokens, p.num_layers) >= 1,
        'peft.rank, num_tokens and num_layers must be at least 1'),
-      (not p.adapter or p.method in peft.ADAPTERS,
+      (not p.adapter or bool(part.adapter),
        'peft.adapter needs peft.method, one of '
-       f'{", ".join(peft.ADAPTERS)}'),
-      (p.method not in peft.ADAPTERS or not p.mask or p.method in p.mask,
+       f'{", ".join(k for k, v in methods.PARTS.items() if v.adapter)}'),
+      (not part.adapter or not p.mask or p.method in p.mask,
        f'peft.mask {p.mask!r} is of the model\'s own parameters, not of '
        f'{p.method}; leave it empty, --config.peft.mask='),
-      (config.method not in ('head_only', 'lp_mezo')
-       or not (p.method or p.mask),
-       f'method {config.method!r} says itself what is trained: leave '
-       'peft.method and peft.mask out'),
       (all(len(g) == 3 and min(g[1:]) > 0 for g in o.groups),
        f'optimizer.groups {o.groups} must be of (regular expression, '
        'learning_rate, eps), both positive'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
-      (config.method != 'icl' or not (
-          config.task.masked or config.task.kind == 'head'),
-       "method 'icl' needs a causal model and a prompt"),
-      (config.model.dtype in ('float32', 'bfloat16', 'float16'),
-       f'model.dtype {config.model.dtype!r} is none of float32, bfloat16, '
-       'float16'),
-      (o.schedule in ('constant', 'linear', 'cosine'),
-       f'optimizer.schedule {o.schedule!r} is none of constant, linear, '
-       'cosine'),
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
-      (all(map(math.isfinite, (o.learning_rate, o.eps, o.weight_decay))),
-       'optimizer.learning_rate, eps and weight_decay must be finite'),
+      (z.eps > 0, 'spsa.eps must be positive'),
+      (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
+      (all(map(math.isfinite, (o.learning_rate, z.eps, o.weight_decay))),
+       'optimizer.learning_rate, spsa.eps and optimizer.weight_decay must be '
+       'finite'),
       (o.warmup_steps < max(config.steps, 1),
        'optimizer.warmup_steps must be below steps'),
       (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,
        f'data.buckets {d.buckets} must increase'),
       (d.batch_size >= 1, 'data.batch_size must be at least 1'),
+      (o.micro_batches >= 1, 'optimizer.micro_batches must be at least 1'),
       (d.batch_size % max(o.micro_batches, 1) == 0,
        'optimizer.micro_batches must divide data.batch_size'),
-      (o.micro_batches == 1 or score.over_rows(config.task, objective(config)),
+      (o.micro_batches == 1 or objectives.over_rows(
+          config.task, objective(config)),
        f'objective {objective(config)!r} is of a whole batch, no mean over '
        'rows: leave optimizer.micro_batches at 1'),
       (min(d.num_dev, d.num_train) >= 1,
@@ -222,74 +208,20 @@ def check(config: Train) -> None:
   ]
   for holds, message in rules:
     if not holds:
-      raise ValueError(f'config: {message}.')
+      raise InputError(f'config: {message}.')
+  for name, text in (('peft.mask', p.mask), ('peft.targets', p.targets),
+                     *(('optimizer.groups', group) for group, *_ in o.groups)):
+    try:
+      re.compile(text)
+    except re.error as e:
+      raise InputError(
+          f'config: {name} {text!r} is no regular expression ({e}).') from e
 
 
-def schedule(config: Train, learning_rate: float) -> optax.Schedule:
-  """A learning rate as a function of the step number."""
-  o = config.optimizer
-  after = max(config.steps - o.warmup_steps, 1)
-  if o.schedule == 'linear':
-    main = optax.linear_schedule(learning_rate, 0.0, after)
-  elif o.schedule == 'cosine':
-    main = optax.cosine_decay_schedule(learning_rate, after)
-  else:
-    main = optax.constant_schedule(learning_rate)
-  if not o.warmup_steps:
-    return main
-  warmup = optax.linear_schedule(0.0, learning_rate, o.warmup_steps)
-  return optax.join_schedules([warmup, main], [o.warmup_steps])
-
-
-def objective(config: Train) -> str | Callable:
-  """What is trained: the config's, or the task's own."""
-  return config.objective or score.default_objective(config.task)
-
-
-def trains(config: Train) -> bool:
-  """Whether the method makes steps."""
-  return config.method in ('mezo', 'lp_mezo', 'finetune', 'head_only')
-
-
-def forwards(config: Train) -> int:
-  """Forward passes of a batch that a step takes."""
-  if config.method in ('finetune', 'head_only'):
-    return 1
-  n = config.optimizer.num_samples
-  return n + 1 if config.optimizer.one_sided else 2 * n
-
-
-def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
-  """The optax transform that a config describes; the state's first entry has
-  the loss and the counts of skipped steps."""
-  o = config.optimizer
-  rates, eps = schedule(config, o.learning_rate), o.eps
-  if o.groups:
-    rest = ('', o.learning_rate, o.eps)
-    groups = {g: (rate, e) for g, rate, e in (rest, *o.groups)}
-    groups[''] = groups.pop('')  # the last: what no other one matches
-    rates = {g: schedule(config, rate) for g, (rate, _) in groups.items()}
-    eps = {g: e for g, (_, e) in groups.items()}
-  if config.method in ('finetune', 'head_only'):
-    def inner(rate):
-      if o.name == 'adam':
-        return optax.adamw(rate, weight_decay=o.weight_decay)
-      return optax.chain(optax.add_decayed_weights(o.weight_decay),
-                         optax.sgd(rate))
-    return skip_not_finite(optax.chain(
-        backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
-  return mezo(
-      rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
-      stochastic_rounding=o.stochastic_rounding, num_samples=o.num_samples,
-      directions=KINDS[o.distribution](o.generator), decay=_paths.decayed,
-      combine=one_sided if o.one_sided else two_sided,
-      micro_batches=o.micro_batches)
-
-
-def model_name(config: Train) -> str | os.PathLike:
-  """The model to load; the quickstart's is fetched where it is missing."""
-  name = config.model.name
-  return quickstart.model_path() if name == 'quickstart' else name
+def _one_of(field: str, value, known) -> None:
+  if value not in known:
+    raise InputError(f'config: {field} {value!r} is none of '
+                     f'{", ".join(filter(None, known))}.')
 
 
 def to_json(config: Train) -> dict:
@@ -299,7 +231,10 @@ def to_json(config: Train) -> dict:
 
 
 def from_json(saved: dict) -> Train:
-  """The inverse of `to_json`; fields that it lacks have their defaults."""
+  """The inverse of `to_json`; fields that it lacks have their defaults.
+
+  Also of the configs of earlier versions.
+  """
   def plain(v):
     return tuple(map(plain, v)) if isinstance(v, list) else v
   def build(cls, values):
@@ -307,7 +242,19 @@ def from_json(saved: dict) -> Train:
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
         for name, v in values.items()})
-  return build(Train, saved)
+  return build(Train, _of_this_version(saved))
+
+
+def _of_this_version(saved: dict) -> dict:
+  """A saved config with the fields of `Spsa` taken from `Optimizer`, where
+  earlier versions had them."""
+  moved = {f.name for f in dataclasses.fields(Spsa)}
+  old = saved.get('optimizer', {})
+  if not moved & set(old):
+    return saved
+  return saved | {
+      'optimizer': {k: v for k, v in old.items() if k not in moved},
+      'spsa': {k: v for k, v in old.items() if k in moved}}
 
 
 def check_same_run(config: Train, saved: dict) -> None:
@@ -330,8 +277,8 @@ def check_same_run(config: Train, saved: dict) -> None:
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
-  compare(to_json(config), saved, '')
+  compare(to_json(config), _of_this_version(saved), '')
   if changed:
-    raise ValueError(
+    raise InputError(
         'the working directory holds a run with other settings: '
         f'{"; ".join(changed)}. Choose another --workdir, or delete this one.')

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mezo_jax import config as config_lib
-from mezo_jax import quickstart, trainable
-from mezo_jax.tasks import score, Task
+from mezo_jax import quickstart
+from mezo_jax.errors import InputError, MissingError
+from mezo_jax.tasks import Task
 from mezo_jax.tasks.encode import after_tokens, encode, Encoded
 
 _FORMATS = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.tsv': 'csv',
@@ -32,7 +32,7 @@ def load_rows(
   path = Path(source).expanduser()
   if path.suffix in _FORMATS:
     if not path.is_file():
-      raise FileNotFoundError(f'no data file {path}.')
+      raise MissingError(f'no data file {path}.')
     kind = _FORMATS[path.suffix]
     options = {'delimiter': '\t'} if path.suffix == '.tsv' else {}
     try:
@@ -40,17 +40,17 @@ def load_rows(
           kind, data_files=str(path), split='train', **options)
     except Exception as e:
       cause = e.__cause__ or e
-      raise ValueError(
+      raise InputError(
           f'{path} is not a readable {kind} file: {_first_line(cause)}') from e
   else:
     try:
       data = datasets.load_dataset(source, subset or None, split=split)
     except Exception as e:
-      raise FileNotFoundError(
+      raise MissingError(
           f'{source!r} is no local .jsonl, .csv, .tsv or .parquet file, and '
           f'the hub gave no such data set: {_first_line(e)}') from e
   if not len(data):
-    raise ValueError(f'{source} has no rows.')
+    raise InputError(f'{source} has no rows.')
   return [dict(row) for row in data]
 
 
@@ -83,10 +83,19 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
     train, dev = order[:num_train], order[num_train:num_train + num_dev]
   if have < need:
     what = 'rows of the rarest label' if k_shot else 'rows'
-    raise ValueError(
+    raise InputError(
         f'the data have {have} {what} beside the {len(test)} for testing, and '
         f'{need} are wanted; lower --config.data.num_train, num_dev or k_shot.')
   return train, dev, test
+
+
+class Rows(NamedTuple):
+  """The rows of a run, as `Task.prepare` gives them."""
+
+  train: list[dict]
+  dev: list[dict]
+  test: list[dict]
+  pool: list[dict]  # all that are not for testing, to take demonstrations from
 
 
 class Splits(NamedTuple):
@@ -99,40 +108,43 @@ class Splits(NamedTuple):
   buckets: dict[str, tuple[int, ...]]  # lengths that each is padded to
 
 
-def read_rows(config: config_lib.Train) -> tuple[dict, list[dict]]:
-  """``{'train': rows, 'dev': ..., 'test': ...}``, and all rows that are not
-  for testing, in the order of their source, to take demonstrations from.
+def read_rows(source, task: Task) -> Rows:
+  """Reads, chooses and splits rows.
+
+  Args:
+    source: the files or data sets, and how many rows of them, as
+      `mezo_jax.config.Data` has them.
+    task: whose data are taken where ``source`` names none.
 
   Raises:
-    FileNotFoundError: if there are no such data.
-    ValueError: if no data are named, or they do not fit the task.
+    MissingError: if there are no such data.
+    InputError: if no data are named, or they do not fit the task.
   """
-  d, task = config.data, config.task
-  source = d.train or task.hub
-  if not source:
-    raise ValueError(
+  d, name = source, source.train or task.hub
+  if not name:
+    raise InputError(
         'there is nothing to train on: set --config.data.train to a file or '
         'the id of a data set.')
   subset = d.subset or ('' if d.train else task.subset)
-  if source == 'quickstart':
+  if name == 'quickstart':
     rows = quickstart.reviews()
   else:
-    rows = load_rows(source, subset, d.train_split or task.train_split)
+    rows = load_rows(name, subset, d.train_split or task.train_split)
   rows = task.prepare(rows)
   held_out = d.test or ('' if d.train else task.hub)
   labels = np.array([task.golds(r)[0] for r in rows]) if (
-      d.k_shot and task.kind != 'generation') else np.zeros(len(rows), int)
+      d.k_shot and not task.traits.generates) else np.zeros(len(rows), int)
   indices = split_rows(labels, d.num_train, d.num_dev,
                        0 if held_out else d.num_test, d.seed, d.k_shot)
-  parts = {name: [rows[i] for i in index] for name, index in
-           zip(('train', 'dev', 'test'), indices)}
+  train, dev, test = ([rows[i] for i in index] for index in indices)
   if held_out:
-    test = task.prepare(load_rows(
+    found = task.prepare(load_rows(
         held_out, subset, d.test_split or task.test_split))
-    order = np.random.RandomState(d.test_seed).permutation(len(test))
-    parts['test'] = [test[i] for i in order[:d.num_test or len(test)]]
+    order = np.random.RandomState(d.test_seed).permutation(len(found))
+    test = [found[i] for i in order[:d.num_test or len(found)]]
   for_test = set() if held_out else set(indices[2].tolist())
-  return parts, [r for i, r in enumerate(rows) if i not in for_test]
+  return Rows(train, dev, test,
+              [r for i, r in enumerate(rows) if i not in for_test])
 
 
 def demonstrations(task: Task, pool: Sequence[dict], num: int,
@@ -144,10 +156,10 @@ def demonstrations(task: Task, pool: Sequence[dict], num: int,
   ``num`` rows of a permutation of the pool.
 
   Raises:
-    ValueError: if the pool is smaller than ``num``.
+    InputError: if the pool is smaller than ``num``.
   """
   if len(pool) < num:
-    raise ValueError(f'there are {len(pool)} rows for {num} demonstrations; '
+    raise InputError(f'there are {len(pool)} rows for {num} demonstrations; '
                      'lower --config.num_demos.')
   out = []
   for seed in np.random.RandomState(0).randint(0, 10_000, count):
@@ -158,75 +170,63 @@ def demonstrations(task: Task, pool: Sequence[dict], num: int,
   return out
 
 
-def read_splits(config: config_lib.Train, tokenizer, model_config,
-                say: Callable[[str], None]) -> Splits:
-  """The encoded rows of a run, and the lengths that they are padded to.
+def encode_rows(
+    rows: Rows, task: Task, tokenizer, *, causal: bool, limit: int,
+    buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
+    prior: bool = False, prior_after_demos: bool = False,
+    soft_ids: Sequence[int] = (), say: Callable[[str], None] = print) -> Splits:
+  """The rows of a run as tokens, and the lengths that they are padded to.
 
   Args:
-    config: of the run.
+    rows: from `read_rows`.
+    task: how a row reads.
     tokenizer: the model's.
-    model_config: the model's.
+    causal: whether the model reads from left to right.
+    limit: tokens of a prompt with its answer at most.
+    buckets: lengths to pad to, of which those are taken that are needed.
+    gold_only: which splits are laid out with their right answers alone.
+    num_demos: rows with their answers that stand before each test prompt.
+    prior: whether dev and test candidates are wanted after a prompt without
+      content, too.
+    prior_after_demos: whether demonstrations stand before that as well.
+    soft_ids: of the tokens that stand before everything.
     say: reports what was found.
 
   Raises:
-    FileNotFoundError: if there are no such data.
-    ValueError: if data, task and model do not fit each other.
+    InputError: if rows, task and tokenizer do not fit each other.
   """
-  task, parts, pool = config.task, *read_rows(config)
-  before_all = trainable.tokens_before(config)
-  limit = min(config.data.max_length, model_config.max_length - before_all)
-  soft = list(range(model_config.vocab_size, model_config.vocab_size + (
-      before_all if config.peft.method == 'prompt' else 0)))
-  causal = model_config.causal
-  if task.kind != 'head' and not model_config.head:
-    raise ValueError(
-        f'the files of {config.model.name} are of a base class, without the '
-        f'head that a task of kind {task.kind!r} needs; take a model that was '
-        'saved with its head, or --config.task.kind=head with '
-        'task.label_names.')
-  if task.kind != 'head' and task.masked == causal:
-    raise ValueError(
-        f'the prompt {task.template!r} is for a '
-        f'{"masked" if task.masked else "causal"} model and '
-        f'{config.model.name} is none; choose another --config.task.template '
-        '({mask} is where a masked model reads the label words).')
-  form = score.form(task, config_lib.objective(config))
-  forms = {'train': form, 'dev': {}, 'test': {}}
-  if config.select == 'loss' and task.kind == 'generation':
-    forms['dev'] = dict(gold_only=True)
-  before = {}
-  if config.method == 'icl':
-    forms['dev'] = dict(gold_only=True)  # not used: the cheapest form
-    before['test'] = demonstrations(
-        task, pool, config.num_demos, len(parts['test']))
+  demos = {'test': demonstrations(
+      task, rows.pool, num_demos, len(rows.test))} if num_demos else {}
 
-  def read(name, prior=False, **kwargs):
-    rows, prompts = parts[name], None
-    if prior:
-      prompts = [task.prior(r) for r in rows]
-    elif name in before:
-      prompts = [task.prompt(r) for r in rows]
-    if name in before and (not prior or config.calibration == 'icl_sfc'):
-      prompts = [b + p for b, p in zip(before[name], prompts)]
+  def read(name, of_prior=False, **kwargs):
+    some, prompts = getattr(rows, name), None
+    if of_prior:
+      prompts = [task.prior(r) for r in some]
+    elif name in demos:
+      prompts = [task.prompt(r) for r in some]
+    if name in demos and (not of_prior or prior_after_demos):
+      prompts = [d + p for d, p in zip(demos[name], prompts)]
     return after_tokens(
-        encode(task, rows, tokenizer, limit, prompts=prompts, causal=causal,
-               **forms[name], **kwargs), soft)
+        encode(task, some, tokenizer, limit, prompts=prompts, causal=causal,
+               gold_only=name in gold_only, **kwargs), soft_ids)
 
-  splits = {name: read(name) for name in parts}
+  names = ('train', 'dev', 'test')
+  splits = {name: read(name) for name in names}
   if len({s.token_ids is None for s in splits.values() if s.width > 1}) > 1:
-    splits = {name: read(name, write_out=True) for name in parts}
-  prior = {name: read(name, prior=True) for name in ('dev', 'test') if (
-      config.calibration and splits[name].width > 1)}
+    splits = {name: read(name, write_out=True) for name in names}
+  priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
+      prior and splits[name].width > 1)}
   for name, split in splits.items():
     cut = f'; {split.truncated} rows were cut to fit' if split.truncated else ''
     say(f'data: {len(split.prompts)} {name} rows, {split.lengths.mean():.0f} '
         f'tokens on average, {split.lengths.max()} at most{cut}')
-  buckets = {name: buckets_for(
-      split, config.data.buckets,
-      limit + len(soft) - (task.max_new_tokens if split.left else 0))
-             for name, split in (*splits.items(), *(
-                 (f'prior_{name}', p) for name, p in prior.items()))}
-  return Splits(**splits, prior=prior, buckets=buckets)
+  whole = limit + len(soft_ids)
+  needed = {
+      name: buckets_for(split, buckets, whole - (
+          task.max_new_tokens if split.generates else 0))
+      for name, split in (*splits.items(), *(
+          (f'prior_{name}', p) for name, p in priors.items()))}
+  return Splits(**splits, prior=priors, buckets=needed)
 
 
 def buckets_for(data: Encoded, buckets: Sequence[int],
@@ -243,7 +243,7 @@ def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
   for bucket in buckets:
     if length <= bucket:
       return bucket
-  raise ValueError(f'{length} tokens exceed the largest bucket, {buckets[-1]}.')
+  raise InputError(f'{length} tokens exceed the largest bucket, {buckets[-1]}.')
 
 
 def used_buckets(lengths, buckets: tuple[int, ...], batch_size: int):
@@ -264,7 +264,7 @@ def epoch(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
     ValueError: if there are fewer rows than a batch takes.
   """
   if len(lengths) < batch_size:
-    raise ValueError(
+    raise InputError(
         f'{len(lengths)} training rows do not fill a batch of {batch_size}; '
         'lower --config.data.batch_size.')
   rng = np.random.RandomState([seed, number])

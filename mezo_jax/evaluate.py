@@ -83,7 +83,7 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
       2021).
     prior_sizes: of its batches, if not the same.
   """
-  if data.left:
+  if data.generates:
     run = run_batches(lambda params, batch: models.generate(
         model, params, batch['input_ids'], batch['attention_mask'],
         max_new_tokens=task.max_new_tokens, check=True,
@@ -139,7 +139,7 @@ def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
   def both(params):
     on_dev, scores = dev(params)
     offsets = None
-    if scores is not None and task.kind in ('classification', 'head'):
+    if scores is not None and task.traits.classes:
       offsets = calibrate(scores, splits.dev.labels)
       on_dev = report(scores, splits.dev.golds, offsets, task.main_metric)
     return on_dev, test(params, offsets)[0]

@@ -1,6 +1,5 @@
 """A run's working directory to what transformers and PEFT load."""
 
-import json
 import os
 from pathlib import Path
 import shutil
@@ -8,8 +7,20 @@ import shutil
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import _paths, checkpoint, models, peft, sharding, trainable
+from mezo_jax import (
+  _paths,
+  build,
+  checkpoint,
+  loggers,
+  methods,
+  models,
+  peft,
+  sharding,
+  trainable,
+)
 from mezo_jax import config as config_lib
+from mezo_jax import workdir as workdir_lib
+from mezo_jax.errors import ExistsError, InputError, MissingError
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike,
@@ -34,71 +45,50 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
       parameter is not finite.
   """
   workdir, directory = Path(workdir), Path(directory)
-  if not ((workdir / 'config.json').is_file()
-          and (workdir / 'checkpoints').is_dir()):
-    raise FileNotFoundError(
-        f'{workdir} has no config.json and checkpoints: it is not the '
-        '--workdir of a run.')
+  run = workdir_lib.read_config(workdir)
   if directory.exists() and any(directory.iterdir()):
-    raise FileExistsError(
+    raise ExistsError(
         f'{directory} is there already and not empty; give another directory.')
-  try:
-    run = config_lib.from_json(
-        json.loads((workdir / 'config.json').read_text()))
-  except (KeyError, TypeError, ValueError) as e:
-    raise ValueError(
-        f'{workdir}/config.json is not that of a run of this version ({e}); '
-        'give the --workdir of one.') from e
-  if run.task.kind == 'head':
-    raise ValueError(
+  if run.task.traits.new_head:
+    raise InputError(
         f'{workdir} trained a classification head, which a language model has '
         'no place for; its checkpoints hold it, under `classifier`.')
-  adapts = trainable.adapts(run)
-  if merged and run.peft.method != 'lora':
-    raise ValueError('only LoRA can be merged into the weights; leave --merged '
+  part, adapts = methods.part_of(run), methods.adapts(run)
+  if merged and not part.added:
+    raise InputError('only LoRA can be merged into the weights; leave --merged '
                      'out.')
-  name, revision = config_lib.model_name(run), run.model.revision or None
-  model = models.Transformer(models.load_config(name, revision))
-  tokenizer = models.load_tokenizer(
-      name, revision, run.model.bos_token or None)
+  tokenizer = build.read_tokenizer(run)
 
   # What the checkpoint holds; what it does not is the base model's.
-  mesh = sharding.make_mesh()
-  shapes, frozen = models.param_shapes(model.config, mesh, run.model.dtype), {}
-  if run.method == 'lp_mezo':
-    model = model.clone(config=peft.untied(model.config))
-    shapes = models.param_shapes(model.config, mesh, run.model.dtype)
-  elif trainable.method_of(run) or run.peft.mask:
-    model, params = models.load(name, mesh, run.model.dtype, revision=revision)
-    model, params = trainable.add(run, model, params, tokenizer, mesh)
-    shapes, frozen = trainable.split(run, params)
-  opt_state = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=sharding.replicated(mesh)),
-      jax.eval_shape(config_lib.make_optimizer(run).init, shapes))
+  mesh, whole = sharding.make_mesh(), not (part.pattern or run.peft.mask)
+  model, params = build.load(
+      run, build.read_config(run), mesh, abstract=whole)
+  model, params = build.add(run, model, params, tokenizer, mesh)
+  shapes, frozen = trainable.split(run, params)
+  opt_state = build.init_state(
+      build.make_optimizer(run), shapes, mesh, abstract=True)
   # The run may still be at it: nothing of its directory is touched.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   step = checkpoints.best_step() if step is None else step
   if step not in checkpoints.steps():
-    raise FileNotFoundError(
+    raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, _ = checkpoints.load(step, (shapes, opt_state))
   params = peft.join(params, frozen)
   checkpoints.close()
 
-  result_file = workdir / 'result.json'
-  result = (json.loads(result_file.read_text()) if result_file.is_file()
-            else {})
-  about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  about = dict(tokenizer=tokenizer, card=card(
+      run, step, workdir_lib.read_result(workdir)))
   if adapts and not merged:
     _check_finite(params, step)
     return peft.save(directory, model, params, base=_base(run)[0], **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)
   _check_finite(params, step)
   models.save(directory, model, params, **about)
-  generation = models.find(name, revision, weights=False) / (
-      'generation_config.json')
+  generation = models.find(
+      build.model_name(run), run.model.revision or None, weights=False
+  ) / 'generation_config.json'
   if generation.is_file() and jax.process_index() == 0:
     shutil.copy(generation, directory)
   return directory
@@ -108,7 +98,7 @@ def _check_finite(params: dict, step: int) -> None:
   """Raises ValueError for the first parameter that is not finite."""
   for path, x in _paths.named_leaves(params):
     if not jnp.isfinite(x).all():
-      raise ValueError(
+      raise InputError(
           f'{path} of step {step} is not finite: such a model '
           'computes nothing. Choose an earlier --step, if one was kept.')
 
@@ -118,47 +108,41 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   base, note = _base(run)
   hub_id = base.count('/') == 1 and not Path(base).exists()
   o, metric = run.optimizer, run.task.main_metric
-  mezo = run.method in ('mezo', 'lp_mezo')
-  how = {'mezo': 'MeZO (Malladi et al., 2023), forward passes only',
-         'lp_mezo': 'MeZO (Malladi et al., 2023) after a linear probe, forward '
-                    'passes only',
-         'head_only': f'backpropagation ({o.name}) into the head alone',
-         'finetune': f'backpropagation ({o.name})'}[run.method]
-  signs = 'one-sided' if o.one_sided else 'two-sided'
+  method, z = methods.method_of(run), run.spsa
+  mezo, how = not method.backprop, method.words.format(optimizer=o.name)
+  signs = 'one-sided' if z.one_sided else 'two-sided'
+  settings = {
+      'data': run.data.train or run.task.hub,
+      'prompt': f'`{_cell(run.task.template)}`',
+      **({'label words': ', '.join(
+          f'`{_cell(w)}`' for w in run.task.label_words)} if (
+              run.task.label_words) else {}),
+      'objective': config_lib.objective(run),
+      'learning rate': f'{o.learning_rate:g}, {o.schedule}',
+      **{f'learning rate, eps of `{_cell(g)}`': f'{rate:g}, {eps:g}'
+         for g, rate, eps in o.groups},
+      **({'eps': f'{z.eps:g}', 'directions a step':
+          f'{z.num_samples}, {signs}, {z.distribution}'} if mezo else {}),
+      'parameters trained': _trained(run), 'batch size': run.data.batch_size,
+      'dtype': run.model.dtype, 'seed': run.seed}
   lines = [
       '---',
       *([f'base_model: {base}'] if hub_id else []),
-      f'library_name: {"peft" if trainable.adapts(run) else "transformers"}',
+      f'library_name: {"peft" if methods.adapts(run) else "transformers"}',
       *(['tags:', '- mezo', '- zeroth-order'] if mezo else []), '---', '',
       f'# {Path(base).name}, fine-tuned{" with MeZO" if mezo else ""}', '',
       f'`{base}`{note} after {step} of {run.steps} steps of {how}, by '
       'mezo_jax.', '',
-      '| | |', '|---|---|',
-      f'| data | {run.data.train or run.task.hub} |',
-      f'| prompt | `{_cell(run.task.template)}` |',
-      *([f'| label words | '
-         f'{", ".join(f"`{_cell(w)}`" for w in run.task.label_words)} |'] if (
-             run.task.label_words) else []),
-      f'| objective | {config_lib.objective(run)} |',
-      f'| learning rate | {o.learning_rate:g}, {o.schedule} |',
-      *(f'| learning rate, eps of `{_cell(g)}` | {rate:g}, {eps:g} |'
-        for g, rate, eps in o.groups),
-      *([f'| eps | {o.eps:g} |',
-         f'| directions a step | {o.num_samples}, {signs}, '
-         f'{o.distribution} |'] if mezo else []),
-      f'| parameters trained | {_trained(run)} |',
-      f'| batch size | {run.data.batch_size} |',
-      f'| dtype | {run.model.dtype} |',
-      f'| seed | {run.seed} |', '']
+      loggers.markdown_table([{'setting': name, 'value': value}
+                              for name, value in settings.items()]), '']
   final, zero = result.get('final'), result.get('zero_shot', {})
   if final and final.get('step') == step:
-    calibrated = f'calibrated_{metric}'
-    lines += [f'| {final["count"]} test rows | {metric.replace("_", " ")} |',
-              '|---|---|']
-    lines += [f'| {what} | {report[key]:.1%} |' for what, report, key in (
-        ('zero-shot', zero, metric),
-        ('zero-shot, calibrated', zero, calibrated),
-        ('this model', final, metric)) if key in report] + ['']
+    rows, value = f'{final["count"]} test rows', metric.replace('_', ' ')
+    lines += [loggers.markdown_table([
+        {rows: what, value: f'{report[key]:.1%}'} for what, report, key in (
+            ('zero-shot', zero, metric),
+            ('zero-shot, calibrated', zero, f'calibrated_{metric}'),
+            ('this model', final, metric)) if key in report]), '']
   else:
     lines += ['No result on test rows was recorded for this step.', '']
   return '\n'.join(lines)
@@ -176,12 +160,8 @@ def _trained(run: config_lib.Train) -> str:
   p = run.peft
   if p.adapter:
     return f'{p.method}, from `{_cell(p.adapter)}`'
-  what = {'lora': f'LoRA of `{_cell(p.targets)}`, rank {p.rank}, alpha '
-                  f'{p.alpha:g}',
-          'prefix': f'a prefix of {p.num_tokens} keys and values a layer',
-          'prompt': f'{p.num_tokens} soft tokens', 'bitfit': 'biases',
-          'last_layers': f'the last {p.num_layers} layers',
-          'head': 'the head', '': 'all'}[trainable.method_of(run)]
+  what = methods.part_of(run).words.format(**{
+      k: _cell(v) if isinstance(v, str) else v for k, v in vars(p).items()})
   return f'{what}: `{_cell(p.mask)}`' if p.mask else what
 
 

@@ -1,10 +1,14 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard if it is installed."""
+"""Where metrics go: metrics.jsonl always, TensorBoard if it is installed; and
+JSON files, curves and tables."""
 
+from collections.abc import Sequence
 import json
 import math
 from pathlib import Path
 
 import jax
+
+from mezo_jax.errors import InputError
 
 
 class Metrics:
@@ -73,7 +77,7 @@ def read(path: Path) -> list[dict]:
     except json.JSONDecodeError as e:
       if number == len(lines):
         break
-      raise ValueError(
+      raise InputError(
           f'{path}, line {number} is not JSON ({e}); delete the line.') from e
   return records
 
@@ -87,6 +91,34 @@ def write_json(path: Path, value) -> None:
   part.write_text(
       json.dumps(_plain(value), indent=2, allow_nan=False) + '\n')
   part.replace(path)
+
+
+def read_json(path: Path):
+  """The value that a file holds.
+
+  Raises:
+    InputError: if it is not JSON.
+  """
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    raise InputError(f'{path} is not JSON ({e}).') from e
+
+
+def markdown_table(rows: Sequence[dict],
+                   columns: Sequence[str] | None = None) -> str:
+  """Rows as a Markdown table, without a line break at its end.
+
+  Args:
+    rows: dicts; floats are written with four digits, what a row lacks is empty.
+    columns: in order; those of the first row if None.
+  """
+  columns = [*rows[0]] if columns is None else columns
+  cell = lambda x: f'{x:.4g}' if isinstance(x, float) else str(x)
+  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+  return '\n'.join([
+      line(columns), '|' + '---|' * len(columns),
+      *(line(cell(row.get(c, '')) for c in columns) for row in rows)])
 
 
 def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:

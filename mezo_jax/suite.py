@@ -8,13 +8,18 @@ import runpy
 import subprocess
 import sys
 
+from mezo_jax import loggers
+from mezo_jax.errors import InputError, MissingError
+from mezo_jax.methods import method_of
+from mezo_jax.workdir import read_result
+
 COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
            'steps', 'training forwards', 'seconds', 'GiB')
 
 
-def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
-             tasks: Sequence[str] = (), methods: Sequence[str] = (),
-             say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
+def run(suite: str | os.PathLike, workdir: str | os.PathLike,
+        tasks: Sequence[str] = (), methods: Sequence[str] = (),
+        say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
   """Runs what is not done yet of a suite and writes ``table.md`` and ``.json``.
 
   A suite is a config file whose ``get_suite()`` gives ``{'TASK/METHOD':
@@ -39,15 +44,15 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
   """
   suite, workdir = Path(suite), Path(workdir)
   if not suite.is_file():
-    raise FileNotFoundError(f'there is no suite {suite}.')
+    raise MissingError(f'there is no suite {suite}.')
   found = runpy.run_path(str(suite))
   if 'get_suite' not in found or 'get_config' not in found:
-    raise ValueError(f'{suite} is no suite: it must define get_suite() and '
+    raise InputError(f'{suite} is no suite: it must define get_suite() and '
                      'get_config(name).')
   runs = found['get_suite']()
   names = [name for name in runs if _wanted(name, tasks, methods)]
   if not names:
-    raise ValueError(f'{suite} has no such runs; it has {", ".join(runs)}.')
+    raise InputError(f'{suite} has no such runs; it has {", ".join(runs)}.')
   script, failed = _train_script(), []
   # Runs of one task evaluate with the same programs: compile them once.
   env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
@@ -78,11 +83,6 @@ def evaluate(suite: str | os.PathLike, workdir: str | os.PathLike,
   return workdir / 'table.md', failed
 
 
-def read_result(workdir: Path) -> dict:
-  """What a finished run of ``train.py`` says of itself."""
-  return json.loads((workdir / 'result.json').read_text())
-
-
 def _wanted(name: str, tasks, methods) -> bool:
   task, _, method = name.partition('/')
   return task in (tasks or [task]) and method in (methods or [method])
@@ -92,7 +92,7 @@ def _train_script() -> Path:
   for folder in (Path(__file__).parents[1], Path.cwd()):
     if (folder / 'train.py').is_file():
       return folder / 'train.py'
-  raise FileNotFoundError(
+  raise MissingError(
       'there is no train.py beside the package or in this directory: run this '
       'in a clone of the repository.')
 
@@ -103,9 +103,8 @@ def row_of(name: str, config, result: dict) -> dict:
   metric, final = result['metric'], result['final']
   percent = lambda report, key: (
       f'{100 * report[key]:.1f}' if key in report else '')
-  probed = config.method in ('linear_probe', 'lp_mezo')
   examples = result['forwards'] * config.data.batch_size + (
-      result['train_rows'] if probed else 0)
+      result['train_rows'] if method_of(config).probe else 0)
   return dict(zip(COLUMNS, (
       task, method, metric, percent(final, metric),
       percent(final, f'calibrated_{metric}'), final['count'], result['steps'],
@@ -115,8 +114,6 @@ def row_of(name: str, config, result: dict) -> dict:
 
 def write_table(workdir: Path, rows: list[dict]) -> None:
   """``table.md`` and ``table.json``, from a list of `row_of`."""
-  lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
-  lines += ['| ' + ' | '.join(str(row[c]) for c in COLUMNS) + ' |'
-            for row in rows]
-  (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
+  (workdir / 'table.md').write_text(
+      loggers.markdown_table(rows, COLUMNS) + '\n')
   (workdir / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')

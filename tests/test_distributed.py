@@ -9,7 +9,7 @@ import conftest
 import helpers
 import numpy as np
 import pytest
-from test_train import command, records
+from runs import command, records
 
 from mezo_jax import models
 from mezo_jax.export import export

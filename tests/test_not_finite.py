@@ -52,7 +52,7 @@ def test_a_run_without_a_finite_evaluation_has_no_result(lost):
 
 def test_a_run_that_skipped_every_step_has_no_result(
     tiny_dir, reviews_file, tmp_path):
-  config = small_config(tiny_dir, reviews_file, steps=2, optimizer__eps=3e38)
+  config = small_config(tiny_dir, reviews_file, steps=2, spsa__eps=3e38)
   with pytest.raises(train.Stopped, match='each of the 2 steps.*was skipped'):
     train.run(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()

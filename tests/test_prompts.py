@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mezo_jax import data as data_lib
 from mezo_jax import tasks
-from mezo_jax.tasks import score
+from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.tasks.encode import batch_of, encode
 
@@ -99,7 +99,7 @@ def test_declared_tasks_with_candidates(name, row, prompt, candidates, golds):
   assert json.dumps(row) == before
   assert task.main_metric == (
       'matthews' if name == 'glue_cola' else 'accuracy')
-  assert score.default_objective(task) == (
+  assert objectives.of(task) == (
       'lm' if name in ('copa', 'record') else 'cross_entropy')
 
 
@@ -111,7 +111,7 @@ def test_declared_tasks_with_generated_answers(name, row, prompt, references):
   assert task.references(ready) == references
   assert task.gold_text(ready) == ' Denver\n'
   assert (task.main_metric, task.max_new_tokens, task.stop) == ('f1', 50, '\n')
-  assert score.default_objective(task) == 'lm'
+  assert objectives.of(task) == 'lm'
   assert task.calibration is None
   (text,) = data_lib.demonstrations(task, [ready] * 2, 2, 1)
   assert text == f'{prompt} Denver\n\n' * 2
@@ -301,7 +301,7 @@ def test_prompts_to_be_continued():
   data = encode(task, [f | {'answers': 'a'} for f in FILMS], BOS, 10)
   short, long = data.prompts[::-1]
   assert (spelled(BOS, long), spelled(BOS, short)) == ('<s> e f g h', '<s> x y')
-  assert data.left and data.truncated == 1
+  assert data.generates and data.truncated == 1
   batch = batch_of(data, np.array([1, 0]), 6, 3)
   assert batch['input_ids'].tolist() == [
       [0, 0, 0, *short], [0, *long], [0] * 6]

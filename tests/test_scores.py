@@ -232,7 +232,7 @@ def test_a_prompt_occurs_once(tokenizer):
 def test_no_logits_over_all_positions(task, objective, both, tokenizer):
   """[batch, sequence, vocabulary] never exists, in float or otherwise."""
   _, model, params = both('gpt2')
-  data, batch = batched(task, tokenizer, **score.form(task, objective))
+  data, batch = batched(task, tokenizer, gold_only=objective == 'lm')
   b, s = batch['input_ids'].shape
   assert data.width != s != batch['answer_at'].shape[1]
   def arrays(fn):
@@ -380,29 +380,6 @@ def test_objectives_over_generated_text(both, tokenizer):
   assert report['exact_match'] == pytest.approx(match)
 
 
-def test_objectives_that_fit_and_that_do_not():
-  def form(objective, kind='classification', mask=''):
-    return score.form(Task(kind=kind, template='{text}' + mask), objective)
-  assert form('lm') == {'gold_only': True}
-  for objective in ('cross_entropy', 'accuracy', 'f1', max):
-    assert form(objective) == {'gold_only': False}
-  for *args, message in (
-      ('cross_entropy', 'generation', "'cross_entropy' does not fit a task of "
-       "kind 'generation'; choose one of lm, accuracy, f1 or a function of"),
-      ('lm', 'head', "'lm' does not fit a task of kind 'head'; choose one of "
-       'cross_entropy, accuracy, f1 or'),
-      ('lm', 'classification', '{mask}', 'with a {mask}; choose one of cross'),
-      ('bleu', "objective 'bleu' does not fit a task of kind 'classification'; "
-       'choose one of cross_entropy, lm, accuracy, f1 or')):
-    with pytest.raises(ValueError, match=message):
-      form(*args)
-  default = lambda **changes: score.default_objective(Task(**changes))
-  assert [default(kind=kind) for kind in (
-      'classification', 'head', 'multiple_choice', 'generation')] == [
-          'cross_entropy', 'cross_entropy', 'lm', 'lm']
-  assert default(objective='f1') == 'f1'
-
-
 # --- evaluation -------------------------------------------------------------
 
 
@@ -427,28 +404,3 @@ def test_surface_form_calibration_subtracts_sums(both, tokenizer):
     assert (got[len(row):] < -1e20).all()
   right = [s.argmax() in task.golds(row) for s, row in zip(want, rows)]
   assert 0 < report['accuracy'] == np.mean(right) < 1
-
-
-def test_reports_of_scores():
-  scores = np.log([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]])
-  report = evaluate.report(
-      scores, [(0, 2), (1,), (1, 0)], metric='macro_f1')
-  assert report['accuracy'] == pytest.approx(2 / 3)
-  assert report['loss'] == pytest.approx(-np.log([0.2, 0.3, 0.8]).mean())
-  # Of the first right answers 0, 1, 1 and predictions 2, 0, 1.
-  assert report['macro_f1'] == pytest.approx((0 + 2 / 3 + 0) / 3)
-  assert report['count'] == 3
-  shifted = evaluate.report(
-      scores, np.array([0, 1, 1]), offsets=np.array([0, 1.0, 0]))
-  assert shifted['accuracy'] == pytest.approx(1 / 3)
-  assert shifted['calibrated_accuracy'] == pytest.approx(2 / 3)
-
-
-def test_reports_of_texts():
-  report = evaluate.report_texts(
-      ['the Denver Broncos!', '7', ''],
-      [['no', 'Denver Broncos'], ['7 points', 'eight'], ['a word']])
-  assert report == {
-      'f1': pytest.approx((1 + 2 / 3 + 0) / 3),
-      'exact_match': pytest.approx(1 / 3),
-      'drop_f1': pytest.approx((1 + 0.67 + 0) / 3), 'count': 3}

@@ -5,75 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import conftest
 import helpers
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 import pytest
+from runs import command, finish, kill_after, records, saved, small_config
 
-from mezo_jax import checkpoint, models, sharding
+from mezo_jax import checkpoint, models
 from mezo_jax import config as config_lib
-from mezo_jax.export import card
-from mezo_jax.tasks import Task
+from mezo_jax.errors import InputError
 import train
-
-SMALL = ['--config.task.template={text} It was',
-         "--config.task.label_words=(' terrible', ' great')",
-         '--config.data.num_train=40', '--config.data.num_dev=20',
-         '--config.data.num_test=40', '--config.data.batch_size=8',
-         '--config.data.buckets=(8,16)', '--config.peft.mask=',
-         '--config.optimizer.learning_rate=1e-3', '--config.steps=30',
-         '--config.eval_every=10', '--config.checkpoint_every=4']
-
-
-def command(model, data, workdir, *more):
-  return [sys.executable, str(conftest.ROOT / 'train.py'),
-          *(x for x in more if x.startswith('--config=')),
-          f'--config.model.name={model}', f'--config.data.train={data}',
-          f'--workdir={workdir}', *SMALL,
-          *(x for x in more if not x.startswith('--config='))]
-
-
-def start(*args, devices=1):
-  env = os.environ | {'JAX_PLATFORMS': 'cpu',
-                      'JAX_NUM_CPU_DEVICES': str(devices)}
-  return subprocess.Popen(
-      command(*args), env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT)
-
-
-def finish(*args, **kwargs):
-  process = start(*args, **kwargs)
-  return process.communicate(timeout=400)[0], process.returncode
-
-
-def kill_after(workdir, steps, number, *args):
-  """Runs until so many steps are logged, then sends the signal."""
-  process = start(*args)
-  log = workdir / 'metrics.jsonl'
-  while process.poll() is None:
-    if log.exists() and log.read_text().count('"train"') >= steps:
-      process.send_signal(number)
-      break
-    time.sleep(0.005)
-  return process.communicate(timeout=400)[0], process.returncode
-
-
-def records(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if k != 'seconds'}
-          for line in lines]
-
-
-def final_params(workdir):
-  """The tree of the last checkpoint, as saved."""
-  directory = workdir / 'checkpoints'
-  step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
-  return step, jax.tree.leaves(
-      ocp.load(directory / str(step), checkpointable_name='state')[0])
 
 
 @pytest.fixture(scope='module')
@@ -123,7 +66,7 @@ def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
               for w in (tmp_path, whole[0]))
   for part in ('zero_shot', 'final'):
     assert one[part] == two[part]
-  (step, mine), (other, theirs) = map(final_params, (tmp_path, whole[0]))
+  (step, mine), (other, theirs) = map(saved, (tmp_path, whole[0]))
   assert step == other == 30
   helpers.assert_bitwise(mine, theirs)
 
@@ -150,19 +93,21 @@ def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   assert 'Traceback' not in out and held() == before
 
 
-def test_meshes_give_the_same_run(tmp_path, reviews_file):
+def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
   model = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512)
-  losses = {}
-  for name, devices, mesh in (('one', 1, ()), ('fsdp', 8, ()), (
-      'data', 8, ('--config.mesh.data=8', '--config.mesh.fsdp=1'))):
-    out, code = finish(model, reviews_file, tmp_path / name, '--config.steps=4',
-                       '--config.optimizer.learning_rate=1e-5', *mesh,
-                       devices=devices)
-    assert code == 0, out
-    assert f'on {devices} cpu device(s)' in out
-    losses[name] = [r['loss'] for r in records(tmp_path / name)
-                    if r['kind'] == 'train']
+  out, code = finish(
+      model, reviews_file, tmp_path / 'one', '--config.steps=4',
+      '--config.zero_shot=False', '--config.optimizer.learning_rate=1e-5')
+  assert code == 0 and 'on 1 cpu device(s)' in out, out
+  config = config_lib.from_json(
+      json.loads((tmp_path / 'one' / 'config.json').read_text()))
+  for name, sizes in (('fsdp', (1, 8)), ('data', (8, 1))):
+    config.mesh.data, config.mesh.fsdp = sizes
+    train.run(config, tmp_path / name)
+    assert 'on 8 cpu device(s)' in capsys.readouterr().out
+  losses = {name: [r['loss'] for r in records(tmp_path / name)
+                   if r['kind'] == 'train'] for name in ('one', 'fsdp', 'data')}
   for name in ('fsdp', 'data'):
     np.testing.assert_allclose(losses[name], losses['one'], rtol=1e-5)
 
@@ -170,26 +115,9 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file):
 # --- in this process --------------------------------------------------------
 
 
-def small_config(model, data, **changes):
-  config = config_lib.Train(steps=6, eval_every=3, checkpoint_every=3)
-  config.task = Task(
-      template='{text} It was', label_words=(' terrible', ' great'))
-  config.model.name, config.data.train = str(model), str(data)
-  config.data.num_train, config.data.num_dev, config.data.num_test = 40, 20, 40
-  config.data.batch_size, config.data.buckets = 8, (16,)
-  for path, value in changes.items():
-    *parents, field = path.split('__')
-    node = config
-    for parent in parents:
-      node = getattr(node, parent)
-    assert hasattr(node, field)
-    setattr(node, field, value)
-  return config
-
-
 @pytest.mark.parametrize('changes', [
-    dict(optimizer__num_samples=2, optimizer__distribution='sphere'),
-    dict(optimizer__one_sided=True, optimizer__schedule='linear',
+    dict(spsa__num_samples=2, spsa__distribution='sphere'),
+    dict(spsa__one_sided=True, optimizer__schedule='linear',
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
     dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),
     dict(model__dtype='bfloat16', optimizer__micro_batches=1),
@@ -217,10 +145,10 @@ def test_as_many_steps_as_were_saved_but_not_evaluated(
 
 def test_other_settings_in_the_same_directory(tiny_dir, reviews_file, tmp_path):
   train.run(small_config(tiny_dir, reviews_file), tmp_path)
-  changed = small_config(tiny_dir, reviews_file, seed=1, optimizer__eps=1.0)
+  changed = small_config(tiny_dir, reviews_file, seed=1, spsa__eps=1.0)
   with pytest.raises(ValueError) as e:
     train.run(changed, tmp_path)
-  assert 'optimizer.eps was 0.001 and is now 1.0' in str(e.value)
+  assert 'spsa.eps was 0.001 and is now 1.0' in str(e.value)
   assert 'seed was 0 and is now 1' in str(e.value)
   longer = small_config(tiny_dir, reviews_file, steps=8)
   assert train.run(longer, tmp_path)['steps'] == 8
@@ -236,59 +164,18 @@ def test_a_corrupted_checkpoint(tiny_dir, reviews_file, tmp_path):
     train.run(config, tmp_path)
 
 
-def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
-  state = {'w': jax.numpy.arange(4.0), 'key': jax.random.key(3)}
-  kept = checkpoint.Checkpoints(tmp_path)
-  for step, accuracy, loss in ((1, .5, 1.0), (2, .9, .6), (3, .9, .5), (4, .6,
-                                                                       .4)):
-    kept.save(step, state, {'score': accuracy, 'loss': loss})
-  kept.save(5, state)
-  assert kept.best_step() == 3 and kept.latest_step() == 5
-  kept.wait()
-  steps = sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit())
-  assert steps == [3, 5]
-  helpers.assert_bitwise(kept.load(3, state)['w'], state['w'])
-  assert kept.load(3, state)['key'] == state['key']
-  kept.close()
-
-
-def test_loaded_arrays_lie_where_they_were_asked_for(tmp_path):
-  """So one load can follow another; also of keys as earlier versions kept
-  them."""
-  place = sharding.replicated(helpers.mesh_of(1, 1))  # where this went wrong
-  state = jax.device_put(
-      {'w': jax.numpy.arange(4.0), 'key': jax.random.key(3)}, place)
-  with ocp.training.Checkpointer(tmp_path / 'earlier') as earlier:
-    earlier.save(1, state)
-  checkpoints = {name: checkpoint.Checkpoints(tmp_path / name)
-                 for name in ('now', 'earlier')}
-  checkpoints['now'].save(1, state)
-  found = state
-  for name in ('now', 'earlier', 'now'):
-    checkpoints[name].wait()
-    found = checkpoints[name].load(1, found)
-    assert found['key'] == state['key']
-    assert {x.sharding for x in found.values()} == {place}
-  for each in checkpoints.values():
-    each.close()
-
-
 @pytest.mark.parametrize('changes,message', [
-    (dict(optimizer__schedule='step'), 'optimizer.schedule'),
-    (dict(model__dtype='int8'), "model.dtype 'int8'"),
-    (dict(optimizer__learning_rate=0.0), 'learning_rate must be positive'),
-    (dict(optimizer__eps=float('inf')), 'eps and weight_decay must be finite'),
-    (dict(data__buckets=(64, 32)), 'must increase'),
-    (dict(task__label_words=('one',)), 'needs two or more'),
-    (dict(optimizer__micro_batches=3), 'micro_batches must divide'),
     (dict(data__batch_size=12), 'batch_size 12 does not divide over 8 groups'),
     (dict(mesh__fsdp=3), 'does not fit 8 device'),
     (dict(data__num_train=4000), 'lower --config.data.num_train'),
     (dict(task__template='{sentence} It was'), 'config.task.template'),
-    (dict(optimizer__generator='dice'), 'generator must be one of'),
-    (dict(peft__mask='no_such'), 'selects no floating-point')])
+    (dict(peft__mask='no_such'), 'selects no floating-point'),
+    (dict(data__train=''), 'nothing to train on'),
+    (dict(task__template='{text}{mask}'), 'no mask token|is for a masked'),
+    (dict(method='icl', num_demos=4000), 'lower --config.num_demos'),
+    (dict(method='magic'), "method 'magic' is none of")])
 def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(InputError, match=message):
     train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
@@ -305,6 +192,31 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   assert 'Traceback' not in out
 
 
+def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
+  """Where what the user can mend is said in one sentence."""
+  code = '''
+import sys
+from absl import app
+from mezo_jax.tasks import score
+import train
+def make_loss_fn(*args):
+  def loss_fn(params, batch):
+    raise ValueError('a bug in a step')
+  return loss_fn
+score.make_loss_fn = make_loss_fn
+app.run(train.main, argv=sys.argv, flags_parser=train.parse)
+'''
+  script, *arguments = command(
+      tiny_dir, reviews_file, tmp_path, '--config.zero_shot=False')[1:]
+  done = subprocess.run(
+      [sys.executable, '-c', code, *arguments], text=True, capture_output=True,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'},
+      cwd=conftest.ROOT)
+  assert done.returncode != 0
+  assert 'Traceback' in done.stderr and 'in loss_fn' in done.stderr
+  assert 'ValueError: a bug in a step' in done.stderr
+
+
 def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
   model = models.Transformer(models.read_config(dict(
       model_type='bert', vocab_size=300, hidden_size=16, num_hidden_layers=1,
@@ -314,57 +226,3 @@ def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
               tokenizer=models.load_tokenizer(tiny_dir))
   with pytest.raises(ValueError, match='is for a causal model'):
     train.run(small_config(tmp_path / 'm', reviews_file), tmp_path / 'w')
-
-
-# --- export -----------------------------------------------------------------
-
-
-def run_export(*args):
-  done = subprocess.run(
-      [sys.executable, '-m', 'mezo_jax', 'export', *map(str, args)], text=True,
-      capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-  return done.stdout + done.stderr, done.returncode
-
-
-def test_export_of_a_run(whole, tmp_path):
-  """The best checkpoint as a directory that transformers loads; what it scores
-  is what the run reported; a card that says so."""
-  workdir, _ = whole
-  output, code = run_export(workdir, tmp_path / 'm')
-  assert code == 0 and f'wrote {tmp_path / "m"}\n' in output, output
-  result = json.loads((workdir / 'result.json').read_text())
-  best = result['final']['step']
-  _, params = models.load(tmp_path / 'm', progress=False)
-  helpers.assert_bitwise(params, ocp.load(
-      workdir / 'checkpoints' / str(best), checkpointable_name='state')[0])
-  text = (tmp_path / 'm' / 'README.md').read_text()
-  for part in (f'{result["final"]["accuracy"]:.1%}', 'MeZO', f'after {best} of',
-               f'{result["zero_shot"]["accuracy"]:.1%}', '{text} It was'):
-    assert part in text
-  tokens = models.load_tokenizer(tmp_path / 'm')('a good film')['input_ids']
-  assert len(tokens) == 3
-  for args, message in (
-      ((workdir, tmp_path / 'm'), 'not empty'),
-      ((workdir, tmp_path / 'n', '--step', '1'), 'no checkpoint of step 1 but'),
-      ((tmp_path, tmp_path / 'n'), 'not the --workdir of a run')):
-    output, code = run_export(*args)
-    assert code == 1 and message in output and 'Traceback' not in output
-  assert not (tmp_path / 'n').exists()
-
-
-def test_a_card_s_tables_hold_any_text():
-  config = config_lib.Train()
-  config.task.template, config.peft.mask = '{text}\n|?', 'attn/(q|v)'
-  lines = card(config, 5, {}).splitlines()
-  assert r'| prompt | `{text}\n\|?` |' in lines
-  assert r'| parameters trained | all: `attn/(q\|v)` |' in lines
-
-
-def test_a_config_survives_json():
-  config = config_lib.Train()
-  config.task.label_words = ('a', 'b', 'c')
-  config.optimizer.eps = 0.5
-  saved = json.loads(json.dumps(config_lib.to_json(config)))
-  assert config_lib.from_json(saved) == config
-  del saved['model']['revision']  # a run of an earlier version
-  config_lib.check_same_run(config, saved)

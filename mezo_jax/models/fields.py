@@ -1,5 +1,6 @@
 """What the readers of several families ask of a ``config.json``."""
 
+from mezo_jax.errors import InputError
 from mezo_jax.models.layers import Rope
 
 ACTIVATIONS = {  # Hugging Face's names
@@ -16,7 +17,7 @@ def only(hf: dict, family: str, **supported) -> None:
   for field, values in supported.items():
     values = values if isinstance(values, tuple) else (values,)
     if hf.get(field, values[0]) not in values:
-      raise ValueError(
+      raise InputError(
           f'{family} with {field}={hf[field]!r} is not supported; only '
           f'{" or ".join(map(repr, values))} is.')
 
@@ -29,7 +30,7 @@ def activation(hf: dict, family: str, field: str, default: str) -> str:
   """
   name = hf.get(field, default)
   if name not in ACTIVATIONS:
-    raise ValueError(f'{family} with {field}={name!r} is not supported; '
+    raise InputError(f'{family} with {field}={name!r} is not supported; '
                      f'{", ".join(ACTIVATIONS)} are.')
   return ACTIVATIONS[name]
 
@@ -59,5 +60,5 @@ def read_rope(hf: dict, family: str, theta: float = 1e4,
   if kind == 'llama3':
     return Rope(theta, kind, s['factor'], s['low_freq_factor'],
                 s['high_freq_factor'], s['original_max_position_embeddings'])
-  raise ValueError(f"{family} with rope scaling {kind!r} is not supported; "
+  raise InputError(f"{family} with rope scaling {kind!r} is not supported; "
                    "'linear' and 'llama3' are.")

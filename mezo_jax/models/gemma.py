@@ -1,5 +1,6 @@
 """Gemma 1, 2 and the text part of 3: config reader and one table."""
 
+from mezo_jax.errors import InputError
 from mezo_jax.models import llama
 from mezo_jax.models import table as t
 from mezo_jax.models.fields import only, read_rope
@@ -22,7 +23,7 @@ def config_from_hf(hf: dict) -> Config:
   only(hf, hf['model_type'], use_bidirectional_attention=(None, False))
   act = hf.get('hidden_activation') or hf.get('hidden_act')
   if act not in (None, 'gelu_pytorch_tanh', 'gelu'):  # 'gelu' is an old error
-    raise ValueError(f'gemma with hidden_act={act!r} is not supported; only '
+    raise InputError(f'gemma with hidden_act={act!r} is not supported; only '
                      "'gelu_pytorch_tanh' is.")
   layers = hf['num_hidden_layers']
   every = hf.get('sliding_window_pattern') or (6 if third else 2)

@@ -13,6 +13,8 @@ import re
 import gguf
 import numpy as np
 
+from mezo_jax.errors import InputError
+
 _NAMES = {
     'token_embd': 'model.embed_tokens',
     'output_norm': 'model.norm',
@@ -60,13 +62,13 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
   reader, field = _reader(path)
   family = field('general.architecture')
   if family not in _ARCHITECTURES:
-    raise ValueError(
+    raise InputError(
         f'{path}: GGUF architecture {family!r} is not supported; '
         f'{", ".join(_ARCHITECTURES)} are.')
   of = lambda name, default=None: field(f'{family}.{name}', default)
   scaling = of('rope.scaling.type', 'none')
   if scaling not in ('none', 'linear'):
-    raise ValueError(
+    raise InputError(
         f'{path}: rope scaling {scaling!r} in GGUF is not supported; use the '
         "model's Hugging Face directory.")
   heads = of('attention.head_count')
@@ -75,7 +77,7 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
   for raw in reader.tensors:
     layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(\w+)', raw.name)
     if raw.name == 'rope_freqs.weight':
-      raise ValueError(
+      raise InputError(
           f'{path}: scaled rotary frequencies in GGUF are not supported; use '
           "the model's Hugging Face directory.")
     if layer:
@@ -121,7 +123,7 @@ def tokenizer(path: Path):
   _, field = _reader(path)
   kind, pre = field('tokenizer.ggml.model'), field('tokenizer.ggml.pre')
   if kind != 'gpt2' or pre not in _PRE_TOKENIZERS:
-    raise ValueError(
+    raise InputError(
         f'{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not '
         "supported; use the model's Hugging Face directory.")
   tokens = field('tokenizer.ggml.tokens')
@@ -149,7 +151,7 @@ def _reader(path: Path):
   try:
     reader = gguf.GGUFReader(path)
   except Exception as e:
-    raise ValueError(
+    raise InputError(
         f'{path} is not a readable GGUF file ({e}); fetch it again.') from e
 
   def field(name, default=None):

@@ -12,12 +12,14 @@ import os
 from pathlib import Path
 import re
 
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from mezo_jax import sharding
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.models import (
   bert,
   gemma,
@@ -89,8 +91,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
                     disable=not progress or jax.process_index() > 0):
-      _put(params, row.path, _read(row, config, tensors, mesh, dtype))
-  return transformer.Transformer(config), params
+      params[row.path] = _read(row, config, tensors, mesh, dtype)
+  return transformer.Transformer(config), unflatten_dict(params, sep='/')
 
 
 def load_config(name_or_dir: str | os.PathLike,
@@ -106,7 +108,7 @@ def load_config(name_or_dir: str | os.PathLike,
   try:
     hf = json.loads((path / 'config.json').read_text())
   except ValueError as e:
-    raise ValueError(f'{path}/config.json is not JSON ({e}).') from e
+    raise InputError(f'{path}/config.json is not JSON ({e}).') from e
   config = read_config(hf, path)
   names = weights.names(path) if head_of(config) else []
   return _with_head(config, names) if names else config
@@ -122,13 +124,13 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
     hf = gemma.text_of_gemma3(hf)
   family = hf.get('model_type')
   if family not in FAMILIES:
-    raise ValueError(
+    raise InputError(
         f'{path}: model_type {family!r} is not supported; supported are '
         f'{", ".join(FAMILIES)}.')
   try:
     config = FAMILIES[family].config_from_hf(hf)
   except KeyError as e:
-    raise ValueError(f'{path}: a {family} needs the field {e}.') from None
+    raise InputError(f'{path}: a {family} needs the field {e}.') from None
   of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
   return dataclasses.replace(config, source=json.dumps(hf),
                              head=not (of_base and head_of(config)))
@@ -175,9 +177,9 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32) -> dict:
   params = {}
   for row in table_of(config):
     shape = _shape(row, config)
-    _put(params, row.path, jax.ShapeDtypeStruct(
-        shape, dtype, sharding=_place(row, shape, mesh)))
-  return params
+    params[row.path] = jax.ShapeDtypeStruct(
+        shape, dtype, sharding=_place(row, shape, mesh))
+  return unflatten_dict(params, sep='/')
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:
@@ -189,13 +191,6 @@ def _place(row: table.Row, shape, mesh):
     return None
   return jax.NamedSharding(
       mesh, sharding.param_spec(row.path, shape, mesh, row.axes))
-
-
-def _put(tree: dict, path: str, leaf):
-  *parents, name = path.split('/')
-  for parent in parents:
-    tree = tree.setdefault(parent, {})
-  tree[name] = leaf
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
@@ -218,11 +213,16 @@ def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
     tokenizer = gguf.tokenizer(path)
   else:
     from transformers import AutoTokenizer  # slow to import, needed here only
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+      tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as e:
+      raise InputError(
+          f'the tokenizer of {path} cannot be read '
+          f'({" ".join(str(e).split())}).') from e
   if bos_token is None:
     return tokenizer
   if bos_token not in tokenizer.get_vocab():
-    raise ValueError(f'the tokenizer of {path} has no token {bos_token!r}.')
+    raise InputError(f'the tokenizer of {path} has no token {bos_token!r}.')
   from tokenizers.processors import TemplateProcessing
   tokenizer.bos_token = bos_token
   tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -249,12 +249,12 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
   if path.is_dir():
     if (path / 'config.json').is_file():
       return path
-    raise FileNotFoundError(
+    raise MissingError(
         f'{path} has no config.json: it is not a Hugging Face model directory.')
   name = str(name_or_dir)
   if path.is_absolute() or name.count('/') > 1 or not re.fullmatch(
       r'[\w-][\w.-]*(/[\w.-]+)?', name) or path.suffix == '.gguf':
-    raise FileNotFoundError(
+    raise MissingError(
         f'no model at {name}: give a directory with config.json, a .gguf file '
         'or a hub id such as "HuggingFaceTB/SmolLM2-135M".')
   from huggingface_hub import snapshot_download  # slow to import
@@ -267,11 +267,11 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
     if weights and not list(path.glob('*.safetensors')):
       path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin']))
   except Exception as e:
-    raise FileNotFoundError(
+    raise MissingError(
         f'no directory {name!r} here, and the hub did not give one: '
         f'{" ".join(str(e).split())}') from e
   if not (path / 'config.json').is_file():
-    raise FileNotFoundError(
+    raise MissingError(
         f'the hub\'s {name} has no config.json: it is not a whole model.')
   return path
 
@@ -314,7 +314,7 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''
-    raise ValueError(f'{path} does not fit its config: {shown}{more}.')
+    raise InputError(f'{path} does not fit its config: {shown}{more}.')
   return tensors
 
 

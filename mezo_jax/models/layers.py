@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.sharding import split_rows
+from mezo_jax.sharding import constrain_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,4 +325,4 @@ class Block(nn.Module):
       x_BxSxD += after('attn_post_norm')(y)
       y = MLP(c, name='mlp')(norm('mlp_norm')(x_BxSxD))
       x_BxSxD += after('mlp_post_norm')(y)
-    return (split_rows(x_BxSxD), cache), None
+    return (constrain_rows(x_BxSxD), cache), None

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 import shutil
 
+from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from mezo_jax.errors import ExistsError
 from mezo_jax.models import hub
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import Transformer
@@ -90,7 +92,7 @@ def new_directory(directory: str | os.PathLike):
   if jax.process_count() > 1:  # all raise, or none
     full = multihost_utils.broadcast_one_to_all(np.array(full))
   if full:
-    raise FileExistsError(
+    raise ExistsError(
         f'{directory} is there already and not empty; give another directory.')
   part = directory.with_name(directory.name + '.part')
   if first:
@@ -133,9 +135,8 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
 
 def _check(params, shapes):
   """One error for all leaves that are missing, unexpected or misshapen."""
-  flat = lambda tree: {
-      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
-      for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  flat = lambda tree: {path: tuple(x.shape) for path, x in flatten_dict(
+      tree, sep='/').items()}
   have, want = flat(params), flat(shapes)
   problems = [
       f'{path} is {have.get(path, "missing")}, not {want.get(path, "expected")}'
@@ -145,16 +146,11 @@ def _check(params, shapes):
         f'the parameters do not fit the config: {"; ".join(problems[:20])}.')
 
 
-def _leaf(params, path: str):
-  for name in path.split('/'):
-    params = params[name]
-  return params
-
-
 def _tensors(rows: list[Row], params):
   """Yields (name, whole tensor on the host), layer by layer."""
+  params = flatten_dict(params, sep='/')
   for group in _grouped(rows):
-    leaves = [_leaf(params, row.path) for row in group]
+    leaves = [params[row.path] for row in group]
     for layer in range(len(leaves[0]) if group[0].stacked else 1):
       parts = [row.write(on_host(leaf[layer] if row.stacked else leaf))
                for row, leaf in zip(group, leaves)]

@@ -17,6 +17,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
+from mezo_jax.errors import InputError
+
 _DTYPES = {
     'FloatStorage': np.float32, 'HalfStorage': np.float16,
     'BFloat16Storage': ml_dtypes.bfloat16, 'DoubleStorage': np.float64,
@@ -90,7 +92,7 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list:
       with archive.open(entries['data.pkl']) as pickled:
         tensors = _Unpickler(pickled, storage).load()
   except Exception as e:
-    raise ValueError(
+    raise InputError(
         f'{file} is not a readable file of PyTorch weights ({e}); fetch it '
         'again, or, if it is older than PyTorch 1.6, save the model as '
         'safetensors.') from e

@@ -19,7 +19,7 @@ from mezo_jax.models.layers import (
   softcap,
   Table,
 )
-from mezo_jax.sharding import split_rows, splits_vocabulary
+from mezo_jax.sharding import constrain_rows, splits_vocabulary
 
 _CHUNK = 4096  # rows of the vocabulary at a time
 
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
       x_BxSxD += Table(c.token_types, c.width, name='types')(token_type_ids)
     if c.embed_norm:
       x_BxSxD = make_norm(c, 'embed_norm')(x_BxSxD)
-    x_BxSxD = split_rows(x_BxSxD)
+    x_BxSxD = constrain_rows(x_BxSxD)
     carry, first = (x_BxSxD, cache), 0
     for name, length in _parts(c, have):
       layers = nn.scan(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.models import torch_files
 
 
@@ -22,11 +23,11 @@ def open_files(path: Path, stack: contextlib.ExitStack) -> list:
   """
   open_, files, _ = _find(path)
   if not files:
-    raise FileNotFoundError(
+    raise MissingError(
         f'{path} has no .safetensors file and no pytorch_model.bin.')
   missing = [f.name for f in files if not f.is_file()]
   if missing:
-    raise FileNotFoundError(f'{path} lacks {", ".join(missing)}.')
+    raise MissingError(f'{path} lacks {", ".join(missing)}.')
   return [found for file in files for found in open_(file, stack)]
 
 
@@ -54,7 +55,7 @@ def _find(path: Path) -> tuple:
       try:
         named = dict(json.loads(index.read_text())['weight_map'])
       except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(
+        raise InputError(
             f'{index} has no weight_map that can be read; fetch it again, or '
             'delete it if the model is one file.') from e
       return open_, [path / n for n in sorted(set(named.values()))], [*named]
@@ -69,7 +70,7 @@ def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> list:
   try:
     opened = stack.enter_context(safe_open(file, framework='numpy'))
   except Exception as e:
-    raise ValueError(
+    raise InputError(
         f'{file} is not a readable safetensors file ({e}); fetch it again.'
     ) from e
   return [(name, opened.get_slice(name)) for name in opened.keys()]

@@ -5,21 +5,14 @@ which then has them wherever it is applied; `TRAINED` says which of all leaves
 are trained, for `mezo_jax.peft.split`.
 """
 
+from mezo_jax.methods import PARTS
 from mezo_jax.peft import lora, prefix
 from mezo_jax.peft.files import describe, load, save
 from mezo_jax.peft.layout import join_layers, split_layers, untie, untied
-from mezo_jax.peft.parts import join, on_trainable, split
+from mezo_jax.peft.parts import join, split
 
-TRAINED = {  # regular expressions of paths
-    '': '',
-    'lora': r'/lora_[ab]$',
-    'prefix': r'/prefix_[kv]$',
-    'prompt': r'^prompt/',
-    'bitfit': r'(^|/)bias$',
-    'last_layers': r'^last_layers/',
-    'head': r'^(lm_head|head|classifier)/'}
-ADAPTERS = ('lora', 'prefix', 'prompt')  # parameters beside the model's own
+TRAINED = {name: part.pattern for name, part in PARTS.items()}
 
-__all__ = ('ADAPTERS', 'TRAINED', 'describe', 'join', 'join_layers', 'load',
-           'lora', 'on_trainable', 'prefix', 'save', 'split', 'split_layers',
+__all__ = ('TRAINED', 'describe', 'join', 'join_layers', 'load', 'lora',
+           'prefix', 'save', 'split', 'split_layers',
            'untie', 'untied')

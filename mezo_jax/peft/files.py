@@ -11,11 +11,13 @@ import os
 from pathlib import Path
 import re
 
+from flax.traverse_util import unflatten_dict
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.models import hub
 from mezo_jax.models.layers import apply_rope, Config, rope_tables
 from mezo_jax.models.save import new_directory, on_host
@@ -108,7 +110,7 @@ def load(directory: str | os.PathLike, model: Transformer):
     with safe_open(directory / _FILE, 'numpy') as f:
       tensors = {name: f.get_tensor(name) for name in f.keys()}
   except (SafetensorError, TypeError) as e:
-    raise ValueError(f'{directory / _FILE} cannot be read ({e}).') from e
+    raise InputError(f'{directory / _FILE} cannot be read ({e}).') from e
   if kind == 'lora':
     return model, _lora_leaves(c, about, tensors, directory), kind
   found = tensors.get('prompt_embeddings', np.zeros((0, 0)))
@@ -116,7 +118,7 @@ def load(directory: str | os.PathLike, model: Transformer):
   of = {'prefix': 2 * c.num_layers * c.num_kv_heads * c.head_width,
         'prompt': c.embed_width or c.width}[kind]
   if not m or width != of or about.get('prefix_projection'):
-    raise ValueError(
+    raise InputError(
         f'{directory} does not fit the model: prompt_embeddings are '
         f'{found.shape}, not (tokens, {of}), or made by a projection.')
   found = jnp.asarray(found, jnp.float32)
@@ -138,17 +140,17 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   directory = Path(directory)
   for name in ('adapter_config.json', _FILE):
     if not (directory / name).is_file():
-      raise FileNotFoundError(
+      raise MissingError(
           f'{directory} has no {name}: it is not a directory that PEFT wrote '
           'with safetensors.')
   try:
     about = json.loads((directory / 'adapter_config.json').read_text())
   except ValueError as e:
-    raise ValueError(f'{directory}/adapter_config.json cannot be read '
+    raise InputError(f'{directory}/adapter_config.json cannot be read '
                      f'({e}).') from e
   kind = _KINDS.get(about.get('peft_type'))
   if kind is None:
-    raise ValueError(f'{directory} has an adapter of type '
+    raise InputError(f'{directory} has an adapter of type '
                      f'{about.get("peft_type")!r}; {", ".join(_KINDS)} are '
                      'supported.')
   return kind, about
@@ -227,7 +229,7 @@ def _lora_tensors(c: Config, params: dict):
       tensors[f'{at}.lora_A.weight'], tensors[f'{at}.lora_B.weight'] = a, b
     ranks[name] = len(a)
   if not tensors:
-    raise ValueError('these parameters have no LoRA, prefix or prompt to save.')
+    raise InputError('these parameters have no LoRA, prefix or prompt to save.')
   short = {name: _short(name, modules) for name in ranks}
   rank, names = max(ranks.values()), sorted(short.values())
   # PEFT takes the ends of names, or one regular expression of whole names.
@@ -273,7 +275,7 @@ def _short(name: str, modules: dict) -> str:
 def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
   """Our leaves of PEFT's tensors; layers without an adapter get zeros."""
   if about.get('use_dora') or about.get('bias', 'none') != 'none':
-    raise ValueError(f'{directory} has DoRA or trained biases, which are not '
+    raise InputError(f'{directory} has DoRA or trained biases, which are not '
                      'supported.')
   left, out = dict(tensors), {}
   for name, rows in _modules(c).items():
@@ -300,22 +302,21 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
         a, b, scale = x
         part = b[o:o + outputs]
         if a.shape[1] != inputs or part.shape != (outputs, len(a)):
-          raise ValueError(
+          raise InputError(
               f'{directory} does not fit the model: {name.format(l=l)} has A '
               f'{a.shape} and B {b.shape} for {inputs} inputs and '
               f'{sum(r.shape[1] for r in rows)} outputs.')
         leaves['lora_a'][l, :, :len(a)] = a.T
         leaves['lora_b'][l, :len(a)] = part.T
         leaves['lora_scale'][l] = scale
-      lora.put(out, row.path.removesuffix('/kernel'), {
-          k: jnp.asarray(v.reshape(*shape, *v.shape[1:]))
-          for k, v in leaves.items()})
+      out |= {row.path.removesuffix('kernel') + k: jnp.asarray(
+          v.reshape(*shape, *v.shape[1:])) for k, v in leaves.items()}
       o += outputs
   if left or not out:
     shown = ', '.join(sorted(left)[:5]) or 'none'
-    raise ValueError(f'{directory} has tensors that no matrix of a {c.family} '
+    raise InputError(f'{directory} has tensors that no matrix of a {c.family} '
                      f'takes: {shown}.')
-  return out
+  return unflatten_dict(out, sep='/')
 
 
 def _scale(about: dict, module: str, rank: int) -> float:

@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 
+from mezo_jax.errors import InputError
 from mezo_jax.models.layers import Config
 from mezo_jax.models.transformer import Transformer
 
@@ -27,7 +28,7 @@ def split_layers(params: dict, k: int, take: bool = False) -> dict:
   """
   total = len(jax.tree.leaves(params['layers'])[0])
   if not 1 <= k <= total:
-    raise ValueError(f'{k} last layers cannot be taken of {total}.')
+    raise InputError(f'{k} last layers cannot be taken of {total}.')
   rest = {name: x for name, x in params.items() if name != 'layers'}
   first, last = _unzip(
       lambda x: (x[:total - k], x[total - k:]), params['layers'], take)
@@ -87,7 +88,7 @@ def untie(model: Transformer, params: dict):
     ValueError: for a model that was loaded without its head.
   """
   if not model.config.head:
-    raise ValueError(f'this {model.config.family} has no head to be trained: '
+    raise InputError(f'this {model.config.family} has no head to be trained: '
                      'load a model that was saved with its head.')
   if not model.config.tied_head:
     return model, params

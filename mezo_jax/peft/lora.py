@@ -9,10 +9,12 @@ seen by every forward pass.
 
 import re
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 
 from mezo_jax import _noise, _paths
+from mezo_jax.errors import InputError
 from mezo_jax.peft.parts import join
 
 
@@ -38,24 +40,23 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
     ValueError: if no matrix is selected, or the rank is below 1.
   """
   if rank < 1:
-    raise ValueError(f'the rank of LoRA must be at least 1, got {rank}.')
+    raise InputError(f'the rank of LoRA must be at least 1, got {rank}.')
   scale = alpha / (rank ** 0.5 if rslora else rank)
   found = {path: x for path, x in _matrices(params).items()
            if re.search(targets, path)}
   if not found:
-    raise ValueError(f'the targets {targets!r} of LoRA are none of '
+    raise InputError(f'the targets {targets!r} of LoRA are none of '
                      f'{", ".join(_matrices(params))}.')
   out = {}
   for path, kernel in found.items():
     *lead, inputs, outputs = kernel.shape
     bound = inputs ** -0.5
-    put(out, path, {
-        'lora_a': jax.random.uniform(
-            _noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32,
-            -bound, bound),
-        'lora_b': jnp.zeros((*lead, rank, outputs), jnp.float32),
-        'lora_scale': jnp.full(lead, scale, jnp.float32)})
-  return out
+    out[f'{path}/lora_a'] = jax.random.uniform(
+        _noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32, -bound,
+        bound)
+    out[f'{path}/lora_b'] = jnp.zeros((*lead, rank, outputs), jnp.float32)
+    out[f'{path}/lora_scale'] = jnp.full(lead, scale, jnp.float32)
+  return unflatten_dict(out, sep='/')
 
 
 def _matrices(params) -> dict[str, jax.Array]:
@@ -63,13 +64,6 @@ def _matrices(params) -> dict[str, jax.Array]:
   return {path.removesuffix('/kernel'): x
           for path, x in _paths.named_leaves(params)
           if path.endswith('/kernel') and not path.startswith('classifier/')}
-
-
-def put(tree: dict, path: str, leaves: dict) -> None:
-  """Adds leaves to the nested dict at a path."""
-  for name in path.split('/'):
-    tree = tree.setdefault(name, {})
-  tree.update(leaves)
 
 
 def is_lora(name: str) -> bool:
@@ -99,16 +93,15 @@ def unmerge(merged: dict, adapters: dict) -> dict:
 
 
 def _add(params: dict, sign: float) -> dict:
-  out = {}
-  for name, x in params.items():
-    if isinstance(x, dict):
-      out[name] = _add(x, sign)
-    elif name == 'kernel' and 'lora_a' in params:
-      out[name] = _sum(x, params['lora_a'], params['lora_b'],
-                       sign * params['lora_scale'])
-    elif not is_lora(name):
-      out[name] = x
-  return out
+  flat = flatten_dict(params)
+  def sum_of(path, x):
+    beside = lambda name: flat[*path[:-1], name]
+    if path[-1] != 'kernel' or (*path[:-1], 'lora_a') not in flat:
+      return x
+    return _sum(x, beside('lora_a'), beside('lora_b'),
+                sign * beside('lora_scale'))
+  return unflatten_dict({path: sum_of(path, x) for path, x in flat.items()
+                         if not is_lora(path[-1])})
 
 
 @jax.jit

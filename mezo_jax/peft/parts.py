@@ -3,10 +3,11 @@
 So that optimizer state, noise and checkpoints hold only what is trained.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mezo_jax._paths import selected
-from mezo_jax._values import accepted
 
 
 def split(params: dict, mask) -> tuple[dict, dict]:
@@ -23,21 +24,14 @@ def split(params: dict, mask) -> tuple[dict, dict]:
     >>> split({'a': {'w': 1., 'b': 2.}, 'c': 3.}, '^a/w|c')
     ({'a': {'w': 1.0}, 'c': 3.0}, {'a': {'b': 2.0}})
   """
-  def part(tree, chosen, wanted):
-    out = {}
-    for name, x in tree.items():
-      if isinstance(x, Mapping):
-        x = part(x, chosen[name], wanted)
-        if x:
-          out[name] = x
-      elif not isinstance(chosen[name], bool):
-        raise ValueError(f'split takes nested dicts of arrays; {name!r} is a '
-                         f'{type(x).__name__}.')
-      elif chosen[name] == wanted:
-        out[name] = x
-    return out
-  chosen = selected(params, mask)
-  return part(params, chosen, True), part(params, chosen, False)
+  chosen, leaves = (flatten_dict(x) for x in (selected(params, mask), params))
+  for path, x in leaves.items():
+    if not isinstance(chosen[path], bool):
+      raise ValueError(f'split takes nested dicts of arrays; {path[-1]!r} is a '
+                       f'{type(x).__name__}.')
+  part = lambda wanted: unflatten_dict(
+      {path: x for path, x in leaves.items() if chosen[path] == wanted})
+  return part(True), part(False)
 
 
 def join(*trees: dict) -> dict:
@@ -56,15 +50,3 @@ def join(*trees: dict) -> dict:
       else:
         raise ValueError(f'two trees have the parameter {name!r}.')
   return out
-
-
-def on_trainable(value_fn: Callable) -> Callable:
-  """``value_fn(params, ...)`` as a function ``(trainable, ..., frozen=...)``.
-
-  So that ``tx.update(None, state, trainable, value_fn=on_trainable(loss_fn),
-  frozen=frozen, batch=batch)`` perturbs and updates ``trainable`` alone.
-  """
-  def joined_fn(trainable, *args, frozen, **kwargs):
-    return value_fn(join(trainable, frozen), *args,
-                    **accepted(value_fn, kwargs))
-  return joined_fn

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax.errors import InputError
 from mezo_jax.models.transformer import make_cache, Transformer
 
 INITS = ('tokens', 'normal', 'text')
@@ -67,12 +68,12 @@ def init_prompt(model: Transformer, params: dict, key: jax.Array, *,
 def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
   """int32 [M], the tokens to start from."""
   if num_tokens < 1:
-    raise ValueError(f'num_tokens must be at least 1, got {num_tokens}.')
+    raise InputError(f'num_tokens must be at least 1, got {num_tokens}.')
   if init not in INITS:
-    raise ValueError(f'init {init!r} is none of {", ".join(INITS)}.')
+    raise InputError(f'init {init!r} is none of {", ".join(INITS)}.')
   if init == 'text':
     if not len(token_ids):
-      raise ValueError("init 'text' needs a text of at least one token.")
+      raise InputError("init 'text' needs a text of at least one token.")
     return jnp.asarray(np.resize(np.asarray(token_ids, np.int32), num_tokens))
   if init == 'tokens':
     return jax.random.randint(

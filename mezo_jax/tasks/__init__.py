@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mezo_jax.errors import InputError
 from mezo_jax.tasks import glue, opt, roberta
 from mezo_jax.tasks.task import Task
 
@@ -16,7 +17,7 @@ def get(name: str, **changes) -> Task:
     ValueError: if there is none of that name.
   """
   if name not in TASKS:
-    raise ValueError(
+    raise InputError(
         f'no task is called {name!r}; declared are {", ".join(TASKS)}.')
   return dataclasses.replace(TASKS[name], **changes)
 

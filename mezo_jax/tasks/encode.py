@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mezo_jax.errors import InputError
 from mezo_jax.tasks.task import Task
 
 
@@ -33,7 +34,7 @@ class Encoded(NamedTuple):
   read_at: np.ndarray | None = None  # int32 [R], where label words are read
   token_ids: np.ndarray | None = None  # int32 [C], label words of one token
   types: list[list[int]] | None = None  # [R] token types of the prompts
-  left: bool = False  # prompts to be continued: padded on the left
+  generates: bool = False  # prompts to be continued: padded on the left
 
   @property
   def lengths(self) -> np.ndarray:
@@ -75,7 +76,7 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
       apart.
   """
   if not rows:
-    raise ValueError('there are no rows to encode.')
+    raise InputError('there are no rows to encode.')
   own, slots = prompts is None, _slots(task, tokenizer)
   rows, cut = _limited(task, rows, tokenizer)
   if task.masked:  # a mask in the data would be read in the prompt's place
@@ -84,12 +85,12 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   prompts = [task.prompt(r, **slots) for r in rows] if own else list(prompts)
   for r, text in enumerate(prompts):
     if own and not text.strip():
-      raise ValueError(f'row {r} has an empty prompt: {rows[r]!r}.')
-  if task.kind == 'head':
+      raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
+  if task.traits.new_head:
     return _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
   if task.masked:
     return _for_mask(task, rows, prompts, tokenizer, max_length, cut)
-  if task.kind == 'generation' and not gold_only:
+  if task.traits.generates and not gold_only:
     return _for_generation(task, rows, prompts, tokenizer, max_length, cut)
   return _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
                          gold_only, write_out)
@@ -107,7 +108,7 @@ def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
 
 def _slots(task: Task, tokenizer) -> dict:
   if task.masked and tokenizer.mask_token is None:
-    raise ValueError(
+    raise InputError(
         f'the prompt {task.template!r} has a {{mask}}, and this tokenizer no '
         'mask token: it is not that of a masked language model. Give another '
         '--config.task.template or model.')
@@ -120,7 +121,7 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
   for column, most in task.limits:
     for r, row in enumerate(rows):
       if column not in row:
-        raise ValueError(
+        raise InputError(
             f'task.limits names column {column!r}, the data have '
             f'{sorted(row)}; set --config.task.limits.')
       ids = tokenizer(row[column], add_special_tokens=False)['input_ids']
@@ -135,7 +136,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
   tokens = _tokenise(tokenizer)
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
-  if task.kind == 'generation':  # as where the answer is generated
+  if task.traits.generates:  # as where the answer is generated
     max_length -= task.max_new_tokens
   texts = [text.lstrip(' ') for text in texts]
   bare = tokens(text.rstrip(' ') for text in texts)
@@ -145,7 +146,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
   for r, some in enumerate(answers):
     full = [next(flat) for _ in some]
     if len(set(map(tuple, full))) < len(full):
-      raise ValueError(
+      raise InputError(
           f'two of the candidates {some} are the same tokens to this '
           'tokenizer; choose others with --config.task.label_words or choices.')
     numbers = [max(1, len(ids) - len(bare[r])) for ids in full]
@@ -159,7 +160,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
       cut.add(r)
       prompt = _keep_end(prompt, len(prompt) - over, tokenizer.bos_token_id)
     if not prompt:
-      raise ValueError(
+      raise InputError(
           f'the answers of row {r} alone are {max(map(len, rest))} tokens, and '
           f'at most {max_length} are wanted; raise --config.data.max_length.')
     prompts.append(prompt)
@@ -179,7 +180,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
 def _for_generation(task, rows, texts, tokenizer, max_length, cut):
   most = max_length - task.max_new_tokens
   if most < 1:
-    raise ValueError(
+    raise InputError(
         f'{task.max_new_tokens} new tokens leave no room for a prompt in '
         f'{max_length}; lower --config.task.max_new_tokens.')
   prompts = _tokenise(tokenizer)(text.strip(' ') for text in texts)
@@ -188,7 +189,7 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
   for row in rows:
     task.references(row)
   return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
-                 [()] * len(rows), len(cut), left=True)
+                 [()] * len(rows), len(cut), generates=True)
 
 
 def _for_mask(task, rows, texts, tokenizer, max_length, cut):
@@ -196,7 +197,7 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
   if any(len(ids) != 1 for ids in words) or (
       len({ids[0] for ids in words}) < len(words)) or (
           tokenizer.unk_token_id in (ids[0] for ids in words)):
-    raise ValueError(
+    raise InputError(
         f'the label words {tuple(task.label_words)} are not one token each, '
         'all different, to this tokenizer, as a masked model needs; choose '
         'others with --config.task.label_words.')
@@ -205,7 +206,7 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
     if len(ids) > max_length:
       cut.add(r)
       if max_length < 3:
-        raise ValueError(f'{max_length} tokens have no room for a text and its '
+        raise InputError(f'{max_length} tokens have no room for a text and its '
                          'mask; raise --config.data.max_length.')
       ids = _keep_mask(ids, max_length, mask)
     prompts.append(ids)
@@ -219,7 +220,7 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
 def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
   pairs = [text.split('\0') for text in texts]
   if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) > 2:
-    raise ValueError(
+    raise InputError(
         f'the template {task.template!r} must have one {{sep}} at most, and '
         'the data no NUL characters.')
   found = [tokenizer(*pair) for pair in pairs]
@@ -307,10 +308,10 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
       'row': np.zeros(rows, np.int32),
       'weight': np.zeros(rows, np.float32),
   }
-  end = -1 if data.left else 0  # no row attends to nothing
+  end = -1 if data.generates else 0  # no row attends to nothing
   batch['attention_mask'][len(index):, end] = 1
-  laid_out = data.read_at is None and not data.left
-  if not data.left:
+  laid_out = data.read_at is None and not data.generates
+  if not data.generates:
     batch |= {'gold': np.zeros((rows, data.width), bool),
               'label': np.zeros(rows, np.int32),
               'answer_at': np.zeros((rows, most), np.int32)}
@@ -322,10 +323,10 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
   for i, r in enumerate(index):
     prompt, n = data.prompts[r], len(data.prompts[r])
     batch['row'][i], batch['weight'][i] = r, 1
-    here = slice(length - n, length) if data.left else slice(n)
+    here = slice(length - n, length) if data.generates else slice(n)
     batch['input_ids'][i, here] = prompt
     batch['attention_mask'][i, here] = 1
-    if data.left:
+    if data.generates:
       continue
     batch['gold'][i, list(data.golds[r])] = True
     batch['label'][i] = data.golds[r][0]

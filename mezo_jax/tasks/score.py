@@ -32,10 +32,10 @@ import numpy as np
 
 from mezo_jax import metrics, models
 from mezo_jax.tasks import head
+from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import Encoded
 from mezo_jax.tasks.task import Task
 
-OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
 _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
@@ -100,17 +100,17 @@ def make_loss_fn(model, data: Encoded, task: Task,
 
   Args:
     model: a `mezo_jax.models.Transformer`.
-    data: the rows that batches are made of, in the form that the objective
-      needs (see `form`).
+    data: the rows that batches are made of, with their right answers alone
+      where `mezo_jax.tasks.objective.gold_only`.
     task: the rows' task.
-    objective: one of `OBJECTIVES`, or ``f(predictions, examples)`` that returns
-      a number to be maximised.
+    objective: one of `mezo_jax.tasks.objective.OBJECTIVES`, or
+      ``f(predictions, examples)`` that returns a number to be maximised.
     tokenizer: needed where the answer is generated.
 
   Raises:
     ValueError: for an objective that does not fit the task.
   """
-  form(task, objective)
+  objectives.check(task, objective)
   likely = functools.partial(log_likelihoods, model, data=data)
   def cross_entropy(params, batch):
     log_p = jax.nn.log_softmax(scores(*likely(params, batch)))
@@ -160,7 +160,7 @@ def make_loss_fn(model, data: Encoded, task: Task,
       return (value, batch['weight']) if value.ndim else value
     return loss_fn
 
-  if data.left:
+  if data.generates:
     measure = {'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
         objective)
     def of_texts(tokens, examples):
@@ -179,38 +179,3 @@ def make_loss_fn(model, data: Encoded, task: Task,
                    lambda batch: ())
   return dict(cross_entropy=cross_entropy, lm=lm, accuracy=accuracy,
               f1=f1)[objective]
-
-
-def over_rows(task: Task, objective: str | Callable) -> bool:
-  """Whether an objective is a mean over rows (or their tokens), so that parts
-  of a batch can be averaged."""
-  if task.kind == 'generation':
-    return not callable(objective)
-  return objective in ('cross_entropy', 'lm', 'accuracy')
-
-
-def form(task: Task, objective: str | Callable) -> dict:
-  """How `encode` must lay rows out for an objective: its keyword arguments.
-
-  Raises:
-    ValueError: for an objective that is unknown or does not fit the task.
-  """
-  known = callable(objective) or objective in OBJECTIVES
-  generated = task.kind == 'generation'
-  fits = not (objective == 'cross_entropy' and generated
-              or objective == 'lm' and (task.masked or task.kind == 'head'))
-  if not known or not fits:
-    what = 'a function' if callable(objective) else repr(objective)
-    raise ValueError(
-        f'objective {what} does not fit a task of kind {task.kind!r}'
-        f'{" with a {mask}" if task.masked else ""}; choose one of '
-        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)} or a '
-        'function of (predictions, examples).')
-  return dict(gold_only=objective == 'lm')
-
-
-def default_objective(task: Task) -> str:
-  """The paper's: cross-entropy over classes, else LM loss on the answer."""
-  if task.objective:
-    return task.objective
-  return 'cross_entropy' if task.kind in ('classification', 'head') else 'lm'

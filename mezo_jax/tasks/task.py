@@ -18,8 +18,31 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import re
 
-KINDS = ('classification', 'multiple_choice', 'generation', 'head')
-METRICS = ('accuracy', 'macro_f1', 'matthews', 'f1', 'drop_f1')
+from mezo_jax.errors import InputError
+
+_OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
+_OF_TEXTS = ('f1', 'drop_f1')
+METRICS = (*_OF_CHOICES, *_OF_TEXTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What the tasks of one kind have in common."""
+
+  metrics: tuple[str, ...]  # that fit; the first is the default
+  objective: str  # that is trained by default
+  words: bool = False  # the answers are the task's label words
+  classes: bool = False  # the same answers for every row
+  generates: bool = False  # answers are written, not chosen
+  new_head: bool = False  # a new linear layer names the class
+
+
+KINDS = {
+    'classification': Kind(
+        _OF_CHOICES, 'cross_entropy', words=True, classes=True),
+    'multiple_choice': Kind(_OF_CHOICES, 'lm'),
+    'generation': Kind(_OF_TEXTS, 'lm', generates=True),
+    'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
 @dataclasses.dataclass
@@ -55,15 +78,17 @@ class Task:
   test_split: str = 'validation'
 
   @property
+  def traits(self) -> Kind:
+    return KINDS[self.kind]
+
+  @property
   def masked(self) -> bool:
     return '{mask}' in self.template
 
   @property
   def main_metric(self) -> str:
     """The name of the number that stands for the result."""
-    if self.metric:
-      return self.metric
-    return 'f1' if self.kind == 'generation' else 'accuracy'
+    return self.metric or self.traits.metrics[0]
 
   def prepare(self, rows: Sequence[dict]) -> list[dict]:
     """The rows as the templates see them; some tasks leave some out.
@@ -76,7 +101,7 @@ class Task:
     try:
       found = [self.row(dict(row)) for row in rows]
     except KeyError as e:
-      raise ValueError(
+      raise InputError(
           f'task {self.name or self.kind!r} needs column {e}, the data have '
           f'{sorted(rows[0])}.') from None
     return [row for row in found if row is not None]
@@ -95,7 +120,7 @@ class Task:
 
   def candidates(self, row: dict) -> list[str]:
     """The answers to choose from, as they follow the prompt."""
-    if self.kind == 'classification':
+    if self.traits.words:
       return list(self.label_words)
     return [self._fill('answer', self.answer, row, choice=choice)
             for choice in self._choices(row)]
@@ -107,18 +132,18 @@ class Task:
       ValueError: if the row has none.
     """
     if self.label_column not in row:
-      raise ValueError(
+      raise InputError(
           f'the data have no column {self.label_column!r} but {sorted(row)}; '
           'set --config.task.label_column.')
     value = row[self.label_column]
-    if self.kind == 'multiple_choice':
+    if not self.traits.classes:
       choices = self._choices(row)
       several = value if isinstance(value, (list, tuple)) else [value]
       golds = tuple(choices.index(v) if v in choices else _integer(v)
                     for v in several)
       if golds and all(g is not None and g < len(choices) for g in golds):
         return golds
-      raise ValueError(
+      raise InputError(
           f'{self.label_column} {value!r} is neither one of the choices '
           f'{choices} nor the number of one; set --config.task.label_column.')
     number = self.num_classes
@@ -126,7 +151,7 @@ class Task:
       return (self.label_names.index(value),)
     if _integer(value) is not None and _integer(value) < number:
       return (_integer(value),)
-    raise ValueError(
+    raise InputError(
         f'label {value!r} is neither an integer below {number} (the number of '
         f'label words) nor one of the names {tuple(self.label_names)}; set '
         '--config.task.label_words or label_names.')
@@ -147,21 +172,21 @@ class Task:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(
         isinstance(t, str) for t in texts):
-      raise ValueError(
+      raise InputError(
           f'column {self.answers_column!r} of the row {_short(row)} is no text '
           'and no list of texts; set --config.task.answers_column.')
     return texts
 
   def gold_text(self, row: dict) -> str:
     """The right answer as it follows the prompt."""
-    if self.kind == 'generation':
+    if self.traits.generates:
       return f' {self.references(row)[0]}{self.stop}'
     return self.candidates(row)[self.golds(row)[0]]
 
   def _choices(self, row: dict) -> list[str]:
     missing = [c for c in self.choices if c not in row]
     if missing:
-      raise ValueError(
+      raise InputError(
           f'the data have no column {missing[0]!r} but {sorted(row)}; set '
           '--config.task.choices.')
     if len(self.choices) > 1:
@@ -173,7 +198,7 @@ class Task:
       except (SyntaxError, ValueError):
         value = None
     if not isinstance(value, (list, tuple)) or not value:
-      raise ValueError(
+      raise InputError(
           f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
           'choices; set --config.task.choices.')
     return [str(v) for v in value]
@@ -186,36 +211,37 @@ class Task:
     except (AttributeError, IndexError, KeyError, ValueError) as e:
       what = (f'names column {e}' if isinstance(e, KeyError)
               else f'is malformed ({e})')
-      raise ValueError(
+      raise InputError(
           f'the {field} {template!r} {what}, the data have {sorted(row)}; set '
           f'--config.task.{field}.') from None
 
 
 def check(task: Task) -> None:
   """Raises ValueError, in one sentence, for a task that cannot work."""
-  words = task.kind == 'classification' or task.masked
+  if task.kind not in KINDS:
+    raise InputError(
+        f'config: task.kind {task.kind!r} is none of {", ".join(KINDS)}.')
+  kind = task.traits
   rules = [
-      (task.kind in KINDS,
-       f'task.kind {task.kind!r} is none of {", ".join(KINDS)}'),
       (bool(task.template),
        'task.template is empty: give the prompt, with columns in braces, or '
        'the name of a task that is declared'),
       (task.metric in ('', *METRICS),
        f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
-      (not words or len(task.label_words) >= 2,
+      (not (kind.words or task.masked) or len(task.label_words) >= 2,
        'task.label_words needs two or more'),
-      (task.kind != 'head' or task.num_classes >= 2,
+      (not kind.new_head or task.num_classes >= 2,
        "kind 'head' needs two or more names in task.label_names"),
-      (not task.masked or task.kind == 'classification',
+      (not task.masked or kind.words,
        "a prompt with {mask} needs task.kind 'classification'"),
-      (task.kind != 'generation' or task.max_new_tokens >= 1,
+      (not kind.generates or task.max_new_tokens >= 1,
        'task.max_new_tokens must be at least 1'),
-      ((task.kind == 'generation') == (task.main_metric in ('f1', 'drop_f1')),
+      (task.main_metric in kind.metrics,
        f'task.metric {task.metric!r} does not fit kind {task.kind!r}'),
   ]
   for holds, message in rules:
     if not holds:
-      raise ValueError(f'config: {message}.')
+      raise InputError(f'config: {message}.')
 
 
 def _integer(value) -> int | None:

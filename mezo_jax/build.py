@@ -1,0 +1,322 @@
+"""A config becomes what a run is made of: data, model, parameters, optimizer.
+
+`build` does it in the order in which it is said here, so that a wrong column
+costs no waiting for weights. The functions that it calls serve others too.
+"""
+
+from collections.abc import Callable
+import os
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from mezo_jax import (
+  _paths,
+  methods,
+  models,
+  one_sided,
+  peft,
+  quickstart,
+  sharding,
+  skip_not_finite,
+  two_sided,
+)
+from mezo_jax import config as config_lib
+from mezo_jax import data as data_lib
+from mezo_jax import trainable as trainable_lib
+from mezo_jax._directions import KINDS
+from mezo_jax._mezo import by_group, mezo
+from mezo_jax.backprop import backprop
+from mezo_jax.errors import InputError
+from mezo_jax.tasks import head, score
+from mezo_jax.tasks import objective as objectives
+from mezo_jax.tasks.encode import batch_of, Encoded
+
+
+class Built(NamedTuple):
+  """What a run is made of. Abstract, it has shapes in the place of arrays."""
+
+  mesh: jax.sharding.Mesh
+  tokenizer: Any
+  splits: data_lib.Splits
+  model: models.Transformer
+  params: dict  # those that are trained; all of a method without steps
+  frozen: dict  # the rest
+  # Of a method with steps, else None.
+  loss_fn: Callable | None = None  # value_fn(params, batch) of all parameters
+  tx: optax.GradientTransformationExtraArgs | None = None
+  opt_state: Any = None
+
+
+def build(config: config_lib.Train, *, abstract: bool = False,
+          model_config: models.Config | None = None, tokenizer=None,
+          rows: data_lib.Rows | None = None, mesh=None,
+          say: Callable[[str], None] = print) -> Built:
+  """Everything that a run needs before its first step.
+
+  Args:
+    config: of the run; see `mezo_jax.config.check`.
+    abstract: give parameters and state as `jax.ShapeDtypeStruct` with
+      shardings; no weights are read.
+    model_config: of the model, instead of what its files say; for ``abstract``.
+    tokenizer: the model's, instead of that of its files.
+    rows: to train on and to test with, instead of the config's.
+    mesh: instead of the config's, of described devices for example.
+    say: reports what is found.
+
+  Raises:
+    InputError: if the config, its files and the devices do not fit each other.
+  """
+  mesh = make_mesh(config) if mesh is None else mesh
+  if model_config is None:
+    model_config = read_config(config)
+  if tokenizer is None:
+    tokenizer = read_tokenizer(config)
+  rows = data_lib.read_rows(config.data, config.task) if rows is None else rows
+  splits = encode_rows(config, rows, model_config, tokenizer, say)
+  model, params = load(config, model_config, mesh, abstract)
+  model, params = add(config, model, params, tokenizer, mesh)
+  if not methods.method_of(config).steps:
+    return Built(mesh, tokenizer, splits, model, params, {})
+  params, frozen = trainable_lib.split(config, params)
+  loss_fn = score.make_loss_fn(
+      model, splits.train, config.task, config_lib.objective(config), tokenizer)
+  tx = make_optimizer(config)
+  return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
+               init_state(tx, params, mesh))
+
+
+# --- mesh, model and data ---------------------------------------------------
+
+
+def make_mesh(config: config_lib.Train) -> jax.sharding.Mesh:
+  """The config's mesh over all devices; InputError if it does not fit them."""
+  sizes, rows = config.mesh, config.data.batch_size
+  mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+  if rows % sharding.row_groups(mesh):
+    raise InputError(
+        f'data.batch_size {rows} does not divide over '
+        f'{sharding.row_groups(mesh)} groups of devices; make it a multiple of '
+        'that.')
+  return mesh
+
+
+def model_name(config: config_lib.Train) -> str | os.PathLike:
+  """The model to load; the quickstart's is fetched where it is missing."""
+  name = config.model.name
+  return quickstart.model_path() if name == 'quickstart' else name
+
+
+def read_config(config: config_lib.Train) -> models.Config:
+  return models.load_config(model_name(config), config.model.revision or None)
+
+
+def read_tokenizer(config: config_lib.Train):
+  return models.load_tokenizer(
+      model_name(config), config.model.revision or None,
+      config.model.bos_token or None)
+
+
+def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
+                model_config: models.Config, tokenizer,
+                say: Callable[[str], None]) -> data_lib.Splits:
+  """Rows as tokens, in the form that objective and evaluation need.
+
+  Raises:
+    InputError: if data, task and model do not fit each other.
+  """
+  task, method = config.task, methods.method_of(config)
+  before = trainable_lib.tokens_before(config)
+  if not task.traits.new_head and not model_config.head:
+    raise InputError(
+        f'the files of {config.model.name} are of a base class, without the '
+        f'head that a task of kind {task.kind!r} needs; take a model that was '
+        'saved with its head, or --config.task.kind=head with '
+        'task.label_names.')
+  if not task.traits.new_head and task.masked == model_config.causal:
+    raise InputError(
+        f'the prompt {task.template!r} is for a '
+        f'{"masked" if task.masked else "causal"} model and '
+        f'{config.model.name} is none; choose another --config.task.template '
+        '({mask} is where a masked model reads the label words).')
+  gold_only = {
+      'train': objectives.gold_only(config_lib.objective(config)),
+      # With demonstrations the dev rows are not used: the cheapest form.
+      'dev': method.demonstrations or (
+          config.select == 'loss' and task.traits.generates)}
+  first = model_config.vocab_size
+  soft = range(first, first + (before if methods.part_of(config).soft else 0))
+  return data_lib.encode_rows(
+      rows, task, tokenizer, causal=model_config.causal,
+      limit=min(config.data.max_length, model_config.max_length - before),
+      buckets=config.data.buckets,
+      gold_only=[name for name, only in gold_only.items() if only],
+      num_demos=config.num_demos if method.demonstrations else 0,
+      prior=bool(config.calibration),
+      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft, say=say)
+
+
+def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
+  """An abstract training batch of ``rows`` rows of ``length`` tokens."""
+  batch = batch_of(data, range(rows), length, rows)
+  place = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
+  return jax.tree.map(lambda x: _shape(x, place), batch)
+
+
+# --- parameters -------------------------------------------------------------
+
+
+def load(config: config_lib.Train, model_config: models.Config, mesh,
+         abstract: bool = False):
+  """``model, params`` of the model's files, or the shapes of the latter."""
+  if abstract:
+    model = models.Transformer(model_config)
+    params = models.param_shapes(model_config, mesh, config.model.dtype)
+  else:
+    model, params = models.load(
+        model_name(config), mesh, config.model.dtype,
+        revision=config.model.revision or None)
+  return model.clone(remat=config.model.remat), params
+
+
+def add(config: config_lib.Train, model: models.Transformer, params: dict,
+        tokenizer, mesh):
+  """``model, params`` with what task and method add, and laid out as they need.
+
+  Args:
+    config: of the run.
+    model: from `load`.
+    params: from `load`, arrays or shapes; layers may be taken out of them.
+    tokenizer: the model's.
+    mesh: where parameters are.
+
+  Raises:
+    InputError: if what is to be added does not fit the model.
+  """
+  abstract, given = _is_abstract(params), dict(_paths.named_leaves(params))
+  if config.task.traits.new_head:
+    make = lambda: head.init(
+        jax.random.key(config.seed), model.config, config.task.num_classes)
+    params = params | {'classifier': _made(
+        lambda tree: sharding.replicated(mesh), abstract, make)}
+  made = []  # the models that go with what is made
+
+  def laid_out(params):
+    found, params = trainable_lib.lay_out(config, model, params)
+    made.append(found)
+    return params
+  if abstract:
+    params = _as_before(jax.eval_shape(laid_out, params), given, mesh)
+  else:
+    params = laid_out(params)
+
+  def adapters(params):
+    found, leaves = trainable_lib.adapters(config, made[-1], params, tokenizer)
+    made.append(found)
+    return leaves
+  leaves = _made(lambda tree: sharding.param_shardings(tree, mesh), abstract,
+                 adapters, params)
+  return made[-1], peft.join(params, leaves)
+
+
+def _made(place: Callable, abstract: bool, make: Callable, *args):
+  """What ``make(*args)`` gives, laid out by ``place(tree)``; or its shapes."""
+  if not abstract:
+    tree = make(*args)
+    return sharding.place(tree, place(tree)) if tree else tree
+  tree = jax.eval_shape(make, *args)
+  return jax.tree.map(_shape, tree, jax.tree.broadcast(place(tree), tree))
+
+
+def _as_before(shapes: dict, given: dict, mesh) -> dict:
+  """Shapes of parameters that are laid out anew, each where it was before."""
+  def place(path, x):
+    for old in (path, path.removeprefix('last_'),
+                path.replace('lm_head/', 'embed/')):
+      if old in given:
+        return _shape(x, given[old].sharding)
+    return _shape(x, sharding.replicated(mesh))  # a task's new head
+  return _paths.map_named(place, shapes)
+
+
+def _shape(x, place) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _is_abstract(params) -> bool:
+  return isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+
+
+# --- optimizer --------------------------------------------------------------
+
+
+def make_optimizer(
+    config: config_lib.Train) -> optax.GradientTransformationExtraArgs:
+  """The optax transform that a config describes."""
+  o, z = config.optimizer, config.spsa
+  rates, eps = schedule(config, o.learning_rate), z.eps
+  if o.groups:
+    rest = ('', o.learning_rate, z.eps)
+    groups = {g: (rate, e) for g, rate, e in (rest, *o.groups)}
+    groups[''] = groups.pop('')  # the last: what no other one matches
+    rates = {g: schedule(config, rate) for g, (rate, _) in groups.items()}
+    eps = {g: e for g, (_, e) in groups.items()}
+  if methods.method_of(config).backprop:
+    def inner(rate):
+      if o.name == 'adam':
+        return optax.adamw(rate, weight_decay=o.weight_decay)
+      return optax.chain(optax.add_decayed_weights(o.weight_decay),
+                         optax.sgd(rate))
+    return skip_not_finite(optax.chain(
+        backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
+  return mezo(
+      rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
+      stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
+      directions=KINDS[z.distribution](z.generator), decay=_paths.decayed,
+      combine=one_sided if z.one_sided else two_sided,
+      micro_batches=o.micro_batches)
+
+
+def schedule(config: config_lib.Train, learning_rate: float) -> optax.Schedule:
+  """A learning rate as a function of the step number."""
+  o = config.optimizer
+  after = max(config.steps - o.warmup_steps, 1)
+  if o.schedule == 'linear':
+    main = optax.linear_schedule(learning_rate, 0.0, after)
+  elif o.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(learning_rate, after)
+  else:
+    main = optax.constant_schedule(learning_rate)
+  if not o.warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, learning_rate, o.warmup_steps)
+  return optax.join_schedules([warmup, main], [o.warmup_steps])
+
+
+def init_state(tx: optax.GradientTransformation, params: dict, mesh,
+               abstract: bool | None = None):
+  """The optimizer's state: what mirrors a parameter lies where it does, the
+  rest everywhere.
+
+  Args:
+    tx: the optimizer.
+    params: that it trains, arrays or shapes.
+    mesh: where they are.
+    abstract: give shapes; None to do so where ``params`` are shapes.
+  """
+  everywhere = sharding.replicated(mesh)
+  if not (_is_abstract(params) if abstract is None else abstract):
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
+        sharding.place(x, everywhere), tx.init(params))
+  known = dict(_paths.named_leaves(params))
+
+  def place(path, x):
+    parts = path.split('/')
+    for i in range(len(parts)):
+      like = known.get('/'.join(parts[i:]))
+      if like is not None and like.shape == x.shape:
+        return _shape(x, like.sharding)
+    return _shape(x, everywhere)
+  return _paths.map_named(place, jax.eval_shape(tx.init, params))

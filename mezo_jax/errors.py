@@ -1,0 +1,43 @@
+"""What the user can mend, and how a program says it: in one sentence.
+
+Every other exception is a bug of ours, or a machine that is too small, and
+keeps its traceback.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import sys
+
+_OF_THE_DISK = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+     errno.EFBIG, errno.EIO, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
+     errno.ENAMETOOLONG})
+
+
+class InputError(ValueError):
+  """A config, a file or an argument that cannot work; it says how to mend it.
+  """
+
+
+class MissingError(InputError, FileNotFoundError):
+  """A file, a model or a data set that is not there."""
+
+
+class ExistsError(InputError, FileExistsError):
+  """A directory that is in the way."""
+
+
+@contextlib.contextmanager
+def in_one_sentence(program: str) -> Iterator[None]:
+  """Ends the program with a sentence and no traceback for what the user can
+  mend: `InputError`, and a disk that is full or may not be written."""
+  try:
+    yield
+  except InputError as e:
+    sys.exit(f'{program}: {e}')
+  except OSError as e:
+    if e.errno not in _OF_THE_DISK:
+      raise
+    where = f' {e.filename}' if e.filename else ''
+    sys.exit(f'{program}: the system refuses{where}: {e.strerror}.')

@@ -1,0 +1,94 @@
+"""Small runs of train.py, in this process and in others of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import conftest
+from orbax.checkpoint import v1 as ocp
+
+from mezo_jax import config as config_lib
+from mezo_jax.tasks import Task
+
+SMALL = ['--config.task.template={text} It was',
+         "--config.task.label_words=(' terrible', ' great')",
+         '--config.data.num_train=40', '--config.data.num_dev=20',
+         '--config.data.num_test=40', '--config.data.batch_size=8',
+         '--config.data.buckets=(8,16)', '--config.peft.mask=',
+         '--config.optimizer.learning_rate=1e-3', '--config.steps=30',
+         '--config.eval_every=10', '--config.checkpoint_every=4']
+
+
+def command(model, data, workdir, *more):
+  return [sys.executable, str(conftest.ROOT / 'train.py'),
+          *(x for x in more if x.startswith('--config=')),
+          f'--config.model.name={model}', f'--config.data.train={data}',
+          f'--workdir={workdir}', *SMALL,
+          *(x for x in more if not x.startswith('--config='))]
+
+
+def start(*args, devices=1):
+  env = os.environ | {'JAX_PLATFORMS': 'cpu',
+                      'JAX_NUM_CPU_DEVICES': str(devices)}
+  return subprocess.Popen(
+      command(*args), env=env, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT)
+
+
+def finish(*args, **kwargs):
+  process = start(*args, **kwargs)
+  return process.communicate(timeout=400)[0], process.returncode
+
+
+def kill_after(workdir, steps, number, *args):
+  """Runs until so many steps are logged, then sends the signal."""
+  process = start(*args)
+  log = workdir / 'metrics.jsonl'
+  while process.poll() is None:
+    if log.exists() and log.read_text().count('"train"') >= steps:
+      process.send_signal(number)
+      break
+    time.sleep(0.005)
+  return process.communicate(timeout=400)[0], process.returncode
+
+
+def records(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [{k: v for k, v in json.loads(line).items() if k != 'seconds'}
+          for line in lines]
+
+
+def saved(workdir):
+  """The number of the last checkpoint, and its parameters as saved."""
+  directory = workdir / 'checkpoints'
+  step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+  return step, ocp.load(directory / str(step), checkpointable_name='state')[0]
+
+
+def small_config(model, data, **changes):
+  config = config_lib.Train(steps=6, eval_every=3, checkpoint_every=3)
+  config.task = Task(
+      template='{text} It was', label_words=(' terrible', ' great'))
+  config.model.name, config.data.train = str(model), str(data)
+  config.data.num_train, config.data.num_dev, config.data.num_test = 40, 20, 40
+  config.data.batch_size, config.data.buckets = 8, (16,)
+  return changed(config, **changes)
+
+
+def train_losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line)['loss'] for line in lines if '"train"' in line]
+
+
+def changed(config, **changes):
+  """The config with ``part__field=value``."""
+  for path, value in changes.items():
+    *parents, field = path.split('__')
+    node = config
+    for parent in parents:
+      node = getattr(node, parent)
+    assert hasattr(node, field)
+    setattr(node, field, value)
+  return config

@@ -1,0 +1,91 @@
+"""A config's checks, and its way through JSON."""
+
+import json
+
+import pytest
+from runs import changed
+
+from mezo_jax import _directions, _noise
+from mezo_jax import config as config_lib
+from mezo_jax.errors import InputError
+from mezo_jax.tasks import Task
+
+
+def test_a_config_survives_json():
+  config = config_lib.Train()
+  config.task.label_words = ('a', 'b', 'c')
+  config.spsa.eps = 0.5
+  saved = json.loads(json.dumps(config_lib.to_json(config)))
+  assert config_lib.from_json(saved) == config
+  del saved['model']['revision']  # a run of an earlier version
+  config_lib.check_same_run(config, saved)
+
+
+def test_a_config_of_an_earlier_version_is_read():
+  """What `spsa` has stood under `optimizer`."""
+  config = changed(
+      config_lib.Train(), spsa__eps=0.5, spsa__distribution='sphere',
+      optimizer__groups=(('q', 1e-3, 1e-2),), optimizer__learning_rate=1e-2)
+  saved = json.loads(json.dumps(config_lib.to_json(config)))
+  saved['optimizer'] |= saved.pop('spsa')
+  assert config_lib.from_json(saved) == config
+  config_lib.check_same_run(config, saved)
+  config.spsa.eps = 0.25
+  with pytest.raises(InputError, match='spsa.eps was 0.5 and is now 0.25'):
+    config_lib.check_same_run(config, saved)
+
+
+def test_names_are_those_of_the_mathematics():
+  assert config_lib.DISTRIBUTIONS == tuple(_directions.KINDS)
+  assert config_lib.GENERATORS == _noise.GENERATORS
+
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(optimizer__schedule='step'), 'optimizer.schedule'),
+    (dict(model__dtype='int8'), "model.dtype 'int8'"),
+    (dict(optimizer__learning_rate=0.0), 'learning_rate must be positive'),
+    (dict(spsa__eps=float('inf')), 'weight_decay must be finite'),
+    (dict(spsa__eps=0.0), 'spsa.eps must be positive'),
+    (dict(spsa__num_samples=0), 'num_samples must be at least 1'),
+    (dict(spsa__generator='dice'), "spsa.generator 'dice' is none of hash32"),
+    (dict(spsa__distribution='cauchy'), "spsa.distribution 'cauchy'"),
+    (dict(data__buckets=(64, 32)), 'must increase'),
+    (dict(task__label_words=('one',)), 'needs two or more'),
+    (dict(optimizer__micro_batches=3), 'micro_batches must divide'),
+    (dict(optimizer__micro_batches=0), 'micro_batches must be at least 1'),
+    (dict(peft__mask='attn/('), 'peft.mask .* is no regular expression'),
+    (dict(peft__targets='*'), 'peft.targets .* is no regular expression'),
+    (dict(optimizer__groups=(('[', 1e-3, 1e-3),)), 'groups .* is no regular'),
+    (dict(method='magic'), "method 'magic' is none of"),
+    (dict(objective='accuracy', method='finetune'), 'has no derivative'),
+    (dict(objective='bleu'), "objective 'bleu' does not fit"),
+    (dict(calibration='no'), "calibration 'no' is none of sfc"),
+    (dict(calibration='sfc'), 'needs task.calibration'),
+    (dict(calibration='sfc', task__calibration='', task__template='{text}{mask}'
+          ), 'that a causal model scores'),
+    (dict(calibration='icl_sfc', task__calibration=''), "needs method 'icl'"),
+    (dict(select='best'), "select 'best' is none of"),
+    (dict(optimizer__name='lion'), "optimizer.name 'lion'"),
+    (dict(num_demos=0), 'num_demos must be'),
+    (dict(method='icl', task__template='{text}{mask}'), 'needs a causal model'),
+    (dict(method='linear_probe', task__kind='multiple_choice'),
+     'needs a task with label words'),
+    (dict(task__kind='essay'), "task.kind 'essay'"),
+    (dict(task__template=''), 'task.template is empty'),
+    (dict(peft__method='ia3'), 'none of lora, prefix, prompt'),
+    (dict(peft__positions='no'), 'none of zero, after, jump'),
+    (dict(peft__init='no'), 'none of tokens, normal, text'),
+    (dict(peft__init='text'), "'text' needs peft.text"),
+    (dict(peft__rank=0), 'must be at least 1'),
+    (dict(peft__adapter='x'), 'needs peft.method, one of lora'),
+    (dict(method='lp_mezo', peft__mask='q'), 'says itself what is trained'),
+    (dict(peft__method='lora', peft__mask='attn/q'), 'leave it empty'),
+    (dict(optimizer__groups=(('q', 1e-3),)), 'must be of .regular')])
+def test_bad_settings(changes, message):
+  config = config_lib.Train(task=Task(
+      template='{text} It was', label_words=(' terrible', ' great')))
+  config_lib.check(config)
+  with pytest.raises(InputError, match=message) as e:
+    config_lib.check(changed(config, **changes))
+  assert str(e.value).endswith('.') and '\n' not in str(e.value)

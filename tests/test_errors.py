@@ -1,0 +1,42 @@
+"""What is said in one sentence, and what keeps its traceback."""
+
+import errno
+
+import pytest
+
+from mezo_jax.errors import (
+  ExistsError,
+  in_one_sentence,
+  InputError,
+  MissingError,
+)
+
+
+@pytest.mark.parametrize('error,said', [
+    (InputError('give more.'), 'prog: give more.'),
+    (MissingError('no file x.'), 'prog: no file x.'),
+    (ExistsError('x is full.'), 'prog: x is full.'),
+    (PermissionError(errno.EACCES, 'Permission denied', '/x'),
+     'prog: the system refuses /x: Permission denied.'),
+    (OSError(errno.ENOSPC, 'No space left on device'),
+     'prog: the system refuses: No space left on device.')])
+def test_what_the_user_can_mend(error, said):
+  with pytest.raises(SystemExit) as e, in_one_sentence('prog'):
+    raise error
+  assert e.value.code == said
+
+
+@pytest.mark.parametrize('error', [
+    ValueError('a bug'), RuntimeError('RESOURCE_EXHAUSTED: out of memory'),
+    FileNotFoundError(errno.ENOENT, 'No such file or directory', '/x'),
+    KeyError('x')])
+def test_what_the_user_cannot(error):
+  with pytest.raises(type(error)) as e, in_one_sentence('prog'):
+    raise error
+  assert e.value is error
+
+
+def test_they_are_what_their_names_say():
+  assert issubclass(InputError, ValueError)
+  assert issubclass(MissingError, FileNotFoundError)
+  assert issubclass(ExistsError, FileExistsError)

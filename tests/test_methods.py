@@ -1,0 +1,148 @@
+"""Every method and objective, through train.py."""
+
+import json
+
+import conftest
+import jax
+import numpy as np
+import pytest
+from runs import changed, small_config, train_losses
+
+from mezo_jax import config as config_lib
+from mezo_jax import methods, models, peft
+from mezo_jax.export import export
+from mezo_jax.tasks import Task
+import train
+
+
+def moved(tiny_dir, workdir, untied=False):
+  """The paths of the leaves that training changed."""
+  model, before = models.load(tiny_dir, progress=False)
+  if untied:
+    model, before = peft.untie(model, before)
+  export(workdir, workdir / 'export')
+  _, after = models.load(workdir / 'export', progress=False)
+  flat = lambda t: {jax.tree_util.keystr(p, simple=True, separator='/'): x
+                    for p, x in jax.tree_util.tree_flatten_with_path(t)[0]}
+  before, after = flat(before), flat(after)
+  assert before.keys() == after.keys()
+  return {p for p in before if (before[p] != after[p]).any()}
+
+
+def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
+  config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
+                        eval_every=20, optimizer__learning_rate=3e-3,
+                        model__remat=True, optimizer__micro_batches=1)
+  result = train.run(config, tmp_path)
+  assert result['forwards'] == 40
+  losses = train_losses(tmp_path)
+  assert len(losses) == 40 and np.mean(losses[-10:]) < 0.4 < losses[0]
+  assert len(moved(tiny_dir, tmp_path)) > 10
+
+
+def test_a_finetuning_run_resumes(tiny_dir, reviews_file, tmp_path):
+  settings = dict(method='finetune', optimizer__learning_rate=1e-3)
+  for steps, where in ((3, 'a'), (6, 'a'), (6, 'b')):
+    config = small_config(tiny_dir, reviews_file, steps=steps, **settings)
+    train.run(config, tmp_path / where)
+  one, two = ((tmp_path / w / 'result.json').read_text() for w in 'ab')
+  assert json.loads(one)['final'] == json.loads(two)['final']
+
+
+def test_head_only_trains_a_head_of_its_own(tiny_dir, reviews_file, tmp_path):
+  config = small_config(tiny_dir, reviews_file, method='head_only',
+                        optimizer__learning_rate=1e-2)
+  train.run(config, tmp_path)
+  assert moved(tiny_dir, tmp_path, untied=True) == {'lm_head/embedding'}
+
+
+def test_mezo_from_the_linear_probe_on(tiny_dir, reviews_file, tmp_path):
+  settings = dict(data__num_train=40)
+  probe = train.run(small_config(
+      tiny_dir, reviews_file, method='linear_probe', **settings),
+                    tmp_path / 'lp')
+  config = small_config(tiny_dir, reviews_file, method='lp_mezo', **settings)
+  result = train.run(config, tmp_path / 'mezo')
+  # It starts where the probe ends.
+  assert result['zero_shot']['accuracy'] == probe['final']['accuracy']
+  assert probe['steps'] == probe['forwards'] == 0
+
+
+@pytest.mark.parametrize('method,calibration', [
+    ('zero_shot', ''), ('zero_shot', 'sfc'), ('icl', ''), ('icl', 'icl_sfc')])
+def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
+                                calibration):
+  config = small_config(tiny_dir, reviews_file, method=method, num_demos=3,
+                        calibration=calibration, task__calibration='It was')
+  result = train.run(config, tmp_path)
+  assert result['final']['count'] == 40 and result['steps'] == 0
+  assert ('calibrated_accuracy' in result['final']) == (method == 'zero_shot')
+  assert result['peak_memory'] > 1e8 and result['seconds'] > 0
+
+
+@pytest.mark.parametrize('objective', [
+    'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
+        [p == e['label'] for p, e in zip(predictions, examples)]))])
+def test_objectives_run(tiny_dir, reviews_file, tmp_path, objective):
+  config = small_config(tiny_dir, reviews_file, objective=objective,
+                        spsa__eps=1e-1)
+  result = train.run(config, tmp_path)
+  assert result['final']['count'] == 40
+  assert config_lib.to_json(config)['objective']
+
+
+def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
+  rows = [{'question': f'{a} {b}', 'answers': [b, f'the {b}']}
+          for a in conftest.WORDS[:8] for b in conftest.WORDS[8:]]
+  data = tmp_path / 'qa.jsonl'
+  data.write_text('\n'.join(map(json.dumps, rows)))
+  task = Task(kind='generation', template='{question} It was', stop='the',
+              max_new_tokens=3)
+  for objective, select in (('lm', 'loss'), ('f1', 'metric')):
+    config = small_config(tiny_dir, data, data__num_train=32, data__num_dev=8,
+                          data__num_test=16, objective=objective, select=select,
+                          steps=2, eval_every=1)
+    config.task = task
+    result = train.run(config, tmp_path / objective)
+    assert {'f1', 'exact_match', 'drop_f1'} <= result['final'].keys()
+  assert all(-1 <= loss <= 0 for loss in train_losses(tmp_path / 'f1'))
+
+
+def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
+  config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
+                        eval_every=40, optimizer__learning_rate=3e-3)
+  config.task = Task(kind='head', template='{text}',
+                     label_names=('bad', 'good'), metric='matthews')
+  result = train.run(config, tmp_path)
+  assert -1 <= result['final']['matthews'] <= 1
+  assert np.mean(train_losses(tmp_path)[-10:]) < 0.4
+  with pytest.raises(ValueError, match='classification head'):
+    export(tmp_path, tmp_path / 'export')
+
+
+@pytest.mark.parametrize('changes,warns', [
+    (dict(), False), (dict(optimizer__learning_rate=2e-3), True),
+    (dict(peft__method='lora'), True),
+    (dict(peft__method='lora', optimizer__learning_rate=1e-4), False),
+    (dict(peft__method='lora', optimizer__learning_rate=1e-2), True),
+    (dict(peft__method='prefix', optimizer__learning_rate=1e-4), True),
+    (dict(peft__method='prefix', optimizer__learning_rate=1e-1), False),
+    (dict(method='finetune', peft__method='lora'), True),
+    (dict(method='finetune', optimizer__name='sgd',
+          optimizer__learning_rate=1e-2), False),
+    (dict(method='zero_shot', peft__method='lora'), False)])
+def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
+  found = methods.warnings(changed(config_lib.Train(), **changes))
+  assert bool(found) == warns
+  assert all('two orders of magnitude' in text for text in found)
+
+
+def test_the_documentation_names_them_all():
+  for file, title, table in (
+      ('tasks.md', '| `method` | |', methods.METHODS),
+      ('peft.md', '| `--config.peft.method=` |', methods.PARTS)):
+    text = (conftest.ROOT / 'docs' / file).read_text().split(title)[1]
+    rows = text.split('\n\n')[0].splitlines()[2:]
+    names = [row.split('|')[1].strip(' `').replace('(empty)', '')
+             for row in rows]
+    assert names == [*table]
