@@ -14,7 +14,6 @@ import time
 from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
-import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from mezo_jax import (
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import in_one_sentence, InputError, MissingError
+from mezo_jax.errors import in_one_sentence, MissingError, Stopped
 from mezo_jax.step import make_step
 from mezo_jax.tasks import encode
 
@@ -43,13 +42,6 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
-
-_TRY = ('Try a lower --config.optimizer.learning_rate, or '
-        '--config.model.dtype=float32.')  # where numbers are not finite
-
-
-class Stopped(InputError):
-  """The run cannot go on; nothing that was saved is lost."""
 
 
 def say(text: str) -> None:
@@ -78,8 +70,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       f'on {devices}')
   ask = evaluate.make_evaluators(
       config, built.model, built.splits, built.tokenizer, mesh)
-  finish = lambda final, **more: write_result(
-      config, workdir, built, final, **more, model=name,
+  finish = lambda final, **more: workdir_lib.write_result(
+      workdir, config, built, final, **more, model=name,
       seconds=time.time() - began)
   probed = None
   if method.probe:
@@ -122,10 +114,10 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     on_dev, on_test = ask.both(before)
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
-  zero_shot = [{k: v for k, v in r.items() if k not in ('kind', 'step')}
-               for r in metrics.of('zero_shot')]
-  for found in zero_shot:
-    say(f'zero-shot: test {evaluate.spell(found)}')
+  zero_shot = {k: v for r in metrics.of('zero_shot') for k, v in r.items()
+               if k not in ('kind', 'step')}
+  if zero_shot:
+    say(f'zero-shot: test {evaluate.spell(zero_shot)}')
   del before  # before the first step donates what it shares
 
   # Loop.
@@ -149,11 +141,11 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     loggers.draw_curves(workdir / 'curves.png', metrics, task.main_metric,
                         f'{config.method}, {name}')
   result = finish(
-      final | {'step': best}, **({'zero_shot': zero_shot[0]} if zero_shot
-                                 else {}), steps=config.steps,
+      final | {'step': best}, steps=config.steps,
       forwards=config.steps * methods.forwards(config),
-      trained=size_of(params), compilations=len(step_fn.compiled))
-  was = ''.join(f', zero-shot {evaluate.spell(found)}' for found in zero_shot)
+      trained=size_of(params), compilations=len(step_fn.compiled),
+      **(dict(zero_shot=zero_shot) if zero_shot else {}))
+  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
@@ -172,30 +164,11 @@ def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
   if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
     raise Stopped(
         f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {_TRY}')
+        f'was skipped: nothing was trained. {workdir_lib.TRY}')
   try:
     return checkpoints.best_step()
   except MissingError as e:
-    raise Stopped(f'{e} {_TRY}') from e
-
-
-def write_result(config, workdir: Path, built: build.Built, final: dict,
-                 **more) -> dict:
-  """Writes config.json and result.json; raises Stopped if there is none."""
-  if not evaluate.is_finite(final):
-    raise Stopped(
-        f'{config.method} has no result: test {evaluate.spell(final)}. '
-        + (_TRY if methods.method_of(config).steps else
-           'Check the weights, or try --config.model.dtype=float32.'))
-  mesh, splits = built.mesh, built.splits
-  result = {
-      'method': config.method, 'metric': config.task.main_metric,
-      'final': final, 'steps': 0, 'forwards': 0, **more,
-      'train_rows': len(splits.train.prompts),
-      'truncated': splits.test.truncated, 'peak_memory': evaluate.peak_memory(),
-      'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
-  workdir_lib.write(workdir, config, result)
-  return result
+    raise Stopped(f'{e} {workdir_lib.TRY}') from e
 
 
 def size_of(params) -> int:
@@ -214,28 +187,15 @@ def feed(config, splits, mesh, start):
 def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
          start):
   """The training loop. The host reads step n-1 while the device does n."""
-  bar = tqdm(total=config.steps, initial=start, unit='step', dynamic_ncols=True,
-             disable=jax.process_index() > 0)
-  clock, waiting, stop_wanted = time.time(), None, checkpoint.preemption()
+  progress = loggers.Progress(metrics, config.steps, start)
+  waiting, stop_wanted = None, checkpoint.preemption()
 
   def read(step, tokens, values):
-    nonlocal clock
-    values = jax.device_get(values)
-    seconds, clock = time.time() - clock, time.time()
-    metrics.write(
-        'train', step, **{k: v for k, v in values.items()
-                          if not k.startswith('skipped')},
-        tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
-    size = values.get('projected_grad', values.get('grad_norm'))
-    bar.set_postfix_str(
-        f'loss {values["loss"]:.3f}, |g| {np.abs(size).mean():.1f}, '
-        f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
-    bar.update()
-    if values['skipped_in_a_row'] >= config.max_skipped:
+    if progress.read(step, tokens, values) >= config.max_skipped:
       raise Stopped(
           f'the last {config.max_skipped} steps, up to {step}, gave a loss '
           'that is not finite and were skipped; the parameters are as before '
-          f'them. {_TRY}')
+          f'them. {workdir_lib.TRY}')
 
   for step in range(start + 1, config.steps + 1):
     tokens, batch = next(batches)
@@ -257,8 +217,8 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     if stopping and step < config.steps:
       raise Stopped(f'told to stop; step {step} is saved. Run the same command '
                     'again to resume.')
-    clock = time.time()
-  bar.close()
+    progress.restart()
+  progress.close()
   return state
 
 

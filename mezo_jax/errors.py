@@ -24,6 +24,10 @@ class MissingError(InputError, FileNotFoundError):
   """A file, a model or a data set that is not there."""
 
 
+class Stopped(InputError):
+  """A run that cannot go on; nothing that was saved is lost."""
+
+
 class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import json
 import math
 from pathlib import Path
+import time
 
 import jax
+import numpy as np
+from tqdm import tqdm
 
 from mezo_jax.errors import InputError
 
@@ -52,6 +55,40 @@ class Metrics:
     for sink in (self._file, self._board):
       if sink:
         sink.close()
+
+
+class Progress:
+  """A bar of the steps, and a record of each."""
+
+  def __init__(self, metrics: Metrics, total: int, start: int):
+    self._metrics, self._clock = metrics, time.time()
+    self._bar = tqdm(
+        total=total, initial=start, unit='step', dynamic_ncols=True,
+        disable=jax.process_index() > 0)
+
+  def read(self, step: int, tokens: int, values: dict) -> int:
+    """Waits for the metrics of a step (`mezo_jax.make_step`) of so many tokens,
+    and returns how many were skipped in a row."""
+    values = jax.device_get(values)
+    seconds = time.time() - self._clock
+    self.restart()
+    self._metrics.write(
+        'train', step, **{k: v for k, v in values.items()
+                          if not k.startswith('skipped')},
+        tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
+    size = values.get('projected_grad', values.get('grad_norm'))
+    self._bar.set_postfix_str(
+        f'loss {values["loss"]:.3f}, |g| {np.abs(size).mean():.1f}, '
+        f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
+    self._bar.update()
+    return int(values['skipped_in_a_row'])
+
+  def restart(self) -> None:
+    """Seconds are counted from now."""
+    self._clock = time.time()
+
+  def close(self) -> None:
+    self._bar.close()
 
 
 def _plain(value):

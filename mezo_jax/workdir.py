@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
-from mezo_jax import checkpoint, loggers, methods
+import jax
+
+from mezo_jax import build, checkpoint, evaluate, loggers, methods
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax.errors import InputError, MissingError, Stopped
+
+# Advice where numbers are not finite.
+TRY = ('Try a lower --config.optimizer.learning_rate, or '
+       '--config.model.dtype=float32.')
 
 
 def check(config: config_lib.Train, workdir: Path) -> None:
@@ -65,3 +71,26 @@ def write(workdir: Path, config: config_lib.Train,
   loggers.write_json(workdir / 'config.json', config_lib.to_json(config))
   if result is not None:
     loggers.write_json(workdir / 'result.json', result)
+
+
+def write_result(workdir: Path, config: config_lib.Train, built: build.Built,
+                 final: dict, **more) -> dict:
+  """Writes config.json and result.json, and returns the latter.
+
+  Raises:
+    Stopped: if the final report of the test rows is not finite.
+  """
+  if not evaluate.is_finite(final):
+    raise Stopped(
+        f'{config.method} has no result: test {evaluate.spell(final)}. '
+        + (TRY if methods.method_of(config).steps else
+           'Check the weights, or try --config.model.dtype=float32.'))
+  mesh, splits = built.mesh, built.splits
+  result = {
+      'method': config.method, 'metric': config.task.main_metric,
+      'final': final, 'steps': 0, 'forwards': 0, **more,
+      'train_rows': len(splits.train.prompts),
+      'truncated': splits.test.truncated, 'peak_memory': evaluate.peak_memory(),
+      'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}
+  write(workdir, config, result)
+  return result
