@@ -104,7 +104,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
   start = checkpoints.latest_step() or 0
   if start:
-    params, opt_state = checkpoints.load(start, (params, opt_state))
+    params, opt_state = build.restore(
+        checkpoints, start, params, opt_state)
     say(f'resumed from step {start} of {workdir}')
   workdir_lib.write(workdir, config)
   metrics = loggers.Metrics(workdir, start)
@@ -133,7 +134,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   # Report.
   best = find_best(config, checkpoints, opt_state)
   if best != config.steps:
-    params, _ = checkpoints.load(best, (params, opt_state))
+    params, _ = build.restore(checkpoints, best, params, opt_state)
   _, final = ask.both(whole())
   checkpoints.close()
   metrics.close()

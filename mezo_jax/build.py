@@ -9,10 +9,12 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mezo_jax import (
   _paths,
+  checkpoint,
   methods,
   models,
   one_sided,
@@ -27,6 +29,7 @@ from mezo_jax import data as data_lib
 from mezo_jax import trainable as trainable_lib
 from mezo_jax._directions import KINDS
 from mezo_jax._mezo import by_group, mezo
+from mezo_jax._rounding import RoundingState
 from mezo_jax.backprop import backprop
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import head, score
@@ -276,6 +279,29 @@ def make_optimizer(
       directions=KINDS[z.distribution](z.generator), decay=_paths.decayed,
       combine=one_sided if z.one_sided else two_sided,
       micro_batches=o.micro_batches)
+
+
+def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
+            opt_state):
+  """``params, opt_state`` of a step, in the place of these.
+
+  Also of an earlier version, whose `mezo` had no `RoundingState`: its bits were
+  of the same key and count as its directions.
+
+  Raises:
+    InputError: if it cannot be read, or is of another model.
+  """
+  try:
+    return checkpoints.load(step, (params, opt_state))
+  except InputError as e:
+    if not isinstance(opt_state[-1], RoundingState):
+      raise
+    try:
+      params, old = checkpoints.load(step, (params, opt_state[:-1]))
+    except InputError:
+      raise e from None
+  copies = map(jnp.copy, (old[0].count, old[0].key))  # each to be donated
+  return params, (*old, RoundingState(*copies))
 
 
 def schedule(config: config_lib.Train, learning_rate: float) -> optax.Schedule:

@@ -74,7 +74,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, _ = checkpoints.load(step, (shapes, opt_state))
+  params, _ = build.restore(checkpoints, step, shapes, opt_state)
   params = peft.join(params, frozen)
   checkpoints.close()
 
