@@ -58,8 +58,8 @@ def test_the_paper_s_programs_trace_with_abstract_weights(case, monkeypatch):
   monkeypatch.syspath_prepend(str(conftest.ROOT / 'benchmarks'))
   found = module(conftest.ROOT / 'benchmarks' / 'aot_configs.py')
   config = found.load_config(*case[:3])
-  lowered = found.lower(config, sharding.make_mesh(fsdp=8), case[3])
-  params, state, metrics = lowered.out_info
-  want = jax.tree.map(lambda x: x.shape, lowered.args_info[0][0])
+  losses, update = found.lower(config, sharding.make_mesh(fsdp=8), case[3])
+  params, state, metrics = update.out_info
+  want = jax.tree.map(lambda x: x.shape, losses.args_info[0][0])
   assert jax.tree.map(lambda x: x.shape, params) == want
   assert state[0].value.shape == metrics['loss'].shape == ()

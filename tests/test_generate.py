@@ -100,7 +100,7 @@ def test_rows_whose_logits_are_not_finite_are_told(tiny):
 
 def test_perturbed_generation_is_that_of_built_weights(tiny):
   model, params, ids = tiny
-  step = [(jax.random.key(5), 0.3)]
+  step = mezo_jax.Displacement(jax.random.key(5), 0.3)
   run = lambda p: models.generate(model, p, ids, max_new_tokens=10)
   got = helpers.quick_jit(
       lambda p: mezo_jax.perturbed(run)(p, step))(params)

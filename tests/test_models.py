@@ -122,7 +122,7 @@ def test_a_long_answer_needs_no_perturbed_vocabulary():
   def loss_fn(params, ids):
     return -model.apply({'params': params}, ids, targets=ids).mean()
   shapes = models.param_shapes(model.config)
-  step = [(jax.random.key(3), 0.1)]
+  step = mezo_jax.Displacement(jax.random.key(3), 0.1)
   lazy = jax.jit(lambda p, ids: mezo_jax.perturbed(loss_fn)(p, step, ids))
   memory = lazy.lower(shapes, ids).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 0.2 * 4 * 40_000 * 128

@@ -36,7 +36,7 @@ def test_a_run_from_the_command_line(whole):
     assert 0 <= result[part]['calibrated_accuracy'] <= 1
     assert result[part]['count'] == 40
   assert result['steps'] == 30 and result['forwards'] == 60
-  assert result['compilations'] == 2  # buckets
+  assert result['compilations'] == 3  # a bucket each, and the update
   assert out.count('compiled the step for') == 2
   for text in ('zero-shot: test accuracy', 'step 30: dev accuracy',
                'final (step', 'model: '):
