@@ -69,6 +69,9 @@ def mezo(
     step whose loss is not finite changes nothing.
     The state is the chain's: `SpsaState` is its first element.
 
+  Raises:
+    ValueError: as `spsa`; and for weight decay with a mask of elements.
+
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
     <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, Tables 15 and 16.
@@ -105,9 +108,12 @@ def mezo(
       round_))
 
   def init_fn(params):
-    known = not isinstance(weight_decay, jax.core.Tracer)
-    if decay is None and known and weight_decay != 0:
-      _show(params, decayed(params))
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay != 0:
+      if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
+        raise ValueError('weight_decay would move elements that the mask '
+                         'leaves out: leave it at 0 with a mask of elements.')
+      if decay is None:
+        _show(params, decayed(params))
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)

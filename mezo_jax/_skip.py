@@ -14,8 +14,9 @@ def skip_not_finite(
 
   Where a loss or projected gradient is not finite, `mezo_jax.spsa` gives zeros
   and counts. What follows it would go on: Adam by its momentum, weight decay
-  by itself. Here the updates are then zero and every state is as before, but
-  the estimator's own: ``skip_not_finite(chain(spsa(...), adam(1e-4)))``.
+  by itself. Here the updates are then zero and every state is as before, the
+  counts of schedules too, but the estimator's own:
+  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``.
 
   Args:
     inner: a chain with an estimator in it, that is a state with the field

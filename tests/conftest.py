@@ -34,6 +34,21 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
          'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
 
 
+# Of whole runs of small models most of the time is LLVM's; what they promise
+# does not depend on how well it did.
+_RUNS = ('test_bodies', 'test_build', 'test_distributed', 'test_evaluate',
+         'test_export', 'test_methods', 'test_not_finite', 'test_scores',
+         'test_suite', 'test_train', 'test_trainable')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def quick_programs(request):
+  quick = request.module.__name__ in _RUNS
+  jax.config.update('jax_disable_most_optimizations', quick)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def pytest_unconfigure():
   if _PROGRAMS:  # made by this process, not by one that it is a worker of
     shutil.rmtree(_PROGRAMS['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)

@@ -118,6 +118,14 @@ def test_masks_of_elements():
         mask={'embed': there[0], 'layers': True, 'h_1': True}))
 
 
+def test_weight_decay_does_not_reach_masked_elements():
+  mask = {'embed': jnp.ones((50, 8), bool), 'layers': False, 'h_1': True}
+  tx = mezo_jax.mezo(1e-2, key=0, directions=Normal(mask=mask),
+                     weight_decay=0.1, decay='embed')
+  with pytest.raises(ValueError, match='weight_decay would move elements'):
+    tx.init(TREE)
+
+
 def test_directions_decide_which_leaves_they_take():
   """Integers have no z but in directions that say so."""
   params = {'w': jnp.ones(3), 'codes': jnp.arange(3)}

@@ -73,22 +73,19 @@ def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
 
 def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   """Its best step is not the last; fewer steps than it made are refused."""
-  settings = ['--config.optimizer.learning_rate=3e-2', '--config.select=loss',
-              '--config.optimizer.schedule=constant', '--config.steps=8',
-              '--config.eval_every=4', '--config.data.max_length=8']
-  again = lambda *more: finish(
-      tiny_dir, reviews_file, tmp_path, *settings, *more)
-  results = []
-  for _ in range(2):
-    out, code = again()
-    assert code == 0, out
-    results.append(json.loads((tmp_path / 'result.json').read_text()))
+  config = small_config(
+      tiny_dir, reviews_file, steps=8, eval_every=4, select='loss',
+      optimizer__learning_rate=3e-2)
+  results = [train.run(config, tmp_path) for _ in range(2)]
   for part in ('final', 'zero_shot'):
     assert results[0][part] == results[1][part]
   assert results[0]['final']['step'] == 4
   held = lambda: {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
   before = held()
-  out, code = again('--config.steps=6')
+  out, code = finish(
+      tiny_dir, reviews_file, tmp_path, '--config.select=loss',
+      '--config.optimizer.learning_rate=3e-2', '--config.data.buckets=(16,)',
+      '--config.steps=6', '--config.eval_every=4')
   assert code == 1 and 'holds step 8 and --config.steps is 6; give 8' in out
   assert 'Traceback' not in out and held() == before
 
@@ -97,7 +94,8 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
   model = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512)
   out, code = finish(
-      model, reviews_file, tmp_path / 'one', '--config.steps=4',
+      model, reviews_file, tmp_path / 'one', '--config.steps=3',
+      '--config.data.max_length=8',
       '--config.zero_shot=False', '--config.optimizer.learning_rate=1e-5')
   assert code == 0 and 'on 1 cpu device(s)' in out, out
   config = config_lib.from_json(

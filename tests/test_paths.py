@@ -1,5 +1,7 @@
 """Leaves of all sorts, their names, and where they are."""
 
+import warnings
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _paths
+from mezo_jax import _noise, _paths
+from mezo_jax._directions import Draws
 
+PAIR = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
 STEP = mezo_jax.Displacement(jax.random.key(4), 0.05)
 OTHERS = {
     'int4': lambda: jnp.arange(4).astype(jnp.int4),
@@ -108,6 +112,74 @@ def test_unknown_names_are_refused():
     mezo_jax.Normal('mt19937')
   with pytest.raises(ValueError, match="directions must be one.*'cauchy'"):
     mezo_jax.mezo(1e-2, key=0, directions='cauchy')
+
+
+# --- what is decayed, and what is stacked ------------------------------------
+
+
+def test_weight_decay_skips_biases_and_norms_of_every_family():
+  decayed = ['model/layers/3/self_attn/q_proj/weight', 'layers/attn/q/kernel',
+             'embed/embedding', 'transformer/h/0/attn/c_attn/weight',
+             'params/Dense_0/kernel', 'lm_head/kernel', 'decoder/project_in/w']
+  kept = ['layers/attn_norm/scale', 'model/norm/weight', 'h/0/ln_1/weight',
+          'transformer/ln_f/scale', 'self_attn_layer_norm/weight',
+          'final_layernorm/weight', 'layers/attn/q/bias', 'post_ffw_norm/scale',
+          'q_norm/scale', 'attention/output/LayerNorm/gamma', 'LayerNorm_0/w',
+          'decoder/final_layer_norm/beta', 'RMSNorm_0/scale']
+  def is_decayed(path, shape):
+    *above, last = path.split('/')
+    tree = {last: jnp.zeros(shape)}
+    for name in reversed(above):
+      tree = {name: tree}
+    return jax.tree.leaves(_paths.decayed(tree))[0]
+  assert all(is_decayed(p, (2, 4, 4)) for p in decayed)
+  assert not any(is_decayed(p, (4, 4)) for p in kept)
+  assert not is_decayed('layers/anything/w', (4, 4))  # [L, d]
+  assert not is_decayed('anything', (4,))
+
+
+def test_what_is_stacked_is_told_by_shapes_or_said():
+  """Names alone took the first six for stacks of vectors."""
+  one = jnp.zeros((4, 5))
+  for name in ('block', 'layer', 'h', 'Dense_layer', 'ResBlock'):
+    tree = {name: {'kernel': one, 'bias': jnp.zeros(5)}}
+    assert _paths.decayed(tree) == {name: {'kernel': True, 'bias': False}}
+  assert _paths.decayed({'block': {'w': one}}) == {'block': {'w': True}}
+  tree = {'encoder': {'mlp': {'kernel': jnp.zeros((3, 4, 5)),
+                              'offset': jnp.zeros((3, 5))}}, 'out': one}
+  assert _paths.decayed(tree) == {'encoder': {'mlp': {
+      'kernel': True, 'offset': False}}, 'out': True}
+  layers = {'layers': [{'q': jnp.zeros((4, 4))}, {'q': jnp.zeros((4, 4))}]}
+  assert all(jax.tree.leaves(_paths.decayed(layers)))
+  assert not any(jax.tree.leaves(_paths.decayed({'w': one}, how='w')))
+  with pytest.warns(UserWarning, match=r'guessed.*: 1 parameters have it '
+                    r'\(a\), 1 do not \(b\).*decay='):
+    mezo_jax.mezo(1e-2, key=0, weight_decay=0.1).init(PAIR)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    mezo_jax.mezo(1e-2, key=0).init(PAIR)
+    tx = mezo_jax.mezo(1.0, key=0, weight_decay=0.5, decay='b')
+    updates, _ = tx.update(None, tx.init(PAIR), PAIR,
+                           value_fn=lambda p: jnp.float32(1.0))
+  helpers.assert_close(updates['b'], -0.5 * PAIR['b'])
+  assert not np.any(updates['a'])
+
+
+def test_what_is_said_to_be_stacked_has_a_key_for_each_layer():
+  tree = {'deep': {'w': jnp.zeros((3, 4, 5))}}
+  one = mezo_jax.Displacement(jax.random.key(2), 1.0)
+  said = mezo_jax.direction(tree, one, mezo_jax.Normal(stacked='deep'))
+  named = {'deep_layers': {'w': tree['deep']['w']}}
+  key = _noise.leaf_key(one.keys, 'deep/w')
+  for l in range(3):
+    words = jax.random.key_data(jax.random.fold_in(key, l))
+    s = _noise.Stream(
+        words[None, None, None], jnp.zeros((1, 1), jnp.uint32), (5, 1))
+    want = Draws(s, jnp.ones(1), mezo_jax.Normal()).built(jnp.zeros((4, 5)))
+    helpers.assert_close(said['deep']['w'][l], want)
+  plain = mezo_jax.direction(named, one, mezo_jax.Normal(stacked=False))
+  apart = mezo_jax.direction(named, one)
+  assert not np.any(plain['deep_layers']['w'] == apart['deep_layers']['w'])
 
 
 # --- places ------------------------------------------------------------------
