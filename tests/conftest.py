@@ -34,16 +34,17 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
          'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
 
 
-# Of whole runs of small models most of the time is LLVM's; what they promise
-# does not depend on how well it did.
-_RUNS = ('test_bodies', 'test_build', 'test_distributed', 'test_evaluate',
-         'test_export', 'test_methods', 'test_not_finite', 'test_scores',
-         'test_suite', 'test_train', 'test_trainable')
+# Of small models most of the time is LLVM's; what these promise does not depend
+# on how well it did.
+_SMALL = ('test_bodies', 'test_build', 'test_distributed', 'test_evaluate',
+          'test_export', 'test_families', 'test_generate', 'test_methods',
+          'test_models', 'test_not_finite', 'test_peft', 'test_peft_parity',
+          'test_scores', 'test_suite', 'test_train', 'test_trainable')
 
 
 @pytest.fixture(autouse=True, scope='module')
 def quick_programs(request):
-  quick = request.module.__name__ in _RUNS
+  quick = request.module.__name__ in _SMALL
   jax.config.update('jax_disable_most_optimizations', quick)
   yield
   jax.config.update('jax_disable_most_optimizations', False)

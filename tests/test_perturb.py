@@ -20,7 +20,7 @@ IDS = jnp.array([[1, 7], [0, 8]])
 
 def both(f, params, displacement=STEP, directions=Normal()):
   built = f(mezo_jax.displace(params, displacement, directions))
-  lazy = jax.jit(
+  lazy = helpers.quick_jit(
       lambda p: mezo_jax.perturbed(f, directions)(p, displacement))(params)
   return built, lazy
 
