@@ -23,13 +23,14 @@ def tiny_model(**changes):
   """(model, random params, input ids [4, 12])."""
   model = models.Transformer(tiny_config(**changes))
   ids = jax.random.randint(jax.random.key(7), (4, 12), 0, 64)
-  params = model.init(jax.random.key(1), ids)['params']
+  params = quick_jit(model.init)(jax.random.key(1), ids)['params']
   return model, params, ids
 
 
-def quick_jit(fn):
+def quick_jit(fn, **kwargs):
   """For many small programs: most of jit's time is LLVM's optimisation."""
-  return jax.jit(fn, compiler_options={'xla_backend_optimization_level': 0})
+  return jax.jit(
+      fn, compiler_options={'xla_backend_optimization_level': 0}, **kwargs)
 
 
 def lm_loss(model):

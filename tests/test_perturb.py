@@ -19,7 +19,8 @@ IDS = jnp.array([[1, 7], [0, 8]])
 
 
 def both(f, params, displacement=STEP, directions=Normal()):
-  built = f(mezo_jax.displace(params, displacement, directions))
+  built = helpers.quick_jit(
+      lambda p: f(mezo_jax.displace(p, displacement, directions)))(params)
   lazy = helpers.quick_jit(
       lambda p: mezo_jax.perturbed(f, directions)(p, displacement))(params)
   return built, lazy
@@ -158,7 +159,7 @@ def test_displace_against_numpy():
 def test_scanned_linen_model_is_unchanged_and_equal():
   model = helpers.ScannedLinen()
   ids = jnp.arange(12).reshape(3, 4)
-  params = model.init(jax.random.key(0), ids)['params']
+  params = helpers.quick_jit(model.init)(jax.random.key(0), ids)['params']
   built, lazy = both(lambda p: model.apply({'params': p}, ids), params)
   helpers.assert_close(built, lazy)
 

@@ -51,7 +51,7 @@ def test_directions_are_bitwise_equal_on_every_mesh(generator):
 
 
 def make_step(tx, loss_fn, out_shardings):
-  @functools.partial(jax.jit, donate_argnums=(0, 1),
+  @functools.partial(helpers.quick_jit, donate_argnums=(0, 1),
                      out_shardings=out_shardings)
   def step(params, state, ids):
     updates, state = tx.update(
