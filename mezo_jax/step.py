@@ -83,7 +83,9 @@ class Step:
   def lower(self, params, state, batch, frozen=None) -> list:
     """The programs of a step, lowered: of arrays, or of shapes and places."""
     out = [self._lower_losses(params, state, batch, frozen)]
-    return out + [self._lower_update(params, state)] * _has_door(state)
+    if _has_door(state):
+      out.append(self._lower_update(params, state))
+    return out
 
   def compile(self, params, state, batch, frozen=None) -> None:
     """Compiles what the first step would, without making it."""

@@ -54,6 +54,8 @@ def test_a_step_is_the_usual_one(name):
   size = 'grad_norm' if name == 'backprop' else 'projected_grad'
   np.testing.assert_array_equal(metrics[size], getattr(other[0], size))
   assert metrics.keys() == {'loss', size, 'skipped', 'skipped_in_a_row'}
+  programs = step.lower(mine, state, {'x': X})
+  assert len(programs) == (1 if name == 'backprop' else 2)
 
 
 def test_skipped_steps_are_counted():
