@@ -14,6 +14,7 @@ _PROGRAMS = {
 os.environ.update(_PROGRAMS)
 
 import jax  # noqa: E402
+from jax._src import compiler  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -34,20 +35,49 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
          'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
 
 
-# Of small models most of the time is LLVM's; what these promise does not depend
-# on how well it did.
-_SMALL = ('test_bodies', 'test_build', 'test_distributed', 'test_evaluate',
-          'test_export', 'test_families', 'test_generate', 'test_methods',
-          'test_models', 'test_not_finite', 'test_peft', 'test_peft_parity',
-          'test_scores', 'test_suite', 'test_train', 'test_trainable')
+# Small programs take longer to compile than to run. Where no promise is about
+# what a compiler makes of them (their memory, the bits of two), they are
+# compiled with little optimisation, by the quicker of XLA's code generators.
+_SMALL = ('test_bodies', 'test_build', 'test_common', 'test_data',
+          'test_distributed', 'test_evaluate', 'test_export', 'test_families',
+          'test_generate', 'test_hub', 'test_methods', 'test_models',
+          'test_not_finite', 'test_objective', 'test_peft', 'test_peft_parity',
+          'test_scores', 'test_sharding', 'test_suite', 'test_train',
+          'test_trainable', 'test_wrappers')
+_AS_SHIPPED = (
+    'test_directions_are_bitwise_equal_on_every_mesh',
+    'test_the_door_gives_the_same_weights',
+    'test_the_noise_of_a_sharded_step_does_not_communicate',
+    'test_the_update_needs_no_dense_tree')
+QUICK = {'xla_cpu_use_fusion_emitters': False}
+QUICK_FLAGS = ' '.join(f'--{k}={v}' for k, v in QUICK.items())
+_compile_options = compiler.get_compile_options
+
+
+def _compile_quickly(quick: bool) -> None:
+  def options(*args, env_options_overrides=None, **kwargs):
+    return _compile_options(
+        *args, env_options_overrides=QUICK | (env_options_overrides or {}),
+        **kwargs)
+  jax.config.update('jax_disable_most_optimizations', quick)
+  compiler.get_compile_options = options if quick else _compile_options
 
 
 @pytest.fixture(autouse=True, scope='module')
 def quick_programs(request):
-  quick = request.module.__name__ in _SMALL
-  jax.config.update('jax_disable_most_optimizations', quick)
+  _compile_quickly(request.module.__name__ in _SMALL)
   yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  _compile_quickly(False)
+
+
+@pytest.fixture(autouse=True)
+def programs_as_shipped(request, quick_programs):
+  shipped = getattr(request.node, 'originalname', None) in _AS_SHIPPED
+  if shipped:
+    _compile_quickly(False)
+  yield
+  if shipped:
+    _compile_quickly(request.module.__name__ in _SMALL)
 
 
 def pytest_unconfigure():

@@ -32,6 +32,7 @@ def command(model, data, workdir, *more):
 def start(*args, devices=1):
   env = os.environ | {'JAX_PLATFORMS': 'cpu',
                       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+                      'XLA_FLAGS': conftest.QUICK_FLAGS,
                       'JAX_NUM_CPU_DEVICES': str(devices)}
   return subprocess.Popen(
       command(*args), env=env, text=True, stdout=subprocess.PIPE,

@@ -25,6 +25,7 @@ def run(processes, cache, *args):
   each, which ended well."""
   env = os.environ | {
       'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // processes),
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': conftest.QUICK_FLAGS,
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   with socket.socket() as s:

@@ -31,7 +31,8 @@ def moved(tiny_dir, workdir, untied=False):
 
 def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
-                        eval_every=20, optimizer__learning_rate=3e-3,
+                        eval_every=20, checkpoint_every=40,
+                        optimizer__learning_rate=3e-3,
                         model__remat=True, optimizer__micro_batches=1)
   result = train.run(config, tmp_path)
   assert result['forwards'] == 40

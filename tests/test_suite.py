@@ -2,6 +2,8 @@
 
 import json
 
+import conftest
+
 from mezo_jax import __main__ as command_line
 
 
@@ -20,7 +22,10 @@ def get_suite():
           for m in ('zero_shot', 'mezo', 'icl')}}
 get_config = lambda name: get_suite()[name]
 ''')
-  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
+  for name, value in (('JAX_NUM_CPU_DEVICES', '1'),
+                      ('JAX_DISABLE_MOST_OPTIMIZATIONS', '1'),
+                      ('XLA_FLAGS', conftest.QUICK_FLAGS)):
+    monkeypatch.setenv(name, value)
   def run(*more):
     code = ''
     try:
