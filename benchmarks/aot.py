@@ -41,7 +41,8 @@ import optax
 
 import mezo_jax
 from mezo_jax import _streams, backprop, models, sharding
-from mezo_jax._directions import Draws, KINDS
+from mezo_jax._directions import Draws
+from mezo_jax._spsa import KINDS
 
 ROWS, TOKENS = 16, 256
 MEZO = ('MeZO normal', 'MeZO rademacher')
@@ -210,7 +211,7 @@ def forms() -> list[dict]:
       def moved(w, seed, c, z=KINDS[kind](generator)):
         keys = jax.random.key(seed, impl='threefry2x32')[None]
         stream = _streams.of_leaf(keys, 'w', w.shape)
-        return Draws(stream, c[None], z).add(w).astype(w.dtype)
+        return Draws((stream,), c[None], z).add(w).astype(w.dtype)
       def first(w, seed, c, x, moved=moved):
         return x @ jax.lax.optimization_barrier(moved(w, seed, c))
       def both(w, seed, c, x, moved=moved):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _noise, _streams
-from mezo_jax._directions import Draws, KINDS
+from mezo_jax._directions import Draws
+from mezo_jax._spsa import KINDS
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)
@@ -34,7 +35,7 @@ def cost(directions):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
     stream = _streams.of_leaf(key[None], 'w', LEAF)
-    return Draws(stream, jnp.full(1, 1e-3), directions).add(w)
+    return Draws((stream,), jnp.full(1, 1e-3), directions).add(w)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
   return _ns(axpy, w, key) | {'temporary bytes / leaf': temp / w.nbytes}

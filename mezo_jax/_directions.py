@@ -85,6 +85,16 @@ class Directions:
     """Whether z has a part for a leaf of this dtype."""
     return _paths.is_floating(leaf)
 
+  def of_leaf(self, stream: _noise.Stream, coefs, shape) -> 'Draws':
+    """The draws of a leaf of this shape."""
+    del shape
+    return Draws((stream,), coefs, self.bare())
+
+  def z(self, streams, j, like: jax.Array) -> jax.Array:
+    """Direction j of the streams of a block, in a shape that broadcasts to
+    that of ``like``."""
+    return self.draw(_noise.words(streams[0], j, like, self.generator))
+
   def plain(self, params, keys) -> tuple['Directions', Displacement]:
     """z(key_j) of keys [n] as the terms of a displacement, in directions whose
     elements depend on no others."""
@@ -138,9 +148,6 @@ class Sphere(Directions):
     return normal, Displacement(keys, factors).after(factors[0])
 
 
-KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere}
-
-
 def _quantile(bits: jax.Array) -> jax.Array:
   r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
 
@@ -188,7 +195,7 @@ def _polynomial(coefs, x):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('stream', 'coefs'), meta_fields=('directions',))
+    data_fields=('streams', 'coefs'), meta_fields=('directions',))
 @dataclasses.dataclass(frozen=True)
 class Draws:
   """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
@@ -198,9 +205,15 @@ class Draws:
   cannot.
   """
 
-  stream: _noise.Stream  # of a block
+  # Of a block: of its elements; or of its rows and its columns.
+  streams: tuple[_noise.Stream, ...]
   coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
   directions: Directions  # bare
+
+  @property
+  def there(self) -> jax.Array | None:
+    """Where z is not 0; None for everywhere."""
+    return self.streams[0].there
 
   def add(self, w: jax.Array) -> jax.Array:
     """``w + sum`` in float32 (float64 for float64 weights)."""
@@ -212,8 +225,7 @@ class Draws:
 
   def _sum(self, start, like):
     def term(j):
-      bits = _noise.words(self.stream, j, like, self.directions.generator)
-      return self.coefs[j] * self.directions.draw(bits)
+      return self.coefs[j] * self.directions.z(self.streams, j, like)
     n, first = self.coefs.shape[0], 0 if start is not None else 1
     total = term(0) if start is None else start
     if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
@@ -221,70 +233,83 @@ class Draws:
         total = total + term(j)
     else:
       total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
-    there = self.stream.there
-    if there is None:
+    if self.there is None:
       return total
-    return jnp.where(there, total, 0 if start is None else start)
+    return jnp.where(self.there, total, 0 if start is None else start)
 
-  def on(self, stream: _noise.Stream | None) -> 'Draws | None':
-    return stream and dataclasses.replace(self, stream=stream)
+  def on(self, move) -> 'Draws | None':
+    """With each stream moved, if it can be."""
+    streams = tuple(map(move, self.streams))
+    if any(s is None for s in streams):
+      return None
+    return dataclasses.replace(self, streams=streams)
 
   def take(self, axis, index):
-    return self.on(_streams.take(self.stream, axis, index))
+    return self.on(lambda s: _streams.take(s, axis, index))
 
   def window(self, starts, sizes, steps):
-    return self.on(_streams.window(self.stream, starts, sizes, steps))
+    return self.on(lambda s: _streams.window(s, starts, sizes, steps))
 
   def transpose(self, order):
-    return self.on(_streams.transpose(self.stream, order))
+    return self.on(lambda s: _streams.transpose(s, order))
 
   def reshape(self, old, new):
-    return self.on(_streams.reshape(self.stream, old, new))
+    return self.on(lambda s: _streams.reshape(s, old, new))
 
   def where(self, there):
     """Zero elsewhere."""
-    if self.stream.there is not None:
-      there = there & self.stream.there
-    return self.on(dataclasses.replace(self.stream, there=there))
+    if self.there is not None:
+      there = there & self.there
+    first, *rest = self.streams
+    return dataclasses.replace(self, streams=(
+        dataclasses.replace(first, there=there), *rest))
 
   def rows(self, length):
     """Of each entry of the first axis: ``along, of_row``, a list of arrays to
     scan over, and a function from those of one entry to its draws."""
-    arrays, tree = jax.tree.flatten(_streams.spread(self.stream, 0, length))
+    arrays, tree = jax.tree.flatten(self.on(
+        lambda s: _streams.spread(s, 0, length)).streams)
     varies = [a.shape[0] == length for a in arrays]
     shared = [a[0] for a, v in zip(arrays, varies) if not v]
 
     def of_row(along):
       along, rest = iter(along), iter(shared)
-      stream = jax.tree.unflatten(
+      streams = jax.tree.unflatten(
           tree, [next(along if v else rest) for v in varies])
-      return self.on(dataclasses.replace(stream, strides=stream.strides[1:]))
+      return dataclasses.replace(self, streams=tuple(
+          dataclasses.replace(s, strides=s.strides[1:]) for s in streams))
 
     return [a for a, v in zip(arrays, varies) if v], of_row
 
+  def keys(self) -> list:
+    return [s.keys for s in self.streams]
+
   def tied(self, keys) -> 'Draws':
     """With the same keys, as the compiler is to see them."""
-    return self.on(dataclasses.replace(self.stream, keys=keys))
+    return dataclasses.replace(self, streams=tuple(
+        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
 
   def lies(self) -> list[int]:
     """The block's axes in the order in which the leaf has them."""
-    steps = self.stream.strides
-    return sorted(range(len(steps)), key=lambda a: -steps[a] or -2**63)
+    steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
+    return sorted(range(len(steps)), key=lambda a: (
+        any(steps[a]), *(-step for step in steps[a])))
 
   def is_stack(self) -> bool:
     """Whether a leaf has a key for each entry of its first axis."""
-    keys = self.stream.keys
+    keys = self.streams[0].keys
     return keys.ndim > 2 and keys.shape[0] > 1
 
 
 def stack(several: list[Draws]) -> Draws:
   """The draws of blocks of one shape as those of one, with a new first axis."""
-  stream, coefs = jax.tree.map(
-      lambda *x: jnp.stack(x), *((x.stream, x.coefs) for x in several))
-  stream = dataclasses.replace(stream, strides=(0, *stream.strides))
-  axes = len(stream.strides) - 1
+  streams, coefs = jax.tree.map(
+      lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
+  streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
+                  for s in streams)
+  axes = len(streams[0].strides) - 1
   return dataclasses.replace(
-      several[0], stream=stream,
+      several[0], streams=streams,
       coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
 
 
@@ -306,16 +331,17 @@ def of_leaves(params, displacement: Displacement, directions: Directions
       for (path, x), use, is_stack in zip(leaves, used, stacks)
       if use is not False})
 
-  def draws(path, use):
+  def draws(path, x, use):
     if use is False:
       return None
     c = coefs
     if isinstance(c, OrderedDict):
       c = c[_paths.group_of(path, c)]
-    out = Draws(streams[path], c, directions.bare())
+    out = directions.of_leaf(streams[path], c, jnp.shape(x))
     return out if use is True else out.where(use)
 
-  return [(path, x, draws(path, use)) for (path, x), use in zip(leaves, used)]
+  return [(path, x, draws(path, x, use))
+          for (path, x), use in zip(leaves, used)]
 
 
 def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
@@ -345,6 +371,6 @@ def norm(params, key: jax.Array, directions: Directions
   for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
     if draws is not None:
       squares.append(jnp.sum(jnp.square(draws.built(jnp.asarray(x)))))
-      there = draws.stream.there
+      there = draws.there
       size += jnp.size(x) if there is None else jnp.sum(there)
   return jnp.sqrt(sum(squares)), size

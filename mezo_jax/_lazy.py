@@ -191,7 +191,7 @@ def _tied(values) -> list:
       return dataclasses.replace(x, args=tuple(map(one, x.args)))
     if not isinstance(x, Block):
       return x
-    w, keys, _ = lax.optimization_barrier((x.w, x.draws.stream.keys, met))
+    w, keys, _ = lax.optimization_barrier((x.w, x.draws.keys(), met))
     return dataclasses.replace(x, w=w, draws=x.draws.tied(keys))
   return [*map(one, values)] if met else values
 
@@ -238,7 +238,7 @@ def evaluate(jaxpr: core.Jaxpr, consts, args, context: Context) -> list:
     elif eqn.primitive.name in RULES:
       outs = RULES[eqn.primitive.name](eqn, ins, context)
     if outs is None:
-      outs = _otherwise(eqn, ins, context)
+      outs = otherwise(eqn, ins, context)
     env.update(zip(eqn.outvars, outs))
   return [read(v) for v in jaxpr.outvars]
 
@@ -251,8 +251,9 @@ def bind(eqn, ins) -> list:
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*known.values())
 
 
-def _otherwise(eqn, ins, context):
-  """What no rule is for: wait for the rest of an expression, or consume."""
+def otherwise(eqn, ins, context, by_parts: Callable | None = None):
+  """What no rule is for: wait for the rest of an expression, or consume; where
+  ``by_parts`` is given, it does the same with less memory."""
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
          for v, x in zip(eqn.invars, ins)]
@@ -262,64 +263,8 @@ def _otherwise(eqn, ins, context):
   for x in ins:
     context.note(x, f'all of it is used at once, by {eqn.primitive.name}',
                  stacked=not _inner(eqn))
-  by_parts = eqn.primitive.name == 'dot_general' and _dot_by_parts(
-      eqn, ins, context)
   return context.consume(
-      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins,
-      by_parts or None)
-
-
-def _dot_by_parts(eqn, ins, context) -> Callable | None:
-  """A product with a matrix that is a good part of the model (an embedding as
-  the head): the same product, of some of the matrix's rows at a time."""
-  p = eqn.params
-  at = 0 if isinstance(ins[0], Block) else 1
-  w = ins[at]
-  contracted, batch = (pair[at] for pair in p['dimension_numbers'])
-  free = [a for a in range(len(w.shape)) if a not in (*contracted, *batch)]
-  if (not isinstance(w, Block) or isinstance(ins[1 - at], Lazy) or not free
-      or 8 * w.w.size <= context.total or _in_sharded_types(w.w)):
-    return None
-  axis = max(free, key=lambda a: w.shape[a])
-  size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
-  parts = next((n for n in range(wanted, size) if size % n == 0), size)
-  if parts > 16 * wanted:
-    return None
-  others = len(ins[1 - at].shape) - len(contracted) - len(batch)
-  out_axis = len(batch) + (others if at else 0) + free.index(axis)
-  # Every parts-th row: runs of rows may be on different devices.
-  apart = lambda shape, axis: (
-      *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
-  whole, order = w.as_it_lies()
-  along, lies = order[axis], whole.shape
-  if whole.draws.reshape(lies, apart(lies, along)) is None:
-    return None
-
-  def run(ins):
-    (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
-    rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
-    def part(i, out):
-      some = rows.view(
-          lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
-          rows.draws.take(along + 1, i))
-      built = context.force(some).transpose(order)
-      pair = [x, built] if at else [built, x]
-      return lax.dynamic_update_index_in_dim(out, lax.dot_general(
-          *pair, p['dimension_numbers'], p['precision'],
-          p['preferred_element_type']), i, out_axis + 1)
-    out = eqn.outvars[0].aval
-    return [lax.fori_loop(0, parts, part, jnp.zeros(
-        apart(out.shape, out_axis), out.dtype)).reshape(out.shape)]
-
-  return run
-
-
-def _in_sharded_types(w) -> bool:
-  """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
-  its carry how it lies."""
-  mesh = jax.typeof(w).sharding.mesh
-  return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(
-      jax.sharding.get_abstract_mesh().manual_axes)
+      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins, by_parts)
 
 
 def _waits(eqn, ins) -> bool:

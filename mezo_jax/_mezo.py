@@ -13,9 +13,10 @@ import optax
 
 from mezo_jax import _paths
 from mezo_jax._directions import Directions, Normal
+from mezo_jax._estimate import Combine, two_sided
 from mezo_jax._rounding import round_stochastically, to_nearest
 from mezo_jax._skip import skip_not_finite
-from mezo_jax._spsa import as_directions, Combine, spsa, two_sided
+from mezo_jax._spsa import as_directions, spsa
 
 
 def mezo(
@@ -26,6 +27,7 @@ def mezo(
     directions: Directions | str = Normal(),
     combine: Combine = two_sided,
     num_samples: int | None = None,
+    over: str = 'scan',
     micro_batches: int | None = None,
     equal_parts: bool = False,
     weight_decay: float = 0.0,
@@ -51,9 +53,10 @@ def mezo(
       RoBERTa 1e-3), 1e-1 with prefixes.
     key: a `jax.random.key` or an integer seed.
     directions: what z is, and which leaves are perturbed, updated and decayed;
-      see `mezo_jax.spsa`, as for the next four.
-    combine: from losses to :math:`g`: `two_sided` or `one_sided`.
+      see `mezo_jax.spsa`, as for the next five.
+    combine: from losses to :math:`g`: `two_sided`, `one_sided` or `fzoo`.
     num_samples: directions per step.
+    over: whether they are evaluated one after the other, or in one pass.
     micro_batches: parts that the batch is evaluated in.
     equal_parts: whether parts whose loss is a scalar weigh the same.
     weight_decay: :math:`\lambda`.
@@ -101,7 +104,7 @@ def mezo(
             else to_nearest())
   tx = skip_not_finite(optax.chain(
       spsa(eps, key=key, directions=directions, combine=combine,
-           num_samples=num_samples, micro_batches=micro_batches,
+           num_samples=num_samples, over=over, micro_batches=micro_batches,
            equal_parts=equal_parts, dtype=jnp.float32),
       optax.add_decayed_weights(weight_decay, decayed),
       by_group(optax.scale_by_learning_rate, learning_rate),

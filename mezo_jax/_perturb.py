@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax import _products  # noqa: F401  its rule is registered
 from mezo_jax._control import evaluate
 from mezo_jax._directions import (
   Directions,

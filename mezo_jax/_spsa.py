@@ -13,19 +13,27 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import Directions, Displacement, KINDS, Normal
-from mezo_jax._perturb import direction, perturbed
+from mezo_jax._directions import (
+  Directions,
+  Normal,
+  Rademacher,
+  Sphere,
+)
+from mezo_jax._estimate import check_room, Combine, estimate, OVER, two_sided
+from mezo_jax._lowrank import LowRank
+from mezo_jax._perturb import direction
+
+KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
+         'low_rank': LowRank}  # the names that a config has for them
 
 
 class SpsaState(NamedTuple):
@@ -39,82 +47,6 @@ class SpsaState(NamedTuple):
   total_notfinite: jax.Array  # shape=(), dtype=int32: skipped in all
 
 
-# --- from losses to coefficients --------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Combine:
-  r"""From the losses of n directions to a value and n coefficients of z.
-
-  Attributes:
-    signs: s of the points :math:`\theta + s \epsilon z` that are evaluated
-      for each direction; of 0, which is the same for all, once.
-    fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
-  """
-
-  signs: tuple[float, ...]
-  fn: Callable
-
-
-def _two_sided(losses, eps):
-  loss_plus, loss_minus = losses.T
-  return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
-
-
-def _one_sided(losses, eps):
-  loss_plus, loss = losses.T
-  return loss[0], (loss_plus - loss) / eps
-
-
-two_sided = Combine((1.0, -1.0), _two_sided)  # bias O(eps**2), 2n evaluations
-one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
-
-
-# --- losses -----------------------------------------------------------------
-
-
-def estimate(
-    value_fn: Callable, params, z: Displacement, eps, directions: Directions,
-    *, signs: tuple[float, ...] = (1.0, -1.0), micro_batches: int = 1,
-    equal_parts: bool = False, batch: Mapping | None = None,
-) -> jax.Array:
-  r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B})`.
-
-  One after the other: one forward pass is compiled, and in memory at a time.
-
-  Args:
-    value_fn: ``value_fn(params, **batch)``; see `mezo_jax._values`.
-    params: :math:`\theta`.
-    z: its n terms are :math:`z_j`.
-    eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
-    directions: what z is; plain, or evaluations repeat what `Directions.plain`
-      does once.
-    signs: s, one or more; the losses of 0 are evaluated once.
-    micro_batches: parts that the batch is evaluated in.
-    equal_parts: whether scalars of parts are averaged as they are.
-    batch: keyword arguments of ``value_fn``.
-
-  Returns:
-    float32 (or wider) losses [n, signs].
-  """
-  def loss_at(displacement):
-    at = lambda part: perturbed(value_fn, directions)(
-        params, displacement, **part)
-    return _values.mean_over_parts(
-        at, dict(batch or {}), micro_batches, equal_parts)
-
-  moved, n = np.array([s for s in signs if s], np.float32), z.keys.shape[0]
-  points = Displacement(
-      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
-  if 0 in signs:
-    points = Displacement(jnp.append(points.keys, z.keys[0]),
-                          jnp.append(points.coefs, 0.0))
-  losses = lax.map(loss_at, points.times(eps))
-  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
-  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
-                    for s in signs], axis=1)
-
-
 # --- the transform ----------------------------------------------------------
 
 
@@ -125,6 +57,7 @@ def spsa(
     directions: Directions | str = Normal(),
     combine: Combine = two_sided,
     num_samples: int | None = None,
+    over: str = 'scan',
     micro_batches: int | None = None,
     equal_parts: bool = False,
     dtype=None,
@@ -156,12 +89,16 @@ def spsa(
     directions: what z is: its distribution and generator, and which leaves have
       it (`mezo_jax.Normal`, `Rademacher`, `Sphere`). The others get zero
       updates.
-    combine: from losses to :math:`g`: `two_sided`, or `one_sided`,
+    combine: from losses to :math:`g`: `two_sided`; `one_sided`,
       :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
       \epsilon`: n + 1 evaluations instead of 2n, with a bias of
-      :math:`O(\epsilon)`.
-    num_samples: directions per step (n-SPSA), 1 if None. They share the batch;
-      for their sum instead of their mean, multiply the learning rate by n.
+      :math:`O(\epsilon)`; `fzoo`, the same differences over the standard
+      deviation of the n losses (of signs, FZOO).
+    num_samples: directions per step (n-SPSA), 1 if None. For their sum instead
+      of their mean, multiply the learning rate by n.
+    over: how they are evaluated: 'scan', one after the other; 'batch', all in
+      one pass, both signs too; 'rows', in one pass, each with 1 / n of the
+      batch's rows for its own. See `estimate`.
     micro_batches: evaluate the batch in this many equal parts (1 if None), all
       with one z: gradient accumulation. Every array passed on to ``value_fn``
       is split along its leading axis; close over what is no batch. The value is
@@ -217,7 +154,7 @@ def spsa(
   num_samples = 1 if num_samples is None else num_samples
   micro_batches = 1 if micro_batches is None else micro_batches
   directions = as_directions(directions)
-  _check_options(eps, num_samples, micro_batches)
+  _check_options(eps, num_samples, micro_batches, over)
 
   def init_fn(params):
     _check_holes(params)
@@ -238,8 +175,10 @@ def spsa(
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
+      if over != 'scan':
+        check_room(params, kind, num_samples * len(combine.signs))
       losses = estimate(  # of θ ± εz
-          value_fn, params, z, epsilon, kind, signs=combine.signs,
+          value_fn, params, z, epsilon, kind, signs=combine.signs, over=over,
           micro_batches=micro_batches, equal_parts=equal_parts,
           batch=_values.accepted(value_fn, extra_args))
       value, g = combine.fn(losses, _first(epsilon))
@@ -288,13 +227,18 @@ def as_directions(directions: Directions | str) -> Directions:
   return KINDS[directions]()
 
 
-def _check_options(eps, num_samples, micro_batches):
+def _check_options(eps, num_samples, micro_batches, over):
   for name, value in (('num_samples', num_samples),
                       ('micro_batches', micro_batches)):
     if not isinstance(value, (int, np.integer)) or value < 1:
       raise ValueError(
           f'{name} must be a Python integer of at least 1, got {value!r}; '
           f"under optax.inject_hyperparams name it in static_args.")
+  if over not in OVER:
+    raise ValueError(f'over must be one of {OVER}, got {over!r}.')
+  if over == 'rows' and num_samples % micro_batches:
+    raise ValueError(f"with over='rows' micro_batches={micro_batches} must "
+                     f'divide num_samples={num_samples}.')
   for e in eps.values() if isinstance(eps, Mapping) else (eps,):
     if isinstance(e, (int, float)) and not e > 0:
       raise ValueError(f'eps must be positive, got {eps}.')

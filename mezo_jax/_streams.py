@@ -102,6 +102,11 @@ def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
       s, lo=lo, hi=s.hi + hi + (lo < s.lo).astype(jnp.uint32))
 
 
+def moved(s: Stream, steps: int) -> Stream:
+  """With all counters so many on."""
+  return dataclasses.replace(s, lo=s.lo + _U32(steps)) if steps else s
+
+
 def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
   """(high, low) words of the 64-bit product of uint32 ``a`` and an int."""
   if b >= 2**32:

@@ -66,7 +66,8 @@ def mean(out) -> jax.Array:
   return total / weight
 
 
-def check_parts(out, parts: int, equal_parts: bool) -> None:
+def check_parts(out, parts: int, equal_parts: bool,
+                what: str = 'micro_batches') -> None:
   """Refuses the mean of scalars of parts, unless that is what is wanted.
 
   Raises:
@@ -75,7 +76,7 @@ def check_parts(out, parts: int, equal_parts: bool) -> None:
   if parts > 1 and not equal_parts and not isinstance(
       out, (tuple, list)) and not jnp.ndim(out):
     raise ValueError(
-        f'micro_batches={parts} cannot average a scalar loss: how much each '
+        f'{what}={parts} cannot average a scalar loss: how much each '
         'part weighs is not known (of a mean over tokens, parts weigh as they '
         'have tokens). Let value_fn return the rows\' values [B] or (values, '
         'weights); or say equal_parts=True where the plain mean is right, as '
@@ -95,7 +96,7 @@ def mean_over_parts(loss: Callable, batch: dict, parts: int,
   return jnp.sum(total) / jnp.sum(weight)
 
 
-def split_batch(batch: dict, parts: int) -> dict:
+def split_batch(batch: dict, parts: int, what: str = 'micro_batches') -> dict:
   """Every array [B, ...] as [parts, B / parts, ...].
 
   Raises:
@@ -104,8 +105,8 @@ def split_batch(batch: dict, parts: int) -> dict:
   def split(x):
     if not jnp.ndim(x) or x.shape[0] % parts:
       raise ValueError(
-          f'micro_batches={parts} does not divide the leading axis of an array '
-          f'of shape {jnp.shape(x)} among the arguments of value_fn; close '
+          f'{what}={parts} does not divide the leading axis of an array of '
+          f'shape {jnp.shape(x)} among the arguments of value_fn; close '
           'over what is no part of a batch.')
     return x.reshape(parts, -1, *x.shape[1:])
   return jax.tree.map(split, batch)

@@ -12,24 +12,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import mezo_jax
 from mezo_jax import (
   _paths,
   checkpoint,
   methods,
   models,
-  one_sided,
   peft,
   quickstart,
   sharding,
   skip_not_finite,
-  two_sided,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import trainable as trainable_lib
-from mezo_jax._directions import KINDS
 from mezo_jax._mezo import by_group, mezo
 from mezo_jax._rounding import RoundingState
+from mezo_jax._spsa import KINDS
 from mezo_jax.backprop import backprop
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import head, score
@@ -276,9 +275,16 @@ def make_optimizer(
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
-      directions=KINDS[z.distribution](z.generator), decay=_paths.decayed,
-      combine=one_sided if z.one_sided else two_sided,
+      directions=directions(config), decay=_paths.decayed,
+      combine=getattr(mezo_jax, z.combine), over=z.over,
       micro_batches=o.micro_batches)
+
+
+def directions(config: config_lib.Train) -> mezo_jax.Directions:
+  """What z is."""
+  z = config.spsa
+  more = dict(rank=z.rank) if z.distribution == 'low_rank' else {}
+  return KINDS[z.distribution](z.generator, **more)
 
 
 def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,

@@ -61,9 +61,14 @@ class Spsa:
 
   eps: float = 1e-3  # how far along z the losses are taken
   num_samples: int = 1  # directions a step (n-SPSA)
-  distribution: str = 'normal'  # of z; or 'rademacher' or 'sphere'
+  # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
+  # 'scan': one after the other.
+  over: str = 'scan'
+  distribution: str = 'normal'  # of z; or 'rademacher', 'sphere', 'low_rank'
+  rank: int = 16  # of low_rank
   generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
-  one_sided: bool = False  # compare with the clean loss, not with -eps
+  # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
+  combine: str = 'two_sided'
   stochastic_rounding: bool = True  # of half-precision weights
 
 
@@ -128,7 +133,7 @@ class Train:
   max_skipped: int = 10  # steps in a row with a loss that is not finite
 
 
-DISTRIBUTIONS = ('normal', 'rademacher', 'sphere')
+DISTRIBUTIONS = ('normal', 'rademacher', 'sphere', 'low_rank')
 GENERATORS = ('hash32', 'threefry2x32')
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
@@ -157,6 +162,8 @@ def check(config: Train) -> None:
   _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
   _one_of('spsa.distribution', z.distribution, DISTRIBUTIONS)
   _one_of('spsa.generator', z.generator, GENERATORS)
+  _one_of('spsa.over', z.over, ('scan', 'batch', 'rows'))
+  _one_of('spsa.combine', z.combine, ('two_sided', 'one_sided', 'fzoo'))
   _one_of('peft.positions', p.positions, ('zero', 'after', 'jump'))
   _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
   rules = [
@@ -184,6 +191,13 @@ def check(config: Train) -> None:
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
+      (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.combine != 'fzoo' or z.num_samples > 1,
+       "spsa.combine 'fzoo' needs spsa.num_samples of at least 2"),
+      (z.over != 'rows' or d.batch_size % max(z.num_samples, 1) == 0
+       and z.num_samples % max(o.micro_batches, 1) == 0,
+       "with spsa.over 'rows' spsa.num_samples must divide data.batch_size, "
+       'and optimizer.micro_batches spsa.num_samples'),
       (all(map(math.isfinite, (o.learning_rate, z.eps, o.weight_decay))),
        'optimizer.learning_rate, spsa.eps and optimizer.weight_decay must be '
        'finite'),
@@ -195,10 +209,10 @@ def check(config: Train) -> None:
       (o.micro_batches >= 1, 'optimizer.micro_batches must be at least 1'),
       (d.batch_size % max(o.micro_batches, 1) == 0,
        'optimizer.micro_batches must divide data.batch_size'),
-      (o.micro_batches == 1 or objectives.over_rows(
+      (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
           config.task, objective(config)),
        f'objective {objective(config)!r} is of a whole batch, no mean over '
-       'rows: leave optimizer.micro_batches at 1'),
+       "rows: leave optimizer.micro_batches at 1 and spsa.over not 'rows'"),
       (min(d.num_dev, d.num_train) >= 1,
        'data.num_train and data.num_dev must be at least 1'),
       (d.num_test >= 1 or bool(d.test) or not d.train,
@@ -247,14 +261,16 @@ def from_json(saved: dict) -> Train:
 
 def _of_this_version(saved: dict) -> dict:
   """A saved config with the fields of `Spsa` taken from `Optimizer`, where
-  earlier versions had them."""
-  moved = {f.name for f in dataclasses.fields(Spsa)}
+  earlier versions had them, and ``combine`` for what was ``one_sided``."""
+  moved = {f.name for f in dataclasses.fields(Spsa)} | {'one_sided'}
   old = saved.get('optimizer', {})
-  if not moved & set(old):
-    return saved
+  spsa = {k: v for k, v in old.items() if k in moved} | saved.get('spsa', {})
+  if 'one_sided' in spsa:
+    one_sided = spsa.pop('one_sided')
+    spsa = {'combine': 'one_sided' if one_sided else 'two_sided'} | spsa
   return saved | {
       'optimizer': {k: v for k, v in old.items() if k not in moved},
-      'spsa': {k: v for k, v in old.items() if k in moved}}
+      'spsa': spsa}
 
 
 def check_same_run(config: Train, saved: dict) -> None:

@@ -110,7 +110,9 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   o, metric = run.optimizer, run.task.main_metric
   method, z = methods.method_of(run), run.spsa
   mezo, how = not method.backprop, method.words.format(optimizer=o.name)
-  signs = 'one-sided' if z.one_sided else 'two-sided'
+  kind = f'{z.distribution} {z.rank}' if (
+      z.distribution == 'low_rank') else z.distribution
+  rows = ' (of rows of their own)' if z.over == 'rows' else ''
   settings = {
       'data': run.data.train or run.task.hub,
       'prompt': f'`{_cell(run.task.template)}`',
@@ -122,7 +124,7 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
       **{f'learning rate, eps of `{_cell(g)}`': f'{rate:g}, {eps:g}'
          for g, rate, eps in o.groups},
       **({'eps': f'{z.eps:g}', 'directions a step':
-          f'{z.num_samples}, {signs}, {z.distribution}'} if mezo else {}),
+          f'{z.num_samples}{rows}, {z.combine}, {kind}'} if mezo else {}),
       'parameters trained': _trained(run), 'batch size': run.data.batch_size,
       'dtype': run.model.dtype, 'seed': run.seed}
   lines = [

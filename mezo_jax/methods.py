@@ -91,8 +91,10 @@ def forwards(config) -> int:
   """Forward passes of a batch that a step takes."""
   if method_of(config).backprop:
     return 1
-  n = config.spsa.num_samples
-  return n + 1 if config.spsa.one_sided else 2 * n
+  z = config.spsa
+  if z.over == 'rows':  # all directions together see each row once a sign
+    return 2
+  return 2 * z.num_samples if z.combine == 'two_sided' else z.num_samples + 1
 
 
 # --- parts of the parameters ------------------------------------------------

@@ -1,5 +1,8 @@
 """Meshes and one rule for where arrays live on them."""
 
+import contextlib
+import contextvars
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -135,6 +138,24 @@ def _mesh_in_context():
   return mesh if ours else None
 
 
+_apart = contextvars.ContextVar('_apart', default=False)
+
+
+def rows_axes():
+  """The mesh axes that rows are split over; None off a mesh of ours."""
+  return ROWS if _mesh_in_context() else None
+
+
+@contextlib.contextmanager
+def rows_have_directions():
+  """Where directions, each with rows of its own, are what is split."""
+  token = _apart.set(True)
+  try:
+    yield
+  finally:
+    _apart.reset(token)
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
   """Splits axis 0 over `data` and `fsdp`, under `jax.set_mesh`.
 
@@ -143,7 +164,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   """
   if not _mesh_in_context():
     return x
-  return jax.lax.with_sharding_constraint(x, P(ROWS))
+  return jax.lax.with_sharding_constraint(x, P(None if _apart.get() else ROWS))
 
 
 def splits_vocabulary() -> bool:

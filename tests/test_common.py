@@ -44,6 +44,13 @@ ROWS = {
     'mezo, sphere': functools.partial(mezo, directions='sphere'),
     'mezo, four directions': functools.partial(mezo, num_samples=4),
     'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
+    'mezo, low rank': functools.partial(
+        mezo, directions=mezo_jax.LowRank(rank=2)),
+    'mezo, low rank in one pass': functools.partial(
+        mezo, directions=mezo_jax.LowRank(rank=2), num_samples=3,
+        over='batch'),
+    'mezo, fzoo': functools.partial(
+        mezo, directions='rademacher', combine=mezo_jax.fzoo, num_samples=4),
     'mezo, to nearest': functools.partial(mezo, stochastic_rounding=False),
     'spsa and sgd': chained(optax.sgd),
     'spsa and adam': chained(optax.adam),
@@ -143,8 +150,8 @@ def test_hyperparameters_can_be_injected(name):
   params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
   loss = lambda p: sum(jnp.sum((x - 0.5) ** 2) for x in p)
   factory = ROWS[name]
-  static = ('num_samples', 'decay') if 'four' in name or (
-      'decayed' in name) else ()
+  static = ('num_samples', 'decay', 'over') if any(
+      x in name for x in ('four', 'decayed', 'one pass', 'fzoo')) else ()
   tx = factory(learning_rate=1e-2, key=0)
   injected = optax.inject_hyperparams(factory, static_args=static)(
       learning_rate=1e-2, key=0)

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import changed
 
-from mezo_jax import _directions, _noise
+from mezo_jax import _noise, _spsa
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import Task
@@ -29,6 +29,10 @@ def test_a_config_of_an_earlier_version_is_read():
   saved = json.loads(json.dumps(config_lib.to_json(config)))
   saved['optimizer'] |= saved.pop('spsa')
   assert config_lib.from_json(saved) == config
+  del saved['optimizer']['combine']
+  saved['optimizer']['one_sided'] = True
+  assert config_lib.from_json(saved).spsa.combine == 'one_sided'
+  saved['optimizer']['one_sided'] = False
   config_lib.check_same_run(config, saved)
   config.spsa.eps = 0.25
   with pytest.raises(InputError, match='spsa.eps was 0.5 and is now 0.25'):
@@ -36,7 +40,7 @@ def test_a_config_of_an_earlier_version_is_read():
 
 
 def test_names_are_those_of_the_mathematics():
-  assert set(config_lib.DISTRIBUTIONS) == {*_directions.KINDS}
+  assert set(config_lib.DISTRIBUTIONS) == {*_spsa.KINDS}
   assert set(config_lib.GENERATORS) == {*_noise.GENERATORS}
 
 
@@ -48,6 +52,11 @@ def test_names_are_those_of_the_mathematics():
     (dict(spsa__eps=float('inf')), 'weight_decay must be finite'),
     (dict(spsa__eps=0.0), 'spsa.eps must be positive'),
     (dict(spsa__num_samples=0), 'num_samples must be at least 1'),
+    (dict(spsa__over='all'), "spsa.over 'all' is none of scan, batch, rows"),
+    (dict(spsa__over='rows', spsa__num_samples=3), 'must divide data.batch'),
+    (dict(spsa__over='rows', objective='f1'), "spsa.over not 'rows'"),
+    (dict(spsa__combine='fzoo'), 'num_samples of at least 2'),
+    (dict(spsa__rank=0), 'spsa.rank must be at least 1'),
     (dict(spsa__generator='dice'), "spsa.generator 'dice' is none of hash32"),
     (dict(spsa__distribution='cauchy'), "spsa.distribution 'cauchy'"),
     (dict(data__buckets=(64, 32)), 'must increase'),

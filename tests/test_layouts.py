@@ -348,7 +348,7 @@ def test_views_are_what_numpy_does(seed, path):
   shape = tuple(rng.choice([1, 2, 3, 4, 6], 4))
   s = _streams.of_leaf(KEY[None], path, shape)
   def draw(s, shape):
-    return np.asarray(Draws(s, jnp.ones(1), mezo_jax.Normal(
+    return np.asarray(Draws((s,), jnp.ones(1), mezo_jax.Normal(
         'threefry2x32')).built(jnp.zeros(shape)))
   x = draw(s, shape)
   for _ in range(5):

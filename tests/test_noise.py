@@ -110,7 +110,7 @@ def test_rows_are_random_access():
   shape = (9, 4, 5)
   like = jnp.zeros(shape)
   def draw(stream, like):
-    return Draws(stream, jnp.ones(1), THREEFRY).built(like)
+    return Draws((stream,), jnp.ones(1), THREEFRY).built(like)
   whole_stream = _streams.of_leaf(KEY[None], 'embed', shape)
   whole = draw(whole_stream, like)
   index = jnp.array([[7, 0], [3, 3]])
@@ -203,7 +203,7 @@ def test_hash32_streams_of_related_keys_are_independent():
     key = jax.random.wrap_key_data(jnp.uint32(words), impl='threefry2x32')
     s = _noise.Stream(
         jax.random.key_data(key)[None, None], jnp.zeros(1, jnp.uint32), (1,))
-    return np.asarray(Draws(s, ones, Rademacher()).built(like))
+    return np.asarray(Draws((s,), ones, Rademacher()).built(like))
   base = draw([1234567, 7654321])
   for bit in range(32):
     for words in ([1234567 ^ (1 << bit), 7654321],

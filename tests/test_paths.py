@@ -175,7 +175,7 @@ def test_what_is_said_to_be_stacked_has_a_key_for_each_layer():
     words = jax.random.key_data(jax.random.fold_in(key, l))
     s = _noise.Stream(
         words[None, None, None], jnp.zeros((1, 1), jnp.uint32), (5, 1))
-    want = Draws(s, jnp.ones(1), mezo_jax.Normal()).built(jnp.zeros((4, 5)))
+    want = Draws((s,), jnp.ones(1), mezo_jax.Normal()).built(jnp.zeros((4, 5)))
     helpers.assert_close(said['deep']['w'][l], want)
   plain = mezo_jax.direction(named, one, mezo_jax.Normal(stacked=False))
   apart = mezo_jax.direction(named, one)

@@ -114,10 +114,12 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
 
 @pytest.mark.parametrize('changes', [
     dict(spsa__num_samples=2, spsa__distribution='sphere'),
-    dict(spsa__one_sided=True, optimizer__schedule='linear',
+    dict(spsa__combine='one_sided', optimizer__schedule='linear',
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
     dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),
     dict(model__dtype='bfloat16', optimizer__micro_batches=1),
+    dict(spsa__distribution='low_rank', spsa__rank=4, spsa__over='rows',
+         spsa__num_samples=4),
     dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
     dict(model__bos_token='<pad>')])
 def test_options_run(tiny_dir, reviews_file, tmp_path, changes):

@@ -1,0 +1,163 @@
+r"""The losses of directions, and what they become: coefficients of z."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import _paths, _values, sharding
+from mezo_jax._directions import Directions, Displacement
+from mezo_jax._lowrank import LowRank
+from mezo_jax._perturb import perturbed
+
+# --- from losses to coefficients --------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+  r"""From the losses of n directions to a value and n coefficients of z.
+
+  Attributes:
+    signs: s of the points :math:`\theta + s \epsilon z` that are evaluated
+      for each direction; of 0, which is the same for all, once.
+    fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
+  """
+
+  signs: tuple[float, ...]
+  fn: Callable
+
+
+def _two_sided(losses, eps):
+  loss_plus, loss_minus = losses.T
+  return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
+
+
+def _one_sided(losses, eps):
+  loss_plus, loss = losses.T
+  return loss[0], (loss_plus - loss) / eps
+
+
+def _fzoo(losses, eps):
+  del eps  # of the size of the differences, as their deviation is
+  losses, loss = losses.T
+  if len(losses) < 2:
+    raise ValueError('fzoo divides by the standard deviation of the losses of '
+                     'its directions: it needs num_samples of at least 2.')
+  least = jnp.finfo(jnp.float32).eps * jnp.maximum(1.0, jnp.abs(loss[0]))
+  std = jnp.maximum(jnp.std(losses, ddof=1), least)
+  return loss[0], (losses - loss) / std
+
+
+two_sided = Combine((1.0, -1.0), _two_sided)  # bias O(eps**2), 2n evaluations
+one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
+# FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
+# a size that does not depend on the gradient. The deviation is the sample's
+# (n - 1), and no less than the rounding of a float32 loss.
+fzoo = Combine((1.0, 0.0), _fzoo)
+
+
+# --- losses -----------------------------------------------------------------
+
+
+_ROOM = 2**24  # elements: less is never refused
+OVER = ('scan', 'batch', 'rows')
+
+
+def estimate(
+    value_fn: Callable, params, z: Displacement, eps, directions: Directions,
+    *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
+    micro_batches: int = 1, equal_parts: bool = False,
+    batch: Mapping | None = None,
+) -> jax.Array:
+  r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
+
+  Args:
+    value_fn: ``value_fn(params, **batch)``; see `mezo_jax._values`.
+    params: :math:`\theta`.
+    z: its n terms are :math:`z_j`.
+    eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
+    directions: what z is; plain, or evaluations repeat what `Directions.plain`
+      does once.
+    signs: s, one or more; the losses of 0 are evaluated once.
+    over: how the n directions and their signs are evaluated. 'scan': one after
+      the other; one forward pass is in memory at a time. 'batch': all in one
+      pass, each of the whole batch. 'rows': all in one pass, each of its own
+      n-th of the rows, which ``value_fn`` is called with; with `LowRank` all
+      share one product with each weight, so it costs what one direction does.
+    micro_batches: parts that the batch is evaluated in, one after the other;
+      with 'rows' it must divide n.
+    equal_parts: whether scalars of parts are averaged as they are.
+    batch: keyword arguments of ``value_fn``.
+
+  Returns:
+    float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
+    rows add to the loss of the batch: the mean over n is that loss, however
+    much the rows weigh.
+  """
+  at = lambda displacement, part: perturbed(value_fn, directions)(
+      params, displacement.times(eps), **part)
+  batch = dict(batch or {})
+  if over == 'rows':
+    return _losses_of_rows(
+        at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
+
+  moved, n = np.array([s for s in signs if s], np.float32), z.keys.shape[0]
+  points = Displacement(
+      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
+  if 0 in signs:
+    points = Displacement(jnp.append(points.keys, z.keys[0]),
+                          jnp.append(points.coefs, 0.0))
+  loss_at = lambda point: _values.mean_over_parts(
+      lambda part: at(point, part), batch, micro_batches, equal_parts)
+  losses = (jax.vmap(loss_at)(points) if over == 'batch'
+            else lax.map(loss_at, points))
+  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
+  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
+                    for s in signs], axis=1)
+
+
+def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
+  n = z.keys.shape[0]
+
+  def of_rows(term, rows):
+    def of_sign(s):
+      out = at(term.times(s), rows)
+      _values.check_parts(out, n, equal_parts, "over='rows': num_samples")
+      return _values.sums(out)
+    return jax.vmap(of_sign)(signs)
+
+  # Rows, and so their directions, are split between the devices of a mesh.
+  together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
+  rows = _values.split_batch(batch, n, "over='rows': num_samples")
+  with sharding.rows_have_directions():
+    if parts == 1:
+      total, weight = together(z, rows)
+    else:
+      total, weight = lax.map(lambda part: together(*part), (
+          _values.split_batch((z, rows), parts)))
+      total, weight = (x.reshape(n, -1) for x in (total, weight))
+  return n * total / jnp.sum(weight, 0)
+
+
+def check_room(params, directions: Directions, points: int) -> None:
+  """Refuses to build a layer for each of many points at once.
+
+  Raises:
+    ValueError: if that takes several times the memory of the weights.
+  """
+  if isinstance(directions, LowRank):
+    return
+  leaves = jax.tree.leaves(params)
+  stacks = _paths.stacked(params, directions.stacked)
+  layers = [x.size // x.shape[0] if is_stack else x.size
+            for x, is_stack in zip(leaves, stacks) if _paths.is_floating(x)]
+  total = sum(x.size for x in leaves)
+  if points * max(layers, default=0) > max(4 * total, _ROOM):
+    raise ValueError(
+        f'{points} points at once would each build perturbed weights of their '
+        f'own, up to {points * max(layers) / total:.0f} times the memory of '
+        'the model: use directions=mezo_jax.LowRank(), which builds none, '
+        "over='scan', or fewer directions.")

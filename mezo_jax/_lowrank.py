@@ -1,0 +1,125 @@
+r"""Directions whose matrices are products of two narrow ones.
+
+.. math:: z = \frac{1}{\sqrt r} U V^\top, \qquad U \in \{\pm 1\}^{m \times r},
+          \quad V \in \{\pm 1\}^{k \times r}
+
+Elements have mean 0 and variance 1 and are uncorrelated, :math:`E[zz^\top] =
+I`, as those of every other kind. A product with perturbed weights is then
+
+.. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top,
+
+which builds nothing of the size of W. Elementwise, with the r signs of a row of
+U and of V in the bits of one word each, :math:`z_{ij} = (r - 2\,
+\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r`: three operations an element, and
+no matrix product, so an update is added in one pass and in place, too.
+
+Source: factors in place of z, Chen et al., 2024 (LOZO, arXiv:2410.07698) and
+Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import _noise, _streams
+from mezo_jax._directions import Directions, Draws, Rademacher
+
+_WORD = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Directions):
+  r"""Matrices of rank r: :math:`UV^\top / \sqrt r` of factors of signs.
+
+  A leaf (or layer) of more than two axes is the matrix whose rows and columns
+  are as equal in number as a cut between its axes can make them. Vectors, and
+  matrices with fewer than 2r rows or columns, are drawn whole, as signs.
+
+  Attributes:
+    rank: r. With a fresh direction a step, low ranks learn slower than full
+      ones: see benchmarks/results/convergence.md.
+    generator, mask, stacked: see `Directions`.
+
+  Raises:
+    ValueError: for a rank below 1, or an unknown generator.
+  """
+
+  _: dataclasses.KW_ONLY
+  rank: int = 16
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.rank, int) or self.rank < 1:
+      raise ValueError(f'rank must be an integer of at least 1, got '
+                       f'{self.rank!r}.')
+
+  def of_leaf(self, stream, coefs, shape):
+    layers = 1 if stream.keys.ndim > 2 and stream.keys.shape[0] > 1 else 0
+    cut = self._cut(shape[layers:])
+    if cut is None:
+      signs = Rademacher(self.generator)
+      return signs.of_leaf(stream, coefs, shape)
+    # Row i has words i * w, ..., the w that r bits need; the columns' follow.
+    words, cut = -(-self.rank // _WORD), layers + cut
+    zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
+    strides = lambda first, last: tuple(
+        words * math.prod(shape[a + 1:last])
+        if first <= a < last and shape[a] > 1 else 0
+        for a in range(len(shape)))
+    of = lambda lo, strides: _noise.Stream(stream.keys, lo, strides)
+    rows = of(zero, strides(layers, cut))
+    columns = of(zero + np.uint32(words * math.prod(shape[layers:cut])),
+                 strides(cut, len(shape)))
+    return Draws((rows, columns), coefs / np.float32(math.sqrt(self.rank)),
+                 self.bare())
+
+  def _cut(self, shape) -> int | None:
+    """Number of the axes that count rows; None for what is drawn whole."""
+    sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
+    cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
+    return cut if len(shape) > 1 and 2 * self.rank <= min(sizes(cut)) else None
+
+  def z(self, streams, j, like):
+    """Times the root of the rank, which is in the coefficients."""
+    apart = 0
+    for word in range(-(-self.rank // _WORD)):
+      rows, columns = (_noise.words(
+          _streams.moved(s, word), j, like, self.generator) for s in streams)
+      left = self.rank - word * _WORD
+      if left < _WORD:  # of the rows alone, which are few
+        rows, columns = (x & np.uint32(2**left - 1) for x in (rows, columns))
+      apart += lax.population_count(rows ^ columns).astype(jnp.int32)
+    return (self.rank - 2 * apart).astype(jnp.float32)
+
+  def factor(self, stream: _noise.Stream, shape, dtype) -> jax.Array:
+    """U or V of a block, of all n directions: 1 and -1, [*axes, n, rank].
+
+    Args:
+      stream: of its rows or its columns.
+      shape: of the block; axes that the stream does not count are left out.
+      dtype: of the result.
+    """
+    axes, n = counted(stream, shape), stream.keys.shape[-2]
+    kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
+    every = _noise.Stream(stream.keys[..., None, :], stream.lo[..., None],
+                          (*stream.strides, 0))
+    like = jnp.zeros((*kept, n))
+    bits = []
+    for word in range(-(-self.rank // _WORD)):
+      words = _noise.words(_streams.moved(every, word), 0, like, self.generator)
+      words = jnp.broadcast_to(words, like.shape)
+      few = np.arange(min(_WORD, self.rank - word * _WORD), dtype=np.uint32)
+      bits.append((words[..., None] >> few) & np.uint32(1))
+    signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
+    return signs.reshape(*(shape[a] for a in axes), n, self.rank).astype(dtype)
+
+
+def counted(stream: _noise.Stream, shape) -> list[int]:
+  """The axes of a block along which a stream has words of its own."""
+  arrays = jax.tree.leaves(stream)
+  return [a for a, n in enumerate(shape) if n > 1 and (
+      stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]

@@ -1,0 +1,181 @@
+"""Directions of low rank: what they are, and that they build no weights."""
+
+import warnings
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mezo_jax
+from mezo_jax import _streams, Displacement, LowRank
+
+KEY = jax.random.key(5)
+
+
+def draws(shape, rank, path='w', n=1):
+  keys = jax.random.split(KEY, n)
+  return LowRank(rank=rank).of_leaf(
+      _streams.of_leaf(keys, path, shape), jnp.arange(1.0, n + 1), shape)
+
+
+def test_draws_are_what_they_were():
+  z = mezo_jax.direction({'w': jnp.zeros((40, 36))}, Displacement(KEY, 1.0),
+                         LowRank(rank=9))['w']
+  np.testing.assert_allclose(
+      3 * z[7, :8], [5, -1, 3, -1, -3, -1, -1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize('rank', [1, 2, 5])
+def test_the_covariance_is_the_identity(rank):
+  """Of all elements of a matrix, over 20,000 keys, within 5 standard errors."""
+  shape, n = (10, 11), 20_000
+  z = jax.jit(jax.vmap(lambda key: mezo_jax.direction(
+      {'w': jnp.zeros(shape)}, Displacement(key, 1.0), LowRank(rank=rank))[
+          'w'].ravel()))(jax.random.split(KEY, n))
+  z = np.asarray(z, np.float64)
+  some = z[:50].reshape(50, *shape)
+  assert np.max(np.linalg.matrix_rank(some, tol=1e-4)) == rank
+  assert np.max(np.abs(z.mean(0))) < 5 / np.sqrt(n)
+  second = z.T @ z / n
+  fourth = (z**2).T @ z**2 / n
+  error = np.sqrt(np.maximum(fourth - second**2, 1e-12) / n)
+  off = np.abs(second - np.eye(z.shape[1])) / np.maximum(error, 1e-9)
+  assert np.max(off) < 5
+
+
+@pytest.mark.parametrize('rank', [1, 7, 32, 70])
+@pytest.mark.parametrize('path,shape', [
+    ('w', (160, 150)), ('layers/w', (3, 160, 140)), ('w', (150, 10, 16)),
+    ('w', (10, 16, 150)), ('layers/w', (2, 3, 3, 20, 170))])
+def test_it_is_the_product_of_its_factors(path, shape, rank):
+  """Elementwise from the bits, and as U V^T; for several directions."""
+  d = draws(shape, rank, path, n=2)
+  like = jnp.zeros(shape)
+  got = np.asarray(d.built(like), np.float64)
+  u, v = (np.asarray(d.directions.factor(s, shape, jnp.float32), np.float64)
+          for s in d.streams)
+  assert set(np.unique(u)) == set(np.unique(v)) == {-1, 1}
+  layers = 1 if path.startswith('layers') else 0
+  flat = lambda x: x.reshape(*shape[:layers], -1, 2, rank)
+  want = np.einsum('...inr,...jnr,n->...ij', flat(u), flat(v),
+                   [1.0, 2.0]) / np.sqrt(rank)
+  np.testing.assert_allclose(got, want.reshape(shape), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_small_is_drawn_whole():
+  """Vectors, and matrices narrower than twice the rank, have signs."""
+  tree = {'bias': jnp.zeros(64), 'lora_a': jnp.zeros((64, 8)),
+          'kernel': jnp.zeros((64, 32))}
+  z = mezo_jax.direction(tree, Displacement(KEY, 1.0), LowRank(rank=16))
+  signs = mezo_jax.direction(tree, Displacement(KEY, 1.0),
+                             mezo_jax.Rademacher())
+  helpers.assert_bitwise(z['bias'], signs['bias'])
+  helpers.assert_bitwise(z['lora_a'], signs['lora_a'])
+  assert np.linalg.matrix_rank(z['kernel']) == 16
+
+
+def test_layouts_of_one_matrix_have_the_same_z():
+  """Heads apart or not; layers stacked or each for itself."""
+  of = lambda tree: mezo_jax.direction(
+      tree, Displacement(KEY, 1.0), LowRank(rank=4))
+  flat = of({'q': {'kernel': jnp.zeros((48, 64))}})['q']['kernel']
+  heads = of({'q': {'kernel': jnp.zeros((48, 4, 16))}})['q']['kernel']
+  helpers.assert_bitwise(heads.reshape(48, 64), flat)
+  stacked = of({'layers': {'w': jnp.zeros((3, 48, 20))}})['layers']['w']
+  apart = of({'layers': {str(l): {'w': jnp.zeros((48, 20))}
+                         for l in range(3)}})['layers']
+  for l in range(3):
+    helpers.assert_bitwise(stacked[l], apart[str(l)]['w'])
+
+
+SHAPES = {'mlp': (100, 72), 'heads': (64, 4, 16), 'emb': (500, 64),
+          'bias': (72,), 'layers': {'w': (3, 64, 80)}, 'conv': (3, 20, 24)}
+
+
+def program(p, x, ids):
+  """Every way in which a model consumes its matrices."""
+  q = jnp.einsum('bsd,dnh->bsnh', x[..., :64], p['heads'])
+  o = jnp.einsum('bsnh,dnh->bsd', q, p['heads'])
+  c, _ = jax.lax.scan(
+      lambda c, w: (jnp.tanh(c @ w) @ w.T / 8, None), o, p['layers']['w'])
+  e = p['emb'][ids]
+  windows = jax.lax.conv_general_dilated(
+      c[..., :20], p['conv'], (1,), 'SAME', dimension_numbers=(
+          'NWC', 'WIO', 'NWC'))
+  return {
+      'dense': x @ p['mlp'] + p['bias'], 'head': (c + e) @ p['emb'].T,
+      'picked': jnp.einsum('bsd,bsd->bs', c, p['emb'][ids]), 'conv': windows,
+      'two weights': p['layers']['w'][1].T @ p['mlp'][:64],
+      'a batch': jnp.einsum('ldk,bse->lbk', p['layers']['w'], x),
+      'rows': p['emb'][5:60] @ c[0, 0], 'turned': p['mlp'].T @ x[0].T}
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('rank', [1, 16, 40])
+def test_the_value_is_that_of_built_weights(rank, n):
+  is_shape = lambda x: isinstance(x, tuple)
+  params = jax.tree.map(lambda s: jax.random.normal(
+      jax.random.key(sum(s)), s) / 8, SHAPES, is_leaf=is_shape)
+  x = jax.random.normal(KEY, (2, 3, 100))
+  ids = jnp.array([[1, 2, 499], [7, 7, 0]])
+  d = Displacement(jax.random.split(KEY, n), jnp.linspace(0.1, 0.3, n))
+  z = LowRank(rank=rank)
+  got = jax.jit(mezo_jax.perturbed(program, z))(params, d, x, ids)
+  want = jax.jit(lambda p: program(mezo_jax.displace(p, d, z), x, ids))(params)
+  clean = program(params, x, ids)
+  for name, y in want.items():
+    scale = np.max(np.abs(y))
+    assert np.max(np.abs(y - clean[name])) > 0.02 * scale
+    np.testing.assert_allclose(got[name], y, rtol=0, atol=2e-5 * scale)
+
+
+def test_bfloat16_products_are_as_accurate_as_bfloat16_is():
+  """Of the displaced product in float64; and the displacement is all there."""
+  w = jax.random.normal(jax.random.key(0), (256, 192)).astype(jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(1), (64, 256)).astype(jnp.bfloat16)
+  z, d = LowRank(rank=8), Displacement(KEY, 1e-2)
+  f = lambda p, x: x @ p['w']
+  wide = np.asarray(x, np.float64)
+  got = np.asarray(
+      jax.jit(mezo_jax.perturbed(f, z))({'w': w}, d, x), np.float64)
+  exact = wide @ np.asarray(w, np.float64)
+  moved = wide @ np.asarray(mezo_jax.direction({'w': w}, d, z, dtype='float32')[
+      'w'], np.float64)
+  assert np.max(np.abs(got - exact - moved) / (np.abs(exact) + 1)) < 2**-7
+  along = np.vdot(got - exact, moved) / np.vdot(moved, moved)
+  assert abs(along - 1) < 0.05
+
+
+@pytest.mark.parametrize('kind', ['scanned', 'unrolled'])
+def test_no_weights_are_built(kind):
+  """Not one layer's: a program of products needs what the forward needs."""
+  layers, width = 6, 256
+  stacked = {'layers': {'w': jax.ShapeDtypeStruct(
+      (layers, width, width), jnp.float32)}}
+  apart = {f'layer_{l}': {'w': jax.ShapeDtypeStruct(
+      (width, width), jnp.float32)} for l in range(layers)}
+  def scanned(p, x):
+    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x,
+                        p['layers']['w'])[0]
+  def unrolled(p, x):
+    for l in range(layers):
+      x = jnp.tanh(x @ p[f'layer_{l}']['w'])
+    return x
+  fn, params = (scanned, stacked) if kind == 'scanned' else (unrolled, apart)
+  x = jax.ShapeDtypeStruct((4, width), jnp.float32)
+  d = jax.eval_shape(lambda: Displacement(KEY[None], jnp.ones(1)))
+  with warnings.catch_warnings():
+    warnings.simplefilter('error', UserWarning)
+    memory = jax.jit(mezo_jax.perturbed(fn, LowRank(rank=4))).lower(
+        params, d, x).compile().memory_analysis()
+  forward = jax.jit(fn).lower(params, x).compile().memory_analysis()
+  more = memory.temp_size_in_bytes - forward.temp_size_in_bytes
+  assert more < 0.4 * 4 * width**2
+
+
+def test_options_are_checked():
+  with pytest.raises(ValueError, match='rank must be an integer of at least 1'):
+    LowRank(rank=0)
+  assert LowRank() == LowRank(rank=16) != LowRank(rank=8)
