@@ -19,7 +19,6 @@ import numpy as np
 from mezo_jax import _noise, _paths, _streams
 
 _U32 = jnp.uint32
-_UNROLLED = 8  # directions
 
 
 class Displacement(NamedTuple):
@@ -70,6 +69,7 @@ class Directions:
   mask: Any = None
   stacked: Any = None
 
+  unrolled: ClassVar[int] = 8  # terms that are added in one pass
   dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
 
   def __post_init__(self):
@@ -228,7 +228,7 @@ class Draws:
       return self.coefs[j] * self.directions.z(self.streams, j, like)
     n, first = self.coefs.shape[0], 0 if start is not None else 1
     total = term(0) if start is None else start
-    if n <= _UNROLLED:  # fuses: no sum of a leaf's size is kept
+    if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
       for j in range(first, n):
         total = total + term(j)
     else:

@@ -21,10 +21,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 import jax.numpy as jnp
 
+from mezo_jax import _noise
 from mezo_jax._directions import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
@@ -147,15 +147,7 @@ class Context:
     kind = op, orders, fn_on_cpu is not None
     if kind not in self.functions:
       unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
-      def alone(ins):
-        with set_xla_metadata(inlineable=None):  # what it calls may be
-          return unpacked(fn_on_cpu or fn)(ins)
-      apart = jax.jit(alone)
-      def called(ins):
-        # XLA:CPU builds all that it can as soon as it can. What happens in a
-        # function that it does not inline, it leaves there.
-        with set_xla_metadata(inlineable='false'):
-          return apart(ins)
+      called = _noise.apart(unpacked(fn_on_cpu or fn))
       jitted = jax.jit(unpacked(fn))
       tied = lambda ins: jitted(_tied(ins))
       self.functions[kind] = called, tied, jitted

@@ -19,6 +19,7 @@ Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 from jax import lax
@@ -50,6 +51,8 @@ class LowRank(Directions):
 
   _: dataclasses.KW_ONLY
   rank: int = 16
+
+  unrolled: ClassVar[int] = 32
 
   def __post_init__(self):
     super().__post_init__()
@@ -85,14 +88,14 @@ class LowRank(Directions):
 
   def z(self, streams, j, like):
     """Times the root of the rank, which is in the coefficients."""
-    apart = 0
-    for word in range(-(-self.rank // _WORD)):
-      rows, columns = (_noise.words(
-          _streams.moved(s, word), j, like, self.generator) for s in streams)
-      left = self.rank - word * _WORD
-      if left < _WORD:  # of the rows alone, which are few
-        rows, columns = (x & np.uint32(2**left - 1) for x in (rows, columns))
-      apart += lax.population_count(rows ^ columns).astype(jnp.int32)
+    parts = [min(_WORD, self.rank - at) for at in range(0, self.rank, _WORD)]
+    def words(streams, j):
+      return [[_noise.words(_streams.moved(s, i), j, like, self.generator)
+               & np.uint32(2**bits - 1) for s in streams]
+              for i, bits in enumerate(parts)]
+    # Few words, each of many elements: a loop would make them for each.
+    apart = sum(lax.population_count(rows ^ columns).astype(jnp.int32)
+                for rows, columns in _noise.made_first(words, streams, j))
     return (self.rank - 2 * apart).astype(jnp.float32)
 
   def factor(self, stream: _noise.Stream, shape, dtype) -> jax.Array:
