@@ -38,16 +38,19 @@ def test_the_readme_s_example_runs():
   exec(code, scope)
   params, state = scope['step'](scope['params'], scope['state'], jnp.zeros(3))
   assert state[0].count == 1 and params['w'].shape == (3,)
-  exec(text.split('```python\n')[2].split('```')[0], scope)
-  tx, loss_fn = scope['tx'], scope['loss_fn']
-  updates, _ = tx.update(None, tx.init(params), params, value_fn=loss_fn,
-                         batch=jnp.zeros(3))
-  assert np.all(updates['w'] != 0)
+  for block, loss_fn, batch in (
+      (2, lambda params, batch: (batch - params['w'].sum())**2, jnp.zeros(8)),
+      (3, scope['loss_fn'], jnp.zeros(3))):
+    exec(text.split('```python\n')[block].split('```')[0], scope)
+    tx = scope['tx']
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=loss_fn,
+                           batch=batch)
+    assert np.all(updates['w'] != 0)
 
 
 def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
   text = (conftest.ROOT / 'README.md').read_text()
-  code = text.split('```python\n')[3].split('```')[0]
+  code = text.split('```python\n')[4].split('```')[0]
   (tmp_path / 'my-model').symlink_to(tiny_dir)
   monkeypatch.chdir(tmp_path)
   scope = {}
