@@ -100,10 +100,7 @@ def lower(program, shape, mesh):
     return [jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)]
 
   if program.startswith('MeZO'):
-    _, kind, *over = program.split()
-    n = int(over[1]) if over[1:] else 1
-    tx = mezo_jax.mezo(1e-6, key=0, directions=kind, num_samples=n,
-                       over=over[0] if over else 'scan', equal_parts=True)
+    tx = mezo_jax.mezo(1e-6, key=0, directions=program.split()[1])
   else:
     tx = optax.chain(backprop.backprop(),
                      {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6))

@@ -57,6 +57,7 @@ one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
 # a size that does not depend on the gradient. The deviation is the sample's
 # (n - 1), and no less than the rounding of a float32 loss.
 fzoo = Combine((1.0, 0.0), _fzoo)
+COMBINES = {'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
 
 
 # --- losses -----------------------------------------------------------------
@@ -85,8 +86,8 @@ def estimate(
     over: how the n directions and their signs are evaluated. 'scan': one after
       the other; one forward pass is in memory at a time. 'batch': all in one
       pass, each of the whole batch. 'rows': all in one pass, each of its own
-      n-th of the rows, which ``value_fn`` is called with; with `LowRank` all
-      share one product with each weight, so it costs what one direction does.
+      n-th of the rows, which ``value_fn`` is called with. With `LowRank` all
+      share one product with each weight; others build n layers at a time.
     micro_batches: parts that the batch is evaluated in, one after the other;
       with 'rows' it must divide n.
     equal_parts: whether scalars of parts are averaged as they are.
@@ -96,7 +97,15 @@ def estimate(
     float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
     rows add to the loss of the batch: the mean over n is that loss, however
     much the rows weigh.
+
+  Raises:
+    ValueError: for an unknown ``over``; for what `mezo_jax._values` refuses; if
+      n does not divide the rows, or ``micro_batches`` n or the rows; or if
+      directions that are built would take several times the weights' memory.
   """
+  check_over(over)
+  if over != 'scan':
+    _check_room(params, directions, z.keys.shape[0] * len(signs))
   at = lambda displacement, part: perturbed(value_fn, directions)(
       params, displacement.times(eps), **part)
   batch = dict(batch or {})
@@ -142,7 +151,12 @@ def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
   return n * total / jnp.sum(weight, 0)
 
 
-def check_room(params, directions: Directions, points: int) -> None:
+def check_over(over: str) -> None:
+  if over not in OVER:
+    raise ValueError(f'over must be one of {OVER}, got {over!r}.')
+
+
+def _check_room(params, directions: Directions, points: int) -> None:
   """Refuses to build a layer for each of many points at once.
 
   Raises:

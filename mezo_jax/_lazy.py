@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax import _noise
+from mezo_jax import _compiler
 from mezo_jax._directions import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
@@ -147,7 +147,7 @@ class Context:
     kind = op, orders, fn_on_cpu is not None
     if kind not in self.functions:
       unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
-      called = _noise.apart(unpacked(fn_on_cpu or fn))
+      called = _compiler.apart(unpacked(fn_on_cpu or fn))
       jitted = jax.jit(unpacked(fn))
       tied = lambda ins: jitted(_tied(ins))
       self.functions[kind] = called, tied, jitted

@@ -26,7 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _streams
+from mezo_jax import _compiler, _noise, _streams
 from mezo_jax._directions import Directions, Draws, Rademacher
 
 _WORD = 32
@@ -40,9 +40,13 @@ class LowRank(Directions):
   are as equal in number as a cut between its axes can make them. Vectors, and
   matrices with fewer than 2r rows or columns, are drawn whole, as signs.
 
+  Products with weights build none; a convolution, what a loop uses whole, and
+  anything inside `jax.shard_map` or on Explicit mesh axes is built, as of other
+  directions.
+
   Attributes:
-    rank: r. With a fresh direction a step, low ranks learn slower than full
-      ones: see benchmarks/results/convergence.md.
+    rank: r. Which rank learns as well as a full one is not measured yet; LOZO
+      reports that rank 2 with fresh factors at every step does not.
     generator, mask, stacked: see `Directions`.
 
   Raises:
@@ -61,11 +65,11 @@ class LowRank(Directions):
                        f'{self.rank!r}.')
 
   def of_leaf(self, stream, coefs, shape):
-    layers = 1 if stream.keys.ndim > 2 and stream.keys.shape[0] > 1 else 0
+    signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
+    layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
     if cut is None:
-      signs = Rademacher(self.generator)
-      return signs.of_leaf(stream, coefs, shape)
+      return signs
     # Row i has words i * w, ..., the w that r bits need; the columns' follow.
     words, cut = -(-self.rank // _WORD), layers + cut
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
@@ -95,7 +99,7 @@ class LowRank(Directions):
               for i, bits in enumerate(parts)]
     # Few words, each of many elements: a loop would make them for each.
     apart = sum(lax.population_count(rows ^ columns).astype(jnp.int32)
-                for rows, columns in _noise.made_first(words, streams, j))
+                for rows, columns in _compiler.made_first(words, streams, j))
     return (self.rank - 2 * apart).astype(jnp.float32)
 
   def factor(self, stream: _noise.Stream, shape, dtype) -> jax.Array:

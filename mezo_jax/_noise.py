@@ -30,7 +30,6 @@ import zlib
 
 import jax
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 import numpy as np
 
@@ -112,29 +111,6 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
   name, layer, _ = _paths.locate(path)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
   return key if layer is None else jax.random.fold_in(key, layer)
-
-
-# --- where things are made ------------------------------------------------
-
-
-def apart(fn):
-  """``fn`` as a function that XLA:CPU does not inline: it builds all that it
-  can as soon as it can, but what happens in there it leaves there."""
-  def alone(*args):
-    with set_xla_metadata(inlineable=None):  # what it calls may be
-      return fn(*args)
-  jitted = jax.jit(alone)
-  def called(*args):
-    with set_xla_metadata(inlineable='false'):
-      return jitted(*args)
-  return called
-
-
-def made_first(fn, *args):
-  """``fn(*args)``, in memory before it is used: not again for each use."""
-  return lax.platform_dependent(
-      *args, cpu=apart(fn),
-      default=lambda *args: lax.optimization_barrier(fn(*args)))
 
 
 # --- words ----------------------------------------------------------------

@@ -28,7 +28,7 @@ from mezo_jax._directions import (
   Rademacher,
   Sphere,
 )
-from mezo_jax._estimate import check_room, Combine, estimate, OVER, two_sided
+from mezo_jax._estimate import check_over, Combine, estimate, two_sided
 from mezo_jax._lowrank import LowRank
 from mezo_jax._perturb import direction
 
@@ -175,8 +175,6 @@ def spsa(
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
-      if over != 'scan':
-        check_room(params, kind, num_samples * len(combine.signs))
       losses = estimate(  # of θ ± εz
           value_fn, params, z, epsilon, kind, signs=combine.signs, over=over,
           micro_batches=micro_batches, equal_parts=equal_parts,
@@ -234,8 +232,7 @@ def _check_options(eps, num_samples, micro_batches, over):
       raise ValueError(
           f'{name} must be a Python integer of at least 1, got {value!r}; '
           f"under optax.inject_hyperparams name it in static_args.")
-  if over not in OVER:
-    raise ValueError(f'over must be one of {OVER}, got {over!r}.')
+  check_over(over)
   if over == 'rows' and num_samples % micro_batches:
     raise ValueError(f"with over='rows' micro_batches={micro_batches} must "
                      f'divide num_samples={num_samples}.')

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import mezo_jax
 from mezo_jax import (
   _paths,
   checkpoint,
+  Directions,
   methods,
   models,
   peft,
@@ -26,6 +26,7 @@ from mezo_jax import (
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import trainable as trainable_lib
+from mezo_jax._estimate import COMBINES
 from mezo_jax._mezo import by_group, mezo
 from mezo_jax._rounding import RoundingState
 from mezo_jax._spsa import KINDS
@@ -276,11 +277,11 @@ def make_optimizer(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
       directions=directions(config), decay=_paths.decayed,
-      combine=getattr(mezo_jax, z.combine), over=z.over,
+      combine=COMBINES[z.combine], over=z.over,
       micro_batches=o.micro_batches)
 
 
-def directions(config: config_lib.Train) -> mezo_jax.Directions:
+def directions(config: config_lib.Train) -> Directions:
   """What z is."""
   z = config.spsa
   more = dict(rank=z.rank) if z.distribution == 'low_rank' else {}

@@ -135,6 +135,8 @@ class Train:
 
 DISTRIBUTIONS = ('normal', 'rademacher', 'sphere', 'low_rank')
 GENERATORS = ('hash32', 'threefry2x32')
+OVER = ('scan', 'batch', 'rows')
+COMBINES = ('two_sided', 'one_sided', 'fzoo')
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
          'eval_batch_tokens', 'mesh', 'max_skipped')
@@ -162,8 +164,8 @@ def check(config: Train) -> None:
   _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
   _one_of('spsa.distribution', z.distribution, DISTRIBUTIONS)
   _one_of('spsa.generator', z.generator, GENERATORS)
-  _one_of('spsa.over', z.over, ('scan', 'batch', 'rows'))
-  _one_of('spsa.combine', z.combine, ('two_sided', 'one_sided', 'fzoo'))
+  _one_of('spsa.over', z.over, OVER)
+  _one_of('spsa.combine', z.combine, COMBINES)
   _one_of('peft.positions', p.positions, ('zero', 'after', 'jump'))
   _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
   rules = [

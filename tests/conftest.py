@@ -46,6 +46,7 @@ _SMALL = ('test_bodies', 'test_build', 'test_common', 'test_data',
           'test_trainable', 'test_wrappers')
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
+    'test_eight_devices_do_as_one',
     'test_the_door_gives_the_same_weights',
     'test_the_noise_of_a_sharded_step_does_not_communicate',
     'test_the_update_needs_no_dense_tree')

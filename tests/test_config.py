@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import changed
 
-from mezo_jax import _noise, _spsa
+from mezo_jax import _estimate, _noise, _spsa
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import Task
@@ -42,6 +42,8 @@ def test_a_config_of_an_earlier_version_is_read():
 def test_names_are_those_of_the_mathematics():
   assert set(config_lib.DISTRIBUTIONS) == {*_spsa.KINDS}
   assert set(config_lib.GENERATORS) == {*_noise.GENERATORS}
+  assert set(config_lib.OVER) == {*_estimate.OVER}
+  assert set(config_lib.COMBINES) == {*_estimate.COMBINES}
 
 
 

@@ -175,6 +175,34 @@ def test_no_weights_are_built(kind):
   assert more < 0.4 * 4 * width**2
 
 
+@pytest.mark.parametrize('types', ['Explicit', 'shard_map'])
+def test_axes_that_are_in_types(types):
+  """There weights are built: the same z, and the same products."""
+  params = {'w': jax.random.normal(KEY, (64, 48))}
+  x, z, d = jnp.ones((8, 64)), LowRank(rank=4), Displacement(KEY, 0.1)
+  f = lambda p, x: jnp.sum(jnp.tanh(x @ p['w']), -1)
+  want = jax.jit(mezo_jax.perturbed(f, z))(params, d, x)
+  built = jax.jit(lambda p: mezo_jax.displace(p, d, z))(params)
+  if types == 'Explicit':
+    mesh = helpers.mesh_of(2, 4, jax.sharding.AxisType.Explicit)
+    put = lambda tree, spec: jax.device_put(
+        jax.device_get(tree), jax.NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+      rows = put(x, jax.P('data', None))
+      whole = put(params, jax.P(None, None))
+      got = jax.jit(mezo_jax.perturbed(f, z))(whole, d, rows)
+      halves = put(params, jax.P(None, 'fsdp'))
+      helpers.assert_close(jax.jit(
+          lambda p: mezo_jax.displace(p, d, z))(halves), built)
+  else:
+    mesh = helpers.mesh_of(2, 4)
+    g = lambda p, x: jax.shard_map(
+        f, mesh=mesh, in_specs=(jax.P(), jax.P('data')),
+        out_specs=jax.P('data'))(p, x)
+    got = jax.jit(mezo_jax.perturbed(g, z))(params, d, x)
+  np.testing.assert_allclose(jax.device_get(got), want, rtol=1e-4)
+
+
 def test_options_are_checked():
   with pytest.raises(ValueError, match='rank must be an integer of at least 1'):
     LowRank(rank=0)
