@@ -27,6 +27,7 @@ from mezo_jax import (
   peft,
   sharding,
   trainable,
+  trunk,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
@@ -62,12 +63,14 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Build.
   built = build.build(config, say=say)
-  params, frozen, mesh = built.params, built.frozen, built.mesh
-  whole = lambda: peft.join(params, frozen)
-  name = Path(build.model_name(config)).name
+  name, mesh = Path(build.model_name(config)).name, built.mesh
   devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
-  say(f'model: {name}, {size_of(whole()):,} parameters in {config.model.dtype} '
-      f'on {devices}')
+  total = size_of(built.params) + size_of(built.frozen)
+  say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
+      f'{devices}')
+  built = trunk.keep(config, built, workdir / 'trunk', say)
+  params, frozen = built.params, built.frozen
+  whole = lambda: peft.join(params, frozen)
   ask = evaluate.make_evaluators(
       config, built.model, built.splits, built.tokenizer, mesh)
   finish = lambda final, **more: workdir_lib.write_result(
@@ -86,7 +89,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  say(f'training {size_of(params):,} of {size_of(whole()):,} parameters')
+  say(f'training {size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
   step_fn = make_step(

@@ -92,7 +92,9 @@ class Peft:
   # (PEFT); 'jump', tokens that are generated stand num_tokens too far on (the
   # paper's code).
   positions: str = 'zero'
-  num_layers: int = 2  # at the end, of last_layers
+  # At the end, `last_layers/...`, which are apart from `layers/...` with that
+  # method, and where mask or targets name them ('^last_layers/attn/(q|v)$').
+  num_layers: int = 2
 
 
 @dataclasses.dataclass
@@ -128,6 +130,11 @@ class Train:
   steps: int = 20_000
   eval_every: int = 4_000  # steps; also checkpoints
   checkpoint_every: int = 1_000  # steps; a killed run loses no more than these
+  # Where all that is trained comes last, as layers or a head, what is before is
+  # computed once for each row (docs/peft.md): in memory up to so many GiB,
+  # beyond in files of the working directory.
+  keep_trunk: bool = True
+  trunk_memory: float = 4.0
   eval_batch_size: int = 32  # rows, at most
   eval_batch_tokens: int = 16_384  # padding included, at most
   max_skipped: int = 10  # steps in a row with a loss that is not finite
@@ -139,7 +146,7 @@ OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
-         'eval_batch_tokens', 'mesh', 'max_skipped')
+         'eval_batch_tokens', 'mesh', 'max_skipped', 'trunk_memory')
 
 
 def objective(config: Train) -> str | Callable:
