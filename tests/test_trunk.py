@@ -42,9 +42,13 @@ def test_trunk_and_top_are_the_model(kind):
   x = x.at[~there].set(0.0)  # what is kept has nothing at padding
   helpers.assert_close(
       apply(params)[there], apply(top, trunk=x)[there], rtol=2e-5, atol=2e-5)
-  at = jnp.array([[11], [8], [4], [0]])
-  helpers.assert_close(apply(params, answer_at=at),
-                       apply(top, trunk=x, answer_at=at), rtol=2e-5, atol=2e-5)
+  at = jnp.array([[11, 3], [8, 0], [4, 1], [0, 0]])
+  want = apply(params)[jnp.arange(4)[:, None], at]
+  for last in (2, 1):  # of one, no more than is read is computed
+    apart = peft.split_layers(peft.join_layers(params), last)
+    helpers.assert_close(apply(apart, answer_at=at), want, rtol=2e-5, atol=2e-5)
+  helpers.assert_close(
+      apply(top, trunk=x, answer_at=at), want, rtol=2e-5, atol=2e-5)
 
 
 def test_a_cache_is_of_all_layers():

@@ -18,6 +18,7 @@ from mezo_jax.models.layers import (
   Shared,
   softcap,
   Table,
+  take_tokens,
 )
 from mezo_jax.sharding import constrain_rows, splits_vocabulary
 
@@ -170,6 +171,10 @@ class Transformer(nn.Module):
         continue
       if name == 'last_layers' and features == 'trunk':
         break
+      if (answer_at is not None and cache is None and length == 1
+          and first + length == c.num_layers):
+        # Of the last layer, apart, no more is computed than is read.
+        carry, shared = _wanted(carry, shared, answer_at)
       layers = nn.scan(
           nn.remat(Block, prevent_cse=False) if self.remat else Block,
           variable_axes={'params': 0}, split_rngs={'params': True},
@@ -183,8 +188,8 @@ class Transformer(nn.Module):
     x_BxSxD, cache = carry
     if features == 'trunk':
       return x_BxSxD
-    if answer_at is not None:
-      x_BxSxD = jnp.take_along_axis(x_BxSxD, answer_at[..., None], 1)
+    if answer_at is not None and shared.wanted is None:
+      x_BxSxD = take_tokens(x_BxSxD, answer_at)
     if c.final_norm:
       x_BxSxD = make_norm(c, 'norm')(x_BxSxD)
     if features == 'body':
@@ -299,6 +304,15 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   return Shared(
       jnp.broadcast_to(mask_BxSxT[:, None], (b, 1, s, t)), local_mask,
       rope(c.rope), local_rope, None if cache is None else start), at_BxS
+
+
+def _wanted(carry, shared: Shared, at_BxA):
+  """What a layer is given of which these tokens alone are wanted."""
+  x_BxSxD, cache = carry
+  masks = [m if m is None else jnp.take_along_axis(
+      m, at_BxA[:, None, :, None], 2) for m in (shared.mask, shared.local_mask)]
+  return (take_tokens(x_BxSxD, at_BxA), cache), shared._replace(
+      mask=masks[0], local_mask=masks[1], context=x_BxSxD, wanted=at_BxA)
 
 
 def make_cache(config: Config, rows: int, length: int, dtype) -> Cache:
