@@ -129,8 +129,9 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   try:
     params, opt_state = loop(
         config, (params, opt_state),
-        lambda *state_and_batch: step_fn(*state_and_batch, frozen), batches,
-        lambda p: ask.dev(peft.join(p, frozen)), checkpoints, metrics, start)
+        lambda *state_and_batch: step_fn(*state_and_batch, frozen),
+        step_fn.flush, batches, lambda p: ask.dev(peft.join(p, frozen)),
+        checkpoints, metrics, start)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
@@ -188,8 +189,8 @@ def feed(config, splits, mesh, start):
     yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
 
 
-def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
-         start):
+def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
+         metrics, start):
   """The training loop. The host reads step n-1 while the device does n."""
   progress = loggers.Progress(metrics, config.steps, start)
   waiting, stop_wanted = None, checkpoint.preemption()
@@ -213,6 +214,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     read(*waiting)
     waiting, report = None, None
     if evaluates:
+      state = flush(*state)
       report = evaluate_dev(state[0])
       metrics.write('dev', step, **report)
       say(f'step {step}: dev {evaluate.spell(report)}')

@@ -44,14 +44,14 @@ LABEL_WORDS = (1372, 372)
 
 
 def classification_loss(model):
-  """Cross-entropy of two label words at the last token of every row."""
+  """Cross-entropy [B] of two label words at the last token of every row."""
   def loss_fn(params, ids):
     rows, length = ids.shape
     logits = model.apply(
         {'params': params}, ids, answer_at=jnp.full((rows, 1), length - 1),
         token_ids=jnp.array(LABEL_WORDS))[:, 0]
     return optax.softmax_cross_entropy_with_integer_labels(
-        logits, ids[:, 0] % 2).mean()
+        logits, ids[:, 0] % 2)
   return loss_fn
 
 

@@ -70,6 +70,7 @@ class Spsa:
   # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # of half-precision weights
+  fold_every: int = 1  # steps; until then updates are evaluated, not added
 
 
 @dataclasses.dataclass
@@ -201,6 +202,10 @@ def check(config: Train) -> None:
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.fold_every == 1 or z.fold_every > 1 and not o.groups
+       and not o.weight_decay,
+       'spsa.fold_every must be at least 1, and above it needs '
+       'optimizer.weight_decay of 0 and no optimizer.groups'),
       (z.combine != 'fzoo' or z.num_samples > 1,
        "spsa.combine 'fzoo' needs spsa.num_samples of at least 2"),
       (z.over != 'rows' or d.batch_size % max(z.num_samples, 1) == 0
