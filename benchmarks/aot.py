@@ -1,6 +1,6 @@
 """What the TPU and CUDA compilers say of real shapes, with no accelerator.
 
-  pip install -e '.[aot]' && python benchmarks/aot.py [--cuda]
+  pip install -e '.[aot]' && python benchmarks/aot.py [--cuda] [--short]
 
 Compiles inference, MeZO steps (`make_step`) and backprop (each layer
 rematerialised) for described devices that are not there, from abstract bfloat16
@@ -11,7 +11,8 @@ Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
 are the TPU compiler's own estimates times the trip counts of loops; they know
 nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
 compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`
-of jax's version). Writes benchmarks/results/aot.md and aot.json.
+of jax's version). Writes benchmarks/results/aot.md and aot.json; with `--short`,
+of 32 tokens a row, aot_short.md and .json.
 """
 
 import os
@@ -251,8 +252,10 @@ def main():
     topology, sizes, shape, *rest = json.loads(sys.argv[2])
     print(json.dumps(report(topology, tuple(sizes), shape, *rest)))
     return
-  rows = []
+  rows, short = [], '--short' in sys.argv
   for topology, sizes, shape, tokens, programs in CASES:
+    if short != (tokens < 256):
+      continue
     if topology == 'a100' and '--cuda' not in sys.argv:
       continue
     base = None
@@ -278,12 +281,12 @@ def main():
           'seconds to compile': r.get('seconds', '')}
       print(row, flush=True)
       rows.append(row)
-  harness.write('aot', f'Compilers only, nothing run: jax {jax.__version__}, '
+  harness.write('aot_short' if short else 'aot', f'Compilers only, nothing run: jax {jax.__version__}, '
                 f'bfloat16, {ROWS} rows (one a row group where there are '
                 'more); mesh is data x fsdp x tensor', [
-                    ('Memory and estimated cycles:', rows),
-                    ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, on '
-                     'one v5p, 4096 tokens:', forms())])
+                    ('Memory and estimated cycles:', rows), *([] if short else [
+                        ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, '
+                         'on one v5p, 4096 tokens:', forms())])])
 
 
 if __name__ == '__main__':

@@ -40,6 +40,7 @@ SHAPES = {
     'SmolLM2-135M': _llama(576, 1536, 30, 9, 3, 49152, True),
     'Llama-3-8B': _llama(4096, 14336, 32, 32, 8, 128256, False),
 }
+TINY = _llama(64, 128, 2, 4, 2, 1536, True)
 LABEL_WORDS = (1372, 372)
 
 

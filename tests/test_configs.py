@@ -13,7 +13,7 @@ from mezo_jax.config import Train
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
-    'quickstart': [None], 'opt_f1': [None],
+    'quickstart': ['', 'whole'], 'opt_f1': [None],
     'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
     'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
