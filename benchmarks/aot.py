@@ -11,8 +11,8 @@ Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
 are the TPU compiler's own estimates times the trip counts of loops; they know
 nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
 compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`
-of jax's version). Writes benchmarks/results/aot.md and aot.json; with `--short`,
-of 32 tokens a row, aot_short.md and .json.
+of jax's version). Writes benchmarks/results/aot.md and aot.json; with `--short`
+aot_short.md and .json, of the cases of 32 tokens a row.
 """
 
 import os
@@ -281,12 +281,14 @@ def main():
           'seconds to compile': r.get('seconds', '')}
       print(row, flush=True)
       rows.append(row)
-  harness.write('aot_short' if short else 'aot', f'Compilers only, nothing run: jax {jax.__version__}, '
+  of_one = [] if short else [
+      ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, on one v5p, 4096 '
+       'tokens:', forms())]
+  harness.write('aot_short' if short else 'aot',
+                f'Compilers only, nothing run: jax {jax.__version__}, '
                 f'bfloat16, {ROWS} rows (one a row group where there are '
                 'more); mesh is data x fsdp x tensor', [
-                    ('Memory and estimated cycles:', rows), *([] if short else [
-                        ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, '
-                         'on one v5p, 4096 tokens:', forms())])])
+                    ('Memory and estimated cycles:', rows), *of_one])
 
 
 if __name__ == '__main__':
