@@ -1,8 +1,8 @@
-"""How good the quickstart gets: three seeds of it and of what it stands beside.
+"""How good the quickstart gets: three seeds of it, and what it stands beside.
 
   python benchmarks/quickstart.py
 
-Writes benchmarks/results/quickstart.md and .json; half an hour on 2 CPU cores.
+Writes benchmarks/results/quickstart.md and .json; 20 minutes on 2 CPU cores.
 Run again, it goes on (runs/quickstart_suite).
 """
 
@@ -50,8 +50,8 @@ def main():
         'minutes': f'{np.mean([r["seconds"] for r in results]) / 60:.1f}',
         'GiB of the process': f'{results[0]["peak_memory"] / 2**30:.1f}'})
   harness.write('quickstart', harness.header(
-      f'SmolLM2-135M, {count} test rows, mean of {len(found)} seeds; ± is the '
-      'standard error that so many rows have'), [('', rows)])
+      f'SmolLM2-135M, {count} test rows; ± is the standard error that so many '
+      'rows have'), [('', rows)])
 
 
 if __name__ == '__main__':

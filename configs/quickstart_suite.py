@@ -5,7 +5,8 @@
 
 Reproduces benchmarks/results/quickstart.md: all layers but the last frozen
 (`mezo`), most parameters (`whole`), and Adam by backpropagation into the last
-layer, for a tenth of the steps (`adam`; its rate was not searched for).
+layer, for a tenth of the steps (`adam`; its rate was not searched for), these
+two with one seed.
 """
 
 from configs import quickstart
@@ -24,8 +25,9 @@ def _config(seed: int, method: str) -> Train:
 
 
 def get_suite() -> dict[str, Train]:
-  return {f'seed{seed}/{method}': _config(seed, method)
-          for method in ('mezo', 'whole', 'adam') for seed in SEEDS}
+  return {f'seed{seed}/{method}': _config(seed, method) for method, seeds in (
+      ('mezo', SEEDS), ('whole', SEEDS[:1]), ('adam', SEEDS[:1]))
+          for seed in seeds}
 
 
 def get_config(name: str = 'seed0/mezo') -> Train:
