@@ -35,7 +35,7 @@ def mezo(
     weight_decay: float = 0.0,
     decay=None,
     stochastic_rounding: bool = True,
-    fold_every: int = 1,
+    fold_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Memory-efficient zeroth-order SGD.
 
@@ -68,12 +68,12 @@ def mezo(
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
       stochastically (`mezo_jax.round_stochastically`), with bits of the step's
       key, instead of to nearest.
-    fold_every: k; above 1 updates are zero but for each k-th, which is the sum
-      of as many, and losses are taken where the weights would be by then. It
-      pays where updates take long beside forwards (short prompts) and terms of
-      z are cheap (`LowRank`), under `mezo_jax.make_step`, which touches no
-      weights in between. Needs one learning rate and eps, no decay. Before
-      weights are read: ``step.flush(params, state)``.
+    fold_every: k, 1 if None; above 1 updates are zero but for each k-th, which
+      is the sum of as many, and losses are taken where the weights would be by
+      then. It pays where updates take long beside forwards (short prompts) and
+      terms of z are cheap (`LowRank`), under `mezo_jax.make_step`, which
+      touches no weights in between. Needs one learning rate and eps, no decay.
+      Before weights are read: ``step.flush(params, state)``.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
@@ -117,8 +117,8 @@ def mezo(
       eps, key=key, directions=directions, combine=combine,
       num_samples=num_samples, over=over, micro_batches=micro_batches,
       equal_parts=equal_parts, dtype=jnp.float32)
-  if fold_every != 1:
-    _check_fold(fold_every, learning_rate, eps, weight_decay)
+  if fold_every is not None and _check_fold(
+      fold_every, learning_rate, eps, weight_decay) > 1:
     return pending(estimate, fold_every, learning_rate, directions, round_)
   tx = skip_not_finite(optax.chain(
       estimate,
@@ -138,15 +138,18 @@ def mezo(
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
-def _check_fold(fold_every, learning_rate, eps, weight_decay) -> None:
+def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
+  """``fold_every``, if the rest allows it."""
   if not isinstance(fold_every, (int, np.integer)) or fold_every < 1:
     raise ValueError('fold_every must be a Python integer of at least 1, got '
                      f'{fold_every!r}.')
   decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
-  if decays or isinstance(learning_rate, Mapping) or isinstance(eps, Mapping):
+  if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
+                         or isinstance(eps, Mapping)):
     raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
                      'needs weight_decay=0 and one learning_rate and eps, no '
                      'groups.')
+  return fold_every
 
 
 def by_group(make, value) -> optax.GradientTransformation:

@@ -84,7 +84,7 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     def wait(ring, rest):
       return jax.tree.map(zeros, params), ring, rest
     if fold is None:
-      out = lax.cond(is_due(spsa_state, ring), add, wait, ring, rest)
+      out = lax.cond(is_due(state), add, wait, ring, rest)
     else:
       out = (add if fold else wait)(ring, rest)
     added, ring, rest = out
@@ -93,10 +93,12 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def is_due(state: SpsaState, ring: PendingState) -> jax.Array:
+def is_due(state) -> jax.Array:
   """Whether the step that is to be made from a state adds what is pending."""
-  every = ring.pending.shape[0]
-  return state.count % every == every - 1
+  parts = {type(x): x for x in jax.tree.leaves(
+      state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
+  every = parts[PendingState].pending.shape[0]
+  return parts[SpsaState].count % every == every - 1
 
 
 def displacement(state: SpsaState, ring: PendingState, count) -> Displacement:

@@ -66,7 +66,7 @@ class Step:
             fold=False)[1]
       if _pends(state):
         params, state = jax.lax.cond(
-            _pending.is_due(*state[:2]), functools.partial(moved, fold=True),
+            _pending.is_due(state), functools.partial(moved, fold=True),
             noted, params, state)
       else:
         params, state = moved(params, state)
