@@ -27,6 +27,7 @@ from mezo_jax import (
   peft,
   sharding,
   trainable,
+  trunk,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
@@ -62,12 +63,14 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Build.
   built = build.build(config, say=say)
-  params, frozen, mesh = built.params, built.frozen, built.mesh
-  whole = lambda: peft.join(params, frozen)
-  name = Path(build.model_name(config)).name
+  name, mesh = Path(build.model_name(config)).name, built.mesh
   devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
-  say(f'model: {name}, {size_of(whole()):,} parameters in {config.model.dtype} '
-      f'on {devices}')
+  total = size_of(built.params) + size_of(built.frozen)
+  say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
+      f'{devices}')
+  built = trunk.keep(config, built, workdir / 'trunk', say)
+  params, frozen = built.params, built.frozen
+  whole = lambda: peft.join(params, frozen)
   ask = evaluate.make_evaluators(
       config, built.model, built.splits, built.tokenizer, mesh)
   finish = lambda final, **more: workdir_lib.write_result(
@@ -86,7 +89,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  say(f'training {size_of(params):,} of {size_of(whole()):,} parameters')
+  say(f'training {size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
   step_fn = make_step(
@@ -126,8 +129,9 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   try:
     params, opt_state = loop(
         config, (params, opt_state),
-        lambda *state_and_batch: step_fn(*state_and_batch, frozen), batches,
-        lambda p: ask.dev(peft.join(p, frozen)), checkpoints, metrics, start)
+        lambda *state_and_batch: step_fn(*state_and_batch, frozen),
+        step_fn.flush, batches, lambda p: ask.dev(peft.join(p, frozen)),
+        checkpoints, metrics, start)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
@@ -185,8 +189,8 @@ def feed(config, splits, mesh, start):
     yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
 
 
-def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
-         start):
+def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
+         metrics, start):
   """The training loop. The host reads step n-1 while the device does n."""
   progress = loggers.Progress(metrics, config.steps, start)
   waiting, stop_wanted = None, checkpoint.preemption()
@@ -210,6 +214,7 @@ def loop(config, state, step_fn, batches, evaluate_dev, checkpoints, metrics,
     read(*waiting)
     waiting, report = None, None
     if evaluates:
+      state = flush(*state)
       report = evaluate_dev(state[0])
       metrics.write('dev', step, **report)
       say(f'step {step}: dev {evaluate.spell(report)}')

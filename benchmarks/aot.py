@@ -1,16 +1,18 @@
 """What the TPU and CUDA compilers say of real shapes, with no accelerator.
 
-  pip install -e '.[aot]' && python benchmarks/aot.py [--cuda]
+  pip install -e '.[aot]' && python benchmarks/aot.py [--cuda] [--short]
 
-Compiles inference, a MeZO step (plain optax, params donated) and backprop (each
-layer rematerialised) for described devices that are not there, from abstract
-bfloat16 weights, 16 rows of 256 tokens, and reads memory and cycles from the
-compilers. Nothing is run.
+Compiles inference, MeZO steps (`make_step`) and backprop (each layer
+rematerialised) for described devices that are not there, from abstract bfloat16
+weights, 16 rows of 256 or 32 tokens, and reads memory and cycles from the
+compilers. Nothing is run. Of updates that are pending over 8 steps an eighth of
+the cycles is counted.
 Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
 are the TPU compiler's own estimates times the trip counts of loops; they know
 nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
 compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`
-of jax's version). Writes benchmarks/results/aot.md and aot.json.
+of jax's version). Writes benchmarks/results/aot.md and aot.json; with `--short`
+aot_short.md and .json, of the cases of 32 tokens a row.
 """
 
 import os
@@ -44,18 +46,31 @@ from mezo_jax import _streams, backprop, models, sharding
 from mezo_jax._directions import Draws
 from mezo_jax._spsa import KINDS
 
-ROWS, TOKENS = 16, 256
-MEZO = ('MeZO normal', 'MeZO rademacher')
-# Topology, (data, fsdp, tensor), shape, programs.
+ROWS = 16
+LOW = mezo_jax.LowRank(rank=16)
+MEZO = {
+    'MeZO normal': dict(),
+    'MeZO rademacher': dict(directions='rademacher'),
+    'MeZO low rank': dict(directions=LOW),
+    'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
+    'MeZO low rank, pending': dict(directions=LOW, fold_every=8),
+    'MeZO low rank, both signs in one pass, pending': dict(
+        directions=LOW, over='batch', fold_every=8),
+    'MeZO 16 directions of rows, rank 4': dict(
+        directions=mezo_jax.LowRank(rank=4), num_samples=16, over='rows')}
+FEW = tuple(MEZO)[:3]
+# Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
 CASES = [
-    ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', ('inference', *MEZO, 'SGD', 'Adam')),
-    ('v5p:1x1x1', (1, 1, 1), 'OPT-30B', ('inference', *MEZO, 'SGD')),
-    ('v5e:4x4', (1, 4, 4), 'OPT-30B', ('inference', *MEZO, 'SGD')),
-    ('v5e:4x4', (1, 4, 4), 'OPT-66B', ('inference', *MEZO, 'Adam')),
-    ('v5e:8x8', (1, 8, 8), 'OPT-30B', ('inference', *MEZO, 'Adam')),
-    ('v5e:16x16', (2, 16, 8), 'OPT-66B', ('inference', *MEZO, 'Adam')),
-    ('v6e:4x4', (1, 4, 4), 'OPT-66B', ('inference', *MEZO, 'Adam')),
-    ('a100', (1, 1, 1), 'OPT-30B', ('inference', *MEZO)),
+    ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32, ('inference', *MEZO)),
+    ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 256, (
+        'inference', *MEZO, 'SGD', 'Adam')),
+    ('v5p:1x1x1', (1, 1, 1), 'OPT-30B', 256, ('inference', *FEW, 'SGD')),
+    ('v5e:4x4', (1, 4, 4), 'OPT-30B', 256, ('inference', *FEW, 'SGD')),
+    ('v5e:4x4', (1, 4, 4), 'OPT-66B', 256, ('inference', *FEW, 'Adam')),
+    ('v5e:8x8', (1, 8, 8), 'OPT-30B', 256, ('inference', *FEW, 'Adam')),
+    ('v5e:16x16', (2, 16, 8), 'OPT-66B', 256, ('inference', *FEW, 'Adam')),
+    ('v6e:4x4', (1, 4, 4), 'OPT-66B', 256, ('inference', *FEW, 'Adam')),
+    ('a100', (1, 1, 1), 'OPT-30B', 256, ('inference', *FEW)),
 ]
 HBM = {'v5p': 95.74, 'v5e': 15.75, 'v6e': 31.25, 'a100': 79.25}  # GiB, a device
 A100 = '''gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
@@ -86,21 +101,22 @@ def mesh_of(topology, sizes):
   return Mesh(np.array(devices).reshape(sizes), sharding.AXES)
 
 
-def lower(program, shape, mesh):
-  """The programs of `inference`, `MeZO z`, `SGD` or `Adam`, lowered."""
+def lower(program, shape, tokens, mesh):
+  """The programs of `inference`, of one of `MEZO`, of `SGD` or `Adam`, lowered,
+  and in how many steps each is run once."""
   model = models.Transformer(
       harness.SHAPES[shape], remat=program in ('SGD', 'Adam'))
   loss_fn = harness.classification_loss(model)
   params = models.param_shapes(model.config, mesh, jnp.bfloat16)
   everywhere = NamedSharding(mesh, P())
   rows = max(ROWS, mesh.shape['data'] * mesh.shape['fsdp'])
-  ids = jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32,
+  ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32,
                              sharding=NamedSharding(mesh, P(sharding.ROWS)))
   if program == 'inference':
-    return [jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)]
+    return [jax.jit(loss_fn, out_shardings=everywhere).lower(params, ids)], [1]
 
-  if program.startswith('MeZO'):
-    tx = mezo_jax.mezo(1e-6, key=0, directions=program.split()[1])
+  if program in MEZO:
+    tx = mezo_jax.mezo(1e-6, key=0, **MEZO[program])
   else:
     tx = optax.chain(backprop.backprop(),
                      {'SGD': optax.sgd, 'Adam': optax.adam}[program](1e-6))
@@ -110,17 +126,19 @@ def lower(program, shape, mesh):
   like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
   state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=like.get(x.shape, everywhere)), state)
-  return mezo_jax.make_step(tx, loss_fn, mesh=mesh).lower(params, state, ids)
+  step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+  return step.lower(params, state, ids), [
+      1, 1, MEZO.get(program, {}).get('fold_every')]
 
 
 # --- what the compilers say -------------------------------------------------
 
 
-def report(topology, sizes, shape, program) -> dict:
+def report(topology, sizes, shape, tokens, program) -> dict:
   """Of a step of several programs: the most memory, and all cycles."""
   mesh = mesh_of(topology, sizes)
   with jax.set_mesh(mesh):
-    programs = lower(program, shape, mesh)
+    programs, every = lower(program, shape, tokens, mesh)
   found = [one(topology, mesh, lowered) for lowered in programs]
   if not all('cycles' in r for r in found):
     return dict(fits=False, memory=max(
@@ -128,8 +146,9 @@ def report(topology, sizes, shape, program) -> dict:
   most = max(found, key=lambda r: r['memory'])
   return most | dict(
       fits=all(r['fits'] for r in found), kept=found[-1]['kept'],
-      **{k: sum(r[k] for r in found)
-         for k in ('cycles', 'collectives', 'seconds')})
+      collectives=sum(r['collectives'] for r in found[:2]),
+      seconds=sum(r['seconds'] for r in found), cycles=sum(
+          r['cycles'] / k for r, k in zip(found, every)))
 
 
 def one(topology, mesh, lowered) -> dict:
@@ -198,7 +217,7 @@ def forms() -> list[dict]:
   at = NamedSharding(mesh, P())
   like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=at)
   w = like((7168, 28672), jnp.bfloat16)
-  x = like((ROWS * TOKENS, 7168), jnp.bfloat16)
+  x = like((4096, 7168), jnp.bfloat16)
   seed, c = like((), jnp.uint32), like((), jnp.float32)
 
   def cost(fn, *args, donate=()):
@@ -230,18 +249,20 @@ def forms() -> list[dict]:
 
 def main():
   if sys.argv[1:2] == ['--one']:  # a process of its own: compilers keep memory
-    topology, sizes, shape, program = json.loads(sys.argv[2])
-    print(json.dumps(report(topology, tuple(sizes), shape, program)))
+    topology, sizes, shape, *rest = json.loads(sys.argv[2])
+    print(json.dumps(report(topology, tuple(sizes), shape, *rest)))
     return
-  rows = []
-  for topology, sizes, shape, programs in CASES:
+  rows, short = [], '--short' in sys.argv
+  for topology, sizes, shape, tokens, programs in CASES:
+    if short != (tokens < 256):
+      continue
     if topology == 'a100' and '--cuda' not in sys.argv:
       continue
     base = None
     for program in programs:
       done = subprocess.run(
           [sys.executable, __file__, '--one',
-           json.dumps([topology, sizes, shape, program])],
+           json.dumps([topology, sizes, shape, tokens, program])],
           capture_output=True, text=True)
       if done.returncode:
         sys.exit(f'{topology} {shape} {program} failed:\n{done.stderr[-2000:]}')
@@ -250,7 +271,7 @@ def main():
       cost, memory = r.get('cycles'), r['memory']
       row = {
           'device': topology, 'mesh': 'x'.join(map(str, sizes)),
-          'shape': shape, 'program': program,
+          'shape': shape, 'tokens': f'{ROWS} x {tokens}', 'program': program,
           'GiB a device': round(memory, 2) if memory else '',
           '/ inference': round(memory / base['memory'], 3) if memory else '',
           'fits': 'yes' if r['fits'] else 'no',
@@ -260,12 +281,14 @@ def main():
           'seconds to compile': r.get('seconds', '')}
       print(row, flush=True)
       rows.append(row)
-  harness.write('aot', f'Compilers only, nothing run: jax {jax.__version__}, '
-                f'bfloat16, {ROWS} rows of {TOKENS} tokens (one a row group '
-                'where there are more); mesh is data x fsdp x tensor', [
-                    ('Memory and estimated cycles:', rows),
-                    ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, on '
-                     'one v5p, 4096 tokens:', forms())])
+  of_one = [] if short else [
+      ('Mega-cycles of one matrix of OPT-30B, 7168 x 28672, on one v5p, 4096 '
+       'tokens:', forms())]
+  harness.write('aot_short' if short else 'aot',
+                f'Compilers only, nothing run: jax {jax.__version__}, '
+                f'bfloat16, {ROWS} rows (one a row group where there are '
+                'more); mesh is data x fsdp x tensor', [
+                    ('Memory and estimated cycles:', rows), *of_one])
 
 
 if __name__ == '__main__':

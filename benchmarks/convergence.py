@@ -35,7 +35,7 @@ NOISE = {
 
 def reviews():
   """{noise: (losses [seeds, evaluations], accuracies, seconds a step)}."""
-  config = quickstart_config.get_config()
+  config = quickstart_config.get_config('whole')
   task = config.task
   path = quickstart.model_path()
   model, start = models.load(path, dtype='float32')

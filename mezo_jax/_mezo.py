@@ -9,11 +9,13 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mezo_jax import _paths
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
+from mezo_jax._pending import pending
 from mezo_jax._rounding import round_stochastically, to_nearest
 from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import as_directions, spsa
@@ -33,6 +35,7 @@ def mezo(
     weight_decay: float = 0.0,
     decay=None,
     stochastic_rounding: bool = True,
+    fold_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Memory-efficient zeroth-order SGD.
 
@@ -65,15 +68,23 @@ def mezo(
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
       stochastically (`mezo_jax.round_stochastically`), with bits of the step's
       key, instead of to nearest.
+    fold_every: k, 1 if None; above 1 updates are zero but for each k-th, which
+      is the sum of as many, and losses are taken where the weights would be by
+      then. It pays where updates take long beside forwards (short prompts) and
+      terms of z are cheap (`LowRank`), under `mezo_jax.make_step`, which
+      touches no weights in between. Needs one learning rate and eps, no decay.
+      Before weights are read: ``step.flush(params, state)``.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
     `spsa`, followed by the rest. Updates have the dtypes of the parameters. A
     step whose loss is not finite changes nothing.
-    The state is the chain's: `SpsaState` is its first element.
+    The state is the chain's: `SpsaState` is its first element, with
+    ``fold_every`` what is pending the second.
 
   Raises:
-    ValueError: as `spsa`; and for weight decay with a mask of elements.
+    ValueError: as `spsa`; for weight decay with a mask of elements; and for
+      ``fold_every`` below 1, or above it with decay or groups.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -102,10 +113,15 @@ def mezo(
 
   round_ = (round_stochastically(key, used) if stochastic_rounding
             else to_nearest())
+  estimate = spsa(
+      eps, key=key, directions=directions, combine=combine,
+      num_samples=num_samples, over=over, micro_batches=micro_batches,
+      equal_parts=equal_parts, dtype=jnp.float32)
+  if fold_every is not None and _check_fold(
+      fold_every, learning_rate, eps, weight_decay) > 1:
+    return pending(estimate, fold_every, learning_rate, directions, round_)
   tx = skip_not_finite(optax.chain(
-      spsa(eps, key=key, directions=directions, combine=combine,
-           num_samples=num_samples, over=over, micro_batches=micro_batches,
-           equal_parts=equal_parts, dtype=jnp.float32),
+      estimate,
       optax.add_decayed_weights(weight_decay, decayed),
       by_group(optax.scale_by_learning_rate, learning_rate),
       round_))
@@ -120,6 +136,20 @@ def mezo(
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
+  """``fold_every``, if the rest allows it."""
+  if not isinstance(fold_every, (int, np.integer)) or fold_every < 1:
+    raise ValueError('fold_every must be a Python integer of at least 1, got '
+                     f'{fold_every!r}.')
+  decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
+  if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
+                         or isinstance(eps, Mapping)):
+    raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
+                     'needs weight_decay=0 and one learning_rate and eps, no '
+                     'groups.')
+  return fold_every
 
 
 def by_group(make, value) -> optax.GradientTransformation:

@@ -278,7 +278,7 @@ def make_optimizer(
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
       directions=directions(config), decay=_paths.decayed,
       combine=COMBINES[z.combine], over=z.over,
-      micro_batches=o.micro_batches)
+      micro_batches=o.micro_batches, fold_every=z.fold_every)
 
 
 def directions(config: config_lib.Train) -> Directions:

@@ -70,6 +70,7 @@ class Spsa:
   # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # of half-precision weights
+  fold_every: int = 1  # steps; until then updates are evaluated, not added
 
 
 @dataclasses.dataclass
@@ -92,7 +93,9 @@ class Peft:
   # (PEFT); 'jump', tokens that are generated stand num_tokens too far on (the
   # paper's code).
   positions: str = 'zero'
-  num_layers: int = 2  # at the end, of last_layers
+  # At the end, `last_layers/...`, which are apart from `layers/...` with that
+  # method, and where mask or targets name them ('^last_layers/attn/(q|v)$').
+  num_layers: int = 2
 
 
 @dataclasses.dataclass
@@ -128,6 +131,11 @@ class Train:
   steps: int = 20_000
   eval_every: int = 4_000  # steps; also checkpoints
   checkpoint_every: int = 1_000  # steps; a killed run loses no more than these
+  # Where all that is trained comes last, as layers or a head, what is before is
+  # computed once for each row (docs/peft.md): in memory up to so many GiB,
+  # beyond in files of the working directory.
+  keep_trunk: bool = True
+  trunk_memory: float = 4.0
   eval_batch_size: int = 32  # rows, at most
   eval_batch_tokens: int = 16_384  # padding included, at most
   max_skipped: int = 10  # steps in a row with a loss that is not finite
@@ -139,7 +147,7 @@ OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
-         'eval_batch_tokens', 'mesh', 'max_skipped')
+         'eval_batch_tokens', 'mesh', 'max_skipped', 'trunk_memory')
 
 
 def objective(config: Train) -> str | Callable:
@@ -194,6 +202,10 @@ def check(config: Train) -> None:
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.fold_every == 1 or z.fold_every > 1 and not o.groups
+       and not o.weight_decay,
+       'spsa.fold_every must be at least 1, and above it needs '
+       'optimizer.weight_decay of 0 and no optimizer.groups'),
       (z.combine != 'fzoo' or z.num_samples > 1,
        "spsa.combine 'fzoo' needs spsa.num_samples of at least 2"),
       (z.over != 'rows' or d.batch_size % max(z.num_samples, 1) == 0

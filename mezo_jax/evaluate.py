@@ -23,17 +23,17 @@ class Sizes(NamedTuple):
   tokens: int = 16_384  # a batch, padding included, at most
 
 
-def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
-  """``run(params)``: the rows' values of ``fn(params, batch)``, in order.
+def each_batch(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
+  """``run(params)`` yields (numbers of rows, ``fn(params, batch)``), batch by
+  batch, every row once.
 
-  ``fn`` is jitted, once per bucket; its result is a tree of arrays [rows, ...].
-  No row is dropped: the last batch of a bucket is padded.
+  ``fn`` is jitted, once per bucket; its result is a tree of arrays [rows, ...],
+  of which a batch that is not full has more than there are numbers.
   """
   groups = sharding.row_groups(mesh)
   jitted = jax.jit(fn, out_shardings=sharding.replicated(mesh))
 
-  def run(params) -> list:
-    parts = []
+  def run(params):
     for length in data_lib.used_lengths(data.lengths, sizes.buckets):
       rows = min(sizes.rows, max(sizes.tokens // length, 1), len(data.prompts))
       rows = -(-rows // groups) * groups
@@ -41,9 +41,19 @@ def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
           data.lengths, sizes.buckets, length, rows):
         batch = sharding.put_batch(batch_of(data, index, length, rows), mesh)
         with jax.set_mesh(mesh):
-          parts.append((index, jitted(params, batch)))
+          values = jitted(params, batch)
+        yield index, values
+
+  return run
+
+
+def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
+  """``run(params)``: the rows' values of ``fn(params, batch)``, in order."""
+  batches = each_batch(fn, data, sizes, mesh)
+
+  def run(params) -> list:
     out = [None] * len(data.prompts)
-    for index, values in parts:
+    for index, values in [*batches(params)]:
       values = jax.device_get(values)
       for i, row in enumerate(index):
         out[row] = jax.tree.map(lambda x, i=i: x[i], values)
@@ -127,10 +137,7 @@ class Evaluators(NamedTuple):
 def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
                     mesh) -> Evaluators:
   """How the dev and test rows of a run are answered."""
-  task = config.task
-  sizes = {name: Sizes(buckets, config.eval_batch_size,
-                       config.eval_batch_tokens)
-           for name, buckets in splits.buckets.items()}
+  task, sizes = config.task, sizes_of(config, splits)
   dev, test = (make_evaluator(
       model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
       splits.prior.get(name), sizes.get(f'prior_{name}'))
@@ -146,6 +153,12 @@ def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
 
   return Evaluators(lambda params: dev(params)[0],
                     lambda params: test(params)[0], both, sizes)
+
+
+def sizes_of(config, splits: data_lib.Splits) -> dict[str, Sizes]:
+  """Of the batches of each split in which a run evaluates."""
+  return {name: Sizes(buckets, config.eval_batch_size, config.eval_batch_tokens)
+          for name, buckets in splits.buckets.items()}
 
 
 def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,

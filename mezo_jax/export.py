@@ -21,6 +21,7 @@ from mezo_jax import (
 from mezo_jax import config as config_lib
 from mezo_jax import workdir as workdir_lib
 from mezo_jax.errors import ExistsError, InputError, MissingError
+from mezo_jax.step import make_step
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike,
@@ -65,8 +66,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
       run, build.read_config(run), mesh, abstract=whole)
   model, params = build.add(run, model, params, tokenizer, mesh)
   shapes, frozen = trainable.split(run, params)
-  opt_state = build.init_state(
-      build.make_optimizer(run), shapes, mesh, abstract=True)
+  tx = build.make_optimizer(run)
+  opt_state = build.init_state(tx, shapes, mesh, abstract=True)
   # The run may still be at it: nothing of its directory is touched.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   step = checkpoints.best_step() if step is None else step
@@ -74,7 +75,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, _ = build.restore(checkpoints, step, shapes, opt_state)
+  params, opt_state = build.restore(checkpoints, step, shapes, opt_state)
+  params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   params = peft.join(params, frozen)
   checkpoints.close()
 

@@ -110,7 +110,7 @@ class Part:
   added: bool = False  # to matrices: new ones change nothing; can be merged
   soft: bool = False  # tokens that are put into the rows themselves
   own_head: bool = False  # a head apart from the embedding is made
-  last_layers: bool = False  # layers are set apart
+  last_layers: bool = False  # layers are set apart; see `layers_apart`
   # `tokens(config.peft)`: positions that a text has less.
   tokens: Callable = lambda peft: 0
   # Learning rates of the paper's searches (Tables 15 and 16); it has no soft
@@ -151,6 +151,15 @@ def adapts(config) -> bool:
   """Whether the model is given parameters that its files do not have."""
   return bool(part_of(config).adapter) and (
       method_of(config).steps or bool(config.peft.adapter))
+
+
+def layers_apart(config) -> bool:
+  """Whether the last ``peft.num_layers`` layers are parameters of their own,
+  ``last_layers/...``: to be trained alone, in whole or in part."""
+  part, p = part_of(config), config.peft
+  names = p.mask, p.targets if part.added else ''
+  return method_of(config).steps and (
+      part.last_layers or any('last_layers' in name for name in names))
 
 
 def warnings(config) -> list[str]:

@@ -1,6 +1,7 @@
 """The training step: the one place where it is written."""
 
 from collections.abc import Callable
+import functools
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _pending, sharding
 
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
@@ -54,8 +55,25 @@ class Step:
       return _get(state, 'projected_grad'), _get(state, 'value')
 
     def update(params, state, projected_grad, value):
-      updates, state = tx.update(
-          None, state, params, projected_grad=projected_grad, value=value)
+      def moved(params, state, **how):
+        updates, state = tx.update(
+            None, state, params, projected_grad=projected_grad, value=value,
+            **how)
+        return optax.apply_updates(params, updates), state
+      def noted(params, state):  # no weight is read or written
+        return params, tx.update(
+            None, state, params, projected_grad=projected_grad, value=value,
+            fold=False)[1]
+      if _pends(state):
+        params, state = jax.lax.cond(
+            _pending.is_due(state), functools.partial(moved, fold=True),
+            noted, params, state)
+      else:
+        params, state = moved(params, state)
+      return params, state, _metrics(state)
+
+    def flush(params, state):
+      updates, state = tx.update(None, state, params, flush=True)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     def whole(params, state, frozen, batch):
@@ -63,6 +81,7 @@ class Step:
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
+    self._flush = flush
 
   def __call__(self, params, state, batch, frozen=None):
     losses = self._program(_shape(batch), batch, lambda: self._lower_losses(
@@ -81,11 +100,21 @@ class Step:
             for x in (projected_grad, value)]
     return program(params, state, *told)
 
+  def flush(self, params, state):
+    """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
+    as they are where nothing ever is. Both are donated."""
+    if not _pends(state):
+      return params, state
+    return self._program('flush', None, lambda: self._lower_flush(
+        params, state))(params, state)[:2]
+
   def lower(self, params, state, batch, frozen=None) -> list:
     """The programs of a step, lowered: of arrays, or of shapes and places."""
     out = [self._lower_losses(params, state, batch, frozen)]
     if _has_door(state):
       out.append(self._lower_update(params, state))
+    if _pends(state):
+      out.append(self._lower_flush(params, state))
     return out
 
   def compile(self, params, state, batch, frozen=None) -> None:
@@ -105,6 +134,9 @@ class Step:
     told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
             for x in (_get(state, 'projected_grad'), _get(state, 'value'))]
     return self._lower(self._update, (params, state, *told), (params, state))
+
+  def _lower_flush(self, params, state):
+    return self._lower(self._flush, (params, state), (params, state))
 
   def _lower(self, fn, args, kept=()):
     """``kept``, the first of args, are donated, and stay where they are."""
@@ -153,6 +185,10 @@ def _get(state, name: str):
 
 def _has_door(state) -> bool:
   return _get(state, 'projected_grad') is not None
+
+
+def _pends(state) -> bool:
+  return _get(state, 'pending') is not None
 
 
 def _metrics(state) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def lay_out(config: config_lib.Train, model: models.Transformer, params: dict):
   method, part = methods.method_of(config), methods.part_of(config)
   if not config.task.traits.new_head and (method.own_head or part.own_head):
     model, params = peft.untie(model, params)
-  if part.last_layers and method.steps:
+  if methods.layers_apart(config):
     params = peft.split_layers(params, config.peft.num_layers, take=True)
   return model, params
 

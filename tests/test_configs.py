@@ -13,13 +13,14 @@ from mezo_jax.config import Train
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
-    'quickstart': [None], 'opt_f1': [None],
+    'quickstart': ['', 'whole'], 'opt_f1': [None],
     'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
     'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')
                 for k in (16, 512) for s in (13, 21, 42, 87, 100)] + [
                     'trec,16,13,lora', 'mnli,512,100,prefix'],
+    'quickstart_suite': ('seed1/mezo', 'seed0/whole', 'seed0/adam'),
     'glue': ('mnli', 'qnli', 'sst2', 'cola'),
     'cpu_suite': ('sst2/mezo', 'squad/mezo_metric', 'boolq/icl')}
 

@@ -15,12 +15,12 @@ from mezo_jax import models, peft, sharding
 GROUPS = {'attn/': 1e-2, '': 1e-3}
 CASES = {
     'float32': dict(),
-    'bfloat16': dict(dtype='bfloat16'),
-    'decay and schedule': dict(
+    'bfloat16, decay and schedule': dict(
         weight_decay=0.1, decay='kernel', dtype='bfloat16',
         learning_rate=optax.linear_schedule(1e-2, 0.0, 9)),
-    'groups': dict(learning_rate=GROUPS, eps=GROUPS, directions='rademacher'),
-    'micro-batches': dict(micro_batches=2, num_samples=2),
+    'groups and micro-batches': dict(
+        learning_rate=GROUPS, eps=GROUPS, directions='rademacher',
+        micro_batches=2, num_samples=2),
     'LoRA': dict(trained=peft.TRAINED['lora'], eps=1e-2),
 }
 

@@ -146,7 +146,8 @@ def make_step(tx, loss):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
-  """`perturbed`, and a donated step: no copy of the weights is ever there."""
+  """A donated step of two `perturbed` forwards: no copy of the weights is ever
+  there."""
   apply, shapes = MODELS[name]()
   loss = loss_of(apply)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -154,14 +155,12 @@ def test_the_forward_and_three_layers(name):
   forward, _ = temporaries(loss, shapes)
   with warnings.catch_warnings():
     warnings.simplefilter('error', UserWarning)
-    near, _ = temporaries(
-        lambda p: mezo_jax.perturbed(loss)(p, STEP), shapes)
     tx = mezo_jax.mezo(1e-3, key=0)
     step, aliased = temporaries(
         make_step(tx, loss), shapes, jax.eval_shape(tx.init, shapes),
         donate_argnums=(0, 1))
   assert aliased >= size
-  assert max(near, step) < forward + 3 * layer
+  assert step < forward + 3 * layer
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -51,11 +51,12 @@ def test_the_covariance_is_the_identity(rank):
     ('w', (10, 16, 150)), ('layers/w', (2, 3, 3, 20, 170))])
 def test_it_is_the_product_of_its_factors(path, shape, rank):
   """Elementwise from the bits, and as U V^T; for several directions."""
-  d = draws(shape, rank, path, n=2)
-  like = jnp.zeros(shape)
-  got = np.asarray(d.built(like), np.float64)
-  u, v = (np.asarray(d.directions.factor(s, shape, jnp.float32), np.float64)
-          for s in d.streams)
+  @helpers.quick_jit
+  def run():
+    d = draws(shape, rank, path, n=2)
+    return d.built(jnp.zeros(shape)), [
+        d.directions.factor(s, shape, jnp.float32) for s in d.streams]
+  got, (u, v) = jax.tree.map(lambda x: np.asarray(x, np.float64), run())
   assert set(np.unique(u)) == set(np.unique(v)) == {-1, 1}
   layers = 1 if path.startswith('layers') else 0
   flat = lambda x: x.reshape(*shape[:layers], -1, 2, rank)
@@ -122,8 +123,9 @@ def test_the_value_is_that_of_built_weights(rank, n):
   ids = jnp.array([[1, 2, 499], [7, 7, 0]])
   d = Displacement(jax.random.split(KEY, n), jnp.linspace(0.1, 0.3, n))
   z = LowRank(rank=rank)
-  got = jax.jit(mezo_jax.perturbed(program, z))(params, d, x, ids)
-  want = jax.jit(lambda p: program(mezo_jax.displace(p, d, z), x, ids))(params)
+  got, want = helpers.quick_jit(lambda p, d: (
+      mezo_jax.perturbed(program, z)(p, d, x, ids),
+      program(mezo_jax.displace(p, d, z), x, ids)))(params, d)
   clean = program(params, x, ids)
   for name, y in want.items():
     scale = np.max(np.abs(y))

@@ -71,6 +71,10 @@ def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
   exec(code, scope)
   assert scope['state'][0].count == 1 and scope['metrics']['loss'].shape == ()
   assert set(scope['trainable']['layers']['attn']) == {'q', 'v'}
+  scope |= {'ids': np.array([[5, 6, 7]]), 'mask': np.ones((1, 3), int)}
+  whole = scope['model'].apply({'params': scope['params']}, scope['ids'])
+  exec(text.split('```python\n')[2].split('```')[0], scope)
+  helpers.assert_close(scope['logits'], whole, rtol=1e-4)
 
 
 def test_the_tasks_in_the_documentation_fit_their_rows():

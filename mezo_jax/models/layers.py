@@ -83,13 +83,19 @@ class Cache(NamedTuple):
 
 
 class Shared(NamedTuple):
-  """What all layers see; the local fields are for layers with a window."""
+  """What all layers see; the local fields are for layers with a window.
 
-  mask: jax.Array  # bool [B, 1, S, T]
+  A layer of which A of the S tokens alone are wanted has these as its input,
+  and all as ``context``.
+  """
+
+  mask: jax.Array  # bool [B, 1, S or A, T]
   local_mask: jax.Array | None
   rope: tuple[jax.Array, jax.Array] | None  # cos, sin: float32 [B, S, H]
   local_rope: tuple[jax.Array, jax.Array] | None
   start: jax.Array | None  # int32 []: where these tokens stand in the cache
+  context: jax.Array | None = None  # [B, S, D], of which A tokens are wanted:
+  wanted: jax.Array | None = None  # int32 [B, A]
 
 
 _init = nn.initializers.normal(0.02)
@@ -204,6 +210,11 @@ def rope_tables(rope: Rope, head_width: int, positions_BxS):
   return jnp.cos(angle), jnp.sin(angle)
 
 
+def take_tokens(x_BxSxD, at_BxA):
+  """[B, A, D]: those tokens of each text."""
+  return jnp.take_along_axis(x_BxSxD, at_BxA[..., None], 1)
+
+
 def apply_rope(x_BxSxNxH, cos_BxSxH, sin_BxSxH):
   """Rotates pairs (i, i + H/2) of every head, in float32."""
   x = x_BxSxNxH.astype(jnp.float32)
@@ -249,16 +260,16 @@ class Attention(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BxSxD, cache, shared: Shared, local, layer):
+  def __call__(self, x_BxSxD, of_BxTxD, cache, shared: Shared, local, layer):
     c = self.config
     b, s, _ = x_BxSxD.shape
     # Kernels are matrices: with a head axis XLA copies them all on TPU.
-    head = lambda n, name: Linear(
+    head = lambda n, name, x: Linear(
         c.width, n * c.head_width, c.qkv_bias, name=name)(
-            x_BxSxD).reshape(b, s, n, c.head_width)
-    q_BxSxNxH = head(c.num_heads, 'q')
-    k_BxTxKxH = head(c.num_kv_heads, 'k')
-    v_BxTxKxH = head(c.num_kv_heads, 'v')
+            x).reshape(*x.shape[:2], n, c.head_width)
+    q_BxSxNxH = head(c.num_heads, 'q', x_BxSxD)
+    k_BxTxKxH = head(c.num_kv_heads, 'k', of_BxTxD)
+    v_BxTxKxH = head(c.num_kv_heads, 'v', of_BxTxD)
     if c.qk_norm:
       q_BxSxNxH = make_norm(c, 'q_norm')(q_BxSxNxH)
       k_BxTxKxH = make_norm(c, 'k_norm')(k_BxTxKxH)
@@ -269,7 +280,8 @@ class Attention(nn.Module):
       if shared.local_rope is not None:
         rope = jax.tree.map(pick, shared.local_rope, rope)
     if rope is not None:
-      q_BxSxNxH = apply_rope(q_BxSxNxH, *rope)
+      q_BxSxNxH = apply_rope(q_BxSxNxH, *(rope if shared.wanted is None else [
+          take_tokens(x, shared.wanted) for x in rope]))
       k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
     if cache is not None:
       at = (layer, 0, shared.start, 0, 0)
@@ -314,14 +326,19 @@ class Block(nn.Module):
     c = self.config
     x_BxSxD, cache = carry
     norm = lambda name: make_norm(c, name)
+    of_BxTxD = x_BxSxD if shared.context is None else shared.context
     if c.norm_place == 'post':
-      y, cache = Attention(c, name='attn')(x_BxSxD, cache, shared, local, layer)
+      y, cache = Attention(c, name='attn')(
+          x_BxSxD, of_BxTxD, cache, shared, local, layer)
       x_BxSxD = norm('attn_norm')(x_BxSxD + y)
       x_BxSxD = norm('mlp_norm')(x_BxSxD + MLP(c, name='mlp')(x_BxSxD))
     else:
       after = norm if c.norm_place == 'both' else lambda name: lambda y: y
+      before = norm('attn_norm')
+      normed = before(x_BxSxD)
       y, cache = Attention(c, name='attn')(
-          norm('attn_norm')(x_BxSxD), cache, shared, local, layer)
+          normed, normed if shared.context is None else before(of_BxTxD), cache,
+          shared, local, layer)
       x_BxSxD += after('attn_post_norm')(y)
       y = MLP(c, name='mlp')(norm('mlp_norm')(x_BxSxD))
       x_BxSxD += after('mlp_post_norm')(y)

@@ -18,6 +18,7 @@ from mezo_jax.models.layers import (
   Shared,
   softcap,
   Table,
+  take_tokens,
 )
 from mezo_jax.sharding import constrain_rows, splits_vocabulary
 
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None,
                answer_at=None, token_ids=None, targets=None, cache=None,
-               shared_prompt=False, features=''):
+               shared_prompt=False, features='', trunk=None):
     """Logits, or log-likelihoods of given tokens.
 
     Args:
@@ -130,17 +131,20 @@ class Transformer(nn.Module):
         prompt, but not all of them together, must fit the model's positions.
       features: what to return instead of logits: 'head' for what the
         vocabulary is scored against, 'body' for what the last layer gives
-        (after the final norm; they differ in masked models).
+        (after the final norm; they differ in masked models), 'trunk' for what
+        ``layers`` give, to be the input of ``last_layers`` and the head.
+      trunk: vectors [B, S, D] of these tokens, as features='trunk' gives them,
+        to go on from; ``layers``, and what is before them, are not used.
 
     Returns:
       float32 logits [B, A or S, C or V]; with ``targets``, their
       log-likelihoods [B, A or S]; with ``features``, vectors [B, A or S, D] in
-      the dtype of the parameters. With a cache, a pair of that and the cache
-      with these tokens added.
+      the dtype of the parameters, of the trunk always [B, S, D]. With a cache,
+      a pair of that and the cache with these tokens added.
 
     Raises:
-      ValueError: for more tokens than the model has positions, or for what a
-        model without its head cannot say.
+      ValueError: for more tokens than the model has positions, for what a
+        model without its head cannot say, or for a trunk with a cache.
     """
     c = self.config
     b, s = input_ids.shape
@@ -152,32 +156,25 @@ class Transformer(nn.Module):
     if longest > c.max_length and not shared_prompt:
       raise ValueError(f'{longest} tokens exceed the {c.max_length} '
                        'positions of this model.')
+    if cache is not None and (trunk is not None or features == 'trunk'):
+      raise ValueError('a cache is of all layers: leave it out with a trunk.')
     embed = Table(c.vocab_size, c.embed_width or c.width, name='embed')
-    x_BxSxD = embed(input_ids)
-    if c.embed_scale:
-      x_BxSxD *= jnp.asarray(c.embed_scale, x_BxSxD.dtype)
-    if 'prompt' in have:  # as PEFT has it, after the scale
-      soft_MxD = have['prompt']['embedding'].astype(x_BxSxD.dtype)
-      at_BxSxM = jax.nn.one_hot(
-          input_ids - c.vocab_size, len(soft_MxD), dtype=x_BxSxD.dtype)
-      x_BxSxD = jnp.where(
-          input_ids[..., None] < c.vocab_size, x_BxSxD, at_BxSxM @ soft_MxD)
-    if c.embed_width:
-      x_BxSxD = Linear(c.embed_width, c.width, name='project_in')(x_BxSxD)
     shared, at_BxS = _shared(
         c, b, s, attention_mask, cache, shared_prompt, shift)
-    if c.rope is None:
-      x_BxSxD += Table(c.max_length + c.position_offset, c.width,
-                       name='positions')(at_BxS + c.position_offset)
-    if c.token_types:
-      if token_type_ids is None:
-        token_type_ids = jnp.zeros((1, 1), jnp.int32)
-      x_BxSxD += Table(c.token_types, c.width, name='types')(token_type_ids)
-    if c.embed_norm:
-      x_BxSxD = make_norm(c, 'embed_norm')(x_BxSxD)
-    x_BxSxD = constrain_rows(x_BxSxD)
-    carry, first = (x_BxSxD, cache), 0
+    x_BxSxD = trunk
+    if trunk is None:
+      x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
+    carry, first = (constrain_rows(x_BxSxD), cache), 0
     for name, length in _parts(c, have):
+      if name == 'layers' and trunk is not None:
+        first += length
+        continue
+      if name == 'last_layers' and features == 'trunk':
+        break
+      if (answer_at is not None and cache is None and length == 1
+          and first + length == c.num_layers):
+        # Of the last layer, apart, no more is computed than is read.
+        carry, shared = _wanted(carry, shared, answer_at)
       layers = nn.scan(
           nn.remat(Block, prevent_cse=False) if self.remat else Block,
           variable_axes={'params': 0}, split_rngs={'params': True},
@@ -189,8 +186,10 @@ class Transformer(nn.Module):
           None if cache is None else index)
       first += length
     x_BxSxD, cache = carry
-    if answer_at is not None:
-      x_BxSxD = jnp.take_along_axis(x_BxSxD, answer_at[..., None], 1)
+    if features == 'trunk':
+      return x_BxSxD
+    if answer_at is not None and shared.wanted is None:
+      x_BxSxD = take_tokens(x_BxSxD, answer_at)
     if c.final_norm:
       x_BxSxD = make_norm(c, 'norm')(x_BxSxD)
     if features == 'body':
@@ -217,6 +216,31 @@ class Transformer(nn.Module):
         out += bias_V if token_ids is None else bias_V[token_ids]
       out = softcap(out, c.logit_softcap)
     return self._with(cache, s, out)
+
+  def _embed(self, embed, input_ids, token_type_ids, at_BxS, have):
+    """What goes into the first layer."""
+    c = self.config
+    x_BxSxD = embed(input_ids)
+    if c.embed_scale:
+      x_BxSxD *= jnp.asarray(c.embed_scale, x_BxSxD.dtype)
+    if 'prompt' in have:  # as PEFT has it, after the scale
+      soft_MxD = have['prompt']['embedding'].astype(x_BxSxD.dtype)
+      at_BxSxM = jax.nn.one_hot(
+          input_ids - c.vocab_size, len(soft_MxD), dtype=x_BxSxD.dtype)
+      x_BxSxD = jnp.where(
+          input_ids[..., None] < c.vocab_size, x_BxSxD, at_BxSxM @ soft_MxD)
+    if c.embed_width:
+      x_BxSxD = Linear(c.embed_width, c.width, name='project_in')(x_BxSxD)
+    if c.rope is None:
+      x_BxSxD += Table(c.max_length + c.position_offset, c.width,
+                       name='positions')(at_BxS + c.position_offset)
+    if c.token_types:
+      if token_type_ids is None:
+        token_type_ids = jnp.zeros((1, 1), jnp.int32)
+      x_BxSxD += Table(c.token_types, c.width, name='types')(token_type_ids)
+    if c.embed_norm:
+      x_BxSxD = make_norm(c, 'embed_norm')(x_BxSxD)
+    return x_BxSxD
 
   def _with(self, cache, s, out):
     """The result, with a cache also the cache with these tokens added."""
@@ -280,6 +304,15 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   return Shared(
       jnp.broadcast_to(mask_BxSxT[:, None], (b, 1, s, t)), local_mask,
       rope(c.rope), local_rope, None if cache is None else start), at_BxS
+
+
+def _wanted(carry, shared: Shared, at_BxA):
+  """What a layer is given of which these tokens alone are wanted."""
+  x_BxSxD, cache = carry
+  masks = [m if m is None else jnp.take_along_axis(
+      m, at_BxA[:, None, :, None], 2) for m in (shared.mask, shared.local_mask)]
+  return (take_tokens(x_BxSxD, at_BxA), cache), shared._replace(
+      mask=masks[0], local_mask=masks[1], context=x_BxSxD, wanted=at_BxA)
 
 
 def make_cache(config: Config, rows: int, length: int, dtype) -> Cache:

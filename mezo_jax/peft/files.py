@@ -203,37 +203,47 @@ def _modules(c: Config) -> dict[str, list[Row]]:
           for name, rows in out.items()}
 
 
-def _leaves(params: dict, row: Row) -> dict:
-  """LoRA's leaves of a module on the host, float32; {} where there are none."""
-  for name in row.path.split('/')[:-1]:
-    params = params.get(name, {})
-  return {k: _host(v) for k, v in params.items() if lora.is_lora(k)}
+def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
+  """LoRA's leaves of a module in each of its layers, float32 on the host; {}
+  where there are none."""
+  def of(*path):
+    tree = params
+    for name in path:
+      tree = tree.get(name, {})
+    return {k: _host(v) for k, v in tree.items() if lora.is_lora(k)}
+  first, *rest, _ = row.path.split('/')
+  if not row.stacked:
+    return [of(first, *rest)]
+  stack, last = of('layers', *rest), of('last_layers', *rest)
+  each = lambda leaves: [{k: v[l] for k, v in leaves.items()} for l in range(
+      len(leaves['lora_scale']) if leaves else 0)]
+  stack, last = each(stack), each(last)
+  return stack + [{}] * (layers - len(stack) - len(last)) + last
 
 
 def _lora_tensors(c: Config, params: dict):
   """PEFT's tensors and config: one rank and scale for all, others by name."""
   tensors, ranks, modules = {}, {}, _modules(c)
-  have = {name: [_leaves(params, row) for row in rows]
+  have = {name: [*zip(*(_leaves(params, row, c.num_layers) for row in rows))]
           for name, rows in modules.items()}
-  found = {float(s) for some in have.values() for x in some if x
-           for s in np.ravel(x['lora_scale'])}
-  scale = found.pop() if len(found) == 1 else 1.0
-  for name, some in have.items():
-    if not any(some):
-      continue
-    rows = modules[name]
-    for l in range(c.num_layers if rows[0].stacked else 1):
-      a, b = _fused([{k: v[l] if rows[0].stacked else v for k, v in x.items()}
-                     for x in some], rows, scale)
+  found = {float(x['lora_scale']) for layers in have.values()
+           for parts in layers for x in parts if x}
+  scale, short = found.pop() if len(found) == 1 else 1.0, {}
+  for name, layers in have.items():
+    those = [l for l, parts in enumerate(layers) if any(parts)]
+    for l in those:
+      a, b = _fused(layers[l], modules[name], scale)
       at = _TOP + name.format(l=l)
       tensors[f'{at}.lora_A.weight'], tensors[f'{at}.lora_B.weight'] = a, b
-    ranks[name] = len(a)
+      ranks[name] = len(a)
+    if those:
+      short[name] = _short(name, modules) if len(those) == len(layers) else (
+          name.format(l=f'({"|".join(map(str, those))})'))
   if not tensors:
     raise InputError('these parameters have no LoRA, prefix or prompt to save.')
-  short = {name: _short(name, modules) for name in ranks}
   rank, names = max(ranks.values()), sorted(short.values())
   # PEFT takes the ends of names, or one regular expression of whole names.
-  one = any(r'\d+' in name for name in names)
+  one = any(r'\d+' in name or '(' in name for name in names)
   return tensors, {
       'peft_type': 'LORA', 'r': rank, 'lora_alpha': scale * rank,
       'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,

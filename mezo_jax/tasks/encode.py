@@ -22,6 +22,13 @@ from mezo_jax.errors import InputError
 from mezo_jax.tasks.task import Task
 
 
+class Kept(NamedTuple):
+  """What layers that are not trained give for the tokens of R rows."""
+
+  values: np.ndarray  # [tokens of all rows, D]
+  starts: np.ndarray  # [R], the first token of each
+
+
 class Encoded(NamedTuple):
   """Rows as tokens: R rows, C of each row's candidates."""
 
@@ -35,11 +42,15 @@ class Encoded(NamedTuple):
   token_ids: np.ndarray | None = None  # int32 [C], label words of one token
   types: list[list[int]] | None = None  # [R] token types of the prompts
   generates: bool = False  # prompts to be continued: padded on the left
+  trunk: Kept | None = None  # see `mezo_jax.trunk`
 
   @property
   def lengths(self) -> np.ndarray:
-    return np.array([len(p) + sum(map(len, c)) for p, c in zip(
-        self.prompts, self.candidates)], np.int32)
+    return np.array([*map(self.row_length, range(len(self.prompts)))], np.int32)
+
+  def row_length(self, row: int) -> int:
+    """Tokens of a row, its candidates included."""
+    return len(self.prompts[row]) + sum(map(len, self.candidates[row]))
 
   @property
   def labels(self) -> np.ndarray:
@@ -299,7 +310,8 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
     candidates are right), ``label`` [rows] (the first of these),
     ``answer_at`` [rows, A] (where an answer's token is predicted) and, where
     candidates are laid out, ``answer_ids`` and ``answer_of`` [rows, A] (the
-    token, and its candidate or -1); with token types ``token_type_ids``.
+    token, and its candidate or -1); with token types ``token_type_ids``; with
+    a kept trunk ``trunk`` [rows, S, D], zero at padding.
   """
   most, shape = answers_within(data, length), (rows, length)
   batch = {
@@ -320,6 +332,12 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
               'answer_of': np.full((rows, most), -1, np.int32)}
   if data.types is not None:
     batch['token_type_ids'] = np.zeros(shape, np.int32)
+  if data.trunk is not None:
+    values, starts = data.trunk
+    batch['trunk'] = np.zeros((*shape, values.shape[-1]), values.dtype)
+    for i, r in enumerate(index):
+      n = data.row_length(r)
+      batch['trunk'][i, :n] = values[starts[r]:starts[r] + n]
   for i, r in enumerate(index):
     prompt, n = data.prompts[r], len(data.prompts[r])
     batch['row'][i], batch['weight'][i] = r, 1

@@ -49,7 +49,7 @@ def log_likelihoods(model, params, batch: dict, data: Encoded):
   apply = functools.partial(
       model.apply, {'params': params}, batch['input_ids'],
       batch['attention_mask'], answer_at=batch['answer_at'],
-      token_type_ids=types)
+      token_type_ids=types, trunk=batch.get('trunk'))
   if data.read_at is not None:
     if data.token_ids is None:
       sums = head.apply(params['classifier'], apply(features='body')[:, 0])

@@ -1,0 +1,177 @@
+"""What steps cost on one accelerator, in ten minutes on a card of 80 GB.
+
+  pip install 'jax[cuda12]<0.11' -r requirements.txt -e .
+  python benchmarks/gpu.py
+
+Needs this repository alone: weights of OPT's shapes are made on the device,
+bfloat16, 16 rows of 32 and 256 tokens. Of each shape that fits: time and peak
+memory of a step of MeZO over those of two forward passes and of one, of plain
+and low-rank directions, one or many, added at once or every 8 steps; and of
+backprop (rematerialised). Then some hundred steps of the quickstart, if its
+model and data can be fetched. Writes benchmarks/results/gpu.md and gpu.json
+after each shape, and stops when --minutes are over. `--tiny` is the same with
+shapes for a CPU.
+
+Memory is that of the programs (weights, inputs and temporaries), by the
+compiler: the allocator's peak never falls again within a process.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mezo_jax
+from mezo_jax import backprop, models
+from mezo_jax.workdir import read_result
+
+LOW = mezo_jax.LowRank(rank=16)
+PROGRAMS = {
+    'MeZO normal': dict(),
+    'MeZO rademacher': dict(directions='rademacher'),
+    'MeZO low rank': dict(directions=LOW),
+    'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
+    'MeZO low rank, every 8': dict(directions=LOW, fold_every=8),
+    'MeZO 16 directions of rows': dict(
+        directions=mezo_jax.LowRank(rank=4), num_samples=16, over='rows'),
+    'SGD': None, 'Adam': None}
+SHAPES = ('OPT-1.3B', 'OPT-13B', 'OPT-30B')
+ROWS = 16
+
+
+def programs(name, model, params, ids):
+  """(the compiled programs of `inference` or a step, a function that runs one
+  on (params, state, ids), the state)."""
+  if name in ('SGD', 'Adam'):
+    model = model.clone(remat=True)
+  loss_fn = harness.classification_loss(model)
+  if name == 'inference':
+    compiled = jax.jit(lambda p, ids: jnp.mean(loss_fn(p, ids))).lower(
+        params, ids).compile()
+    def forward(params, state, ids):
+      compiled(params, ids).block_until_ready()
+      return params, state
+    return [compiled], forward, None
+  if PROGRAMS[name] is None:
+    tx = optax.chain(backprop.backprop(), {
+        'SGD': optax.sgd, 'Adam': optax.adam}[name](1e-6))
+  else:
+    tx = mezo_jax.mezo(1e-6, key=0, **PROGRAMS[name])
+  step = mezo_jax.make_step(tx, loss_fn)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                          (params, ids))
+  step.compile(abstract[0], jax.eval_shape(tx.init, abstract[0]), abstract[1])
+  def run(params, state, ids):
+    params, state, metrics = step(params, state, ids)
+    metrics['loss'].block_until_ready()
+    return params, state
+  return [*step.compiled.values()], run, tx
+
+
+def memory(compiled) -> int:
+  m = compiled.memory_analysis()
+  return (m.argument_size_in_bytes + m.output_size_in_bytes
+          - m.alias_size_in_bytes + m.temp_size_in_bytes)
+
+
+def made(config):
+  """Weights of this shape, made where they are to be."""
+  shapes = models.param_shapes(config, None, jnp.bfloat16)
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  shapes = jax.tree.map(like, shapes)
+  return jax.jit(lambda: jax.tree.map(
+      lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes))()
+
+
+def table_of(shape, config, tokens, until, say) -> list[dict]:
+  """A row a program, in turn: its median over steps against two forwards."""
+  model, rows, base = models.Transformer(config), [], None
+  limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  ids = jnp.asarray(np.random.RandomState(0).randint(
+      0, config.vocab_size, (ROWS, tokens)), jnp.int32)
+  params = made(config)
+  for name in ('inference', *PROGRAMS):
+    if time.time() > until:
+      say(f'{shape} {tokens}: the time is over at {name}')
+      break
+    row = {'shape': shape, 'tokens': f'{ROWS} x {tokens}', 'program': name}
+    try:
+      compiled, run, tx = programs(name, model, params, ids)
+      needs = max(map(memory, compiled))
+      row['GiB'] = round(needs / 2**30, 2)
+      row['/ inference'] = round(needs / (base or {}).get('memory', needs), 3)
+      if limit and needs > limit:
+        rows.append(row | {'s a step': 'does not fit'})
+        continue
+      state, took = tx and tx.init(params), []
+      for _ in range(2 + 8):  # all of an update that is added every 8
+        began = time.time()
+        params, state = run(params, state, ids)
+        took.append(time.time() - began)
+      del state
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      rows.append(row | {'s a step': 'does not fit'})
+      params = made(config)  # they may have been donated
+      continue
+    spent = np.mean(took[2:]) if 'every' in name else np.median(took[2:])
+    base = base or dict(memory=needs, seconds=spent)
+    rows.append(row | {
+        's a step': f'{spent:.4f}',
+        '/ two forwards': f'{spent / base["seconds"] / 2:.2f}' if (
+            name != 'inference') else ''})
+    say(str(rows[-1]))
+  return rows
+
+
+def quickstart(steps: int) -> list[dict]:
+  """The quickstart and its `whole`, as a user runs them."""
+  rows = []
+  for variant in ('', ':whole'):
+    with tempfile.TemporaryDirectory() as where:
+      done = subprocess.run(
+          [sys.executable, 'train.py',
+           f'--config=configs/quickstart.py{variant}', f'--workdir={where}',
+           f'--config.steps={steps}', f'--config.eval_every={steps}'],
+          text=True, capture_output=True)
+      if done.returncode:
+        return [{'run': f'quickstart{variant}', 'failed': (
+            done.stdout + done.stderr).strip().splitlines()[-1]}]
+      found = read_result(where)
+    rows.append({'run': f'quickstart{variant}', 'steps': steps,
+                 'test accuracy, %': f'{100 * found["final"]["accuracy"]:.1f}',
+                 'seconds in all': round(found['seconds'])})
+  return rows
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--tiny', action='store_true')
+  parser.add_argument('--minutes', type=float, default=9.0)
+  parser.add_argument('--shapes', default=','.join(SHAPES))
+  parser.add_argument('--no-quickstart', action='store_true')
+  args = parser.parse_args()
+  until, say = time.time() + 60 * args.minutes, lambda t: print(t, flush=True)
+  head, tables = harness.header('bfloat16'), []
+  name, shapes = 'gpu', {s: harness.SHAPES[s] for s in args.shapes.split(',')}
+  if args.tiny:
+    name, shapes = 'gpu_tiny', {'tiny': harness.TINY}
+  if not args.no_quickstart:
+    tables.append(('The quickstart:', quickstart(10 if args.tiny else 300)))
+  for shape, config in shapes.items():
+    for tokens in (32, 256):
+      rows = table_of(shape, config, tokens, until, say)
+      tables.append((f'{shape}, {ROWS} x {tokens}:', rows))
+      harness.write(name, head, [t for t in tables if t[1]])
+
+
+if __name__ == '__main__':
+  main()

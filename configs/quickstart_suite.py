@@ -1,0 +1,34 @@
+"""The quickstart with three seeds, and what it is compared with.
+
+  python benchmarks/quickstart.py
+  python train.py --config=configs/quickstart_suite.py:seed1/mezo   one of them
+
+Reproduces benchmarks/results/quickstart.md: all layers but the last frozen
+(`mezo`), most parameters (`whole`), and Adam by backpropagation into the last
+layer, for a tenth of the steps (`adam`; its rate was not searched for), these
+two with one seed.
+"""
+
+from configs import quickstart
+from mezo_jax.config import Optimizer, Train
+
+SEEDS = (0, 1, 2)
+
+
+def _config(seed: int, method: str) -> Train:
+  config = quickstart.get_config('whole' if method == 'whole' else '')
+  config.seed = seed
+  if method == 'adam':
+    config.method, config.steps, config.eval_every = 'finetune', 2000, 400
+    config.optimizer = Optimizer(learning_rate=1e-4, schedule='linear')
+  return config
+
+
+def get_suite() -> dict[str, Train]:
+  return {f'seed{seed}/{method}': _config(seed, method) for method, seeds in (
+      ('mezo', SEEDS), ('whole', SEEDS[:1]), ('adam', SEEDS[:1]))
+          for seed in seeds}
+
+
+def get_config(name: str = 'seed0/mezo') -> Train:
+  return get_suite()[name]

@@ -1,0 +1,129 @@
+r"""Updates that are added every k steps, and evaluated until then.
+
+The last steps are a `Displacement` like any other, so the losses of a step are
+those of :math:`\theta + \sum_i c_i z_i \pm \epsilon z` without the weights
+having moved: the traffic of an update, which at short prompts is a good part of
+a step's, is divided by k. The idea of adding up what is factorised before it
+touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import _noise, sharding
+from mezo_jax._directions import Directions, Displacement
+from mezo_jax._perturb import direction, perturbed, zeros
+from mezo_jax._spsa import SpsaState
+
+
+class PendingState(NamedTuple):
+  """State of the updates that are still to be added."""
+
+  count: jax.Array  # shape=(), dtype=int32: of the learning rate's schedule
+  pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
+
+
+def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
+            learning_rate: float | optax.Schedule, directions: Directions,
+            finish: optax.GradientTransformation
+            ) -> optax.GradientTransformationExtraArgs:
+  """SGD on an estimate of `mezo_jax.spsa`, whose updates are zero but for each
+  ``every``-th, which is the sum of as many.
+
+  ``update`` takes two arguments more: ``fold``, whether this step's is such a
+  one, instead of by its number; and ``flush=True``, which makes no step and
+  gives what is pending.
+
+  Args:
+    estimate: from `mezo_jax.spsa`, with these directions.
+    every: k.
+    learning_rate: a number or a schedule of the steps that were not skipped.
+    directions: what z is.
+    finish: of float32 updates, such as `mezo_jax.round_stochastically`.
+  """
+  def init_fn(params):
+    state = estimate.init(params)
+    n = state.projected_grad.shape[0]
+    return sharding.beside((state, PendingState(
+        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32)),
+                            finish.init(params)), params)
+
+  def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
+                flush=False, **extra_args):
+    spsa_state, ring, rest = state
+    if flush:
+      added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
+                         spsa_state.count - 1)
+      return added, (spsa_state, _emptied(ring), rest)
+
+    if value_fn is not None:
+      so_far = displacement(spsa_state, ring, spsa_state.count)
+      value_fn = _at(value_fn, directions, so_far)
+    _, after = estimate.update(  # what it gives is not used, nor made
+        updates, spsa_state, params, value_fn=value_fn, **extra_args)
+    g = after.projected_grad
+    finite = jnp.all(jnp.isfinite(g))
+    rate = learning_rate(ring.count) if callable(learning_rate) else (
+        learning_rate)
+    coefs = jnp.where(finite, -rate * g / g.shape[0], 0.0)
+    slot = spsa_state.count % every
+    ring = PendingState(
+        jnp.where(finite, optax.safe_increment(ring.count), ring.count),
+        ring.pending.at[slot].set(coefs))
+
+    def add(ring, rest):
+      added, rest = _sum(params, after, ring, directions, finish, rest,
+                         spsa_state.count)
+      return added, _emptied(ring), rest
+    def wait(ring, rest):
+      return jax.tree.map(zeros, params), ring, rest
+    if fold is None:
+      out = lax.cond(is_due(state), add, wait, ring, rest)
+    else:
+      out = (add if fold else wait)(ring, rest)
+    added, ring, rest = out
+    return added, (after, ring, rest)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_due(state) -> jax.Array:
+  """Whether the step that is to be made from a state adds what is pending."""
+  parts = {type(x): x for x in jax.tree.leaves(
+      state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
+  every = parts[PendingState].pending.shape[0]
+  return parts[SpsaState].count % every == every - 1
+
+
+def displacement(state: SpsaState, ring: PendingState, count) -> Displacement:
+  """What is pending at step number ``count``, as terms of [k * n] keys."""
+  every, n = ring.pending.shape
+  first = count - count % every
+  keys = jax.vmap(lambda t: _noise.step_keys(state.key, t, n))(
+      first + jnp.arange(every))
+  return Displacement(keys.reshape(-1), ring.pending.reshape(-1))
+
+
+def _sum(params, state, ring, directions, finish, rest, count):
+  added = direction(params, displacement(state, ring, count), directions,
+                    dtype=jnp.float32)
+  return finish.update(added, rest, params)
+
+
+def _emptied(ring: PendingState) -> PendingState:
+  return ring._replace(pending=jnp.zeros_like(ring.pending))
+
+
+def _at(value_fn: Callable, directions: Directions,
+        so_far: Displacement) -> Callable:
+  """The same function at parameters that are so displaced."""
+  @functools.wraps(value_fn)  # its names of arguments are looked at
+  def displaced(params, *args, **kwargs):
+    return perturbed(value_fn, directions)(params, so_far, *args, **kwargs)
+  return displaced

@@ -1,0 +1,179 @@
+"""The layers below all that is trained, computed once for each row.
+
+Where nothing below the last k layers is trained, what goes into them is the
+same at every step: `keep` computes it once, steps and evaluations run the rest.
+"""
+
+from collections.abc import Callable
+import hashlib
+import os
+from pathlib import Path
+import re
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax import _paths, evaluate, peft
+from mezo_jax import build as build_lib
+from mezo_jax.tasks.encode import Encoded, Kept
+
+_TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
+_FORMAT = 1  # of the files; another one is made anew
+
+
+def is_frozen(trained) -> bool:
+  """Whether all that is trained comes after ``layers`` of a `Transformer`."""
+  return not any(re.search(_TRUNK, path)
+                 for path, _ in _paths.named_leaves(trained))
+
+
+def keep(config, built: build_lib.Built, directory: str | os.PathLike,
+         say: Callable[[str], None] = print) -> build_lib.Built:
+  """The same run with its rows' trunks computed, and without its weights.
+
+  The rows' ``trunk`` are then there in `mezo_jax.tasks.encode.batch_of`, which
+  takes D numbers a token: in memory up to ``config.trunk_memory``, beyond in
+  files of ``directory``, which are found again if rows and weights are the
+  same. ``frozen`` keeps what steps and evaluations still read; all of it where
+  answers are generated, which takes the whole model.
+
+  Args:
+    config: of the run.
+    built: with weights, or abstract: then rows have trunks of zeros.
+    directory: for files.
+    say: reports what is kept where.
+
+  Returns:
+    ``built`` as it was if what is trained, or ``config.keep_trunk``, is not so.
+  """
+  if not config.keep_trunk or not is_frozen(built.params):
+    return built
+  splits, model = built.splits, built.model
+  of = {name: getattr(splits, name) for name in ('train', 'dev', 'test')}
+  of |= {f'prior_{name}': data for name, data in splits.prior.items()}
+  wanted = {k: v for k, v in of.items() if not v.generates}
+  if not wanted:
+    return built
+
+  # Where to.
+  like = jax.tree.leaves(built.params)[0]
+  dtype = np.dtype(config.model.dtype)
+  shape = lambda data: (int(data.lengths.sum()), model.config.width)
+  size = sum(int(np.prod(shape(data))) for data in wanted.values()) * (
+      dtype.itemsize)
+  abstract = isinstance(like, jax.ShapeDtypeStruct)
+  in_files = size > config.trunk_memory * 2**30 and not abstract
+  where = f'files of {directory}' if in_files else 'memory'
+  rows = sum(len(data.prompts) for data in wanted.values())
+  say(f'trunk: all below what is trained is computed once for each of {rows} '
+      f'rows, {size / 2**20:.0f} MiB, and kept in {where}')
+
+  # What.
+  whole = peft.join(built.params, built.frozen)
+  below, rest = peft.split(built.frozen, _TRUNK)
+  if abstract:
+    kept = {name: np.broadcast_to(np.zeros((), dtype), shape(data))
+            for name, data in wanted.items()}
+  else:
+    mark = _mark(config, model, below) if in_files else ''
+    sizes = evaluate.sizes_of(config, splits)
+    kept = {}
+    for name, data in wanted.items():
+      file = in_files and Path(directory) / f'{name}-{_name(mark, data)}'
+      kept[name] = _computed(model, whole, data, sizes[name], built.mesh,
+                             dtype, shape(data), file)
+  of |= {name: data._replace(trunk=Kept(
+      kept[name], np.cumsum(data.lengths) - data.lengths))
+         for name, data in wanted.items()}
+
+  # What is still read.
+  if len(wanted) < len(of):
+    rest = built.frozen
+  elif model.config.tied_head and not config.task.traits.new_head:
+    rest = peft.join(rest, {'embed': built.frozen['embed']})
+  return built._replace(frozen=rest, splits=splits._replace(
+      train=of['train'], dev=of['dev'], test=of['test'],
+      prior={name: of[f'prior_{name}'] for name in splits.prior}))
+
+
+def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
+              file: Path | None) -> np.ndarray:
+  """[tokens, D], in memory or of a file, which may be there already."""
+  opened = lambda: np.memmap(file, dtype, 'r', shape=shape)
+  if file and _everywhere(file.exists()):
+    return opened()
+  writes = not file or jax.process_index() == 0
+  part = file and file.with_suffix('.part')
+  if not file:
+    out = np.empty(shape, dtype)
+  elif writes:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    out = np.memmap(part, dtype, 'w+', shape=shape)
+  ends = np.cumsum(data.lengths)
+
+  def write(index, x_BxSxD):
+    x_BxSxD = np.asarray(x_BxSxD.addressable_data(0))
+    for i, row in enumerate(index):
+      n = data.row_length(row)
+      out[ends[row] - n:ends[row]] = x_BxSxD[i, :n]
+
+  def trunk(params, batch):
+    types = batch.get('token_type_ids') if (
+        model.config.token_types > 1) else None
+    return model.apply(
+        {'params': params}, batch['input_ids'], batch['attention_mask'],
+        token_type_ids=types, features='trunk',
+        shared_prompt='answer_of' in batch).astype(dtype)
+
+  waiting = None  # the device goes on while the host writes
+  for found in evaluate.each_batch(trunk, data, sizes, mesh)(params):
+    if waiting and writes:
+      write(*waiting)
+    waiting = found
+  if writes:
+    write(*waiting)
+  if not file:
+    return out
+  if writes:
+    out.flush()
+    os.replace(part, file)
+    for other in file.parent.glob(f'{file.name.partition("-")[0]}-*'):
+      if other != file:  # of other rows or weights
+        other.unlink()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'trunk {file.name}')
+  return opened()
+
+
+def _everywhere(here: bool) -> bool:
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(jnp.asarray(here)).all())
+
+
+def _mark(config, model, below: dict) -> str:
+  """Of the weights: equal for equal ones, on any mesh."""
+  sums = jax.device_get(jax.jit(lambda tree: [
+      _checksum(x) for x in jax.tree.leaves(tree)])(below))
+  names = [path for path, _ in _paths.named_leaves(below)]
+  return repr((_FORMAT, model.config, config.model.dtype, [
+      (name, int(x)) for name, x in zip(names, sums)]))
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  """uint32; differs, but for one in 2**32, where an element does, or two are
+  exchanged."""
+  words = jax.lax.bitcast_convert_type(
+      x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+  for axis, n in enumerate(x.shape):
+    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)
+    words ^= words >> 15
+  return jnp.sum(words, dtype=jnp.uint32)
+
+
+def _name(mark: str, data: Encoded) -> str:
+  rows = repr((mark, data.prompts, data.candidates, data.types))
+  return hashlib.sha256(rows.encode()).hexdigest()[:32]
