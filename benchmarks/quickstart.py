@@ -51,7 +51,8 @@ def main():
         'GiB of the process': f'{results[0]["peak_memory"] / 2**30:.1f}'})
   harness.write('quickstart', harness.header(
       f'SmolLM2-135M, {count} test rows; ± is the standard error that so many '
-      'rows have'), [('', rows)])
+      'rows have'), [('', [{k: row.get(k, '') for k in rows[-1]}
+                          for row in rows])])
 
 
 if __name__ == '__main__':
