@@ -47,17 +47,7 @@ from mezo_jax._directions import Draws
 from mezo_jax._spsa import KINDS
 
 ROWS = 16
-LOW = mezo_jax.LowRank(rank=16)
-MEZO = {
-    'MeZO normal': dict(),
-    'MeZO rademacher': dict(directions='rademacher'),
-    'MeZO low rank': dict(directions=LOW),
-    'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
-    'MeZO low rank, pending': dict(directions=LOW, fold_every=8),
-    'MeZO low rank, both signs in one pass, pending': dict(
-        directions=LOW, over='batch', fold_every=8),
-    'MeZO 16 directions of rows, rank 4': dict(
-        directions=mezo_jax.LowRank(rank=4), num_samples=16, over='rows')}
+MEZO = harness.MEZO
 FEW = tuple(MEZO)[:3]
 # Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
 CASES = [

@@ -3,7 +3,7 @@
   python benchmarks/convergence.py
 
 Two problems, the same seeds, batches, learning rate and steps for every choice
-of noise. (1) The quickstart's model, data, prompt and trained parameters:
+of noise. (1) The quickstart's model, data, prompt, and what its `whole` trains:
 cross-entropy and accuracy of 128 held-out rows along 30 steps of 8 rows of at
 most 16 tokens. (2) A quadratic with a known optimum: 1,000 dimensions, eigen-
 values 1 to 100. A difference is the mean over seeds of (choice - first choice)

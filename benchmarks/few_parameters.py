@@ -22,7 +22,7 @@ from mezo_jax import models, peft, quickstart, suite
 
 ROOT = Path(__file__).parents[1]
 ROWS, TOKENS, ROUNDS = 16, 32, 10
-NAMES = {'zero_shot': 'zero-shot', 'mezo': 'MeZO, the quickstart',
+NAMES = {'zero_shot': 'zero-shot', 'mezo': 'MeZO, most parameters',
          'lora': 'MeZO, LoRA', 'prefix': 'MeZO, prefix',
          'lora_adam': 'Adam, LoRA'}
 

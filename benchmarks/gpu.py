@@ -32,16 +32,7 @@ import mezo_jax
 from mezo_jax import backprop, models
 from mezo_jax.workdir import read_result
 
-LOW = mezo_jax.LowRank(rank=16)
-PROGRAMS = {
-    'MeZO normal': dict(),
-    'MeZO rademacher': dict(directions='rademacher'),
-    'MeZO low rank': dict(directions=LOW),
-    'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
-    'MeZO low rank, every 8': dict(directions=LOW, fold_every=8),
-    'MeZO 16 directions of rows': dict(
-        directions=mezo_jax.LowRank(rank=4), num_samples=16, over='rows'),
-    'SGD': None, 'Adam': None}
+PROGRAMS = harness.MEZO | {'SGD': None, 'Adam': None}
 SHAPES = ('OPT-1.3B', 'OPT-13B', 'OPT-30B')
 ROWS = 16
 
@@ -122,7 +113,8 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
       rows.append(row | {'s a step': 'does not fit'})
       params = made(config)  # they may have been donated
       continue
-    spent = np.mean(took[2:]) if 'every' in name else np.median(took[2:])
+    pends = 'fold_every' in (PROGRAMS.get(name) or {})
+    spent = (np.mean if pends else np.median)(took[2:])
     base = base or dict(memory=needs, seconds=spent)
     rows.append(row | {
         's a step': f'{spent:.4f}',

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import models
+from mezo_jax import LowRank, models
 from mezo_jax.loggers import markdown_table
 
 
@@ -42,6 +42,17 @@ SHAPES = {
 }
 TINY = _llama(64, 128, 2, 4, 2, 1536, True)
 LABEL_WORDS = (1372, 372)
+LOW = LowRank(rank=16)
+MEZO = {  # forms of a step: arguments of mezo
+    'MeZO normal': dict(),
+    'MeZO rademacher': dict(directions='rademacher'),
+    'MeZO low rank': dict(directions=LOW),
+    'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
+    'MeZO low rank, pending': dict(directions=LOW, fold_every=8),
+    'MeZO low rank, both signs in one pass, pending': dict(
+        directions=LOW, over='batch', fold_every=8),
+    'MeZO 16 directions of rows, rank 4': dict(
+        directions=LowRank(rank=4), num_samples=16, over='rows')}
 
 
 def classification_loss(model):

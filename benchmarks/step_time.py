@@ -2,6 +2,7 @@
 
   python benchmarks/step_time.py            # against two forwards
   python benchmarks/step_time.py --torch    # and PyTorch (torch, transformers)
+  python benchmarks/step_time.py --forms    # low rank, one pass, pending
 
 Everything alternates within one process: two forwards, a step of each kind (and
 at 512 tokens a step of PyTorch), again and again; the table has the median and
@@ -16,7 +17,9 @@ PyTorch makes the step as the original does: in place, seeded by
 on Hugging Face's model with the same weights and batch, with the logits of all
 positions; for the label words once more, in its favour, with those of the last
 position alone, which the original does not do and we do. Writes
-benchmarks/results/step_time.md and .json.
+benchmarks/results/step_time.md and .json; `--forms`, of all forms of a step on
+one shape, means of 8 steps (which updates are pending for), step_forms.md and
+.json.
 """
 
 import functools
@@ -139,7 +142,7 @@ def race(shape, kind, rows, tokens, with_torch):
       theirs |= dict(zip(('last', 'last forwards'),
                          torch_step(other, ids, kind, keep=1)))
     seconds |= {name: [] for name in theirs}
-    ours = float(forward(params, ids))
+    ours = float(np.mean(forward(params, ids)))
     for name in [x for x in theirs if 'forwards' in x]:
       np.testing.assert_allclose(theirs[name](0), ours, rtol=1e-4)
   for i in range(ROUNDS + 1):
@@ -170,6 +173,33 @@ def race(shape, kind, rows, tokens, with_torch):
     print(row, flush=True)
     table.append(row)
   return table
+
+
+def forms(shape='SmolLM2-135M', rows=16, tokens=32, rounds=3, steps=8):
+  """Each form of a step, a mean of ``steps``, over two forwards, in turn."""
+  loss_fn = harness.classification_loss(
+      models.Transformer(harness.SHAPES[shape]))
+  params = harness.random_params(models.Transformer(harness.SHAPES[shape]))
+  ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
+  forward, runs, ratios = jax.jit(loss_fn), {}, {}
+  for name, options in harness.MEZO.items():
+    tx = mezo_jax.mezo(LR, EPS, key=0, **options)
+    runs[name] = mezo_jax.make_step(tx, loss_fn), tx.init(params)
+
+  def some(step, params, state):
+    for _ in range(steps):
+      params, state, _ = step(params, state, ids)
+    return params, state
+  for i in range(rounds + 1):
+    for name, (step, state) in runs.items():
+      two = sum(harness.timed(forward, params, ids)[0] for _ in range(2))
+      took, (params, state) = harness.timed(some, step, params, state)
+      runs[name] = step, state
+      if i:  # the first round warms up
+        ratios.setdefault(name, []).append(took / steps / two)
+  return [{'shape': shape, 'batch': f'{rows} x {tokens}', 'program': name,
+           'step / two forwards': harness.median_range(found)}
+          for name, found in ratios.items()]
 
 
 def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
@@ -207,6 +237,10 @@ def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
 
 
 def main():
+  if '--forms' in sys.argv:
+    harness.write('step_forms', harness.header('float32, median and range'), [
+        ('', forms())])
+    return
   with_torch = '--torch' in sys.argv
   rows = [row for shape in SHAPES for case in CASES
           for row in race(shape, *case, with_torch and case != CASES[-1])]

@@ -1,7 +1,7 @@
 """The quickstart: SmolLM2-135M on movie reviews, with no hub and no account.
 
   python train.py
-  python train.py --config=configs/quickstart.py:whole   four minutes, 200 steps
+  python train.py --config=configs/quickstart.py:whole      all layers
 
 Short, strongly worded snippets (at most 15 words, |mean score| >= 2) and a
 question that the model answers badly as it is, so that there is something to

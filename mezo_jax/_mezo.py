@@ -78,7 +78,8 @@ def mezo(
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
     `spsa`, followed by the rest. Updates have the dtypes of the parameters. A
-    step whose loss is not finite changes nothing.
+    step whose loss is not finite changes nothing (but adds what is pending,
+    where that is due).
     The state is the chain's: `SpsaState` is its first element, with
     ``fold_every`` what is pending the second.
 

@@ -33,8 +33,12 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
             learning_rate: float | optax.Schedule, directions: Directions,
             finish: optax.GradientTransformation
             ) -> optax.GradientTransformationExtraArgs:
-  """SGD on an estimate of `mezo_jax.spsa`, whose updates are zero but for each
-  ``every``-th, which is the sum of as many.
+  r"""SGD on an estimate of `mezo_jax.spsa`, whose updates are zero but for each
+  ``every``-th, which is the sum of as many:
+
+  .. math::
+    u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
+    \text{ if } k \mid t + 1, \text{ else } 0.
 
   ``update`` takes two arguments more: ``fold``, whether this step's is such a
   one, instead of by its number; and ``flush=True``, which makes no step and

@@ -191,6 +191,15 @@ def check(config: Train) -> None:
       (not p.adapter or bool(part.adapter),
        'peft.adapter needs peft.method, one of '
        f'{", ".join(k for k, v in methods.PARTS.items() if v.adapter)}'),
+      (not methods.layers_apart(config) or p.method not in (
+          'prefix', 'prompt'),
+       f'peft.mask {p.mask!r} sets layers apart, which a {p.method} is not of; '
+       'leave it empty, --config.peft.mask='),
+      (not p.adapter or not methods.layers_apart(config)
+       or 'last_layers' in p.mask,
+       f'peft.targets {p.targets!r} are those of new matrices: with '
+       'peft.adapter say which of its layers are trained by '
+       "--config.peft.mask='^last_layers/.*lora_[ab]$'"),
       (not part.adapter or not p.mask or p.method in p.mask,
        f'peft.mask {p.mask!r} is of the model\'s own parameters, not of '
        f'{p.method}; leave it empty, --config.peft.mask='),

@@ -109,7 +109,11 @@ class Step:
         params, state))(params, state)[:2]
 
   def lower(self, params, state, batch, frozen=None) -> list:
-    """The programs of a step, lowered: of arrays, or of shapes and places."""
+    """The programs of a step, lowered: of arrays, or of shapes and places.
+
+    One of backprop; of MeZO the losses, the update and, where updates are
+    pending, `flush`.
+    """
     out = [self._lower_losses(params, state, batch, frozen)]
     if _has_door(state):
       out.append(self._lower_update(params, state))

@@ -51,7 +51,8 @@ def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
     return model, {}
   if p.adapter:
     model, found, _ = peft.load(p.adapter, model)
-    return model, found
+    return model, (peft.split_layers(found, p.num_layers) if (
+        methods.layers_apart(config)) else found)
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
   if methods.part_of(config).added:
     return model, peft.lora.init(

@@ -17,6 +17,7 @@ import numpy as np
 
 from mezo_jax import _paths, evaluate, peft
 from mezo_jax import build as build_lib
+from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import Encoded, Kept
 
 _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
@@ -46,7 +47,8 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
     say: reports what is kept where.
 
   Returns:
-    ``built`` as it was if what is trained, or ``config.keep_trunk``, is not so.
+    ``built`` as it was where something below is trained, where
+    ``config.keep_trunk`` is off, or where all answers are generated.
   """
   if not config.keep_trunk or not is_frozen(built.params):
     return built
@@ -81,7 +83,8 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
     sizes = evaluate.sizes_of(config, splits)
     kept = {}
     for name, data in wanted.items():
-      file = in_files and Path(directory) / f'{name}-{_name(mark, data)}'
+      file = (Path(directory) / f'{name}-{_name(mark, data)}' if in_files
+              else None)
       kept[name] = _computed(model, whole, data, sizes[name], built.mesh,
                              dtype, shape(data), file)
   of |= {name: data._replace(trunk=Kept(
@@ -120,12 +123,8 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       out[ends[row] - n:ends[row]] = x_BxSxD[i, :n]
 
   def trunk(params, batch):
-    types = batch.get('token_type_ids') if (
-        model.config.token_types > 1) else None
-    return model.apply(
-        {'params': params}, batch['input_ids'], batch['attention_mask'],
-        token_type_ids=types, features='trunk',
-        shared_prompt='answer_of' in batch).astype(dtype)
+    return score.apply(model, params, batch)(
+        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
 
   waiting = None  # the device goes on while the host writes
   for found in evaluate.each_batch(trunk, data, sizes, mesh)(params):

@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 # Tracing makes many small objects, and a heap of large libraries is long to
-# walk: collecting at Python's rate takes a twelfth of the tests' time.
+# walk: collecting at Python's rate takes a fifteenth of the tests' time.
 gc.set_threshold(100_000, 50, 100)
 os.environ['HF_HUB_OFFLINE'] = '1'
 

@@ -134,6 +134,8 @@ def test_a_task_s_new_head_is_trained_with_few_parameters():
     (dict(peft__method='prompt', peft__adapter='nowhere'),
      'nowhere has no adapter_config.json'),
     (dict(peft__method='lora', peft__targets='query'), 'are none of layers'),
+    (dict(peft__method='prefix', peft__mask='^last_layers/.*prefix'),
+     'sets layers apart, which a prefix is not of'),
     (dict(peft__method='last_layers', peft__num_layers=9), 'cannot be taken')])
 def test_bad_settings(changes, message, tiny_dir, reviews_file, tmp_path):
   with pytest.raises(InputError, match=message):

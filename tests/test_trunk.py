@@ -11,6 +11,8 @@ import pytest
 from runs import records, saved, small_config
 
 from mezo_jax import build, models, peft, trunk
+from mezo_jax import config as config_lib
+from mezo_jax.errors import InputError
 from mezo_jax.export import export
 from mezo_jax.tasks.encode import batch_of
 import train
@@ -132,6 +134,21 @@ def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
                        peft__method='lora', peft__adapter=str(out))
   found = train.run(again, tmp_path / 'b')['final']
   np.testing.assert_allclose(found['loss'], result['final']['loss'], rtol=2e-5)
+
+  # And trained on: the layers without an adapter stay without one.
+  again = config_lib.from_json(config_lib.to_json(config))
+  again.peft.adapter = str(out)
+  with pytest.raises(InputError, match="peft.mask='\\^last_layers"):
+    train.run(again, tmp_path / 'c')
+  again.peft.mask = '^last_layers/.*lora_[ab]$'
+  more = train.run(again, tmp_path / 'c')
+  assert saved(tmp_path / 'c')[1].keys() == {'last_layers'}
+  second = export(tmp_path / 'c', tmp_path / 'out2')
+  both = [peft.load(o, models.load(tiny_dir, progress=False)[0])[1][
+      'layers']['attn']['q']['lora_b'] for o in (out, second)]
+  assert not both[1][0].any() and np.all(both[0][1:] != both[1][1:])
+  assert more['final']['loss'] != result['final']['loss']
+
   transformers, peft_ = map(pytest.importorskip, ('transformers', 'peft'))
   torch = pytest.importorskip('torch')
   theirs = peft_.PeftModel.from_pretrained(

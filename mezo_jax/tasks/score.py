@@ -39,27 +39,32 @@ from mezo_jax.tasks.task import Task
 _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
+def apply(model, params, batch: dict) -> Callable:
+  """``model.apply`` of a batch's tokens, to be told what is wanted of them."""
+  types = batch.get('token_type_ids') if model.config.token_types > 1 else None
+  return functools.partial(
+      model.apply, {'params': params}, batch['input_ids'],
+      batch['attention_mask'], token_type_ids=types, trunk=batch.get('trunk'))
+
+
 def log_likelihoods(model, params, batch: dict, data: Encoded):
   """(sums, counts) over the answers' tokens, float32 [rows, C] each.
 
   Where label words are read at one position, sums are logits: log-likelihoods
   up to a constant per row. A candidate that a row does not have has count 0.
   """
-  types = batch.get('token_type_ids') if model.config.token_types > 1 else None
-  apply = functools.partial(
-      model.apply, {'params': params}, batch['input_ids'],
-      batch['attention_mask'], answer_at=batch['answer_at'],
-      token_type_ids=types, trunk=batch.get('trunk'))
+  of = functools.partial(
+      apply(model, params, batch), answer_at=batch['answer_at'])
   if data.read_at is not None:
     if data.token_ids is None:
-      sums = head.apply(params['classifier'], apply(features='body')[:, 0])
+      sums = head.apply(params['classifier'], of(features='body')[:, 0])
     else:
-      sums = apply(token_ids=jnp.asarray(data.token_ids))[:, 0]
+      sums = of(token_ids=jnp.asarray(data.token_ids))[:, 0]
     return sums, jnp.ones_like(sums)
-  log_p = apply(targets=batch['answer_ids'], shared_prompt=True)
-  of = batch['answer_of'][..., None] == jnp.arange(data.width)
-  return (jnp.sum(jnp.where(of, log_p[..., None], 0.0), 1),
-          jnp.sum(of, 1).astype(jnp.float32))
+  log_p = of(targets=batch['answer_ids'], shared_prompt=True)
+  mine = batch['answer_of'][..., None] == jnp.arange(data.width)
+  return (jnp.sum(jnp.where(mine, log_p[..., None], 0.0), 1),
+          jnp.sum(mine, 1).astype(jnp.float32))
 
 
 def scores(sums, counts):
