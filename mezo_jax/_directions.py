@@ -6,6 +6,7 @@ it, to be added to weights where they are used.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ import numpy as np
 from mezo_jax import _noise, _paths, _streams
 
 _U32 = jnp.uint32
+_AT_ONCE = 2**20  # elements of terms that are made at once
 
 
 class Displacement(NamedTuple):
@@ -36,6 +38,11 @@ class Displacement(NamedTuple):
   def times(self, factors) -> 'Displacement':
     """With each term multiplied by a factor [n], or an OrderedDict of them."""
     return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
+
+  def joined(self, other: 'Displacement') -> 'Displacement':
+    """The sum of both."""
+    return jax.tree.map(lambda a, b: jnp.concatenate(
+        [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
 
   def after(self, value: jax.Array) -> 'Displacement':
     """With keys that depend on ``value`` for the compiler: it would otherwise
@@ -94,6 +101,11 @@ class Directions:
     """Direction j of the streams of a block, in a shape that broadcasts to
     that of ``like``."""
     return self.draw(_noise.words(streams[0], j, like, self.generator))
+
+  def at_once(self, coefs: jax.Array) -> Callable | None:
+    """``(streams, coefs, start, like) -> start + sum``, a way to add all terms
+    that costs a TPU less than one after the other; None where there is none."""
+    return None
 
   def plain(self, params, keys) -> tuple['Directions', Displacement]:
     """z(key_j) of keys [n] as the terms of a displacement, in directions whose
@@ -224,6 +236,17 @@ class Draws:
     return jnp.broadcast_to(self._sum(None, like), like.shape)
 
   def _sum(self, start, like):
+    plain = lambda self, start, like: self._by_terms(start, like)
+    at_once = self.directions.at_once(self.coefs)
+    total = plain(self, start, like) if at_once is None else (
+        lax.platform_dependent(self, start, like, default=plain,
+                               tpu=lambda self, start, like: at_once(
+                                   self.streams, self.coefs, start, like)))
+    if self.there is None:
+      return total
+    return jnp.where(self.there, total, 0 if start is None else start)
+
+  def _by_terms(self, start, like):
     def term(j):
       return self.coefs[j] * self.directions.z(self.streams, j, like)
     n, first = self.coefs.shape[0], 0 if start is not None else 1
@@ -231,11 +254,12 @@ class Draws:
     if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
       for j in range(first, n):
         total = total + term(j)
+    elif n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
+      terms = jnp.sum(jax.vmap(term)(jnp.arange(first, n)), 0)
+      total = total + terms
     else:
       total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
-    if self.there is None:
-      return total
-    return jnp.where(self.there, total, 0 if start is None else start)
+    return total
 
   def on(self, move) -> 'Draws | None':
     """With each stream moved, if it can be."""

@@ -71,7 +71,7 @@ def estimate(
     value_fn: Callable, params, z: Displacement, eps, directions: Directions,
     *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
     micro_batches: int = 1, equal_parts: bool = False,
-    batch: Mapping | None = None,
+    batch: Mapping | None = None, around: Displacement | None = None,
 ) -> jax.Array:
   r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
 
@@ -92,6 +92,8 @@ def estimate(
       with 'rows' it must divide n.
     equal_parts: whether scalars of parts are averaged as they are.
     batch: keyword arguments of ``value_fn``.
+    around: a displacement of these directions from ``params`` to
+      :math:`\theta`; None for none.
 
   Returns:
     float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
@@ -106,8 +108,16 @@ def estimate(
   check_over(over)
   if over != 'scan':
     _check_room(params, directions, z.keys.shape[0] * len(signs))
-  at = lambda displacement, part: perturbed(value_fn, directions)(
-      params, displacement.times(eps), **part)
+  if around is not None and over == 'rows':  # the rows' alike: made once
+    value_fn = _displaced(value_fn, around, directions)
+    around = None
+
+  def at(z, part):
+    point = z.times(eps)
+    if around is not None:  # one sum, so no second pass of anything
+      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
+    return perturbed(value_fn, directions)(params, point, **part)
+
   batch = dict(batch or {})
   if over == 'rows':
     return _losses_of_rows(
@@ -121,11 +131,21 @@ def estimate(
                           jnp.append(points.coefs, 0.0))
   loss_at = lambda point: _values.mean_over_parts(
       lambda part: at(point, part), batch, micro_batches, equal_parts)
-  losses = (jax.vmap(loss_at)(points) if over == 'batch'
-            else lax.map(loss_at, points))
+  if over == 'batch' and n == 1:  # signs of one direction share its factors
+    losses = jax.vmap(lambda c: loss_at(Displacement(z.keys, c[None])))(
+        points.coefs)
+  else:
+    losses = (jax.vmap(loss_at)(points) if over == 'batch'
+              else lax.map(loss_at, points))
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
+
+
+def _displaced(value_fn: Callable, by: Displacement,
+               directions: Directions) -> Callable:
+  return lambda params, **kwargs: perturbed(value_fn, directions)(
+      params, by, **kwargs)
 
 
 def _losses_of_rows(at, z, signs, parts, equal_parts, batch):

@@ -7,8 +7,6 @@ a step's, is divided by k. The idea of adding up what is factorised before it
 touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
-from collections.abc import Callable
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +16,7 @@ import optax
 
 from mezo_jax import _noise, sharding
 from mezo_jax._directions import Directions, Displacement
-from mezo_jax._perturb import direction, perturbed, zeros
+from mezo_jax._perturb import direction, zeros
 from mezo_jax._spsa import SpsaState
 
 
@@ -66,11 +64,9 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
                          spsa_state.count - 1)
       return added, (spsa_state, _emptied(ring), rest)
 
-    if value_fn is not None:
-      so_far = displacement(spsa_state, ring, spsa_state.count)
-      value_fn = _at(value_fn, directions, so_far)
     _, after = estimate.update(  # what it gives is not used, nor made
-        updates, spsa_state, params, value_fn=value_fn, **extra_args)
+        updates, spsa_state, params, value_fn=value_fn,
+        around=displacement(spsa_state, ring, spsa_state.count), **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
     rate = learning_rate(ring.count) if callable(learning_rate) else (
@@ -122,12 +118,3 @@ def _sum(params, state, ring, directions, finish, rest, count):
 
 def _emptied(ring: PendingState) -> PendingState:
   return ring._replace(pending=jnp.zeros_like(ring.pending))
-
-
-def _at(value_fn: Callable, directions: Directions,
-        so_far: Displacement) -> Callable:
-  """The same function at parameters that are so displaced."""
-  @functools.wraps(value_fn)  # its names of arguments are looked at
-  def displaced(params, *args, **kwargs):
-    return perturbed(value_fn, directions)(params, so_far, *args, **kwargs)
-  return displaced

@@ -1,5 +1,6 @@
 """Directions of low rank: what they are, and that they build no weights."""
 
+import dataclasses
 import warnings
 
 import helpers
@@ -63,6 +64,21 @@ def test_it_is_the_product_of_its_factors(path, shape, rank):
   want = np.einsum('...inr,...jnr,n->...ij', flat(u), flat(v),
                    [1.0, 2.0]) / np.sqrt(rank)
   np.testing.assert_allclose(got, want.reshape(shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('rank', [4, 40])
+@pytest.mark.parametrize('path,shape', [
+    ('w', (160, 150)), ('layers/w', (3, 150, 10, 16)), ('w', (150, 1, 160))])
+def test_a_tpu_adds_the_same(path, shape, rank):
+  """By a product with coefficients of 16 bits, which keep them to 1e-5."""
+  d = draws(shape, rank, path, n=5)
+  coefs = jnp.array([1e-6, -3.1415926e-6, 1.5e-6, 0.0, 7.7e-7])
+  for start in (None, jax.random.normal(KEY, shape) * 1e-5):
+    got, want = helpers.quick_jit(lambda coefs, start: (
+        d.directions.at_once(coefs)(d.streams, coefs, start, jnp.zeros(shape)),
+        dataclasses.replace(d, coefs=coefs)._by_terms(
+            start, jnp.zeros(shape))))(coefs, start)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
 
 
 def test_what_is_small_is_drawn_whole():
