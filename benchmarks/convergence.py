@@ -67,7 +67,7 @@ def problems() -> dict[str, Problem]:
   return {
       'last_layer': Problem(last, 2000, 24, 4e-4),
       'whole': Problem(whole, 40, 16, 2e-4),
-      'minilm': Problem(minilm, 600, 16, 4e-4),
+      'minilm': Problem(minilm, 400, 16, 4e-4),
   }
 
 

@@ -246,9 +246,12 @@ class Draws:
       return total
     return jnp.where(self.there, total, 0 if start is None else start)
 
+  def term(self, j, like):
+    """``coefs[j] * z_j`` in float32."""
+    return self.coefs[j] * self.directions.z(self.streams, j, like)
+
   def _by_terms(self, start, like):
-    def term(j):
-      return self.coefs[j] * self.directions.z(self.streams, j, like)
+    term = lambda j: self.term(j, like)
     n, first = self.coefs.shape[0], 0 if start is not None else 1
     total = term(0) if start is None else start
     if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept

@@ -7,7 +7,8 @@ a step's, is divided by k. The idea of adding up what is factorised before it
 touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -25,14 +26,40 @@ class PendingState(NamedTuple):
 
   count: jax.Array  # shape=(), dtype=int32: of the learning rate's schedule
   pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
+  memory: Any = ()  # of the rule that makes them
+
+
+class Rule(NamedTuple):
+  """From projected gradients to the coefficients of what is pending.
+
+  Attributes:
+    init: ``n -> memory``, of n directions.
+    fn: ``(pending [k, n], slot, g [n], value, count, memory) -> pending,
+      memory``, with the step's own coefficients in row ``slot``, its number
+      modulo k. Of a g that is not finite nothing is kept: the row is 0.
+    flushed: ``memory -> memory``, when all was added out of turn.
+  """
+
+  init: Callable
+  fn: Callable
+  flushed: Callable = lambda memory: memory
+
+
+def sgd(learning_rate: float | optax.Schedule) -> Rule:
+  r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
+  def fn(pending, slot, g, value, count, memory):
+    del value
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    return pending.at[slot].set(-rate * g / g.shape[0]), memory
+  return Rule(lambda n: (), fn)
 
 
 def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
-            learning_rate: float | optax.Schedule, directions: Directions,
+            directions: Directions, rule: Rule,
             finish: optax.GradientTransformation
             ) -> optax.GradientTransformationExtraArgs:
-  r"""SGD on an estimate of `mezo_jax.spsa`, whose updates are zero but for each
-  ``every``-th, which is the sum of as many:
+  r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
+  each ``every``-th, which is the sum of as many; with `sgd`
 
   .. math::
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
@@ -45,16 +72,16 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   Args:
     estimate: from `mezo_jax.spsa`, with these directions.
     every: k.
-    learning_rate: a number or a schedule of the steps that were not skipped.
     directions: what z is.
+    rule: what is pending; its count is of the steps that were not skipped.
     finish: of float32 updates, such as `mezo_jax.round_stochastically`.
   """
   def init_fn(params):
     state = estimate.init(params)
     n = state.projected_grad.shape[0]
     return sharding.beside((state, PendingState(
-        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32)),
-                            finish.init(params)), params)
+        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32),
+        rule.init(n)), finish.init(params)), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
                 flush=False, **extra_args):
@@ -62,20 +89,18 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     if flush:
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
-      return added, (spsa_state, _emptied(ring), rest)
+      return added, (spsa_state, _emptied(ring)._replace(
+          memory=rule.flushed(ring.memory)), rest)
 
     _, after = estimate.update(  # what it gives is not used, nor made
         updates, spsa_state, params, value_fn=value_fn,
         around=displacement(spsa_state, ring, spsa_state.count), **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
-    rate = learning_rate(ring.count) if callable(learning_rate) else (
-        learning_rate)
-    coefs = jnp.where(finite, -rate * g / g.shape[0], 0.0)
-    slot = spsa_state.count % every
-    ring = PendingState(
-        jnp.where(finite, optax.safe_increment(ring.count), ring.count),
-        ring.pending.at[slot].set(coefs))
+    new = PendingState(optax.safe_increment(ring.count), *rule.fn(
+        ring.pending, spsa_state.count % every, g, after.value, ring.count,
+        ring.memory))
+    ring = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, ring)
 
     def add(ring, rest):
       added, rest = _sum(params, after, ring, directions, finish, rest,
