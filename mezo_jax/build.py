@@ -22,6 +22,7 @@ from mezo_jax import (
   quickstart,
   sharding,
   skip_not_finite,
+  variants,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
@@ -273,12 +274,47 @@ def make_optimizer(
                          optax.sgd(rate))
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
+  if methods.method_of(config).variant:
+    return relative(config, rates, eps)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
       directions=directions(config), decay=_paths.decayed,
       combine=COMBINES[z.combine], over=z.over,
       micro_batches=o.micro_batches, fold_every=z.fold_every)
+
+
+def relative(config: config_lib.Train, rate, eps
+             ) -> optax.GradientTransformationExtraArgs:
+  """The transform of one of `mezo_jax.variants`."""
+  name, v, z = methods.method_of(config).variant, config.variant, config.spsa
+  make = getattr(variants, name)
+  more = dict(key=jax.random.key(config.seed), directions=directions(config),
+              num_samples=z.num_samples, over=z.over,
+              stochastic_rounding=z.stochastic_rounding)
+  if name == 'svrg':
+    return make(rate, eps, every=v.every, anneal=v.anneal,
+                anneal_every=v.anneal_every, rows=config.data.batch_size,
+                anchor_learning_rate=schedule(config, v.anchor_learning_rate),
+                **more)
+  more |= dict(micro_batches=config.optimizer.micro_batches,
+               weight_decay=config.optimizer.weight_decay, decay=_paths.decayed)
+  match name:
+    case 'forward_grad':
+      del more['over']
+      return make(rate, **more)
+    case 'one_point':
+      del more['num_samples']
+    case 'momentum_by_history':
+      more |= dict(beta=v.b1, window=v.window, combine=COMBINES[z.combine])
+    case 'adam_by_history':
+      more |= dict(b1=v.b1, b2=v.b2, window=v.window,
+                   combine=COMBINES[z.combine])
+    case 'scalar_adam':
+      more |= dict(b2=v.b2, combine=COMBINES[z.combine])
+    case 'conservative':
+      more |= dict(combine=COMBINES[z.combine])
+  return make(rate, eps, **more)
 
 
 def directions(config: config_lib.Train) -> Directions:

@@ -74,6 +74,20 @@ class Spsa:
 
 
 @dataclasses.dataclass
+class Variant:
+  """Of MeZO's relatives; each says in `mezo_jax.variants` what they are."""
+
+  every: int = 2  # svrg: steps from anchor to anchor
+  anchor_learning_rate: float = 1e-3  # svrg: of an anchor's step
+  anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
+  anneal: float = 1.0  # svrg: what rates are divided by if losses rise
+  anneal_every: int = 100  # svrg: steps from look to look
+  window: int = 8  # momentum, adam: steps that are remembered
+  b1: float = 0.9  # momentum, adam: weight of the step before
+  b2: float = 0.99  # adam, scalar_adam: of its square
+
+
+@dataclasses.dataclass
 class Peft:
   """Which parameters are trained; all if nothing is set."""
 
@@ -109,7 +123,9 @@ class Mesh:
 class Train:
   """Everything that `train.py` needs to know."""
 
-  # 'mezo'; the baselines 'zero_shot', 'icl' (demonstrations in the prompt),
+  # 'mezo'; its relatives 'svrg', 'momentum', 'adam', 'scalar_adam', 'sign',
+  # 'conservative', 'one_point', 'forward_grad' (docs/relatives.md); the
+  # baselines 'zero_shot', 'icl' (demonstrations in the prompt),
   # 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the same, of
   # the head alone); 'lp_mezo', MeZO from the linear probe on.
   method: str = 'mezo'
@@ -123,6 +139,7 @@ class Train:
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
+  variant: Variant = dataclasses.field(default_factory=Variant)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax._directions import Directions, Normal
+from mezo_jax._directions import Directions, Displacement, Normal
 from mezo_jax._mezo import rounding
 from mezo_jax._pending import pending, Rule
 from mezo_jax._spsa import as_directions, spsa
@@ -97,13 +97,15 @@ def svrg(
       return plain.update(updates, state, params,
                           projected_grad=projected_grad, **extra_args)
     estimate = of_parts(_parts(extra_args, rows))
-    told = lambda at: estimate.update(
+    told = lambda state, at: estimate.update(
         updates, state, params, value_fn=value_fn, around=at, **extra_args)[1]
-    here = told(around)
+    here = told(state, around)
+    # One after the other: collectives of both would wait for each other.
+    again = Displacement(state.key, 1.0).after(here.value).keys
     there = lax.cond(
         state.count % every == 0,
-        lambda: jnp.zeros_like(here.projected_grad),
-        lambda: told(None).projected_grad)
+        lambda key: jnp.zeros_like(here.projected_grad),
+        lambda key: told(state._replace(key=key), None).projected_grad, again)
     return plain.update(
         updates, state, params, value=here.value,
         projected_grad=here.projected_grad - there)
