@@ -15,7 +15,10 @@ benchmarks/results/convergence_PROBLEM.md and .json of each; 2 hours on 2 CPU
 cores.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
+import itertools
 import sys
 import tempfile
 import time
@@ -33,16 +36,29 @@ from mezo_jax.config import Data, Model, Optimizer, Train
 from mezo_jax.tasks import encode, score, Task
 
 ROWS, SEEDS, SEARCH_SEEDS, CURVE = 16, 8, 2, 4
-KINDS = {  # arguments of mezo
-    'normal': dict(directions=mezo_jax.Normal()),
-    'signs': dict(directions=mezo_jax.Rademacher()),
-    'rank 1': dict(directions=LowRank(rank=1)),
-    'rank 2': dict(directions=LowRank(rank=2)),
-    'rank 4': dict(directions=LowRank(rank=4)),
-    'rank 16': dict(directions=LowRank(rank=16)),
-    **{f'rank {r}, a direction a row': dict(
-        directions=LowRank(rank=r), num_samples=ROWS, over='rows')
-       for r in (1, 4)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A way to train: ``make(learning_rate, eps, key=, directions=)``."""
+
+  make: Callable
+  directions: mezo_jax.Directions = mezo_jax.Rademacher()
+  forwards: float = 2.0  # of a batch, a step
+  every: int = 0  # steps from one with all rows to the next; 0 for none
+  scale: float = 1.0  # of the rates to search from
+
+
+def _mezo(directions, **more) -> Kind:
+  return Kind(functools.partial(mezo_jax.mezo, **more), directions)
+
+
+KINDS = {
+    'normal': _mezo(mezo_jax.Normal()),
+    'signs': _mezo(mezo_jax.Rademacher()),
+    **{f'rank {r}': _mezo(LowRank(rank=r)) for r in (1, 2, 4, 16)},
+    **{f'rank {r}, a direction a row': _mezo(
+        LowRank(rank=r), num_samples=ROWS, over='rows') for r in (1, 4)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Problem:
   """A run's config, and how it is repeated."""
 
   config: Train
-  steps: int
+  steps: int  # of two forwards
   tokens: int  # of rows; longer ones are left out
   rate: float  # to search from
 
@@ -74,7 +90,7 @@ def problems() -> dict[str, Problem]:
 class Runs:
   """Runs of one problem: programs are compiled once for each kind."""
 
-  def __init__(self, problem: Problem):
+  def __init__(self, problem: Problem, kinds: dict[str, Kind] = KINDS):
     config = problem.config
     built = build.build(config, say=lambda text: None)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,14 +114,18 @@ class Runs:
         lambda p, f, b, rows=getattr(splits, name): losses(p, f, b, rows))
                     for name in held}
     self._held = held
-    masked = lambda kind: kind | dict(directions=dataclasses.replace(
-        kind['directions'], mask=config.peft.mask or None))
-    # Rate and key are part of the state, so that one program serves all.
-    self._tx = lambda kind, rate, seed: optax.chain(
-        mezo_jax.mezo(1.0, config.spsa.eps, key=seed, **masked(KINDS[kind])),
-        optax.inject_hyperparams(optax.scale)(step_size=rate))
+    self.kinds = kinds
+
+    def tx(kind, rate, seed):
+      directions = dataclasses.replace(
+          kinds[kind].directions, mask=config.peft.mask or None)
+      # Rate and key are part of the state, so that one program serves all.
+      return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
+          learning_rate, config.spsa.eps, key=seed, directions=directions))(
+              learning_rate=rate)
+    self._tx = tx
     self._step = {kind: mezo_jax.make_step(
-        self._tx(kind, 1.0, 0), built.loss_fn) for kind in KINDS}
+        tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}
 
   def evaluate(self, params) -> list[float]:
     """Dev loss, test loss, test accuracy."""
@@ -113,28 +133,41 @@ class Runs:
              for name, batch in self._held.items()}
     return [float(found['dev'][0]), *map(float, found['test'])]
 
-  def batches(self, seed: int):
+  def batches(self, seed: int, every: int = 0):
     order = np.random.RandomState(seed)
-    while True:
+    whole = self.short[:len(self.short) // ROWS * ROWS]
+    for t in itertools.count():
+      if every and t % every == 0:
+        yield encode.batch_of(
+            self.train, whole, self.problem.tokens, len(whole))
+        continue
       yield encode.batch_of(self.train, order.choice(self.short, ROWS, False),
                             self.problem.tokens, ROWS)
 
-  def run(self, kind: str, rate: float, seed: int, every: int) -> np.ndarray:
-    """[evaluations, 3], the first before training."""
+  def steps(self, kind: str) -> int:
+    return round(2 * self.problem.steps / self.kinds[kind].forwards)
+
+  def run(self, kind: str, rate: float, seed: int, times: int) -> np.ndarray:
+    """[1 + times, 3], the first before training, others after equal parts."""
+    steps = self.steps(kind)
+    due = {round((i + 1) * steps / times) for i in range(times)}
+    step, all_rows = self._step[kind], self.kinds[kind].every
     params = jax.tree.map(jnp.copy, self.start)
     state = self._tx(kind, rate, seed).init(params)
     curve = [self.evaluate(params)]
-    for t, batch in zip(range(1, self.problem.steps + 1), self.batches(seed)):
-      params, state, _ = self._step[kind](params, state, batch, self.frozen)
-      if t % every == 0:
+    for t, batch in zip(range(1, steps + 1), self.batches(seed, all_rows)):
+      params, state, _ = step(params, state, batch, self.frozen)
+      if t in due:
+        if not all_rows or t % all_rows == 0 or t == steps:
+          params, state = step.flush(params, state)
         curve.append(self.evaluate(params))
     return np.array(curve)
 
   def seconds(self, rounds: int = 7) -> dict[str, float]:
     """Of a step of each kind, the median of rounds in turn."""
-    out, runs = {kind: [] for kind in KINDS}, {}
+    out, runs = {kind: [] for kind in self.kinds}, {}
     batch = next(self.batches(0))
-    for kind in KINDS:
+    for kind in self.kinds:
       params = jax.tree.map(jnp.copy, self.start)
       runs[kind] = params, self._tx(kind, 0.0, 0).init(params)
     def some(kind, params, state):
@@ -143,7 +176,7 @@ class Runs:
             params, state, batch, self.frozen)
       return params, state, metrics
     for _ in range(rounds + 1):
-      for kind in KINDS:
+      for kind in self.kinds:
         took, (params, state, _) = harness.timed(some, kind, *runs[kind])
         runs[kind] = params, state
         out[kind].append(took / 4)
@@ -153,16 +186,19 @@ class Runs:
 def search(runs: Runs, kind: str) -> tuple[float, dict[float, float]]:
   """The rate of the lowest dev loss, on a grid of factors of two that goes on
   until the best has a worse one on both sides; and what was found."""
-  found, best, p = {}, 0, runs.problem
+  found, best = {}, 0
+  middle = runs.problem.rate * runs.kinds[kind].scale
   while True:
     for i in (best, best - 1, best + 1):
       if i not in found:
-        ends = [runs.run(kind, p.rate * 2.0**i, 1000 + seed, p.steps)[-1, 0]
+        ends = [runs.run(kind, middle * 2.0**i, 1000 + seed, 1)[-1, 0]
                 for seed in range(SEARCH_SEEDS)]
         found[i] = np.mean(np.nan_to_num(ends, nan=np.inf))
-    if min(found, key=found.get) == best:
-      return p.rate * 2.0**best, {p.rate * 2.0**i: x for i, x in found.items()}
-    best = min(found, key=found.get)
+    last, best = best, min(found, key=found.get)
+    if np.isinf(found[best]):
+      best = min(found) - 1
+    elif best == last:
+      return middle * 2.0**best, {middle * 2.0**i: x for i, x in found.items()}
 
 
 def compare(name: str, problem: Problem) -> None:
@@ -177,7 +213,7 @@ def compare(name: str, problem: Problem) -> None:
   for seed in range(SEEDS):
     for kind in KINDS:
       curves.setdefault(kind, []).append(runs.run(
-          kind, rates[kind], seed, problem.steps // (2 * CURVE)))
+          kind, rates[kind], seed, 2 * CURVE))
     print(name, 'seed', seed, {
         k: f'{c[-1][-1, 1]:.3f}' for k, c in curves.items()}, flush=True)
   curves = {kind: np.array(c) for kind, c in curves.items()}
