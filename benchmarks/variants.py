@@ -39,7 +39,8 @@ KINDS = {
     'mezo, 4 directions': Kind(functools.partial(
         mezo_jax.mezo, num_samples=4), forwards=8),
     'fzoo, 8 directions': Kind(functools.partial(
-        mezo_jax.mezo, num_samples=8, combine=mezo_jax.fzoo), forwards=9, scale=4),
+        mezo_jax.mezo, num_samples=8, combine=mezo_jax.fzoo),
+                               forwards=9, scale=4),
     'momentum of 8': Kind(variants.momentum_by_history, scale=1 / 4),
     'adam of 8': Kind(variants.adam_by_history, scale=2),
     'scalar adam': Kind(variants.scalar_adam, scale=4),
