@@ -43,7 +43,7 @@ import optax
 
 import mezo_jax
 from mezo_jax import _streams, backprop, models, sharding
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 from mezo_jax._spsa import KINDS
 
 ROWS = 16

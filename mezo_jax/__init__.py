@@ -2,13 +2,8 @@
 
 import importlib
 
-from mezo_jax._directions import (
-  Directions,
-  Displacement,
-  Normal,
-  Rademacher,
-  Sphere,
-)
+from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
+from mezo_jax._displacement import Displacement
 from mezo_jax._estimate import (
   Combine,
   estimate,

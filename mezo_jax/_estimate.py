@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _paths, _values, sharding
-from mezo_jax._directions import Directions, Displacement
+from mezo_jax._directions import Directions
+from mezo_jax._displacement import Displacement
 from mezo_jax._lowrank import LowRank
 from mezo_jax._perturb import perturbed
 

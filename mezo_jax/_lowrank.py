@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _compiler, _noise, _streams
-from mezo_jax._directions import Directions, Draws, Rademacher
+from mezo_jax._directions import Directions, Rademacher
+from mezo_jax._displacement import Draws
 
 _WORD = 32
 _MANY = 3  # terms, of which a TPU adds more sooner by a matrix product

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import _noise, sharding
-from mezo_jax._directions import Directions, Displacement
+from mezo_jax._directions import Directions
+from mezo_jax._displacement import Displacement
 from mezo_jax._perturb import direction, zeros
 from mezo_jax._spsa import SpsaState
 

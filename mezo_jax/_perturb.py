@@ -24,13 +24,8 @@ import numpy as np
 
 from mezo_jax import _products  # noqa: F401  its rule is registered
 from mezo_jax._control import evaluate
-from mezo_jax._directions import (
-  Directions,
-  Displacement,
-  Normal,
-  of_leaves,
-  stack,
-)
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement, of_leaves, stack
 from mezo_jax._lazy import Block, Context, SMALL
 
 

@@ -22,12 +22,7 @@ import numpy as np
 import optax
 
 from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import (
-  Directions,
-  Normal,
-  Rademacher,
-  Sphere,
-)
+from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
 from mezo_jax._estimate import check_over, Combine, estimate, two_sided
 from mezo_jax._lowrank import LowRank
 from mezo_jax._perturb import direction

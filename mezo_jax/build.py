@@ -86,7 +86,7 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   params, frozen = trainable_lib.split(config, params)
   loss_fn = score.make_loss_fn(
       model, splits.train, config.task, config_lib.objective(config), tokenizer)
-  tx = make_optimizer(config)
+  tx = make_optimizer(config, params)
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
                init_state(tx, params, mesh))
 
@@ -255,9 +255,10 @@ def _is_abstract(params) -> bool:
 # --- optimizer --------------------------------------------------------------
 
 
-def make_optimizer(
-    config: config_lib.Train) -> optax.GradientTransformationExtraArgs:
-  """The optax transform that a config describes."""
+def make_optimizer(config: config_lib.Train, params=None
+                   ) -> optax.GradientTransformationExtraArgs:
+  """The optax transform that a config describes; a method may want the
+  parameters before training, or their shapes."""
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
   if o.groups:
@@ -275,7 +276,7 @@ def make_optimizer(
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
   if methods.method_of(config).variant:
-    return relative(config, rates, eps)
+    return relative(config, rates, eps, params)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
@@ -284,7 +285,7 @@ def make_optimizer(
       micro_batches=o.micro_batches, fold_every=z.fold_every)
 
 
-def relative(config: config_lib.Train, rate, eps
+def relative(config: config_lib.Train, rate, eps, params
              ) -> optax.GradientTransformationExtraArgs:
   """The transform of one of `mezo_jax.variants`."""
   name, v, z = methods.method_of(config).variant, config.variant, config.spsa
@@ -309,6 +310,9 @@ def relative(config: config_lib.Train, rate, eps
       more |= dict(beta=v.b1, window=v.window, combine=COMBINES[z.combine])
     case 'adam_by_history':
       more |= dict(b1=v.b1, b2=v.b2, window=v.window,
+                   combine=COMBINES[z.combine])
+    case 'sparse_mezo':
+      more |= dict(limits=variants.smallest(params, v.share),
                    combine=COMBINES[z.combine])
     case 'scalar_adam':
       more |= dict(b2=v.b2, combine=COMBINES[z.combine])

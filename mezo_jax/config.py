@@ -85,6 +85,7 @@ class Variant:
   window: int = 8  # momentum, adam: steps that are remembered
   b1: float = 0.9  # momentum, adam: weight of the step before
   b2: float = 0.99  # adam, scalar_adam: of its square
+  share: float = 0.25  # sparse: of the weights, the smallest, that are trained
 
 
 @dataclasses.dataclass
@@ -123,11 +124,11 @@ class Mesh:
 class Train:
   """Everything that `train.py` needs to know."""
 
-  # 'mezo'; its relatives 'svrg', 'momentum', 'adam', 'scalar_adam', 'sign',
-  # 'conservative', 'one_point', 'forward_grad' (docs/relatives.md); the
-  # baselines 'zero_shot', 'icl' (demonstrations in the prompt),
-  # 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the same, of
-  # the head alone); 'lp_mezo', MeZO from the linear probe on.
+  # 'mezo'; its relatives 'svrg', 'sparse', 'momentum', 'adam',
+  # 'scalar_adam', 'sign', 'conservative', 'one_point', 'forward_grad'
+  # (docs/relatives.md); the baselines 'zero_shot', 'icl' (demonstrations in the
+  # prompt), 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the
+  # same, of the head alone); 'lp_mezo', MeZO from the linear probe on.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
   # of (predictions, examples) to be maximised; '' for the task's own.

@@ -64,8 +64,9 @@ def _of_relative(config, *more) -> list:
       (not config.optimizer.groups and config.spsa.fold_every == 1,
        f'method {config.method!r} takes no optimizer.groups, and '
        'spsa.fold_every of 1'),
-      (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1,
-       'variant.window must be at least 1, b1 and b2 from 0 to below 1'),
+      (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1 and 0 < v.share <= 1,
+       'variant.window must be at least 1, b1 and b2 from 0 to below 1, share '
+       'above 0 and at most 1'),
       *more]
 
 
@@ -111,6 +112,9 @@ METHODS = {
     'svrg': Method(
         'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant='svrg',
         rules=_svrg),
+    'sparse': Method(
+        'Sparse-MeZO (Liu et al., 2024), forward passes only',
+        variant='sparse_mezo', rules=_of_relative),
     'momentum': Method(
         'MeZO with momentum of its last steps, forward passes only',
         variant='momentum_by_history', rules=_of_relative),

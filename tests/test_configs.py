@@ -21,7 +21,7 @@ ARGUMENTS = {
                 for k in (16, 512) for s in (13, 21, 42, 87, 100)] + [
                     'trec,16,13,lora', 'mnli,512,100,prefix'],
     'quickstart_suite': ('seed1/mezo', 'seed0/whole', 'seed0/adam'),
-    'glue': ('mnli', 'qnli', 'sst2', 'cola'),
+    'glue': ('mnli', 'qnli', 'sst2', 'cola', 'mnli,svrg'),
     'cpu_suite': ('sst2/mezo', 'squad/mezo_metric', 'boolq/icl')}
 
 

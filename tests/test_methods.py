@@ -155,6 +155,7 @@ def test_the_documentation_names_them_all():
 
 
 @pytest.mark.parametrize('method,changes,forwards', [
+    ('sparse', dict(variant__share=0.3), 6 * 2),
     ('momentum', dict(variant__window=3), 6 * 2),
     ('adam', dict(variant__window=2, spsa__num_samples=2), 6 * 4),
     ('scalar_adam', dict(spsa__combine='one_sided'), 6 * 2),

@@ -1,6 +1,7 @@
 """MeZO's relatives: each against its paper's equations in NumPy, and what it
 claims."""
 
+import dataclasses
 import functools
 
 import helpers
@@ -166,7 +167,20 @@ class Svrg:
         + self.g)
 
 
-RELATIVES = [Momentum, Adam, Sign, ScalarAdam, OnePoint, Conservative,
+class Sparse:
+  """The mask is of the weights before the step, perturbed or not."""
+
+  made = lambda rate, eps, **kwargs: variants.sparse_mezo(
+      rate, eps, limits=variants.smallest(START, 0.4), **kwargs)
+  limits = np.concatenate([np.zeros(2), np.full(10, np.sort(
+      np.abs(START['w']).ravel())[3])])
+
+  def step(self, theta, t, batch):
+    z = np.where(np.abs(theta) <= self.limits, z_of(t), 0.0)
+    return theta - RATE * two_sided(theta, z, batch) * z
+
+
+RELATIVES = [Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint, Conservative,
              ForwardGrad, Svrg]
 
 
@@ -262,7 +276,60 @@ def test_svrg_anneals():
   assert scales[::10] == [1, 1, 1, 0.25] and scales[-1] == 0.25
 
 
+@pytest.mark.parametrize('directions', ['normal', mezo_jax.LowRank(rank=2)])
+def test_large_weights_are_neither_perturbed_nor_moved(directions):
+  """In a stack of layers that is scanned, by rows and transposed: a share of
+  each layer."""
+  params = jax.tree.map(
+      lambda s: jax.random.normal(KEY, s), {
+          'layers': {'w': (3, 16, 16)}, 'embed': (40, 16)},
+      is_leaf=lambda x: isinstance(x, tuple))
+  limits = variants.smallest(params, 0.25)
+  assert limits['layers']['w'].shape == (3,)
+  small = jax.tree.map(lambda x, h: np.abs(x) <= np.reshape(
+      h, np.shape(h) + (1,) * (x.ndim - np.ndim(h))), params, limits)
+  for layer in small['layers']['w']:
+    assert layer.sum() == 64
+
+  def value(p, batch):
+    large = jax.tree.map(lambda x, x0, s: jnp.any(~s & (x != x0)), p, params,
+                         small)  # uses all of each leaf at once
+    x, _ = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None),
+                        p['embed'][batch], p['layers']['w'])
+    return jnp.where(jnp.any(jnp.stack(jax.tree.leaves(large))), jnp.nan,
+                     jnp.mean((x @ p['embed'].T) ** 2))
+
+  tx = variants.sparse_mezo(1e-4, 1e-2, key=KEY, limits=limits,
+                            directions=directions)
+  step, state = make_step(tx, value), tx.init(params)
+  moved = jax.tree.map(jnp.copy, params)
+  for _ in range(2):
+    moved, state, metrics = step(moved, state, jnp.arange(5))
+  assert metrics['skipped'] == 0
+  jax.tree.map(lambda a, b, s: np.testing.assert_array_equal(
+      np.asarray(a)[~s], np.asarray(b)[~s]), moved, params, small)
+  assert np.mean(np.asarray(moved['embed'] != params['embed'])) > 0.1
+  # As the mask of elements that says the same.
+  z = mezo_jax.direction(params, Displacement(KEY, 1.0), dataclasses.replace(
+      tx_directions(directions), limits=limits))
+  masked = mezo_jax.direction(params, Displacement(KEY, 1.0),
+                              dataclasses.replace(
+                                  tx_directions(directions), mask=small))
+  helpers.assert_bitwise(z, masked)
+  picked = lambda p: (p['embed'][jnp.array([3, 7])].T, p['layers']['w'][1][2:5])
+  got = jax.jit(mezo_jax.perturbed(picked, dataclasses.replace(
+      tx_directions(directions), limits=limits)))(
+          params, Displacement(KEY, 1e-2))
+  want = picked(jax.tree.map(lambda x, z: x + 1e-2 * z, params, z))
+  helpers.assert_close(got, want)
+
+
+def tx_directions(directions):
+  return mezo_jax.Normal() if directions == 'normal' else directions
+
+
 @pytest.mark.parametrize('make,message', [
+    (lambda: variants.smallest(START, 0.0), 'share'),
     (lambda: variants.svrg(1e-3, key=0, every=1), 'every'),
     (lambda: variants.svrg(1e-3, key=0, anneal=0.5), 'anneal'),
     (lambda: variants.momentum_by_history(1e-3, key=0, window=0), 'window'),
@@ -273,7 +340,7 @@ def test_bad_options(make, message):
     make()
 
 
-@pytest.mark.parametrize('name', ['svrg', 'momentum_by_history',
+@pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
                                   'conservative'])
 def test_memory_is_that_of_inference(name):
@@ -288,8 +355,9 @@ def test_memory_is_that_of_inference(name):
   loss = lambda p, ids: -model.apply(
       {'params': p}, ids, answer_at=jnp.full((16, 1), 15),
       token_ids=jnp.array([3, 5]))[:, 0, 0]
-  more = {'svrg': dict(every=4)}.get(
-      name, dict(window=4) if 'history' in name else {})
+  more = {'svrg': dict(every=4), 'sparse_mezo': dict(
+      limits=variants.smallest(params))}.get(
+          name, dict(window=4) if 'history' in name else {})
   tx = getattr(variants, name)(1e-4, key=0, directions='rademacher', **more)
   state = jax.eval_shape(tx.init, params)
   forward = jax.jit(loss).lower(params, ids).compile().memory_analysis()

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import _noise, _values
-from mezo_jax._directions import Directions, Displacement, Normal
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
 from mezo_jax._spsa import as_directions, spsa

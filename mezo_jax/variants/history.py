@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import _noise, sharding
-from mezo_jax._directions import Directions, Displacement, Normal
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import direction, mapped
 from mezo_jax._spsa import as_directions, spsa
@@ -120,7 +121,8 @@ def adam_by_history(
         estimate = sum(g[s, j] * draws.term(s * n + j, w) for j in range(n))
         m, v = m + w1[s] * estimate, v + w2[s] * estimate**2
       out = m / (jnp.sqrt(v) + adam_eps)
-      return out if draws.there is None else jnp.where(draws.there, out, 0.0)
+      nonzero = draws.nonzero(w)
+      return out if nonzero is None else jnp.where(nonzero, out, 0.0)
     return mapped(moments, params, Displacement(keys, scale), kind,
                   dtype=jnp.float32)
 

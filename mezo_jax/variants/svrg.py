@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax._directions import Directions, Displacement, Normal
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import rounding
 from mezo_jax._pending import pending, Rule
 from mezo_jax._spsa import as_directions, spsa
