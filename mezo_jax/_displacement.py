@@ -139,11 +139,20 @@ class Draws:
   def reshape(self, old, new):
     return self.on(lambda s: _streams.reshape(s, old, new))
 
-  def only(self, **where) -> 'Draws':
-    """Zero elsewhere than ``there``, or where \\|w\\| is above ``most``."""
+  def where(self, there) -> 'Draws':
+    """Zero elsewhere."""
+    if self.streams[0].there is not None:
+      there = there & self.streams[0].there
+    return self._first(there=there)
+
+  def below(self, most) -> 'Draws':
+    """Zero where \\|w\\| is more."""
+    return self._first(most=most)
+
+  def _first(self, **changes):
     first, *rest = self.streams
     return dataclasses.replace(self, streams=(
-        dataclasses.replace(first, **where), *rest))
+        dataclasses.replace(first, **changes), *rest))
 
   def rows(self, length):
     """Of each entry of the first axis: ``along, of_row``, a list of arrays to
@@ -226,10 +235,10 @@ def of_leaves(params, displacement: Displacement, directions
       c = c[_paths.group_of(path, c)]
     out = directions.of_leaf(streams[path], c, jnp.shape(x))
     if use is not True:
-      out = out.only(there=use)
+      out = out.where(use)
     if limit is not None:
       limit = jnp.asarray(limit)
-      out = out.only(most=limit.reshape(
+      out = out.below(limit.reshape(
           limit.shape + (1,) * (jnp.ndim(x) - limit.ndim)))
     return out
 
