@@ -33,9 +33,10 @@ class Directions:
       in the leaves' paths. Leaves without z are neither perturbed nor updated.
     stacked: a mask of the leaves whose first axis is that of layers, each with
       a key of its own; None to tell by the names (`mezo_jax._paths.locate`).
-    limits: a tree like the params of numbers h, or of arrays [L] for the layers
-      of stacked leaves: z is 0 where \|w\| > h, of the weights that it is added
-      to, which is looked up there and stored nowhere. None for no limits.
+    limits: a number h, or a tree like the params of numbers, or of arrays [L]
+      for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
+      that it is added to, which is looked up there and stored nowhere. None for
+      no limits.
 
   Raises:
     ValueError: for an unknown generator.

@@ -221,8 +221,11 @@ def of_leaves(params, displacement: Displacement, directions
       for (path, x), use, is_stack in zip(leaves, used, stacks)
       if use is not False})
 
-  limits = [None] * len(leaves) if directions.limits is None else (
-      jax.tree.leaves(directions.limits))
+  limits = directions.limits
+  if limits is None or isinstance(limits, (int, float)):
+    limits = [limits] * len(leaves)
+  else:
+    limits = jax.tree.leaves(limits)
   if len(limits) != len(leaves):
     raise ValueError(f'limits are of {len(limits)} leaves, and the params have '
                      f'{len(leaves)}.')
