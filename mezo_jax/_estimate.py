@@ -109,7 +109,9 @@ def estimate(
   check_over(over)
   if over != 'scan':
     _check_room(params, directions, z.keys.shape[0] * len(signs))
-  if around is not None and over == 'rows':  # the rows' alike: made once
+  n = z.keys.shape[0]
+  if around is not None and (  # all points' alike: made once
+      over == 'rows' or over == 'batch' and n > 1):
     value_fn = _displaced(value_fn, around, directions)
     around = None
 
@@ -124,7 +126,7 @@ def estimate(
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
 
-  moved, n = np.array([s for s in signs if s], np.float32), z.keys.shape[0]
+  moved = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
   if 0 in signs:

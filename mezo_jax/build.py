@@ -288,7 +288,7 @@ def make_optimizer(config: config_lib.Train, params=None
 def relative(config: config_lib.Train, rate, eps, params
              ) -> optax.GradientTransformationExtraArgs:
   """The transform of one of `mezo_jax.variants`."""
-  name, v, z = methods.method_of(config).variant, config.variant, config.spsa
+  name, v, z = config.method, config.variant, config.spsa
   make = getattr(variants, name)
   more = dict(key=jax.random.key(config.seed), directions=directions(config),
               num_samples=z.num_samples, over=z.over,

@@ -82,10 +82,10 @@ class Variant:
   anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
   anneal: float = 1.0  # svrg: what rates are divided by if losses rise
   anneal_every: int = 100  # svrg: steps from look to look
-  window: int = 8  # momentum, adam: steps that are remembered
-  b1: float = 0.9  # momentum, adam: weight of the step before
-  b2: float = 0.99  # adam, scalar_adam: of its square
-  share: float = 0.25  # sparse: of the weights, the smallest, that are trained
+  window: int = 8  # ..._by_history: steps that are remembered
+  b1: float = 0.9  # ..._by_history: weight of the step before
+  b2: float = 0.99  # adam_by_history, scalar_adam: of its square
+  share: float = 0.25  # sparse_mezo: of weights, the smallest, to train
 
 
 @dataclasses.dataclass
@@ -124,10 +124,10 @@ class Mesh:
 class Train:
   """Everything that `train.py` needs to know."""
 
-  # 'mezo'; its relatives 'svrg', 'sparse', 'momentum', 'adam',
-  # 'scalar_adam', 'sign', 'conservative', 'one_point', 'forward_grad'
-  # (docs/relatives.md); the baselines 'zero_shot', 'icl' (demonstrations in the
-  # prompt), 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the
+  # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
+  # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
+  # 'forward_grad' (docs/relatives.md); the baselines 'zero_shot', 'icl'
+  # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the
   # same, of the head alone); 'lp_mezo', MeZO from the linear probe on.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function

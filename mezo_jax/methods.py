@@ -25,7 +25,8 @@ class Method:
   demonstrations: bool = False  # rows with answers stand before each prompt
   own_head: bool = False  # a head apart from the embedding is made
   part: str | None = None  # what is trained, where peft.method does not say
-  variant: str = ''  # of `mezo_jax.variants`, for MeZO
+  other_rates: bool = False  # learning rates are not of MeZO's size
+  variant: bool = False  # the name is one of `mezo_jax.variants`
   # `rules(config)`: what must hold beside what `config.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = _no_rules
@@ -110,30 +111,30 @@ def _svrg(config) -> list:
 METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
     'svrg': Method(
-        'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant='svrg',
+        'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant=True,
         rules=_svrg),
-    'sparse': Method(
-        'Sparse-MeZO (Liu et al., 2024), forward passes only',
-        variant='sparse_mezo', rules=_of_relative),
-    'momentum': Method(
+    'sparse_mezo': Method(
+        'Sparse-MeZO (Liu et al., 2024), forward passes only', variant=True,
+        rules=_of_relative),
+    'momentum_by_history': Method(
         'MeZO with momentum of its last steps, forward passes only',
-        variant='momentum_by_history', rules=_of_relative),
-    'adam': Method(
+        variant=True, rules=_of_relative),
+    'adam_by_history': Method(
         "MeZO with Adam's moments of its last steps, forward passes only",
-        variant='adam_by_history', rules=_of_relative),
+        variant=True, other_rates=True, rules=_of_relative),
     'scalar_adam': Method(
         'MeZO with one second moment (MEAZO), forward passes only',
-        variant='scalar_adam', rules=_of_relative),
+        variant=True, other_rates=True, rules=_of_relative),
     'sign': Method(
-        'ZO-SGD-Sign, forward passes only', variant='sign', rules=_own_combine),
+        'ZO-SGD-Sign, forward passes only', variant=True, other_rates=True,
+        rules=_own_combine),
     'conservative': Method(
-        'ZO-SGD-Cons, forward passes only', variant='conservative',
-        rules=_of_relative),
+        'ZO-SGD-Cons, forward passes only', variant=True, rules=_of_relative),
     'one_point': Method(
         'one-point estimates by residual feedback, forward passes only',
-        variant='one_point', rules=_one_direction),
+        variant=True, other_rates=True, rules=_one_direction),
     'forward_grad': Method(
-        'forward-mode directional derivatives', variant='forward_grad',
+        'forward-mode directional derivatives', variant=True,
         rules=_forward_mode),
     'zero_shot': Method(
         'no training', steps=False,
@@ -170,7 +171,7 @@ def forwards(config, rows: int) -> float:
     return 1
   z, v, n = config.spsa, config.variant, config.spsa.num_samples
   n = 1 if z.over == 'rows' else n  # all together see each row once a sign
-  match method_of(config).variant:
+  match config.method:
     case 'svrg':
       of_anchor = 2 * anchor_batches(config, rows)
       return n * (of_anchor + 4 * (v.every - 1)) / v.every
@@ -185,7 +186,7 @@ def forwards(config, rows: int) -> float:
 
 def anchor_every(config) -> int:
   """Steps from one on `anchor_batches` to the next; 0 for none."""
-  return config.variant.every if method_of(config).variant == 'svrg' else 0
+  return config.variant.every if config.method == 'svrg' else 0
 
 
 def anchor_batches(config, rows: int) -> int:
@@ -269,7 +270,8 @@ def layers_apart(config) -> bool:
 def warnings(config) -> list[str]:
   """What is legal, and most probably a mistake."""
   method, part, o = method_of(config), part_of(config), config.optimizer
-  if not method.steps or method.backprop and o.name == 'sgd':
+  if (not method.steps or method.other_rates
+      or method.backprop and o.name == 'sgd'):
     return []
   usual = part.usual_backprop if method.backprop else part.usual
   if not usual or usual[0] / 100 < o.learning_rate < usual[1] * 100:

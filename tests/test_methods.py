@@ -155,9 +155,9 @@ def test_the_documentation_names_them_all():
 
 
 @pytest.mark.parametrize('method,changes,forwards', [
-    ('sparse', dict(variant__share=0.3), 6 * 2),
-    ('momentum', dict(variant__window=3), 6 * 2),
-    ('adam', dict(variant__window=2, spsa__num_samples=2), 6 * 4),
+    ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
+    ('momentum_by_history', dict(variant__window=3), 6 * 2),
+    ('adam_by_history', dict(variant__window=2, spsa__num_samples=2), 6 * 4),
     ('scalar_adam', dict(spsa__combine='one_sided'), 6 * 2),
     ('sign', dict(), 6 * 2), ('one_point', dict(), 6),
     ('conservative', dict(optimizer__micro_batches=2), 6 * 5),
@@ -194,8 +194,8 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='svrg', eval_every=2, variant__anchor_rows=4), 'anchor_rows'),
     (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
      'weight_decay of 0'),
-    (dict(method='adam', spsa__fold_every=2), 'fold_every'),
-    (dict(method='momentum', variant__window=0), 'window'),
+    (dict(method='adam_by_history', spsa__fold_every=2), 'fold_every'),
+    (dict(method='momentum_by_history', variant__window=0), 'window'),
     (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
     (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
     (dict(method='forward_grad', objective='accuracy'), 'no derivative')])

@@ -36,7 +36,8 @@ def momentum_by_history(
   As ``chain(spsa, trace(beta), ...)`` to which older steps would add less than
   :math:`\beta^h` of what they were, without its trace. An update draws h times
   as many directions as MeZO's, in one pass; cheap ones are `Rademacher` and
-  `LowRank`.
+  `LowRank`. More than 8 terms, of `LowRank` 32, keep a float32 sum of the
+  largest leaf's size.
 
   Args:
     learning_rate: :math:`\eta`, a number or a schedule.
