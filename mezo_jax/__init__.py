@@ -11,7 +11,7 @@ from mezo_jax._estimate import (
   one_sided,
   two_sided,
 )
-from mezo_jax._lowrank import LowRank
+from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._mezo import mezo
 from mezo_jax._perturb import direction, displace, perturbed
 from mezo_jax._rounding import round_stochastically
@@ -19,10 +19,10 @@ from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import spsa, SpsaState
 
 __all__ = (
-    'Combine', 'Directions', 'Displacement', 'LowRank', 'Normal', 'Rademacher',
-    'Sphere', 'SpsaState', 'direction', 'displace', 'estimate', 'fzoo',
-    'make_step', 'mezo', 'one_sided', 'perturbed', 'round_stochastically',
-    'skip_not_finite', 'spsa', 'two_sided')
+    'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Normal',
+    'Rademacher', 'Sphere', 'SpsaState', 'direction', 'displace', 'estimate',
+    'fzoo', 'make_step', 'mezo', 'one_sided', 'perturbed',
+    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided')
 __version__ = '0.1.0'
 
 

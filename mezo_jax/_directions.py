@@ -56,6 +56,14 @@ class Directions:
       raise ValueError(f'generator must be one of {_noise.GENERATORS}, got '
                        f'{self.generator!r}.')
 
+  def keys(self, key: jax.Array, count, n: int) -> jax.Array:
+    """The keys [n] of the directions of step number ``count`` of a run."""
+    return _noise.step_keys(key, count, n)
+
+  def of_columns(self, keys: jax.Array) -> jax.Array | None:
+    """Keys [n] that columns are drawn with, where it is not with these."""
+    return None
+
   def draw(self, bits: jax.Array) -> jax.Array:
     """float32 draws of mean 0 and variance 1 from uint32 words."""
     raise NotImplementedError
@@ -64,9 +72,11 @@ class Directions:
     """Whether z has a part for a leaf of this dtype."""
     return _paths.is_floating(leaf)
 
-  def of_leaf(self, stream: _noise.Stream, coefs, shape) -> 'Draws':
-    """The draws of a leaf of this shape."""
-    del shape
+  def of_leaf(self, stream: _noise.Stream, coefs, shape,
+              columns: _noise.Stream | None = None) -> 'Draws':
+    """The draws of a leaf of this shape; ``columns`` is its stream of the keys
+    `of_columns`."""
+    del shape, columns
     return Draws((stream,), coefs, self.bare())
 
   def z(self, streams, j, like: jax.Array) -> jax.Array:

@@ -216,10 +216,11 @@ def of_leaves(params, displacement: Displacement, directions
   leaves = _paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = _paths.stacked(params, directions.stacked)
-  streams = _streams.of_leaves(keys, {
-      path: (jnp.shape(x), is_stack)
-      for (path, x), use, is_stack in zip(leaves, used, stacks)
-      if use is not False})
+  shapes = {path: (jnp.shape(x), is_stack) for (path, x), use, is_stack in zip(
+      leaves, used, stacks) if use is not False}
+  streams = _streams.of_leaves(keys, shapes)
+  others = directions.of_columns(keys)
+  columns = {} if others is None else _streams.of_leaves(others, shapes)
 
   limits = directions.limits
   if limits is None or isinstance(limits, (int, float)):
@@ -236,7 +237,8 @@ def of_leaves(params, displacement: Displacement, directions
     c = coefs
     if isinstance(c, OrderedDict):
       c = c[_paths.group_of(path, c)]
-    out = directions.of_leaf(streams[path], c, jnp.shape(x))
+    out = directions.of_leaf(
+        streams[path], c, jnp.shape(x), columns.get(path))
     if use is not True:
       out = out.where(use)
     if limit is not None:

@@ -31,6 +31,7 @@ from mezo_jax._directions import Directions, Rademacher
 from mezo_jax._displacement import Draws
 
 _WORD = 32
+_WINDOWS = np.uint32(0x56565656)  # tells keys of windows from those of steps
 _MANY = 3  # terms, of which a TPU adds more sooner by a matrix product
 
 
@@ -66,7 +67,7 @@ class LowRank(Directions):
       raise ValueError(f'rank must be an integer of at least 1, got '
                        f'{self.rank!r}.')
 
-  def of_leaf(self, stream, coefs, shape):
+  def of_leaf(self, stream, coefs, shape, columns=None):
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
     layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
@@ -79,10 +80,11 @@ class LowRank(Directions):
         words * math.prod(shape[a + 1:last])
         if first <= a < last and shape[a] > 1 else 0
         for a in range(len(shape)))
-    of = lambda lo, strides: _noise.Stream(stream.keys, lo, strides)
-    rows = of(zero, strides(layers, cut))
-    columns = of(zero + np.uint32(words * math.prod(shape[layers:cut])),
-                 strides(cut, len(shape)))
+    rows = _noise.Stream(stream.keys, zero, strides(layers, cut))
+    columns = _noise.Stream(
+        (columns or stream).keys,
+        zero + np.uint32(words * math.prod(shape[layers:cut])),
+        strides(cut, len(shape)))
     return Draws((rows, columns), coefs / np.float32(math.sqrt(self.rank)),
                  self.bare())
 
@@ -155,6 +157,52 @@ class LowRank(Directions):
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLowRank(LowRank):
+  r"""`LowRank` with the same V for some steps on end, and a new U each step.
+
+  .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
+
+  All steps of a window together change a matrix by one of rank r. What is drawn
+  whole is drawn anew each step. Of the two words of a direction's key one is
+  the step's and one the window's, from which alone V comes: z is a function of
+  its key as every other.
+
+  Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
+  without the root, which learning rates there make up for.
+
+  Attributes:
+    every: :math:`\nu`, steps.
+    rank, generator, mask, stacked, limits: see `LowRank`.
+
+  Raises:
+    ValueError: as `LowRank`; for ``every`` below 1.
+  """
+
+  _: dataclasses.KW_ONLY
+  every: int = 50
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.every, int) or self.every < 1:
+      raise ValueError('every must be an integer of at least 1, got '
+                       f'{self.every!r}.')
+
+  def keys(self, key, count, n):
+    step = jax.random.key_data(_noise.step_keys(key, count, n))
+    window = jax.random.key_data(_noise.step_keys(
+        jax.random.fold_in(key, _WINDOWS), count // self.every, n))
+    return self._typed(step[:, 0], window[:, 1])
+
+  def of_columns(self, keys):
+    words = jax.random.key_data(keys)[:, 1]
+    return self._typed(jnp.full_like(words, _WINDOWS), words)
+
+  def _typed(self, first, second):
+    return jax.random.wrap_key_data(
+        jnp.stack([first, second], -1), impl='threefry2x32')
 
 
 def counted(stream: _noise.Stream, shape) -> list[int]:

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, sharding
+from mezo_jax import sharding
 from mezo_jax._directions import Directions
 from mezo_jax._displacement import Displacement
 from mezo_jax._perturb import direction, zeros
@@ -95,7 +95,8 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
 
     _, after = estimate.update(  # what it gives is not used, nor made
         updates, spsa_state, params, value_fn=value_fn,
-        around=displacement(spsa_state, ring, spsa_state.count), **extra_args)
+        around=displacement(spsa_state, ring, directions, spsa_state.count),
+        **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
     new = PendingState(optax.safe_increment(ring.count), *rule.fn(
@@ -127,18 +128,19 @@ def is_due(state) -> jax.Array:
   return parts[SpsaState].count % every == every - 1
 
 
-def displacement(state: SpsaState, ring: PendingState, count) -> Displacement:
+def displacement(state: SpsaState, ring: PendingState, directions: Directions,
+                 count) -> Displacement:
   """What is pending at step number ``count``, as terms of [k * n] keys."""
   every, n = ring.pending.shape
   first = count - count % every
-  keys = jax.vmap(lambda t: _noise.step_keys(state.key, t, n))(
+  keys = jax.vmap(lambda t: directions.keys(state.key, t, n))(
       first + jnp.arange(every))
   return Displacement(keys.reshape(-1), ring.pending.reshape(-1))
 
 
 def _sum(params, state, ring, directions, finish, rest, count):
-  added = direction(params, displacement(state, ring, count), directions,
-                    dtype=jnp.float32)
+  added = direction(params, displacement(state, ring, directions, count),
+                    directions, dtype=jnp.float32)
   return finish.update(added, rest, params)
 
 

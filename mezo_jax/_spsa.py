@@ -24,11 +24,12 @@ import optax
 from mezo_jax import _noise, _values, sharding
 from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
 from mezo_jax._estimate import check_over, Combine, estimate, two_sided
-from mezo_jax._lowrank import LowRank
+from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._perturb import direction
 
-KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
-         'low_rank': LowRank}  # the names that a config has for them
+KINDS = {  # the names that a config has for them
+    'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
+    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank}
 
 
 class SpsaState(NamedTuple):
@@ -168,7 +169,7 @@ def spsa(
   def update_fn(updates, state, params=None, *, value_fn=None,
                 projected_grad=None, around=None, **extra_args):
     _check_update(updates, params, value_fn, projected_grad)
-    keys = _noise.step_keys(state.key, state.count, num_samples)
+    keys = directions.keys(state.key, state.count, num_samples)
     kind, z = directions.plain(params, keys)
     epsilon = _at(eps, state.count)
 

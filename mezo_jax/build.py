@@ -324,7 +324,9 @@ def relative(config: config_lib.Train, rate, eps, params
 def directions(config: config_lib.Train) -> Directions:
   """What z is."""
   z = config.spsa
-  more = dict(rank=z.rank) if z.distribution == 'low_rank' else {}
+  more = dict(rank=z.rank) if 'low_rank' in z.distribution else {}
+  if 'lazy' in z.distribution:
+    more['every'] = z.lazy_every
   return KINDS[z.distribution](z.generator, **more)
 
 

@@ -64,8 +64,10 @@ class Spsa:
   # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
   # 'scan': one after the other.
   over: str = 'scan'
-  distribution: str = 'normal'  # of z; or 'rademacher', 'sphere', 'low_rank'
-  rank: int = 16  # of low_rank
+  # Of z; or 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank' (LOZO's).
+  distribution: str = 'normal'
+  rank: int = 16  # of low_rank and lazy_low_rank
+  lazy_every: int = 50  # steps that lazy_low_rank's columns are the same for
   generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
   # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
   combine: str = 'two_sided'
@@ -127,8 +129,9 @@ class Train:
   # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
   # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
   # 'forward_grad' (docs/relatives.md); the baselines 'zero_shot', 'icl'
-  # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the
-  # same, of the head alone); 'lp_mezo', MeZO from the linear probe on.
+  # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation)
+  # and 'head_only' (the same, of the head alone); 'lp_mezo', MeZO from the
+  # linear probe on.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
   # of (predictions, examples) to be maximised; '' for the task's own.
@@ -159,7 +162,8 @@ class Train:
   max_skipped: int = 10  # steps in a row with a loss that is not finite
 
 
-DISTRIBUTIONS = ('normal', 'rademacher', 'sphere', 'low_rank')
+DISTRIBUTIONS = (
+    'normal', 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank')
 GENERATORS = ('hash32', 'threefry2x32')
 OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')
@@ -228,7 +232,8 @@ def check(config: Train) -> None:
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
-      (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.rank >= 1 and z.lazy_every >= 1,
+       'spsa.rank and lazy_every must be at least 1'),
       (z.fold_every == 1 or z.fold_every > 1 and not o.groups
        and not o.weight_decay,
        'spsa.fold_every must be at least 1, and above it needs '

@@ -51,6 +51,8 @@ ROWS = {
     'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
     'mezo, low rank': functools.partial(
         mezo, directions=mezo_jax.LowRank(rank=2)),
+    'mezo, lazy low rank': functools.partial(
+        mezo, directions=mezo_jax.LazyLowRank(rank=2, every=2)),
     'mezo, low rank in one pass': functools.partial(
         mezo, directions=mezo_jax.LowRank(rank=2), num_samples=3,
         over='batch'),

@@ -14,7 +14,7 @@ OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
     'quickstart': ['', 'whole'], 'opt_f1': [None],
-    'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
+    'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo'),
     'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')

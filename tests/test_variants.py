@@ -180,8 +180,25 @@ class Sparse:
     return theta - RATE * two_sided(theta, z, batch) * z
 
 
-RELATIVES = [Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint, Conservative,
-             ForwardGrad, Svrg]
+class Lozo:
+  """In windows of 4 steps, each window added at once."""
+
+  lazy = mezo_jax.LazyLowRank(rank=1, every=4)
+  made = functools.partial(mezo_jax.mezo, directions=lazy, fold_every=4)
+
+  def step(self, theta, t, batch):
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape), START)
+    z = flat(mezo_jax.direction(
+        like, Displacement(self.lazy.keys(KEY, t, 1), 1.0), self.lazy))
+    u = z[2:].reshape(5, 2)
+    if t % 4 == 0:
+      self.v = u[0] / u[0, 0]
+    assert np.linalg.matrix_rank(np.stack([self.v, *u])) == 1
+    return theta - RATE * two_sided(theta, z, batch) * z
+
+
+RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
+             Conservative, ForwardGrad, Svrg]
 
 
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)

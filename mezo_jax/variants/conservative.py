@@ -5,7 +5,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, _values
+from mezo_jax import _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
@@ -44,7 +44,7 @@ def conservative(
     batch = _values.accepted(value_fn, given)
     made = state.count - state.total_notfinite  # what a schedule counts
     rate = learning_rate(made) if callable(learning_rate) else learning_rate
-    kind, z = directions.plain(params, _noise.step_keys(
+    kind, z = directions.plain(params, directions.keys(
         state.key, state.count, n))
     z = z.after(seen.value)
 

@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, _values
+from mezo_jax import _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import descent
@@ -48,7 +48,7 @@ def forward_grad(
     del memory
     value_fn = given.pop('value_fn')
     batch = _values.accepted(value_fn, given)
-    kind, z = directions.plain(params, _noise.step_keys(
+    kind, z = directions.plain(params, directions.keys(
         state.key, state.count, n))
 
     def derivative(z):

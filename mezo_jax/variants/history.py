@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, sharding
+from mezo_jax import sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import descent
@@ -159,7 +159,7 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
     g = jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan)
     past = jnp.concatenate([past[1:], g[None]])
     steps = before.count - jnp.arange(window)[::-1]
-    keys = jax.vmap(lambda t: _noise.step_keys(before.key, t, g.shape[0]))(
+    keys = jax.vmap(lambda t: directions.keys(before.key, t, g.shape[0]))(
         steps).reshape(-1)
     kind, z = directions.plain(params, keys)
     z = z.after(new.value)
