@@ -27,8 +27,8 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name):  # the mathematics needs no flax, the rest does
-  if name == 'models':
-    return importlib.import_module('mezo_jax.models')
+  if name in ('models', 'variants'):
+    return importlib.import_module(f'mezo_jax.{name}')
   if name == 'make_step':
     return importlib.import_module('mezo_jax.step').make_step
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

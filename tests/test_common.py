@@ -275,12 +275,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(name):
   assert seen == [(0, 0), (1, 1), (2, 2), (0, 2)]
 
 
-@pytest.mark.parametrize('mask', [
-    '^b', {'a': False, 'b': True}, lambda p: {'a': False, 'b': True}, {
-        'a': jnp.array([[True, False], [False, False]]), 'b': True}],
-                         ids=['expression', 'tree', 'function', 'elements'])
-@zeroth
-def test_masked_weights_are_neither_perturbed_nor_updated(name, mask):
+MASKS = {
+    'expression': '^b', 'tree': {'a': False, 'b': True},
+    'function': lambda p: {'a': False, 'b': True}, 'elements': {
+        'a': jnp.array([[True, False], [False, False]]), 'b': True}}
+
+
+@pytest.mark.parametrize('name,kind_of_mask', [
+    *((name, kind) for name in ZEROTH for kind in ('expression', 'elements')),
+    ('mezo', 'tree'), ('mezo', 'function')])
+def test_masked_weights_are_neither_perturbed_nor_updated(name, kind_of_mask):
+  mask = MASKS[kind_of_mask]
   off = jnp.array([[False, True], [True, True]]) if (
       isinstance(mask, dict) and jnp.ndim(mask['a'])) else jnp.ones(
           (2, 2), bool)
