@@ -8,7 +8,7 @@ touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -27,32 +27,31 @@ class PendingState(NamedTuple):
 
   count: jax.Array  # shape=(), dtype=int32: of the learning rate's schedule
   pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
-  memory: Any = ()  # of the rule that makes them
 
 
 class Rule(NamedTuple):
   """From projected gradients to the coefficients of what is pending.
 
   Attributes:
-    init: ``n -> memory``, of n directions.
-    fn: ``(pending [k, n], slot, g [n], value, count, memory) -> pending,
-      memory``, with the step's own coefficients in row ``slot``, its number
+    fn: ``(pending [k, n], slot, g [n], value, count, *memory) -> pending,
+      *memory``, with the step's own coefficients in row ``slot``, its number
       modulo k. Of a g that is not finite nothing is kept: the row is 0.
+    init: ``n -> memory``, of n directions; None for no memory.
     flushed: ``memory -> memory``, when all was added out of turn.
   """
 
-  init: Callable
   fn: Callable
+  init: Callable | None = None
   flushed: Callable = lambda memory: memory
 
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
   r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
-  def fn(pending, slot, g, value, count, memory):
+  def fn(pending, slot, g, value, count):
     del value
     rate = learning_rate(count) if callable(learning_rate) else learning_rate
-    return pending.at[slot].set(-rate * g / g.shape[0]), memory
-  return Rule(lambda n: (), fn)
+    return pending.at[slot].set(-rate * g / g.shape[0]),
+  return Rule(fn)
 
 
 def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
@@ -80,18 +79,20 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   def init_fn(params):
     state = estimate.init(params)
     n = state.projected_grad.shape[0]
-    return sharding.beside((state, PendingState(
-        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32),
-        rule.init(n)), finish.init(params)), params)
+    ring = PendingState(
+        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32))
+    memory = () if rule.init is None else (rule.init(n),)
+    return sharding.beside(
+        (state, ring, finish.init(params), *memory), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
                 flush=False, **extra_args):
-    spsa_state, ring, rest = state
+    spsa_state, ring, rest, *memory = state
     if flush:
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
-      return added, (spsa_state, _emptied(ring)._replace(
-          memory=rule.flushed(ring.memory)), rest)
+      return added, (
+          spsa_state, _emptied(ring), rest, *map(rule.flushed, memory))
 
     _, after = estimate.update(  # what it gives is not used, nor made
         updates, spsa_state, params, value_fn=value_fn,
@@ -99,10 +100,11 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
         **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
-    new = PendingState(optax.safe_increment(ring.count), *rule.fn(
-        ring.pending, spsa_state.count % every, g, after.value, ring.count,
-        ring.memory))
-    ring = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, ring)
+    coefs, *new = rule.fn(ring.pending, spsa_state.count % every, g,
+                          after.value, ring.count, *memory)
+    new = PendingState(optax.safe_increment(ring.count), coefs), new
+    ring, memory = jax.tree.map(
+        lambda x, old: jnp.where(finite, x, old), new, (ring, memory))
 
     def add(ring, rest):
       added, rest = _sum(params, after, ring, directions, finish, rest,
@@ -115,7 +117,7 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     else:
       out = (add if fold else wait)(ring, rest)
     added, ring, rest = out
-    return added, (after, ring, rest)
+    return added, (after, ring, rest, *memory)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

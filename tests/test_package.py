@@ -15,8 +15,9 @@ import mezo_jax
 
 def test_the_mathematics_needs_jax_and_optax_only():
   """They serve Linen, NNX, Equinox and Haiku alike."""
-  code = ('import sys, mezo_jax.variants; print([m for m in ("flax", "transformers", '
-          '"orbax", "datasets", "ml_collections") if m in sys.modules])')
+  code = ('import sys, mezo_jax.variants; print([m for m in ("flax", '
+          '"transformers", "orbax", "datasets", "ml_collections") '
+          'if m in sys.modules])')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True,
                         text=True, cwd=conftest.ROOT)
   assert done.stdout.strip() == '[]', done.stdout + done.stderr

@@ -133,7 +133,7 @@ def svrg(
       anchor_grad=jnp.full_like(memory.anchor_grad, jnp.nan))
   return pending(
       optax.GradientTransformationExtraArgs(plain.init, update_fn), every,
-      directions, Rule(memory_of, fn, forget),
+      directions, Rule(fn, memory_of, forget),
       rounding(key, directions, stochastic_rounding))
 
 
