@@ -37,12 +37,13 @@ class Rule(NamedTuple):
       *memory``, with the step's own coefficients in row ``slot``, its number
       modulo k. Of a g that is not finite nothing is kept: the row is 0.
     init: ``n -> memory``, of n directions; None for no memory.
-    flushed: ``memory -> memory``, when all was added out of turn.
+    missed: ``(slot, memory) -> memory``, when that step was skipped; with None
+      for a slot, when all was added out of turn.
   """
 
   fn: Callable
   init: Callable | None = None
-  flushed: Callable = lambda memory: memory
+  missed: Callable = lambda slot, memory: memory
 
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
@@ -92,7 +93,8 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
       return added, (
-          spsa_state, _emptied(ring), rest, *map(rule.flushed, memory))
+          spsa_state, _emptied(ring), rest,
+          *(rule.missed(None, m) for m in memory))
 
     _, after = estimate.update(  # what it gives is not used, nor made
         updates, spsa_state, params, value_fn=value_fn,
@@ -100,11 +102,13 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
         **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
-    coefs, *new = rule.fn(ring.pending, spsa_state.count % every, g,
-                          after.value, ring.count, *memory)
+    slot = spsa_state.count % every
+    coefs, *new = rule.fn(
+        ring.pending, slot, g, after.value, ring.count, *memory)
     new = PendingState(optax.safe_increment(ring.count), coefs), new
     ring, memory = jax.tree.map(
-        lambda x, old: jnp.where(finite, x, old), new, (ring, memory))
+        lambda x, old: jnp.where(finite, x, old), new,
+        (ring, [rule.missed(slot, m) for m in memory]))
 
     def add(ring, rest):
       added, rest = _sum(params, after, ring, directions, finish, rest,

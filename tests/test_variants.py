@@ -278,6 +278,20 @@ def test_svrg_flushed_out_of_turn_moves_nothing_before_its_next_anchor():
   assert np.any(params['w'] != before['w'])
 
 
+def test_svrg_without_its_anchor_moves_nothing():
+  """Where that step is skipped, nor does the window after it."""
+  tx = variants.svrg(RATE, EPS, key=KEY, every=4)
+  step = make_step(tx, lambda params, batch: jnp.where(
+      batch['bad'], jnp.nan, jnp.mean(value_fn(params, batch))))
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
+  state, seen = tx.init(params), []
+  for t in range(16):
+    params, state, _ = step(params, state, batch_of(t) | {'bad': t in (8, 13)})
+    seen.append(flat(params))
+  moved = [bool(np.any(a != b)) for a, b in zip(seen, seen[1:])]
+  assert np.flatnonzero(moved).tolist() == [2 + 4, 2 + 12]  # 3 is the first
+
+
 def test_svrg_anneals():
   """Losses that rise by more than 5 % from ten steps to the next ten."""
   tx = variants.svrg(0.0, EPS, key=KEY, every=2, anchor_learning_rate=0.0,

@@ -129,8 +129,8 @@ def svrg(
   memory_of = lambda n: SvrgMemory(
       jnp.full([n], jnp.nan, jnp.float32), jnp.float32(1.0), jnp.float32(0.0),
       jnp.float32(jnp.nan), jnp.int32(0))
-  forget = lambda memory: memory._replace(
-      anchor_grad=jnp.full_like(memory.anchor_grad, jnp.nan))
+  forget = lambda slot, memory: memory._replace(anchor_grad=jnp.where(
+      slot is None or slot == 0, jnp.nan, memory.anchor_grad))
   return pending(
       optax.GradientTransformationExtraArgs(plain.init, update_fn), every,
       directions, Rule(fn, memory_of, forget),
