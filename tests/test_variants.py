@@ -286,7 +286,8 @@ def test_svrg_without_its_anchor_moves_nothing():
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
   state, seen = tx.init(params), []
   for t in range(16):
-    params, state, _ = step(params, state, batch_of(t) | {'bad': t in (8, 13)})
+    params, state, _ = step(
+        params, state, batch_of(t) | {'bad': np.bool_(t in (8, 13))})
     seen.append(flat(params))
   moved = [bool(np.any(a != b)) for a, b in zip(seen, seen[1:])]
   assert np.flatnonzero(moved).tolist() == [2 + 4, 2 + 12]  # 3 is the first
