@@ -232,8 +232,8 @@ def check(config: Train) -> None:
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
-      (z.rank >= 1 and z.lazy_every >= 1,
-       'spsa.rank and lazy_every must be at least 1'),
+      (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.lazy_every >= 1, 'spsa.lazy_every must be at least 1'),
       (z.fold_every == 1 or z.fold_every > 1 and not o.groups
        and not o.weight_decay,
        'spsa.fold_every must be at least 1, and above it needs '
