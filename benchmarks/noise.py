@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _noise, _streams
-from mezo_jax._directions import Draws
 from mezo_jax._spsa import KINDS
 
 KEYS, DRAWS = 256, 2**22
@@ -35,7 +34,7 @@ def cost(directions):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
     stream = _streams.of_leaf(key[None], 'w', LEAF)
-    return Draws((stream,), jnp.full(1, 1e-3), directions).add(w)
+    return directions.of_leaf(stream, jnp.full(1, 1e-3), LEAF).add(w)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
   return _ns(axpy, w, key) | {'temporary bytes / leaf': temp / w.nbytes}
@@ -177,7 +176,8 @@ def quality():
 def main():
   costs = [{'what': 'jax.random.normal', **cost_of_jax_random()}]
   costs += [{'what': f'{d}, {g}', **cost(KINDS[d](g))}
-            for g in _noise.GENERATORS for d in ('normal', 'rademacher')]
+            for g in _noise.GENERATORS
+            for d in ('normal', 'rademacher', 'low_rank')]
   rows, n = quality()
   harness.write('noise', harness.header(), [
       ('Cost of `w += c * z`, float32, in place:', costs),

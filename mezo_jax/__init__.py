@@ -2,13 +2,8 @@
 
 import importlib
 
-from mezo_jax._directions import (
-  Directions,
-  Displacement,
-  Normal,
-  Rademacher,
-  Sphere,
-)
+from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
+from mezo_jax._displacement import Displacement
 from mezo_jax._estimate import (
   Combine,
   estimate,
@@ -16,7 +11,7 @@ from mezo_jax._estimate import (
   one_sided,
   two_sided,
 )
-from mezo_jax._lowrank import LowRank
+from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._mezo import mezo
 from mezo_jax._perturb import direction, displace, perturbed
 from mezo_jax._rounding import round_stochastically
@@ -24,16 +19,16 @@ from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import spsa, SpsaState
 
 __all__ = (
-    'Combine', 'Directions', 'Displacement', 'LowRank', 'Normal', 'Rademacher',
-    'Sphere', 'SpsaState', 'direction', 'displace', 'estimate', 'fzoo',
-    'make_step', 'mezo', 'one_sided', 'perturbed', 'round_stochastically',
-    'skip_not_finite', 'spsa', 'two_sided')
+    'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Normal',
+    'Rademacher', 'Sphere', 'SpsaState', 'direction', 'displace', 'estimate',
+    'fzoo', 'make_step', 'mezo', 'one_sided', 'perturbed',
+    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided')
 __version__ = '0.1.0'
 
 
 def __getattr__(name):  # the mathematics needs no flax, the rest does
-  if name == 'models':
-    return importlib.import_module('mezo_jax.models')
+  if name in ('models', 'variants'):
+    return importlib.import_module(f'mezo_jax.{name}')
   if name == 'make_step':
     return importlib.import_module('mezo_jax.step').make_step
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,54 +1,28 @@
 r"""What z is: its distribution, its generator, where it is not zero.
 
 A `Directions` says all that there is to say of a direction but its key, and
-nothing else does. `Draws` are one leaf's share of a displacement, or a view of
-it, to be added to weights where they are used.
+nothing else does.
 """
 
-from collections import OrderedDict
+from collections.abc import Callable
 import dataclasses
-import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _paths, _streams
+from mezo_jax import _noise, _paths
+from mezo_jax._displacement import Displacement, Draws, norm
 
 _U32 = jnp.uint32
 
 
-class Displacement(NamedTuple):
-  r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
-
-  It is never stored: a pytree of two arrays, to be scanned, joined, kept or
-  sent. A single key and number are n = 1.
-  """
-
-  keys: jax.Array  # typed keys [n]
-  # float32 [n]; or {regular expression: [n]}, by the first that is found in a
-  # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
-  coefs: jax.Array | OrderedDict
-
-  def times(self, factors) -> 'Displacement':
-    """With each term multiplied by a factor [n], or an OrderedDict of them."""
-    return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
-
-  def after(self, value: jax.Array) -> 'Displacement':
-    """With keys that depend on ``value`` for the compiler: it would otherwise
-    find the same z in what came before and keep it, as large as the model."""
-    words = jax.random.key_data(self.keys)
-    words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
-    return self._replace(keys=jax.random.wrap_key_data(
-        words, impl=jax.random.key_impl(self.keys)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Directions:
-  """What z is, as a function of a key; base of the kinds of it.
+  r"""What z is, as a function of a key; base of the kinds of it.
 
   Attributes:
     generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
@@ -59,6 +33,10 @@ class Directions:
       in the leaves' paths. Leaves without z are neither perturbed nor updated.
     stacked: a mask of the leaves whose first axis is that of layers, each with
       a key of its own; None to tell by the names (`mezo_jax._paths.locate`).
+    limits: a number h, or a tree like the params of numbers, or of arrays [L]
+      for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
+      that it is added to, which is looked up there and stored nowhere. None for
+      no limits.
 
   Raises:
     ValueError: for an unknown generator.
@@ -68,6 +46,7 @@ class Directions:
   _: dataclasses.KW_ONLY
   mask: Any = None
   stacked: Any = None
+  limits: Any = None
 
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
   dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
@@ -77,6 +56,14 @@ class Directions:
       raise ValueError(f'generator must be one of {_noise.GENERATORS}, got '
                        f'{self.generator!r}.')
 
+  def keys(self, key: jax.Array, count, n: int) -> jax.Array:
+    """The keys [n] of the directions of step number ``count`` of a run."""
+    return _noise.step_keys(key, count, n)
+
+  def of_columns(self, keys: jax.Array) -> jax.Array | None:
+    """Keys [n] that columns are drawn with, where it is not with these."""
+    return None
+
   def draw(self, bits: jax.Array) -> jax.Array:
     """float32 draws of mean 0 and variance 1 from uint32 words."""
     raise NotImplementedError
@@ -85,15 +72,22 @@ class Directions:
     """Whether z has a part for a leaf of this dtype."""
     return _paths.is_floating(leaf)
 
-  def of_leaf(self, stream: _noise.Stream, coefs, shape) -> 'Draws':
-    """The draws of a leaf of this shape."""
-    del shape
+  def of_leaf(self, stream: _noise.Stream, coefs, shape,
+              columns: _noise.Stream | None = None) -> 'Draws':
+    """The draws of a leaf of this shape; ``columns`` is its stream of the keys
+    `of_columns`."""
+    del shape, columns
     return Draws((stream,), coefs, self.bare())
 
   def z(self, streams, j, like: jax.Array) -> jax.Array:
     """Direction j of the streams of a block, in a shape that broadcasts to
     that of ``like``."""
     return self.draw(_noise.words(streams[0], j, like, self.generator))
+
+  def at_once(self, coefs: jax.Array) -> Callable | None:
+    """``(streams, coefs, start, like) -> start + sum``, a way to add all terms
+    that costs a TPU less than one after the other; None where there is none."""
+    return None
 
   def plain(self, params, keys) -> tuple['Directions', Displacement]:
     """z(key_j) of keys [n] as the terms of a displacement, in directions whose
@@ -107,7 +101,7 @@ class Directions:
 
   def bare(self) -> 'Directions':
     """Without what is said of leaves: hashable, and the same for each."""
-    return dataclasses.replace(self, mask=None, stacked=None)
+    return dataclasses.replace(self, mask=None, stacked=None, limits=None)
 
 
 class Normal(Directions):
@@ -140,7 +134,8 @@ class Sphere(Directions):
   """
 
   def plain(self, params, keys):
-    normal = Normal(self.generator, mask=self.mask, stacked=self.stacked)
+    normal = Normal(self.generator, mask=self.mask, stacked=self.stacked,
+                    limits=self.limits)
     def factor(key):
       length, size = norm(params, key, normal)
       return jnp.sqrt(jnp.float32(size)) / length
@@ -188,189 +183,3 @@ def _polynomial(coefs, x):
   for c in coefs[-2::-1]:
     total = total * x + np.float32(c)
   return total
-
-
-# --- of leaves --------------------------------------------------------------
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=('streams', 'coefs'), meta_fields=('directions',))
-@dataclasses.dataclass(frozen=True)
-class Draws:
-  """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
-
-  A view (rows by index, a run, a transpose, a reshape) is of the same draws:
-  see `mezo_jax._streams`. The methods that make one return None where they
-  cannot.
-  """
-
-  # Of a block: of its elements; or of its rows and its columns.
-  streams: tuple[_noise.Stream, ...]
-  coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
-  directions: Directions  # bare
-
-  @property
-  def there(self) -> jax.Array | None:
-    """Where z is not 0; None for everywhere."""
-    return self.streams[0].there
-
-  def add(self, w: jax.Array) -> jax.Array:
-    """``w + sum`` in float32 (float64 for float64 weights)."""
-    return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
-
-  def built(self, like: jax.Array) -> jax.Array:
-    """``sum`` in float32, in the shape of ``like``."""
-    return jnp.broadcast_to(self._sum(None, like), like.shape)
-
-  def _sum(self, start, like):
-    def term(j):
-      return self.coefs[j] * self.directions.z(self.streams, j, like)
-    n, first = self.coefs.shape[0], 0 if start is not None else 1
-    total = term(0) if start is None else start
-    if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
-      for j in range(first, n):
-        total = total + term(j)
-    else:
-      total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
-    if self.there is None:
-      return total
-    return jnp.where(self.there, total, 0 if start is None else start)
-
-  def on(self, move) -> 'Draws | None':
-    """With each stream moved, if it can be."""
-    streams = tuple(map(move, self.streams))
-    if any(s is None for s in streams):
-      return None
-    return dataclasses.replace(self, streams=streams)
-
-  def take(self, axis, index):
-    return self.on(lambda s: _streams.take(s, axis, index))
-
-  def window(self, starts, sizes, steps):
-    return self.on(lambda s: _streams.window(s, starts, sizes, steps))
-
-  def transpose(self, order):
-    return self.on(lambda s: _streams.transpose(s, order))
-
-  def reshape(self, old, new):
-    return self.on(lambda s: _streams.reshape(s, old, new))
-
-  def where(self, there):
-    """Zero elsewhere."""
-    if self.there is not None:
-      there = there & self.there
-    first, *rest = self.streams
-    return dataclasses.replace(self, streams=(
-        dataclasses.replace(first, there=there), *rest))
-
-  def rows(self, length):
-    """Of each entry of the first axis: ``along, of_row``, a list of arrays to
-    scan over, and a function from those of one entry to its draws."""
-    arrays, tree = jax.tree.flatten(self.on(
-        lambda s: _streams.spread(s, 0, length)).streams)
-    varies = [a.shape[0] == length for a in arrays]
-    shared = [a[0] for a, v in zip(arrays, varies) if not v]
-
-    def of_row(along):
-      along, rest = iter(along), iter(shared)
-      streams = jax.tree.unflatten(
-          tree, [next(along if v else rest) for v in varies])
-      return dataclasses.replace(self, streams=tuple(
-          dataclasses.replace(s, strides=s.strides[1:]) for s in streams))
-
-    return [a for a, v in zip(arrays, varies) if v], of_row
-
-  def keys(self) -> list:
-    return [s.keys for s in self.streams]
-
-  def tied(self, keys) -> 'Draws':
-    """With the same keys, as the compiler is to see them."""
-    return dataclasses.replace(self, streams=tuple(
-        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
-
-  def lies(self) -> list[int]:
-    """The block's axes in the order in which the leaf has them."""
-    steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
-    return sorted(range(len(steps)), key=lambda a: (
-        any(steps[a]), *(-step for step in steps[a])))
-
-  def is_stack(self) -> bool:
-    """Whether a leaf has a key for each entry of its first axis."""
-    keys = self.streams[0].keys
-    return keys.ndim > 2 and keys.shape[0] > 1
-
-
-def stack(several: list[Draws]) -> Draws:
-  """The draws of blocks of one shape as those of one, with a new first axis."""
-  streams, coefs = jax.tree.map(
-      lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
-  streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
-                  for s in streams)
-  axes = len(streams[0].strides) - 1
-  return dataclasses.replace(
-      several[0], streams=streams,
-      coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
-
-
-def of_leaves(params, displacement: Displacement, directions: Directions
-              ) -> list[tuple[str, Any, Draws | None]]:
-  """Paths, leaves and their draws; None where z is 0.
-
-  Raises:
-    ValueError: for what is no displacement, or a mask that does not fit.
-  """
-  keys, coefs = _arrays(displacement)
-  directions, z = directions.plain(params, keys)
-  keys, coefs = z.times(coefs)
-  leaves = _paths.named_leaves(params)
-  used = jax.tree.leaves(directions.selected(params))
-  stacks = _paths.stacked(params, directions.stacked)
-  streams = _streams.of_leaves(keys, {
-      path: (jnp.shape(x), is_stack)
-      for (path, x), use, is_stack in zip(leaves, used, stacks)
-      if use is not False})
-
-  def draws(path, x, use):
-    if use is False:
-      return None
-    c = coefs
-    if isinstance(c, OrderedDict):
-      c = c[_paths.group_of(path, c)]
-    out = directions.of_leaf(streams[path], c, jnp.shape(x))
-    return out if use is True else out.where(use)
-
-  return [(path, x, draws(path, x, use))
-          for (path, x), use in zip(leaves, used)]
-
-
-def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
-  """Keys and coefficients [n]."""
-  if not isinstance(displacement, Displacement):
-    raise ValueError(
-        'a displacement must be a mezo_jax.Displacement(keys, coefs), got a '
-        f'{type(displacement).__name__}.')
-  if type(displacement.coefs) is dict:
-    raise ValueError('coefs of groups must be a collections.OrderedDict: their '
-                     'order counts, and JAX sorts the keys of a dict.')
-  keys = _noise.as_keys(displacement.keys)
-  coefs = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32).reshape(-1),
-                       displacement.coefs)
-  sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
-  if not keys.shape[0] or sizes != {keys.shape[0]}:
-    raise ValueError(
-        f'a displacement needs at least one key and a coefficient for each, '
-        f'got {keys.shape[0]} and {sorted(sizes)}.')
-  return keys, coefs
-
-
-def norm(params, key: jax.Array, directions: Directions
-         ) -> tuple[jax.Array, int]:
-  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
-  squares, size = [], 0
-  for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
-    if draws is not None:
-      squares.append(jnp.sum(jnp.square(draws.built(jnp.asarray(x)))))
-      there = draws.there
-      size += jnp.size(x) if there is None else jnp.sum(there)
-  return jnp.sqrt(sum(squares)), size

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _paths, _values, sharding
-from mezo_jax._directions import Directions, Displacement
+from mezo_jax._directions import Directions
+from mezo_jax._displacement import Displacement
 from mezo_jax._lowrank import LowRank
 from mezo_jax._perturb import perturbed
 
@@ -71,7 +72,7 @@ def estimate(
     value_fn: Callable, params, z: Displacement, eps, directions: Directions,
     *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
     micro_batches: int = 1, equal_parts: bool = False,
-    batch: Mapping | None = None,
+    batch: Mapping | None = None, around: Displacement | None = None,
 ) -> jax.Array:
   r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
 
@@ -92,6 +93,8 @@ def estimate(
       with 'rows' it must divide n.
     equal_parts: whether scalars of parts are averaged as they are.
     batch: keyword arguments of ``value_fn``.
+    around: a displacement of these directions from ``params`` to
+      :math:`\theta`; None for none.
 
   Returns:
     float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
@@ -106,14 +109,24 @@ def estimate(
   check_over(over)
   if over != 'scan':
     _check_room(params, directions, z.keys.shape[0] * len(signs))
-  at = lambda displacement, part: perturbed(value_fn, directions)(
-      params, displacement.times(eps), **part)
+  n = z.keys.shape[0]
+  if around is not None and (  # all points' alike: made once
+      over == 'rows' or over == 'batch' and n > 1):
+    value_fn = _displaced(value_fn, around, directions)
+    around = None
+
+  def at(z, part):
+    point = z.times(eps)
+    if around is not None:  # one sum, so no second pass of anything
+      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
+    return perturbed(value_fn, directions)(params, point, **part)
+
   batch = dict(batch or {})
   if over == 'rows':
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
 
-  moved, n = np.array([s for s in signs if s], np.float32), z.keys.shape[0]
+  moved = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
   if 0 in signs:
@@ -121,11 +134,21 @@ def estimate(
                           jnp.append(points.coefs, 0.0))
   loss_at = lambda point: _values.mean_over_parts(
       lambda part: at(point, part), batch, micro_batches, equal_parts)
-  losses = (jax.vmap(loss_at)(points) if over == 'batch'
-            else lax.map(loss_at, points))
+  if over == 'batch' and n == 1:  # signs of one direction share its factors
+    losses = jax.vmap(lambda c: loss_at(Displacement(z.keys, c[None])))(
+        points.coefs)
+  else:
+    losses = (jax.vmap(loss_at)(points) if over == 'batch'
+              else lax.map(loss_at, points))
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
+
+
+def _displaced(value_fn: Callable, by: Displacement,
+               directions: Directions) -> Callable:
+  return lambda params, **kwargs: perturbed(value_fn, directions)(
+      params, by, **kwargs)
 
 
 def _losses_of_rows(at, z, signs, parts, equal_parts, batch):

@@ -25,7 +25,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mezo_jax import _compiler
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
 SMALL = 2**16  # elements; below, a weight is built wherever that is

@@ -27,9 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _compiler, _noise, _streams
-from mezo_jax._directions import Directions, Draws, Rademacher
+from mezo_jax._directions import Directions, Rademacher
+from mezo_jax._displacement import Draws
 
 _WORD = 32
+_WINDOWS = np.uint32(0x56565656)  # tells keys of windows from those of steps
+_MANY = 3  # terms, of which a TPU adds more sooner by a matrix product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +48,8 @@ class LowRank(Directions):
   directions.
 
   Attributes:
-    rank: r. Which rank learns as well as a full one is not measured yet; LOZO
-      reports that rank 2 with fresh factors at every step does not.
+    rank: r. Of one layer, ranks 4 and 16 learned as well for each forward as
+      full normal draws, 1 and 2 less (benchmarks/README.md, 8 seeds).
     generator, mask, stacked: see `Directions`.
 
   Raises:
@@ -64,7 +67,7 @@ class LowRank(Directions):
       raise ValueError(f'rank must be an integer of at least 1, got '
                        f'{self.rank!r}.')
 
-  def of_leaf(self, stream, coefs, shape):
+  def of_leaf(self, stream, coefs, shape, columns=None):
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
     layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
@@ -77,10 +80,11 @@ class LowRank(Directions):
         words * math.prod(shape[a + 1:last])
         if first <= a < last and shape[a] > 1 else 0
         for a in range(len(shape)))
-    of = lambda lo, strides: _noise.Stream(stream.keys, lo, strides)
-    rows = of(zero, strides(layers, cut))
-    columns = of(zero + np.uint32(words * math.prod(shape[layers:cut])),
-                 strides(cut, len(shape)))
+    rows = _noise.Stream(stream.keys, zero, strides(layers, cut))
+    columns = _noise.Stream(
+        (columns or stream).keys,
+        zero + np.uint32(words * math.prod(shape[layers:cut])),
+        strides(cut, len(shape)))
     return Draws((rows, columns), coefs / np.float32(math.sqrt(self.rank)),
                  self.bare())
 
@@ -92,7 +96,7 @@ class LowRank(Directions):
 
   def z(self, streams, j, like):
     """Times the root of the rank, which is in the coefficients."""
-    parts = [min(_WORD, self.rank - at) for at in range(0, self.rank, _WORD)]
+    parts = [*map(len, self._bits(1))]
     def words(streams, j):
       return [[_noise.words(_streams.moved(s, i), j, like, self.generator)
                & np.uint32(2**bits - 1) for s in streams]
@@ -102,13 +106,44 @@ class LowRank(Directions):
                 for rows, columns in _compiler.made_first(words, streams, j))
     return (self.rank - 2 * apart).astype(jnp.float32)
 
-  def factor(self, stream: _noise.Stream, shape, dtype) -> jax.Array:
+  def at_once(self, coefs):
+    if coefs.ndim > 1 or len(coefs) < _MANY:
+      return None
+    return self._by_product
+
+  def _by_product(self, streams, coefs, start, like):
+    """The same sum by a matrix product, of which adding it to weights and
+    rounding them is the end to a TPU: one pass, whatever n is. Coefficients are
+    two bfloat16 each, 16 bits, beside factors that are exact."""
+    axes = [counted(s, like.shape) for s in streams]
+    u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
+    high = coefs.astype(jnp.bfloat16)
+    low = (coefs - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    of = np.concatenate([np.repeat((0, 1), len(b) // 2) for b in self._bits(2)])
+    u = u * jnp.stack([high, low], -1)[:, of]
+    n, r = like.ndim, like.ndim + 1  # names of axes that are none of like's
+    there = sorted({*axes[0], *axes[1]})
+    total = jnp.einsum(
+        u, [*axes[0], n, r], v, [*axes[1], n, r], there,
+        preferred_element_type=jnp.float32)
+    total = total.reshape([m if a in there else 1
+                           for a, m in enumerate(like.shape)])
+    return total if start is None else start + total
+
+  def _bits(self, times: int) -> list[np.ndarray]:
+    """Those of each word that are signs, so many times."""
+    return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
+                    times) for at in range(0, self.rank, _WORD)]
+
+  def factor(self, stream: _noise.Stream, shape, dtype,
+             times: int = 1) -> jax.Array:
     """U or V of a block, of all n directions: 1 and -1, [*axes, n, rank].
 
     Args:
       stream: of its rows or its columns.
       shape: of the block; axes that the stream does not count are left out.
       dtype: of the result.
+      times: repeat the rank's columns, those of each word together.
     """
     axes, n = counted(stream, shape), stream.keys.shape[-2]
     kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
@@ -116,13 +151,58 @@ class LowRank(Directions):
                           (*stream.strides, 0))
     like = jnp.zeros((*kept, n))
     bits = []
-    for word in range(-(-self.rank // _WORD)):
+    for word, few in enumerate(self._bits(times)):
       words = _noise.words(_streams.moved(every, word), 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
-      few = np.arange(min(_WORD, self.rank - word * _WORD), dtype=np.uint32)
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
-    return signs.reshape(*(shape[a] for a in axes), n, self.rank).astype(dtype)
+    return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLowRank(LowRank):
+  r"""`LowRank` with the same V for some steps on end, and a new U each step.
+
+  .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
+
+  All steps of a window together change a matrix by one of rank r. What is drawn
+  whole is drawn anew each step. Of the two words of a direction's key one is
+  the step's and one the window's, from which alone V comes: z is a function of
+  its key as every other.
+
+  Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
+  without the root, which learning rates there make up for.
+
+  Attributes:
+    every: :math:`\nu`, steps.
+    rank, generator, mask, stacked, limits: see `LowRank`.
+
+  Raises:
+    ValueError: as `LowRank`; for ``every`` below 1.
+  """
+
+  _: dataclasses.KW_ONLY
+  every: int = 50
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.every, int) or self.every < 1:
+      raise ValueError('every must be an integer of at least 1, got '
+                       f'{self.every!r}.')
+
+  def keys(self, key, count, n):
+    step = jax.random.key_data(_noise.step_keys(key, count, n))
+    window = jax.random.key_data(_noise.step_keys(
+        jax.random.fold_in(key, _WINDOWS), count // self.every, n))
+    return self._typed(step[:, 0], window[:, 1])
+
+  def of_columns(self, keys):
+    words = jax.random.key_data(keys)[:, 1]
+    return self._typed(jnp.full_like(words, _WINDOWS), words)
+
+  def _typed(self, first, second):
+    return jax.random.wrap_key_data(
+        jnp.stack([first, second], -1), impl='threefry2x32')
 
 
 def counted(stream: _noise.Stream, shape) -> list[int]:

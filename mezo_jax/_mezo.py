@@ -15,7 +15,7 @@ import optax
 from mezo_jax import _paths
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
-from mezo_jax._pending import pending
+from mezo_jax._pending import pending, sgd
 from mezo_jax._rounding import round_stochastically, to_nearest
 from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import as_directions, spsa
@@ -102,30 +102,37 @@ def mezo(
     >>> params = optax.apply_updates(params, updates)
   """
   directions = as_directions(directions)
-
-  def used(params):
-    return jax.tree.map(lambda m: m is not False, directions.selected(params))
-
-  def decayed(params):
-    chosen = (_paths.decayed(params, directions.stacked) if decay is None else
-              jax.tree.unflatten(jax.tree.structure(params),
-                                 _paths.resolved(params, decay)))
-    return jax.tree.map(lambda a, b: bool(a and b), used(params), chosen)
-
-  round_ = (round_stochastically(key, used) if stochastic_rounding
-            else to_nearest())
   estimate = spsa(
       eps, key=key, directions=directions, combine=combine,
       num_samples=num_samples, over=over, micro_batches=micro_batches,
       equal_parts=equal_parts, dtype=jnp.float32)
   if fold_every is not None and _check_fold(
       fold_every, learning_rate, eps, weight_decay) > 1:
-    return pending(estimate, fold_every, learning_rate, directions, round_)
+    return pending(estimate, fold_every, directions,
+                   sgd(learning_rate),
+                   rounding(key, directions, stochastic_rounding))
+  return descent(estimate, learning_rate, key=key, directions=directions,
+                 weight_decay=weight_decay, decay=decay,
+                 stochastic_rounding=stochastic_rounding)
+
+
+def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
+            directions: Directions, weight_decay=0.0, decay=None,
+            stochastic_rounding: bool = True
+            ) -> optax.GradientTransformationExtraArgs:
+  """What `mezo` does with an estimate, for the estimates of its relatives."""
+  def decayed(params):
+    chosen = (_paths.decayed(params, directions.stacked) if decay is None else
+              jax.tree.unflatten(jax.tree.structure(params),
+                                 _paths.resolved(params, decay)))
+    return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
+                        chosen)
+
   tx = skip_not_finite(optax.chain(
       estimate,
       optax.add_decayed_weights(weight_decay, decayed),
       by_group(optax.scale_by_learning_rate, learning_rate),
-      round_))
+      rounding(key, directions, stochastic_rounding)))
 
   def init_fn(params):
     if not isinstance(weight_decay, jax.core.Tracer) and weight_decay != 0:
@@ -137,6 +144,18 @@ def mezo(
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def rounding(key, directions: Directions, stochastic: bool
+             ) -> optax.GradientTransformation:
+  """The last link: updates in the dtypes of the parameters."""
+  if not stochastic:
+    return to_nearest()
+  return round_stochastically(key, lambda params: _used(params, directions))
+
+
+def _used(params, directions: Directions):
+  return jax.tree.map(lambda m: m is not False, directions.selected(params))
 
 
 def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:

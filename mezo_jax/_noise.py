@@ -41,7 +41,7 @@ _U32 = jnp.uint32
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('keys', 'lo', 'hi', 'there'), meta_fields=('strides',))
+    data_fields=('keys', 'lo', 'hi', 'there', 'most'), meta_fields=('strides',))
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """Where the draws of a block lie: an affine view into those of a leaf.
@@ -58,6 +58,7 @@ class Stream:
   strides: tuple[int, ...]  # below 2**32
   hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
   there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
+  most: jax.Array | None = None  # [*axes]: z is 0 where |w| is more
 
 
 # --- keys -------------------------------------------------------------------

@@ -8,7 +8,6 @@ touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
-import functools
 from typing import NamedTuple
 
 import jax
@@ -16,9 +15,10 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, sharding
-from mezo_jax._directions import Directions, Displacement
-from mezo_jax._perturb import direction, perturbed, zeros
+from mezo_jax import sharding
+from mezo_jax._directions import Directions
+from mezo_jax._displacement import Displacement
+from mezo_jax._perturb import direction, zeros
 from mezo_jax._spsa import SpsaState
 
 
@@ -29,12 +29,38 @@ class PendingState(NamedTuple):
   pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
 
 
+class Rule(NamedTuple):
+  """From projected gradients to the coefficients of what is pending.
+
+  Attributes:
+    fn: ``(pending [k, n], slot, g [n], value, count, *memory) -> pending,
+      *memory``, with the step's own coefficients in row ``slot``, its number
+      modulo k. Of a g that is not finite nothing is kept: the row is 0.
+    init: ``n -> memory``, of n directions; None for no memory.
+    missed: ``(slot, memory) -> memory``, when that step was skipped; with None
+      for a slot, when all was added out of turn.
+  """
+
+  fn: Callable
+  init: Callable | None = None
+  missed: Callable = lambda slot, memory: memory
+
+
+def sgd(learning_rate: float | optax.Schedule) -> Rule:
+  r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
+  def fn(pending, slot, g, value, count):
+    del value
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    return pending.at[slot].set(-rate * g / g.shape[0]),
+  return Rule(fn)
+
+
 def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
-            learning_rate: float | optax.Schedule, directions: Directions,
+            directions: Directions, rule: Rule,
             finish: optax.GradientTransformation
             ) -> optax.GradientTransformationExtraArgs:
-  r"""SGD on an estimate of `mezo_jax.spsa`, whose updates are zero but for each
-  ``every``-th, which is the sum of as many:
+  r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
+  each ``every``-th, which is the sum of as many; with `sgd`
 
   .. math::
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
@@ -47,39 +73,42 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   Args:
     estimate: from `mezo_jax.spsa`, with these directions.
     every: k.
-    learning_rate: a number or a schedule of the steps that were not skipped.
     directions: what z is.
+    rule: what is pending; its count is of the steps that were not skipped.
     finish: of float32 updates, such as `mezo_jax.round_stochastically`.
   """
   def init_fn(params):
     state = estimate.init(params)
     n = state.projected_grad.shape[0]
-    return sharding.beside((state, PendingState(
-        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32)),
-                            finish.init(params)), params)
+    ring = PendingState(
+        jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32))
+    memory = () if rule.init is None else (rule.init(n),)
+    return sharding.beside(
+        (state, ring, finish.init(params), *memory), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
                 flush=False, **extra_args):
-    spsa_state, ring, rest = state
+    spsa_state, ring, rest, *memory = state
     if flush:
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
-      return added, (spsa_state, _emptied(ring), rest)
+      return added, (
+          spsa_state, _emptied(ring), rest,
+          *(rule.missed(None, m) for m in memory))
 
-    if value_fn is not None:
-      so_far = displacement(spsa_state, ring, spsa_state.count)
-      value_fn = _at(value_fn, directions, so_far)
     _, after = estimate.update(  # what it gives is not used, nor made
-        updates, spsa_state, params, value_fn=value_fn, **extra_args)
+        updates, spsa_state, params, value_fn=value_fn,
+        around=displacement(spsa_state, ring, directions, spsa_state.count),
+        **extra_args)
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
-    rate = learning_rate(ring.count) if callable(learning_rate) else (
-        learning_rate)
-    coefs = jnp.where(finite, -rate * g / g.shape[0], 0.0)
     slot = spsa_state.count % every
-    ring = PendingState(
-        jnp.where(finite, optax.safe_increment(ring.count), ring.count),
-        ring.pending.at[slot].set(coefs))
+    coefs, *new = rule.fn(
+        ring.pending, slot, g, after.value, ring.count, *memory)
+    new = PendingState(optax.safe_increment(ring.count), coefs), new
+    ring, memory = jax.tree.map(
+        lambda x, old: jnp.where(finite, x, old), new,
+        (ring, [rule.missed(slot, m) for m in memory]))
 
     def add(ring, rest):
       added, rest = _sum(params, after, ring, directions, finish, rest,
@@ -92,7 +121,7 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     else:
       out = (add if fold else wait)(ring, rest)
     added, ring, rest = out
-    return added, (after, ring, rest)
+    return added, (after, ring, rest, *memory)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -105,29 +134,21 @@ def is_due(state) -> jax.Array:
   return parts[SpsaState].count % every == every - 1
 
 
-def displacement(state: SpsaState, ring: PendingState, count) -> Displacement:
+def displacement(state: SpsaState, ring: PendingState, directions: Directions,
+                 count) -> Displacement:
   """What is pending at step number ``count``, as terms of [k * n] keys."""
   every, n = ring.pending.shape
   first = count - count % every
-  keys = jax.vmap(lambda t: _noise.step_keys(state.key, t, n))(
+  keys = jax.vmap(lambda t: directions.keys(state.key, t, n))(
       first + jnp.arange(every))
   return Displacement(keys.reshape(-1), ring.pending.reshape(-1))
 
 
 def _sum(params, state, ring, directions, finish, rest, count):
-  added = direction(params, displacement(state, ring, count), directions,
-                    dtype=jnp.float32)
+  added = direction(params, displacement(state, ring, directions, count),
+                    directions, dtype=jnp.float32)
   return finish.update(added, rest, params)
 
 
 def _emptied(ring: PendingState) -> PendingState:
   return ring._replace(pending=jnp.zeros_like(ring.pending))
-
-
-def _at(value_fn: Callable, directions: Directions,
-        so_far: Displacement) -> Callable:
-  """The same function at parameters that are so displaced."""
-  @functools.wraps(value_fn)  # its names of arguments are looked at
-  def displaced(params, *args, **kwargs):
-    return perturbed(value_fn, directions)(params, so_far, *args, **kwargs)
-  return displaced

@@ -24,13 +24,8 @@ import numpy as np
 
 from mezo_jax import _products  # noqa: F401  its rule is registered
 from mezo_jax._control import evaluate
-from mezo_jax._directions import (
-  Directions,
-  Displacement,
-  Normal,
-  of_leaves,
-  stack,
-)
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement, of_leaves, stack
 from mezo_jax._lazy import Block, Context, SMALL
 
 
@@ -152,8 +147,15 @@ def direction(params, displacement: Displacement,
   Raises:
     ValueError: as for `displace`.
   """
+  return mapped(lambda w, draws: draws.built(w), params, displacement,
+                directions, dtype=dtype)
+
+
+def mapped(fn: Callable, params, displacement: Displacement,
+           directions: Directions, *, dtype=None):
+  """``fn(w, draws)`` of the leaves that have a z, zeros of the others."""
   return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
-      lambda w, draws: draws.built(w).astype(dtype or w.dtype),
+      lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
       _blocks(params, displacement, directions),
       lambda x: zeros(x) if dtype is None else jnp.zeros(jnp.shape(x), dtype)))
 

@@ -37,7 +37,7 @@ def _factors(eqn, ins, at) -> tuple | None:
   axes (of W) of both; None if z has none, or W must be built."""
   w, x = ins[at], ins[1 - at]
   draws = w.draws
-  if (len(draws.streams) < 2 or draws.there is not None or
+  if (len(draws.streams) < 2 or not draws.is_everywhere or
       draws.coefs.ndim > 1 or in_sharded_types(w.w) or
       not jnp.issubdtype(x.dtype, jnp.floating)):
     return None

@@ -22,18 +22,14 @@ import numpy as np
 import optax
 
 from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import (
-  Directions,
-  Normal,
-  Rademacher,
-  Sphere,
-)
+from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
 from mezo_jax._estimate import check_over, Combine, estimate, two_sided
-from mezo_jax._lowrank import LowRank
+from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._perturb import direction
 
-KINDS = {'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
-         'low_rank': LowRank}  # the names that a config has for them
+KINDS = {  # the names that a config has for them
+    'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
+    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank}
 
 
 class SpsaState(NamedTuple):
@@ -121,6 +117,9 @@ def spsa(
     same update without the evaluations: replay, directions of other hosts,
     losses computed elsewhere. One that is not finite is a skipped step.
 
+    ``around=``, a `Displacement` whose z are those of ``directions``, takes the
+    losses at params that are so displaced; the updates are what they were.
+
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
       updates of an earlier transform, params with `optax.MaskedNode` holes, a
@@ -168,16 +167,18 @@ def spsa(
         total_notfinite=jnp.zeros([], jnp.int32)), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, **extra_args):
+                projected_grad=None, around=None, **extra_args):
     _check_update(updates, params, value_fn, projected_grad)
-    keys = _noise.step_keys(state.key, state.count, num_samples)
+    keys = directions.keys(state.key, state.count, num_samples)
     kind, z = directions.plain(params, keys)
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
+      if around is not None:
+        around = directions.plain(params, around.keys)[1].times(around.coefs)
       losses = estimate(  # of θ ± εz
           value_fn, params, z, epsilon, kind, signs=combine.signs, over=over,
-          micro_batches=micro_batches, equal_parts=equal_parts,
+          micro_batches=micro_batches, equal_parts=equal_parts, around=around,
           batch=_values.accepted(value_fn, extra_args))
       value, g = combine.fn(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)

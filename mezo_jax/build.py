@@ -22,6 +22,7 @@ from mezo_jax import (
   quickstart,
   sharding,
   skip_not_finite,
+  variants,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
@@ -85,7 +86,7 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   params, frozen = trainable_lib.split(config, params)
   loss_fn = score.make_loss_fn(
       model, splits.train, config.task, config_lib.objective(config), tokenizer)
-  tx = make_optimizer(config)
+  tx = make_optimizer(config, params)
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
                init_state(tx, params, mesh))
 
@@ -254,9 +255,10 @@ def _is_abstract(params) -> bool:
 # --- optimizer --------------------------------------------------------------
 
 
-def make_optimizer(
-    config: config_lib.Train) -> optax.GradientTransformationExtraArgs:
-  """The optax transform that a config describes."""
+def make_optimizer(config: config_lib.Train, params=None
+                   ) -> optax.GradientTransformationExtraArgs:
+  """The optax transform that a config describes; a method may want the
+  parameters before training, or their shapes."""
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
   if o.groups:
@@ -273,6 +275,8 @@ def make_optimizer(
                          optax.sgd(rate))
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
+  if methods.method_of(config).variant:
+    return relative(config, rates, eps, params)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
@@ -281,10 +285,48 @@ def make_optimizer(
       micro_batches=o.micro_batches, fold_every=z.fold_every)
 
 
+def relative(config: config_lib.Train, rate, eps, params
+             ) -> optax.GradientTransformationExtraArgs:
+  """The transform of one of `mezo_jax.variants`."""
+  name, v, z = config.method, config.variant, config.spsa
+  make = getattr(variants, name)
+  more = dict(key=jax.random.key(config.seed), directions=directions(config),
+              num_samples=z.num_samples, over=z.over,
+              stochastic_rounding=z.stochastic_rounding)
+  if name == 'svrg':
+    return make(rate, eps, every=v.every, anneal=v.anneal,
+                anneal_every=v.anneal_every, rows=config.data.batch_size,
+                anchor_learning_rate=schedule(config, v.anchor_learning_rate),
+                **more)
+  more |= dict(micro_batches=config.optimizer.micro_batches,
+               weight_decay=config.optimizer.weight_decay, decay=_paths.decayed)
+  match name:
+    case 'forward_grad':
+      del more['over']
+      return make(rate, **more)
+    case 'one_point':
+      del more['num_samples']
+    case 'momentum_by_history':
+      more |= dict(beta=v.b1, window=v.window, combine=COMBINES[z.combine])
+    case 'adam_by_history':
+      more |= dict(b1=v.b1, b2=v.b2, window=v.window,
+                   combine=COMBINES[z.combine])
+    case 'sparse_mezo':
+      more |= dict(limits=variants.smallest(params, v.share),
+                   combine=COMBINES[z.combine])
+    case 'scalar_adam':
+      more |= dict(b2=v.b2, combine=COMBINES[z.combine])
+    case 'conservative':
+      more |= dict(combine=COMBINES[z.combine])
+  return make(rate, eps, **more)
+
+
 def directions(config: config_lib.Train) -> Directions:
   """What z is."""
   z = config.spsa
-  more = dict(rank=z.rank) if z.distribution == 'low_rank' else {}
+  more = dict(rank=z.rank) if 'low_rank' in z.distribution else {}
+  if 'lazy' in z.distribution:
+    more['every'] = z.lazy_every
   return KINDS[z.distribution](z.generator, **more)
 
 

@@ -64,13 +64,30 @@ class Spsa:
   # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
   # 'scan': one after the other.
   over: str = 'scan'
-  distribution: str = 'normal'  # of z; or 'rademacher', 'sphere', 'low_rank'
-  rank: int = 16  # of low_rank
+  # Of z; or 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank' (LOZO's).
+  distribution: str = 'normal'
+  rank: int = 16  # of low_rank and lazy_low_rank
+  lazy_every: int = 50  # steps that lazy_low_rank's columns are the same for
   generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
   # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # of half-precision weights
   fold_every: int = 1  # steps; until then updates are evaluated, not added
+
+
+@dataclasses.dataclass
+class Variant:
+  """Of MeZO's relatives; each says in `mezo_jax.variants` what they are."""
+
+  every: int = 2  # svrg: steps from anchor to anchor
+  anchor_learning_rate: float = 1e-3  # svrg: of an anchor's step
+  anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
+  anneal: float = 1.0  # svrg: what rates are divided by if losses rise
+  anneal_every: int = 100  # svrg: steps from look to look
+  window: int = 8  # ..._by_history: steps that are remembered
+  b1: float = 0.9  # ..._by_history: weight of the step before
+  b2: float = 0.99  # adam_by_history, scalar_adam: of its square
+  share: float = 0.25  # sparse_mezo: of weights, the smallest, to train
 
 
 @dataclasses.dataclass
@@ -109,9 +126,12 @@ class Mesh:
 class Train:
   """Everything that `train.py` needs to know."""
 
-  # 'mezo'; the baselines 'zero_shot', 'icl' (demonstrations in the prompt),
-  # 'linear_probe', 'finetune' (backpropagation) and 'head_only' (the same, of
-  # the head alone); 'lp_mezo', MeZO from the linear probe on.
+  # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
+  # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
+  # 'forward_grad' (docs/relatives.md); the baselines 'zero_shot', 'icl'
+  # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation)
+  # and 'head_only' (the same, of the head alone); 'lp_mezo', MeZO from the
+  # linear probe on.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
   # of (predictions, examples) to be maximised; '' for the task's own.
@@ -123,6 +143,7 @@ class Train:
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
+  variant: Variant = dataclasses.field(default_factory=Variant)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
@@ -141,7 +162,8 @@ class Train:
   max_skipped: int = 10  # steps in a row with a loss that is not finite
 
 
-DISTRIBUTIONS = ('normal', 'rademacher', 'sphere', 'low_rank')
+DISTRIBUTIONS = (
+    'normal', 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank')
 GENERATORS = ('hash32', 'threefry2x32')
 OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')
@@ -211,6 +233,7 @@ def check(config: Train) -> None:
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
+      (z.lazy_every >= 1, 'spsa.lazy_every must be at least 1'),
       (z.fold_every == 1 or z.fold_every > 1 and not o.groups
        and not o.weight_decay,
        'spsa.fold_every must be at least 1, and above it needs '

@@ -289,6 +289,13 @@ def batches(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
     number, at = number + 1, 0
 
 
+def spread(lengths: np.ndarray, buckets: tuple[int, ...],
+           rows: int) -> tuple[int, np.ndarray]:
+  """One batch of rows evenly from all: (its bucket, their indices)."""
+  index = np.arange(rows) * len(lengths) // rows
+  return bucket_of(int(np.max(lengths[index])), buckets), index
+
+
 def used_lengths(lengths: np.ndarray, buckets: tuple[int, ...]) -> list[int]:
   """The buckets that rows of these lengths fall into."""
   return sorted({bucket_of(n, buckets) for n in lengths})

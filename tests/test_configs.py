@@ -14,14 +14,14 @@ OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
     'quickstart': ['', 'whole'], 'opt_f1': [None],
-    'opt': (*OPT, 'sst2,lora', 'squad,prefix'),
+    'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo'),
     'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')
                 for k in (16, 512) for s in (13, 21, 42, 87, 100)] + [
                     'trec,16,13,lora', 'mnli,512,100,prefix'],
     'quickstart_suite': ('seed1/mezo', 'seed0/whole', 'seed0/adam'),
-    'glue': ('mnli', 'qnli', 'sst2', 'cola'),
+    'glue': ('mnli', 'qnli', 'sst2', 'cola', 'mnli,svrg'),
     'cpu_suite': ('sst2/mezo', 'squad/mezo_metric', 'boolq/icl')}
 
 

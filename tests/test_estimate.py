@@ -50,6 +50,27 @@ def test_in_one_pass_as_one_after_the_other(tiny, kind, signs):
   np.testing.assert_allclose(by_rows, want, rtol=2e-6)
 
 
+@pytest.mark.parametrize('kind,over', [
+    (LowRank(rank=4), 'scan'), (LowRank(rank=4), 'batch'),
+    (LowRank(rank=4), 'rows'), (mezo_jax.Sphere(mask='attn'), 'scan')],
+                         ids=lambda k: k if isinstance(k, str) else
+                         type(k).__name__)
+def test_around_a_displacement(tiny, kind, over):
+  """Nine terms of another step: as of built weights."""
+  value_fn, params, batch = tiny
+  at = Displacement(_noise.step_keys(KEY, 1, 9), jnp.linspace(-1e-2, 2e-2, 9))
+  tx = mezo_jax.spsa(1e-2, key=KEY, directions=kind, over=over)
+  def losses(params, around=None):
+    state = tx.update(
+        None, tx.init(params), params, batch=batch, around=around,
+        value_fn=lambda params, batch: value_fn(params, **batch))[1]
+    return state.value, state.projected_grad
+  got = helpers.quick_jit(losses)(params, at)
+  want = helpers.quick_jit(losses)(mezo_jax.displace(params, at, kind))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+  np.testing.assert_allclose(got[1], want[1], atol=1e-3)
+
+
 @pytest.mark.parametrize('n', [2, 8])
 @pytest.mark.parametrize('over', ['batch', 'rows'])
 def test_a_mesh_changes_nothing(tiny, over, n):

@@ -16,7 +16,7 @@ import pytest
 
 import mezo_jax
 from mezo_jax import _streams
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 
 KEY = jax.random.key(4)
 STEP = mezo_jax.Displacement(KEY, 0.05)

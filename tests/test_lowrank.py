@@ -1,5 +1,6 @@
 """Directions of low rank: what they are, and that they build no weights."""
 
+import dataclasses
 import warnings
 
 import helpers
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _streams, Displacement, LowRank
+from mezo_jax import _streams, Displacement, LazyLowRank, LowRank
 
 KEY = jax.random.key(5)
 
@@ -63,6 +64,21 @@ def test_it_is_the_product_of_its_factors(path, shape, rank):
   want = np.einsum('...inr,...jnr,n->...ij', flat(u), flat(v),
                    [1.0, 2.0]) / np.sqrt(rank)
   np.testing.assert_allclose(got, want.reshape(shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('rank', [4, 40])
+@pytest.mark.parametrize('path,shape', [
+    ('w', (160, 150)), ('layers/w', (3, 150, 10, 16)), ('w', (150, 1, 160))])
+def test_a_tpu_adds_the_same(path, shape, rank):
+  """By a product with coefficients of 16 bits, which keep them to 1e-5."""
+  d = draws(shape, rank, path, n=5)
+  coefs = jnp.array([1e-6, -3.1415926e-6, 1.5e-6, 0.0, 7.7e-7])
+  for start in (None, jax.random.normal(KEY, shape) * 1e-5):
+    got, want = helpers.quick_jit(lambda coefs, start: (
+        d.directions.at_once(coefs)(d.streams, coefs, start, jnp.zeros(shape)),
+        dataclasses.replace(d, coefs=coefs)._by_terms(
+            start, jnp.zeros(shape))))(coefs, start)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
 
 
 def test_what_is_small_is_drawn_whole():
@@ -209,3 +225,46 @@ def test_options_are_checked():
   with pytest.raises(ValueError, match='rank must be an integer of at least 1'):
     LowRank(rank=0)
   assert LowRank() == LowRank(rank=16) != LowRank(rank=8)
+
+
+# --- lazy columns -----------------------------------------------------------
+
+
+def test_steps_of_a_window_share_their_columns_alone():
+  """Of matrices, stacked ones too; a bias is drawn anew each step."""
+  lazy = LazyLowRank(rank=2, every=3)
+  params = {'layers': {'w': jnp.zeros((2, 20, 12))}, 'bias': jnp.zeros(64)}
+  @jax.jit
+  def z(t):
+    return mezo_jax.direction(params, Displacement(
+        lazy.keys(KEY, t, 2), jnp.array([1.0, 0.5])), lazy)
+  steps = [jax.tree.map(np.asarray, z(t)) for t in range(6)]
+  matrices = [s['layers']['w'].astype(np.float64) for s in steps]
+  rank = lambda *some: [
+      np.linalg.matrix_rank(np.concatenate([m[l] for m in some]), tol=1e-4)
+      for l in range(2)]
+  assert rank(*matrices[:3]) == rank(*matrices[3:]) == [4, 4]  # two directions
+  assert rank(*matrices) == [8, 8]
+  assert rank(*(m.swapaxes(1, 2) for m in matrices[:2])) == [8, 8]
+  for a in range(6):
+    for b in range(a):
+      assert np.mean(steps[a]['bias'] == steps[b]['bias']) < 0.8
+
+
+def test_lazy_directions_are_unbiased_within_their_window():
+  r"""Given V, over 20,000 U: :math:`E[zz^\top] = I \otimes VV^\top / r`."""
+  shape, n = (4, 5), 20_000
+  lazy = LazyLowRank(rank=2, every=n)
+  keys = jax.vmap(lambda t: lazy.keys(KEY, t, 1)[0])(jnp.arange(n))
+  one = lambda key: mezo_jax.direction(
+      {'w': jnp.zeros(shape)}, Displacement(key, 1.0), lazy)['w'].ravel()
+  z = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
+  second = z.T @ z / n
+  blocks = second.reshape(4, 5, 4, 5)
+  of_row = blocks[0, :, 0]
+  assert np.linalg.matrix_rank(of_row, tol=0.1) <= 2
+  assert np.trace(of_row) == pytest.approx(5, abs=0.1)
+  for i in range(4):
+    for j in range(4):
+      np.testing.assert_allclose(
+          blocks[i, :, j], of_row * (i == j), atol=5 * 2 / np.sqrt(n))

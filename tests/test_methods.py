@@ -3,13 +3,15 @@
 import json
 
 import conftest
+import helpers
 import jax
 import numpy as np
 import pytest
-from runs import changed, small_config, train_losses
+from runs import changed, saved, small_config, train_losses
 
+from mezo_jax import checkpoint, methods, models, peft
 from mezo_jax import config as config_lib
-from mezo_jax import methods, models, peft
+from mezo_jax.errors import InputError, Stopped
 from mezo_jax.export import export
 from mezo_jax.tasks import Task
 import train
@@ -139,6 +141,7 @@ def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
 
 
 def test_the_documentation_names_them_all():
+  relatives = {name for name, m in methods.METHODS.items() if m.variant}
   for file, title, table in (
       ('tasks.md', '| `method` | |', methods.METHODS),
       ('peft.md', '| `--config.peft.method=` |', methods.PARTS)):
@@ -146,4 +149,60 @@ def test_the_documentation_names_them_all():
     rows = text.split('\n\n')[0].splitlines()[2:]
     names = [row.split('|')[1].strip(' `').replace('(empty)', '')
              for row in rows]
-    assert names == [*table]
+    assert names == [name for name in table if name not in relatives]
+  text = (conftest.ROOT / 'docs' / 'relatives.md').read_text()
+  rows = text.split('| name |')[1].split('\n\n')[0].splitlines()[2:]
+  assert {row.split('|')[1].strip(' `') for row in rows} == relatives | {'mezo'}
+
+
+# --- MeZO's relatives -------------------------------------------------------
+
+
+@pytest.mark.parametrize('method,changes,forwards', [
+    ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
+    ('momentum_by_history', dict(variant__window=3), 6 * 2),
+    ('adam_by_history', dict(variant__window=2, spsa__num_samples=2), 6 * 4),
+    ('scalar_adam', dict(spsa__combine='one_sided'), 6 * 2),
+    ('sign', dict(), 6 * 2), ('one_point', dict(), 6),
+    ('conservative', dict(optimizer__micro_batches=2), 6 * 5),
+    ('forward_grad', dict(optimizer__weight_decay=0.1), 6 * 2)])
+def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
+                         forwards):
+  config = small_config(
+      tiny_dir, reviews_file, method=method, zero_shot=False, eval_every=6,
+      spsa__distribution='rademacher', optimizer__learning_rate=1e-4, **changes)
+  result = train.run(config, tmp_path)
+  assert result['forwards'] == forwards
+  assert moved(tiny_dir, tmp_path)
+
+
+def test_svrg_runs_and_resumes_between_anchors(
+    tiny_dir, reviews_file, tmp_path, monkeypatch):
+  """Anchors of 32 of the 40 rows, at steps 1 and 5."""
+  config = small_config(
+      tiny_dir, reviews_file, method='svrg', steps=8, eval_every=4,
+      zero_shot=False, spsa__distribution='rademacher',
+      variant__every=4, variant__anchor_rows=35,
+      optimizer__learning_rate=1e-3)
+  result = train.run(config, tmp_path / 'a')
+  assert result['forwards'] == 2 * (2 * 4 + 3 * 4)
+  with monkeypatch.context() as m, pytest.raises(Stopped, match='step 6'):
+    m.setattr(checkpoint, 'preemption', lambda: lambda step: step == 6)
+    train.run(config, tmp_path / 'b')
+  train.run(config, tmp_path / 'b')
+  helpers.assert_bitwise(saved(tmp_path / 'a')[1], saved(tmp_path / 'b')[1])
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(method='svrg', steps=7, variant__every=2), 'multiples of'),
+    (dict(method='svrg', eval_every=2, variant__anchor_rows=4), 'anchor_rows'),
+    (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
+     'weight_decay of 0'),
+    (dict(method='adam_by_history', spsa__fold_every=2), 'fold_every'),
+    (dict(method='momentum_by_history', variant__window=0), 'window'),
+    (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
+    (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
+    (dict(method='forward_grad', objective='accuracy'), 'no derivative')])
+def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
+  with pytest.raises(InputError, match=message):
+    config_lib.check(small_config(tiny_dir, reviews_file, **changes))

@@ -20,7 +20,7 @@ from mezo_jax import (
   Normal,
   Rademacher,
 )
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 
 KEY = jax.random.key(11)
 BOTH = [kind(g) for g in _noise.GENERATORS for kind in (Normal, Rademacher)]

@@ -15,8 +15,9 @@ import mezo_jax
 
 def test_the_mathematics_needs_jax_and_optax_only():
   """They serve Linen, NNX, Equinox and Haiku alike."""
-  code = ('import sys, mezo_jax; print([m for m in ("flax", "transformers", '
-          '"orbax", "datasets", "ml_collections") if m in sys.modules])')
+  code = ('import sys, mezo_jax.variants; print([m for m in ("flax", '
+          '"transformers", "orbax", "datasets", "ml_collections") '
+          'if m in sys.modules])')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True,
                         text=True, cwd=conftest.ROOT)
   assert done.stdout.strip() == '[]', done.stdout + done.stderr
@@ -25,6 +26,8 @@ def test_the_mathematics_needs_jax_and_optax_only():
 def test_public_names():
   assert all(hasattr(mezo_jax, name) for name in mezo_jax.__all__)
   assert mezo_jax.models.load
+  variants = mezo_jax.variants
+  assert all(hasattr(variants, name) for name in variants.__all__)
   with pytest.raises(AttributeError):
     mezo_jax.nothing  # noqa: B018
 

@@ -12,7 +12,7 @@ import pytest
 
 import mezo_jax
 from mezo_jax import _noise, _paths
-from mezo_jax._directions import Draws
+from mezo_jax._displacement import Draws
 
 PAIR = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
 STEP = mezo_jax.Displacement(jax.random.key(4), 0.05)

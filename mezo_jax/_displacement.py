@@ -1,0 +1,282 @@
+r"""Σ c·z(key) as a pytree, and each leaf's share of it: `Draws`.
+
+`Draws` are one leaf's share of a displacement, or a view of it, to be added to
+weights where they are used. What z is, their `Directions` say.
+"""
+
+from collections import OrderedDict
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from mezo_jax import _noise, _paths, _streams
+
+_U32 = jnp.uint32
+_AT_ONCE = 2**20  # elements of terms that are made at once
+
+
+class Displacement(NamedTuple):
+  r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
+
+  It is never stored: a pytree of two arrays, to be scanned, joined, kept or
+  sent. A single key and number are n = 1.
+  """
+
+  keys: jax.Array  # typed keys [n]
+  # float32 [n]; or {regular expression: [n]}, by the first that is found in a
+  # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
+  coefs: jax.Array | OrderedDict
+
+  def times(self, factors) -> 'Displacement':
+    """With each term multiplied by a factor [n], or an OrderedDict of them."""
+    return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
+
+  def joined(self, other: 'Displacement') -> 'Displacement':
+    """The sum of both."""
+    return jax.tree.map(lambda a, b: jnp.concatenate(
+        [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
+
+  def after(self, value: jax.Array) -> 'Displacement':
+    """With keys that depend on ``value`` for the compiler: it would otherwise
+    find the same z in what came before and keep it, as large as the model."""
+    words = jax.random.key_data(self.keys)
+    words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
+    return self._replace(keys=jax.random.wrap_key_data(
+        words, impl=jax.random.key_impl(self.keys)))
+
+
+# --- of leaves --------------------------------------------------------------
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('streams', 'coefs'), meta_fields=('directions',))
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
+
+  A view (rows by index, a run, a transpose, a reshape) is of the same draws:
+  see `mezo_jax._streams`. The methods that make one return None where they
+  cannot.
+  """
+
+  # Of a block: of its elements; or of its rows and its columns.
+  streams: tuple[_noise.Stream, ...]
+  coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
+  directions: Any  # `Directions`, bare
+
+  @property
+  def is_everywhere(self) -> bool:
+    """Whether no element of z is 0 by what is said of it."""
+    return self.streams[0].there is None and self.streams[0].most is None
+
+  def nonzero(self, w: jax.Array) -> jax.Array | None:
+    """Where z is not 0 beside weights w; None for everywhere."""
+    there, most = self.streams[0].there, self.streams[0].most
+    if most is None:
+      return there
+    small = jnp.abs(w) <= most.astype(w.dtype)
+    return small if there is None else there & small
+
+  def add(self, w: jax.Array) -> jax.Array:
+    """``w + sum`` in float32 (float64 for float64 weights)."""
+    return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
+
+  def built(self, like: jax.Array) -> jax.Array:
+    """``sum`` in float32, in the shape of ``like``."""
+    return jnp.broadcast_to(self._sum(None, like), like.shape)
+
+  def _sum(self, start, like):
+    plain = lambda self, start, like: self._by_terms(start, like)
+    at_once = self.directions.at_once(self.coefs)
+    total = plain(self, start, like) if at_once is None else (
+        lax.platform_dependent(self, start, like, default=plain,
+                               tpu=lambda self, start, like: at_once(
+                                   self.streams, self.coefs, start, like)))
+    nonzero = self.nonzero(like)
+    if nonzero is None:
+      return total
+    return jnp.where(nonzero, total, 0 if start is None else start)
+
+  def term(self, j, like):
+    """``coefs[j] * z_j`` in float32."""
+    return self.coefs[j] * self.directions.z(self.streams, j, like)
+
+  def _by_terms(self, start, like):
+    term = lambda j: self.term(j, like)
+    n, first = self.coefs.shape[0], 0 if start is not None else 1
+    total = term(0) if start is None else start
+    if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
+      for j in range(first, n):
+        total = total + term(j)
+    elif n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
+      terms = jnp.sum(jax.vmap(term)(jnp.arange(first, n)), 0)
+      total = total + terms
+    else:
+      total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
+    return total
+
+  def on(self, move) -> 'Draws | None':
+    """With each stream moved, if it can be."""
+    streams = tuple(map(move, self.streams))
+    if any(s is None for s in streams):
+      return None
+    return dataclasses.replace(self, streams=streams)
+
+  def take(self, axis, index):
+    return self.on(lambda s: _streams.take(s, axis, index))
+
+  def window(self, starts, sizes, steps):
+    return self.on(lambda s: _streams.window(s, starts, sizes, steps))
+
+  def transpose(self, order):
+    return self.on(lambda s: _streams.transpose(s, order))
+
+  def reshape(self, old, new):
+    return self.on(lambda s: _streams.reshape(s, old, new))
+
+  def where(self, there) -> 'Draws':
+    """Zero elsewhere."""
+    if self.streams[0].there is not None:
+      there = there & self.streams[0].there
+    return self._first(there=there)
+
+  def below(self, most) -> 'Draws':
+    """Zero where \\|w\\| is more."""
+    return self._first(most=most)
+
+  def _first(self, **changes):
+    first, *rest = self.streams
+    return dataclasses.replace(self, streams=(
+        dataclasses.replace(first, **changes), *rest))
+
+  def rows(self, length):
+    """Of each entry of the first axis: ``along, of_row``, a list of arrays to
+    scan over, and a function from those of one entry to its draws."""
+    arrays, tree = jax.tree.flatten(self.on(
+        lambda s: _streams.spread(s, 0, length)).streams)
+    varies = [a.shape[0] == length for a in arrays]
+    shared = [a[0] for a, v in zip(arrays, varies) if not v]
+
+    def of_row(along):
+      along, rest = iter(along), iter(shared)
+      streams = jax.tree.unflatten(
+          tree, [next(along if v else rest) for v in varies])
+      return dataclasses.replace(self, streams=tuple(
+          dataclasses.replace(s, strides=s.strides[1:]) for s in streams))
+
+    return [a for a, v in zip(arrays, varies) if v], of_row
+
+  def keys(self) -> list:
+    return [s.keys for s in self.streams]
+
+  def tied(self, keys) -> 'Draws':
+    """With the same keys, as the compiler is to see them."""
+    return dataclasses.replace(self, streams=tuple(
+        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
+
+  def lies(self) -> list[int]:
+    """The block's axes in the order in which the leaf has them."""
+    steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
+    return sorted(range(len(steps)), key=lambda a: (
+        any(steps[a]), *(-step for step in steps[a])))
+
+  def is_stack(self) -> bool:
+    """Whether a leaf has a key for each entry of its first axis."""
+    keys = self.streams[0].keys
+    return keys.ndim > 2 and keys.shape[0] > 1
+
+
+def stack(several: list[Draws]) -> Draws:
+  """The draws of blocks of one shape as those of one, with a new first axis."""
+  streams, coefs = jax.tree.map(
+      lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
+  streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
+                  for s in streams)
+  axes = len(streams[0].strides) - 1
+  return dataclasses.replace(
+      several[0], streams=streams,
+      coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
+
+
+def of_leaves(params, displacement: Displacement, directions
+              ) -> list[tuple[str, Any, Draws | None]]:
+  """Paths, leaves and their draws; None where z is 0.
+
+  Raises:
+    ValueError: for what is no displacement, or a mask that does not fit.
+  """
+  keys, coefs = _arrays(displacement)
+  directions, z = directions.plain(params, keys)
+  keys, coefs = z.times(coefs)
+  leaves = _paths.named_leaves(params)
+  used = jax.tree.leaves(directions.selected(params))
+  stacks = _paths.stacked(params, directions.stacked)
+  shapes = {path: (jnp.shape(x), is_stack) for (path, x), use, is_stack in zip(
+      leaves, used, stacks) if use is not False}
+  streams = _streams.of_leaves(keys, shapes)
+  others = directions.of_columns(keys)
+  columns = {} if others is None else _streams.of_leaves(others, shapes)
+
+  limits = directions.limits
+  if limits is None or isinstance(limits, (int, float)):
+    limits = [limits] * len(leaves)
+  else:
+    limits = jax.tree.leaves(limits)
+  if len(limits) != len(leaves):
+    raise ValueError(f'limits are of {len(limits)} leaves, and the params have '
+                     f'{len(leaves)}.')
+
+  def draws(path, x, use, limit):
+    if use is False:
+      return None
+    c = coefs
+    if isinstance(c, OrderedDict):
+      c = c[_paths.group_of(path, c)]
+    out = directions.of_leaf(
+        streams[path], c, jnp.shape(x), columns.get(path))
+    if use is not True:
+      out = out.where(use)
+    if limit is not None:
+      limit = jnp.asarray(limit)
+      out = out.below(limit.reshape(
+          limit.shape + (1,) * (jnp.ndim(x) - limit.ndim)))
+    return out
+
+  return [(path, x, draws(path, x, use, limit))
+          for (path, x), use, limit in zip(leaves, used, limits)]
+
+
+def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
+  """Keys and coefficients [n]."""
+  if not isinstance(displacement, Displacement):
+    raise ValueError(
+        'a displacement must be a mezo_jax.Displacement(keys, coefs), got a '
+        f'{type(displacement).__name__}.')
+  if type(displacement.coefs) is dict:
+    raise ValueError('coefs of groups must be a collections.OrderedDict: their '
+                     'order counts, and JAX sorts the keys of a dict.')
+  keys = _noise.as_keys(displacement.keys)
+  coefs = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32).reshape(-1),
+                       displacement.coefs)
+  sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
+  if not keys.shape[0] or sizes != {keys.shape[0]}:
+    raise ValueError(
+        f'a displacement needs at least one key and a coefficient for each, '
+        f'got {keys.shape[0]} and {sorted(sizes)}.')
+  return keys, coefs
+
+
+def norm(params, key: jax.Array, directions) -> tuple[jax.Array, int]:
+  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
+  squares, size = [], 0
+  for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
+    if draws is not None:
+      squares.append(jnp.sum(jnp.square(draws.built(jnp.asarray(x)))))
+      there = draws.nonzero(jnp.asarray(x))
+      size += jnp.size(x) if there is None else jnp.sum(there)
+  return jnp.sqrt(sum(squares)), size

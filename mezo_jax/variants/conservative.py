@@ -1,0 +1,67 @@
+r"""ZO-SGD-Cons: a step is made only if the batch's loss says that it helps."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import _values
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._mezo import descent
+from mezo_jax._perturb import perturbed
+from mezo_jax._spsa import as_directions, spsa
+from mezo_jax.variants._told import told
+
+
+def conservative(
+    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
+    *, key: jax.Array | int, directions: Directions | str = Normal(),
+    num_samples: int | None = None, micro_batches: int | None = None,
+    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
+    stochastic_rounding: bool = True, **options
+) -> optax.GradientTransformationExtraArgs:
+  r"""MeZO that takes the best of three points for its step.
+
+  .. math:: \theta \leftarrow \arg\min_{\theta' \in \{\theta, \theta - \eta
+            \hat g, \theta + \eta \hat g\}} \mathcal{L}(\theta'; \mathcal{B}),
+            \qquad \hat g = \frac{1}{n} \sum_j g_j z_j
+
+  (ZO-Bench, Zhang et al., 2024, arXiv:2402.11592.) 2n + 3 evaluations. The
+  three are of displaced weights, so nothing is tried on the weights themselves.
+  Weight decay, if any, is added to what was chosen. Options are those of
+  `mezo_jax.mezo`; the state has :math:`g_j` of the chosen point: 0, or negated.
+  """
+  directions = as_directions(directions)
+  n = 1 if num_samples is None else num_samples
+  estimate = spsa(
+      eps, key=key, directions=directions, num_samples=n,
+      micro_batches=micro_batches, equal_parts=equal_parts, **options)
+
+  def make(state, memory, params, given):
+    del memory
+    seen = estimate.update(None, state, params, **given)[1]
+    value_fn = given.pop('value_fn')
+    batch = _values.accepted(value_fn, given)
+    made = state.count - state.total_notfinite  # what a schedule counts
+    rate = learning_rate(made) if callable(learning_rate) else learning_rate
+    kind, z = directions.plain(params, directions.keys(
+        state.key, state.count, n))
+    z = z.after(seen.value)
+
+    def loss(sign):
+      point = z.times(sign * rate * seen.projected_grad / n)
+      return _values.mean_over_parts(
+          lambda part: perturbed(value_fn, kind)(params, point, **part),
+          batch, micro_batches or 1, equal_parts)
+    signs = jnp.array([0.0, -1.0, 1.0])  # the first of equals
+    losses = lax.map(loss, signs)
+    best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+    # A g that is not finite is a skipped step, whatever the others are.
+    return seen.value, jnp.where(
+        jnp.isfinite(seen.projected_grad), -signs[best], 1.0
+    ) * seen.projected_grad
+
+  return descent(
+      told(estimate, make), learning_rate, key=key, directions=directions,
+      weight_decay=weight_decay, decay=decay,
+      stochastic_rounding=stochastic_rounding)
