@@ -48,8 +48,9 @@ class LowRank(Directions):
   directions.
 
   Attributes:
-    rank: r. Of one layer, ranks 4 and 16 learned as well for each forward as
-      full normal draws, 1 and 2 less (benchmarks/README.md, 8 seeds).
+    rank: r. For each forward ranks 4 and 16 learned as well as full normal
+      draws on one task and slightly less on another, 1 and 2 less; for each
+      second all but 1 learned more (benchmarks/README.md, 8 seeds).
     generator, mask, stacked: see `Directions`.
 
   Raises:
