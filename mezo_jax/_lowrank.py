@@ -49,8 +49,8 @@ class LowRank(Directions):
 
   Attributes:
     rank: r. For each forward ranks 4 and 16 learned as well as full normal
-      draws on one task and slightly less on another, 1 and 2 less; for each
-      second all but 1 learned more (benchmarks/README.md, 8 seeds).
+      draws on one task and slightly less on another, 1 and 2 less on one; for
+      each second 4 and 16 learned more on both (benchmarks/README.md, 8 seeds).
     generator, mask, stacked: see `Directions`.
 
   Raises:
