@@ -255,10 +255,10 @@ def _is_abstract(params) -> bool:
 # --- optimizer --------------------------------------------------------------
 
 
-def make_optimizer(config: config_lib.Train, params=None
+def make_optimizer(config: config_lib.Train, params
                    ) -> optax.GradientTransformationExtraArgs:
-  """The optax transform that a config describes; a method may want the
-  parameters before training, or their shapes."""
+  """The optax transform that a config describes, for these parameters before
+  training, or their shapes."""
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
   if o.groups:
@@ -300,6 +300,8 @@ def relative(config: config_lib.Train, rate, eps, params
                 **more)
   more |= dict(micro_batches=config.optimizer.micro_batches,
                weight_decay=config.optimizer.weight_decay, decay=_paths.decayed)
+  if name not in ('forward_grad', 'one_point', 'sign'):  # have their own
+    more['combine'] = COMBINES[z.combine]
   match name:
     case 'forward_grad':
       del more['over']
@@ -307,17 +309,13 @@ def relative(config: config_lib.Train, rate, eps, params
     case 'one_point':
       del more['num_samples']
     case 'momentum_by_history':
-      more |= dict(beta=v.b1, window=v.window, combine=COMBINES[z.combine])
+      more |= dict(beta=v.b1, window=v.window)
     case 'adam_by_history':
-      more |= dict(b1=v.b1, b2=v.b2, window=v.window,
-                   combine=COMBINES[z.combine])
+      more |= dict(b1=v.b1, b2=v.b2, window=v.window)
     case 'sparse_mezo':
-      more |= dict(limits=variants.smallest(params, v.share),
-                   combine=COMBINES[z.combine])
+      more['limits'] = variants.smallest(params, v.share)
     case 'scalar_adam':
-      more |= dict(b2=v.b2, combine=COMBINES[z.combine])
-    case 'conservative':
-      more |= dict(combine=COMBINES[z.combine])
+      more['b2'] = v.b2
   return make(rate, eps, **more)
 
 

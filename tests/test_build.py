@@ -19,7 +19,7 @@ def test_a_group_for_all_others_comes_last():
   config = config_lib.Train()
   config.optimizer.groups = (('', 1e-2, 1e-1), ('b', 1e-3, 1e-2))
   params = {'a': np.ones(1, np.float32), 'b': np.ones(1, np.float32)}
-  tx = build.make_optimizer(config)
+  tx = build.make_optimizer(config, params)
   updates, state = tx.update(None, tx.init(params), params,
                              value_fn=lambda p: (p['a'] + p['b']).sum())
   z = mezo_jax.direction(params, mezo_jax.Displacement(

@@ -248,17 +248,52 @@ def test_svrg_stays_where_the_mean_gradient_is_zero():
 
 
 def test_svrg_varies_less_near_its_anchor():
-  """Of 400 keys: the difference's spread is that of the distance."""
-  step_of = lambda t, at: np.array([two_sided(
-      at, z_of(t, j), batch_of(t)) for j in range(2)])
-  anchor = flat(START)
-  near = anchor + 1e-3 * z_of(999)
-  own, difference = [], []
-  for t in range(200):
-    here, there = step_of(t, near), step_of(t, anchor)
-    own.append(here)
-    difference.append(here - there)
-  assert np.var(difference) < 1e-3 * np.var(own)
+  """Along the same keys and batches, 40 of them, after a short step."""
+  spread = {}
+  for name, tx in (
+      ('mezo', mezo_jax.mezo(1e-5, EPS, key=KEY)),
+      ('svrg', variants.svrg(1e-5, EPS, key=KEY, every=41,
+                             anchor_learning_rate=1e-2))):
+    step = make_step(tx, value_fn)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
+    state, seen = tx.init(params), []
+    for t in range(41):
+      params, state, metrics = step(params, state, batch_of(t))
+      seen.append(float(metrics['projected_grad'][0]))
+    spread[name] = np.std(seen[1:])
+  assert 0 < spread['svrg'] < 0.1 * spread['mezo']
+
+
+def test_svrg_refuses_a_batch_that_its_rows_do_not_part():
+  tx = variants.svrg(RATE, EPS, key=KEY, rows=3)
+  with pytest.raises(ValueError, match='no equal parts of 3'):
+    tx.update(None, tx.init(START), START, value_fn=value_fn, batch=batch_of(0))
+
+
+@pytest.mark.parametrize('name', ['forward_grad', 'conservative'])
+def test_half_precision_updates_are_rounded_once(name):
+  """After the learning rate, not before it as well."""
+  tx = getattr(variants, name)(3e-3, key=KEY, stochastic_rounding=False)
+  w = jnp.ones((40, 40), jnp.bfloat16)
+  updates, state = jax.jit(lambda w: tx.update(
+      None, tx.init(w), w, value_fn=lambda w: jnp.sum(
+          w.astype(jnp.float32) ** 2)))(w)
+  g = optax.tree.get(state, 'projected_grad')
+  z = mezo_jax.direction(jnp.zeros(w.shape), Displacement(
+      _noise.direction_key(KEY, 0), 1.0))
+  assert g[0] != 0
+  want = (-3e-3 * (g[0] * z)).astype(jnp.bfloat16)
+  assert np.mean(np.asarray(updates != want)) < 2e-3  # last bits of float32
+
+
+def test_one_point_of_a_loss_of_zero():
+  """Is a step like any other, not a skipped one."""
+  tx = variants.one_point(1e-3, EPS, key=KEY)
+  step = make_step(tx, lambda w, batch: batch * jnp.sum(w))
+  w, state = jnp.ones(3), tx.init(jnp.ones(3))
+  for scale in (1.0, 0.0, 1.0):
+    w, state, metrics = step(w, state, jnp.float32(scale))
+    assert metrics['skipped'] == 0
 
 
 def test_svrg_flushed_out_of_turn_moves_nothing_before_its_next_anchor():

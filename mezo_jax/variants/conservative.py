@@ -35,7 +35,8 @@ def conservative(
   n = 1 if num_samples is None else num_samples
   estimate = spsa(
       eps, key=key, directions=directions, num_samples=n,
-      micro_batches=micro_batches, equal_parts=equal_parts, **options)
+      micro_batches=micro_batches, equal_parts=equal_parts,
+      dtype=jnp.float32, **options)
 
   def make(state, memory, params, given):
     del memory

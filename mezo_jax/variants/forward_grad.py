@@ -42,7 +42,7 @@ def forward_grad(
   directions = as_directions(directions)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(1.0, key=key, directions=directions, num_samples=n,
-                  micro_batches=micro_batches)
+                  micro_batches=micro_batches, dtype=jnp.float32)
 
   def make(state, memory, params, given):
     del memory

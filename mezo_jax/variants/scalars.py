@@ -62,7 +62,8 @@ def scalar_adam(
     **options: of `mezo_jax.spsa`.
   """
   directions = as_directions(directions)
-  estimate = spsa(eps, key=key, directions=directions, **options)
+  estimate = spsa(eps, key=key, directions=directions, dtype=jnp.float32,
+                  **options)
 
   def init_fn(params):
     return sharding.beside(Remembering(
@@ -105,15 +106,15 @@ def one_point(
   """
   directions = as_directions(directions)
   alone = Combine((1.0,), lambda losses, eps: (
-      losses[0, 0], losses[:, 0] / eps))
-  estimate = spsa(eps, key=key, directions=directions, combine=alone, **options)
+      losses[0, 0], jnp.ones(1) / eps))  # for the difference, which is not here
+  estimate = spsa(eps, key=key, directions=directions, combine=alone,
+                  num_samples=1, dtype=jnp.float32, **options)
 
   def make(state, last, params, given):
     seen = estimate.update(None, state, params, **given)[1]
-    scale = seen.projected_grad / seen.value  # 1 / eps
     return seen.value, jnp.where(
         jnp.isnan(last) & jnp.isfinite(seen.value), 0.0,
-        (seen.value - last) * scale)
+        (seen.value - last) * seen.projected_grad)
 
   return descent(
       told(estimate, make, init=lambda state: jnp.float32(jnp.nan),

@@ -149,9 +149,9 @@ def _annealed(memory: SvrgMemory, value, by: float, every: int) -> SvrgMemory:
 
 def _parts(batch: dict, rows: int | None) -> int | None:
   sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
-  if rows is None or len(sizes) != 1 or max(sizes) <= rows:
+  if rows is None or max(sizes, default=0) <= rows:
     return None
-  size, = sizes
-  if size % rows:
-    raise ValueError(f'a batch of {size} rows has no equal parts of {rows}.')
-  return size // rows
+  if len(sizes) > 1 or max(sizes) % rows:
+    raise ValueError(f'a batch of {sorted(sizes)} rows has no equal parts of '
+                     f'{rows}.')
+  return max(sizes) // rows
