@@ -52,9 +52,8 @@ def step_of(loss_fn, params, noise):
 # --- the original's step, in PyTorch ----------------------------------------
 
 
-def torch_model(config, params):
-  """Hugging Face's model of the same weights."""
-  import torch
+def torch_shaped(config):
+  """Hugging Face's model of this shape, with weights of its own."""
   from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -63,18 +62,23 @@ def torch_model(config, params):
   )
   c = config
   if c.family == 'opt':
-    model = OPTForCausalLM(OPTConfig(
+    return OPTForCausalLM(OPTConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, ffn_dim=c.ff_width,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
         word_embed_proj_dim=c.width, max_position_embeddings=c.max_length,
         dropout=0.0))
-  else:
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width,
-        intermediate_size=c.ff_width, num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_width, rope_theta=c.rope.theta,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head))
+  return LlamaForCausalLM(LlamaConfig(
+      vocab_size=c.vocab_size, hidden_size=c.width,
+      intermediate_size=c.ff_width, num_hidden_layers=c.num_layers,
+      num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+      head_dim=c.head_width, rope_theta=c.rope.theta,
+      rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head))
+
+
+def torch_model(config, params):
+  """Hugging Face's model of the same weights."""
+  import torch
+  c, model = config, torch_shaped(config)
   named = dict(model.named_parameters())
   for row in models.FAMILIES[c.family].table(c):
     leaf = functools.reduce(lambda t, k: t[k], row.path.split('/'), params)
@@ -88,9 +92,10 @@ def torch_model(config, params):
 def torch_step(model, ids, kind, keep=0):
   """(a MeZO step, two forwards), with the logits of ``keep`` positions."""
   import torch
-  ids = torch.tensor(np.asarray(ids)).long()
-  words = torch.tensor(harness.LABEL_WORDS)
   parameters = list(model.parameters())
+  place = dict(device=parameters[0].device)
+  ids = torch.tensor(np.asarray(ids), **place).long()
+  words = torch.tensor(harness.LABEL_WORDS, **place)
 
   def loss():
     if kind == 'LM':
@@ -101,7 +106,7 @@ def torch_step(model, ids, kind, keep=0):
   def move(seed, scale):
     torch.manual_seed(seed)
     for p in parameters:
-      z = torch.normal(mean=0, std=1, size=p.size(), dtype=p.dtype)
+      z = torch.normal(mean=0, std=1, size=p.size(), dtype=p.dtype, **place)
       p.data.add_(z, alpha=scale)
 
   @torch.no_grad()

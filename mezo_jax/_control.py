@@ -65,8 +65,7 @@ def _custom_vjp(eqn, ins, context):
 
 def _scan(eqn, ins, context):
   """Stacked weights among ``xs`` become one layer and its key per iteration."""
-  p, body = eqn.params, eqn.params['jaxpr'].jaxpr
-  n, m = p['num_consts'], p['num_consts'] + p['num_carry']
+  body, (n, m) = eqn.params['jaxpr'].jaxpr, _starts(eqn.params)
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
     if isinstance(x, Lazy) and n <= i < m or (
@@ -85,6 +84,15 @@ def _scan(eqn, ins, context):
   return context.consume(run, _Loop(eqn, whole), ins)
 
 
+def _starts(params) -> tuple[int, int]:
+  """Where a scan's carry and its ``xs`` begin among its operands."""
+  if 'ft_in' in params:  # from jax 0.11 on
+    consts, carry, _ = map(len, params['ft_in'].unpack())
+  else:
+    consts, carry = params['num_consts'], params['num_carry']
+  return consts, consts + carry
+
+
 class _Loop(Operation):
   """A loop that is a function apart, by which of its weights are built."""
 
@@ -95,7 +103,7 @@ class _Loop(Operation):
 
 def _scan_layers(eqn, ins, context):
   p, body = eqn.params, eqn.params['jaxpr']
-  n, m, length = p['num_consts'], p['num_consts'] + p['num_carry'], p['length']
+  (n, m), length = _starts(p), p['length']
   xs, of_row = [], []
   for x in ins[m:]:
     rows, remake = _rows(x, length) if isinstance(x, Block) else (x, None)
@@ -234,8 +242,9 @@ def _eqn_by_parts(eqn, i: int) -> bool:
   if name in ('slice', 'dynamic_slice'):
     return i == 0
   if name == 'scan':
-    if i >= p['num_consts']:
-      return i >= p['num_consts'] + p['num_carry']
+    consts, carried = _starts(p)
+    if i >= consts:
+      return i >= carried
     return _by_parts(p['jaxpr'].jaxpr, p['jaxpr'].jaxpr.invars[i])
   if name == 'while':
     n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
