@@ -231,8 +231,9 @@ def of_leaves(params, displacement: Displacement, directions
   leaves = _paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = _paths.stacked(params, directions.stacked)
-  shapes = {path: (_paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
-      leaves, used, stacks) if use is not False}
+  shapes = {
+      path: (_paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
+          leaves, used, stacks) if use is not False}
   streams = _streams.of_leaves(keys, shapes)
   others = directions.of_columns(keys)
   columns = {} if others is None else _streams.of_leaves(others, shapes)

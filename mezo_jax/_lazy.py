@@ -25,7 +25,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mezo_jax import _compiler
-from mezo_jax._codes import Codes, is_codes
+from mezo_jax._codes import Codes
 from mezo_jax._displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it

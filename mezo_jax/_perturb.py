@@ -22,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _paths, _streams
-from mezo_jax import _products  # noqa: F401  its rule is registered
+from mezo_jax import (
+  _paths,
+  _products,  # noqa: F401  its rule is registered
+  _streams,
+)
 from mezo_jax._codes import is_codes
 from mezo_jax._control import evaluate
 from mezo_jax._directions import Directions, Normal, Rademacher

@@ -56,8 +56,9 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
       raise ValueError('round_stochastically needs params: tx.update(updates, '
                        'state, params).')
     used = _paths.resolved(params, mask)
-    half = {path: (_paths.shape_of(p), is_stack) for (path, p), use, is_stack in zip(
-        _paths.named_leaves(params), used, _paths.stacked(params))
+    half = {path: (_paths.shape_of(p), is_stack)
+            for (path, p), use, is_stack in zip(
+                _paths.named_leaves(params), used, _paths.stacked(params))
             if use is not False
             and (is_codes(p) or jnp.result_type(p) in (
                 jnp.bfloat16, jnp.float16))}
