@@ -19,7 +19,7 @@ from mezo_jax.methods import QUANTISED
 from mezo_jax.models import gguf
 from mezo_jax.models.table import Row
 
-_LEAST = 2**12  # weights; fewer are not worth it
+_LEAST = 2**10  # weights; fewer are not worth it
 
 
 @dataclasses.dataclass(frozen=True)
