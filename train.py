@@ -19,6 +19,7 @@ import optax
 from tqdm import tqdm
 
 from mezo_jax import (
+  _paths,
   baselines,
   build,
   checkpoint,
@@ -179,7 +180,7 @@ def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
 
 
 def size_of(params) -> int:
-  return sum(x.size for x in jax.tree.leaves(params))
+  return sum(x.size for _, x in _paths.named_leaves(params))
 
 
 def feed(config, splits, mesh, start):

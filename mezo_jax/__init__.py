@@ -2,6 +2,7 @@
 
 import importlib
 
+from mezo_jax._codes import Codes, dequantize, quantize
 from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
 from mezo_jax._displacement import Displacement
 from mezo_jax._estimate import (
@@ -13,16 +14,17 @@ from mezo_jax._estimate import (
 )
 from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._mezo import mezo
-from mezo_jax._perturb import direction, displace, perturbed
+from mezo_jax._perturb import dequantized, direction, displace, perturbed
 from mezo_jax._rounding import round_stochastically
 from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import spsa, SpsaState
 
 __all__ = (
-    'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Normal',
-    'Rademacher', 'Sphere', 'SpsaState', 'direction', 'displace', 'estimate',
-    'fzoo', 'make_step', 'mezo', 'one_sided', 'perturbed',
-    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided')
+    'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
+    'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'dequantize', 'dequantized',
+    'direction', 'displace', 'estimate', 'fzoo', 'make_step', 'mezo',
+    'one_sided', 'perturbed', 'quantize', 'round_stochastically',
+    'skip_not_finite', 'spsa', 'two_sided')
 __version__ = '0.1.0'
 
 

@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mezo_jax._codes import is_codes
 from mezo_jax._lazy import (
   bind,
   Block,
@@ -68,8 +69,8 @@ def _scan(eqn, ins, context):
   body, (n, m) = eqn.params['jaxpr'].jaxpr, _starts(eqn.params)
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
-    if isinstance(x, Lazy) and n <= i < m or (
-        isinstance(x, Expression) and i >= m):
+    if isinstance(x, Lazy) and n <= i < m or i >= m and (
+        isinstance(x, Expression) or isinstance(x, Block) and not _rowwise(x)):
       context.note(x, 'it is what a scan starts from' if i < m else
                    'something is computed of all layers before a scan')
       ins[i] = context.force(x)
@@ -122,6 +123,12 @@ def _scan_layers(eqn, ins, context):
   carry, ys = lax.scan(
       step, ins[n:m], xs, length, p['reverse'], p['unroll'])
   return [*carry, *ys]
+
+
+def _rowwise(x: Block) -> bool:
+  """Whether a row of a block has codes and scales of its own."""
+  return not is_codes(x.w) or all(
+      len(a) == len(x.w) for a in jax.tree.leaves(x.w))
 
 
 def _rows(x: Block, length: int):
@@ -182,7 +189,7 @@ def _shard_map(eqn, ins, context):
   args, specs, trees = [], [], []
   for x, spec in zip(ins, p['in_specs']):
     tree = None
-    if isinstance(x, Expression):
+    if isinstance(x, Expression) or isinstance(x, Block) and is_codes(x.w):
       context.note(x, 'something is computed of it before a shard_map')
       x = context.force(x)
     elif isinstance(x, Block):

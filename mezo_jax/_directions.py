@@ -37,6 +37,8 @@ class Directions:
       for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
       that it is added to, which is looked up there and stored nowhere. None for
       no limits.
+    on_grid: whether `Codes` are evaluated at codes, c z rounded to their grid
+      stochastically with bits of its key; or else wherever c z leads.
 
   Raises:
     ValueError: for an unknown generator.
@@ -47,6 +49,7 @@ class Directions:
   mask: Any = None
   stacked: Any = None
   limits: Any = None
+  on_grid: bool = False
 
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
   dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
@@ -135,7 +138,7 @@ class Sphere(Directions):
 
   def plain(self, params, keys):
     normal = Normal(self.generator, mask=self.mask, stacked=self.stacked,
-                    limits=self.limits)
+                    limits=self.limits, on_grid=self.on_grid)
     def factor(key):
       length, size = norm(params, key, normal)
       return jnp.sqrt(jnp.float32(size)) / length

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from mezo_jax import _noise, _paths, _streams
+from mezo_jax._codes import Codes, is_codes
 
 _U32 = jnp.uint32
+_ROUNDED = np.uint32(0x3C6EF372)  # tells keys of bits from those of draws
 _AT_ONCE = 2**20  # elements of terms that are made at once
 
 
@@ -82,12 +85,18 @@ class Draws:
     small = jnp.abs(w) <= most.astype(w.dtype)
     return small if there is None else there & small
 
-  def add(self, w: jax.Array) -> jax.Array:
+  def add(self, w: jax.Array | Codes) -> jax.Array:
     """``w + sum`` in float32 (float64 for float64 weights)."""
+    if is_codes(w):
+      if self.directions.on_grid and len(self.coefs):
+        steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
+        return w.at(w.integers() + steps)
+      w = w.astype(jnp.float32)
     return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
 
-  def built(self, like: jax.Array) -> jax.Array:
+  def built(self, like: jax.Array | Codes) -> jax.Array:
     """``sum`` in float32, in the shape of ``like``."""
+    like = like.astype(jnp.float32) if is_codes(like) else like
     return jnp.broadcast_to(self._sum(None, like), like.shape)
 
   def _sum(self, start, like):
@@ -101,6 +110,12 @@ class Draws:
     if nonzero is None:
       return total
     return jnp.where(nonzero, total, 0 if start is None else start)
+
+  def _bits(self, like) -> jax.Array:
+    """Words of the keys of the first term, independent of what it draws."""
+    s = self.streams[0]
+    return _noise.words(
+        dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
 
   def term(self, j, like):
     """``coefs[j] * z_j`` in float32."""
@@ -216,8 +231,9 @@ def of_leaves(params, displacement: Displacement, directions
   leaves = _paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = _paths.stacked(params, directions.stacked)
-  shapes = {path: (jnp.shape(x), is_stack) for (path, x), use, is_stack in zip(
-      leaves, used, stacks) if use is not False}
+  shapes = {
+      path: (_paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
+          leaves, used, stacks) if use is not False}
   streams = _streams.of_leaves(keys, shapes)
   others = directions.of_columns(keys)
   columns = {} if others is None else _streams.of_leaves(others, shapes)
@@ -238,13 +254,13 @@ def of_leaves(params, displacement: Displacement, directions
     if isinstance(c, OrderedDict):
       c = c[_paths.group_of(path, c)]
     out = directions.of_leaf(
-        streams[path], c, jnp.shape(x), columns.get(path))
+        streams[path], c, _paths.shape_of(x), columns.get(path))
     if use is not True:
       out = out.where(use)
     if limit is not None:
       limit = jnp.asarray(limit)
       out = out.below(limit.reshape(
-          limit.shape + (1,) * (jnp.ndim(x) - limit.ndim)))
+          limit.shape + (1,) * (len(_paths.shape_of(x)) - limit.ndim)))
     return out
 
   return [(path, x, draws(path, x, use, limit))
@@ -276,7 +292,8 @@ def norm(params, key: jax.Array, directions) -> tuple[jax.Array, int]:
   squares, size = [], 0
   for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
     if draws is not None:
-      squares.append(jnp.sum(jnp.square(draws.built(jnp.asarray(x)))))
-      there = draws.nonzero(jnp.asarray(x))
-      size += jnp.size(x) if there is None else jnp.sum(there)
+      x = jnp.asarray(x) if not is_codes(x) else x.astype(jnp.float32)
+      squares.append(jnp.sum(jnp.square(draws.built(x))))
+      there = draws.nonzero(x)
+      size += x.size if there is None else jnp.sum(there)
   return jnp.sqrt(sum(squares)), size

@@ -187,7 +187,7 @@ def _check_room(params, directions: Directions, points: int) -> None:
   """
   if isinstance(directions, LowRank):
     return
-  leaves = jax.tree.leaves(params)
+  leaves = [x for _, x in _paths.named_leaves(params)]
   stacks = _paths.stacked(params, directions.stacked)
   layers = [x.size // x.shape[0] if is_stack else x.size
             for x, is_stack in zip(leaves, stacks) if _paths.is_floating(x)]

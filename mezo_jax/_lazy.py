@@ -25,6 +25,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mezo_jax import _compiler
+from mezo_jax._codes import Codes
 from mezo_jax._displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
@@ -38,7 +39,7 @@ SMALL = 2**16  # elements; below, a weight is built wherever that is
 class Block:
   """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
 
-  w: jax.Array
+  w: jax.Array | Codes
   draws: Draws  # of the same view
   casts: tuple = ()  # dtypes that the program has cast the weights to since
   leaf: str | None = None  # path of the leaf that this is all of; '' if part
@@ -47,7 +48,7 @@ class Block:
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
-  def view(self, w: jax.Array, draws: Draws) -> 'Block':
+  def view(self, w: jax.Array | Codes, draws: Draws) -> 'Block':
     leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
 

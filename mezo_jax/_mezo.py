@@ -123,7 +123,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
   """What `mezo` does with an estimate, for the estimates of its relatives."""
   def decayed(params):
     chosen = (_paths.decayed(params, directions.stacked) if decay is None else
-              jax.tree.unflatten(jax.tree.structure(params),
+              jax.tree.unflatten(_paths.structure(params),
                                  _paths.resolved(params, decay)))
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)

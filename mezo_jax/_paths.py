@@ -13,6 +13,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from mezo_jax._codes import is_codes
+
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
 _SEVERAL = re.compile(r'(?i)(^|/)\w*(layers|blocks)/')
 _NOT_DECAYED = re.compile(
@@ -22,15 +24,16 @@ _NOT_DECAYED = re.compile(
 def named_leaves(tree) -> list[tuple[str, Any]]:
   """The leaves with their paths, such as ``'layers/attn/q/kernel'``.
 
-  Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name.
+  Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name. So
+  are `Codes`.
 
   Raises:
     ValueError: if two leaves have the same path.
   """
   out = {}
   for path, node in jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=_is_variable)[0]:
-    within = jax.tree_util.tree_flatten_with_path(node)[0]
+      tree, is_leaf=lambda x: _is_variable(x) or is_codes(x))[0]:
+    within = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_codes)[0]
     if _is_variable(node) and len(within) == 1:
       within = [((), within[0][1])]
     for more, leaf in within:
@@ -51,10 +54,15 @@ def _is_variable(node) -> bool:
              for c in type(node).__mro__)
 
 
+def structure(tree):
+  """Of the leaves that `named_leaves` names."""
+  return jax.tree.structure(tree, is_leaf=is_codes)
+
+
 def map_named(fn: Callable, tree, *rest):
   """Maps ``fn(path, leaf, *others)`` over trees of one structure."""
-  flat = [jax.tree.structure(tree).flatten_up_to(t) for t in rest]
-  return jax.tree.unflatten(jax.tree.structure(tree), [
+  flat = [structure(tree).flatten_up_to(t) for t in rest]
+  return jax.tree.unflatten(structure(tree), [
       fn(path, leaf, *others)
       for (path, leaf), *others in zip(named_leaves(tree), *flat)])
 
@@ -100,7 +108,12 @@ def stacked(params, how=None) -> list[bool]:
   found = named_leaves(params)
   chosen = ([locate(path)[2] for path, _ in found] if how is None
             else resolved(params, how))
-  return [bool(c) and jnp.ndim(x) > 0 for c, (_, x) in zip(chosen, found)]
+  return [bool(c) and len(shape_of(x)) > 0
+          for c, (_, x) in zip(chosen, found)]
+
+
+def shape_of(x) -> tuple[int, ...]:
+  return x.shape if is_codes(x) else jnp.shape(x)
 
 
 def decayed(params, how=None) -> Any:
@@ -118,8 +131,8 @@ def decayed(params, how=None) -> Any:
   found = named_leaves(params)
   is_stack = ([*map(bool, resolved(params, how))] if how is not None
               else _seem_stacked(found))
-  return jax.tree.unflatten(jax.tree.structure(params), [
-      jnp.ndim(x) - (s and jnp.ndim(x) > 0) >= 2
+  return jax.tree.unflatten(structure(params), [
+      len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
       and not _NOT_DECAYED.search(path)
       for (path, x), s in zip(found, is_stack)])
 
@@ -129,7 +142,8 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
   above = lambda path: [path[:i + 1] for i, c in enumerate(path) if c == '/']
   for path, x in found:
     for part in ['', *above(path)]:
-      parts.setdefault(part, []).append((*jnp.shape(x)[:1], jnp.ndim(x)))
+      shape = shape_of(x)
+      parts.setdefault(part, []).append((*shape[:1], len(shape)))
   alike = {part for part, of in parts.items()
            if all(n for *_, n in of) and len({x[0] for x in of}) == 1}
   whole = {part for part in alike if max(n for _, n in parts[part]) >= 3}
@@ -166,17 +180,18 @@ def selected(params, mask, takes: Callable | None = None) -> Any:
         f'mask {mask!r} selects no floating-point parameter; the paths are '
         f'{shown}{", ..." if len(found) > 5 else ""}.')
   for (path, x), c in zip(found, chosen):
-    if c is not False and is_floating(x) and jnp.result_type(x).itemsize < 2:
+    if c is not False and not is_codes(x) and is_floating(x) and (
+        jnp.result_type(x).itemsize < 2):
       raise ValueError(
           f'parameter {path!r} is {x.dtype}, too coarse to be perturbed: leave '
           'it out with mask=... .')
   check_paths([path for (path, _), c in zip(found, chosen) if c is not False])
-  return jax.tree.unflatten(jax.tree.structure(params), chosen)
+  return jax.tree.unflatten(structure(params), chosen)
 
 
 def is_floating(x) -> bool:
-  return jnp.issubdtype(
-      getattr(x, 'dtype', jnp.result_type(x)), jnp.floating)
+  dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+  return jnp.issubdtype(dtype, jnp.floating)
 
 
 def resolved(params, mask) -> list:
@@ -193,14 +208,14 @@ def resolved(params, mask) -> list:
   out = []
 
   def of_leaf(m, x):
-    if jnp.ndim(m) and jnp.shape(m) != jnp.shape(x):
+    if jnp.ndim(m) and jnp.shape(m) != shape_of(x):
       raise ValueError(f'a mask of elements has the shape {jnp.shape(m)} and '
-                       f'its parameter {jnp.shape(x)}')
+                       f'its parameter {shape_of(x)}')
     out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
 
   try:
     jax.tree.map(lambda m, part: jax.tree.map(
-        lambda x: of_leaf(m, x), part), mask, params)
+        lambda x: of_leaf(m, x), part, is_leaf=is_codes), mask, params)
   except ValueError as e:
     raise ValueError(
         f'mask is not a prefix of the parameter tree: {e}') from e

@@ -22,9 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _products  # noqa: F401  its rule is registered
+from mezo_jax import (
+  _paths,
+  _products,  # noqa: F401  its rule is registered
+  _streams,
+)
+from mezo_jax._codes import is_codes
 from mezo_jax._control import evaluate
-from mezo_jax._directions import Directions, Normal
+from mezo_jax._directions import Directions, Normal, Rademacher
 from mezo_jax._displacement import Displacement, of_leaves, stack
 from mezo_jax._lazy import Block, Context, SMALL
 
@@ -34,8 +39,16 @@ def _blocks(params, displacement: Displacement,
   """The leaves of a tree; those that have a z as blocks to be displaced."""
   leaves = of_leaves(params, displacement, directions)
   _check_shards([(path, x) for path, x, draws in leaves if draws is not None])
-  return [x if draws is None else Block(jnp.asarray(x), draws, leaf=path)
+  return [x if draws is None else Block(
+      x if is_codes(x) else jnp.asarray(x), draws, leaf=path)
           for path, x, draws in leaves]
+
+
+def _still(path: str, x) -> Block:
+  """Codes that are not displaced, as a block."""
+  keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
+  return Block(x, Rademacher().of_leaf(
+      _streams.of_leaf(keys, path, x.shape), jnp.zeros(0), x.shape), leaf=path)
 
 
 def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
@@ -54,7 +67,7 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
         'cannot be told from replicated ones: if they are sharded, each shard '
         'draws the same z, which is wrong.', stacklevel=4)
   for path, x in leaves:
-    if varies(x):
+    if not is_codes(x) and varies(x):
       raise ValueError(
           f'parameter {path!r} is sharded over {sorted(varies(x))} inside '
           'shard_map, where each shard would draw the same z: call the '
@@ -73,7 +86,7 @@ def _small(blocks: list[Block]) -> set[int]:
     left -= blocks[i].w.size
     if left < 0 or blocks[i].w.size >= SMALL:
       break
-    if not blocks[i].draws.is_stack():
+    if not (blocks[i].draws.is_stack() or is_codes(blocks[i].w)):
       found.add(i)
   return found
 
@@ -129,7 +142,7 @@ def displace(params, displacement: Displacement,
     ValueError: for what is no displacement, or directions whose mask does not
       fit.
   """
-  return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
+  return jax.tree.unflatten(_paths.structure(params), _map_blocks(
       _build, _blocks(params, displacement, directions), lambda x: x))
 
 
@@ -154,14 +167,17 @@ def direction(params, displacement: Displacement,
 def mapped(fn: Callable, params, displacement: Displacement,
            directions: Directions, *, dtype=None):
   """``fn(w, draws)`` of the leaves that have a z, zeros of the others."""
-  return jax.tree.unflatten(jax.tree.structure(params), _map_blocks(
+  return jax.tree.unflatten(_paths.structure(params), _map_blocks(
       lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
       _blocks(params, displacement, directions),
-      lambda x: zeros(x) if dtype is None else jnp.zeros(jnp.shape(x), dtype)))
+      lambda x: zeros(x) if dtype is None else (
+          jnp.zeros(_paths.shape_of(x), dtype))))
 
 
 def zeros(x) -> jax.Array:
   """The update of a leaf that is not trained."""
+  if is_codes(x):
+    return jnp.zeros(x.shape, x.dtype)
   if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
   return jnp.zeros_like(x)
@@ -201,26 +217,54 @@ def perturbed(value_fn: Callable,
   """
 
   def perturbed_fn(params, displacement, /, *args, **kwargs):
-    leaves = _blocks(params, displacement, directions)
-    closed, out = jax.make_jaxpr(
-        lambda p: value_fn(p, *args, **kwargs), return_shape=True)(params)
-    blocks = [x for x in leaves if isinstance(x, Block)]
-    context = Context(sum(x.w.size for x in blocks))
-    small = sorted(_small(blocks))
-    built = dict(zip([blocks[i].leaf for i in small], _each(
-        _build, [blocks[i] for i in small], {*range(len(small))})))
-    leaves = [built.get(x.leaf, x) if isinstance(x, Block) else x
-              for x in leaves]
-    outs = evaluate(closed.jaxpr, closed.consts, leaves, context)
-    for x in outs:
-      context.note(x, 'value_fn returns it')
-    outs = [*map(context.force, outs)]
-    if context.built:
-      warnings.warn(
-          'perturbed weights of this size are built whole, beside the weights '
-          'themselves: ' + '; '.join(
-              f'{leaf} ({why})' for leaf, why in context.built.items()) + '.',
-          stacklevel=2)
-    return jax.tree.unflatten(jax.tree.structure(out), outs)
+    return _evaluated(lambda p: value_fn(p, *args, **kwargs), params,
+                      _blocks(params, displacement, directions))
 
   return perturbed_fn
+
+
+def dequantized(fn: Callable) -> Callable:
+  r"""Transforms ``fn`` to evaluate it at params with `Codes` in them.
+
+  Weights are dequantised where ``fn`` consumes them, so that one layer of them
+  is alive at a time, and nothing else changes. Without `Codes` it is ``fn``.
+
+  Args:
+    fn: a traceable function ``(params, *args, **kwargs) -> tree``.
+  """
+
+  def dequantized_fn(params, /, *args, **kwargs):
+    named = _paths.named_leaves(params)
+    if not any(is_codes(x) for _, x in named):
+      return fn(params, *args, **kwargs)
+    return _evaluated(lambda p: fn(p, *args, **kwargs), params,
+                      [x for _, x in named])
+
+  return dequantized_fn
+
+
+def _evaluated(fn: Callable, params, leaves: list):
+  """``fn(params)`` with lazy leaves in their place."""
+  as_read = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if (
+      is_codes(x)) else x
+  closed, out = jax.make_jaxpr(fn, return_shape=True)(
+      jax.tree.map(as_read, params, is_leaf=is_codes))
+  leaves = [_still(path, x) if is_codes(x) else x for x, (path, _) in zip(
+      leaves, _paths.named_leaves(params))]
+  blocks = [x for x in leaves if isinstance(x, Block)]
+  context = Context(sum(x.w.size for x in blocks))
+  small = sorted(_small(blocks))
+  built = dict(zip([blocks[i].leaf for i in small], _each(
+      _build, [blocks[i] for i in small], {*range(len(small))})))
+  leaves = [built.get(x.leaf, x) if isinstance(x, Block) else x
+            for x in leaves]
+  outs = evaluate(closed.jaxpr, closed.consts, leaves, context)
+  for x in outs:
+    context.note(x, 'it is returned')
+  outs = [*map(context.force, outs)]
+  if context.built:
+    warnings.warn(
+        'weights of this size are built whole, beside the weights themselves: '
+        + '; '.join(f'{leaf} ({why})' for leaf, why in context.built.items())
+        + '.', stacklevel=3)
+  return jax.tree.unflatten(jax.tree.structure(out), outs)

@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from mezo_jax import _lowrank
+from mezo_jax._codes import is_codes
 from mezo_jax._lazy import Block, Lazy, Operation, otherwise, RULES
 
 
@@ -58,7 +59,7 @@ def _by_factors(eqn, ins, at):
   wide = jnp.promote_types(jnp.float32, out.dtype)
   product = lambda a, b: lax.dot_general(
       *((a, b) if at else (b, a)), p['dimension_numbers'], p['precision'], wide)
-  clean = w.w
+  clean = w.w.astype(w.w.dtype)
   for dtype in w.casts:
     clean = clean.astype(dtype)
 
@@ -122,7 +123,8 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
   along, lies = order[axis], whole.shape
-  if whole.draws.reshape(lies, apart(lies, along)) is None:
+  if whole.draws.reshape(lies, apart(lies, along)) is None or (
+      is_codes(whole.w) and whole.w.reshape(apart(lies, along)) is None):
     return None
 
   def run(ins):
@@ -130,6 +132,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
     def part(i, out):
       some = rows.view(
+          rows.w.take(along + 1, i) if is_codes(rows.w) else
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
           rows.draws.take(along + 1, i))
       built = context.force(some).transpose(order)
@@ -147,6 +150,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
 def in_sharded_types(w) -> bool:
   """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
   its carry how it lies."""
+  w = w.codes if is_codes(w) else w
   mesh = jax.typeof(w).sharding.mesh
   return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(
       jax.sharding.get_abstract_mesh().manual_axes)

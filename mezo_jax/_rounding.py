@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from mezo_jax import _noise, _paths, _streams, sharding
+from mezo_jax._codes import is_codes
 from mezo_jax._perturb import zeros
 
 _U32 = jnp.uint32
@@ -55,16 +56,21 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
       raise ValueError('round_stochastically needs params: tx.update(updates, '
                        'state, params).')
     used = _paths.resolved(params, mask)
-    half = {path: (jnp.shape(p), is_stack) for (path, p), use, is_stack in zip(
-        _paths.named_leaves(params), used, _paths.stacked(params))
+    half = {path: (_paths.shape_of(p), is_stack)
+            for (path, p), use, is_stack in zip(
+                _paths.named_leaves(params), used, _paths.stacked(params))
             if use is not False
-            and jnp.result_type(p) in (jnp.bfloat16, jnp.float16)}
+            and (is_codes(p) or jnp.result_type(p) in (
+                jnp.bfloat16, jnp.float16))}
     key_ = _noise.direction_key(state.key, state.count, _SAMPLE)[None]
     streams = _streams.of_leaves(key_, half)
 
     def finish(path, p, update):
       if path not in half:
         return _cast(p, update)
+      if is_codes(p):
+        bits = _noise.words(streams[path], 0, update, 'rounding')
+        return p.moved_by(p.steps(update, bits))
       bits = _noise.words(streams[path], 0, p, 'rounding')
       moved = stochastic_round(p.astype(jnp.float32) + update, p.dtype, bits)
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
@@ -77,11 +83,13 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
 
 def to_nearest() -> optax.GradientTransformation:
   """Updates in the dtypes of the params."""
-  return optax.stateless(lambda updates, params: jax.tree.map(
-      _cast, params, updates))
+  return optax.stateless(lambda updates, params: _paths.map_named(
+      lambda path, p, update: _cast(p, update), params, updates))
 
 
 def _cast(p, update):
+  if is_codes(p):
+    return p.moved_by(p.steps(update, None))
   if jnp.issubdtype(jnp.result_type(p), jax.dtypes.prng_key):
     return zeros(p)
   return update.astype(jnp.result_type(p))

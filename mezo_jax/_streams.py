@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _paths
+from mezo_jax import _groups, _paths
 from mezo_jax._noise import Stream
 
 _U32 = jnp.uint32
@@ -191,7 +191,7 @@ def reshape(s: Stream, old: tuple[int, ...],
 def _reshape(s, old, new):
   if 0 in old:
     return None
-  groups = _groups(old, new)
+  groups = _groups.of(old, new)
   spread_axes = {a for x in jax.tree.leaves(s) for a in range(len(old))
                  if x.shape[a] > 1}
   strides, sizes = [], []  # sizes: of the arrays' new axes, None for merged
@@ -222,22 +222,3 @@ def _reshape(s, old, new):
         n if keep else 1 for n, keep in zip(new, sizes)) + rest)
 
   return _map(of, s, strides=tuple(strides))
-
-
-def _groups(old, new) -> list[tuple[list[int], list[int]]]:
-  """Runs of old and new axes that hold the same elements, each the shortest."""
-  groups, a, b = [], 0, 0
-  while a < len(old) or b < len(new):
-    was, will = [], []
-    size_was = size_will = 1
-    if a < len(old):
-      was, size_was, a = [a], old[a], a + 1
-    if b < len(new) and (size_was > 1 or not was):
-      will, size_will, b = [b], new[b], b + 1
-    while size_was != size_will:
-      if size_was < size_will:
-        was, size_was, a = [*was, a], size_was * old[a], a + 1
-      else:
-        will, size_will, b = [*will, b], size_will * new[b], b + 1
-    groups.append((was, will))
-  return groups

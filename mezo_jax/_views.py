@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from mezo_jax._codes import is_codes
 from mezo_jax._lazy import bind, Block, Lazy, RULES
 
 
@@ -22,8 +23,11 @@ def _view(move: Callable) -> Callable:
     draws = move(x.draws, x.w.shape, eqn, others)
     if draws is None:
       return None
-    (w,) = bind(eqn, [x.w, *others])
-    return [x.view(w, draws)]
+    if is_codes(x.w):
+      w = x.w.viewed(lambda part: move(part, x.w.shape, eqn, others))
+    else:
+      (w,) = bind(eqn, [x.w, *others])
+    return None if w is None else [x.view(w, draws)]
   return rule
 
 

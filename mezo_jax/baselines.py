@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import data as data_lib
+from mezo_jax import models
 from mezo_jax.errors import InputError
 from mezo_jax.evaluate import report, run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
@@ -14,8 +15,8 @@ from mezo_jax.tasks.encode import Encoded
 def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
   """float32 [R, D]: what the label words' logits are linear in."""
   def read(params, batch):
-    return model.apply(
-        {'params': params}, batch['input_ids'], batch['attention_mask'],
+    return models.apply(
+        model, params, batch['input_ids'], batch['attention_mask'],
         answer_at=batch['answer_at'], features='head')[:, 0].astype(jnp.float32)
   return np.stack(run_batches(read, data, sizes, mesh)(params))
 

@@ -16,7 +16,9 @@ from mezo_jax.tasks import task as task_lib
 @dataclasses.dataclass
 class Model:
   name: str = 'quickstart'  # directory, .gguf file, hub id, or 'quickstart'
-  dtype: str = 'float32'  # of the weights: 'float32', 'bfloat16', 'float16'
+  # Of the weights: 'float32', 'bfloat16', 'float16'; matrices quantised to
+  # 'int8' or 'int4', or as a GGUF file has them, 'codes'.
+  dtype: str = 'float32'
   revision: str = ''  # branch, tag or commit of a hub id
   bos_token: str = ''  # put first; '' for the tokenizer's own. OPT: '<s>'
   remat: bool = False  # backpropagation keeps no more than layers' inputs
@@ -128,7 +130,7 @@ class Train:
 
   # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
   # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
-  # 'forward_grad' (docs/relatives.md); the baselines 'zero_shot', 'icl'
+  # 'forward_grad', 'quzo' (docs/relatives.md); the baselines 'zero_shot', 'icl'
   # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation)
   # and 'head_only' (the same, of the head alone); 'lp_mezo', MeZO from the
   # linear probe on.
@@ -189,7 +191,7 @@ def check(config: Train) -> None:
   _one_of('calibration', config.calibration, ('', 'sfc', 'icl_sfc'))
   _one_of('select', config.select, ('metric', 'loss'))
   _one_of('model.dtype', config.model.dtype,
-          ('float32', 'bfloat16', 'float16'))
+          ('float32', 'bfloat16', 'float16', *methods.QUANTISED))
   _one_of('optimizer.name', o.name, ('adam', 'sgd'))
   _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
   _one_of('spsa.distribution', z.distribution, DISTRIBUTIONS)
@@ -200,6 +202,10 @@ def check(config: Train) -> None:
   _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
   rules = [
       *method.rules(config),
+      (config.model.dtype not in methods.QUANTISED or not (
+          method.backprop or method.probe),
+       f'model.dtype {config.model.dtype!r} is trained by forward passes: '
+       f"method {config.method!r} needs floats"),
       (not config.calibration or (
           config.task.calibration is not None and not config.task.masked
           and not of_task.generates and not of_task.new_head),

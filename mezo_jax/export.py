@@ -99,7 +99,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
 def _check_finite(params: dict, step: int) -> None:
   """Raises ValueError for the first parameter that is not finite."""
   for path, x in _paths.named_leaves(params):
-    if not jnp.isfinite(x).all():
+    if not all(jnp.isfinite(a).all() for a in jax.tree.leaves(x)):
       raise InputError(
           f'{path} of step {step} is not finite: such a model '
           'computes nothing. Choose an earlier --step, if one was kept.')

@@ -8,6 +8,8 @@ from mezo_jax.tasks import objective
 
 # --- methods ----------------------------------------------------------------
 
+QUANTISED = ('int8', 'int4', 'codes')  # dtypes of models
+
 
 def _no_rules(config) -> list:
   del config
@@ -108,6 +110,16 @@ def _svrg(config) -> list:
        'of an anchor) and weight_decay of 0'))
 
 
+def _on_grid(config) -> list:
+  return _of_relative(
+      config,
+      (config.model.dtype in QUANTISED,
+       f"method 'quzo' needs model.dtype of {', '.join(QUANTISED)}"),
+      ('low_rank' not in config.spsa.distribution,
+       "method 'quzo' rounds each element of z: take spsa.distribution "
+       "normal, rademacher or sphere, or method 'mezo'"))
+
+
 METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
     'svrg': Method(
@@ -136,6 +148,9 @@ METHODS = {
     'forward_grad': Method(
         'forward-mode directional derivatives', variant=True,
         rules=_forward_mode),
+    'quzo': Method(
+        'QuZO (Zhou et al., 2025), forward passes only', variant=True,
+        rules=_on_grid),
     'zero_shot': Method(
         'no training', steps=False,
         result=lambda ask, params, probed: ask.both(params)[1]),

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _paths, evaluate, peft
+from mezo_jax import _paths, evaluate, models, peft
 from mezo_jax import build as build_lib
 from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import Encoded, Kept
@@ -61,7 +61,7 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
 
   # Where to.
   like = jax.tree.leaves(built.params)[0]
-  dtype = np.dtype(config.model.dtype)
+  dtype = np.dtype(models.float_dtype(config.model.dtype))
   shape = lambda data: (int(data.lengths.sum()), model.config.width)
   size = sum(int(np.prod(shape(data))) for data in wanted.values()) * (
       dtype.itemsize)
@@ -165,7 +165,8 @@ def _checksum(x: jax.Array) -> jax.Array:
   """uint32; differs, but for one in 2**32, where an element does, or two are
   exchanged."""
   words = jax.lax.bitcast_convert_type(
-      x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+      x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  ).astype(jnp.uint32)
   for axis, n in enumerate(x.shape):
     at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)

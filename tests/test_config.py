@@ -49,7 +49,11 @@ def test_names_are_those_of_the_mathematics():
 
 @pytest.mark.parametrize('changes,message', [
     (dict(optimizer__schedule='step'), 'optimizer.schedule'),
-    (dict(model__dtype='int8'), "model.dtype 'int8'"),
+    (dict(model__dtype='int3'), "model.dtype 'int3'"),
+    (dict(model__dtype='int8', method='finetune'), 'trained by forward passes'),
+    (dict(method='quzo'), "'quzo' needs model.dtype of int8, int4, codes"),
+    (dict(method='quzo', model__dtype='int4', spsa__distribution='low_rank'),
+     'rounds each element of z'),
     (dict(optimizer__learning_rate=0.0), 'learning_rate must be positive'),
     (dict(spsa__eps=float('inf')), 'weight_decay must be finite'),
     (dict(spsa__eps=0.0), 'spsa.eps must be positive'),

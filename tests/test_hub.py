@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import mezo_jax
 from mezo_jax import models
 
 _LIMITED = '''
@@ -274,6 +275,11 @@ def test_gguf_formats(family, kind, tmp_path):
   assert model.config == want_model.config
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+  if kind in ('Q8_0', 'Q4_0', 'Q4_1'):  # of which the codes themselves are kept
+    _, codes = models.load(tmp_path / 'm.gguf', dtype='codes', progress=False)
+    helpers.assert_bitwise(mezo_jax.dequantize(codes), params)
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sum(x.nbytes for x in jax.tree.leaves(codes)) < 0.28 * whole
 
 
 class _Evil:

@@ -4,6 +4,7 @@ from mezo_jax.models.generate import generate
 from mezo_jax.models.hub import (
     FAMILIES,
     find,
+    float_dtype,
     load,
     load_config,
     load_tokenizer,
@@ -12,8 +13,9 @@ from mezo_jax.models.hub import (
 )
 from mezo_jax.models.layers import Config, Rope
 from mezo_jax.models.save import save
-from mezo_jax.models.transformer import make_cache, Transformer
+from mezo_jax.models.transformer import apply, make_cache, Transformer
 
-__all__ = ('Config', 'FAMILIES', 'find', 'generate', 'load', 'load_config',
-           'load_tokenizer', 'make_cache', 'param_shapes', 'read_config',
-           'Rope', 'save', 'Transformer')
+__all__ = ('apply', 'Config', 'FAMILIES', 'find', 'float_dtype', 'generate',
+           'load', 'load_config', 'load_tokenizer', 'make_cache',
+           'param_shapes', 'read_config', 'Rope', 'save',
+           'Transformer')

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.models.transformer import make_cache, Transformer
+from mezo_jax.models.transformer import apply, make_cache, Transformer
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -24,8 +24,8 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     """(next tokens [B], whether they mean anything [B], cache) after the tokens
     ids [B, S]."""
     last = jnp.full((b, 1), ids.shape[1] - 1)
-    logits, cache = model.apply(
-        {'params': params}, ids, mask_BxT, answer_at=last, cache=cache)
+    logits, cache = apply(
+        model, params, ids, mask_BxT, answer_at=last, cache=cache)
     logits = logits[:, 0]
     finite = jnp.isfinite(jnp.max(logits, -1))
     if not sample:

@@ -32,6 +32,7 @@ _NAMES = {
     'ffn_down': 'mlp.down_proj',
 }
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
+CODES = {'Q8_0': (8, False), 'Q4_0': (4, False), 'Q4_1': (4, True)}
 _PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
 
 
@@ -44,13 +45,37 @@ class Tensor:
   def get_shape(self) -> list[int]:
     return [int(n) for n in reversed(self.raw.shape)]
 
+  @property
+  def kind(self) -> str:
+    return self.raw.tensor_type.name
+
   def __getitem__(self, index) -> np.ndarray:
     first, *rest = index
+    w = gguf.quants.dequantize(
+        self.raw.data[self._rows()[first]], self.raw.tensor_type)
+    return w[(slice(None), *rest)]
+
+  def _rows(self) -> np.ndarray:
     rows = np.arange(self.get_shape()[0])
     if self.heads:  # theirs are (head, pair, half), ours (head, half, pair)
       rows = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    w = gguf.quants.dequantize(self.raw.data[rows[first]], self.raw.tensor_type)
-    return w[(slice(None), *rest)]
+    return rows
+
+  def codes(self) -> list[tuple[np.ndarray | None, int]]:
+    """int8 codes, float16 scales and offsets, each with how many weights of
+    the last axis share an entry; of a ``kind`` that is among `CODES`."""
+    bits, offsets = CODES[self.kind]
+    rows, n = self.get_shape()
+    half = 4 if offsets else 2  # bytes of scale and offset
+    blocks = self.raw.data[self._rows()].reshape(
+        rows, n // 32, half + 4 * bits)
+    floats = np.ascontiguousarray(blocks[..., :half]).view(np.float16)
+    q = blocks[..., half:]
+    if bits == 4:  # the first 16 of 32 are the low halves
+      q = np.concatenate([q & 15, q >> 4], -1).astype(np.int8)
+      q = q if offsets else q - np.int8(8)
+    return [(q.view(np.int8).reshape(rows, n), 1), (floats[..., 0], 32),
+            (floats[..., 1] if offsets else None, 32)]
 
 
 def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mezo_jax import sharding
 from mezo_jax.errors import InputError, MissingError
+from mezo_jax.methods import QUANTISED
 from mezo_jax.models import (
   bert,
   gemma,
@@ -27,6 +28,7 @@ from mezo_jax.models import (
   gpt2,
   llama,
   opt,
+  quantised,
   table,
   transformer,
   weights,
@@ -62,7 +64,11 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
       read (see `mezo_jax.sharding.param_spec`); None for the default device.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
-      checkpoint's own.
+      checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
+      are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
+      Q4_1): they are `mezo_jax.Codes`, the rest is float32, and
+      ``mezo_jax.dequantized(lambda p: model.apply({'params': p}, ...))``
+      applies the model.
     progress: whether to show a progress bar.
     revision: branch, tag or commit of a Hugging Face repository.
 
@@ -86,12 +92,20 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     else:
       found = weights.open_files(path, stack)
       config = _with_head(config, [name for name, _ in found])
+    if dtype == 'codes' and path.suffix != '.gguf':
+      raise InputError(f"{path} has no codes: dtype 'codes' needs a .gguf "
+                       "file; take 'int8' or 'int4'.")
     rows = table_of(config)
     tensors = _fit(rows, config, found, path)
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
                     disable=not progress or jax.process_index() > 0):
-      params[row.path] = _read(row, config, tensors, mesh, dtype)
+      form = quantised.form(row, dtype, tensors, config.num_layers)
+      params[row.path] = (
+          _read(row, config, tensors, mesh, float_dtype(dtype))
+          if form is None else quantised.read(
+              row, _shape(row, config), form, tensors,
+              lambda shape, row=row: _place(row, shape, mesh) or _here()))
   return transformer.Transformer(config), unflatten_dict(params, sep='/')
 
 
@@ -174,12 +188,22 @@ def _renamed(name: str, config: Config) -> str:
 
 def param_shapes(config: Config, mesh=None, dtype=jnp.float32) -> dict:
   """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights."""
+  if dtype == 'codes':
+    raise InputError("the shapes of dtype 'codes' are those of a GGUF file: "
+                     'load it.')
   params = {}
   for row in table_of(config):
-    shape = _shape(row, config)
+    shape, form = _shape(row, config), quantised.form(row, dtype)
+    place = lambda shape, row=row: _place(row, shape, mesh)
     params[row.path] = jax.ShapeDtypeStruct(
-        shape, dtype, sharding=_place(row, shape, mesh))
+        shape, float_dtype(dtype), sharding=place(shape)) if form is None else (
+            quantised.shapes(shape, form, place))
   return unflatten_dict(params, sep='/')
+
+
+def float_dtype(dtype):
+  """Of what is computed with parameters of this dtype."""
+  return jnp.float32 if dtype in QUANTISED else dtype
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:
@@ -318,11 +342,15 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
   return tensors
 
 
+def _here():
+  return jax.sharding.SingleDeviceSharding(
+      jax.config.jax_default_device or jax.local_devices()[0])
+
+
 def _read(row: table.Row, config, tensors: dict, mesh, dtype) -> jax.Array:
   """One parameter, assembled per device from the slices that it needs."""
   shape = _shape(row, config)
-  place = _place(row, shape, mesh) or jax.sharding.SingleDeviceSharding(
-      jax.config.jax_default_device or jax.local_devices()[0])
+  place = _place(row, shape, mesh) or _here()
 
   def read(index):
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]

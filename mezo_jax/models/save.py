@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from mezo_jax._codes import is_codes
 from mezo_jax.errors import ExistsError
 from mezo_jax.models import hub
 from mezo_jax.models.table import Row
@@ -24,6 +25,7 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
          max_shard_bytes: int = 2 * 2**30, progress: bool = True) -> Path:
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
 
+  `mezo_jax.Codes` are written as the weights that they stand for.
   ``config.json`` is the one that the model was loaded with, with the dtype of
   ``params`` and, where it was missing or no longer fits, transformers' name of
   the class. A model without its head is written as its base class has it.
@@ -152,13 +154,20 @@ def _tensors(rows: list[Row], params):
   for group in _grouped(rows):
     leaves = [params[row.path] for row in group]
     for layer in range(len(leaves[0]) if group[0].stacked else 1):
-      parts = [row.write(on_host(leaf[layer] if row.stacked else leaf))
+      parts = [row.write(on_host(_floats(leaf, layer if row.stacked else None)))
                for row, leaf in zip(group, leaves)]
       tensor = np.ascontiguousarray(
           np.concatenate(parts, -1) if len(parts) > 1 else parts[0])
       yield group[0].name.format(l=layer), tensor
       if group[0].copy:
         yield group[0].copy, tensor.copy()
+
+
+def _floats(leaf, layer: int | None):
+  """A leaf, or a layer of one, as a weight."""
+  if layer is not None:
+    leaf = jax.tree.map(lambda x: x[layer], leaf)
+  return leaf.astype(leaf.dtype) if is_codes(leaf) else leaf
 
 
 def _grouped(rows: list[Row]) -> list[list[Row]]:

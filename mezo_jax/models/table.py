@@ -36,6 +36,11 @@ class Row:
     """Of which axis of ours each axis of the checkpoint is."""
     return [self.axes.index(a) for a in self.layout.split('->')[0].split()]
 
+  @property
+  def last(self) -> int:
+    """Which axis of ours is the checkpoint's last."""
+    return self._order()[-1]
+
   def source_shape(self) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor."""
     *rest, last = (self.shape[i] for i in self._order())

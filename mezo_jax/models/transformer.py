@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from mezo_jax._perturb import dequantized
 from mezo_jax.models.layers import (
   activation,
   Block,
@@ -256,6 +257,12 @@ class Transformer(nn.Module):
     if self.prefix_positions == 'after':
       return m
     return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
+
+
+def apply(model: Transformer, params: dict, *args, **kwargs):
+  """``model.apply({'params': params}, ...)``, of quantised weights too."""
+  return dequantized(lambda params: model.apply(
+      {'params': params}, *args, **kwargs))(params)
 
 
 def prefix_length(params: dict) -> int:

@@ -30,8 +30,10 @@ def split_layers(params: dict, k: int, take: bool = False) -> dict:
   if not 1 <= k <= total:
     raise InputError(f'{k} last layers cannot be taken of {total}.')
   rest = {name: x for name, x in params.items() if name != 'layers'}
+  run = lambda x, *at: jax.tree.map(lambda a: a[slice(*at)], x)  # of Codes too
   first, last = _unzip(
-      lambda x: (x[:total - k], x[total - k:]), params['layers'], take)
+      lambda x: (run(x, total - k), run(x, total - k, None)),
+      params['layers'], take)
   return rest | ({'layers': first} if k < total else {}) | {
       'last_layers': last}
 
@@ -64,7 +66,7 @@ def _zip(first: dict, last: dict, take: bool) -> dict:
   for name in list(first):
     x, y = first[name], last[name]
     out[name] = _zip(x, y, take) if isinstance(x, dict) else (
-        jnp.concatenate([x, y]))
+        jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y))
     if take:
       del first[name], last[name], x, y
   return out
@@ -93,5 +95,5 @@ def untie(model: Transformer, params: dict):
   if not model.config.tied_head:
     return model, params
   config = untied(model.config)
-  head = {'embedding': jnp.copy(params['embed']['embedding'])}
+  head = {'embedding': jax.tree.map(jnp.copy, params['embed']['embedding'])}
   return model.clone(config=config), params | {'lm_head': head}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.errors import InputError
-from mezo_jax.models.transformer import make_cache, Transformer
+from mezo_jax.models.transformer import apply, make_cache, Transformer
 
 INITS = ('tokens', 'normal', 'text')
 
@@ -44,8 +44,8 @@ def init(model: Transformer, params: dict, key: jax.Array, *,
     k, v = jax.random.normal(key, (2, *shape))
   else:
     dtype = params['embed']['embedding'].dtype
-    read = jax.jit(lambda params: model.apply(
-        {'params': params}, ids[None], features='body',
+    read = jax.jit(lambda params: apply(
+        model, params, ids[None], features='body',
         cache=make_cache(c, 1, num_tokens, dtype))[1])
     cache = read(params)
     k, v = (x[:, 0].astype(jnp.float32) for x in (cache.k, cache.v))

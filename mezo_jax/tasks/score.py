@@ -40,10 +40,10 @@ _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
 def apply(model, params, batch: dict) -> Callable:
-  """``model.apply`` of a batch's tokens, to be told what is wanted of them."""
+  """`models.apply` to a batch's tokens, to be told what is wanted of them."""
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
-      model.apply, {'params': params}, batch['input_ids'],
+      models.apply, model, params, batch['input_ids'],
       batch['attention_mask'], token_type_ids=types, trunk=batch.get('trunk'))
 
 

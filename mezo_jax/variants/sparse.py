@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax import _paths
+from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._mezo import mezo
 from mezo_jax._spsa import as_directions
@@ -46,15 +47,18 @@ def smallest(params, share: float = 0.25, *, stacked=None):
   of_stack = jax.jit(lambda x: lax.map(of_one, x))
   of_leaf = jax.jit(of_one)
   stacks = jax.tree.unflatten(
-      jax.tree.structure(params), _paths.stacked(params, stacked))
+      _paths.structure(params), _paths.stacked(params, stacked))
 
-  def limit(x, is_stack):
+  def limit(path, x, is_stack):
+    del path
+    if is_codes(x):
+      x = x.astype(x.dtype)
     if isinstance(x, jax.ShapeDtypeStruct):
       return jnp.zeros(x.shape[:1] if is_stack else (), x.dtype)
     if not _paths.is_floating(x):
       return jnp.zeros(())
     return (of_stack if is_stack else of_leaf)(jnp.asarray(x))
-  return jax.tree.map(limit, params, stacks)
+  return _paths.map_named(limit, params, stacks)
 
 
 def sparse_mezo(
