@@ -27,6 +27,7 @@ from mezo_jax import (
   loggers,
   methods,
   peft,
+  privacy,
   sharding,
   trainable,
   trunk,
@@ -94,11 +95,14 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   say(f'training {size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
+  plan = build.privacy_plan(config, built.splits, mesh)
+  if plan:
+    say(privacy.spell(plan))
   step_fn = make_step(
       built.tx, built.loss_fn, mesh=mesh, on_compile=say_compiled)
-  in_use = data_lib.used_buckets(
-      built.splits.train.lengths, built.splits.buckets['train'],
-      config.data.batch_size)
+  train = built.splits.train.lengths, built.splits.buckets['train']
+  in_use = data_lib.used_lengths(*train)[-1:] if plan else (
+      data_lib.used_buckets(*train, config.data.batch_size))
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
@@ -112,6 +116,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     params, opt_state = build.restore(
         checkpoints, start, params, opt_state)
     say(f'resumed from step {start} of {workdir}')
+  secret = plan and privacy.secret(
+      workdir, new=not (workdir / 'config.json').exists())
   workdir_lib.write(workdir, config)
   metrics = loggers.Metrics(workdir, start)
 
@@ -127,11 +133,13 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   del before  # before the first step donates what it shares
 
   # Loop.
-  batches = feed(config, built.splits, mesh, start)
+  batches = (private_feed(plan, secret, built.splits, mesh, start) if plan else
+             feed(config, built.splits, mesh, start))
   try:
     params, opt_state = loop(
         config, (params, opt_state),
-        lambda *state_and_batch: step_fn(*state_and_batch, frozen),
+        lambda *state_and_batch, **more: step_fn(
+            *state_and_batch, frozen, **more),
         step_fn.flush, batches, lambda p: ask.dev(peft.join(p, frozen)),
         checkpoints, metrics, start)
   finally:
@@ -152,8 +160,11 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       forwards=round(config.steps * methods.forwards(
           config, len(built.splits.train.prompts))),
       trained=size_of(params), compilations=len(step_fn.compiled),
+      **(dict(privacy=privacy.account(plan, config.steps)) if plan else {}),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))
   was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  if plan:
+    say(privacy.spell(plan, config.steps))
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
@@ -183,8 +194,20 @@ def size_of(params) -> int:
   return sum(x.size for _, x in _paths.named_leaves(params))
 
 
+def private_feed(plan, secret, splits, mesh, start):
+  """As `feed`; how many rows a batch has, and how long, tells nothing."""
+  train = splits.train
+  length = data_lib.used_lengths(train.lengths, splits.buckets['train'])[-1]
+  for number in itertools.count(start):
+    rows = encode.batch_of(
+        train, privacy.sample(secret, number, plan), length, plan.capacity)
+    yield (plan.capacity * length, sharding.put_batch(rows, mesh),
+           dict(noise_key=privacy.noise_key(secret, number)))
+
+
 def feed(config, splits, mesh, start):
-  """Yields (tokens, batch on the mesh) from batch number ``start`` on."""
+  """Yields (tokens, batch on the mesh, more for the step) from batch number
+  ``start`` on."""
   train, rows = splits.train, config.data.batch_size
   def put(length, index):
     batch = encode.batch_of(train, index, length, len(index))
@@ -197,7 +220,8 @@ def feed(config, splits, mesh, start):
       train.lengths, splits.buckets['train'],
       methods.anchor_batches(config, len(train.prompts)) * rows))
   for number in itertools.count(start):
-    yield anchor if every and number % every == 0 else put(*next(some))
+    batch = anchor if every and number % every == 0 else put(*next(some))
+    yield *batch, {}
 
 
 def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
@@ -214,8 +238,8 @@ def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
           f'them. {workdir_lib.TRY}')
 
   for step in range(start + 1, config.steps + 1):
-    tokens, batch = next(batches)
-    *state, values = step_fn(*state, batch)
+    tokens, batch, more = next(batches)
+    *state, values = step_fn(*state, batch, **more)
     if waiting:
       read(*waiting)
     waiting, stopping = (step, tokens, values), stop_wanted(step)

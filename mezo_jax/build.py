@@ -19,6 +19,7 @@ from mezo_jax import (
   methods,
   models,
   peft,
+  privacy,
   quickstart,
   sharding,
   skip_not_finite,
@@ -86,7 +87,7 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   params, frozen = trainable_lib.split(config, params)
   loss_fn = score.make_loss_fn(
       model, splits.train, config.task, config_lib.objective(config), tokenizer)
-  tx = make_optimizer(config, params)
+  tx = make_optimizer(config, params, privacy_plan(config, splits, mesh))
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
                init_state(tx, params, mesh))
 
@@ -257,10 +258,29 @@ def _is_abstract(params) -> bool:
 # --- optimizer --------------------------------------------------------------
 
 
-def make_optimizer(config: config_lib.Train, params
+def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
+                 mesh) -> privacy.Plan | None:
+  """The budget of a private run's training rows; None of another run."""
+  if config.method != 'private':
+    return None
+  p = config.privacy
+  return privacy.plan(
+      p.epsilon, p.delta, p.mechanism, config.steps, len(splits.train.prompts),
+      config.data.batch_size,
+      config.optimizer.micro_batches * sharding.row_groups(mesh))
+
+
+def make_optimizer(config: config_lib.Train, params,
+                   plan: privacy.Plan | None = None
                    ) -> optax.GradientTransformationExtraArgs:
   """The optax transform that a config describes, for these parameters before
-  training, or their shapes."""
+  training, or their shapes.
+
+  Args:
+    config: of the run.
+    params: that it trains.
+    plan: of a private run; None where no losses are to be taken.
+  """
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
   if o.groups:
@@ -278,7 +298,7 @@ def make_optimizer(config: config_lib.Train, params
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
   if methods.method_of(config).variant:
-    return relative(config, rates, eps, params)
+    return relative(config, rates, eps, params, plan)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
@@ -287,8 +307,9 @@ def make_optimizer(config: config_lib.Train, params
       micro_batches=o.micro_batches, fold_every=z.fold_every)
 
 
-def relative(config: config_lib.Train, rate, eps, params
-             ) -> optax.GradientTransformationExtraArgs:
+def relative(config: config_lib.Train, rate, eps, params,
+             plan: privacy.Plan | None) -> (
+                 optax.GradientTransformationExtraArgs):
   """The transform of one of `mezo_jax.variants`."""
   name, v, z = config.method, config.variant, config.spsa
   make = getattr(variants, name)
@@ -302,12 +323,19 @@ def relative(config: config_lib.Train, rate, eps, params
                 **more)
   more |= dict(micro_batches=config.optimizer.micro_batches,
                weight_decay=config.optimizer.weight_decay, decay=_paths.decayed)
-  if name not in ('forward_grad', 'one_point', 'sign'):  # have their own
+  if name not in ('forward_grad', 'one_point', 'private', 'sign'):
     more['combine'] = COMBINES[z.combine]
   match name:
     case 'forward_grad':
       del more['over']
       return make(rate, **more)
+    case 'private':
+      del more['over']
+      return make(
+          rate, eps, clip=config.privacy.clip,
+          mechanism=config.privacy.mechanism,
+          batch_size=config.data.batch_size,
+          noise_multiplier=plan.noise_multiplier if plan else 0.0, **more)
     case 'one_point':
       del more['num_samples']
     case 'momentum_by_history':

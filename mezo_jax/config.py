@@ -93,6 +93,17 @@ class Variant:
 
 
 @dataclasses.dataclass
+class Privacy:
+  """Of method 'private': (epsilon, delta)-differential privacy of each training
+  row; see `mezo_jax.privacy` for what that does not cover."""
+
+  epsilon: float = 6.0  # what all steps together may spend
+  delta: float = 1e-5
+  clip: float = 10.0  # of a row's difference of losses over 2 eps
+  mechanism: str = 'gaussian'  # or 'laplace'
+
+
+@dataclasses.dataclass
 class Peft:
   """Which parameters are trained; all if nothing is set."""
 
@@ -130,10 +141,10 @@ class Train:
 
   # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
   # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
-  # 'forward_grad', 'quzo' (docs/relatives.md); the baselines 'zero_shot', 'icl'
-  # (demonstrations in the prompt), 'linear_probe', 'finetune' (backpropagation)
-  # and 'head_only' (the same, of the head alone); 'lp_mezo', MeZO from the
-  # linear probe on.
+  # 'forward_grad', 'quzo', 'private' (docs/relatives.md); the baselines
+  # 'zero_shot', 'icl' (demonstrations in the prompt), 'linear_probe',
+  # 'finetune' (backpropagation) and 'head_only' (the same, of the head alone);
+  # 'lp_mezo', MeZO from the linear probe on.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
   # of (predictions, examples) to be maximised; '' for the task's own.
@@ -146,6 +157,7 @@ class Train:
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
   variant: Variant = dataclasses.field(default_factory=Variant)
+  privacy: Privacy = dataclasses.field(default_factory=Privacy)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
@@ -329,10 +341,11 @@ def check_same_run(config: Train, saved: dict) -> None:
   """Raises ValueError if a saved run's settings differ where they may not.
 
   Step counts, the mesh and how often to evaluate may; but with a decaying
-  learning rate the number of steps shapes every update.
+  learning rate the number of steps shapes every update, and in private training
+  more of them would spend more than the noise of each was made for.
   """
   free = _FREE
-  if config.optimizer.schedule != 'constant':
+  if config.optimizer.schedule != 'constant' or config.method == 'private':
     free = tuple(f for f in free if f != 'steps')
   changed = []
 
@@ -346,6 +359,12 @@ def check_same_run(config: Train, saved: dict) -> None:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
   compare(to_json(config), _of_this_version(saved), '')
+  if config.method == 'private' and any(c.startswith('steps') for c in changed):
+    raise InputError(
+        f'the budget of this private run, epsilon {config.privacy.epsilon:g}, '
+        f'is spent by its {saved["steps"]} steps, and steps is now '
+        f'{config.steps}: its noise was made for that number, so keep it, or '
+        'choose another --workdir.')
   if changed:
     raise InputError(
         'the working directory holds a run with other settings: '

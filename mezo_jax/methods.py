@@ -120,6 +120,23 @@ def _on_grid(config) -> list:
        "normal, rademacher or sphere, or method 'mezo'"))
 
 
+def _private(config) -> list:
+  p, z = config.privacy, config.spsa
+  return _own_combine(
+      config,
+      (p.epsilon > 0 and 0 < p.delta < 1 and p.clip > 0,
+       'privacy.epsilon and clip must be positive, delta between 0 and 1'),
+      (p.mechanism in ('gaussian', 'laplace'),
+       f"privacy.mechanism {p.mechanism!r} is none of gaussian, laplace"),
+      (p.mechanism != 'laplace' or z.num_samples == 1,
+       "privacy.mechanism 'laplace' needs spsa.num_samples of 1"),
+      (z.over == 'scan', "method 'private' needs spsa.over of 'scan'"),
+      (objective.over_rows(
+          config.task, objective.of(config.task, config.objective)),
+       "method 'private' clips what each row adds, and the objective "
+       f'{objective.of(config.task, config.objective)!r} is of a whole batch'))
+
+
 METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
     'svrg': Method(
@@ -151,6 +168,9 @@ METHODS = {
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
         rules=_on_grid),
+    'private': Method(
+        'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
+        'only', variant=True, rules=_private),
     'zero_shot': Method(
         'no training', steps=False,
         result=lambda ask, params, probed: ask.both(params)[1]),

@@ -15,7 +15,8 @@ from mezo_jax import _pending, sharding
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
               mesh: jax.sharding.Mesh | None = None,
               on_compile: Callable | None = None) -> 'Step':
-  """``step(params, state, batch, frozen=None) -> params, state, metrics``.
+  """``step(params, state, batch, frozen=None, **more) -> params, state,
+  metrics``; ``more`` are further arguments of ``tx.update``.
 
   A step of MeZO is two programs: the losses, one for each shape of a batch, and
   the update, one for all, of which nothing but the projected gradients is an
@@ -46,12 +47,13 @@ class Step:
     self.compiled = {}  # by shape of the batch; the update by None
     self._mesh, self._on_compile = mesh, on_compile
 
-    def run(params, state, frozen, batch):
+    def run(params, state, frozen, batch, more):
       value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
-      return tx.update(None, state, params, value_fn=value_of, batch=batch)
+      return tx.update(None, state, params, value_fn=value_of, batch=batch,
+                       **more)
 
-    def losses(params, state, frozen, batch):
-      _, state = run(params, state, frozen, batch)
+    def losses(params, state, frozen, batch, more):
+      _, state = run(params, state, frozen, batch, more)
       return _get(state, 'projected_grad'), _get(state, 'value')
 
     def update(params, state, projected_grad, value):
@@ -76,17 +78,17 @@ class Step:
       updates, state = tx.update(None, state, params, flush=True)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
-    def whole(params, state, frozen, batch):
-      updates, state = run(params, state, frozen, batch)
+    def whole(params, state, frozen, batch, more):
+      updates, state = run(params, state, frozen, batch, more)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
     self._flush = flush
 
-  def __call__(self, params, state, batch, frozen=None):
+  def __call__(self, params, state, batch, frozen=None, **more):
     losses = self._program(_shape(batch), batch, lambda: self._lower_losses(
-        params, state, batch, frozen))
-    out = losses(params, state, frozen, batch)
+        params, state, batch, frozen, more))
+    out = losses(params, state, frozen, batch, more)
     # A whole step has three results, losses two: no walk over the state here.
     return out if len(out) == 3 else self.update(params, state, *out)
 
@@ -108,28 +110,28 @@ class Step:
     return self._program('flush', None, lambda: self._lower_flush(
         params, state))(params, state)[:2]
 
-  def lower(self, params, state, batch, frozen=None) -> list:
+  def lower(self, params, state, batch, frozen=None, **more) -> list:
     """The programs of a step, lowered: of arrays, or of shapes and places.
 
     One of backprop; of MeZO the losses, the update and, where updates are
     pending, `flush`.
     """
-    out = [self._lower_losses(params, state, batch, frozen)]
+    out = [self._lower_losses(params, state, batch, frozen, more)]
     if _has_door(state):
       out.append(self._lower_update(params, state))
     if _pends(state):
       out.append(self._lower_flush(params, state))
     return out
 
-  def compile(self, params, state, batch, frozen=None) -> None:
+  def compile(self, params, state, batch, frozen=None, **more) -> None:
     """Compiles what the first step would, without making it."""
     self._program(_shape(batch), batch, lambda: self._lower_losses(
-        params, state, batch, frozen))
+        params, state, batch, frozen, more))
     if _has_door(state):
       self._program(None, None, lambda: self._lower_update(params, state))
 
-  def _lower_losses(self, params, state, batch, frozen):
-    args = params, state, frozen, batch
+  def _lower_losses(self, params, state, batch, frozen, more):
+    args = params, state, frozen, batch, more
     if _has_door(state):
       return self._lower(self._losses, args)
     return self._lower(self._whole, args, (params, state))

@@ -1,0 +1,154 @@
+r"""Private MeZO: each row's difference is clipped, and their sum is noised.
+
+A direction knows nothing of the data, so all that a step tells of a row is one
+number, of which the sum is released with noise:
+
+.. math::
+  d_i &= (\ell_i(\theta + \epsilon z) - \ell_i(\theta - \epsilon z))
+         / (2 \epsilon) \\
+  g &= \frac{1}{B} \Bigl( \sum_i \mathrm{clip}(d_i, \pm C) + C \sigma \xi
+       \Bigr), \qquad \xi \sim \mathcal{N}(0, 1) \text{ or Laplace}(1)
+
+DPZero (Zhang et al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et
+al., 2024, arXiv:2401.04343). The sum over the rows of a Poisson sample, B the
+number that is expected of them, changes by at most C when a row is added or
+removed: what :math:`\sigma` must be for a budget, `mezo_jax.privacy` says.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import _values
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._displacement import Displacement
+from mezo_jax._mezo import descent
+from mezo_jax._perturb import perturbed
+from mezo_jax._spsa import as_directions, spsa
+
+MECHANISMS = ('gaussian', 'laplace')
+
+
+def private(
+    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
+    *, key: jax.Array | int, clip: float, noise_multiplier: float,
+    batch_size: float, mechanism: str = 'gaussian',
+    directions: Directions | str = Normal(), num_samples: int | None = None,
+    micro_batches: int | None = None, weight_decay: float = 0.0, decay=None,
+    stochastic_rounding: bool = True
+) -> optax.GradientTransformationExtraArgs:
+  r"""MeZO whose steps tell of the rows what a privacy budget allows.
+
+  ``update(None, state, params, value_fn=..., noise_key=...)``: the key of
+  :math:`\xi`, new for each step, is the caller's secret. It is kept nowhere,
+  and depends on nothing that is published; ``key`` may be. ``value_fn`` returns
+  the rows' values ``[B]``, or ``(values, weights)``, where rows of weight 0
+  are not there. A row whose difference is not finite counts as 0, so that any
+  row's part is bounded, and no row's losses can have a step skipped.
+
+  The state has g as it is released; its ``value`` is NaN: the loss of the rows
+  is not. With several directions a row's n differences are clipped together,
+  to a Euclidean length of C, and noised each: one release of n numbers.
+
+  Args:
+    learning_rate: :math:`\eta`.
+    eps: see `mezo_jax.spsa`; no groups.
+    key: of the directions; a `jax.random.key` or an integer seed.
+    clip: C, in units of g.
+    noise_multiplier: :math:`\sigma`; of 'gaussian' the standard deviation, of
+      'laplace' the scale, over C.
+    batch_size: B, the number of rows that is *expected*: a constant.
+    mechanism: 'gaussian' or 'laplace'.
+    directions: what z is.
+    num_samples: directions a step; 1 if None, and with 'laplace'.
+    micro_batches: parts that the rows are evaluated in.
+    weight_decay: as of `mezo_jax.mezo`, and the next two.
+    decay: which leaves are decayed.
+    stochastic_rounding: of half-precision weights.
+
+  Raises:
+    ValueError: for an option out of range; in ``update`` without ``noise_key``,
+      and for a ``value_fn`` that returns a scalar.
+  """
+  if mechanism not in MECHANISMS:
+    raise ValueError(
+        f'mechanism must be one of {MECHANISMS}, got {mechanism!r}.')
+  if not (clip > 0 and noise_multiplier >= 0 and batch_size > 0):
+    raise ValueError(
+        'clip and batch_size must be positive and noise_multiplier not '
+        f'negative, got {clip}, {batch_size} and {noise_multiplier}.')
+  if mechanism == 'laplace' and (num_samples or 1) > 1:
+    raise ValueError("mechanism 'laplace' needs num_samples of 1.")
+  directions, n = as_directions(directions), num_samples or 1
+  estimate = spsa(eps, key=key, directions=directions, num_samples=n,
+                  micro_batches=micro_batches, dtype=jnp.float32)
+  draw = {'gaussian': jax.random.normal, 'laplace': jax.random.laplace}[
+      mechanism]
+
+  def released(state, params, value_fn, noise_key, extra_args):
+    """g [n]."""
+    keys = directions.keys(state.key, state.count, n)
+    kind, z = directions.plain(params, keys)
+    epsilon = eps(state.count) if callable(eps) else eps
+    batch = _values.accepted(value_fn, extra_args)
+
+    def rows_at(point):  # one forward pass is in memory at a time
+      at = lambda part: _rows(perturbed(value_fn, kind)(params, point, **part))
+      if (micro_batches or 1) == 1:
+        return at(batch)
+      parts = lax.map(at, _values.split_batch(batch, micro_batches))
+      return jax.tree.map(jnp.ravel, parts)
+
+    values, there = lax.map(rows_at, Displacement(
+        jnp.repeat(z.keys, 2),
+        jnp.outer(z.coefs, jnp.float32([epsilon, -epsilon])).ravel()))
+    plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
+    d = (plus - minus) / (2 * epsilon)  # [n, B]
+    d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
+    length = jnp.sqrt(jnp.sum(d**2, 0))
+    d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))
+    noise = clip * noise_multiplier * draw(_typed(noise_key), (n,))
+    return (jnp.sum(d, 1) + noise) / batch_size
+
+  def update_fn(updates, state, params=None, *, value_fn=None,
+                projected_grad=None, noise_key=None, **extra_args):
+    if projected_grad is None and value_fn is not None and params is not None:
+      if noise_key is None:
+        raise ValueError(
+            'private needs the secret key of its noise, a new one for each '
+            'step: tx.update(..., noise_key=...); see mezo_jax.privacy.')
+      projected_grad = released(state, params, value_fn, noise_key, extra_args)
+      value_fn, extra_args = None, {}
+    return estimate.update(
+        updates, state, params, value_fn=value_fn,
+        projected_grad=projected_grad, **extra_args)
+
+  return descent(
+      optax.GradientTransformationExtraArgs(estimate.init, update_fn),
+      learning_rate, key=key, directions=directions, weight_decay=weight_decay,
+      decay=decay, stochastic_rounding=stochastic_rounding)
+
+
+def _rows(out) -> tuple[jax.Array, jax.Array]:
+  """``values, whether there`` [B] of what a value_fn returned.
+
+  Raises:
+    ValueError: if it is one number for all rows.
+  """
+  _values.sums(out)  # refuses what is no loss
+  values, *weights = out if isinstance(out, (tuple, list)) else (out,)
+  if not jnp.ndim(values):
+    raise ValueError(
+        'private clips what each row adds: value_fn must return the rows\' '
+        'values [B], or (values, weights) with weight 0 for rows that are not '
+        'there, and returned a scalar.')
+  there = weights[0] > 0 if weights else jnp.ones(values.shape, bool)
+  return values.astype(jnp.promote_types(jnp.float32, values.dtype)), there
+
+
+def _typed(key) -> jax.Array:
+  """Of two words, a threefry key."""
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return key
+  return jax.random.wrap_key_data(key, impl='threefry2x32')

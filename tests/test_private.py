@@ -1,0 +1,269 @@
+"""Private MeZO: its equations, what a row can do to a step, what is published,
+and the budget."""
+
+import json
+
+import dp_accounting
+from dp_accounting import pld
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import runs
+from scipy import stats
+
+import mezo_jax
+from mezo_jax import _noise, Displacement, make_step, privacy, variants
+from mezo_jax import config as config_lib
+
+KEY, RATE, EPS, CLIP = jax.random.key(7), 1e-2, 1e-2, 0.5
+ROWS = np.random.RandomState(0).normal(size=(12, 5)).astype(np.float32)
+TRUE = ROWS @ np.random.RandomState(1).normal(size=5).astype(np.float32)
+private = variants.private
+
+
+def value_fn(params, batch):
+  return (batch['x'] @ params - batch['y']) ** 2, batch['weight']
+
+
+def batch_of(rows, room=16):
+  """These rows, and empty ones, which are not numbers."""
+  pad = lambda x: np.concatenate(
+      [x[rows], np.full((room - len(rows), *x.shape[1:]), np.nan, x.dtype)])
+  return dict(x=pad(ROWS), y=pad(TRUE), weight=np.float32(
+      np.arange(room) < len(rows)))
+
+
+def secret_key(t):
+  return privacy.noise_key(b's' * 32, t)
+
+
+def made(**more):
+  return private(RATE, EPS, **(dict(key=KEY, clip=CLIP, noise_multiplier=0.7,
+                                    batch_size=8) | more))
+
+
+def released(tx, batch, key=None, params=None):
+  """The projected gradients of a first step."""
+  params = jnp.ones(5) if params is None else params
+  run = helpers.quick_jit(lambda key, batch: tx.update(
+      None, tx.init(params), params, value_fn=value_fn, batch=batch,
+      noise_key=key))
+  _, state = run(secret_key(0) if key is None else key, batch)
+  assert np.isnan(optax.tree.get(state, 'value'))  # no loss of a row
+  return np.asarray(optax.tree.get(state, 'projected_grad'))
+
+
+# --- the equations ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('mechanism, n, parts', [
+    ('gaussian', 1, 1), ('laplace', 1, 2), ('gaussian', 3, 4)])
+def test_it_is_its_papers_equations(mechanism, n, parts):
+  """20 steps in NumPy, given z and the noise, of batches of unequal sizes."""
+  tx = made(mechanism=mechanism, num_samples=n, micro_batches=parts)
+  step, params = make_step(tx, value_fn), jnp.ones(5)
+  state, theta = tx.init(params), np.ones(5)
+  draw = {'gaussian': jax.random.normal, 'laplace': jax.random.laplace}[
+      mechanism]
+  clipped = 0
+  for t in range(20):
+    rows = np.flatnonzero(np.random.RandomState(t).rand(12) < 0.6)
+    z = np.stack([np.asarray(mezo_jax.direction(jnp.zeros(5), Displacement(
+        _noise.direction_key(KEY, t, j), 1.0)), np.float64) for j in range(n)])
+    losses = (ROWS[rows] @ (theta + EPS * np.stack([z, -z])).swapaxes(1, 2)
+              - TRUE[rows, None]) ** 2  # [sign, row, direction]
+    d = (losses[0] - losses[1]).T / (2 * EPS)
+    length = np.sqrt((d ** 2).sum(0))
+    clipped += np.sum(length > CLIP)
+    d = d * np.minimum(1, CLIP / length)
+    noise = np.asarray(draw(jax.random.wrap_key_data(secret_key(t)), (n,)))
+    g = (d.sum(1) + 0.7 * CLIP * noise) / 8
+    theta = theta - RATE * (g[:, None] * z).mean(0)
+    params, state, metrics = step(
+        params, state, batch_of(rows), noise_key=secret_key(t))
+    np.testing.assert_allclose(metrics['projected_grad'], g, rtol=2e-3,
+                               atol=1e-4)
+  np.testing.assert_allclose(params, theta, rtol=1e-4)
+  assert clipped and metrics['skipped'] == 0
+
+
+@pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
+def test_the_noise_is_of_its_distribution(mechanism):
+  """2,000 secrets: Kolmogorov and Smirnov cannot tell them apart."""
+  tx = made(mechanism=mechanism, clip=2.0, noise_multiplier=1.5)
+  nobody = batch_of(np.arange(0))
+  keys = jnp.stack([secret_key(t) for t in range(2000)])
+  one = lambda key: optax.tree.get(tx.update(
+      None, tx.init(jnp.ones(5)), jnp.ones(5), value_fn=value_fn, batch=nobody,
+      noise_key=key)[1], 'projected_grad')
+  found = np.asarray(jax.jit(jax.vmap(one))(keys))[:, 0]
+  of = {'gaussian': stats.norm, 'laplace': stats.laplace}[mechanism]
+  assert stats.kstest(found, of(scale=2.0 * 1.5 / 8).cdf).pvalue > 1e-3
+
+
+# --- what a row can do ------------------------------------------------------
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('row', [1e30, -3e38, np.inf, np.nan, 50.0])
+def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
+  """Added to a batch, whatever its losses are; in the Euclidean norm."""
+  tx = made(num_samples=n)
+  rows, more = np.arange(6), np.arange(7)
+  with_it = batch_of(more)
+  with_it['y'] = with_it['y'].copy()
+  with_it['y'][6] = row
+  change = 8 * (released(tx, with_it) - released(tx, batch_of(rows)))
+  assert np.all(np.isfinite(change))
+  assert np.linalg.norm(change) < CLIP * (1 + 1e-4)
+  if row == 50.0:
+    assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
+
+
+def test_a_loss_of_the_whole_batch_is_refused():
+  tx, params = made(), jnp.ones(5)
+  update = lambda value_fn, **more: tx.update(
+      None, tx.init(params), params, value_fn=value_fn, **more)
+  with pytest.raises(ValueError, match='private clips what each row adds'):
+    update(lambda p: jnp.sum(p), noise_key=secret_key(0))
+  with pytest.raises(ValueError, match='private needs the secret key'):
+    update(lambda p: p * p)
+  with pytest.raises(ValueError, match='clip and batch_size must be positive'):
+    made(clip=0.0)
+  with pytest.raises(ValueError, match="'laplace' needs num_samples of 1"):
+    made(mechanism='laplace', num_samples=2)
+  with pytest.raises(ValueError, match='mechanism must be one of'):
+    made(mechanism='uniform')
+
+
+# --- what is published ------------------------------------------------------
+
+
+def test_all_that_is_published_does_not_give_the_noise():
+  """The same key, state, rows and weights, and another secret: another number.
+  And the state holds neither."""
+  tx, batch = made(), batch_of(np.arange(8))
+  one, two = (released(tx, batch, privacy.noise_key(s * 32, 0))
+              for s in (b'a', b'b'))
+  assert one != two
+  _, state = tx.update(
+      None, tx.init(jnp.ones(5)), jnp.ones(5), value_fn=value_fn, batch=batch,
+      noise_key=privacy.noise_key(b'a' * 32, 0))
+  held = [np.asarray(jax.random.key_data(x) if jnp.issubdtype(
+      x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(state)]
+  words = privacy.noise_key(b'a' * 32, 0)
+  assert not any(w in x.ravel().view(np.uint32) for x in held for w in words
+                 if x.dtype.itemsize == 4)
+  # From the direction's key, as in the paper's code, it does not come.
+  key = _noise.direction_key(KEY, 0)
+  guess = one - 0.7 * CLIP / 8 * np.asarray(jax.random.normal(key, (1,)))
+  assert abs(guess - released(made(noise_multiplier=0.0), batch)) > 1e-4
+
+
+def test_replay_needs_no_secret():
+  tx, params = made(), jnp.ones(5)
+  step, state, told = make_step(tx, value_fn), tx.init(params), []
+  start = jnp.copy(params)
+  for t in range(4):
+    params, state, metrics = step(
+        params, state, batch_of(np.arange(t, 12)), noise_key=secret_key(t))
+    told.append(metrics['projected_grad'])
+  again, fresh = start, jax.jit(tx.init)(start)
+  for g in told:
+    again, fresh, _ = step.update(again, fresh, g)
+  helpers.assert_bitwise(again, params)
+
+
+# --- the budget -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
+def test_the_account_is_the_accountants(mechanism):
+  plan = privacy.plan(6.0, 1e-5, mechanism, 500, 2000, 16)
+  event = {'gaussian': dp_accounting.GaussianDpEvent,
+           'laplace': dp_accounting.LaplaceDpEvent}[mechanism](
+               plan.noise_multiplier)
+  account = pld.PLDAccountant().compose(
+      dp_accounting.PoissonSampledDpEvent(16 / 2000, event), 500)
+  # A thousandth of delta is for batches that are cut short.
+  assert account.get_epsilon(1e-5) <= plan.spent(500) <= 6.0
+  np.testing.assert_allclose(plan.spent(500), 6.0, rtol=1e-4)
+  np.testing.assert_allclose(account.get_epsilon(1e-5), 6.0, rtol=1e-3)
+  assert plan.spent(0) == 0 < plan.spent(100) < plan.spent(500)
+  cut = stats.binom.sf(plan.capacity, 2000, 16 / 2000)
+  assert 500 * cut * (1 + np.exp(6)) <= 1e-8
+  assert plan.capacity < 60
+  with pytest.raises(ValueError, match='is more than the 10 training rows'):
+    privacy.plan(6.0, 1e-5, mechanism, 500, 10, 16)
+
+
+def test_rows_are_there_by_chance_each_for_itself():
+  """4,000 steps: rates of rows and of pairs, within five standard errors."""
+  plan = privacy.plan(6.0, 1e-5, 'gaussian', 4000, 40, 8)
+  seen = np.zeros((4000, 40))
+  for t in range(4000):
+    seen[t, privacy.sample(b'x' * 32, t, plan)] = 1
+  q, bound = 0.2, 5 * np.sqrt(0.2 * 0.8 / 4000)
+  assert np.all(np.abs(seen.mean(0) - q) < bound)
+  pairs = seen.T @ seen / 4000 - q * q
+  assert np.all(np.abs(pairs[~np.eye(40, dtype=bool)]) < 5 * np.sqrt(
+      q * q * (1 - q * q) / 4000))
+  sizes = seen.sum(1)
+  assert abs(sizes.std() - np.sqrt(40 * q * (1 - q))) < 0.2
+  again = privacy.sample(b'x' * 32, 5, plan)
+  assert np.array_equal(again, np.flatnonzero(seen[5]))
+  assert not np.array_equal(again, privacy.sample(b'y' * 32, 5, plan))
+
+
+def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
+  """train.py: killed and resumed it ends as one that was not and has the same
+  secret; nothing of that is published; more steps are refused."""
+  more = ['--config.method=private', '--config.privacy.epsilon=8',
+          '--config.privacy.delta=1e-3', '--config.steps=8',
+          '--config.eval_every=4', '--config.privacy.clip=2']
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  for place in (whole, killed):
+    place.mkdir()
+    (place / 'secret').write_bytes(b'k' * 32)
+  out, code = runs.finish(tiny_dir, reviews_file, whole, *more)
+  assert code == 0 and 'spent epsilon' in out, out
+  result = json.loads((whole / 'result.json').read_text())['privacy']
+  event = dp_accounting.PoissonSampledDpEvent(
+      8 / 40, dp_accounting.GaussianDpEvent(result['noise_multiplier']))
+  spent = pld.PLDAccountant().compose(event, 8).get_epsilon(1e-3)
+  assert spent <= result['spent'] <= 8 and spent > 7.9
+  train = [r for r in runs.records(whole) if r['kind'] == 'train']
+  assert len(train) == 8 and all(r['loss'] is None for r in train)
+  assert len({r['tokens'] for r in train}) == 1  # nor how many rows, how long
+  published = [p for p in whole.rglob('*') if p.is_file()
+               and p.name != 'secret']
+  assert not any(b'k' * 16 in p.read_bytes() for p in published)
+
+  runs.kill_after(killed, 5, 9, tiny_dir, reviews_file, killed, *more)
+  out, code = runs.finish(tiny_dir, reviews_file, killed, *more)
+  assert code == 0, out
+  helpers.assert_bitwise(runs.saved(whole)[1], runs.saved(killed)[1])
+
+  saved = json.loads((whole / 'config.json').read_text())
+  config = config_lib.from_json(saved)
+  config_lib.check_same_run(config, saved)
+  config.steps = 12
+  with pytest.raises(ValueError, match='is spent by its 8 steps'):
+    config_lib.check_same_run(config, saved)
+
+
+def test_a_new_secret_is_for_nobody_else(tmp_path):
+  found = privacy.secret(tmp_path / 'run', new=True)
+  file = tmp_path / 'run' / 'secret'
+  assert file.stat().st_mode & 0o777 == 0o600
+  assert found == file.read_bytes() == privacy.secret(tmp_path / 'run', False)
+  assert len(set(found)) > 8
+  file.unlink()
+  with pytest.raises(ValueError, match='be told twice: put it back'):
+    privacy.secret(tmp_path / 'run', False)
+  file.write_bytes(b'short')
+  with pytest.raises(ValueError, match='has 5 bytes, not 32'):
+    privacy.secret(tmp_path / 'run', False)
