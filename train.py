@@ -26,6 +26,7 @@ from mezo_jax import (
   evaluate,
   loggers,
   methods,
+  mixture,
   peft,
   privacy,
   sharding,
@@ -71,11 +72,21 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   total = size_of(built.params) + size_of(built.frozen)
   say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
       f'{devices}')
-  built = trunk.keep(config, built, workdir / 'trunk', say)
-  params, frozen = built.params, built.frozen
-  whole = lambda: peft.join(params, frozen)
-  ask = evaluate.make_evaluators(
-      config, built.model, built.splits, built.tokenizer, mesh)
+  mix, metric = None, task.main_metric
+  if config.also:
+    mix, metric = mixture.make(config, built, workdir / 'trunk', say), (
+        mixture.METRIC)
+    params, ask = built.params, mix.ask()
+    built = built._replace(frozen=None)  # the tasks have what is still read
+    whole = lambda params: params  # each task joins what it needs
+    frozen_of, loss_fn = mix.frozen, mix.value_fn
+  else:
+    built = trunk.keep(config, built, workdir / 'trunk', say)
+    params, frozen = built.params, built.frozen
+    ask = evaluate.make_evaluators(
+        config, built.model, built.splits, built.tokenizer, mesh)
+    whole = lambda params: peft.join(params, frozen)
+    frozen_of, loss_fn = lambda batch: frozen, built.loss_fn
   finish = lambda final, **more: workdir_lib.write_result(
       workdir, config, built, final, **more, model=name,
       seconds=time.time() - began)
@@ -99,15 +110,15 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   if plan:
     say(privacy.spell(plan))
   step_fn = make_step(
-      built.tx, built.loss_fn, mesh=mesh, on_compile=say_compiled)
+      built.tx, loss_fn, mesh=mesh, on_compile=say_compiled)
   train = built.splits.train.lengths, built.splits.buckets['train']
-  in_use = data_lib.used_lengths(*train)[-1:] if plan else (
-      data_lib.used_buckets(*train, config.data.batch_size))
+  in_use = mix.lengths() if mix else data_lib.used_lengths(*train)[-1:] if (
+      plan) else data_lib.used_buckets(*train, config.data.batch_size)
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
   before, opt_state = trainable.before_training(
-      config, whole()), built.opt_state
+      config, whole(params)), built.opt_state
   built = built._replace(params=None, opt_state=None)  # not to be held twice
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
@@ -133,14 +144,18 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   del before  # before the first step donates what it shares
 
   # Loop.
-  batches = (private_feed(plan, secret, built.splits, mesh, start) if plan else
-             feed(config, built.splits, mesh, start))
+  if mix:
+    batches = mix.feed(config, mesh, start)
+  elif plan:
+    batches = private_feed(plan, secret, built.splits, mesh, start)
+  else:
+    batches = feed(config, built.splits, mesh, start)
   try:
     params, opt_state = loop(
         config, (params, opt_state),
-        lambda *state_and_batch, **more: step_fn(
-            *state_and_batch, frozen, **more),
-        step_fn.flush, batches, lambda p: ask.dev(peft.join(p, frozen)),
+        lambda params, state, batch, **more: step_fn(
+            params, state, batch, frozen_of(batch), **more),
+        step_fn.flush, batches, lambda p: ask.dev(whole(p)), metric,
         checkpoints, metrics, start)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended
@@ -149,28 +164,32 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   best = find_best(config, checkpoints, opt_state)
   if best != config.steps:
     params, _ = build.restore(checkpoints, best, params, opt_state)
-  _, final = ask.both(whole())
+  _, final = ask.both(whole(params))
   checkpoints.close()
   metrics.close()
   if jax.process_index() == 0:
-    loggers.draw_curves(workdir / 'curves.png', metrics, task.main_metric,
+    loggers.draw_curves(workdir / 'curves.png', metrics, metric,
                         f'{config.method}, {name}')
   result = finish(
       final | {'step': best}, steps=config.steps,
       forwards=round(config.steps * methods.forwards(
           config, len(built.splits.train.prompts))),
       trained=size_of(params), compilations=len(step_fn.compiled),
+      metric=metric,
       **(dict(privacy=privacy.account(plan, config.steps)) if plan else {}),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))
   was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
   if plan:
     say(privacy.spell(plan, config.steps))
+  if mix:
+    say(mix.table(zero_shot, final))
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
 
 
 def say_compiled(batch, compiled, seconds: float) -> None:
+  batch = getattr(batch, 'batch', batch)  # of one task of several
   extra = compiled.memory_analysis().temp_size_in_bytes
   what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
           else 'update')
@@ -224,8 +243,8 @@ def feed(config, splits, mesh, start):
     yield *batch, {}
 
 
-def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
-         metrics, start):
+def loop(config, state, step_fn, flush, batches, evaluate_dev, metric,
+         checkpoints, metrics, start):
   """The training loop. The host reads step n-1 while the device does n."""
   progress = loggers.Progress(metrics, config.steps, start)
   waiting, stop_wanted = None, checkpoint.preemption()
@@ -254,7 +273,7 @@ def loop(config, state, step_fn, flush, batches, evaluate_dev, checkpoints,
       metrics.write('dev', step, **report)
       say(f'step {step}: dev {evaluate.spell(report)}')
     checkpoints.save(step, tuple(state), report and evaluate.rank(
-        report, config.task.main_metric, config.select))
+        report, metric, config.select))
     if stopping and step < config.steps:
       raise Stopped(f'told to stop; step {step} is saved. Run the same command '
                     'again to resume.')

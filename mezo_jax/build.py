@@ -97,13 +97,15 @@ def build(config: config_lib.Train, *, abstract: bool = False,
 
 def make_mesh(config: config_lib.Train) -> jax.sharding.Mesh:
   """The config's mesh over all devices; InputError if it does not fit them."""
-  sizes, rows = config.mesh, config.data.batch_size
+  sizes = config.mesh
   mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-  if rows % sharding.row_groups(mesh):
-    raise InputError(
-        f'data.batch_size {rows} does not divide over '
-        f'{sharding.row_groups(mesh)} groups of devices; make it a multiple of '
-        'that.')
+  for rows in (config.data.batch_size,
+               *(a.data.batch_size for a in config.also)):
+    if rows % sharding.row_groups(mesh):
+      raise InputError(
+          f'data.batch_size {rows} does not divide over '
+          f'{sharding.row_groups(mesh)} groups of devices; make it a multiple '
+          'of that.')
   return mesh
 
 

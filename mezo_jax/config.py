@@ -129,6 +129,16 @@ class Peft:
 
 
 @dataclasses.dataclass
+class Also:
+  """A task that is trained beside the first one; see `mezo_jax.mixture`."""
+
+  name: str  # in the table and the metrics
+  task: Task
+  data: Data
+  weight: float = 1.0  # of its loss; the first task's is 1
+
+
+@dataclasses.dataclass
 class Mesh:
   data: int = 1  # copies of the parameters
   fsdp: int = -1  # devices that share a copy, rows split; -1 for the rest
@@ -154,6 +164,7 @@ class Train:
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
+  also: tuple[Also, ...] = ()  # more tasks in the same run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
   variant: Variant = dataclasses.field(default_factory=Variant)
@@ -284,9 +295,29 @@ def check(config: Train) -> None:
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]
+  names = [config.task.name or 'first', *(a.name for a in config.also)]
+  rules += [
+      (not config.also or method.mixes,
+       f'method {config.method!r} trains one task: leave also empty'),
+      (len(set(names)) == len(names) and all(
+          re.fullmatch(r'\w+', name) for name in names) or not config.also,
+       f'also: the names of tasks, {", ".join(names)}, must be words, and each '
+       'another'),
+      (all(a.weight > 0 and math.isfinite(a.weight) for a in config.also),
+       'also: weights must be positive'),
+      (not config.also or not any(
+          task.traits.new_head
+          for task in (config.task, *(a.task for a in config.also))),
+       'also: a task of kind \'head\' has a head of its own: train it alone'),
+  ]
   for holds, message in rules:
     if not holds:
       raise InputError(f'config: {message}.')
+  for a in config.also:
+    try:
+      check(dataclasses.replace(config, task=a.task, data=a.data, also=()))
+    except InputError as e:
+      raise InputError(f'task {a.name!r}: {e}') from e
   for name, text in (('peft.mask', p.mask), ('peft.targets', p.targets),
                      *(('optimizer.groups', group) for group, *_ in o.groups)):
     try:
@@ -320,7 +351,9 @@ def from_json(saved: dict) -> Train:
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
         for name, v in values.items()})
-  return build(Train, _of_this_version(saved))
+  config = build(Train, _of_this_version(saved))
+  config.also = tuple(build(Also, a) for a in saved.get('also', ()))
+  return config
 
 
 def _of_this_version(saved: dict) -> dict:

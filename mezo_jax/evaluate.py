@@ -260,11 +260,14 @@ def rank(report: dict, metric: str, select: str) -> dict | None:
   return {'score': -loss if by_loss else report[metric], 'loss': loss}
 
 
+_PLAIN = 'loss', 'matthews'  # no percentages
+
+
 def spell(report: dict) -> str:
   """A report as text: ``accuracy 65.5 %, loss 0.612``."""
   out = [
       f'{name.replace("_", " ")} '
-      f'{f"{value:.3f}" if name in ("loss", "matthews") else f"{value:.1%}"}'
+      f'{f"{value:.3f}" if name.endswith(_PLAIN) else f"{value:.1%}"}'
       for name, value in report.items() if isinstance(value, float)]
   if 'not_finite' in report:
     out.append(f'scores of {report["not_finite"]} of {report["count"]} rows '

@@ -29,6 +29,7 @@ class Method:
   part: str | None = None  # what is trained, where peft.method does not say
   other_rates: bool = False  # learning rates are not of MeZO's size
   variant: bool = False  # the name is one of `mezo_jax.variants`
+  mixes: bool = True  # may have several tasks
   # `rules(config)`: what must hold beside what `config.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = _no_rules
@@ -141,7 +142,7 @@ METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
     'svrg': Method(
         'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant=True,
-        rules=_svrg),
+        mixes=False, rules=_svrg),
     'sparse_mezo': Method(
         'Sparse-MeZO (Liu et al., 2024), forward passes only', variant=True,
         rules=_of_relative),
@@ -170,16 +171,18 @@ METHODS = {
         rules=_on_grid),
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
-        'only', variant=True, rules=_private),
+        'only', variant=True, mixes=False, rules=_private),
     'zero_shot': Method(
-        'no training', steps=False,
+        'no training', steps=False, mixes=False,
         result=lambda ask, params, probed: ask.both(params)[1]),
     'icl': Method(
         'demonstrations in the prompt', steps=False, demonstrations=True,
+        mixes=False,
         rules=_needs_prompt,
         result=lambda ask, params, probed: ask.test(params)),
     'linear_probe': Method(
-        'a linear probe', steps=False, probe=True, rules=_needs_label_words,
+        'a linear probe', steps=False, probe=True, mixes=False,
+        rules=_needs_label_words,
         result=lambda ask, params, probed: probed),
     'finetune': Method(
         'backpropagation ({optimizer})', backprop=True,
@@ -190,7 +193,7 @@ METHODS = {
             _needs_derivative(config) + _says_what_is_trained(config))),
     'lp_mezo': Method(
         'MeZO (Malladi et al., 2023) after a linear probe, forward passes only',
-        probe=True, own_head=True, part='', rules=lambda config: (
+        probe=True, own_head=True, part='', mixes=False, rules=lambda config: (
             _needs_label_words(config) + _says_what_is_trained(config))),
 }
 

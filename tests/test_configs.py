@@ -14,7 +14,9 @@ OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
     'quickstart': ['', 'whole'], 'opt_f1': [None],
-    'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo'),
+    'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo', 'sst2,quzo',
+            'sst2,private'),
+    'multitask': [None],
     'peft_suite': ('reviews0/lora', 'reviews1/lora_adam'),
     'roberta': [f'{t},{k},{s}' for t in ('sst2', 'sst5', 'snli', 'mnli', 'rte',
                                          'trec')

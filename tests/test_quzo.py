@@ -20,10 +20,12 @@ from mezo_jax import (
   _rounding,
   _streams,
   Displacement,
+  export,
   make_step,
   models,
   variants,
 )
+import train
 
 KEY = jax.random.key(5)
 
@@ -367,6 +369,30 @@ def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
   helpers.assert_bitwise(again, mezo_jax.dequantize(params))
   with pytest.raises(ValueError, match="'codes' needs a .gguf file"):
     models.load(tiny_dir, dtype='codes', progress=False)
+
+
+def test_text_is_generated_by_codes(tiny_dir):
+  model, params = models.load(tiny_dir, dtype='int8', progress=False)
+  ids = np.array([[3, 4, 5], [6, 7, 8]])
+  said = [models.generate(model, p, ids, max_new_tokens=4) for p in (
+      params, mezo_jax.dequantize(params))]
+  helpers.assert_bitwise(*said)
+
+
+def test_lora_on_codes_that_stay(tiny_dir, reviews_file, tmp_path):
+  config = runs.small_config(
+      tiny_dir, reviews_file, model__dtype='int8', peft__method='lora',
+      peft__rank=2, steps=2, eval_every=2, zero_shot=False)
+  result = train.run(config, tmp_path / 'run')
+  assert result['trained'] < 3000
+  export.export(tmp_path / 'run', tmp_path / 'merged', merged=True)
+  model, params = models.load(tmp_path / 'merged', progress=False)
+  _, base = models.load(tiny_dir, dtype='int8', progress=False)
+  floats = mezo_jax.dequantize(base)
+  same = jax.tree.map(lambda x, y: bool(jnp.all(x == y)), params, floats)
+  attn = same['layers'].pop('attn')
+  assert all(jax.tree.leaves(same)) and attn['k']['kernel']
+  assert not attn['q']['kernel']
 
 
 def test_a_run_ends_as_one_that_was_killed(tiny_dir, reviews_file, tmp_path):

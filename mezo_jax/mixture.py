@@ -1,0 +1,170 @@
+r"""Several tasks in one run: :math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t`.
+
+A step's batch is of one task, drawn by weight from the run's seed, so that its
+loss is right on average; programs are compiled for each task and length. Dev
+rows of all choose the best step, by the mean of their metrics.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mezo_jax import build as build_lib
+from mezo_jax import config as config_lib
+from mezo_jax import data as data_lib
+from mezo_jax import evaluate, loggers, peft, sharding, trunk
+from mezo_jax.tasks import encode, score
+
+METRIC = 'mean'  # of the tasks' main metrics
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('batch',), meta_fields=('task',))
+@dataclasses.dataclass(frozen=True)
+class Of:
+  """A batch, and the number of the task that it is of."""
+
+  batch: Any
+  task: int
+
+
+class Part(NamedTuple):
+  """One task of a run."""
+
+  name: str
+  weight: float
+  config: config_lib.Train  # as if it were alone
+  built: build_lib.Built
+  ask: evaluate.Evaluators
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """The tasks of a run; `make` makes it."""
+
+  parts: tuple[Part, ...]
+
+  def value_fn(self, params, of: Of):
+    """The rows' values of a batch, by its task's objective."""
+    return self.parts[of.task].built.loss_fn(params, of.batch)
+
+  def frozen(self, of: Of) -> dict:
+    return self.parts[of.task].built.frozen
+
+  def feed(self, config: config_lib.Train, mesh, start: int) -> Iterator:
+    """Yields (tokens, `Of` a batch on the mesh, {}) from number ``start``."""
+    weights = np.array([part.weight for part in self.parts])
+    drawn = np.random.RandomState(config.seed).choice(
+        len(weights), config.steps, p=weights / weights.sum())
+    sources = []
+    for i, part in enumerate(self.parts):
+      data, size = part.built.splits, part.config.data.batch_size
+      sources.append((data.train, size, data_lib.batches(
+          data.train.lengths, data.buckets['train'], size, config.seed,
+          int(np.sum(drawn[:start] == i)))))
+    for i in drawn[start:]:
+      rows, size, batches = sources[i]
+      length, index = next(batches)
+      batch = encode.batch_of(rows, index, length, size)
+      yield (int(batch['attention_mask'].sum()),
+             Of(sharding.put_batch(batch, mesh), int(i)), {})
+
+  def lengths(self) -> list[str]:
+    """Of the programs that steps need."""
+    return [f'{part.name} {length}' for part in self.parts
+            for length in data_lib.used_buckets(
+                part.built.splits.train.lengths,
+                part.built.splits.buckets['train'],
+                part.config.data.batch_size)]
+
+  def ask(self) -> evaluate.Evaluators:
+    """Functions of the trained parameters, to reports of all tasks."""
+    def of_each(params):
+      for part in self.parts:
+        yield part, peft.join(params, part.built.frozen)
+    dev, test = (lambda params, which=which: self.joined(
+        [getattr(part.ask, which)(whole) for part, whole in of_each(params)])
+                 for which in ('dev', 'test'))
+    def both(params):
+      return tuple(map(self.joined, zip(
+          *[part.ask.both(whole) for part, whole in of_each(params)])))
+    return evaluate.Evaluators(dev, test, both, {})
+
+  def joined(self, reports: list[dict]) -> dict:
+    """One report: ``mean``, ``loss`` (by weight), ``NAME/...`` of each."""
+    metrics = [report[part.config.task.main_metric]
+               for part, report in zip(self.parts, reports)]
+    weights = [part.weight for part in self.parts]
+    out = {METRIC: float(np.mean(metrics)), 'loss': float(np.average(
+        [report.get('loss', 0.0) for report in reports], weights=weights)),
+           'count': sum(report['count'] for report in reports)}
+    lost = sum(report.get('not_finite', 0) for report in reports)
+    out |= {'not_finite': lost} if lost else {}
+    return out | {f'{part.name}/{name}': value
+                  for part, report in zip(self.parts, reports)
+                  for name, value in report.items() if name != 'not_finite'}
+
+  def table(self, zero_shot: dict, final: dict) -> str:
+    """A line a task, and their mean, in Markdown."""
+    percent = lambda report, name: (
+        f'{100 * report[name]:.1f}' if name in report else '')
+    rows = []
+    for part in self.parts:
+      metric = part.config.task.main_metric
+      of = lambda name, part=part: f'{part.name}/{name}'
+      rows.append({
+          'task': part.name, 'weight': f'{part.weight:g}', 'metric': metric,
+          'zero-shot': percent(zero_shot, of(metric)),
+          'zero-shot, calibrated': percent(
+              zero_shot, of(f'calibrated_{metric}')),
+          'final': percent(final, of(metric)),
+          'test rows': final[of('count')]})
+    rows.append({'task': METRIC, 'zero-shot': percent(zero_shot, METRIC),
+                 'final': percent(final, METRIC)})
+    return loggers.markdown_table(rows)
+
+
+def alone(config: config_lib.Train) -> list[tuple]:
+  """(name, weight, config) of each task of a run, as if it were alone."""
+  first = dataclasses.replace(config, also=())
+  return [(config.task.name or 'first', 1.0, first), *(
+      (a.name, a.weight, dataclasses.replace(first, task=a.task, data=a.data))
+      for a in config.also)]
+
+
+def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
+         say: Callable[[str], None]) -> Mixture:
+  """The tasks of a run whose first one is ``built``, with its weights.
+
+  Args:
+    config: of the run.
+    built: of its first task.
+    directory: for files of trunks.
+    say: reports what is found.
+
+  Raises:
+    InputError: if a task, its rows and the model do not fit each other.
+  """
+  parts = []
+  for i, (name, weight, own) in enumerate(alone(config)):
+    found = built
+    if i:
+      say(f'task {name}:')
+      splits = build_lib.encode_rows(
+          own, data_lib.read_rows(own.data, own.task), built.model.config,
+          built.tokenizer, say)
+      found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
+          built.model, splits.train, own.task, config_lib.objective(own),
+          built.tokenizer))
+    found = trunk.keep(own, found, directory / name, say)
+    ask = evaluate.make_evaluators(
+        own, found.model, found.splits, found.tokenizer, found.mesh)
+    parts.append(Part(name, weight, own, found._replace(
+        params=None, opt_state=None), ask))
+  return Mixture(tuple(parts))
