@@ -1,6 +1,7 @@
 """Weights as integer codes: what they stand for, where they are consumed, how
 they move, and what a run with them is."""
 
+import contextlib
 import dataclasses
 
 import helpers
@@ -25,6 +26,7 @@ from mezo_jax import (
   models,
   variants,
 )
+from mezo_jax.models import hub, quantised, weights
 import train
 
 KEY = jax.random.key(5)
@@ -369,6 +371,23 @@ def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
   helpers.assert_bitwise(again, mezo_jax.dequantize(params))
   with pytest.raises(ValueError, match="'codes' needs a .gguf file"):
     models.load(tiny_dir, dtype='codes', progress=False)
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'int4'])
+def test_parts_of_a_weight_that_begin_amid_a_scale(tiny_dir, dtype):
+  """Eight devices read 8 rows each of a kernel of 64, which share scales."""
+  row = next(row for row in hub.table_of(models.load_config(tiny_dir))
+             if row.path == 'layers/mlp/down/kernel')
+  mesh = helpers.mesh_of(1, 8)
+  with contextlib.ExitStack() as stack:
+    tensors = dict(weights.open_files(tiny_dir, stack))
+    form = quantised.form(row, dtype)
+    read = lambda spec: quantised.read(
+        row, (3, 64, 32), form, tensors, lambda part: jax.NamedSharding(
+            mesh, spec if part[1] % 8 == 0 else jax.P()))
+    want, got = read(jax.P()), read(jax.P(None, 'fsdp'))
+  assert not got.codes.sharding.is_fully_replicated
+  helpers.assert_bitwise(got, want)
 
 
 def test_text_is_generated_by_codes(tiny_dir):
