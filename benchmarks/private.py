@@ -53,7 +53,7 @@ def main():
         where = Path(args.runs or folder) / f'{name}_{seed}'
         results.append(read_result(where) or train.run(
             config_of(epsilon, seed, args), where))
-      percent = lambda key, of: ', '.join(
+      percent = lambda key, of, results=results: ', '.join(
           f'{100 * r[of][key]:.1f}' for r in results)
       budget = results[0].get('privacy', {})
       table.append({
