@@ -19,7 +19,7 @@ from mezo_jax.backprop import backprop
 
 
 def make_optimizer(config: config_lib.Train, params,
-                   plan: privacy.Plan | None = None
+                   plan: privacy.Plan | None = None, mask=None
                    ) -> optax.GradientTransformationExtraArgs:
   """The optax transform that a config describes, for these parameters before
   training, or their shapes.
@@ -28,6 +28,7 @@ def make_optimizer(config: config_lib.Train, params,
     config: of the run.
     params: that it trains.
     plan: of a private run; None where no losses are to be taken.
+    mask: of a run of MaZO; likewise.
   """
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
@@ -46,7 +47,7 @@ def make_optimizer(config: config_lib.Train, params,
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
   if methods.method_of(config).variant:
-    return relative(config, rates, eps, params, plan)
+    return relative(config, rates, eps, params, plan, mask)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
@@ -56,7 +57,7 @@ def make_optimizer(config: config_lib.Train, params,
 
 
 def relative(config: config_lib.Train, rate, eps, params,
-             plan: privacy.Plan | None) -> (
+             plan: privacy.Plan | None, mask) -> (
                  optax.GradientTransformationExtraArgs):
   """The transform of one of `mezo_jax.variants`."""
   name, v, z = config.method, config.variant, config.spsa
@@ -86,6 +87,8 @@ def relative(config: config_lib.Train, rate, eps, params,
           noise_multiplier=plan.noise_multiplier if plan else 0.0, **more)
     case 'one_point':
       del more['num_samples']
+    case 'mazo':
+      more['mask'] = mask
     case 'momentum_by_history':
       more |= dict(beta=v.b1, window=v.window)
     case 'adam_by_history':
