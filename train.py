@@ -27,11 +27,13 @@ from mezo_jax import (
   loggers,
   methods,
   mixture,
+  optimizer,
   peft,
   privacy,
   sharding,
   trainable,
   trunk,
+  variants,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
@@ -103,6 +105,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
+  if config.method == 'mazo':
+    built = score_weights(config, built, mix, loss_fn, frozen_of)
   say(f'training {size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
@@ -186,6 +190,33 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
+
+
+def score_weights(config, built, mix, loss_fn, frozen_of):
+  """With an optimizer of the weights that matter most to a batch of rows from
+  all over each task."""
+  v, began, value_fns = config.variant, time.time(), []
+  for i, part in enumerate(mix.parts if mix else [None]):
+    train = (part.built if part else built).splits
+    rows = min(4 * config.data.batch_size, len(train.train.prompts))
+    length, index = data_lib.spread(
+        train.train.lengths, train.buckets['train'],
+        rows // sharding.row_groups(built.mesh)
+        * sharding.row_groups(built.mesh))
+    batch = sharding.put_batch(
+        encode.batch_of(train.train, index, length, len(index)), built.mesh)
+    batch = mixture.Of(batch, i) if mix else batch
+    value_fns.append(lambda params, batch=batch: loss_fn(
+        peft.join(params, frozen_of(batch)), batch))
+  with jax.set_mesh(built.mesh):
+    mask = variants.saliency(
+        value_fns, built.params, jax.random.key(config.seed + 2**20),
+        share=v.share, num_samples=v.num_scores, eps=config.spsa.eps,
+        alpha=v.alpha, beta=v.beta)
+  say(f'scored weights in {time.time() - began:.0f} s: {v.share:.0%} of each '
+      'row are trained')
+  return built._replace(tx=optimizer.make_optimizer(
+      config, built.params, mask=mask))
 
 
 def say_compiled(batch, compiled, seconds: float) -> None:

@@ -89,7 +89,11 @@ class Variant:
   window: int = 8  # ..._by_history: steps that are remembered
   b1: float = 0.9  # ..._by_history: weight of the step before
   b2: float = 0.99  # adam_by_history, scalar_adam: of its square
-  share: float = 0.25  # sparse_mezo: of weights, the smallest, to train
+  # sparse_mezo: of weights, the smallest, to train; mazo: of each row.
+  share: float = 0.25
+  num_scores: int = 16  # mazo: directions that weights are scored by, a task
+  alpha: float = 1.0  # mazo: of what a step gains by a weight
+  beta: float = 0.0  # mazo: of a weight's size
 
 
 @dataclasses.dataclass
@@ -151,7 +155,7 @@ class Train:
 
   # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
   # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
-  # 'forward_grad', 'quzo', 'private' (docs/relatives.md); the baselines
+  # 'forward_grad', 'quzo', 'mazo', 'private' (docs/relatives.md); the baselines
   # 'zero_shot', 'icl' (demonstrations in the prompt), 'linear_probe',
   # 'finetune' (backpropagation) and 'head_only' (the same, of the head alone);
   # 'lp_mezo', MeZO from the linear probe on.

@@ -14,6 +14,7 @@ from mezo_jax import (
   loggers,
   methods,
   models,
+  optimizer,
   peft,
   sharding,
   trainable,
@@ -66,7 +67,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
       run, build.read_config(run), mesh, abstract=whole)
   model, params = build.add(run, model, params, tokenizer, mesh)
   shapes, frozen = trainable.split(run, params)
-  tx = build.make_optimizer(run, jax.eval_shape(lambda x: x, shapes))
+  tx = optimizer.make_optimizer(run, jax.eval_shape(lambda x: x, shapes))
   opt_state = build.init_state(tx, shapes, mesh, abstract=True)
   # The run may still be at it: nothing of its directory is touched.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)

@@ -166,6 +166,16 @@ METHODS = {
     'forward_grad': Method(
         'forward-mode directional derivatives', variant=True,
         rules=_forward_mode),
+    'mazo': Method(
+        'MaZO (Zhang et al., 2025), forward passes only', variant=True,
+        rules=lambda config: _of_relative(
+            config, (not config.optimizer.weight_decay,
+                     "method 'mazo' needs optimizer.weight_decay of 0: it "
+                     'would move weights that are left out'),
+            (config.variant.num_scores >= 1,
+             'variant.num_scores must be at least 1'),
+            (config.model.dtype not in QUANTISED,
+             "method 'mazo' scores floats: take another model.dtype"))),
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
         rules=_on_grid),

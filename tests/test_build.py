@@ -10,7 +10,7 @@ import pytest
 from runs import small_config
 
 import mezo_jax
-from mezo_jax import build, checkpoint, models
+from mezo_jax import build, checkpoint, models, optimizer
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 
@@ -19,7 +19,7 @@ def test_a_group_for_all_others_comes_last():
   config = config_lib.Train()
   config.optimizer.groups = (('', 1e-2, 1e-1), ('b', 1e-3, 1e-2))
   params = {'a': np.ones(1, np.float32), 'b': np.ones(1, np.float32)}
-  tx = build.make_optimizer(config, params)
+  tx = optimizer.make_optimizer(config, params)
   updates, state = tx.update(None, tx.init(params), params,
                              value_fn=lambda p: (p['a'] + p['b']).sum())
   z = mezo_jax.direction(params, mezo_jax.Displacement(
@@ -85,7 +85,7 @@ def test_a_wrong_column_costs_no_waiting_for_weights(
 def test_schedules():
   config = config_lib.Train(steps=10)
   values = lambda: [
-      float(build.schedule(config, 2.0)(t)) for t in (0, 2, 6, 10)]
+      float(optimizer.schedule(config, 2.0)(t)) for t in (0, 2, 6, 10)]
   assert values() == [2, 2, 2, 2]
   config.optimizer.schedule, config.optimizer.warmup_steps = 'linear', 2
   assert values() == [0, 2, 1, 0]

@@ -1,6 +1,7 @@
 """Weights as integer codes: what they stand for, where they are consumed, how
 they move, and what a run with them is."""
 
+import contextlib
 import dataclasses
 
 import helpers
@@ -25,6 +26,7 @@ from mezo_jax import (
   models,
   variants,
 )
+from mezo_jax.models import hub, quantised, weights
 import train
 
 KEY = jax.random.key(5)
@@ -371,6 +373,23 @@ def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
     models.load(tiny_dir, dtype='codes', progress=False)
 
 
+@pytest.mark.parametrize('dtype', ['int8', 'int4'])
+def test_parts_of_a_weight_that_begin_amid_a_scale(tiny_dir, dtype):
+  """Eight devices read 8 rows each of a kernel of 64, which share scales."""
+  row = next(row for row in hub.table_of(models.load_config(tiny_dir))
+             if row.path == 'layers/mlp/down/kernel')
+  mesh = helpers.mesh_of(1, 8)
+  with contextlib.ExitStack() as stack:
+    tensors = dict(weights.open_files(tiny_dir, stack))
+    form = quantised.form(row, dtype)
+    read = lambda spec: quantised.read(
+        row, (3, 64, 32), form, tensors, lambda part: jax.NamedSharding(
+            mesh, spec if part[1] % 8 == 0 else jax.P()))
+    want, got = read(jax.P()), read(jax.P(None, 'fsdp'))
+  assert not got.codes.sharding.is_fully_replicated
+  helpers.assert_bitwise(got, want)
+
+
 def test_text_is_generated_by_codes(tiny_dir):
   model, params = models.load(tiny_dir, dtype='int8', progress=False)
   ids = np.array([[3, 4, 5], [6, 7, 8]])
@@ -395,15 +414,15 @@ def test_lora_on_codes_that_stay(tiny_dir, reviews_file, tmp_path):
   assert not attn['q']['kernel']
 
 
-def test_a_run_ends_as_one_that_was_killed(tiny_dir, reviews_file, tmp_path):
-  """train.py with codes: stopped and resumed, and exported as floats."""
-  more = ('--config.method=quzo', '--config.model.dtype=int8',
-          '--config.spsa.eps=1e-2', '--config.steps=8',
-          '--config.eval_every=8')
-  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  out, code = runs.finish(tiny_dir, reviews_file, whole, *more)
-  assert code == 0, out
-  runs.kill_after(killed, 5, 15, tiny_dir, reviews_file, killed, *more)
-  out, code = runs.finish(tiny_dir, reviews_file, killed, *more)
-  assert code == 0, out
-  helpers.assert_bitwise(runs.saved(whole)[1], runs.saved(killed)[1])
+def test_a_run_that_goes_on(tiny_dir, reviews_file, tmp_path):
+  """train.py with codes: in one go, or stopped, saved and begun again."""
+  config = lambda steps: runs.small_config(
+      tiny_dir, reviews_file, method='quzo', model__dtype='int8', steps=steps,
+      eval_every=4, checkpoint_every=2, zero_shot=False, spsa__eps=1e-2)
+  train.run(config(4), tmp_path / 'whole')
+  train.run(config(2), tmp_path / 'part')
+  train.run(config(4), tmp_path / 'part')
+  whole = runs.saved(tmp_path / 'whole')[1]
+  helpers.assert_bitwise(runs.saved(tmp_path / 'part')[1], whole)
+  codes = whole['layers']['attn']['q']['kernel']['codes']
+  assert codes.dtype == np.int8

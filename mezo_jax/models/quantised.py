@@ -100,16 +100,22 @@ def read(row: Row, shape, form_: Form, tensors: dict, place) -> Codes:
              for l in range(layers.start, layers.stop)]
     return {name: np.stack([x[name] for x in found]) for name in found[0]}
 
+  parts = form_.parts(shape)
+  group = n // parts['scales'][0][axis]
+
   def make(name, part, dtype):
     run = n // part[axis]
     def of(index):
       index = [i.indices(m)[:2] for i, m in zip(index, part)]
-      index[axis] = tuple(run * i for i in index[axis])
-      return block(tuple(index))[name].astype(dtype)
+      start, stop = (run * i for i in index[axis])
+      # A device's part may begin amid weights that share a scale.
+      index[axis] = first, _ = start // group * group, -(-stop // group) * group
+      cut = [slice(None)] * len(part)
+      cut[axis] = slice((start - first) // run, (stop - first) // run)
+      return block(tuple(index))[name][tuple(cut)].astype(dtype)
     return jax.make_array_from_callback(part, place(part), of)
 
-  return form_.codes({name: make(name, *of)
-                      for name, of in form_.parts(shape).items()})
+  return form_.codes({name: make(name, *of) for name, of in parts.items()})
 
 
 def _layer(row: Row, tensor, index, form_: Form) -> dict[str, np.ndarray]:

@@ -15,6 +15,8 @@ number that is expected of them, changes by at most C when a row is added or
 removed: what :math:`\sigma` must be for a budget, `mezo_jax.privacy` says.
 """
 
+from collections.abc import Mapping
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -80,6 +82,8 @@ def private(
         f'negative, got {clip}, {batch_size} and {noise_multiplier}.')
   if mechanism == 'laplace' and (num_samples or 1) > 1:
     raise ValueError("mechanism 'laplace' needs num_samples of 1.")
+  if isinstance(eps, Mapping):
+    raise ValueError('private takes one eps, no groups.')
   directions, n = as_directions(directions), num_samples or 1
   estimate = spsa(eps, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)

@@ -1,0 +1,109 @@
+"""Weights as integer codes: what they take, say and learn.
+
+  python benchmarks/quantised.py [--runs DIR]
+
+Memory of SmolLM2-135M's shape, 16 x 32 tokens, by the compiler, over float32
+inference; loss and accuracy of the quickstart's test rows before training; and
+the quickstart's last layer, 4,000 steps (all else is its config), trained as
+floats and as codes, two seeds. Runs are kept in DIR, and those that are
+finished there are not made again. Writes benchmarks/results/quantised.md and
+quantised.json; 30 minutes on 2 CPU cores.
+"""
+
+import argparse
+from pathlib import Path
+import sys
+import tempfile
+
+import harness
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs import quickstart  # noqa: E402
+import mezo_jax  # noqa: E402
+from mezo_jax import models, variants  # noqa: E402
+from mezo_jax.workdir import read_result  # noqa: E402
+import train  # noqa: E402
+
+SEEDS, STEPS = (0, 1), 4000
+RUNS = {  # (dtype, method, fold_every)
+    'float': ('float32', 'mezo', 1),
+    'int8_mezo': ('int8', 'mezo', 1),
+    'int8_quzo': ('int8', 'quzo', 1),
+    'int8_fold': ('int8', 'mezo', 16),
+    'codes_fold': ('codes', 'mezo', 16),
+}
+
+
+def memory() -> list[dict]:
+  config = harness.SHAPES['SmolLM2-135M']
+  model = models.Transformer(config)
+  loss_fn = harness.classification_loss(model)
+  ids = jax.ShapeDtypeStruct((16, 32), jnp.int32)
+
+  def peak(compiled):
+    m = compiled.memory_analysis()
+    return (m.argument_size_in_bytes + m.output_size_in_bytes
+            - m.alias_size_in_bytes + m.temp_size_in_bytes)
+  rows, base = [], None
+  for dtype in ('float32', 'int8', 'int4'):
+    params = models.param_shapes(config, dtype=dtype)
+    weights = harness.nbytes(jax.tree.leaves(params))
+    inference = peak(jax.jit(mezo_jax.dequantized(
+        lambda p, ids: jnp.mean(loss_fn(p, ids)))).lower(params, ids).compile())
+    base = base or (weights, inference)
+    for name, make in (('mezo', mezo_jax.mezo), ('quzo', variants.quzo)):
+      if dtype == 'float32' and name == 'quzo':
+        continue
+      tx = make(1e-6, key=0)
+      step = mezo_jax.make_step(tx, loss_fn)
+      step.compile(params, jax.eval_shape(tx.init, params), ids)
+      losses, update = map(peak, step.compiled.values())
+      rows.append({
+          'dtype': dtype, 'method': name,
+          'weights / float32': f'{weights / base[0]:.3f}',
+          'inference': f'{inference / base[1]:.3f}',
+          'losses of a step': f'{losses / base[1]:.3f}',
+          'its update': f'{update / base[1]:.3f}'})
+  return rows
+
+
+def learned(folder: Path) -> list[dict]:
+  rows = []
+  for name, (dtype, method, fold) in RUNS.items():
+    results = []
+    for seed in SEEDS:
+      config = quickstart.get_config()
+      config.model.dtype, config.method, config.seed = dtype, method, seed
+      config.spsa.fold_every = fold
+      config.steps, config.eval_every = STEPS, 1000
+      where = folder / f'{name}_{seed}'
+      results.append(read_result(where) or train.run(config, where))
+    percent = lambda x: f'{100 * x["accuracy"]:.1f}'
+    before = results[0]['zero_shot']
+    rows.append({
+        'dtype': dtype, 'method': method, 'fold_every': fold,
+        'before: loss': f'{before["loss"]:.3f}',
+        'before: accuracy, %': percent(before),
+        'after: loss': ', '.join(f'{r["final"]["loss"]:.3f}' for r in results),
+        'after: accuracy, %': ', '.join(percent(r['final']) for r in results)})
+  return rows
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--runs')
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    tables = [
+        ("Memory, SmolLM2-135M's shape, 16 x 32 tokens, over float32 "
+         'inference:', memory()),
+        (f"The quickstart's last layer, {STEPS} steps, seeds {SEEDS}:",
+         learned(Path(args.runs or folder)))]
+  harness.write('quantised', harness.header(), tables)
+
+
+if __name__ == '__main__':
+  main()
