@@ -141,8 +141,8 @@ def _library():
   try:
     import dp_accounting
   except ImportError as e:
-    raise MissingError("private training needs dp-accounting: pip install "
-                       "'mezo_jax[private]'.") from e
+    raise MissingError('private training needs dp-accounting: pip install '
+                       'dp-accounting.') from e
   return dp_accounting
 
 
