@@ -133,15 +133,16 @@ def _event(mechanism: str, noise: float, rate: float, steps: int):
 def _accountant():
   _library()
   from dp_accounting import pld
-  return pld.PLDAccountant()
+  # An upper bound at any interval, and at this one in a tenth of the time.
+  return pld.PLDAccountant(value_discretization_interval=1e-3)
 
 
 def _library():
   try:
     import dp_accounting
   except ImportError as e:
-    raise MissingError("private training needs dp-accounting: pip install "
-                       "'mezo_jax[private]'.") from e
+    raise MissingError('private training needs dp-accounting: pip install '
+                       'dp-accounting.') from e
   return dp_accounting
 
 

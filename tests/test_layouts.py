@@ -221,7 +221,7 @@ def test_the_program_of_an_unrolled_model_grows_slowly():
      r'w \(each iteration of a (scan|while_loop) uses all of it'),
     (lambda p: lax.scan(lambda c, a: (c @ a, None), WIDE, jnp.stack(
         [p['w'], p['w']]))[0], r'w \(something is computed of all layers'),
-    (lambda p: p['w'], r'w \(value_fn returns it'),
+    (lambda p: p['w'], r'w \(it is returned'),
 ])
 def test_large_weights_that_are_built_whole_are_named(f, message):
   params = {'layers': {'w': jnp.ones((4, WIDTH, 2 * WIDTH))},
