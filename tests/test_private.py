@@ -17,6 +17,7 @@ from scipy import stats
 import mezo_jax
 from mezo_jax import _noise, Displacement, make_step, privacy, variants
 from mezo_jax import config as config_lib
+from mezo_jax.variants.private import noise
 
 KEY, RATE, EPS, CLIP = jax.random.key(7), 1e-2, 1e-2, 0.5
 ROWS = np.random.RandomState(0).normal(size=(12, 5)).astype(np.float32)
@@ -56,6 +57,16 @@ def released(tx, batch, key=None, params=None):
   return np.asarray(optax.tree.get(state, 'projected_grad'))
 
 
+def xi(key, n, mechanism):
+  """The noise of a key, in float64."""
+  u, low, other = np.float64(jax.random.bits(
+      jax.random.wrap_key_data(key), (3, n), jnp.uint32)) / 2**32
+  length = -np.log(u + low / 2**32)
+  if mechanism == 'gaussian':
+    return np.sqrt(2 * length) * np.cos(2 * np.pi * other)
+  return length * np.where(other < 0.5, 1, -1)
+
+
 # --- the equations ----------------------------------------------------------
 
 
@@ -66,8 +77,6 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   tx = made(mechanism=mechanism, num_samples=n, micro_batches=parts)
   step, params = make_step(tx, value_fn), jnp.ones(5)
   state, theta = tx.init(params), np.ones(5)
-  draw = {'gaussian': jax.random.normal, 'laplace': jax.random.laplace}[
-      mechanism]
   clipped = 0
   for t in range(20):
     rows = np.flatnonzero(np.random.RandomState(t).rand(12) < 0.6)
@@ -79,8 +88,7 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
     length = np.sqrt((d ** 2).sum(0))
     clipped += np.sum(length > CLIP)
     d = d * np.minimum(1, CLIP / length)
-    noise = np.asarray(draw(jax.random.wrap_key_data(secret_key(t)), (n,)))
-    g = (d.sum(1) + 0.7 * CLIP * noise) / 8
+    g = (d.sum(1) + 0.7 * CLIP * xi(secret_key(t), n, mechanism)) / 8
     theta = theta - RATE * (g[:, None] * z).mean(0)
     params, state, metrics = step(
         params, state, batch_of(rows), noise_key=secret_key(t))
@@ -102,6 +110,25 @@ def test_the_noise_is_of_its_distribution(mechanism):
   found = np.asarray(jax.jit(jax.vmap(one))(keys))[:, 0]
   of = {'gaussian': stats.norm, 'laplace': stats.laplace}[mechanism]
   assert stats.kstest(found, of(scale=2.0 * 1.5 / 8).cdf).pvalue > 1e-3
+  # Its mean and variance, within five standard errors.
+  n = 200_000
+  draws = np.float64(noise(KEY, n, mechanism))
+  var, kurtosis = {'gaussian': (1, 3), 'laplace': (2, 6)}[mechanism]
+  assert abs(draws.mean()) < 5 * np.sqrt(var / n)
+  assert abs(draws.var() / var - 1) < 5 * np.sqrt((kurtosis - 1) / n)
+
+
+@pytest.mark.parametrize('mechanism, most', [('gaussian', 9.3),
+                                             ('laplace', 43.0)])
+def test_its_tails_do_not_end_where_a_float_s_do(monkeypatch, mechanism, most):
+  """At the least of 2**64 uniform numbers; of 2**24 it is 5.4, and 16."""
+  with monkeypatch.context() as m:
+    m.setattr(jax.random, 'bits', lambda key, shape, dtype: jnp.zeros(
+        shape, dtype))
+    assert noise(jax.random.key(0), 1, mechanism)[0] > most
+    m.setattr(jax.random, 'bits', lambda key, shape, dtype: jnp.full(
+        shape, 2**32 - 1, dtype))
+    assert np.isfinite(noise(jax.random.key(0), 1, mechanism)[0])
 
 
 # --- what a row can do ------------------------------------------------------
@@ -159,7 +186,7 @@ def test_all_that_is_published_does_not_give_the_noise():
                  if x.dtype.itemsize == 4)
   # From the direction's key, as in the paper's code, it does not come.
   key = _noise.direction_key(KEY, 0)
-  guess = one - 0.7 * CLIP / 8 * np.asarray(jax.random.normal(key, (1,)))
+  guess = one - 0.7 * CLIP / 8 * np.asarray(noise(key, 1, 'gaussian'))
   assert abs(guess - released(made(noise_multiplier=0.0), batch)) > 1e-4
 
 
@@ -193,7 +220,7 @@ def test_the_account_is_the_accountants(mechanism):
   np.testing.assert_allclose(plan.spent(500), 6.0, rtol=1e-4)
   np.testing.assert_allclose(account.get_epsilon(1e-5), 6.0, rtol=1e-3)
   assert plan.spent(0) == 0 < plan.spent(100) < plan.spent(500)
-  cut = stats.binom.sf(plan.capacity, 2000, 16 / 2000)
+  cut = stats.binom.sf(plan.capacity, 2001, 16 / 2000)  # of a neighbour
   assert 500 * cut * (1 + np.exp(6)) <= 1e-8
   assert plan.capacity < 60
   with pytest.raises(ValueError, match='is more than the 10 training rows'):
