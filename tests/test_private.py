@@ -17,7 +17,9 @@ from scipy import stats
 import mezo_jax
 from mezo_jax import _noise, Displacement, make_step, privacy, variants
 from mezo_jax import config as config_lib
+from mezo_jax.errors import InputError
 from mezo_jax.variants.private import noise
+from train import run
 
 KEY, RATE, EPS, CLIP = jax.random.key(7), 1e-2, 1e-2, 0.5
 ROWS = np.random.RandomState(0).normal(size=(12, 5)).astype(np.float32)
@@ -250,7 +252,8 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   secret; nothing of that is published; more steps are refused."""
   more = ['--config.method=private', '--config.privacy.epsilon=8',
           '--config.privacy.delta=1e-3', '--config.steps=8',
-          '--config.eval_every=4', '--config.privacy.clip=2']
+          '--config.eval_every=4', '--config.privacy.clip=2',
+          '--config.data.max_length=16']
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for place in (whole, killed):
     place.mkdir()
@@ -263,8 +266,14 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   spent = pld.PLDAccountant().compose(event, 8).get_epsilon(1e-3)
   assert spent <= result['spent'] <= 8 and spent > 7.9
   train = [r for r in runs.records(whole) if r['kind'] == 'train']
-  assert len(train) == 8 and all(r['loss'] is None for r in train)
-  assert len({r['tokens'] for r in train}) == 1  # nor how many rows, how long
+  assert len(train) == 8 and not any('loss' in r for r in train)
+  assert {r['tokens'] for r in train} == {result['capacity'] * 16}
+  assert 'data: 40 train rows, padded to 16 tokens' in out
+  assert 'nan' not in out and out.count('tokens on average') == 2  # dev, test
+  spent = [r['epsilon'] for r in runs.records(whole) if 'epsilon' in r]
+  assert 0 < spent[0] < spent[1] == result['spent']
+  for text in (f'; spent epsilon {spent[0]:.3f}', 'final (step 8, the last)'):
+    assert text in out
   published = [p for p in whole.rglob('*') if p.is_file()
                and p.name != 'secret']
   assert not any(b'k' * 16 in p.read_bytes() for p in published)
@@ -273,12 +282,16 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   out, code = runs.finish(tiny_dir, reviews_file, killed, *more)
   assert code == 0, out
   helpers.assert_bitwise(runs.saved(whole)[1], runs.saved(killed)[1])
+  assert runs.records(whole) == runs.records(killed)
 
   saved = json.loads((whole / 'config.json').read_text())
   config = config_lib.from_json(saved)
   config_lib.check_same_run(config, saved)
   config.steps = 12
-  with pytest.raises(ValueError, match='is spent by its 8 steps'):
+  with pytest.raises(InputError, match='is spent by its 8 steps'):
+    run(config, whole)
+  config.steps, config.mesh.data = 8, 8
+  with pytest.raises(ValueError, match='mesh.data was 1 and is now 8'):
     config_lib.check_same_run(config, saved)
 
 
