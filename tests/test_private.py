@@ -48,9 +48,9 @@ def made(**more):
                                     batch_size=8) | more))
 
 
-def released(tx, batch, key=None, params=None):
+def released(tx, batch, key=None, value_fn=value_fn):
   """The projected gradients of a first step."""
-  params = jnp.ones(5) if params is None else params
+  params = jnp.ones(5)
   run = helpers.quick_jit(lambda key, batch: tx.update(
       None, tx.init(params), params, value_fn=value_fn, batch=batch,
       noise_key=key))
@@ -150,6 +150,18 @@ def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
   assert np.linalg.norm(change) < CLIP * (1 + 1e-4)
   if row == 50.0:
     assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
+
+
+def test_masked_weights_are_not_perturbed():
+  """Rows whose loss notices it would be NaN, and count as 0."""
+  blind = lambda params, batch: (jnp.where(
+      params[0] != 1, jnp.nan, value_fn(params, batch)[0]), batch['weight'])
+  tx = made(noise_multiplier=0.0, directions=mezo_jax.Normal(
+      mask=np.arange(5) > 0))
+  rows = batch_of(np.arange(12))
+  g = released(tx, rows, value_fn=blind)
+  np.testing.assert_allclose(g, released(tx, rows), rtol=1e-3)
+  assert abs(g[0]) > 0.1
 
 
 def test_a_loss_of_the_whole_batch_is_refused():
