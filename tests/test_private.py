@@ -2,6 +2,7 @@
 and the budget."""
 
 import json
+import sys
 
 import dp_accounting
 from dp_accounting import pld
@@ -17,7 +18,7 @@ from scipy import stats
 import mezo_jax
 from mezo_jax import _noise, Displacement, make_step, privacy, variants
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.variants.private import noise
 from train import run
 
@@ -239,6 +240,12 @@ def test_the_account_is_the_accountants(mechanism):
   assert plan.capacity < 60
   with pytest.raises(ValueError, match='is more than the 10 training rows'):
     privacy.plan(6.0, 1e-5, mechanism, 500, 10, 16)
+
+
+def test_without_the_accountant(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'dp_accounting', None)
+  with pytest.raises(MissingError, match='pip install dp-accounting'):
+    privacy.plan(6.0, 1e-6, 'gaussian', 10, 100, 10)
 
 
 def test_rows_are_there_by_chance_each_for_itself():
