@@ -2,6 +2,7 @@
 and the budget."""
 
 import json
+import sys
 
 import dp_accounting
 from dp_accounting import pld
@@ -17,7 +18,7 @@ from scipy import stats
 import mezo_jax
 from mezo_jax import _noise, Displacement, make_step, privacy, variants
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.variants.private import noise
 from train import run
 
@@ -48,9 +49,9 @@ def made(**more):
                                     batch_size=8) | more))
 
 
-def released(tx, batch, key=None, params=None):
+def released(tx, batch, key=None, value_fn=value_fn):
   """The projected gradients of a first step."""
-  params = jnp.ones(5) if params is None else params
+  params = jnp.ones(5)
   run = helpers.quick_jit(lambda key, batch: tx.update(
       None, tx.init(params), params, value_fn=value_fn, batch=batch,
       noise_key=key))
@@ -152,6 +153,18 @@ def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
     assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
 
 
+def test_masked_weights_are_not_perturbed():
+  """Rows whose loss notices it would be NaN, and count as 0."""
+  blind = lambda params, batch: (jnp.where(
+      params[0] != 1, jnp.nan, value_fn(params, batch)[0]), batch['weight'])
+  tx = made(noise_multiplier=0.0, directions=mezo_jax.Normal(
+      mask=np.arange(5) > 0))
+  rows = batch_of(np.arange(12))
+  g = released(tx, rows, value_fn=blind)
+  np.testing.assert_allclose(g, released(tx, rows), rtol=1e-3)
+  assert abs(g[0]) > 0.1
+
+
 def test_a_loss_of_the_whole_batch_is_refused():
   tx, params = made(), jnp.ones(5)
   update = lambda value_fn, **more: tx.update(
@@ -227,6 +240,12 @@ def test_the_account_is_the_accountants(mechanism):
   assert plan.capacity < 60
   with pytest.raises(ValueError, match='is more than the 10 training rows'):
     privacy.plan(6.0, 1e-5, mechanism, 500, 10, 16)
+
+
+def test_without_the_accountant(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'dp_accounting', None)
+  with pytest.raises(MissingError, match='pip install dp-accounting'):
+    privacy.plan(6.0, 1e-6, 'gaussian', 10, 100, 10)
 
 
 def test_rows_are_there_by_chance_each_for_itself():

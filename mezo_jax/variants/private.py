@@ -47,7 +47,8 @@ def private(
   :math:`\xi`, new for each step, is the caller's secret. It is kept nowhere,
   and depends on nothing that is published; ``key`` may be. ``value_fn`` returns
   the rows' values ``[B]``, or ``(values, weights)``, where rows of weight 0
-  are not there. A row whose difference is not finite counts as 0, so that any
+  are not there and all others count the same; a row's value is to depend on no
+  other row. A row whose difference is not finite counts as 0, so that any
   row's part is bounded, and no row's losses can have a step skipped.
 
   The state has g as it is released; its ``value`` is NaN: the loss of the rows
