@@ -116,8 +116,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   step_fn = make_step(
       built.tx, loss_fn, mesh=mesh, on_compile=say_compiled)
   train = built.splits.train.lengths, built.splits.buckets['train']
-  in_use = mix.lengths() if mix else data_lib.used_lengths(*train)[-1:] if (
-      plan) else data_lib.used_buckets(*train, config.data.batch_size)
+  in_use = mix.lengths() if mix else train[1] if plan else (
+      data_lib.used_buckets(*train, config.data.batch_size))
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself.
@@ -160,12 +160,13 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
         lambda params, state, batch, **more: step_fn(
             params, state, batch, frozen_of(batch), **more),
         step_fn.flush, batches, lambda p: ask.dev(whole(p)), metric,
-        checkpoints, metrics, start)
+        checkpoints, metrics, start, plan)
   finally:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
-  best = find_best(config, checkpoints, opt_state)
+  best = find_best(config, checkpoints, opt_state) if (
+      methods.selects(config)) else config.steps
   if best != config.steps:
     params, _ = build.restore(checkpoints, best, params, opt_state)
   _, final = ask.both(whole(params))
@@ -187,7 +188,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(privacy.spell(plan, config.steps))
   if mix:
     say(mix.table(zero_shot, final))
-  say(f'final (step {best}, best on dev): test {evaluate.spell(final)}{was}; '
+  why = 'best on dev' if methods.selects(config) else 'the last'
+  say(f'final (step {best}, {why}): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
 
@@ -246,11 +248,10 @@ def size_of(params) -> int:
 
 def private_feed(plan, secret, splits, mesh, start):
   """As `feed`; how many rows a batch has, and how long, tells nothing."""
-  train = splits.train
-  length = data_lib.used_lengths(train.lengths, splits.buckets['train'])[-1]
+  length, = splits.buckets['train']
   for number in itertools.count(start):
-    rows = encode.batch_of(
-        train, privacy.sample(secret, number, plan), length, plan.capacity)
+    rows = encode.batch_of(splits.train, privacy.sample(secret, number, plan),
+                           length, plan.capacity)
     yield (plan.capacity * length, sharding.put_batch(rows, mesh),
            dict(noise_key=privacy.noise_key(secret, number)))
 
@@ -275,9 +276,9 @@ def feed(config, splits, mesh, start):
 
 
 def loop(config, state, step_fn, flush, batches, evaluate_dev, metric,
-         checkpoints, metrics, start):
+         checkpoints, metrics, start, plan):
   """The training loop. The host reads step n-1 while the device does n."""
-  progress = loggers.Progress(metrics, config.steps, start)
+  progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   waiting, stop_wanted = None, checkpoint.preemption()
 
   def read(step, tokens, values):
@@ -301,10 +302,13 @@ def loop(config, state, step_fn, flush, batches, evaluate_dev, metric,
     if evaluates:
       state = flush(*state)
       report = evaluate_dev(state[0])
-      metrics.write('dev', step, **report)
-      say(f'step {step}: dev {evaluate.spell(report)}')
-    checkpoints.save(step, tuple(state), report and evaluate.rank(
-        report, metric, config.select))
+      spent = {'epsilon': plan.spent(step)} if plan else {}
+      metrics.write('dev', step, **report, **spent)
+      say(f'step {step}: dev {evaluate.spell(report)}' + (
+          f'; spent epsilon {spent["epsilon"]:.3f}' if plan else ''))
+    checkpoints.save(step, tuple(state), evaluate.rank(
+        report, metric, config.select) if (
+            report and methods.selects(config)) else None)
     if stopping and step < config.steps:
       raise Stopped(f'told to stop; step {step} is saved. Run the same command '
                     'again to resume.')

@@ -74,6 +74,9 @@ METHODS = {
 # Sets too small for 1,000 train and 500 dev rows, as the paper's code deals
 # them out: dev rows first.
 _SMALL = {'cb': (150, 100), 'copa': (300, 100), 'wsc': (54, 500)}
+# Private batches are padded to max_length, whatever their rows are.
+_LENGTHS = {'sst2': 128, 'rte': 512, 'cb': 512, 'wsc': 256, 'wic': 128,
+            'copa': 128}
 
 
 def get_config(spec: str = 'sst2') -> Train:
@@ -94,4 +97,5 @@ def get_config(spec: str = 'sst2') -> Train:
   if method == 'private':
     config.method, config.data.batch_size = 'private', 8
     config.privacy = Privacy(epsilon=6.0, delta=1e-5, clip=300.0)
+    config.data.max_length = _LENGTHS.get(task, 2048)
   return config

@@ -17,7 +17,8 @@ def main(argv=None) -> None:
       'export', help="a run's model as a Hugging Face directory")
   sub.add_argument('workdir', help='of the run, such as runs/quickstart')
   sub.add_argument('directory', help='to make')
-  sub.add_argument('--step', type=int, help='default: the best on dev rows')
+  sub.add_argument('--step', type=int, help='default: the best on dev rows, or '
+                   'of a private run the last')
   sub.add_argument('--merged', action='store_true',
                    help='LoRA added to the weights: a whole model')
   sub = commands.add_parser(

@@ -156,7 +156,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       gold_only=[name for name, only in gold_only.items() if only],
       num_demos=config.num_demos if method.demonstrations else 0,
       prior=bool(config.calibration),
-      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft, say=say)
+      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
+      untold=('train',) if config.method == 'private' else (), say=say)
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:

@@ -105,6 +105,9 @@ class Privacy:
   delta: float = 1e-5
   clip: float = 10.0  # of a row's difference of losses over 2 eps
   mechanism: str = 'gaussian'  # or 'laplace'
+  # Whether dev rows, which have no privacy, choose the step that is the result;
+  # else it is the last.
+  public_dev: bool = False
 
 
 @dataclasses.dataclass
@@ -379,11 +382,14 @@ def check_same_run(config: Train, saved: dict) -> None:
 
   Step counts, the mesh and how often to evaluate may; but with a decaying
   learning rate the number of steps shapes every update, and in private training
-  more of them would spend more than the noise of each was made for.
+  more of them would spend more than the noise of each was made for (and steps
+  that are made again on another mesh would differ in rounding alone, which no
+  noise hides).
   """
-  free = _FREE
-  if config.optimizer.schedule != 'constant' or config.method == 'private':
-    free = tuple(f for f in free if f != 'steps')
+  bound = {'steps', 'mesh'} if config.method == 'private' else set()
+  if config.optimizer.schedule != 'constant':
+    bound.add('steps')
+  free = [f for f in _FREE if f not in bound]
   changed = []
 
   def compare(new, old, path):

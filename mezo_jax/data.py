@@ -174,7 +174,8 @@ def encode_rows(
     rows: Rows, task: Task, tokenizer, *, causal: bool, limit: int,
     buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
     prior: bool = False, prior_after_demos: bool = False,
-    soft_ids: Sequence[int] = (), say: Callable[[str], None] = print) -> Splits:
+    soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
+    say: Callable[[str], None] = print) -> Splits:
   """The rows of a run as tokens, and the lengths that they are padded to.
 
   Args:
@@ -190,6 +191,8 @@ def encode_rows(
       content, too.
     prior_after_demos: whether demonstrations stand before that as well.
     soft_ids: of the tokens that stand before everything.
+    untold: splits that are padded to ``limit``, so that nothing tells how long
+      their rows are.
     say: reports what was found.
 
   Raises:
@@ -216,14 +219,24 @@ def encode_rows(
     splits = {name: read(name, write_out=True) for name in names}
   priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
       prior and splits[name].width > 1)}
+  whole = limit + len(soft_ids)
+  most = lambda split: whole - (task.max_new_tokens if split.generates else 0)
   for name, split in splits.items():
+    if name in untold:
+      if split.lengths.max() > most(split):
+        raise InputError(
+            f'a {name} row has more than {most(split)} tokens, its candidates '
+            'included; raise --config.data.max_length, to which all are padded '
+            'here.')
+      say(f'data: {len(split.prompts)} {name} rows, padded to {most(split)} '
+          'tokens')
+      continue
     cut = f'; {split.truncated} rows were cut to fit' if split.truncated else ''
     say(f'data: {len(split.prompts)} {name} rows, {split.lengths.mean():.0f} '
         f'tokens on average, {split.lengths.max()} at most{cut}')
-  whole = limit + len(soft_ids)
   needed = {
-      name: buckets_for(split, buckets, whole - (
-          task.max_new_tokens if split.generates else 0))
+      name: (most(split),) if name in untold else buckets_for(
+          split, buckets, most(split))
       for name, split in (*splits.items(), *(
           (f'prior_{name}', p) for name, p in priors.items()))}
   return Splits(**splits, prior=priors, buckets=needed)

@@ -32,7 +32,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   Args:
     workdir: of a run of ``train.py``.
     directory: to make; it must not hold anything yet.
-    step: of the checkpoint; None for the one that is best on dev rows.
+    step: of the checkpoint; None for the one that is best on dev rows, of a
+      private run the last.
     merged: add LoRA to the weights and write a whole model.
 
   Returns:
@@ -71,7 +72,9 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   opt_state = build.init_state(tx, shapes, mesh, abstract=True)
   # The run may still be at it: nothing of its directory is touched.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
-  step = checkpoints.best_step() if step is None else step
+  if step is None:
+    step = (checkpoints.best_step if methods.selects(run)
+            else checkpoints.latest_step)()
   if step not in checkpoints.steps():
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '

@@ -58,10 +58,12 @@ class Metrics:
 
 
 class Progress:
-  """A bar of the steps, and a record of each."""
+  """A bar of the steps, and a record of each; without ``loss`` where that of
+  training rows is not to be told."""
 
-  def __init__(self, metrics: Metrics, total: int, start: int):
-    self._metrics, self._clock = metrics, time.time()
+  def __init__(self, metrics: Metrics, total: int, start: int,
+               loss: bool = True):
+    self._metrics, self._clock, self._loss = metrics, time.time(), loss
     self._bar = tqdm(
         total=total, initial=start, unit='step', dynamic_ncols=True,
         disable=jax.process_index() > 0)
@@ -72,13 +74,14 @@ class Progress:
     values = jax.device_get(values)
     seconds = time.time() - self._clock
     self.restart()
-    self._metrics.write(
-        'train', step, **{k: v for k, v in values.items()
-                          if not k.startswith('skipped')},
-        tokens=tokens, seconds=seconds, skipped=int(values['skipped']))
+    told = {k: v for k, v in values.items() if not k.startswith('skipped')
+            and (k != 'loss' or self._loss)}
+    self._metrics.write('train', step, **told, tokens=tokens, seconds=seconds,
+                        skipped=int(values['skipped']))
+    loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
     size = values.get('projected_grad', values.get('grad_norm'))
     self._bar.set_postfix_str(
-        f'loss {values["loss"]:.3f}, |g| {np.abs(size).mean():.1f}, '
+        f'{loss}|g| {np.abs(size).mean():.1f}, '
         f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
     self._bar.update()
     return int(values['skipped_in_a_row'])
@@ -164,8 +167,9 @@ def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
   steps, evals = metrics.of('train'), metrics.of('dev')
   figure = Figure(figsize=(10, 4), layout='constrained')
   left, right = figure.subplots(1, 2)
-  left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
-            color='0.75', lw=0.8, label='training batch')
+  if steps and 'loss' in steps[0]:
+    left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
+              color='0.75', lw=0.8, label='training batch')
   def draw(axes, name):
     found = [r for r in evals if name in r]
     axes.plot([r['step'] for r in found], [r[name] for r in found],

@@ -232,6 +232,12 @@ def forwards(config, rows: int) -> float:
   return _of_estimate(config)
 
 
+def selects(config) -> bool:
+  """Whether dev rows choose the step that is the result; else it is the last.
+  """
+  return config.method != 'private' or config.privacy.public_dev
+
+
 def anchor_every(config) -> int:
   """Steps from one on `anchor_batches` to the next; 0 for none."""
   return config.variant.every if config.method == 'svrg' else 0

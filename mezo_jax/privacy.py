@@ -108,7 +108,7 @@ def plan(epsilon: float, delta: float, mechanism: str, steps: int, rows: int,
   rate = batch_size / rows
   # A batch cut short costs both neighbours: delta (1 + e^epsilon) in all.
   most = _SHARE * delta / ((1 + math.exp(min(epsilon, 700.0))) * steps)
-  capacity = int(stats.binom.isf(most, rows, rate))
+  capacity = int(stats.binom.isf(most, rows + 1, rate))  # a neighbour's too
   capacity = -(-max(capacity, 1) // multiple) * multiple
   dp = _library()
   try:

@@ -69,8 +69,9 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
   in_files = size > config.trunk_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
+  much = '' if config.method == 'private' else f' {size / 2**20:.0f} MiB,'
   say(f'trunk: all below what is trained is computed once for each of {rows} '
-      f'rows, {size / 2**20:.0f} MiB, and kept in {where}')
+      f'rows,{much} and kept in {where}')
 
   # What.
   whole = peft.join(built.params, built.frozen)

@@ -165,6 +165,9 @@ def test_the_documentation_names_them_all():
     ('scalar_adam', dict(spsa__combine='one_sided'), 6 * 2),
     ('sign', dict(), 6 * 2), ('one_point', dict(), 6),
     ('conservative', dict(optimizer__micro_batches=2), 6 * 5),
+    ('private', dict(privacy__delta=1e-3, spsa__num_samples=2,
+                     data__max_length=16, model__dtype='bfloat16',
+                     optimizer__micro_batches=2), 6 * 4),
     ('forward_grad', dict(optimizer__weight_decay=0.1), 6 * 2)])
 def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
                          forwards):
@@ -202,6 +205,11 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='momentum_by_history', variant__window=0), 'window'),
     (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
     (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
+    (dict(method='private', privacy__delta=0.0), 'delta between 0 and 1'),
+    (dict(method='private', privacy__mechanism='uniform'), 'none of gaussian'),
+    (dict(method='private', privacy__mechanism='laplace', spsa__num_samples=2),
+     'num_samples of 1'),
+    (dict(method='private', objective='f1'), 'clips what each row adds'),
     (dict(method='forward_grad', objective='accuracy'), 'no derivative')])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):

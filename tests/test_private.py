@@ -2,6 +2,7 @@
 and the budget."""
 
 import json
+import sys
 
 import dp_accounting
 from dp_accounting import pld
@@ -17,6 +18,9 @@ from scipy import stats
 import mezo_jax
 from mezo_jax import _noise, Displacement, make_step, privacy, variants
 from mezo_jax import config as config_lib
+from mezo_jax.errors import InputError, MissingError
+from mezo_jax.variants.private import noise
+from train import run
 
 KEY, RATE, EPS, CLIP = jax.random.key(7), 1e-2, 1e-2, 0.5
 ROWS = np.random.RandomState(0).normal(size=(12, 5)).astype(np.float32)
@@ -45,15 +49,25 @@ def made(**more):
                                     batch_size=8) | more))
 
 
-def released(tx, batch, key=None, params=None):
+def released(tx, batch, key=None, value_fn=value_fn):
   """The projected gradients of a first step."""
-  params = jnp.ones(5) if params is None else params
+  params = jnp.ones(5)
   run = helpers.quick_jit(lambda key, batch: tx.update(
       None, tx.init(params), params, value_fn=value_fn, batch=batch,
       noise_key=key))
   _, state = run(secret_key(0) if key is None else key, batch)
   assert np.isnan(optax.tree.get(state, 'value'))  # no loss of a row
   return np.asarray(optax.tree.get(state, 'projected_grad'))
+
+
+def xi(key, n, mechanism):
+  """The noise of a key, in float64."""
+  u, low, other = np.float64(jax.random.bits(
+      jax.random.wrap_key_data(key), (3, n), jnp.uint32)) / 2**32
+  length = -np.log(u + low / 2**32)
+  if mechanism == 'gaussian':
+    return np.sqrt(2 * length) * np.cos(2 * np.pi * other)
+  return length * np.where(other < 0.5, 1, -1)
 
 
 # --- the equations ----------------------------------------------------------
@@ -66,8 +80,6 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   tx = made(mechanism=mechanism, num_samples=n, micro_batches=parts)
   step, params = make_step(tx, value_fn), jnp.ones(5)
   state, theta = tx.init(params), np.ones(5)
-  draw = {'gaussian': jax.random.normal, 'laplace': jax.random.laplace}[
-      mechanism]
   clipped = 0
   for t in range(20):
     rows = np.flatnonzero(np.random.RandomState(t).rand(12) < 0.6)
@@ -79,8 +91,7 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
     length = np.sqrt((d ** 2).sum(0))
     clipped += np.sum(length > CLIP)
     d = d * np.minimum(1, CLIP / length)
-    noise = np.asarray(draw(jax.random.wrap_key_data(secret_key(t)), (n,)))
-    g = (d.sum(1) + 0.7 * CLIP * noise) / 8
+    g = (d.sum(1) + 0.7 * CLIP * xi(secret_key(t), n, mechanism)) / 8
     theta = theta - RATE * (g[:, None] * z).mean(0)
     params, state, metrics = step(
         params, state, batch_of(rows), noise_key=secret_key(t))
@@ -102,6 +113,25 @@ def test_the_noise_is_of_its_distribution(mechanism):
   found = np.asarray(jax.jit(jax.vmap(one))(keys))[:, 0]
   of = {'gaussian': stats.norm, 'laplace': stats.laplace}[mechanism]
   assert stats.kstest(found, of(scale=2.0 * 1.5 / 8).cdf).pvalue > 1e-3
+  # Its mean and variance, within five standard errors.
+  n = 200_000
+  draws = np.float64(noise(KEY, n, mechanism))
+  var, kurtosis = {'gaussian': (1, 3), 'laplace': (2, 6)}[mechanism]
+  assert abs(draws.mean()) < 5 * np.sqrt(var / n)
+  assert abs(draws.var() / var - 1) < 5 * np.sqrt((kurtosis - 1) / n)
+
+
+@pytest.mark.parametrize('mechanism, most', [('gaussian', 9.3),
+                                             ('laplace', 43.0)])
+def test_its_tails_do_not_end_where_a_float_s_do(monkeypatch, mechanism, most):
+  """At the least of 2**64 uniform numbers; of 2**24 it is 5.4, and 16."""
+  with monkeypatch.context() as m:
+    m.setattr(jax.random, 'bits', lambda key, shape, dtype: jnp.zeros(
+        shape, dtype))
+    assert noise(jax.random.key(0), 1, mechanism)[0] > most
+    m.setattr(jax.random, 'bits', lambda key, shape, dtype: jnp.full(
+        shape, 2**32 - 1, dtype))
+    assert np.isfinite(noise(jax.random.key(0), 1, mechanism)[0])
 
 
 # --- what a row can do ------------------------------------------------------
@@ -121,6 +151,18 @@ def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
   assert np.linalg.norm(change) < CLIP * (1 + 1e-4)
   if row == 50.0:
     assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
+
+
+def test_masked_weights_are_not_perturbed():
+  """Rows whose loss notices it would be NaN, and count as 0."""
+  blind = lambda params, batch: (jnp.where(
+      params[0] != 1, jnp.nan, value_fn(params, batch)[0]), batch['weight'])
+  tx = made(noise_multiplier=0.0, directions=mezo_jax.Normal(
+      mask=np.arange(5) > 0))
+  rows = batch_of(np.arange(12))
+  g = released(tx, rows, value_fn=blind)
+  np.testing.assert_allclose(g, released(tx, rows), rtol=1e-3)
+  assert abs(g[0]) > 0.1
 
 
 def test_a_loss_of_the_whole_batch_is_refused():
@@ -159,7 +201,7 @@ def test_all_that_is_published_does_not_give_the_noise():
                  if x.dtype.itemsize == 4)
   # From the direction's key, as in the paper's code, it does not come.
   key = _noise.direction_key(KEY, 0)
-  guess = one - 0.7 * CLIP / 8 * np.asarray(jax.random.normal(key, (1,)))
+  guess = one - 0.7 * CLIP / 8 * np.asarray(noise(key, 1, 'gaussian'))
   assert abs(guess - released(made(noise_multiplier=0.0), batch)) > 1e-4
 
 
@@ -193,11 +235,17 @@ def test_the_account_is_the_accountants(mechanism):
   np.testing.assert_allclose(plan.spent(500), 6.0, rtol=1e-4)
   np.testing.assert_allclose(account.get_epsilon(1e-5), 6.0, rtol=1e-3)
   assert plan.spent(0) == 0 < plan.spent(100) < plan.spent(500)
-  cut = stats.binom.sf(plan.capacity, 2000, 16 / 2000)
+  cut = stats.binom.sf(plan.capacity, 2001, 16 / 2000)  # of a neighbour
   assert 500 * cut * (1 + np.exp(6)) <= 1e-8
   assert plan.capacity < 60
   with pytest.raises(ValueError, match='is more than the 10 training rows'):
     privacy.plan(6.0, 1e-5, mechanism, 500, 10, 16)
+
+
+def test_without_the_accountant(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'dp_accounting', None)
+  with pytest.raises(MissingError, match='pip install dp-accounting'):
+    privacy.plan(6.0, 1e-6, 'gaussian', 10, 100, 10)
 
 
 def test_rows_are_there_by_chance_each_for_itself():
@@ -223,7 +271,8 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   secret; nothing of that is published; more steps are refused."""
   more = ['--config.method=private', '--config.privacy.epsilon=8',
           '--config.privacy.delta=1e-3', '--config.steps=8',
-          '--config.eval_every=4', '--config.privacy.clip=2']
+          '--config.eval_every=4', '--config.privacy.clip=2',
+          '--config.data.max_length=16']
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for place in (whole, killed):
     place.mkdir()
@@ -236,8 +285,14 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   spent = pld.PLDAccountant().compose(event, 8).get_epsilon(1e-3)
   assert spent <= result['spent'] <= 8 and spent > 7.9
   train = [r for r in runs.records(whole) if r['kind'] == 'train']
-  assert len(train) == 8 and all(r['loss'] is None for r in train)
-  assert len({r['tokens'] for r in train}) == 1  # nor how many rows, how long
+  assert len(train) == 8 and not any('loss' in r for r in train)
+  assert {r['tokens'] for r in train} == {result['capacity'] * 16}
+  assert 'data: 40 train rows, padded to 16 tokens' in out
+  assert 'nan' not in out and out.count('tokens on average') == 2  # dev, test
+  spent = [r['epsilon'] for r in runs.records(whole) if 'epsilon' in r]
+  assert 0 < spent[0] < spent[1] == result['spent']
+  for text in (f'; spent epsilon {spent[0]:.3f}', 'final (step 8, the last)'):
+    assert text in out
   published = [p for p in whole.rglob('*') if p.is_file()
                and p.name != 'secret']
   assert not any(b'k' * 16 in p.read_bytes() for p in published)
@@ -246,12 +301,16 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   out, code = runs.finish(tiny_dir, reviews_file, killed, *more)
   assert code == 0, out
   helpers.assert_bitwise(runs.saved(whole)[1], runs.saved(killed)[1])
+  assert runs.records(whole) == runs.records(killed)
 
   saved = json.loads((whole / 'config.json').read_text())
   config = config_lib.from_json(saved)
   config_lib.check_same_run(config, saved)
   config.steps = 12
-  with pytest.raises(ValueError, match='is spent by its 8 steps'):
+  with pytest.raises(InputError, match='is spent by its 8 steps'):
+    run(config, whole)
+  config.steps, config.mesh.data = 8, 8
+  with pytest.raises(ValueError, match='mesh.data was 1 and is now 8'):
     config_lib.check_same_run(config, saved)
 
 

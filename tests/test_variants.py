@@ -409,7 +409,7 @@ def test_bad_options(make, message):
 
 @pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
-                                  'conservative'])
+                                  'conservative', 'private'])
 def test_memory_is_that_of_inference(name):
   """135 million parameters, 16 rows of 16 tokens; signs, 4 terms: temporaries
   of a step's programs within 5 % of the weights beside the forward's."""
@@ -423,12 +423,14 @@ def test_memory_is_that_of_inference(name):
       {'params': p}, ids, answer_at=jnp.full((16, 1), 15),
       token_ids=jnp.array([3, 5]))[:, 0, 0]
   more = {'svrg': dict(every=4), 'sparse_mezo': dict(
-      limits=variants.smallest(params))}.get(
+      limits=variants.smallest(params)), 'private': dict(
+          clip=1.0, noise_multiplier=1.0, batch_size=8)}.get(
           name, dict(window=4) if 'history' in name else {})
   tx = getattr(variants, name)(1e-4, key=0, directions='rademacher', **more)
   state = jax.eval_shape(tx.init, params)
   forward = jax.jit(loss).lower(params, ids).compile().memory_analysis()
-  losses, update, *_ = make_step(tx, loss).lower(params, state, ids)
+  given = {'noise_key': KEY} if name == 'private' else {}
+  losses, update, *_ = make_step(tx, loss).lower(params, state, ids, **given)
   for program in (losses, update):
     memory = program.compile().memory_analysis()
     extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - (

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mezo_jax import _values
@@ -46,7 +47,8 @@ def private(
   :math:`\xi`, new for each step, is the caller's secret. It is kept nowhere,
   and depends on nothing that is published; ``key`` may be. ``value_fn`` returns
   the rows' values ``[B]``, or ``(values, weights)``, where rows of weight 0
-  are not there. A row whose difference is not finite counts as 0, so that any
+  are not there and all others count the same; a row's value is to depend on no
+  other row. A row whose difference is not finite counts as 0, so that any
   row's part is bounded, and no row's losses can have a step skipped.
 
   The state has g as it is released; its ``value`` is NaN: the loss of the rows
@@ -87,8 +89,6 @@ def private(
   directions, n = as_directions(directions), num_samples or 1
   estimate = spsa(eps, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)
-  draw = {'gaussian': jax.random.normal, 'laplace': jax.random.laplace}[
-      mechanism]
 
   def released(state, params, value_fn, noise_key, extra_args):
     """g [n]."""
@@ -112,8 +112,8 @@ def private(
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
     length = jnp.sqrt(jnp.sum(d**2, 0))
     d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))
-    noise = clip * noise_multiplier * draw(_typed(noise_key), (n,))
-    return (jnp.sum(d, 1) + noise) / batch_size
+    scale = clip * noise_multiplier
+    return (jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)) / batch_size
 
   def update_fn(updates, state, params=None, *, value_fn=None,
                 projected_grad=None, noise_key=None, **extra_args):
@@ -151,8 +151,20 @@ def _rows(out) -> tuple[jax.Array, jax.Array]:
   return values.astype(jnp.promote_types(jnp.float32, values.dtype)), there
 
 
-def _typed(key) -> jax.Array:
-  """Of two words, a threefry key."""
-  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    return key
-  return jax.random.wrap_key_data(key, impl='threefry2x32')
+def noise(key, n: int, mechanism: str) -> jax.Array:
+  r""":math:`\xi`, float32 [n]: standard normal, or Laplace's of scale 1.
+
+  Of uniform numbers u of 64 bits, of which :math:`-\ln u` goes up to 45. Those
+  of `jax.random` have 23 bits: its normal draws end at 5.4, and in thousands of
+  steps what lies beyond is likelier than any delta.
+  """
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key, impl='threefry2x32')
+  high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
+      jnp.float32)
+  u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)
+  length = -jnp.log(u)  # Box and Muller's, and Laplace's size
+  if mechanism == 'gaussian':
+    return jnp.sqrt(2 * length) * jnp.cos(
+        np.float32(2 * np.pi * 2**-32) * other)
+  return jnp.where(other < np.float32(2**31), length, -length)
