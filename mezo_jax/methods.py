@@ -30,6 +30,7 @@ class Method:
   other_rates: bool = False  # learning rates are not of MeZO's size
   variant: bool = False  # the name is one of `mezo_jax.variants`
   mixes: bool = True  # may have several tasks
+  scores: bool = False  # weights are looked at before the first step
   # `rules(config)`: what must hold beside what `config.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = _no_rules
@@ -93,6 +94,51 @@ def _forward_mode(config) -> list:
       f"method {config.method!r} needs spsa.over of 'scan'"))
 
 
+def _floats(config, *more) -> list:
+  return _of_relative(config, (
+      config.model.dtype not in QUANTISED,
+      f'method {config.method!r} is of floats: take another model.dtype'),
+                      *more)
+
+
+def _modified(config) -> list:
+  return _floats(
+      config,
+      (config.variant.norm in ('grad', 'param'),
+       f'variant.norm {config.variant.norm!r} is none of grad, param'),
+      (config.variant.num_scores >= 1,
+       'variant.num_scores must be at least 1'))
+
+
+def _hizoo(config) -> list:
+  return _floats(
+      config,
+      (0 <= config.variant.curvature_rate < 1,
+       'variant.curvature_rate must be from 0 to below 1'),
+      (config.spsa.combine == 'two_sided',
+       "method 'hizoo' compares three losses: leave spsa.combine at "
+       "'two_sided'"))
+
+
+def _lozo_m(config) -> list:
+  return _floats(
+      config,
+      (config.spsa.distribution == 'lazy_low_rank'
+       and config.spsa.num_samples == 1,
+       "method 'lozo_m' needs spsa.distribution of 'lazy_low_rank' and "
+       'num_samples of 1'))
+
+
+def _mazo(config) -> list:
+  return _floats(
+      config,
+      (not config.optimizer.weight_decay,
+       "method 'mazo' needs optimizer.weight_decay of 0: it would move weights "
+       'that are left out'),
+      (config.variant.num_scores >= 1,
+       'variant.num_scores must be at least 1'))
+
+
 def _svrg(config) -> list:
   v, o = config.variant, config.optimizer
   return _own_combine(
@@ -116,7 +162,7 @@ def _on_grid(config) -> list:
       config,
       (config.model.dtype in QUANTISED,
        f"method 'quzo' needs model.dtype of {', '.join(QUANTISED)}"),
-      ('low_rank' not in config.spsa.distribution,
+      (config.spsa.distribution in ('normal', 'rademacher', 'sphere'),
        "method 'quzo' rounds each element of z: take spsa.distribution "
        "normal, rademacher or sphere, or method 'mezo'"))
 
@@ -168,14 +214,20 @@ METHODS = {
         rules=_forward_mode),
     'mazo': Method(
         'MaZO (Zhang et al., 2025), forward passes only', variant=True,
-        rules=lambda config: _of_relative(
-            config, (not config.optimizer.weight_decay,
-                     "method 'mazo' needs optimizer.weight_decay of 0: it "
-                     'would move weights that are left out'),
-            (config.variant.num_scores >= 1,
-             'variant.num_scores must be at least 1'),
-            (config.model.dtype not in QUANTISED,
-             "method 'mazo' scores floats: take another model.dtype"))),
+        scores=True, rules=_mazo),
+    'variance_modified': Method(
+        'variance-modified SPSA (Malladi et al., 2023), forward passes only',
+        variant=True, scores=True, mixes=False, rules=_modified),
+    'expectation_modified': Method(
+        'expectation-modified SPSA (Malladi et al., 2023), forward passes only',
+        variant=True, scores=True, mixes=False, other_rates=True,
+        rules=_modified),
+    'hizoo': Method(
+        'HiZOO (Zhao et al., 2024), forward passes only', variant=True,
+        rules=_hizoo),
+    'lozo_m': Method(
+        'LOZO-M (Chen et al., 2024), forward passes only', variant=True,
+        rules=_lozo_m),
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
         rules=_on_grid),
@@ -225,6 +277,8 @@ def forwards(config, rows: int) -> float:
       return n * (of_anchor + 4 * (v.every - 1)) / v.every
     case 'one_point':
       return 1
+    case 'hizoo':
+      return 2 * n + 1
     case 'conservative':
       return _of_estimate(config) + 3
     case 'forward_grad':
