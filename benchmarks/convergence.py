@@ -45,7 +45,8 @@ class Kind:
   make: Callable
   directions: mezo_jax.Directions = mezo_jax.Rademacher()
   forwards: float = 2.0  # of a batch, a step
-  every: int = 0  # steps from one with all rows to the next; 0 for none
+  every: int = 0  # steps from one with many rows to the next; 0 for none
+  many: int = 0  # batches that those rows make; 0 for all rows
   scale: float = 1.0  # of the rates to search from
 
 
@@ -133,13 +134,14 @@ class Runs:
              for name, batch in self._held.items()}
     return [float(found['dev'][0]), *map(float, found['test'])]
 
-  def batches(self, seed: int, every: int = 0):
+  def batches(self, seed: int, every: int = 0, many: int = 0):
     order = np.random.RandomState(seed)
-    whole = self.short[:len(self.short) // ROWS * ROWS]
+    whole = (many or len(self.short) // ROWS) * ROWS
     for t in itertools.count():
       if every and t % every == 0:
         yield encode.batch_of(
-            self.train, whole, self.problem.tokens, len(whole))
+            self.train, order.choice(self.short, whole, False),
+            self.problem.tokens, whole)
         continue
       yield encode.batch_of(self.train, order.choice(self.short, ROWS, False),
                             self.problem.tokens, ROWS)
@@ -151,14 +153,15 @@ class Runs:
     """[1 + times, 3], the first before training, others after equal parts."""
     steps = self.steps(kind)
     due = {round((i + 1) * steps / times) for i in range(times)}
-    step, all_rows = self._step[kind], self.kinds[kind].every
+    step, k = self._step[kind], self.kinds[kind]
     params = jax.tree.map(jnp.copy, self.start)
     state = self._tx(kind, rate, seed).init(params)
     curve = [self.evaluate(params)]
-    for t, batch in zip(range(1, steps + 1), self.batches(seed, all_rows)):
+    for t, batch in zip(range(1, steps + 1),
+                        self.batches(seed, k.every, k.many)):
       params, state, _ = step(params, state, batch, self.frozen)
       if t in due:
-        if not all_rows or t % all_rows == 0 or t == steps:
+        if not k.every or t % k.every == 0 or t == steps:
           params, state = step.flush(params, state)
         curve.append(self.evaluate(params))
     return np.array(curve)
