@@ -231,13 +231,13 @@ def compare(name: str, problem: Problem) -> None:
   for kind, c in curves.items():
     row = {'directions': kind, 'learning rate': f'{rates[kind]:g}'}
     for i in range(2, 2 * CURVE + 1, 2):
-      row[f'loss, {int(2 * at[i])} forwards'] = mean_error(c[:, i, 1])
-    row['difference'] = '' if kind == first else mean_error(
+      row[f'loss, {int(2 * at[i])} forwards'] = harness.mean_error(c[:, i, 1])
+    row['difference'] = '' if kind == first else harness.mean_error(
         c[:, -1, 1] - curves[first][:, -1, 1])
-    row['accuracy, %'] = mean_error(100 * c[:, -1, 2], 1)
+    row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
     row['ms a step'] = round(1000 * seconds[kind], 1)
-    row[f'loss after {budget:.0f} s'] = mean_error(in_time(kind))
-    row['difference then'] = '' if kind == first else mean_error(
+    row[f'loss after {budget:.0f} s'] = harness.mean_error(in_time(kind))
+    row['difference then'] = '' if kind == first else harness.mean_error(
         in_time(kind) - base)
     table.append(row)
   before = curves[first][0, 0]
@@ -272,19 +272,13 @@ def quadratic(dims=1000, steps=4000, seeds=20) -> None:
   for name, logs in known.items():
     table.append({
         'directions': name,
-        **{f'{n} forwards': mean_error(logs[:, i])
+        **{f'{n} forwards': harness.mean_error(logs[:, i])
            for i, n in enumerate((2000, 4000, 6000, 8000))},
-        'difference': mean_error(
+        'difference': harness.mean_error(
             logs[:, -1] - known[first][:, -1]) if name != first else ''})
   harness.write('convergence_quadratic', harness.header(
       f'{time.time() - began:.0f} s in all'), [(
           f'Quadratic: {seeds} seeds, log10 of loss / initial loss', table)])
-
-
-def mean_error(values, digits: int = 3) -> str:
-  """Mean and standard error over seeds."""
-  error = np.std(values, ddof=1) / np.sqrt(len(values))
-  return f'{np.mean(values):.{digits}f} ± {error:.{digits}f}'
 
 
 def main():

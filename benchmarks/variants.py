@@ -18,7 +18,7 @@ import sys
 import time
 
 import convergence
-from convergence import Kind, mean_error, Runs
+from convergence import Kind, Runs
 import harness
 import numpy as np
 
@@ -81,11 +81,11 @@ def compare(name: str) -> None:
     row = {'method': kind, 'steps': runs.steps(kind),
            'learning rate': f'{rates[kind]:g}'}
     for i in range(1, TIMES + 1):
-      row[f'loss, {2 * problem.steps * i // TIMES} forwards'] = mean_error(
-          c[:, i, 1])
-    row['difference'] = '' if kind == first else mean_error(
+      at = 2 * problem.steps * i // TIMES
+      row[f'loss, {at} forwards'] = harness.mean_error(c[:, i, 1])
+    row['difference'] = '' if kind == first else harness.mean_error(
         c[:, -1, 1] - curves[first][:, -1, 1])
-    row['accuracy, %'] = mean_error(100 * c[:, -1, 2], 1)
+    row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
     table.append(row)
   before = curves[first][0, 0]
   harness.write(f'variants_{name}', harness.header(
