@@ -97,6 +97,7 @@ class Variant:
   alpha: float = 1.0  # mazo: of what a step gains by a weight
   beta: float = 0.0  # mazo: of a weight's size
   norm: str = 'grad'  # ..._modified: of each layer's gradient; or 'param'
+  clip: float = 100.0  # qzo: of projected gradients
   curvature_rate: float = 1e-8  # hizoo: weight of a step's curvature
 
 

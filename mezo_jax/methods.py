@@ -167,6 +167,16 @@ def _on_grid(config) -> list:
        "normal, rademacher or sphere, or method 'mezo'"))
 
 
+def _qzo(config) -> list:
+  return _of_relative(
+      config,
+      (config.model.dtype in QUANTISED,
+       f"method 'qzo' needs model.dtype of {', '.join(QUANTISED)}"),
+      (not config.peft.method, "method 'qzo' trains scales: leave peft.method "
+       'out'),
+      (config.variant.clip > 0, 'variant.clip must be positive'))
+
+
 def _private(config) -> list:
   p, z = config.privacy, config.spsa
   return _own_combine(
@@ -231,6 +241,9 @@ METHODS = {
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
         rules=_on_grid),
+    'qzo': Method(
+        'QZO (Shang et al., 2025), forward passes only', variant=True,
+        part='scales', other_rates=True, rules=_qzo),
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
         'only', variant=True, mixes=False, rules=_private),
@@ -324,6 +337,7 @@ class Part:
   soft: bool = False  # tokens that are put into the rows themselves
   own_head: bool = False  # a head apart from the embedding is made
   last_layers: bool = False  # layers are set apart; see `layers_apart`
+  factors: bool = False  # of quantised weights, which stay as they are
   # `tokens(config.peft)`: positions that a text has less.
   tokens: Callable = lambda peft: 0
   # Learning rates of the paper's searches (Tables 15 and 16); it has no soft
@@ -350,6 +364,8 @@ PARTS = {
     'bitfit': Part(r'(^|/)bias$', 'biases'),
     'last_layers': Part(
         r'^last_layers/', 'the last {num_layers} layers', last_layers=True),
+    'scales': Part(
+        r'/factors$', 'the scales of quantised weights', factors=True),
     'head': Part(
         r'^(lm_head|head|classifier)/', 'the head', own_head=True),
 }

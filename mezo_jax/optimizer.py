@@ -93,6 +93,8 @@ def relative(config: config_lib.Train, rate, eps, params,
       more['norms'] = variants.no_norms(params, more['directions'])
     case 'hizoo':
       more['alpha'] = v.curvature_rate
+    case 'qzo':
+      more['clip'] = v.clip
     case 'lozo_m':
       del more['num_samples']
       more['beta'] = v.b1

@@ -20,6 +20,7 @@ from mezo_jax.variants.modified import (
 )
 from mezo_jax.variants.private import private
 from mezo_jax.variants.quzo import quzo
+from mezo_jax.variants.qzo import qzo
 from mezo_jax.variants.scalars import one_point, scalar_adam, sign
 from mezo_jax.variants.sparse import smallest, sparse_mezo
 from mezo_jax.variants.svrg import svrg
@@ -27,5 +28,5 @@ from mezo_jax.variants.svrg import svrg
 __all__ = ('adam_by_history', 'conservative', 'expectation_modified',
            'forward_grad', 'grad_norms', 'hizoo', 'lozo_m', 'mazo',
            'momentum_by_history', 'no_norms', 'no_scores', 'one_point',
-           'param_norms', 'private', 'quzo', 'saliency', 'scalar_adam', 'sign',
-           'smallest', 'sparse_mezo', 'svrg', 'variance_modified')
+           'param_norms', 'private', 'quzo', 'qzo', 'saliency', 'scalar_adam',
+           'sign', 'smallest', 'sparse_mezo', 'svrg', 'variance_modified')
