@@ -66,7 +66,8 @@ def _says_what_is_trained(config) -> list:
 def _of_relative(config, *more) -> list:
   v = config.variant
   return [
-      (not config.optimizer.groups and config.spsa.fold_every == 1,
+      (not config.optimizer.groups and (
+          config.spsa.fold_every == 1 or config.method == 'quzo'),
        f'method {config.method!r} takes no optimizer.groups, and '
        'spsa.fold_every of 1'),
       (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1 and 0 < v.share <= 1,

@@ -93,6 +93,8 @@ def relative(config: config_lib.Train, rate, eps, params,
       more['norms'] = variants.no_norms(params, more['directions'])
     case 'hizoo':
       more['alpha'] = v.curvature_rate
+    case 'quzo':
+      more['fold_every'] = z.fold_every
     case 'qzo':
       more['clip'] = v.clip
     case 'lozo_m':

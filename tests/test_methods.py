@@ -170,6 +170,8 @@ def test_the_documentation_names_them_all():
                     spsa__lazy_every=3), 6 * 2),
     ('expectation_modified', dict(variant__norm='param'), 6 * 2),
     ('mezo', dict(spsa__distribution='subzero', spsa__rank=2), 6 * 2),
+    ('quzo', dict(model__dtype='int8', spsa__fold_every=3, spsa__eps=1e-2),
+     6 * 2),
     ('private', dict(privacy__delta=1e-3, spsa__num_samples=2,
                      data__max_length=16, model__dtype='bfloat16',
                      optimizer__micro_batches=2), 6 * 4),
