@@ -86,6 +86,8 @@ class Variant:
   every: int = 2  # svrg: steps from anchor to anchor
   anchor_learning_rate: float = 1e-3  # svrg: of an anchor's step
   anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
+  # svrg: keep a copy of the anchor; weights then move every step.
+  stored_anchor: bool = False
   anneal: float = 1.0  # svrg: what rates are divided by if losses rise
   anneal_every: int = 100  # svrg: steps from look to look
   window: int = 8  # ..._by_history: steps that are remembered

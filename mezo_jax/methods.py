@@ -150,9 +150,10 @@ def _svrg(config) -> list:
        'variant.anchor_learning_rate must be positive'),
       (not v.anchor_rows or v.anchor_rows >= config.data.batch_size,
        'variant.anchor_rows must be 0 or at least data.batch_size'),
-      (config.steps % v.every == config.eval_every % v.every == 0,
+      (v.stored_anchor or
+       config.steps % v.every == config.eval_every % v.every == 0,
        'steps and eval_every must be multiples of variant.every, at which '
-       'weights are where the steps lead'),
+       'weights are where the steps lead, or variant.stored_anchor be set'),
       (o.micro_batches == 1 and not o.weight_decay,
        "method 'svrg' needs optimizer.micro_batches of 1 (a batch is one part "
        'of an anchor) and weight_decay of 0'))

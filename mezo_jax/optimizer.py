@@ -66,7 +66,8 @@ def relative(config: config_lib.Train, rate, eps, params,
               stochastic_rounding=z.stochastic_rounding)
   if name == 'svrg':
     return make(rate, eps, every=v.every, anneal=v.anneal,
-                anneal_every=v.anneal_every, rows=config.data.batch_size,
+                anneal_every=v.anneal_every, stored_anchor=v.stored_anchor,
+                rows=config.data.batch_size,
                 anchor_learning_rate=schedule(config, v.anchor_learning_rate),
                 **more)
   more |= dict(micro_batches=config.optimizer.micro_batches,

@@ -107,6 +107,8 @@ ROWS = {
     'mazo': of_params(variants.mazo, mask=lambda x: np.ones(
         jnp.shape(x), bool)),
     'svrg': svrg,
+    'svrg, stored anchor': functools.partial(
+        svrg, stored_anchor=True, every=3),
     'private': private,
     'spsa and sgd': chained(optax.sgd),
     'spsa and adam': chained(optax.adam),
@@ -437,7 +439,7 @@ def test_the_update_needs_no_dense_tree(name):
   most = 0.3
   if 'adam' in name:  # two moments are read twice
     most = 1.6
-  elif name == 'hizoo':  # H is as large as the weights, and is read twice
+  elif name in ('hizoo', 'svrg, stored anchor'):  # H, or that, is read twice
     most = 1.1
   elif 'sphere' in name:  # a CPU keeps the largest leaf's z for its norm
     most = 0.8

@@ -129,6 +129,10 @@ class Svrg:
         + self.g)
 
 
+class SvrgStored(Svrg):
+  made = functools.partial(Svrg.made, stored_anchor=True)
+
+
 class Sparse:
   """The mask is of the weights before the step, perturbed or not."""
 
@@ -160,7 +164,7 @@ class Lozo:
 
 
 RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
-             Conservative, ForwardGrad, Svrg]
+             Conservative, ForwardGrad, Svrg, SvrgStored]
 
 
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)

@@ -15,7 +15,6 @@ arXiv:2410.07698), Algorithm 2.
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mezo_jax import _lowrank, _paths, sharding
@@ -87,11 +86,9 @@ def lozo_m(
 
     def of_leaf(x, draws, old, momentum):
       if draws is None:
-        return jnp.zeros(_paths.shape_of(x)) if not isinstance(
-            zeros(x), np.ndarray) else zeros(x), None
+        return zeros(x), None
       if momentum is None:
-        built = jnp.where(there, g, 0.0) * draws.built(x)
-        return built, None
+        return jnp.where(there, g, 0.0) * draws.built(x), None
       u, v = _factors(draws, x)
       def projected(momentum):
         _, v_old = _factors(old, x)
