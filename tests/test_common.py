@@ -252,9 +252,9 @@ def test_shapes_and_dtypes_are_stable(name, dtype):
 def test_a_schedule_is_as_good_as_a_number(name):
   def run(rate):
     tx = ROWS[name](rate, key=0)
-    params, state = START, tx.init(START)
-    for _ in range(2):
-      params, state = stepped(tx, parabola)(params, state)
+    step = stepped(tx, parabola)
+    (params, _), _ = jax.lax.scan(lambda c, _: (step(*c), None), (
+        START, tx.init(START)), None, length=2)
     return params
   a, b = quick(lambda: (run(1e-3), run(optax.constant_schedule(1e-3))))()
   helpers.assert_close(a, b)
@@ -373,7 +373,7 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
 
 @every
 def test_eight_devices_do_as_one(name):
-  params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
+  params = {'layers': {'w': jnp.ones((2, 16, 8)) / 3}}
   mesh = helpers.mesh_of(2, 4)
   tx, runs = ROWS[name](1e-2, key=0), []
   for place in (lambda x: x, lambda x: jax.device_put(x, jax.NamedSharding(
