@@ -76,10 +76,10 @@ KINDS = {
 }
 SVRG = {
     'mezo': Kind(mezo_jax.mezo),
-    'svrg, every 2, 30 batches': _svrg(2, 30),
+    'svrg, every 2, 16 batches': _svrg(2, 16),
     'svrg, every 16, 8 batches': _svrg(16, 8),
     'expectation modified, of weights': Kind(_modified, looks=True)}
-PROBLEMS = {'last_layer': (KINDS, 2000), 'minilm': (SVRG, 500)}
+PROBLEMS = {'last_layer': (KINDS, 1000), 'minilm': (SVRG, 500)}
 
 
 def compare(name: str) -> None:
