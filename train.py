@@ -14,6 +14,7 @@ import time
 
 from absl import app, flags, logging
 import jax
+import jax.numpy as jnp
 from ml_collections import config_flags
 import optax
 from tqdm import tqdm
@@ -27,7 +28,6 @@ from mezo_jax import (
   loggers,
   methods,
   mixture,
-  optimizer,
   peft,
   privacy,
   sharding,
@@ -105,8 +105,6 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  if config.method == 'mazo':
-    built = score_weights(config, built, mix, loss_fn, frozen_of)
   say(f'training {size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
@@ -131,6 +129,9 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
     params, opt_state = build.restore(
         checkpoints, start, params, opt_state)
     say(f'resumed from step {start} of {workdir}')
+  elif method.scores:
+    opt_state = optax.tree.set(opt_state, memory=score_weights(
+        config, built, params, mix, loss_fn, frozen_of))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
   workdir_lib.write(workdir, config)
@@ -194,9 +195,9 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   return result
 
 
-def score_weights(config, built, mix, loss_fn, frozen_of):
-  """With an optimizer of the weights that matter most to a batch of rows from
-  all over each task."""
+def score_weights(config, built, params, mix, loss_fn, frozen_of):
+  """What a method wants to know of the weights before the first step: which of
+  them matter most to rows from all over each task, or how much each layer."""
   v, began, value_fns = config.variant, time.time(), []
   for i, part in enumerate(mix.parts if mix else [None]):
     train = (part.built if part else built).splits
@@ -210,15 +211,21 @@ def score_weights(config, built, mix, loss_fn, frozen_of):
     batch = mixture.Of(batch, i) if mix else batch
     value_fns.append(lambda params, batch=batch: loss_fn(
         peft.join(params, frozen_of(batch)), batch))
+  more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
+              num_samples=v.num_scores)
   with jax.set_mesh(built.mesh):
-    mask = variants.saliency(
-        value_fns, built.params, jax.random.key(config.seed + 2**20),
-        share=v.share, num_samples=v.num_scores, eps=config.spsa.eps,
-        alpha=v.alpha, beta=v.beta)
-  say(f'scored weights in {time.time() - began:.0f} s: {v.share:.0%} of each '
-      'row are trained')
-  return built._replace(tx=optimizer.make_optimizer(
-      config, built.params, mask=mask))
+    if config.method == 'mazo':
+      found = [m for m in jax.tree.leaves(variants.saliency(
+          value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **more))
+               if jnp.ndim(m)]
+      what = f'{v.share:.0%} of each row are trained'
+    else:
+      found = variants.param_norms(params) if v.norm == 'param' else (
+          variants.grad_norms(*value_fns, params, **more))
+      what = f'norms of layers, {v.norm}'
+    found = sharding.beside(found, params)
+  say(f'looked at the weights in {time.time() - began:.0f} s: {what}')
+  return found
 
 
 def say_compiled(batch, compiled, seconds: float) -> None:

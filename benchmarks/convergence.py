@@ -45,8 +45,10 @@ class Kind:
   make: Callable
   directions: mezo_jax.Directions = mezo_jax.Rademacher()
   forwards: float = 2.0  # of a batch, a step
-  every: int = 0  # steps from one with all rows to the next; 0 for none
+  every: int = 0  # steps from one with many rows to the next; 0 for none
+  many: int = 0  # batches that those rows make; 0 for all rows
   scale: float = 1.0  # of the rates to search from
+  looks: bool = False  # whether it is made for params, which it is given
 
 
 def _mezo(directions, **more) -> Kind:
@@ -120,9 +122,10 @@ class Runs:
       directions = dataclasses.replace(
           kinds[kind].directions, mask=config.peft.mask or None)
       # Rate and key are part of the state, so that one program serves all.
+      more = dict(params=self.start) if kinds[kind].looks else {}
       return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
-          learning_rate, config.spsa.eps, key=seed, directions=directions))(
-              learning_rate=rate)
+          learning_rate, config.spsa.eps, key=seed, directions=directions,
+          **more))(learning_rate=rate)
     self._tx = tx
     self._step = {kind: mezo_jax.make_step(
         tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}
@@ -133,13 +136,14 @@ class Runs:
              for name, batch in self._held.items()}
     return [float(found['dev'][0]), *map(float, found['test'])]
 
-  def batches(self, seed: int, every: int = 0):
+  def batches(self, seed: int, every: int = 0, many: int = 0):
     order = np.random.RandomState(seed)
-    whole = self.short[:len(self.short) // ROWS * ROWS]
+    whole = (many or len(self.short) // ROWS) * ROWS
     for t in itertools.count():
       if every and t % every == 0:
         yield encode.batch_of(
-            self.train, whole, self.problem.tokens, len(whole))
+            self.train, order.choice(self.short, whole, False),
+            self.problem.tokens, whole)
         continue
       yield encode.batch_of(self.train, order.choice(self.short, ROWS, False),
                             self.problem.tokens, ROWS)
@@ -151,14 +155,15 @@ class Runs:
     """[1 + times, 3], the first before training, others after equal parts."""
     steps = self.steps(kind)
     due = {round((i + 1) * steps / times) for i in range(times)}
-    step, all_rows = self._step[kind], self.kinds[kind].every
+    step, k = self._step[kind], self.kinds[kind]
     params = jax.tree.map(jnp.copy, self.start)
     state = self._tx(kind, rate, seed).init(params)
     curve = [self.evaluate(params)]
-    for t, batch in zip(range(1, steps + 1), self.batches(seed, all_rows)):
+    for t, batch in zip(range(1, steps + 1),
+                        self.batches(seed, k.every, k.many)):
       params, state, _ = step(params, state, batch, self.frozen)
       if t in due:
-        if not all_rows or t % all_rows == 0 or t == steps:
+        if not k.every or t % k.every == 0 or t == steps:
           params, state = step.flush(params, state)
         curve.append(self.evaluate(params))
     return np.array(curve)
@@ -228,13 +233,13 @@ def compare(name: str, problem: Problem) -> None:
   for kind, c in curves.items():
     row = {'directions': kind, 'learning rate': f'{rates[kind]:g}'}
     for i in range(2, 2 * CURVE + 1, 2):
-      row[f'loss, {int(2 * at[i])} forwards'] = mean_error(c[:, i, 1])
-    row['difference'] = '' if kind == first else mean_error(
+      row[f'loss, {int(2 * at[i])} forwards'] = harness.mean_error(c[:, i, 1])
+    row['difference'] = '' if kind == first else harness.mean_error(
         c[:, -1, 1] - curves[first][:, -1, 1])
-    row['accuracy, %'] = mean_error(100 * c[:, -1, 2], 1)
+    row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
     row['ms a step'] = round(1000 * seconds[kind], 1)
-    row[f'loss after {budget:.0f} s'] = mean_error(in_time(kind))
-    row['difference then'] = '' if kind == first else mean_error(
+    row[f'loss after {budget:.0f} s'] = harness.mean_error(in_time(kind))
+    row['difference then'] = '' if kind == first else harness.mean_error(
         in_time(kind) - base)
     table.append(row)
   before = curves[first][0, 0]
@@ -269,19 +274,13 @@ def quadratic(dims=1000, steps=4000, seeds=20) -> None:
   for name, logs in known.items():
     table.append({
         'directions': name,
-        **{f'{n} forwards': mean_error(logs[:, i])
+        **{f'{n} forwards': harness.mean_error(logs[:, i])
            for i, n in enumerate((2000, 4000, 6000, 8000))},
-        'difference': mean_error(
+        'difference': harness.mean_error(
             logs[:, -1] - known[first][:, -1]) if name != first else ''})
   harness.write('convergence_quadratic', harness.header(
       f'{time.time() - began:.0f} s in all'), [(
           f'Quadratic: {seeds} seeds, log10 of loss / initial loss', table)])
-
-
-def mean_error(values, digits: int = 3) -> str:
-  """Mean and standard error over seeds."""
-  error = np.std(values, ddof=1) / np.sqrt(len(values))
-  return f'{np.mean(values):.{digits}f} ± {error:.{digits}f}'
 
 
 def main():

@@ -146,6 +146,12 @@ def markdown(head: str, tables: list[tuple[str, list[dict]]]) -> str:
   return '\n'.join(lines)
 
 
+def mean_error(values, digits: int = 3) -> str:
+  """Mean and standard error over seeds."""
+  error = np.std(values, ddof=1) / np.sqrt(len(values))
+  return f'{np.mean(values):.{digits}f} ± {error:.{digits}f}'
+
+
 def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
   """Prints and saves tables: results/NAME.md and NAME.json."""
   text = markdown(head, tables)

@@ -24,16 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import quickstart  # noqa: E402
 import mezo_jax  # noqa: E402
 from mezo_jax import models, variants  # noqa: E402
+from mezo_jax.config import Peft  # noqa: E402
 from mezo_jax.workdir import read_result  # noqa: E402
 import train  # noqa: E402
 
 SEEDS, STEPS = (0, 1), 4000
-RUNS = {  # (dtype, method, fold_every)
+RUNS = {  # (dtype, method, fold_every[, learning rate])
     'float': ('float32', 'mezo', 1),
     'int8_mezo': ('int8', 'mezo', 1),
     'int8_quzo': ('int8', 'quzo', 1),
     'int8_fold': ('int8', 'mezo', 16),
+    'int8_quzo_fold': ('int8', 'quzo', 16),
     'codes_fold': ('codes', 'mezo', 16),
+    'int8_qzo': ('int8', 'qzo', 1, 2e-2),
+    'codes_qzo': ('codes', 'qzo', 1, 2e-2),
 }
 
 
@@ -72,12 +76,15 @@ def memory() -> list[dict]:
 
 def learned(folder: Path) -> list[dict]:
   rows = []
-  for name, (dtype, method, fold) in RUNS.items():
+  for name, (dtype, method, fold, *rate) in RUNS.items():
     results = []
     for seed in SEEDS:
       config = quickstart.get_config()
       config.model.dtype, config.method, config.seed = dtype, method, seed
       config.spsa.fold_every = fold
+      if method == 'qzo':
+        config.peft = Peft(mask='^last_layers/', num_layers=1)
+        config.spsa.eps, (config.optimizer.learning_rate,) = 1e-2, rate
       config.steps, config.eval_every = STEPS, 1000
       where = folder / f'{name}_{seed}'
       results.append(read_result(where) or train.run(config, where))

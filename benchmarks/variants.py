@@ -1,27 +1,32 @@
 """MeZO's relatives beside MeZO, from as many forwards.
 
-  python benchmarks/variants.py
+  python benchmarks/variants.py [last_layer] [minilm]
 
-The quickstart's last layer, signs, all else as in `convergence.py`: learning
-rates from one grid of factors of two by the loss of dev rows, losses and
-accuracies of test rows, 5 seeds, differences to MeZO with their standard
-errors. A forward is one of a batch; one with its tangent counts as two. SVRG's
-anchors are all training rows, every 4 steps. Writes benchmarks/results/
-variants.md and variants.json; 30 minutes on 2 CPU cores.
+Two problems: the relatives on the quickstart's last layer; and SVRG, with
+anchors of two sizes, on all of MiniLM with a new head, without a prompt, its
+paper's setting. Signs, and all else as in `convergence.py`: learning rates
+from one grid of factors of two by the loss of dev rows, losses and accuracies
+of test rows, 5 seeds, differences to MeZO with their standard errors. A forward
+is one of a batch; one with its tangent counts as two. Writes one
+benchmarks/results/variants_PROBLEM.md and .json of each; 30 and 20 minutes on 2
+CPU cores.
 """
 
+import dataclasses
 import functools
+import sys
 import time
 
 import convergence
-from convergence import Kind, mean_error, Runs
+from convergence import Kind, Runs
 import harness
 import numpy as np
 
 import mezo_jax
 from mezo_jax import variants
 
-SEEDS, TIMES, EVERY, ANCHOR = 5, 4, 4, 36  # batches that all rows make
+SEEDS, TIMES = 5, 4
+LOZO = mezo_jax.LazyLowRank(rank=2, every=50)
 
 
 def _forward_grad(rate, eps, **more):
@@ -29,9 +34,23 @@ def _forward_grad(rate, eps, **more):
   return variants.forward_grad(rate, **more)
 
 
-def _svrg(rate, eps, **more):
-  return variants.svrg(rate, eps, every=EVERY, anchor_learning_rate=rate,
-                       rows=convergence.ROWS, **more)
+def _sparse(rate, eps, params, **more):
+  return variants.sparse_mezo(
+      rate, eps, limits=variants.smallest(params), **more)
+
+
+def _modified(rate, eps, params, **more):
+  return variants.expectation_modified(
+      rate, eps, norms=variants.param_norms(params), **more)
+
+
+def _svrg(every: int, anchor: int) -> Kind:
+  """Anchors of so many batches."""
+  def make(rate, eps, **more):
+    return variants.svrg(rate, eps, every=every, anchor_learning_rate=rate,
+                         rows=convergence.ROWS, **more)
+  return Kind(make, forwards=(2 * anchor + 4 * (every - 1)) / every,
+              every=every, many=anchor)
 
 
 KINDS = {
@@ -48,19 +67,29 @@ KINDS = {
     'conservative': Kind(variants.conservative, forwards=5),
     'one point': Kind(variants.one_point, forwards=1, scale=1 / 64),
     'forward gradient': Kind(_forward_grad),
-    'svrg': Kind(_svrg, forwards=(2 * ANCHOR + 4 * (EVERY - 1)) / EVERY,
-                 every=EVERY),
+    'svrg, every 4, 8 batches': _svrg(4, 8),
+    'hizoo': Kind(functools.partial(variants.hizoo, alpha=1e-6), forwards=3),
+    'sparse, a quarter': Kind(_sparse, scale=2, looks=True),
+    'lozo, rank 2': Kind(mezo_jax.mezo, LOZO),
+    'lozo-m, rank 2': Kind(variants.lozo_m, LOZO),
+    'subzero, rank 8': Kind(mezo_jax.mezo, mezo_jax.SubZero()),
 }
+SVRG = {
+    'mezo': Kind(mezo_jax.mezo),
+    'svrg, every 2, 16 batches': _svrg(2, 16),
+    'svrg, every 16, 8 batches': _svrg(16, 8),
+    'expectation modified, of weights': Kind(_modified, looks=True)}
+PROBLEMS = {'last_layer': (KINDS, 1000), 'minilm': (SVRG, 500)}
 
 
-def main():
-  began, problem = time.time(), convergence.problems()['last_layer']
-  runs, first = Runs(problem, KINDS), next(iter(KINDS))
-  assert len(runs.short) // convergence.ROWS == ANCHOR
+def compare(name: str) -> None:
+  began, (kinds, steps) = time.time(), PROBLEMS[name]
+  problem = dataclasses.replace(convergence.problems()[name], steps=steps)
+  runs, first = Runs(problem, kinds), next(iter(kinds))
   curves, rates, table = {}, {}, []
-  for kind in KINDS:
+  for kind in kinds:
     rates[kind], found = convergence.search(runs, kind)
-    print(kind, {f'{r:g}': f'{x:.3f}' for r, x in sorted(found.items())},
+    print(name, kind, {f'{r:g}': f'{x:.3f}' for r, x in sorted(found.items())},
           flush=True)
     curves[kind] = np.array([runs.run(kind, rates[kind], seed, TIMES)
                              for seed in range(SEEDS)])
@@ -68,18 +97,22 @@ def main():
     row = {'method': kind, 'steps': runs.steps(kind),
            'learning rate': f'{rates[kind]:g}'}
     for i in range(1, TIMES + 1):
-      row[f'loss, {2 * problem.steps * i // TIMES} forwards'] = mean_error(
-          c[:, i, 1])
-    row['difference'] = '' if kind == first else mean_error(
+      at = 2 * problem.steps * i // TIMES
+      row[f'loss, {at} forwards'] = harness.mean_error(c[:, i, 1])
+    row['difference'] = '' if kind == first else harness.mean_error(
         c[:, -1, 1] - curves[first][:, -1, 1])
-    row['accuracy, %'] = mean_error(100 * c[:, -1, 2], 1)
+    row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
     table.append(row)
   before = curves[first][0, 0]
-  harness.write('variants', harness.header(
+  harness.write(f'variants_{name}', harness.header(
       f'{time.time() - began:.0f} s in all'), [(
-          f"The quickstart's last layer, {convergence.ROWS} rows, {SEEDS} "
-          f'seeds; test loss before {before[1]:.3f}, accuracy '
-          f'{100 * before[2]:.1f} %', table)])
+          f'{name}: {convergence.ROWS} rows, {SEEDS} seeds; test loss before '
+          f'{before[1]:.3f}, accuracy {100 * before[2]:.1f} %', table)])
+
+
+def main():
+  for name in sys.argv[1:] or PROBLEMS:
+    compare(name)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """The paper's OPT rows: eleven tasks, OPT-13B unless another model is named.
 
   python train.py --config=configs/opt.py:sst2            all parameters
-  python train.py --config=configs/opt.py:sst2,lora       or prefix, lozo, quzo,
-                                                          private
+  python train.py --config=configs/opt.py:sst2,lora       or prefix, lozo,
+                                    lozo_m, subzero, hizoo, quzo, private
 
 Reproduces (Malladi et al., 2023, Table 1, 1,000 training rows, seed 0;
 hyper-parameters of Table 16):
@@ -16,6 +16,10 @@ and LOZO (Chen et al., 2024; rank 2, windows of 50 steps, rates and eps for our
 factors, which are signs and scaled by 1 / sqrt(rank)):
 
   lozo    91.7  70.4 69.6 71.9  63.5 60.8 63.0    89.0 81.3   84.9  30.7
+
+`lozo_m` is the same with its momentum, 0.9. SubZero (Yu et al., 2024: rank 24,
+bases of 1,000 steps, MeZO's rates and eps) is `subzero`, HiZOO (Zhao et al.,
+2024: MeZO's rates, 1e-8 of each step's curvature) is `hizoo`.
 
 QuZO (Zhou et al., 2025: weights as int8 codes that never become floats; batches
 of 16, eps 1e-3, rates from 6e-6 to 1e-4 falling to 0, 6,000 steps) is `quzo`;
@@ -68,6 +72,11 @@ METHODS = {
     'lozo': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
         eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50,
         fold_every=50)),
+    'lozo_m': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
+        eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50)),
+    'subzero': (Peft(), Optimizer(learning_rate=1e-6), Spsa(
+        eps=1e-3, distribution='subzero', rank=24, lazy_every=1000)),
+    'hizoo': (Peft(), Optimizer(learning_rate=1e-6), Spsa(eps=1e-3)),
     'quzo': (Peft(), Optimizer(learning_rate=6e-6, schedule='linear'),
              Spsa(eps=1e-3)),
     'private': (Peft(), Optimizer(learning_rate=1e-7), Spsa(eps=1e-3))}
@@ -91,6 +100,8 @@ def get_config(spec: str = 'sst2') -> Train:
                 max_length=2048, batch_size=16),
       optimizer=optimizer, spsa=spsa, peft=peft,
       select='loss', steps=20_000, eval_every=4_000, eval_batch_size=16)
+  if method in ('lozo_m', 'hizoo'):
+    config.method = method
   if method == 'quzo':
     config.method, config.model.dtype = 'quzo', 'int8'
     config.steps, config.eval_every = 6_000, 1_000

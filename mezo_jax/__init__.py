@@ -18,12 +18,13 @@ from mezo_jax._perturb import dequantized, direction, displace, perturbed
 from mezo_jax._rounding import round_stochastically
 from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import spsa, SpsaState
+from mezo_jax._subzero import SubZero
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
-    'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'dequantize', 'dequantized',
-    'direction', 'displace', 'estimate', 'fzoo', 'make_step', 'mezo',
-    'one_sided', 'perturbed', 'quantize', 'round_stochastically',
+    'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'SubZero', 'dequantize',
+    'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
+    'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
     'skip_not_finite', 'spsa', 'two_sided')
 __version__ = '0.1.0'
 

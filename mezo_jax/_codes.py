@@ -20,6 +20,7 @@ import numpy as np
 from mezo_jax import _groups
 
 GROUP = 32  # weights that share a scale, as GGUF has it
+FACTORS = 'factors'  # a name: of what scales are multiplied by
 
 
 @functools.partial(
@@ -91,6 +92,11 @@ class Codes:
     """float32 weights of other integers q."""
     w = q.astype(jnp.float32) * self._each(self.scales)
     return w if self.offsets is None else w + self._each(self.offsets)
+
+  def rescaled(self, factors: jax.Array) -> 'Codes':
+    """With scales multiplied, in float32."""
+    return dataclasses.replace(
+        self, scales=self.scales.astype(jnp.float32) * factors)
 
   def steps(self, change: jax.Array, bits: jax.Array | None) -> jax.Array:
     r"""int32: a float32 change of the weights in steps of the grid.

@@ -37,6 +37,9 @@ class Directions:
       for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
       that it is added to, which is looked up there and stored nowhere. None for
       no limits.
+    scales: a number s, or a tree like the params of numbers, of arrays [L] for
+      the layers of stacked leaves, or of arrays of the leaves' shapes: the
+      direction is s z, which of elements is not evaluated by factors.
     on_grid: whether `Codes` are evaluated at codes, c z rounded to their grid
       stochastically with bits of its key; or else wherever c z leads.
 
@@ -49,6 +52,7 @@ class Directions:
   mask: Any = None
   stacked: Any = None
   limits: Any = None
+  scales: Any = None
   on_grid: bool = False
 
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
@@ -104,7 +108,8 @@ class Directions:
 
   def bare(self) -> 'Directions':
     """Without what is said of leaves: hashable, and the same for each."""
-    return dataclasses.replace(self, mask=None, stacked=None, limits=None)
+    return dataclasses.replace(
+        self, mask=None, stacked=None, limits=None, scales=None)
 
 
 class Normal(Directions):
@@ -143,7 +148,8 @@ class Sphere(Directions):
       length, size = norm(params, key, normal)
       return jnp.sqrt(jnp.float32(size)) / length
     factors = lax.map(factor, keys)
-    return normal, Displacement(keys, factors).after(factors[0])
+    return (dataclasses.replace(normal, scales=self.scales),
+            Displacement(keys, factors).after(factors[0]))
 
 
 def _quantile(bits: jax.Array) -> jax.Array:

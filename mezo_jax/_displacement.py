@@ -74,8 +74,9 @@ class Draws:
 
   @property
   def is_everywhere(self) -> bool:
-    """Whether no element of z is 0 by what is said of it."""
-    return self.streams[0].there is None and self.streams[0].most is None
+    """Whether no element of z is 0, or scaled, by what is said of it."""
+    first = self.streams[0]
+    return first.there is None and first.most is None and first.scale is None
 
   def nonzero(self, w: jax.Array) -> jax.Array | None:
     """Where z is not 0 beside weights w; None for everywhere."""
@@ -102,6 +103,8 @@ class Draws:
   def _sum(self, start, like):
     plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
+    if self.streams[0].scale is not None:
+      at_once = None  # terms are scaled one by one
     total = plain(self, start, like) if at_once is None else (
         lax.platform_dependent(self, start, like, default=plain,
                                tpu=lambda self, start, like: at_once(
@@ -119,7 +122,9 @@ class Draws:
 
   def term(self, j, like):
     """``coefs[j] * z_j`` in float32."""
-    return self.coefs[j] * self.directions.z(self.streams, j, like)
+    term = self.coefs[j] * self.directions.z(self.streams, j, like)
+    scale = self.streams[0].scale
+    return term if scale is None else term * scale
 
   def _by_terms(self, start, like):
     term = lambda j: self.term(j, like)
@@ -163,6 +168,12 @@ class Draws:
   def below(self, most) -> 'Draws':
     """Zero where \\|w\\| is more."""
     return self._first(most=most)
+
+  def scaled(self, by) -> 'Draws':
+    """Multiplied by a number, or by an array that broadcasts with the block."""
+    if not by.ndim or by.size == 1:
+      return dataclasses.replace(self, coefs=self.coefs * by.reshape(()))
+    return self._first(scale=by.astype(jnp.float32))
 
   def _first(self, **changes):
     first, *rest = self.streams
@@ -238,16 +249,10 @@ def of_leaves(params, displacement: Displacement, directions
   others = directions.of_columns(keys)
   columns = {} if others is None else _streams.of_leaves(others, shapes)
 
-  limits = directions.limits
-  if limits is None or isinstance(limits, (int, float)):
-    limits = [limits] * len(leaves)
-  else:
-    limits = jax.tree.leaves(limits)
-  if len(limits) != len(leaves):
-    raise ValueError(f'limits are of {len(limits)} leaves, and the params have '
-                     f'{len(leaves)}.')
+  limits = _of_each('limits', directions.limits, leaves)
+  scales = _of_each('scales', directions.scales, leaves)
 
-  def draws(path, x, use, limit):
+  def draws(path, x, use, limit, scale):
     if use is False:
       return None
     c = coefs
@@ -258,13 +263,29 @@ def of_leaves(params, displacement: Displacement, directions
     if use is not True:
       out = out.where(use)
     if limit is not None:
-      limit = jnp.asarray(limit)
-      out = out.below(limit.reshape(
-          limit.shape + (1,) * (len(_paths.shape_of(x)) - limit.ndim)))
-    return out
+      out = out.below(_of_block(limit, x))
+    return out if scale is None else out.scaled(_of_block(scale, x))
 
-  return [(path, x, draws(path, x, use, limit))
-          for (path, x), use, limit in zip(leaves, used, limits)]
+  return [(path, x, draws(path, x, use, limit, scale))
+          for (path, x), use, limit, scale in zip(
+              leaves, used, limits, scales)]
+
+
+def _of_each(name: str, values, leaves: list) -> list:
+  """Of each leaf its value, of a number or a tree of them."""
+  if values is None or isinstance(values, (int, float)):
+    return [values] * len(leaves)
+  values = jax.tree.leaves(values)
+  if len(values) != len(leaves):
+    raise ValueError(f'{name} are of {len(values)} leaves, and the params have '
+                     f'{len(leaves)}.')
+  return values
+
+
+def _of_block(value, x) -> jax.Array:
+  """A number, or an array [L] or of all elements, with the axes of a leaf."""
+  value, axes = jnp.asarray(value), len(_paths.shape_of(x))
+  return value.reshape(value.shape + (1,) * (axes - value.ndim))
 
 
 def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:

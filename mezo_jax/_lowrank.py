@@ -61,6 +61,7 @@ class LowRank(Directions):
   rank: int = 16
 
   unrolled: ClassVar[int] = 32
+  least: ClassVar[int] = 2  # times the rank: rows (columns) of what has factors
 
   def __post_init__(self):
     super().__post_init__()
@@ -93,7 +94,8 @@ class LowRank(Directions):
     """Number of the axes that count rows; None for what is drawn whole."""
     sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
     cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
-    return cut if len(shape) > 1 and 2 * self.rank <= min(sizes(cut)) else None
+    least = self.least * self.rank
+    return cut if len(shape) > 1 and least <= min(sizes(cut)) else None
 
   def z(self, streams, j, like):
     """Times the root of the rank, which is in the coefficients."""
@@ -206,8 +208,26 @@ class LazyLowRank(LowRank):
         jnp.stack([first, second], -1), impl='threefry2x32')
 
 
+def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """``sum_b rows[..., b] * columns[..., b]``, of axes that broadcast: element
+  by element, so it fuses into what adds it to weights and is in no memory."""
+  return sum(rows[..., b] * columns[..., b] for b in range(rows.shape[-1]))
+
+
+def of_block(factor: jax.Array, stream: _noise.Stream, shape) -> jax.Array:
+  """A factor of one direction, [*axes, 1, rank], with all axes of a block."""
+  axes = counted(stream, shape)
+  return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
+                        factor.shape[-1])
+
+
+def only(stream: _noise.Stream, j) -> _noise.Stream:
+  """The stream of direction j alone."""
+  return dataclasses.replace(stream, keys=stream.keys[..., j, :][..., None, :])
+
+
 def counted(stream: _noise.Stream, shape) -> list[int]:
   """The axes of a block along which a stream has words of its own."""
-  arrays = jax.tree.leaves(stream)
+  arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
   return [a for a, n in enumerate(shape) if n > 1 and (
       stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]

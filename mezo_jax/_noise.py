@@ -41,7 +41,8 @@ _U32 = jnp.uint32
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('keys', 'lo', 'hi', 'there', 'most'), meta_fields=('strides',))
+    data_fields=('keys', 'lo', 'hi', 'there', 'most', 'scale', 'core'),
+    meta_fields=('strides',))
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """Where the draws of a block lie: an affine view into those of a leaf.
@@ -59,6 +60,8 @@ class Stream:
   hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
   there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
   most: jax.Array | None = None  # [*axes]: z is 0 where |w| is more
+  scale: jax.Array | None = None  # float32 [*axes], what z is multiplied by
+  core: jax.Array | None = None  # float32 [*axes, n, r, r], of `SubZero`
 
 
 # --- keys -------------------------------------------------------------------

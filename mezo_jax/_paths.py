@@ -90,6 +90,17 @@ def locate(path: str) -> tuple[str, int | None, bool]:
   return path, None, False
 
 
+def layer_of(path: str) -> tuple[str, int | None]:
+  """The path of the layers that a leaf is one of, and which; of any other leaf
+  the first component of its path, and None. See `locate`."""
+  name, layer, is_stack = locate(path)
+  parts = name.split('/')
+  if layer is None and not is_stack:
+    return parts[0], None
+  at = next(i for i, part in enumerate(parts) if _LAYERS.fullmatch(part))
+  return '/'.join(parts[:at + 1]), layer
+
+
 def check_paths(paths) -> None:
   """Raises if two leaves would draw the same noise (a collision of crc32)."""
   seen = {}

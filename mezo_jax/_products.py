@@ -83,7 +83,15 @@ def _by_factors(eqn, ins, at):
       *args, preferred_element_type=dtype, precision=_precision(p))
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
-  narrow = (narrow * w.draws.coefs[:, None]).astype(x.dtype)
+  narrow = narrow * w.draws.coefs[:, None]
+  core = w.draws.streams[0].core
+  if core is not None:  # between the factors
+    there = [a for a in range(n_) if core.shape[a] > 1]
+    core = core.reshape([core.shape[a] for a in there] + [*core.shape[n_:]])
+    new = r_ + 1 + x.ndim
+    narrow = sums(narrow, kept, core, [*there, n_, *(
+        (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
+  narrow = narrow.astype(x.dtype)
   there = [a for a in result if a in kept or a in axes[1 - first]]
   # Half as many bytes; of a small term, the same relative error as of the sum.
   added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,

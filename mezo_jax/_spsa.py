@@ -26,10 +26,11 @@ from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
 from mezo_jax._estimate import check_over, Combine, estimate, two_sided
 from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._perturb import direction
+from mezo_jax._subzero import SubZero
 
 KINDS = {  # the names that a config has for them
     'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
-    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank}
+    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
 
 
 class SpsaState(NamedTuple):

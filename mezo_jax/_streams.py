@@ -181,11 +181,14 @@ def reshape(s: Stream, old: tuple[int, ...],
             new: tuple[int, ...]) -> Stream | None:
   """A row-major reshape, or None where its draws do not lie evenly."""
   out = _reshape(s, old, new)
-  if out or s.there is None:
+  of_elements = {name: x for name in ('there', 'scale')
+                 if (x := getattr(s, name)) is not None}
+  if out or not of_elements:
     return out
-  out = _reshape(dataclasses.replace(s, there=None), old, new)
-  there = jnp.broadcast_to(s.there, old).reshape(new)
-  return out and dataclasses.replace(out, there=there)
+  out = _reshape(dataclasses.replace(s, **dict.fromkeys(of_elements)), old, new)
+  return out and dataclasses.replace(out, **{
+      name: jnp.broadcast_to(x, old).reshape(new)
+      for name, x in of_elements.items()})
 
 
 def _reshape(s, old, new):

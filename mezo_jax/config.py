@@ -66,10 +66,12 @@ class Spsa:
   # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
   # 'scan': one after the other.
   over: str = 'scan'
-  # Of z; or 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank' (LOZO's).
+  # Of z; or 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank' (LOZO's),
+  # 'subzero'.
   distribution: str = 'normal'
-  rank: int = 16  # of low_rank and lazy_low_rank
-  lazy_every: int = 50  # steps that lazy_low_rank's columns are the same for
+  rank: int = 16  # of the last three
+  # Steps that lazy_low_rank's columns, or subzero's bases, are the same for.
+  lazy_every: int = 50
   generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
   # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
   combine: str = 'two_sided'
@@ -84,16 +86,21 @@ class Variant:
   every: int = 2  # svrg: steps from anchor to anchor
   anchor_learning_rate: float = 1e-3  # svrg: of an anchor's step
   anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
+  # svrg: keep a copy of the anchor; weights then move every step.
+  stored_anchor: bool = False
   anneal: float = 1.0  # svrg: what rates are divided by if losses rise
   anneal_every: int = 100  # svrg: steps from look to look
   window: int = 8  # ..._by_history: steps that are remembered
-  b1: float = 0.9  # ..._by_history: weight of the step before
+  b1: float = 0.9  # ..._by_history, lozo_m: weight of the step before
   b2: float = 0.99  # adam_by_history, scalar_adam: of its square
   # sparse_mezo: of weights, the smallest, to train; mazo: of each row.
   share: float = 0.25
-  num_scores: int = 16  # mazo: directions that weights are scored by, a task
+  num_scores: int = 16  # mazo, ..._modified: directions of the first look
   alpha: float = 1.0  # mazo: of what a step gains by a weight
   beta: float = 0.0  # mazo: of a weight's size
+  norm: str = 'grad'  # ..._modified: of each layer's gradient; or 'param'
+  clip: float = 100.0  # qzo: of projected gradients
+  curvature_rate: float = 1e-8  # hizoo: weight of a step's curvature
 
 
 @dataclasses.dataclass
@@ -195,7 +202,7 @@ class Train:
 
 
 DISTRIBUTIONS = (
-    'normal', 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank')
+    'normal', 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank', 'subzero')
 GENERATORS = ('hash32', 'threefry2x32')
 OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')

@@ -30,6 +30,7 @@ class Method:
   other_rates: bool = False  # learning rates are not of MeZO's size
   variant: bool = False  # the name is one of `mezo_jax.variants`
   mixes: bool = True  # may have several tasks
+  scores: bool = False  # weights are looked at before the first step
   # `rules(config)`: what must hold beside what `config.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = _no_rules
@@ -65,7 +66,8 @@ def _says_what_is_trained(config) -> list:
 def _of_relative(config, *more) -> list:
   v = config.variant
   return [
-      (not config.optimizer.groups and config.spsa.fold_every == 1,
+      (not config.optimizer.groups and (
+          config.spsa.fold_every == 1 or config.method == 'quzo'),
        f'method {config.method!r} takes no optimizer.groups, and '
        'spsa.fold_every of 1'),
       (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1 and 0 < v.share <= 1,
@@ -93,6 +95,51 @@ def _forward_mode(config) -> list:
       f"method {config.method!r} needs spsa.over of 'scan'"))
 
 
+def _floats(config, *more) -> list:
+  return _of_relative(config, (
+      config.model.dtype not in QUANTISED,
+      f'method {config.method!r} is of floats: take another model.dtype'),
+                      *more)
+
+
+def _modified(config) -> list:
+  return _floats(
+      config,
+      (config.variant.norm in ('grad', 'param'),
+       f'variant.norm {config.variant.norm!r} is none of grad, param'),
+      (config.variant.num_scores >= 1,
+       'variant.num_scores must be at least 1'))
+
+
+def _hizoo(config) -> list:
+  return _floats(
+      config,
+      (0 <= config.variant.curvature_rate < 1,
+       'variant.curvature_rate must be from 0 to below 1'),
+      (config.spsa.combine == 'two_sided',
+       "method 'hizoo' compares three losses: leave spsa.combine at "
+       "'two_sided'"))
+
+
+def _lozo_m(config) -> list:
+  return _floats(
+      config,
+      (config.spsa.distribution == 'lazy_low_rank'
+       and config.spsa.num_samples == 1,
+       "method 'lozo_m' needs spsa.distribution of 'lazy_low_rank' and "
+       'num_samples of 1'))
+
+
+def _mazo(config) -> list:
+  return _floats(
+      config,
+      (not config.optimizer.weight_decay,
+       "method 'mazo' needs optimizer.weight_decay of 0: it would move weights "
+       'that are left out'),
+      (config.variant.num_scores >= 1,
+       'variant.num_scores must be at least 1'))
+
+
 def _svrg(config) -> list:
   v, o = config.variant, config.optimizer
   return _own_combine(
@@ -103,9 +150,10 @@ def _svrg(config) -> list:
        'variant.anchor_learning_rate must be positive'),
       (not v.anchor_rows or v.anchor_rows >= config.data.batch_size,
        'variant.anchor_rows must be 0 or at least data.batch_size'),
-      (config.steps % v.every == config.eval_every % v.every == 0,
+      (v.stored_anchor or
+       config.steps % v.every == config.eval_every % v.every == 0,
        'steps and eval_every must be multiples of variant.every, at which '
-       'weights are where the steps lead'),
+       'weights are where the steps lead, or variant.stored_anchor be set'),
       (o.micro_batches == 1 and not o.weight_decay,
        "method 'svrg' needs optimizer.micro_batches of 1 (a batch is one part "
        'of an anchor) and weight_decay of 0'))
@@ -116,9 +164,19 @@ def _on_grid(config) -> list:
       config,
       (config.model.dtype in QUANTISED,
        f"method 'quzo' needs model.dtype of {', '.join(QUANTISED)}"),
-      ('low_rank' not in config.spsa.distribution,
+      (config.spsa.distribution in ('normal', 'rademacher', 'sphere'),
        "method 'quzo' rounds each element of z: take spsa.distribution "
        "normal, rademacher or sphere, or method 'mezo'"))
+
+
+def _qzo(config) -> list:
+  return _of_relative(
+      config,
+      (config.model.dtype in QUANTISED,
+       f"method 'qzo' needs model.dtype of {', '.join(QUANTISED)}"),
+      (not config.peft.method, "method 'qzo' trains scales: leave peft.method "
+       'out'),
+      (config.variant.clip > 0, 'variant.clip must be positive'))
 
 
 def _private(config) -> list:
@@ -168,17 +226,26 @@ METHODS = {
         rules=_forward_mode),
     'mazo': Method(
         'MaZO (Zhang et al., 2025), forward passes only', variant=True,
-        rules=lambda config: _of_relative(
-            config, (not config.optimizer.weight_decay,
-                     "method 'mazo' needs optimizer.weight_decay of 0: it "
-                     'would move weights that are left out'),
-            (config.variant.num_scores >= 1,
-             'variant.num_scores must be at least 1'),
-            (config.model.dtype not in QUANTISED,
-             "method 'mazo' scores floats: take another model.dtype"))),
+        scores=True, rules=_mazo),
+    'variance_modified': Method(
+        'variance-modified SPSA (Malladi et al., 2023), forward passes only',
+        variant=True, scores=True, mixes=False, rules=_modified),
+    'expectation_modified': Method(
+        'expectation-modified SPSA (Malladi et al., 2023), forward passes only',
+        variant=True, scores=True, mixes=False, other_rates=True,
+        rules=_modified),
+    'hizoo': Method(
+        'HiZOO (Zhao et al., 2024), forward passes only', variant=True,
+        rules=_hizoo),
+    'lozo_m': Method(
+        'LOZO-M (Chen et al., 2024), forward passes only', variant=True,
+        rules=_lozo_m),
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
         rules=_on_grid),
+    'qzo': Method(
+        'QZO (Shang et al., 2025), forward passes only', variant=True,
+        part='scales', other_rates=True, rules=_qzo),
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
         'only', variant=True, mixes=False, rules=_private),
@@ -225,6 +292,8 @@ def forwards(config, rows: int) -> float:
       return n * (of_anchor + 4 * (v.every - 1)) / v.every
     case 'one_point':
       return 1
+    case 'hizoo':
+      return 2 * n + 1
     case 'conservative':
       return _of_estimate(config) + 3
     case 'forward_grad':
@@ -270,6 +339,7 @@ class Part:
   soft: bool = False  # tokens that are put into the rows themselves
   own_head: bool = False  # a head apart from the embedding is made
   last_layers: bool = False  # layers are set apart; see `layers_apart`
+  factors: bool = False  # of quantised weights, which stay as they are
   # `tokens(config.peft)`: positions that a text has less.
   tokens: Callable = lambda peft: 0
   # Learning rates of the paper's searches (Tables 15 and 16); it has no soft
@@ -296,6 +366,8 @@ PARTS = {
     'bitfit': Part(r'(^|/)bias$', 'biases'),
     'last_layers': Part(
         r'^last_layers/', 'the last {num_layers} layers', last_layers=True),
+    'scales': Part(
+        r'/factors$', 'the scales of quantised weights', factors=True),
     'head': Part(
         r'^(lm_head|head|classifier)/', 'the head', own_head=True),
 }

@@ -19,7 +19,7 @@ from mezo_jax.backprop import backprop
 
 
 def make_optimizer(config: config_lib.Train, params,
-                   plan: privacy.Plan | None = None, mask=None
+                   plan: privacy.Plan | None = None
                    ) -> optax.GradientTransformationExtraArgs:
   """The optax transform that a config describes, for these parameters before
   training, or their shapes.
@@ -28,7 +28,6 @@ def make_optimizer(config: config_lib.Train, params,
     config: of the run.
     params: that it trains.
     plan: of a private run; None where no losses are to be taken.
-    mask: of a run of MaZO; likewise.
   """
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
@@ -47,7 +46,7 @@ def make_optimizer(config: config_lib.Train, params,
     return skip_not_finite(optax.chain(
         backprop(micro_batches=o.micro_batches), by_group(inner, rates)))
   if methods.method_of(config).variant:
-    return relative(config, rates, eps, params, plan, mask)
+    return relative(config, rates, eps, params, plan)
   return mezo(
       rates, eps, key=jax.random.key(config.seed), weight_decay=o.weight_decay,
       stochastic_rounding=z.stochastic_rounding, num_samples=z.num_samples,
@@ -57,7 +56,7 @@ def make_optimizer(config: config_lib.Train, params,
 
 
 def relative(config: config_lib.Train, rate, eps, params,
-             plan: privacy.Plan | None, mask) -> (
+             plan: privacy.Plan | None) -> (
                  optax.GradientTransformationExtraArgs):
   """The transform of one of `mezo_jax.variants`."""
   name, v, z = config.method, config.variant, config.spsa
@@ -67,12 +66,13 @@ def relative(config: config_lib.Train, rate, eps, params,
               stochastic_rounding=z.stochastic_rounding)
   if name == 'svrg':
     return make(rate, eps, every=v.every, anneal=v.anneal,
-                anneal_every=v.anneal_every, rows=config.data.batch_size,
+                anneal_every=v.anneal_every, stored_anchor=v.stored_anchor,
+                rows=config.data.batch_size,
                 anchor_learning_rate=schedule(config, v.anchor_learning_rate),
                 **more)
   more |= dict(micro_batches=config.optimizer.micro_batches,
                weight_decay=config.optimizer.weight_decay, decay=_paths.decayed)
-  if name not in ('forward_grad', 'one_point', 'private', 'sign'):
+  if name not in ('forward_grad', 'hizoo', 'one_point', 'private', 'sign'):
     more['combine'] = COMBINES[z.combine]
   match name:
     case 'forward_grad':
@@ -88,7 +88,19 @@ def relative(config: config_lib.Train, rate, eps, params,
     case 'one_point':
       del more['num_samples']
     case 'mazo':
-      more['mask'] = mask
+      del more['weight_decay'], more['decay']
+      more['mask'] = variants.no_scores(params, more['directions'])
+    case 'variance_modified' | 'expectation_modified':
+      more['norms'] = variants.no_norms(params, more['directions'])
+    case 'hizoo':
+      more['alpha'] = v.curvature_rate
+    case 'quzo':
+      more['fold_every'] = z.fold_every
+    case 'qzo':
+      more['clip'] = v.clip
+    case 'lozo_m':
+      del more['num_samples']
+      more['beta'] = v.b1
     case 'momentum_by_history':
       more |= dict(beta=v.b1, window=v.window)
     case 'adam_by_history':
@@ -103,8 +115,9 @@ def relative(config: config_lib.Train, rate, eps, params,
 def directions(config: config_lib.Train) -> Directions:
   """What z is."""
   z = config.spsa
-  more = dict(rank=z.rank) if 'low_rank' in z.distribution else {}
-  if 'lazy' in z.distribution:
+  lazy = z.distribution in ('lazy_low_rank', 'subzero')
+  more = dict(rank=z.rank) if lazy or z.distribution == 'low_rank' else {}
+  if lazy:
     more['every'] = z.lazy_every
   return KINDS[z.distribution](z.generator, **more)
 

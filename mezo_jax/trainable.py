@@ -74,6 +74,8 @@ def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
     InputError: if nothing is selected, or a group is of no parameter.
   """
   part, mask = methods.part_of(config), config.peft.mask
+  if part.factors:
+    return _factors(config, params)
   new_head = config.task.traits.new_head
   # The vocabulary's head is not used where there is a new one.
   pattern = '^classifier/' if new_head and part.own_head else part.pattern
@@ -87,7 +89,20 @@ def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
     raise InputError(
         f'peft.{what} selects no floating-point parameter; the paths are '
         f'{", ".join(paths[:5])}{", ..." if len(paths) > 5 else ""}.')
-  trained, frozen = peft.split(params, chosen)
+  return _grouped(config, *peft.split(params, chosen))
+
+
+def _factors(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
+  try:
+    trained = peft.factors(params)
+    if config.peft.mask:
+      trained, _ = peft.split(trained, config.peft.mask)
+  except ValueError as e:
+    raise InputError(f'--config.peft: {e}') from e
+  return _grouped(config, trained, params)
+
+
+def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:
   for group, *_ in config.optimizer.groups:
     if not any(jax.tree.leaves(_paths.matches(trained, group))):
       raise InputError(f'optimizer.groups: {group!r} is found in the path of '

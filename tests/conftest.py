@@ -42,21 +42,29 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # Small programs take longer to compile than to run. Where no promise is about
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
-_SMALL = ('test_bodies', 'test_build', 'test_common', 'test_data',
-          'test_distributed', 'test_evaluate', 'test_export', 'test_families',
-          'test_generate', 'test_hub', 'test_methods', 'test_models',
-          'test_not_finite', 'test_objective', 'test_peft', 'test_peft_parity',
-          'test_pending',
-          'test_scores', 'test_sharding', 'test_suite', 'test_train',
-          'test_trainable', 'test_trunk', 'test_variants', 'test_wrappers')
+_SMALL = tuple(f'test_{name}' for name in (
+    'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
+    'estimate', 'evaluate', 'export', 'families', 'generate', 'hub', 'lowrank',
+    'mazo', 'methods', 'mixture', 'models', 'modified', 'not_finite',
+    'objective', 'paths', 'peft', 'peft_parity', 'pending', 'perturb',
+    'private', 'quzo', 'qzo', 'scores', 'sharding', 'spsa', 'subspaces',
+    'suite', 'train', 'trainable', 'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
+    'test_directions_in_one_batch_share_each_product',
     'test_eight_devices_do_as_one',
+    'test_embedding_rows_only',
     'test_memory_is_that_of_inference',
+    'test_memory_is_that_of_quantised_inference',
+    'test_memory_stays_at_inference',
+    'test_no_weights_are_built',
     'test_no_weights_are_built_nor_copied',
     'test_the_door_gives_the_same_weights',
+    'test_scoring_keeps_nothing_of_the_weights_size_but_the_mask',
     'test_the_noise_of_a_sharded_step_does_not_communicate',
-    'test_the_update_needs_no_dense_tree')
+    'test_the_strict_path_stays_at_inference_memory',
+    'test_the_update_needs_no_dense_tree',
+    'test_what_is_built_of_subspaces_needs_no_dense_tree')
 QUICK = {'xla_cpu_use_fusion_emitters': False}
 QUICK_FLAGS = ' '.join(f'--{k}={v}' for k, v in QUICK.items())
 _compile_options = compiler.get_compile_options

@@ -165,15 +165,22 @@ def test_the_documentation_names_them_all():
     ('scalar_adam', dict(spsa__combine='one_sided'), 6 * 2),
     ('sign', dict(), 6 * 2), ('one_point', dict(), 6),
     ('conservative', dict(optimizer__micro_batches=2), 6 * 5),
+    ('hizoo', dict(optimizer__micro_batches=2), 6 * 3),
+    ('lozo_m', dict(spsa__distribution='lazy_low_rank', spsa__rank=2,
+                    spsa__lazy_every=3), 6 * 2),
+    ('expectation_modified', dict(variant__norm='param'), 6 * 2),
+    ('mezo', dict(spsa__distribution='subzero', spsa__rank=2), 6 * 2),
+    ('quzo', dict(model__dtype='int8', spsa__fold_every=3, spsa__eps=1e-2),
+     6 * 2),
     ('private', dict(privacy__delta=1e-3, spsa__num_samples=2,
                      data__max_length=16, model__dtype='bfloat16',
                      optimizer__micro_batches=2), 6 * 4),
     ('forward_grad', dict(optimizer__weight_decay=0.1), 6 * 2)])
 def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
                          forwards):
-  config = small_config(
-      tiny_dir, reviews_file, method=method, zero_shot=False, eval_every=6,
-      spsa__distribution='rademacher', optimizer__learning_rate=1e-4, **changes)
+  config = small_config(tiny_dir, reviews_file, **dict(
+      method=method, zero_shot=False, eval_every=6,
+      spsa__distribution='rademacher', optimizer__learning_rate=1e-4) | changes)
   result = train.run(config, tmp_path)
   assert result['forwards'] == forwards
   assert moved(tiny_dir, tmp_path)
@@ -205,6 +212,11 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='momentum_by_history', variant__window=0), 'window'),
     (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
     (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
+    (dict(method='lozo_m'), 'lazy_low_rank'),
+    (dict(method='hizoo', variant__curvature_rate=1.0), 'curvature_rate'),
+    (dict(method='hizoo', spsa__combine='one_sided'), 'three losses'),
+    (dict(method='variance_modified', variant__norm='both'), 'none of grad'),
+    (dict(method='mazo', model__dtype='int8'), 'is of floats'),
     (dict(method='private', privacy__delta=0.0), 'delta between 0 and 1'),
     (dict(method='private', privacy__mechanism='uniform'), 'none of gaussian'),
     (dict(method='private', privacy__mechanism='laplace', spsa__num_samples=2),

@@ -6,7 +6,10 @@ So that optimizer state, noise and checkpoints hold only what is trained.
 from collections.abc import Mapping
 
 from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
 
+from mezo_jax._codes import FACTORS, is_codes
 from mezo_jax._paths import selected
 
 
@@ -35,7 +38,8 @@ def split(params: dict, mask) -> tuple[dict, dict]:
 
 
 def join(*trees: dict) -> dict:
-  """The nested dict with the leaves of all of ``trees``, which are not copied.
+  """The nested dict with the leaves of all of ``trees``, which are not copied;
+  `factors` and the `Codes` that they are of become one leaf.
 
   Raises:
     ValueError: if two of them have a leaf of the same path.
@@ -47,6 +51,32 @@ def join(*trees: dict) -> dict:
         out[name] = x
       elif isinstance(x, Mapping) and isinstance(out[name], Mapping):
         out[name] = join(out[name], x)
+      elif is_codes(out[name]) and isinstance(x, Mapping) and FACTORS in x:
+        out[name] = out[name].rescaled(x[FACTORS])
+      elif is_codes(x) and isinstance(out[name], Mapping) and (
+          FACTORS in out[name]):
+        out[name] = x.rescaled(out[name][FACTORS])
       else:
         raise ValueError(f'two trees have the parameter {name!r}.')
   return out
+
+
+def factors(params: dict) -> dict:
+  """A factor of 1 for each scale of the `Codes` of a nested dict, float32: all
+  that a model has to train whose integers stay. `join` multiplies them.
+
+  Raises:
+    ValueError: if there are no `Codes`.
+  """
+  codes = {path: x for path, x in flatten_dict(params).items() if is_codes(x)}
+  if not codes:
+    raise ValueError('the parameters have no mezo_jax.Codes, of which scales '
+                     "could be trained: see models.load(..., dtype='int8').")
+  return unflatten_dict({(*path, FACTORS): _ones(x.scales)
+                         for path, x in codes.items()})
+
+
+def _ones(x):
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+  return jnp.ones_like(x, jnp.float32)

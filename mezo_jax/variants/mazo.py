@@ -17,13 +17,13 @@ Hessian's diagonal, for normal z. The score of a weight w is
 size), divided by its row's sum; those of all tasks are added, and the k
 greatest of each row are trained (Zhang et al., 2025, arXiv:2502.11513, Section
 4). No code of it is public: how curvature and gradient are found without
-derivatives, that :math:`|\hat H|` is at least its leaf's mean, and that a row
+derivatives, that :math:`|\hat H|` is at least its row's mean, and that a row
 is one of our leaves as they lie, are ours.
 
-Nothing of the weights' size is kept of the directions: the scores of a leaf are
-made of the scalars and the keys. With n directions of d elements each score is
-mostly noise where n is far below d; the mask then is a random one, which still
-makes d smaller.
+Nothing of the weights' size is kept but the mask: the scores of some rows at a
+time are made of the scalars and the keys. With n directions of d elements each
+score is mostly noise where n is far below d; the mask then is a random one,
+which still makes d smaller.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,14 +32,19 @@ import dataclasses
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mezo_jax import _noise, _paths, _values
+from mezo_jax import _noise, _paths, _values, sharding
+from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
-from mezo_jax._mezo import mezo
+from mezo_jax._mezo import descent
 from mezo_jax._perturb import mapped, perturbed
-from mezo_jax._spsa import as_directions
+from mezo_jax._spsa import as_directions, spsa
+from mezo_jax.variants._told import Remembering
+
+_PART = 2**20  # elements that are scored at once
 
 
 def saliency(value_fns: Sequence[Callable], params, key, *,
@@ -58,15 +63,25 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
     eps: :math:`\epsilon`.
     alpha: :math:`\alpha`, with a learning rate in it.
     beta: :math:`\beta`.
-    directions: normal ones, and which leaves are scored.
+    directions: `Normal`, and which leaves are scored.
 
   Returns:
     A tree of bools: arrays for matrices (of each layer), of whose rows exactly
     k are True; True for vectors that are trained and False for what is not.
 
   Raises:
-    ValueError: for a share or a number of directions out of range.
+    ValueError: for a share or a number of directions out of range; for
+      directions that are not normal, of whose squares :math:`\hat H` is made,
+      or that have a mask of elements; for `Codes`.
   """
+  if type(directions) is not Normal:
+    raise ValueError('saliency needs directions=mezo_jax.Normal(...), got '
+                     f'{directions!r}.')
+  if any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes))):
+    raise ValueError('saliency scores floats, and the params have codes.')
+  if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
+    raise ValueError('saliency chooses elements: directions may have a mask of '
+                     'leaves, not of elements.')
   if not 0 < share <= 1 or num_samples < 1:
     raise ValueError('share must be above 0 and at most 1, and num_samples at '
                      f'least 1, got {share!r} and {num_samples!r}.')
@@ -90,8 +105,7 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
                     (plus - 2 * clean + minus) / eps**2))
     return tuple(map(jnp.stack, zip(*found)))
 
-  def of_leaf(g, h, w, draws):
-    draws = dataclasses.replace(draws, coefs=jnp.ones_like(draws.coefs))
+  def of_rows(g, h, w, draws):
     total = 0.0
     for t in range(len(g)):
       def add(j, sums, t=t):
@@ -100,7 +114,8 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
       zero = jnp.zeros(w.shape, g.dtype)
       grad, curve = lax.fori_loop(0, n, add, (zero, zero))
       grad, curve = grad / n, jnp.abs(curve) / (2 * n)
-      curve = jnp.maximum(curve, jnp.maximum(jnp.mean(curve), 1e-30))
+      curve = jnp.maximum(curve, jnp.maximum(
+          jnp.mean(curve, -1, keepdims=True), 1e-30))
       score = grad**2 / (2 * curve) + alpha * grad**2 + (
           beta * jnp.abs(w.astype(jnp.float32)))
       total += score / jnp.maximum(jnp.sum(score, -1, keepdims=True), 1e-30)
@@ -108,10 +123,31 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
     order = jnp.argsort(jnp.argsort(-total, -1), -1)  # exactly k, ties or not
     return order < k
 
+  def of_leaf(g, h, w, draws):
+    """Layer by layer, some rows at a time: several arrays of their size are."""
+    if w.ndim < 2:
+      return of_rows(g, h, w, draws)
+    if draws.is_stack():
+      length, size = w.shape[0], w.shape[0]
+    else:
+      length = w.shape[0]
+      size = next(n for n in range(1, length + 1)
+                  if length % n == 0 and w.size // n <= _PART or n == length)
+    if size == 1:
+      return of_rows(g, h, w, draws)
+    along, of_part = draws.reshape(
+        w.shape, (size, length // size, *w.shape[1:])).rows(size) if (
+            size < length) else draws.rows(length)
+    return lax.map(
+        lambda part: of_leaf(g, h, part[0], of_part(part[1])),
+        (w.reshape(size, *(() if size == length else (length // size,)),
+                   *w.shape[1:]), along)).reshape(w.shape)
+
   @jax.jit
   def masks(params, g, h):
     return mapped(
-        lambda w, draws: of_leaf(g, h, w, draws), params,
+        lambda w, draws: of_leaf(g, h, w, dataclasses.replace(
+            draws, coefs=jnp.ones(len(keys)))), params,
         Displacement(keys, jnp.ones(len(keys))), directions, dtype=bool)
 
   chosen = masks(params, *scalars(params))
@@ -126,7 +162,8 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
 def mazo(
     learning_rate: float | optax.Schedule | Mapping,
     eps: float | optax.Schedule | Mapping = 1e-3, *, mask,
-    directions: Directions | str = Normal(), **options
+    key: jax.Array | int, directions: Directions | str = Normal(),
+    stochastic_rounding: bool = True, **options
 ) -> optax.GradientTransformationExtraArgs:
   r"""MeZO of the weights that a mask of `saliency` chooses.
 
@@ -138,16 +175,60 @@ def mazo(
   Args:
     learning_rate: :math:`\eta`.
     eps: see `mezo_jax.mezo`.
-    mask: M, a byte an element beside the weights.
+    mask: M, a byte an element beside the weights; its arrays are part of the
+      state, as ``memory``: so a checkpoint has them, and programs do not.
+    key: a `jax.random.key` or an integer seed.
     directions: what z is, without a mask of its own.
-    **options: of `mezo_jax.mezo`, ``key`` among them; no weight decay.
+    stochastic_rounding: of half-precision weights.
+    **options: of `mezo_jax.spsa`.
 
   Raises:
-    ValueError: as `mezo_jax.mezo`; for directions that have a mask.
+    ValueError: as `mezo_jax.spsa`; for directions that have a mask.
   """
   directions = as_directions(directions)
   if directions.mask is not None:
     raise ValueError('mazo has the mask of saliency, which directions with '
                      'one of their own were to be given to.')
-  return mezo(learning_rate, eps, directions=dataclasses.replace(
-      directions, mask=mask), **options)
+  at = lambda mask: spsa(
+      eps, key=key, dtype=jnp.float32,
+      directions=dataclasses.replace(directions, mask=mask), **options)
+  leaves, tree = jax.tree.flatten(mask)
+  is_array = [bool(jnp.ndim(m)) for m in leaves]
+
+  def init_fn(params):
+    return sharding.beside(Remembering(
+        at(mask).init(params),
+        [_beside(m, x) for m, a, (_, x) in zip(
+            leaves, is_array, _paths.named_leaves(params)) if a]), params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    arrays = iter(state.memory)
+    now = jax.tree.unflatten(tree, [
+        next(arrays) if a else m for m, a in zip(leaves, is_array)])
+    updates, new = at(now).update(updates, state.spsa, params, **extra_args)
+    return updates, Remembering(new, state.memory)
+
+  return descent(
+      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      key=key, directions=dataclasses.replace(directions, mask=mask),
+      stochastic_rounding=stochastic_rounding)
+
+
+def no_scores(params, directions: Directions | str = Normal()):
+  """A mask of the kind of `saliency`'s that chooses no element of matrices, to
+  stand in its place until a state is restored or scores are made."""
+  directions = as_directions(directions)
+  stacks = jax.tree.unflatten(
+      _paths.structure(params), _paths.stacked(params, directions.stacked))
+  return jax.tree.map(
+      lambda x, used, stack: np.broadcast_to(False, x.shape) if (
+          used is not False and x.ndim - stack >= 2) else used is not False,
+      params, directions.selected(params), stacks)
+
+
+def _beside(mask, x) -> jax.Array:
+  """A copy of a mask where its weights lie."""
+  on_mesh = isinstance(getattr(x, 'sharding', None),
+                       jax.sharding.NamedSharding) and not isinstance(
+                           x, jax.core.Tracer)
+  return jax.device_put(jnp.copy(mask), x.sharding if on_mesh else None)

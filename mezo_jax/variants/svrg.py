@@ -13,10 +13,10 @@ and between, on a batch, with one and the same z at both points,
           \hat\nabla \mathcal{L}(\theta; \mathcal{B}) -
           \hat\nabla \mathcal{L}(\bar\theta; \mathcal{B}) + \bar g \right].
 
-The paper keeps a copy of :math:`\bar\theta`. Here the weights themselves are
-the anchor: the q steps after it are pending (`mezo_jax._pending`), a sum of as
-many z that losses are taken around, so two points cost the memory of one, and
-the anchor is exact in every precision.
+The paper keeps a copy of :math:`\bar\theta`, as ``stored_anchor`` does. Without
+it the weights themselves are the anchor: the q steps after it are pending
+(`mezo_jax._pending`), a sum of as many z that losses are taken around, so two
+points cost the memory of one, and the anchor is exact in every precision.
 """
 
 from typing import NamedTuple
@@ -27,11 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mezo_jax import sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import rounding
 from mezo_jax._pending import pending, Rule
+from mezo_jax._perturb import direction
+from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import as_directions, spsa
+from mezo_jax.variants._told import Remembering
 
 
 class SvrgMemory(NamedTuple):
@@ -50,7 +54,7 @@ def svrg(
     anchor_learning_rate: float | optax.Schedule = 1e-3,
     anneal: float = 1.0, anneal_every: int = 100,
     directions: Directions | str = Normal(), rows: int | None = None,
-    stochastic_rounding: bool = True, **options
+    stored_anchor: bool = False, stochastic_rounding: bool = True, **options
 ) -> optax.GradientTransformationExtraArgs:
   r"""MeZO-SVRG as a whole optimiser, which owns its two learning rates.
 
@@ -75,6 +79,8 @@ def svrg(
     directions: what z is. Losses are taken around q of them.
     rows: a batch of more is evaluated in equal parts of at most so many; None
       for whole.
+    stored_anchor: keep a copy of the anchor, beside the weights, which then
+      move every step.
     stochastic_rounding: of half-precision weights.
     **options: ``num_samples`` and ``equal_parts`` of `mezo_jax.spsa`.
 
@@ -113,28 +119,89 @@ def svrg(
 
   rate_of = lambda rate, count: rate(count) if callable(rate) else rate
 
-  def fn(ring, slot, g, value, count, memory):
-    is_anchor, n = slot == 0, g.shape[0]
-    anchor_grad = jnp.where(is_anchor, g, memory.anchor_grad)
+  def coefs(is_anchor, g, value, count, memory):
+    """Of the step's z and of the anchor's; what is remembered."""
+    n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
     rates = [memory.scale * rate_of(rate, count)
              for rate in (anchor_learning_rate, learning_rate)]
     # Of a batch alone the difference says nothing: without an anchor, no step.
     lost = jnp.any(jnp.isnan(anchor_grad))
     own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
     anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)
-    ring = ring.at[slot].set(own / n)
-    return ring.at[0].add(anchors / n), _annealed(
+    return own / n, anchors / n, _annealed(
         memory._replace(anchor_grad=anchor_grad), value, anneal, anneal_every)
 
-  memory_of = lambda n: SvrgMemory(
-      jnp.full([n], jnp.nan, jnp.float32), jnp.float32(1.0), jnp.float32(0.0),
-      jnp.float32(jnp.nan), jnp.int32(0))
+  def fn(ring, slot, g, value, count, memory):
+    own, anchors, memory = coefs(slot == 0, g, value, count, memory)
+    return ring.at[slot].set(own).at[0].add(anchors), memory
+
   forget = lambda slot, memory: memory._replace(anchor_grad=jnp.where(
       slot is None or slot == 0, jnp.nan, memory.anchor_grad))
+  if stored_anchor:
+    return _stored(plain, of_parts, rows, every, directions, coefs,
+                   rounding(key, directions, stochastic_rounding))
   return pending(
       optax.GradientTransformationExtraArgs(plain.init, update_fn), every,
-      directions, Rule(fn, memory_of, forget),
+      directions, Rule(fn, _no_memory, forget),
       rounding(key, directions, stochastic_rounding))
+
+
+def _no_memory(n: int) -> SvrgMemory:
+  return SvrgMemory(
+      jnp.full([n], jnp.nan, jnp.float32), jnp.float32(1.0), jnp.float32(0.0),
+      jnp.float32(jnp.nan), jnp.int32(0))
+
+
+def _stored(plain, of_parts, rows, every: int, directions: Directions, coefs,
+            finish: optax.GradientTransformation):
+  """The same with a copy of the anchor, to which no step is pending."""
+  def init_fn(params):
+    state = plain.init(params)
+    return sharding.beside(Remembering(state, (
+        _no_memory(state.projected_grad.shape[0]),
+        jax.tree.map(jnp.copy, params))), params)
+
+  def update_fn(updates, state, params=None, *, value_fn=None,
+                projected_grad=None, value=None, **extra_args):
+    old, (memory, anchor) = state
+    since = old.count % every
+    is_anchor, own = since == 0, old
+    if value_fn is not None:
+      estimate = of_parts(_parts(extra_args, rows))
+      told = lambda state, params, given: estimate.update(
+          updates, state, params, value_fn=value_fn, **given)[1]
+      here = told(old, params, extra_args | (
+          {} if projected_grad is None else {'projected_grad': projected_grad}))
+      again = lambda value: old._replace(
+          key=Displacement(old.key, 1.0).after(value).keys)
+      there = lax.cond(
+          is_anchor, lambda state: jnp.zeros_like(here.projected_grad),
+          lambda state: told(state, anchor, extra_args).projected_grad,
+          again(here.value))
+      projected_grad, value = here.projected_grad - there, here.value
+      own, extra_args = again(here.value), {}
+    given = {} if value is None else dict(value=value)
+    _, new = plain.update(  # its updates are not used, nor made
+        updates, own, params, projected_grad=projected_grad, **given,
+        **extra_args)
+    g, n = new.projected_grad, new.projected_grad.shape[0]
+    there = jnp.all(jnp.isfinite(g))
+    made = old.count - old.total_notfinite  # what a schedule counts
+    step, back, after = coefs(is_anchor, g, new.value, made, memory)
+    lost = memory._replace(anchor_grad=jnp.where(
+        is_anchor, jnp.nan, memory.anchor_grad))
+    memory = jax.tree.map(lambda a, b: jnp.where(there, a, b), after, lost)
+    keys = jnp.concatenate([directions.keys(own.key, old.count, n),
+                            directions.keys(own.key, old.count - since, n)])
+    moves = jnp.where(there, jnp.concatenate([step, back]), 0.0)
+    updates = direction(params, Displacement(keys, moves), directions,
+                        dtype=jnp.float32)
+    anchor = jax.tree.map(
+        lambda x, a: jnp.where(is_anchor & there, x, a), params, anchor)
+    return updates, Remembering(new._replace(key=old.key), (memory, anchor))
+
+  return skip_not_finite(optax.chain(
+      optax.GradientTransformationExtraArgs(init_fn, update_fn), finish))
 
 
 def _annealed(memory: SvrgMemory, value, by: float, every: int) -> SvrgMemory:
