@@ -24,6 +24,7 @@ from mezo_jax import (
   baselines,
   build,
   checkpoint,
+  checks,
   evaluate,
   loggers,
   methods,
@@ -63,7 +64,7 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   """One run from start, or from where it was stopped, to its result."""
   # Config.
   began = time.time()
-  config_lib.check(config)
+  checks.check(config)
   workdir_lib.check(config, workdir)
   task, method = config.task, methods.method_of(config)
 

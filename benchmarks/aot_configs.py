@@ -21,7 +21,7 @@ from pathlib import Path
 import runpy
 import time
 
-from mezo_jax import build, data, models, sharding
+from mezo_jax import build, checks, data, models, sharding
 from mezo_jax import config as config_lib
 from mezo_jax.step import make_step
 
@@ -64,7 +64,7 @@ def load_config(name: str, argument: str, model: str) -> config_lib.Train:
   config = get(argument) if argument else get()
   if model:
     config.model.name = model
-  config_lib.check(config)
+  checks.check(config)
   return config
 
 

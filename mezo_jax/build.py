@@ -55,7 +55,7 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   """Everything that a run needs before its first step.
 
   Args:
-    config: of the run; see `mezo_jax.config.check`.
+    config: of the run; see `mezo_jax.checks.check`.
     abstract: give parameters and state as `jax.ShapeDtypeStruct` with
       shardings; no weights are read.
     model_config: of the model, instead of what its files say; for ``abstract``.

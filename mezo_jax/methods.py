@@ -4,17 +4,9 @@ that the rest of the library needs to know of a name stands once."""
 from collections.abc import Callable
 import dataclasses
 
-from mezo_jax.tasks import objective
+from mezo_jax import rules
 
 # --- methods ----------------------------------------------------------------
-
-QUANTISED = ('int8', 'int4', 'codes')  # dtypes of models
-
-
-def _no_rules(config) -> list:
-  del config
-  return []
-
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -31,247 +23,89 @@ class Method:
   variant: bool = False  # the name is one of `mezo_jax.variants`
   mixes: bool = True  # may have several tasks
   scores: bool = False  # weights are looked at before the first step
-  # `rules(config)`: what must hold beside what `config.check` asks of all,
+  # `rules(config)`: what must hold beside what `checks.check` asks of all,
   # pairs of whether it does and what to say if not.
-  rules: Callable = _no_rules
+  rules: Callable = rules.none
   # `result(ask, params, probed)` of a method without steps: the report of the
   # test rows, from `evaluate.Evaluators` and the linear probe's report, if any.
   result: Callable | None = None
-
-
-def _needs_label_words(config) -> list:
-  return [(config.task.traits.words,
-           f'method {config.method!r} needs a task with label words; take '
-           'head_only')]
-
-
-def _needs_derivative(config) -> list:
-  name = objective.of(config.task, config.objective)
-  return [(objective.differentiable(name),
-           f'objective {name!r} has no derivative: take a method without '
-           'backpropagation, or cross_entropy or lm')]
-
-
-def _needs_prompt(config) -> list:
-  return [(not (config.task.masked or config.task.traits.new_head),
-           f'method {config.method!r} needs a causal model and a prompt')]
-
-
-def _says_what_is_trained(config) -> list:
-  return [(not (config.peft.method or config.peft.mask),
-           f'method {config.method!r} says itself what is trained: leave '
-           'peft.method and peft.mask out')]
-
-
-def _of_relative(config, *more) -> list:
-  v = config.variant
-  return [
-      (not config.optimizer.groups and (
-          config.spsa.fold_every == 1 or config.method == 'quzo'),
-       f'method {config.method!r} takes no optimizer.groups, and '
-       'spsa.fold_every of 1'),
-      (v.window >= 1 and 0 <= v.b1 < 1 and 0 <= v.b2 < 1 and 0 < v.share <= 1,
-       'variant.window must be at least 1, b1 and b2 from 0 to below 1, share '
-       'above 0 and at most 1'),
-      *more]
-
-
-def _own_combine(config, *more) -> list:
-  return _of_relative(config, (
-      config.spsa.combine == 'two_sided',
-      f'method {config.method!r} has a way of its own from losses to '
-      "projected gradients: leave spsa.combine at 'two_sided'"), *more)
-
-
-def _one_direction(config) -> list:
-  return _own_combine(config, (
-      config.spsa.num_samples == 1,
-      f'method {config.method!r} needs spsa.num_samples of 1'))
-
-
-def _forward_mode(config) -> list:
-  return _own_combine(config, *_needs_derivative(config), (
-      config.spsa.over == 'scan',
-      f"method {config.method!r} needs spsa.over of 'scan'"))
-
-
-def _floats(config, *more) -> list:
-  return _of_relative(config, (
-      config.model.dtype not in QUANTISED,
-      f'method {config.method!r} is of floats: take another model.dtype'),
-                      *more)
-
-
-def _modified(config) -> list:
-  return _floats(
-      config,
-      (config.variant.norm in ('grad', 'param'),
-       f'variant.norm {config.variant.norm!r} is none of grad, param'),
-      (config.variant.num_scores >= 1,
-       'variant.num_scores must be at least 1'))
-
-
-def _hizoo(config) -> list:
-  return _floats(
-      config,
-      (0 <= config.variant.curvature_rate < 1,
-       'variant.curvature_rate must be from 0 to below 1'),
-      (config.spsa.combine == 'two_sided',
-       "method 'hizoo' compares three losses: leave spsa.combine at "
-       "'two_sided'"))
-
-
-def _lozo_m(config) -> list:
-  return _floats(
-      config,
-      (config.spsa.distribution == 'lazy_low_rank'
-       and config.spsa.num_samples == 1,
-       "method 'lozo_m' needs spsa.distribution of 'lazy_low_rank' and "
-       'num_samples of 1'))
-
-
-def _mazo(config) -> list:
-  return _floats(
-      config,
-      (not config.optimizer.weight_decay,
-       "method 'mazo' needs optimizer.weight_decay of 0: it would move weights "
-       'that are left out'),
-      (config.variant.num_scores >= 1,
-       'variant.num_scores must be at least 1'))
-
-
-def _svrg(config) -> list:
-  v, o = config.variant, config.optimizer
-  return _own_combine(
-      config,
-      (v.every >= 2 and v.anneal >= 1 and v.anneal_every >= 1,
-       'variant.every must be at least 2, anneal and anneal_every at least 1'),
-      (v.anchor_learning_rate > 0,
-       'variant.anchor_learning_rate must be positive'),
-      (not v.anchor_rows or v.anchor_rows >= config.data.batch_size,
-       'variant.anchor_rows must be 0 or at least data.batch_size'),
-      (v.stored_anchor or
-       config.steps % v.every == config.eval_every % v.every == 0,
-       'steps and eval_every must be multiples of variant.every, at which '
-       'weights are where the steps lead, or variant.stored_anchor be set'),
-      (o.micro_batches == 1 and not o.weight_decay,
-       "method 'svrg' needs optimizer.micro_batches of 1 (a batch is one part "
-       'of an anchor) and weight_decay of 0'))
-
-
-def _on_grid(config) -> list:
-  return _of_relative(
-      config,
-      (config.model.dtype in QUANTISED,
-       f"method 'quzo' needs model.dtype of {', '.join(QUANTISED)}"),
-      (config.spsa.distribution in ('normal', 'rademacher', 'sphere'),
-       "method 'quzo' rounds each element of z: take spsa.distribution "
-       "normal, rademacher or sphere, or method 'mezo'"))
-
-
-def _qzo(config) -> list:
-  return _of_relative(
-      config,
-      (config.model.dtype in QUANTISED,
-       f"method 'qzo' needs model.dtype of {', '.join(QUANTISED)}"),
-      (not config.peft.method, "method 'qzo' trains scales: leave peft.method "
-       'out'),
-      (config.variant.clip > 0, 'variant.clip must be positive'))
-
-
-def _private(config) -> list:
-  p, z = config.privacy, config.spsa
-  return _own_combine(
-      config,
-      (p.epsilon > 0 and 0 < p.delta < 1 and p.clip > 0,
-       'privacy.epsilon and clip must be positive, delta between 0 and 1'),
-      (p.mechanism in ('gaussian', 'laplace'),
-       f"privacy.mechanism {p.mechanism!r} is none of gaussian, laplace"),
-      (p.mechanism != 'laplace' or z.num_samples == 1,
-       "privacy.mechanism 'laplace' needs spsa.num_samples of 1"),
-      (z.over == 'scan', "method 'private' needs spsa.over of 'scan'"),
-      (objective.over_rows(
-          config.task, objective.of(config.task, config.objective)),
-       "method 'private' clips what each row adds, and the objective "
-       f'{objective.of(config.task, config.objective)!r} is of a whole batch'))
 
 
 METHODS = {
     'mezo': Method('MeZO (Malladi et al., 2023), forward passes only'),
     'svrg': Method(
         'MeZO-SVRG (Gautam et al., 2024), forward passes only', variant=True,
-        mixes=False, rules=_svrg),
+        mixes=False, rules=rules.svrg),
     'sparse_mezo': Method(
         'Sparse-MeZO (Liu et al., 2024), forward passes only', variant=True,
-        rules=_of_relative),
+        rules=rules.of_relative),
     'momentum_by_history': Method(
         'MeZO with momentum of its last steps, forward passes only',
-        variant=True, rules=_of_relative),
+        variant=True, rules=rules.of_relative),
     'adam_by_history': Method(
         "MeZO with Adam's moments of its last steps, forward passes only",
-        variant=True, other_rates=True, rules=_of_relative),
+        variant=True, other_rates=True, rules=rules.of_relative),
     'scalar_adam': Method(
         'MeZO with one second moment (MEAZO), forward passes only',
-        variant=True, other_rates=True, rules=_of_relative),
+        variant=True, other_rates=True, rules=rules.of_relative),
     'sign': Method(
         'ZO-SGD-Sign, forward passes only', variant=True, other_rates=True,
-        rules=_own_combine),
+        rules=rules.own_combine),
     'conservative': Method(
-        'ZO-SGD-Cons, forward passes only', variant=True, rules=_of_relative),
+        'ZO-SGD-Cons, forward passes only', variant=True,
+        rules=rules.of_relative),
     'one_point': Method(
         'one-point estimates by residual feedback, forward passes only',
-        variant=True, other_rates=True, rules=_one_direction),
+        variant=True, other_rates=True, rules=rules.one_direction),
     'forward_grad': Method(
         'forward-mode directional derivatives', variant=True,
-        rules=_forward_mode),
+        rules=rules.forward_mode),
     'mazo': Method(
         'MaZO (Zhang et al., 2025), forward passes only', variant=True,
-        scores=True, rules=_mazo),
+        scores=True, rules=rules.mazo),
     'variance_modified': Method(
         'variance-modified SPSA (Malladi et al., 2023), forward passes only',
-        variant=True, scores=True, mixes=False, rules=_modified),
+        variant=True, scores=True, mixes=False, rules=rules.modified),
     'expectation_modified': Method(
         'expectation-modified SPSA (Malladi et al., 2023), forward passes only',
         variant=True, scores=True, mixes=False, other_rates=True,
-        rules=_modified),
+        rules=rules.modified),
     'hizoo': Method(
         'HiZOO (Zhao et al., 2024), forward passes only', variant=True,
-        rules=_hizoo),
+        rules=rules.hizoo),
     'lozo_m': Method(
         'LOZO-M (Chen et al., 2024), forward passes only', variant=True,
-        rules=_lozo_m),
+        rules=rules.lozo_m),
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only', variant=True,
-        rules=_on_grid),
+        rules=rules.quzo),
     'qzo': Method(
         'QZO (Shang et al., 2025), forward passes only', variant=True,
-        part='scales', other_rates=True, rules=_qzo),
+        part='scales', other_rates=True, rules=rules.qzo),
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
-        'only', variant=True, mixes=False, rules=_private),
+        'only', variant=True, mixes=False, rules=rules.private),
     'zero_shot': Method(
         'no training', steps=False, mixes=False,
         result=lambda ask, params, probed: ask.both(params)[1]),
     'icl': Method(
         'demonstrations in the prompt', steps=False, demonstrations=True,
         mixes=False,
-        rules=_needs_prompt,
+        rules=rules.needs_prompt,
         result=lambda ask, params, probed: ask.test(params)),
     'linear_probe': Method(
         'a linear probe', steps=False, probe=True, mixes=False,
-        rules=_needs_label_words,
+        rules=rules.needs_label_words,
         result=lambda ask, params, probed: probed),
     'finetune': Method(
         'backpropagation ({optimizer})', backprop=True,
-        rules=_needs_derivative),
+        rules=rules.needs_derivative),
     'head_only': Method(
         'backpropagation ({optimizer}) into the head alone', backprop=True,
-        part='head', rules=lambda config: (
-            _needs_derivative(config) + _says_what_is_trained(config))),
+        part='head', rules=rules.head_only),
     'lp_mezo': Method(
         'MeZO (Malladi et al., 2023) after a linear probe, forward passes only',
-        probe=True, own_head=True, part='', mixes=False, rules=lambda config: (
-            _needs_label_words(config) + _says_what_is_trained(config))),
+        probe=True, own_head=True, part='', mixes=False, rules=rules.lp_mezo),
 }
 
 

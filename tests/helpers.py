@@ -27,6 +27,11 @@ def tiny_model(**changes):
   return model, params, ids
 
 
+def paths(tree) -> set[str]:
+  return {jax.tree_util.keystr(p, simple=True, separator='/')
+          for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def quick_jit(fn, **kwargs):
   """For many small programs: most of jit's time is LLVM's optimisation."""
   return jax.jit(

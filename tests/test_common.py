@@ -4,8 +4,7 @@ After optax's common tests of contrib, with value_fn where theirs have the
 gradient. A relative that is not in the table does not exist.
 """
 
-import functools
-
+from estimators import EVERY_OTHER, ROWS, ZEROTH
 import helpers
 import jax
 import jax.numpy as jnp
@@ -14,109 +13,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import backprop, variants
 
-mezo = mezo_jax.mezo
-
-
-def chained(rest, **kwargs):
-  """spsa, then any optimizer, with the links that `mezo` has."""
-  def make(learning_rate, key, dtype=None, **more):
-    return mezo_jax.skip_not_finite(optax.chain(
-        mezo_jax.spsa(**({'eps': 1e-3} | kwargs | more), key=key),
-        rest(learning_rate), mezo_jax.round_stochastically(key)))
-  return make
-
-
-def first_order(learning_rate, key, **kwargs):
-  del key
-  return mezo_jax.skip_not_finite(optax.chain(
-      backprop.backprop(**kwargs), optax.adam(learning_rate)))
-
-
-def svrg(learning_rate, eps=1e-3, **kwargs):
-  return variants.svrg(learning_rate, eps,
-                       anchor_learning_rate=learning_rate, **kwargs)
-
-
-def private(learning_rate, eps=1e-3, **kwargs):
-  """Of one row, which has the loss of the batch, and next to no noise."""
-  tx = variants.private(learning_rate, eps, clip=1e4, noise_multiplier=1e-8,
-                        batch_size=1, **kwargs)
-  def update(updates, state, params=None, *, value_fn=None, **extra):
-    if value_fn is not None:
-      of_rows = lambda *args, **more: value_fn(*args, **more)[None]
-      extra |= dict(value_fn=functools.wraps(value_fn)(of_rows),
-                    noise_key=jax.random.key(1))
-    return tx.update(updates, state, params, **extra)
-  return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def of_params(make, **of):
-  """A relative that is made with trees like the params."""
-  def row(learning_rate, eps=1e-3, **kwargs):
-    at = lambda params: make(learning_rate, eps, **kwargs, **{
-        name: jax.tree.map(fn, params) for name, fn in of.items()})
-    return optax.GradientTransformationExtraArgs(
-        lambda params: at(params).init(params),
-        lambda updates, state, params=None, **extra: at(params).update(
-            updates, state, params, **extra))
-  return row
-
-
-# make(learning_rate, key=...): its updates are those of the paper's Algorithm 1
-# unless said otherwise.
-ROWS = {
-    'mezo': mezo,
-    'mezo, decayed': functools.partial(
-        mezo, weight_decay=1e-4, decay=lambda p: True),
-    'mezo, signs': functools.partial(mezo, directions='rademacher'),
-    'mezo, sphere': functools.partial(mezo, directions='sphere'),
-    'mezo, four directions': functools.partial(mezo, num_samples=4),
-    'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
-    'mezo, low rank': functools.partial(
-        mezo, directions=mezo_jax.LowRank(rank=2)),
-    'mezo, lazy low rank': functools.partial(
-        mezo, directions=mezo_jax.LazyLowRank(rank=2, every=2)),
-    'mezo, subzero': functools.partial(
-        mezo, directions=mezo_jax.SubZero(rank=1, every=2)),
-    'mezo, low rank in one pass': functools.partial(
-        mezo, directions=mezo_jax.LowRank(rank=2), num_samples=3,
-        over='batch'),
-    'mezo, fzoo': functools.partial(
-        mezo, directions='rademacher', combine=mezo_jax.fzoo, num_samples=4),
-    'mezo, to nearest': functools.partial(mezo, stochastic_rounding=False),
-    'mezo, pending': functools.partial(mezo, fold_every=2),
-    'sparse': functools.partial(variants.sparse_mezo, limits=5.0),
-    'momentum by history': functools.partial(
-        variants.momentum_by_history, beta=0.5, window=3),
-    'adam by history': functools.partial(variants.adam_by_history, window=3),
-    'sign': variants.sign,
-    'scalar adam': variants.scalar_adam,
-    'one point': variants.one_point,
-    'conservative': variants.conservative,
-    'forward gradient': lambda learning_rate, eps=None, **kwargs: (
-        variants.forward_grad(learning_rate, **kwargs)),
-    'hizoo': functools.partial(variants.hizoo, alpha=1e-6),
-    'variance modified': of_params(
-        variants.variance_modified, norms=lambda x: jnp.float32(0.5)),
-    'expectation modified': of_params(
-        variants.expectation_modified, norms=lambda x: jnp.float32(0.5)),
-    'lozo-m': functools.partial(
-        variants.lozo_m, directions=mezo_jax.LazyLowRank(rank=2, every=2)),
-    'mazo': of_params(variants.mazo, mask=lambda x: np.ones(
-        jnp.shape(x), bool)),
-    'svrg': svrg,
-    'svrg, stored anchor': functools.partial(
-        svrg, stored_anchor=True, every=3),
-    'private': private,
-    'spsa and sgd': chained(optax.sgd),
-    'spsa and adam': chained(optax.adam),
-    'backprop and adam': first_order,
-}
-# Weights move at every other step; two are asked to be one.
-EVERY_OTHER = 'mezo, pending', 'svrg'
-ZEROTH = [name for name in ROWS if 'backprop' not in name]
 quick = helpers.quick_jit
 every = pytest.mark.parametrize('name', ROWS)
 zeroth = pytest.mark.parametrize('name', ZEROTH)

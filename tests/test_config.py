@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import changed
 
-from mezo_jax import _estimate, _noise, _spsa
+from mezo_jax import _estimate, _noise, _spsa, checks
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import Task
@@ -40,10 +40,10 @@ def test_a_config_of_an_earlier_version_is_read():
 
 
 def test_names_are_those_of_the_mathematics():
-  assert set(config_lib.DISTRIBUTIONS) == {*_spsa.KINDS}
-  assert set(config_lib.GENERATORS) == {*_noise.GENERATORS}
-  assert set(config_lib.OVER) == {*_estimate.OVER}
-  assert set(config_lib.COMBINES) == {*_estimate.COMBINES}
+  assert set(checks.DISTRIBUTIONS) == {*_spsa.KINDS}
+  assert set(checks.GENERATORS) == {*_noise.GENERATORS}
+  assert set(checks.OVER) == {*_estimate.OVER}
+  assert set(checks.COMBINES) == {*_estimate.COMBINES}
 
 
 
@@ -100,7 +100,7 @@ def test_names_are_those_of_the_mathematics():
 def test_bad_settings(changes, message):
   config = config_lib.Train(task=Task(
       template='{text} It was', label_words=(' terrible', ' great')))
-  config_lib.check(config)
+  checks.check(config)
   with pytest.raises(InputError, match=message) as e:
-    config_lib.check(changed(config, **changes))
+    checks.check(changed(config, **changes))
   assert str(e.value).endswith('.') and '\n' not in str(e.value)

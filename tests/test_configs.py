@@ -6,8 +6,8 @@ import conftest
 import jax
 import pytest
 
+from mezo_jax import checks, sharding
 from mezo_jax import config as config_lib
-from mezo_jax import sharding
 from mezo_jax.config import Train
 
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
@@ -43,11 +43,11 @@ def test_every_config_loads_and_says_how_to_run_it():
     for argument in ARGUMENTS[path.stem]:
       config = found.get_config(argument) if argument else found.get_config()
       assert isinstance(config, Train)
-      config_lib.check(config)
+      checks.check(config)
       assert config_lib.to_json(config)
     if hasattr(found, 'get_suite'):
       for config in found.get_suite().values():
-        config_lib.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize('case', [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import changed, saved, small_config, train_losses
 
-from mezo_jax import checkpoint, methods, models, peft
+from mezo_jax import checkpoint, checks, methods, models, peft
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError, Stopped
 from mezo_jax.export import export
@@ -225,4 +225,4 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='forward_grad', objective='accuracy'), 'no derivative')])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):
-    config_lib.check(small_config(tiny_dir, reviews_file, **changes))
+    checks.check(small_config(tiny_dir, reviews_file, **changes))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import build, mixture, peft
+from mezo_jax import build, checks, mixture, peft
 from mezo_jax import config as config_lib
 from mezo_jax.config import Also
 from mezo_jax.tasks import Task
@@ -106,4 +106,4 @@ def test_what_cannot_be_is_refused(config, change, message):
   else:
     config.also = (dataclasses.replace(config.also[0], **change),)
   with pytest.raises(ValueError, match=message):
-    config_lib.check(config)
+    checks.check(config)

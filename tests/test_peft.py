@@ -8,13 +8,9 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _paths, backprop, models, peft
+from mezo_jax import models, peft
 
 KEY = jax.random.key(0)
-
-
-def tiny(**changes):
-  return helpers.tiny_model(**changes)
 
 
 def adapted(kind, model, params, **kwargs):
@@ -35,121 +31,13 @@ def apply(model, params, ids, **kwargs):
       {'params': p}, ids, **kwargs))(params))
 
 
-# --- trees ------------------------------------------------------------------
-
-
-def test_split_and_join_are_inverse_and_copy_nothing():
-  _, params, _ = tiny()
-  trainable, frozen = peft.split(params, 'attn/(q|v)/')
-  assert {p for p in paths(trainable)} == {
-      'layers/attn/q/kernel', 'layers/attn/v/kernel'}
-  assert not paths(trainable) & paths(frozen)
-  again = peft.join(trainable, frozen)
-  assert jax.tree.structure(again) == jax.tree.structure(params)
-  assert all(a is b for a, b in zip(jax.tree.leaves(again),
-                                    jax.tree.leaves(params)))
-  tree = _paths.selected(params, 'norm')
-  assert paths(peft.split(params, tree)[0]) == paths(
-      peft.split(params, 'norm')[0])
-  with pytest.raises(ValueError, match="two trees have the parameter"):
-    peft.join(trainable, params)
-  with pytest.raises(ValueError, match="nested dicts of arrays; 'a' is a list"):
-    peft.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
-
-
-def paths(tree):
-  return {jax.tree_util.keystr(p, simple=True, separator='/')
-          for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def test_a_step_on_the_trainable_tree_is_the_masked_step():
-  """Same directions, same loss, same updates; the rest never moves."""
-  model, params, ids = tiny()
-  loss_fn = helpers.lm_loss(model)
-  decay = dict(weight_decay=0.1, decay='kernel')
-  tx = mezo_jax.mezo(
-      1e-2, key=0, directions=mezo_jax.Normal(mask='attn/q'), **decay)
-  want, wanted = tx.update(
-      None, tx.init(params), params, value_fn=loss_fn, ids=ids)
-  trainable, frozen = peft.split(params, 'attn/q')
-  tx = mezo_jax.mezo(1e-2, key=0, **decay)
-  state = tx.init(trainable)
-  got, state = tx.update(
-      None, state, trainable, ids=ids,
-      value_fn=lambda p, ids: loss_fn(peft.join(p, frozen), ids))
-  assert paths(got) == {'layers/attn/q/kernel'}
-  helpers.assert_close(got, peft.split(want, 'attn/q')[0])
-  np.testing.assert_allclose(state[0].projected_grad,
-                             wanted[0].projected_grad, rtol=1e-5)
-
-
-@pytest.mark.parametrize('make', [
-    lambda: mezo_jax.mezo(
-        1e-2, key=0, micro_batches=2, equal_parts=True),
-    lambda: backprop.backprop(micro_batches=2, equal_parts=True)])
-def test_micro_batches_do_not_split_what_is_frozen(make):
-  x = jnp.arange(8.0).reshape(4, 2)
-  def loss_fn(params, x):
-    return jnp.mean((x @ params['w'] - params['b']) ** 2)
-  params = {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}
-  trainable, frozen = peft.split(params, 'w')
-  tx = make()
-  def step(x):
-    return tx.update(
-        None, tx.init(trainable), trainable, x=x,
-        value_fn=lambda p, x: loss_fn(peft.join(p, frozen), x))[0]
-  got = step(x)
-  assert got.keys() == {'w'} and np.isfinite(got['w']).all()
-  # The loss is a mean over rows: two halves, each twice, give the same.
-  helpers.assert_close(got, jax.tree.map(lambda a, b: (a + b) / 2, *(
-      step(jnp.concatenate([half, half])) for half in (x[:2], x[2:]))),
-                       rtol=1e-3)
-
-
-def test_groups_have_their_own_eps_and_learning_rate():
-  """Against numpy: theta_i +- eps_i z_i, and -lr_i (l+ - l-) / (2 eps_i) z."""
-  params = {'a': jnp.array([1.0, 2.0]), 'b': {'c': jnp.array([3.0])}}
-  loss_fn = lambda p: jnp.sum(p['a'] ** 2) + 2 * jnp.sum(p['b']['c'] ** 3)
-  eps, rate = {'^b/': 1e-2, '': 1e-3}, {'^b/': 0.1, '': 0.5}
-  tx = mezo_jax.mezo(rate, eps, key=7)
-  updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  key = mezo_jax._noise.direction_key(jax.random.key(7), 0)
-  z = mezo_jax.direction(params, mezo_jax.Displacement(key, 1.0))
-  z = {'a': np.asarray(z['a'], np.float64),
-       'c': np.asarray(z['b']['c'], np.float64)}
-  at = lambda s: (np.sum((np.array([1, 2]) + s * 1e-3 * z['a']) ** 2)
-                  + 2 * np.sum((3 + s * 1e-2 * z['c']) ** 3))
-  difference = at(1) - at(-1)
-  np.testing.assert_allclose(
-      state[0].projected_grad, difference / (2 * 1e-2), rtol=1e-3)
-  np.testing.assert_allclose(
-      updates['a'], -0.5 * difference / (2 * 1e-3) * z['a'], rtol=1e-3)
-  np.testing.assert_allclose(
-      updates['b']['c'], -0.1 * difference / (2 * 1e-2) * z['c'], rtol=1e-3)
-
-
-def test_groups_are_schedules_too_and_must_cover_what_is_trained():
-  params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
-  loss_fn = lambda p: jnp.sum(p['a'] ** 2 + p['b'] ** 2)
-  halves = lambda count: 1e-3 / (1 + count)
-  tx = mezo_jax.mezo({'a': halves, '': 0.0}, {'a': halves, '': 1e-3}, key=7)
-  updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  assert updates['a'].all() and not updates['b'].any()
-  for bad in (dict(eps={'a': 1e-3}), dict(learning_rate={'a': 1e-3})):
-    tx = mezo_jax.mezo(**dict(learning_rate=1e-3, key=7) | bad)
-    with pytest.raises(ValueError, match="b is in none of the groups a; end"):
-      tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  with pytest.raises(ValueError, match='eps must be positive'):
-    mezo_jax.mezo(1e-3, {'a': 0.0}, key=0)
-
-
 # --- LoRA -------------------------------------------------------------------
 
 
 def test_lora_starts_as_the_model_and_as_the_paper_says():
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   adapters = peft.lora.init(params, KEY, rank=4, alpha=8.0)
-  assert paths(adapters) == {
+  assert helpers.paths(adapters) == {
       f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in ('a', 'b', 'scale')}
   q = adapters['layers']['attn']['q']
   assert q['lora_a'].shape == (3, 32, 4) and q['lora_b'].shape == (3, 4, 32)
@@ -169,11 +57,11 @@ def test_lora_starts_as_the_model_and_as_the_paper_says():
 
 def test_perturbing_lora_alone_changes_the_loss():
   """One release of the original trained nothing: its LoRA was merged away."""
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   adapters = peft.lora.init(params, KEY)
   trainable, frozen = peft.split(
       peft.join(params, adapters), peft.TRAINED['lora'])
-  assert paths(trainable) == {
+  assert helpers.paths(trainable) == {
       f'layers/attn/{m}/lora_{x}' for m in 'qv' for x in 'ab'}
   loss_fn = lambda p: helpers.lm_loss(model)(peft.join(p, frozen), ids)
   far = helpers.quick_jit(lambda c: mezo_jax.perturbed(loss_fn)(
@@ -188,10 +76,10 @@ def test_perturbing_lora_alone_changes_the_loss():
 
 
 def test_merging_is_the_same_function_and_unmerging_its_inverse():
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   model, whole = adapted('lora', model, params)
   merged = peft.lora.merge(whole)
-  assert paths(merged) == paths(params)
+  assert helpers.paths(merged) == helpers.paths(params)
   np.testing.assert_allclose(
       apply(model, merged, ids), apply(model, whole, ids), atol=2e-5)
   w, a = whole['layers']['attn']['q'], None
@@ -204,7 +92,7 @@ def test_merging_is_the_same_function_and_unmerging_its_inverse():
   helpers.assert_bitwise(merged['layers']['mlp'], params['layers']['mlp'])
   adapters = peft.split(whole, '/lora_')[0]
   back = peft.lora.unmerge(merged, adapters)
-  assert paths(back) == paths(whole)
+  assert helpers.paths(back) == helpers.paths(whole)
   np.testing.assert_allclose(
       back['layers']['attn']['q']['kernel'], params['layers']['attn']['q'][
           'kernel'], atol=2e-7)
@@ -214,7 +102,7 @@ def test_merging_is_the_same_function_and_unmerging_its_inverse():
 
 
 def test_bad_lora():
-  _, params, _ = tiny()
+  _, params, _ = helpers.tiny_model()
   with pytest.raises(ValueError, match='none of .*layers/attn/q'):
     peft.lora.init(params, KEY, targets='query')
   with pytest.raises(ValueError, match='at least 1'):
@@ -259,7 +147,7 @@ def test_a_lora_step_draws_noise_for_lora_alone():
 def test_a_prefix_is_what_the_layers_make_of_real_tokens():
   """With it, and positions after it, a text reads as if they stood there."""
   for changes in (dict(), dict(rope=None, norm='layer')):
-    model, params, ids = tiny(**changes)
+    model, params, ids = helpers.tiny_model(**changes)
     tokens = jax.random.randint(KEY, (3,), 0, 64)
     for init, more in (('tokens', {}), ('text', dict(token_ids=tokens))):
       adapters = peft.prefix.init(
@@ -280,7 +168,7 @@ def test_a_prefix_is_what_the_layers_make_of_real_tokens():
 def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
   for changes in (dict(), dict(rope=None, norm='layer', embed_scale=3.0),
                   dict(causal=False, rope=None)):
-    model, params, ids = tiny(**changes)
+    model, params, ids = helpers.tiny_model(**changes)
     tokens = jnp.array([5, 9])
     adapters = peft.prefix.init_prompt(
         model, params, KEY, num_tokens=3, init='text', token_ids=tokens)
@@ -296,7 +184,7 @@ def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
 
 
 def test_last_layers_are_the_same_model():
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   want = apply(model, params, ids)
   for k in (1, 2, 3):
     apart = peft.split_layers(params, k)
@@ -322,7 +210,7 @@ def test_last_layers_are_the_same_model():
 def test_cached_generation_is_uncached(kind, changes, positions):
   if positions == 'after' and kind != 'prefix':
     pytest.skip('no positions of its own')
-  model, params, ids = tiny(**changes)
+  model, params, ids = helpers.tiny_model(**changes)
   model = model.clone(prefix_positions=positions)
   model, whole = adapted(kind, model, params)
   mask = np.ones((4, 12), np.int32)
@@ -337,7 +225,7 @@ def test_cached_generation_is_uncached(kind, changes, positions):
 
 def test_the_original_s_jump_is_an_option():
   """Tokens that are generated stand M further on than they should."""
-  model, params, ids = tiny(rope=None, norm='layer')
+  model, params, ids = helpers.tiny_model(rope=None, norm='layer')
   jumping, whole = adapted(
       'prefix', model.clone(prefix_positions='jump'), params, init='normal')
   cache = lambda: models.make_cache(model.config, 4, 14, jnp.float32)
@@ -359,7 +247,7 @@ def test_the_original_s_jump_is_an_option():
 @pytest.mark.parametrize('kind', ['prefix', 'prompt'])
 def test_packed_candidates_each_see_the_prefix(kind):
   """Candidates after a shared prompt score as each does alone."""
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   if kind == 'prefix':
     model, whole = adapted('prefix', model, params)
     soft = []
@@ -379,7 +267,7 @@ def test_packed_candidates_each_see_the_prefix(kind):
 
 
 def test_a_prefix_leaves_room_for_itself():
-  model, params, _ = tiny()
+  model, params, _ = helpers.tiny_model()
   ids = jnp.zeros((1, 64), int)
   _, whole = adapted('prefix', model, params)
   apply(model, whole, ids)
@@ -393,7 +281,7 @@ def test_a_prefix_leaves_room_for_itself():
 
 
 def test_adapters_of_half_precision_models_are_float32():
-  model, params, ids = tiny()
+  model, params, ids = helpers.tiny_model()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   for adapters in (peft.lora.init(half, KEY),
                    peft.prefix.init(model, half, KEY),

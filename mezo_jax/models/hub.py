@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from mezo_jax import sharding
 from mezo_jax.errors import InputError, MissingError
-from mezo_jax.methods import QUANTISED
 from mezo_jax.models import (
   bert,
   gemma,
@@ -34,6 +33,7 @@ from mezo_jax.models import (
   weights,
 )
 from mezo_jax.models.layers import Config
+from mezo_jax.rules import QUANTISED
 
 FAMILIES = {
     'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,

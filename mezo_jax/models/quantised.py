@@ -15,9 +15,9 @@ import numpy as np
 
 from mezo_jax import _codes
 from mezo_jax._codes import Codes
-from mezo_jax.methods import QUANTISED
 from mezo_jax.models import gguf
 from mezo_jax.models.table import Row
+from mezo_jax.rules import QUANTISED
 
 _LEAST = 2**10  # weights; fewer are not worth it
 
