@@ -7,7 +7,7 @@ else as in the quickstart's config; the clip is 20 (5, which makes steps
 shorter, was worse at one and at three times the rate). Of the quickstart's 600
 rows, or of 1,700 rows of FILE (SST-2, say, with columns text and label). Runs
 are kept in DIR, and those that are finished there are not made again. Writes
-benchmarks/results/private.md and private.json; 40 minutes on 2 CPU cores.
+benchmarks/results/private.md and private.json; 25 minutes on 2 CPU cores.
 """
 
 import argparse

@@ -56,10 +56,10 @@ def _svrg(every: int, anchor: int) -> Kind:
 KINDS = {
     'mezo': Kind(mezo_jax.mezo),
     'mezo, 4 directions': Kind(functools.partial(
-        mezo_jax.mezo, num_samples=4), forwards=8),
+        mezo_jax.mezo, num_samples=4), forwards=8, scale=4),
     'fzoo, 8 directions': Kind(functools.partial(
         mezo_jax.mezo, num_samples=8, combine=mezo_jax.fzoo),
-                               forwards=9, scale=4),
+                               forwards=9, scale=32),
     'momentum of 8': Kind(variants.momentum_by_history, scale=1 / 4),
     'adam of 8': Kind(variants.adam_by_history, scale=2),
     'scalar adam': Kind(variants.scalar_adam, scale=4),
@@ -85,29 +85,27 @@ PROBLEMS = {'last_layer': (KINDS, 1000), 'minilm': (SVRG, 500)}
 def compare(name: str) -> None:
   began, (kinds, steps) = time.time(), PROBLEMS[name]
   problem = dataclasses.replace(convergence.problems()[name], steps=steps)
-  runs, first = Runs(problem, kinds), next(iter(kinds))
-  curves, rates, table = {}, {}, []
+  runs, table, first = Runs(problem, kinds), [], None
   for kind in kinds:
-    rates[kind], found = convergence.search(runs, kind)
+    rate, found = convergence.search(runs, kind)
     print(name, kind, {f'{r:g}': f'{x:.3f}' for r, x in sorted(found.items())},
           flush=True)
-    curves[kind] = np.array([runs.run(kind, rates[kind], seed, TIMES)
-                             for seed in range(SEEDS)])
-  for kind, c in curves.items():
+    c = np.array([runs.run(kind, rate, seed, TIMES) for seed in range(SEEDS)])
+    first = c if first is None else first
     row = {'method': kind, 'steps': runs.steps(kind),
-           'learning rate': f'{rates[kind]:g}'}
+           'learning rate': f'{rate:g}'}
     for i in range(1, TIMES + 1):
       at = 2 * problem.steps * i // TIMES
       row[f'loss, {at} forwards'] = harness.mean_error(c[:, i, 1])
-    row['difference'] = '' if kind == first else harness.mean_error(
-        c[:, -1, 1] - curves[first][:, -1, 1])
+    row['difference'] = '' if c is first else harness.mean_error(
+        c[:, -1, 1] - first[:, -1, 1])
     row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
     table.append(row)
-  before = curves[first][0, 0]
-  harness.write(f'variants_{name}', harness.header(
-      f'{time.time() - began:.0f} s in all'), [(
-          f'{name}: {convergence.ROWS} rows, {SEEDS} seeds; test loss before '
-          f'{before[1]:.3f}, accuracy {100 * before[2]:.1f} %', table)])
+    before = first[0, 0]
+    harness.write(f'variants_{name}', harness.header(  # so far
+        f'{time.time() - began:.0f} s in all'), [(
+            f'{name}: {convergence.ROWS} rows, {SEEDS} seeds; test loss before '
+            f'{before[1]:.3f}, accuracy {100 * before[2]:.1f} %', table)])
 
 
 def main():

@@ -239,8 +239,9 @@ def _as_before(shapes: dict, given: dict, mesh) -> dict:
   def place(path, x):
     for old in (path, path.removeprefix('last_'),
                 path.replace('lm_head/', 'embed/')):
-      if old in given:
-        return _shape(x, given[old].sharding)
+      if old in given:  # codes have several arrays
+        return jax.tree.map(
+            lambda x, old: _shape(x, old.sharding), x, given[old])
     return _shape(x, sharding.replicated(mesh))  # a task's new head
   return _paths.map_named(place, shapes)
 

@@ -270,7 +270,7 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
 
 @every
 def test_eight_devices_do_as_one(name):
-  params = {'layers': {'w': jnp.ones((2, 16, 8)) / 3}}
+  params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
   mesh = helpers.mesh_of(2, 4)
   tx, runs = ROWS[name](1e-2, key=0), []
   for place in (lambda x: x, lambda x: jax.device_put(x, jax.NamedSharding(
