@@ -9,8 +9,7 @@ mixture, each task as likely, and 1,000 on each task alone: as many forwards for
 a task. MaZO trains the quarter of each row that scores highest, by 16
 directions a task. Learning rates from (5e-4, 1e-3), by the mean accuracy of dev
 rows, seed 0; three seeds of the best. Finished runs in --runs
-are not made again. Writes benchmarks/results/multitask.md and .json; 40 minutes
-on 2 CPU cores.
+are not made again. Writes benchmarks/results/multitask.md and .json.
 """
 
 import argparse

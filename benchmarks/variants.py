@@ -8,8 +8,7 @@ paper's setting. Signs, and all else as in `convergence.py`: learning rates
 from one grid of factors of two by the loss of dev rows, losses and accuracies
 of test rows, 5 seeds, differences to MeZO with their standard errors. A forward
 is one of a batch; one with its tangent counts as two. Writes one
-benchmarks/results/variants_PROBLEM.md and .json of each; 30 and 20 minutes on 2
-CPU cores.
+benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
 """
 
 import dataclasses

@@ -37,8 +37,8 @@ class SubZero(LazyLowRank):
 
   Attributes:
     rank: r; the paper has 8 to 24.
-    every: steps; the paper has 1,000 to 2,000. A window's sum stays in its
-      subspace, of which r times as many steps as r squared see little more.
+    every: steps; the paper has 1,000 to 2,000. What a window adds up to stays
+      in its subspace.
     generator, mask, stacked, limits, scales: see `Directions`.
 
   Raises:

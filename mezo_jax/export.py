@@ -116,8 +116,8 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   o, metric = run.optimizer, run.task.main_metric
   method, z = methods.method_of(run), run.spsa
   mezo, how = not method.backprop, method.words.format(optimizer=o.name)
-  kind = f'{z.distribution} {z.rank}' if (
-      z.distribution == 'low_rank') else z.distribution
+  kind = f'{z.distribution} {z.rank}' if z.distribution in (
+      'low_rank', 'lazy_low_rank', 'subzero') else z.distribution
   rows = ' (of rows of their own)' if z.over == 'rows' else ''
   settings = {
       'data': run.data.train or run.task.hub,

@@ -139,11 +139,16 @@ def svrg(config) -> list:
        'of an anchor) and weight_decay of 0'))
 
 
+def needs_codes(config) -> tuple:
+  return (config.model.dtype in QUANTISED,
+          f'method {config.method!r} needs model.dtype of '
+          f'{", ".join(QUANTISED)}')
+
+
 def quzo(config) -> list:
   return of_relative(
       config,
-      (config.model.dtype in QUANTISED,
-       f"method 'quzo' needs model.dtype of {', '.join(QUANTISED)}"),
+      needs_codes(config),
       (config.spsa.distribution in ('normal', 'rademacher', 'sphere'),
        "method 'quzo' rounds each element of z: take spsa.distribution "
        "normal, rademacher or sphere, or method 'mezo'"))
@@ -152,8 +157,7 @@ def quzo(config) -> list:
 def qzo(config) -> list:
   return of_relative(
       config,
-      (config.model.dtype in QUANTISED,
-       f"method 'qzo' needs model.dtype of {', '.join(QUANTISED)}"),
+      needs_codes(config),
       (not config.peft.method, "method 'qzo' trains scales: leave peft.method "
        'out'),
       (config.variant.clip > 0, 'variant.clip must be positive'))

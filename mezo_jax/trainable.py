@@ -99,7 +99,10 @@ def _factors(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
       trained, _ = peft.split(trained, config.peft.mask)
   except ValueError as e:
     raise InputError(f'--config.peft: {e}') from e
-  return _grouped(config, trained, params)
+  frozen = dict(params)
+  if config.task.traits.new_head:
+    trained = trained | {'classifier': frozen.pop('classifier')}
+  return _grouped(config, trained, frozen)
 
 
 def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:

@@ -10,6 +10,7 @@ import runs
 import mezo_jax
 from mezo_jax import (
   _noise,
+  build,
   Displacement,
   export,
   make_step,
@@ -18,6 +19,7 @@ from mezo_jax import (
   variants,
 )
 from mezo_jax.errors import InputError
+from mezo_jax.tasks import Task
 import train
 
 KEY, RATE, EPS = jax.random.key(5), 5e-2, 1e-2
@@ -117,6 +119,21 @@ def test_a_run_goes_on_and_its_integers_stay(
   _, exported = models.load(tmp_path / 'out', progress=False)
   _, base = models.load(tiny_dir, dtype='int8', progress=False)
   helpers.assert_close(exported, mezo_jax.dequantize(peft.join(whole, base)))
+
+
+def test_a_new_head_is_trained_beside_the_scales(
+    tiny_dir, reviews_file, tmp_path):
+  config = runs.small_config(
+      tiny_dir, reviews_file, method='qzo', model__dtype='int8', steps=2,
+      eval_every=2, zero_shot=False, optimizer__learning_rate=1e-1)
+  config.task = Task(
+      kind='head', template='{text}', label_names=('bad', 'good'))
+  train.run(config, tmp_path)
+  kept = jax.device_get(runs.saved(tmp_path)[1])
+  start = build.build(config, say=lambda text: None).params
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), kept, start)
+  assert all(jax.tree.leaves(moved['classifier'])) and any(
+      jax.tree.leaves(moved['layers']))
 
 
 @pytest.mark.parametrize('changes,message', [

@@ -349,8 +349,9 @@ def tx_directions(directions):
     (lambda: variants.svrg(1e-3, key=0, every=1), 'every'),
     (lambda: variants.svrg(1e-3, key=0, anneal=0.5), 'anneal'),
     (lambda: variants.momentum_by_history(1e-3, key=0, window=0), 'window'),
-    (lambda: variants.adam_by_history(1e-3, {'a': 1e-3, '': 1e-2}, key=0),
-     'groups')])
+    *((lambda name=name: getattr(variants, name)(
+        1e-3, {'a': 1e-3, '': 1e-2}, key=0), 'groups') for name in (
+            'adam_by_history', 'hizoo', 'lozo_m', 'svrg'))])
 def test_bad_options(make, message):
   with pytest.raises(ValueError, match=message):
     make()

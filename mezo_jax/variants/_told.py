@@ -1,6 +1,6 @@
 """Estimates whose projected gradients are of another make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ class Remembering(NamedTuple):
   @property
   def notfinite_count(self):  # by which `skip_not_finite` knows an estimator
     return self.spsa.notfinite_count
+
+
+def check_one_eps(eps) -> None:
+  """Raises ValueError for groups of eps, whose projected gradients are of the
+  first group alone."""
+  if isinstance(eps, Mapping):
+    raise ValueError('eps of groups cannot be used here, where one projected '
+                     'gradient is for all: give one number or schedule.')
 
 
 def told(estimate: optax.GradientTransformationExtraArgs, make: Callable,

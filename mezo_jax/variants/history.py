@@ -7,7 +7,7 @@ Source: Malladi et al., 2023, Appendix B.2 (momentum and Adam of the history);
 AdaMeZO (arXiv:2605.00650), with a window of h.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from mezo_jax._displacement import Displacement
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import direction, mapped
 from mezo_jax._spsa import as_directions, spsa
-from mezo_jax.variants._told import Remembering
+from mezo_jax.variants._told import check_one_eps, Remembering
 
 
 def momentum_by_history(
@@ -141,9 +141,7 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
   if not isinstance(window, int) or window < 1:
     raise ValueError('window must be a Python integer of at least 1, got '
                      f'{window!r}.')
-  if isinstance(eps, Mapping):
-    raise ValueError('eps of groups is not remembered by a history: give one '
-                     'number or schedule.')
+  check_one_eps(eps)
   estimate = spsa(eps, key=key, directions=directions, **options)
 
   def init_fn(params):

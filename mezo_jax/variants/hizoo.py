@@ -29,7 +29,7 @@ from mezo_jax._estimate import estimate
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import mapped
 from mezo_jax._spsa import as_directions, spsa
-from mezo_jax.variants._told import Remembering
+from mezo_jax.variants._told import check_one_eps, Remembering
 
 
 def hizoo(
@@ -64,8 +64,9 @@ def hizoo(
     stochastic_rounding: of half-precision weights.
 
   Raises:
-    ValueError: as `mezo_jax.spsa`; for an alpha out of range.
+    ValueError: as `mezo_jax.spsa`; for an alpha out of range, or groups of eps.
   """
+  check_one_eps(eps)
   directions = as_directions(directions)
   if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha < 1:
     raise ValueError(f'alpha must be from 0 to below 1, got {alpha!r}.')

@@ -24,7 +24,7 @@ from mezo_jax._mezo import descent
 from mezo_jax._perturb import zeros
 from mezo_jax._spsa import spsa
 from mezo_jax._subzero import SubZero
-from mezo_jax.variants._told import Remembering
+from mezo_jax.variants._told import check_one_eps, Remembering
 
 
 def lozo_m(
@@ -51,8 +51,10 @@ def lozo_m(
     The transform; N, float32 [rows, rank] of each matrix, is in its state.
 
   Raises:
-    ValueError: as `mezo_jax.spsa`; for directions of another kind.
+    ValueError: as `mezo_jax.spsa`; for directions of another kind, or groups
+      of eps.
   """
+  check_one_eps(eps)
   if not isinstance(directions, LazyLowRank) or isinstance(directions, SubZero):
     raise ValueError('lozo_m needs directions=mezo_jax.LazyLowRank(...), got '
                      f'{directions!r}.')

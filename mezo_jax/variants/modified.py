@@ -108,7 +108,7 @@ def variance_modified(
 
   Args:
     learning_rate: :math:`\eta`.
-    eps: see `mezo_jax.spsa`; no groups.
+    eps: see `mezo_jax.spsa`.
     key: a `jax.random.key` or an integer seed.
     norms: d, from `grad_norms` or `param_norms`, or any tree like the params of
       positive numbers, or arrays [L] for stacked layers. It is part of the
@@ -118,6 +118,9 @@ def variance_modified(
     decay: which leaves are decayed.
     stochastic_rounding: of half-precision weights.
     **options: of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: as `mezo_jax.spsa`; for norms of other leaves than the params'.
   """
   return _modified(True, learning_rate, eps, key, norms, directions,
                    weight_decay, decay, stochastic_rounding, options)

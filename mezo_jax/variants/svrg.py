@@ -35,7 +35,7 @@ from mezo_jax._pending import pending, Rule
 from mezo_jax._perturb import direction
 from mezo_jax._skip import skip_not_finite
 from mezo_jax._spsa import as_directions, spsa
-from mezo_jax.variants._told import Remembering
+from mezo_jax.variants._told import check_one_eps, Remembering
 
 
 class SvrgMemory(NamedTuple):
@@ -86,8 +86,9 @@ def svrg(
 
   Raises:
     ValueError: as `mezo_jax.spsa`; for ``every`` below 2, ``anneal`` below 1,
-      or a batch that ``rows`` does not part equally.
+      groups of eps, or a batch that ``rows`` does not part equally.
   """
+  check_one_eps(eps)
   directions = as_directions(directions)
   if not isinstance(every, (int, np.integer)) or every < 2:
     raise ValueError('every must be a Python integer of at least 2, got '
