@@ -7,11 +7,11 @@ of two sizes, on all of MiniLM with a new head, without a prompt, its paper's
 setting; and a few relatives on most of the quickstart's parameters. Signs, and
 all else as in `convergence.py`: learning rates from one grid of factors of two
 by the loss of dev rows, losses and accuracies of test rows, 5 seeds, and
-differences to MeZO with their standard errors, after as many forwards and in the
-time that MeZO takes for half of its steps. A forward is one of a batch; one with
-its tangent counts as two. Seconds a step are measured before, in turn; memory
-is what the larger of a step's programs holds, by the compiler. Writes one
-benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
+differences to MeZO with their standard errors, after as many forwards and in
+the time that MeZO takes for half of its steps. A forward is one of a batch; one
+with its tangent counts as two. Seconds a step are measured before, in turn;
+memory is what the larger of a step's programs holds, by the compiler. Writes
+one benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
 """
 
 import dataclasses
