@@ -48,7 +48,7 @@ class Kind:
   every: int = 0  # steps from one with many rows to the next; 0 for none
   many: int = 0  # batches that those rows make; 0 for all rows
   scale: float = 1.0  # of the rates to search from
-  looks: bool = False  # whether it is made for params, which it is given
+  looks: Callable | None = None  # more to make it with, of params
 
 
 def _mezo(directions, **more) -> Kind:
@@ -118,14 +118,16 @@ class Runs:
     self._held = held
     self.kinds = kinds
 
+    looked = {name: kind.looks(self.start) if kind.looks else {}
+              for name, kind in kinds.items()}
+
     def tx(kind, rate, seed):
       directions = dataclasses.replace(
           kinds[kind].directions, mask=config.peft.mask or None)
       # Rate and key are part of the state, so that one program serves all.
-      more = dict(params=self.start) if kinds[kind].looks else {}
       return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
           learning_rate, config.spsa.eps, key=seed, directions=directions,
-          **more))(learning_rate=rate)
+          **looked[kind]))(learning_rate=rate)
     self._tx = tx
     self._step = {kind: mezo_jax.make_step(
         tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}

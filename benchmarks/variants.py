@@ -36,16 +36,6 @@ def _forward_grad(rate, eps, **more):
   return variants.forward_grad(rate, **more)
 
 
-def _sparse(rate, eps, params, **more):
-  return variants.sparse_mezo(
-      rate, eps, limits=variants.smallest(params), **more)
-
-
-def _modified(rate, eps, params, **more):
-  return variants.expectation_modified(
-      rate, eps, norms=variants.param_norms(params), **more)
-
-
 def _svrg(every: int, anchor: int) -> Kind:
   """Anchors of so many batches."""
   def make(rate, eps, **more):
@@ -71,7 +61,9 @@ KINDS = {
     'forward gradient': Kind(_forward_grad),
     'svrg, every 4, 8 batches': _svrg(4, 8),
     'hizoo': Kind(functools.partial(variants.hizoo, alpha=1e-6), forwards=3),
-    'sparse, a quarter': Kind(_sparse, scale=2, looks=True),
+    'sparse, a quarter': Kind(
+        variants.sparse_mezo, scale=2,
+        looks=lambda params: dict(limits=variants.smallest(params))),
     'lozo, rank 2': Kind(mezo_jax.mezo, LOZO),
     'lozo-m, rank 2': Kind(variants.lozo_m, LOZO),
     'subzero, rank 8': Kind(mezo_jax.mezo, mezo_jax.SubZero()),
@@ -80,7 +72,9 @@ SVRG = {
     'mezo': Kind(mezo_jax.mezo),
     'svrg, every 2, 16 batches': _svrg(2, 16),
     'svrg, every 16, 8 batches': _svrg(16, 8),
-    'expectation modified, of weights': Kind(_modified, looks=True)}
+    'expectation modified, of weights': Kind(
+        variants.expectation_modified,
+        looks=lambda params: dict(norms=variants.param_norms(params)))}
 WHOLE = {name: KINDS[name] for name in (
     'mezo', 'fzoo, 8 directions', 'adam of 8', 'sparse, a quarter',
     'lozo, rank 2', 'subzero, rank 8')}
