@@ -269,6 +269,21 @@ def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
       config.optimizer.micro_batches * sharding.row_groups(mesh))
 
 
+def restore_newest(checkpoints: checkpoint.Checkpoints, params: dict, opt_state,
+                   say: Callable[[str], None], until: int | None = None):
+  """``step, params, opt_state`` of the newest checkpoint that is whole, up to a
+  step if one is given; as they are, with step 0, where there is none. Damaged
+  ones are put aside."""
+  for step in reversed(checkpoints.steps()):
+    if until is not None and step > until:
+      continue
+    try:
+      return step, *restore(checkpoints, step, params, opt_state)
+    except checkpoint.Damaged as e:
+      say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
+  return 0, params, opt_state
+
+
 def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
             opt_state):
   """``params, opt_state`` of a step, in the place of these.
@@ -277,10 +292,13 @@ def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
   of the same key and count as its directions.
 
   Raises:
-    InputError: if it cannot be read, or is of another model.
+    Damaged: if it is not what was saved.
+    InputError: if it is of another model.
   """
   try:
     return checkpoints.load(step, (params, opt_state))
+  except checkpoint.Damaged:
+    raise
   except InputError as e:
     if not isinstance(opt_state[-1], RoundingState):
       raise
