@@ -149,7 +149,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
           config.select == 'loss' and task.traits.generates)}
   first = model_config.vocab_size
   soft = range(first, first + (before if methods.part_of(config).soft else 0))
-  return data_lib.encode_rows(
+  splits = data_lib.encode_rows(
       rows, task, tokenizer, causal=model_config.causal,
       limit=min(config.data.max_length, model_config.max_length - before),
       buckets=config.data.buckets,
@@ -158,6 +158,15 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       prior=bool(config.calibration),
       prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
       untold=('train',) if config.method == 'private' else (), say=say)
+  most = max((token for split in (splits.train, splits.dev, splits.test)
+              for part in (*split.prompts, *(
+                  answer for row in split.candidates for answer in row))
+              for token in part), default=0)
+  if most >= first + before:
+    raise InputError(
+        f'the tokenizer of {config.model.name} gave token {most} for these '
+        f'rows, and the model has {first}: they are not of one model.')
+  return splits
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
