@@ -1,9 +1,9 @@
 """What is lost when runs are killed, again and again.
 
-  python benchmarks/kill.py [--kills 200] [--ways mezo,pending,...]
+  python benchmarks/kill.py [--kills 200] [--within 16] [--ways mezo,pending,...]
 
 Runs of train.py on a tiny random model, each killed (kill -9) after a random
-time, while it loads, compiles, steps, saves, evaluates or makes steps again,
+time (of so many seconds at most), while it loads, compiles, steps, saves, evaluates or makes steps again,
 and started again until it ends. Beside each a run that nobody disturbs. What
 must be the same: parameters and optimizer state, bit for bit, and each line of
 metrics but its seconds. Writes benchmarks/results/kill.md and .json; 40 minutes
@@ -66,7 +66,7 @@ def doing(output: str) -> str:
   return 'ending' if 'final' in output else 'loading'
 
 
-def killed(args, workdir: Path, rng, kills: int) -> dict:
+def killed(args, workdir: Path, rng, kills: int, within: float) -> dict:
   """Kills a run up to so many times; what was seen."""
   count, lost, during = 0, [], collections.Counter()
   started, ends = 0, workdir / 'result.json'
@@ -78,7 +78,7 @@ def killed(args, workdir: Path, rng, kills: int) -> dict:
           stderr=subprocess.STDOUT)
       started += 1
       try:
-        process.wait(rng.uniform(0, 16) if count < kills else 600)
+        process.wait(rng.uniform(0, within) if count < kills else 600)
       except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -105,6 +105,7 @@ def steps_of(workdir: Path) -> int:
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--kills', type=int, default=200)
+  parser.add_argument('--within', type=float, default=16)
   parser.add_argument('--ways', default=','.join(WAYS))
   options = parser.parse_args()
   table, began, rng = [], time.time(), np.random.default_rng(0)
@@ -120,8 +121,8 @@ def main():
       seen, wanted = [], -(-options.kills // len(ways))
       while wanted > sum(s['kills'] for s in seen):
         where = folder / f'{number}_{len(seen)}'
-        seen.append(killed(args(where), where, rng, wanted - sum(
-            s['kills'] for s in seen)))
+        left = wanted - sum(s['kills'] for s in seen)
+        seen.append(killed(args(where), where, rng, left, options.within))
         same = jax.tree.all(jax.tree.map(
             np.array_equal, *(runs.saved(w, state=True)[1]
                               for w in (where, whole))))
