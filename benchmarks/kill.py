@@ -1,13 +1,13 @@
 """What is lost when runs are killed, again and again.
 
-  python benchmarks/kill.py [--kills 200] [--within 16] [--ways mezo,pending,...]
+  python benchmarks/kill.py [--kills 200] [--within 16] [--ways mezo,svrg]
 
 Runs of train.py on a tiny random model, each killed (kill -9) after a random
-time (of so many seconds at most), while it loads, compiles, steps, saves, evaluates or makes steps again,
-and started again until it ends. Beside each a run that nobody disturbs. What
-must be the same: parameters and optimizer state, bit for bit, and each line of
-metrics but its seconds. Writes benchmarks/results/kill.md and .json; 40 minutes
-for 200 on 2 CPU cores.
+time (of so many seconds at most), while it loads, compiles, steps, saves,
+evaluates or makes steps again, and started again until it ends. Beside each a
+run that nobody disturbs. What must be the same: parameters and optimizer state,
+bit for bit, and each line of metrics but its seconds. Writes
+benchmarks/results/kill.md and .json; 40 minutes for 200 on 2 CPU cores.
 """
 
 import argparse

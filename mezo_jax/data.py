@@ -38,8 +38,8 @@ def load_rows(
     options = dict(keep_default_na=False) if kind == 'csv' else {}
     options |= {'delimiter': '\t'} if path.suffix == '.tsv' else {}
     try:
-      data = datasets.load_dataset(
-          kind, data_files=str(path), split='train', **options)
+      data = [*datasets.load_dataset(
+          kind, data_files=str(path), split='train', **options)]
     except Exception as e:
       cause = e.__cause__ or e
       raise InputError(

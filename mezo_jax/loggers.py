@@ -128,16 +128,20 @@ def read(path: Path) -> list[dict]:
   """The records of a log; a last line cut short by a crash is left out."""
   if not path.is_file():
     return []
-  lines = path.read_text().splitlines()
+  lines = path.read_bytes().splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError as e:
+      record = json.loads(line)
+      if not (isinstance(record, dict) and isinstance(record.get('kind'), str)
+              and type(record.get('step')) is int):
+        raise ValueError('it has no kind and step')
+      records.append(record)
+    except ValueError as e:
       if number == len(lines):
         break
-      raise InputError(
-          f'{path}, line {number} is not JSON ({e}); delete the line.') from e
+      raise InputError(f'{path}, line {number} is no record of a run ({e}); '
+                       'delete the line.') from e
   return records
 
 

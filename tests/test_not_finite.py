@@ -105,6 +105,6 @@ def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
 
 def test_parameters_that_are_not_finite_are_not_exported(lost, tmp_path):
   step = checkpoint.latest_step(lost[0] / 'checkpoints')
-  with pytest.raises(ValueError, match='embed/embedding of step [35] is not fin'):
+  with pytest.raises(ValueError, match='embedding of step [35] is not finite'):
     export(lost[0], tmp_path / 'm', step)
   assert not (tmp_path / 'm').exists()

@@ -59,7 +59,8 @@ def _find(path: Path) -> tuple:
             f'{index} has no weight_map that can be read; fetch it again, or '
             'delete it if the model is one file.') from e
       files = sorted({*map(str, named.values())})
-      outside = [name for name in files if Path(name).name != name or name == '..']
+      outside = [name for name in files
+                 if Path(name).name != name or name == '..']
       if outside:
         raise InputError(f'{index} names {outside[0]!r}, which is no file of '
                          'its directory; fetch it again.')
