@@ -104,7 +104,7 @@ def rebuild(base: str | os.PathLike, log: str | os.PathLike,
   log, directory = Path(log), Path(directory)
   _check_new(directory)
   recorded = replay.read(log)
-  run = config_lib.from_json(recorded.header['config'])
+  run = _config_of(log, recorded.header)
   run.model.name, run.model.revision = str(base), ''
   _check_exportable(run, log, merged)
   steps = recorded.steps
@@ -138,6 +138,16 @@ def rebuild(base: str | os.PathLike, log: str | os.PathLike,
   say(f'made {steps.last} steps again in {time.time() - began:.1f} s')
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 steps.last, {}, merged)
+
+
+def _config_of(log: Path, header: dict) -> config_lib.Train:
+  try:
+    run = config_lib.from_json(header['config'])
+    methods.part_of(run), run.task.traits  # they are known
+    return run
+  except (AttributeError, KeyError, TypeError) as e:
+    raise InputError(f'the header of {log} has no config of a run of this '
+                     f'version ({e}): it is not a log of train.py.') from e
 
 
 def share(workdir: Path, directory: Path, run: config_lib.Train,
