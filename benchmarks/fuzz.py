@@ -27,13 +27,15 @@ import traceback
 
 import datasets
 import harness
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
 
 import conftest  # noqa: E402
 
-from mezo_jax import data, loggers, models, replay  # noqa: E402
+import mezo_jax  # noqa: E402
+from mezo_jax import checkpoint, data, loggers, models, replay  # noqa: E402
 from mezo_jax import workdir as workdir_lib  # noqa: E402
 from mezo_jax.config import to_json, Train  # noqa: E402
 from mezo_jax.errors import InputError  # noqa: E402
@@ -111,14 +113,31 @@ def rows(path: Path) -> None:
       f'{r["text"]}\t{r["label"]}\n' for r in some))
 
 
+TX = mezo_jax.mezo(1e-3, key=0)
+GRADS = np.linspace(-1, 1, 19, dtype=np.float32)
+
+
+def state():
+  params = {'w': np.linspace(-1, 1, 600, dtype=np.float32).reshape(30, 20),
+            'b': np.ones(3, np.float32)}
+  params = jax.tree.map(jax.numpy.asarray, params)
+  return params, TX.init(params)
+
+
+def checkpoint_directory(path: Path) -> None:
+  kept = checkpoint.Checkpoints(path / 'checkpoints')
+  kept.save(3, state(), {'score': 0.5, 'loss': 1.25})
+  kept.close()
+
+
 def run_directory(path: Path) -> None:
   (path / 'checkpoints').mkdir(parents=True)
   (path / 'config.json').write_text(json.dumps(to_json(Train()), indent=2))
   (path / 'metrics.jsonl').write_text(''.join(json.dumps(
       {'kind': 'train', 'step': i, 'loss': 0.5}) + '\n' for i in range(9)))
   log, _ = replay.open_log(path / 'steps.log', {'config': {}}, 1)
-  for step in range(1, 20):
-    log.append(step, [0.5], 1.0)
+  for step, g in enumerate(GRADS, 1):
+    log.append(step, g, 1.0)
   log.close()
   replay.write_shared(path / 'shared.log', {'config': {}},
                       replay.read(path / 'steps.log').steps)
@@ -147,6 +166,26 @@ def read_rows(name):
   return read
 
 
+def read_log(name):
+  def read(path: Path) -> None:
+    found = replay.read(path / name).steps.projected_grads[:, 0]
+    np.testing.assert_array_equal(found, GRADS[:len(found)])
+  return read
+
+
+def read_checkpoint(path: Path) -> None:
+  kept = checkpoint.Checkpoints(path / 'checkpoints')
+  try:
+    if not kept.steps():
+      raise InputError('It was put aside.')
+    best, found = kept.best_step(), kept.load(3, state())
+    assert best == 3
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(state())):
+      assert (got == want).all()
+  finally:
+    kept.close()
+
+
 def make_gguf(path: Path) -> None:
   path.mkdir()
   gguf_file(path / 'm.gguf')
@@ -165,10 +204,10 @@ KINDS = {  # how it is made, the file that is changed, what reads it
     'run': (run_directory, 'config.json', workdir_lib.read_config),
     'metrics': (run_directory, 'metrics.jsonl',
                 lambda path: loggers.Metrics(path, 5).close()),
-    'log': (run_directory, 'steps.log',
-            lambda path: replay.read(path / 'steps.log')),
-    'shared log': (run_directory, 'shared.log',
-                   lambda path: replay.read(path / 'shared.log')),
+    # Of these what is accepted must be what was written, or its beginning.
+    'log': (run_directory, 'steps.log', read_log('steps.log')),
+    'shared log': (run_directory, 'shared.log', read_log('shared.log')),
+    'checkpoint': (checkpoint_directory, '', read_checkpoint),  # any file of it
 }
 
 
@@ -210,14 +249,16 @@ def worker(kind: str, seed: int, count: int, pipe) -> None:
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / 'x'
     make(path)
-    original = (path / name).read_bytes()
+    files = [path / name] if name else sorted(
+        file for file in path.rglob('*') if file.is_file())
     read(path)
     shutil.copytree(path, Path(folder) / 'whole')
     for i in range(count):
-      content = changed(original, np.random.default_rng([seed, i]))
+      rng = np.random.default_rng([seed, i])
       shutil.rmtree(path)
       shutil.copytree(Path(folder) / 'whole', path)
-      (path / name).write_bytes(content)
+      file = files[rng.integers(len(files))]
+      file.write_bytes(changed(file.read_bytes(), rng))
       pipe.send((i, 'began', ''))
       signal.alarm(SECONDS)
       try:

@@ -6,8 +6,8 @@ small: 2,000 steps of a model of 0.2M parameters, of MeZO and of relatives.
 real: 200 steps of the quickstart's SmolLM2-135M, all parameters, in bfloat16
 with stochastic rounding, weight decay, a schedule and skipped steps. Each log
 is written to a file, read again, and fed to the update of a step that has no
-loss. Compared are the SHA-256 of the weights. Writes benchmarks/results/replay.md and
-.json; 15 minutes on 2 CPU cores.
+loss. Compared are the SHA-256 of the weights. Writes
+benchmarks/results/replay.md and .json; 15 minutes on 2 CPU cores.
 """
 
 import hashlib
