@@ -7,7 +7,6 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
-import itertools
 from pathlib import Path
 import sys
 import time
@@ -15,6 +14,7 @@ import time
 from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from mezo_jax import (
   checkpoint,
   checks,
   evaluate,
+  feed,
   fingerprint,
   loggers,
   methods,
@@ -32,7 +33,6 @@ from mezo_jax import (
   peft,
   privacy,
   scoring,
-  sharding,
   trainable,
   trunk,
 )
@@ -41,7 +41,6 @@ from mezo_jax import data as data_lib
 from mezo_jax import workdir as workdir_lib
 from mezo_jax.errors import Again, in_one_sentence, MissingError, Stopped
 from mezo_jax.step import make_step, pends
-from mezo_jax.tasks import encode
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -168,9 +167,9 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   if mix:
     batches = mix.feed(config, mesh, log.end)
   elif plan:
-    batches = private_feed(plan, secret, built.splits, mesh, log.end)
+    batches = feed.private(plan, secret, built.splits, mesh, log.end)
   else:
-    batches = feed(config, built.splits, mesh, log.end)
+    batches = feed.batches(config, built.splits, mesh, log.end)
   progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
     with checkpoint.preemption() as stop_wanted:
@@ -247,52 +246,31 @@ def size_of(params) -> int:
   return sum(x.size for _, x in _paths.named_leaves(params))
 
 
-def private_feed(plan, secret, splits, mesh, start):
-  """As `feed`; how many rows a batch has, and how long, tells nothing."""
-  length, = splits.buckets['train']
-  for number in itertools.count(start):
-    rows = encode.batch_of(splits.train, privacy.sample(secret, number, plan),
-                           length, plan.capacity)
-    yield (plan.capacity * length, sharding.put_batch(rows, mesh),
-           dict(noise_key=privacy.noise_key(secret, number)))
-
-
-def feed(config, splits, mesh, start):
-  """Yields (tokens, batch on the mesh, more for the step) from batch number
-  ``start`` on."""
-  train, rows = splits.train, config.data.batch_size
-  def put(length, index):
-    batch = encode.batch_of(train, index, length, len(index))
-    return int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
-  every = methods.anchor_every(config)
-  some = data_lib.batches(
-      train.lengths, splits.buckets['train'], rows, config.seed,
-      start - -(-start // every) if every else start)
-  anchor = every and put(*data_lib.spread(
-      train.lengths, splits.buckets['train'],
-      methods.anchor_batches(config, len(train.prompts)) * rows))
-  for number in itertools.count(start):
-    batch = anchor if every and number % every == 0 else put(*next(some))
-    yield *batch, {}
-
-
 def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
          checkpoints, metrics, log, progress, start, plan, stop_wanted):
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses."""
-  waiting = None
+  waiting, still = None, 0
 
   def read(step, tokens, values):
+    nonlocal still
     values = jax.device_get(values)
     in_a_row = progress.read(step, tokens, values)
     if step > log.end:
       log.append(step, values.get('projected_grad', ()),
-                 jax.numpy.nan if plan else values['loss'])
+                 np.nan if plan else values['loss'])
     if in_a_row >= config.max_skipped:
       raise Stopped(
           f'the last {config.max_skipped} steps, up to {step}, gave a loss '
           'that is not finite and were skipped; the parameters are as before '
           f'them. {workdir_lib.TRY}')
+    moved = np.any(values.get('projected_grad', 1.0))  # NaN is skipped
+    still = 0 if moved else still + 1
+    if still and still == config.max_still:
+      raise Stopped(
+          f'the projected gradients have been 0 since step {step - still}: '
+          'the weights do not move any more, and may be lost; the log has '
+          f'those of any step before (replay --until). {workdir_lib.TRY}')
 
   for step in range(start + 1, config.steps + 1):
     made = step <= log.steps.last

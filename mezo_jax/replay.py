@@ -160,9 +160,19 @@ class Log:
       raise
 
   def sync(self) -> None:
-    """Returns when what was written is on the disk."""
-    if self._file is not None:
-      os.fsync(self._file.fileno())
+    """Returns when what was written is on the disk.
+
+    Raises:
+      InputError: if the file is not there any more.
+    """
+    if self._file is None:
+      return
+    if not self._path.exists() or not os.path.samestat(
+        os.stat(self._path), os.fstat(self._file.fileno())):
+      raise InputError(
+          f'{self._path} was removed or replaced while the run wrote to it: '
+          'leave the working directory of a run alone, and start it again.')
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     if self._file is not None:

@@ -57,6 +57,19 @@ def test_a_run_that_skipped_every_step_has_no_result(
   assert not (tmp_path / 'result.json').exists()
 
 
+def test_a_run_that_does_not_move_any_more_stops(
+    tiny_dir, reviews_file, tmp_path):
+  """RMSNorm keeps the loss of lost weights finite, and every difference 0."""
+  config = small_config(
+      tiny_dir, reviews_file, steps=30, optimizer__learning_rate=1e8,
+      max_still=5)
+  with pytest.raises(train.Stopped, match='have been 0 since step [0-9]+: the '
+                     'weights do not move'):
+    train.run(config, tmp_path)
+  config.max_still = 0
+  assert train.run(config, tmp_path)['steps'] == 30
+
+
 @pytest.fixture(scope='module')
 def nan_dir(tiny_dir, tmp_path_factory):
   """A model that computes NaN."""

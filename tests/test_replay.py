@@ -1,5 +1,6 @@
 """The log: what it holds, what is left of a damaged one, weights made again."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -13,7 +14,7 @@ import runs
 
 from mezo_jax import models, replay
 from mezo_jax.__main__ import main
-from mezo_jax.errors import Again, InputError
+from mezo_jax.errors import Again, in_one_sentence, InputError
 from mezo_jax.export import export, rebuild
 import train
 
@@ -166,6 +167,25 @@ def test_a_shared_log_is_small_and_checked(tmp_path):
   shared.write_bytes(data[:-1])
   with pytest.raises(InputError, match='damaged'):
     replay.read(shared)
+
+
+def test_a_disk_that_is_full_or_a_file_that_is_gone(tmp_path):
+  class Full:
+    def write(self, data):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    def close(self):
+      pass
+  path = tmp_path / 'steps.log'
+  written(path)
+  log, _ = replay.open_log(path, {}, 1)
+  log.sync()
+  path.unlink()
+  with pytest.raises(InputError, match='was removed or replaced'):
+    log.sync()
+  log._file = Full()
+  with pytest.raises(SystemExit, match='refuses .*steps.log: No space left'):
+    with in_one_sentence('prog'):
+      log.append(13, 0.5)
 
 
 # --- weights ----------------------------------------------------------------
