@@ -74,7 +74,8 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
 
   # Build.
   built = build.build(config, say=say)
-  weights = fingerprint.of_weights(peft.join(built.params, built.frozen))
+  weights = fingerprint.of_weights(
+      peft.join(built.params, built.frozen), methods.made(config))
   name, mesh = Path(build.model_name(config)).name, built.mesh
   devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
   total = size_of(built.params) + size_of(built.frozen)
@@ -146,10 +147,10 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   if log.end:
-    again = log.end - start
+    since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (
-        f': {again} steps since the checkpoint of step {start} are made again '
-        'from the log' if again else ''))
+        f'; the steps since {since} are made again from the log'
+        if start < log.end else ''))
   metrics = loggers.Metrics(workdir, log.end)
 
   # Zero-shot: what fine-tuning is compared with.
@@ -284,7 +285,7 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       read(*waiting)
     waiting, stopping = (step, tokens, values), stop_wanted(step)
     evaluates = step % config.eval_every == 0 or step == config.steps
-    if pends(state[1]) and step < log.steps.last:
+    if pends(state[1]) and (step < log.steps.last or step in log.steps.added):
       evaluates = step in log.steps.added  # for updates are rounded there
     if not (evaluates or stopping or step % config.checkpoint_every == 0):
       continue
@@ -308,8 +309,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
           report, metric, config.select) if (
               report and methods.selects(config)) else None)
     if stopping and step < config.steps:
-      raise Again(f'told to stop; step {step} is saved. Run the same command '
-                  'again to resume.')
+      raise Again(f'told to stop; step {max(step, log.end)} is saved. Run the '
+                  'same command again to resume.')
     progress.restart()
   return state
 

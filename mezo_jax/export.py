@@ -124,7 +124,8 @@ def rebuild(base: str | os.PathLike, log: str | os.PathLike,
     say(f'warning: the last {recorded.damaged} bytes of {log} are damaged: it '
         f'is whole up to step {steps.last}.')
   model, tokenizer, params, frozen, tx, mesh = _parts(run)
-  found = fingerprint.of_weights(peft.join(params, frozen))
+  found = fingerprint.of_weights(
+      peft.join(params, frozen), methods.made(run))
   if found != recorded.header['weights']:
     raise InputError(
         f'{base} in {run.model.dtype} is not what the run of {log} began with '

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import hashlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,19 @@ import jax.numpy as jnp
 from mezo_jax.tasks.encode import Encoded
 
 
-def of_weights(params) -> str:
+def of_weights(params, but: str | None = None) -> str:
   """32 hex digits of a tree's paths, shapes, dtypes and elements.
 
   One pass over the weights, where they are, without a copy. It tells what is
   another model by accident, not one that somebody made to look like this one.
+
+  Args:
+    params: the tree.
+    but: an expression for paths that do not count.
   """
-  leaves = jax.tree.leaves_with_path(params)
+  leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
+            if but is None or not re.search(but, jax.tree_util.keystr(
+                path, simple=True, separator='/'))]
   sums = jax.device_get(jax.jit(lambda leaves: [*map(_checksum, leaves)])(
       [x for _, x in leaves]))
   return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
