@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import shutil
-import signal
 
 import conftest
 import helpers
@@ -244,27 +243,14 @@ def test_a_log_gives_the_weights_of_training(
   before = runs.records(workdir)
   shutil.rmtree(workdir / 'checkpoints')
   (workdir / 'result.json').unlink()
+  metrics = workdir / 'metrics.jsonl'
+  if way == 'bfloat16':  # a machine that went down and forgot a line
+    lines = metrics.read_text().splitlines(True)
+    metrics.write_text(''.join(lines[:-2]))
+    before[-2] = {k: v for k, v in before[-2].items() if k != 'tokens'}
   train.run(config, workdir)
   assert runs.records(workdir) == before
   assert tensors(export(workdir, tmp_path / 'c', **options)) == want
-
-
-def test_steps_that_a_crash_left_to_the_log(tiny_dir, reviews_file, tmp_path):
-  """No step is lost, though nothing was saved since the evaluation before; a
-  line of metrics is not either, with a machine that forgot it."""
-  more = ['--config.checkpoint_every=100']
-  out, code = runs.kill_after(tmp_path, 17, signal.SIGKILL, tiny_dir,
-                              reviews_file, tmp_path, *more)
-  assert code == -signal.SIGKILL, out
-  made = replay.read(tmp_path / 'steps.log').steps.last
-  metrics = tmp_path / 'metrics.jsonl'
-  lines = metrics.read_text().splitlines(True)
-  metrics.write_text(''.join(lines[:-2]))
-  out, code = runs.finish(tiny_dir, reviews_file, tmp_path, *more)
-  assert code == 0 and f'resumed from step {made} of' in out, out
-  assert 'are made again from the log' in out
-  steps = [r['step'] for r in runs.records(tmp_path) if r['kind'] == 'train']
-  assert steps == [*range(1, 31)]
 
 
 def test_a_log_is_shared_with_a_card(tiny_dir, reviews_file, tmp_path, capsys):

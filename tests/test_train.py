@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import command, finish, kill_after, records, saved, small_config
 
-from mezo_jax import checkpoint, models
+from mezo_jax import checkpoint, models, replay
 from mezo_jax import config as config_lib
 from mezo_jax.errors import AGAIN, InputError
 import train
@@ -55,14 +55,19 @@ def test_a_run_from_the_command_line(whole):
     (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, AGAIN)])
 def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
                               status):
-  """Law 12: bitwise the parameters of a run that was never killed."""
-  out, code = kill_after(tmp_path, 13, number, tiny_dir, reviews_file, tmp_path)
+  """Law 12: bitwise the parameters of a run that was never killed, though
+  nothing was saved since the evaluation before; and no step is made twice."""
+  rare = ['--config.checkpoint_every=100']
+  out, code = kill_after(
+      tmp_path, 13, number, tiny_dir, reviews_file, tmp_path, *rare)
   assert code == status and 'step 3 of 30: loss' in out, out
   if number == signal.SIGTERM:
     assert '\ntrain.py: told to stop; step' in out
   assert not (tmp_path / 'result.json').exists()
-  out, code = finish(tiny_dir, reviews_file, tmp_path)
-  assert code == 0 and 'resumed from step' in out, out
+  made = replay.read(tmp_path / 'steps.log').steps.last
+  out, code = finish(tiny_dir, reviews_file, tmp_path, *rare)
+  assert code == 0 and f'resumed from step {made} of' in out, out
+  assert number == signal.SIGTERM or 'are made again from the log' in out
   assert records(tmp_path) == records(whole[0])
   one, two = (json.loads((w / 'result.json').read_text())
               for w in (tmp_path, whole[0]))
