@@ -239,8 +239,9 @@ def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
   try:
     return build.restore(checkpoints, step, params, opt_state)[0]
   except checkpoint.Damaged as e:
-    raise Again(f'{e} It is now {checkpoints.set_aside(step)}. Run the same '
-                'command again.') from e
+    aside = checkpoints.set_aside(step)
+    checkpoints.close()
+    raise Again(f'{e} It is now {aside}. Run the same command again.') from e
 
 
 def size_of(params) -> int:
