@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mezo_jax import _pending, sharding
@@ -96,11 +97,11 @@ class Step:
     """The step that these projected gradients [n] make, without losses."""
     program = self._program(
         None, None, lambda: self._lower_update(params, state))
-    everywhere = self._mesh and sharding.replicated(self._mesh)
-    told = [x if isinstance(x, jax.Array) else sharding.place(
-        jnp.reshape(jnp.asarray(x, jnp.float32), field(state, name).shape),
-        everywhere) for name, x in (('projected_grad', projected_grad),
-                                    ('value', value))]
+    # Numbers of the host are the program's to place: that costs no program.
+    told = [x if isinstance(x, jax.Array) else np.reshape(
+        np.asarray(x, np.float32), field(state, name).shape)
+            for name, x in (('projected_grad', projected_grad),
+                            ('value', value))]
     return program(params, state, *told)
 
   def flush(self, params, state):
