@@ -7,15 +7,14 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
-import itertools
 from pathlib import Path
 import sys
 import time
 
 from absl import app, flags, logging
 import jax
-import jax.numpy as jnp
 from ml_collections import config_flags
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -26,22 +25,22 @@ from mezo_jax import (
   checkpoint,
   checks,
   evaluate,
+  feed,
+  fingerprint,
   loggers,
   methods,
   mixture,
   peft,
   privacy,
-  sharding,
+  scoring,
   trainable,
   trunk,
-  variants,
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import in_one_sentence, MissingError, Stopped
-from mezo_jax.step import make_step
-from mezo_jax.tasks import encode
+from mezo_jax.errors import Again, in_one_sentence, MissingError, Stopped
+from mezo_jax.step import make_step, pends
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -62,6 +61,11 @@ def say(text: str) -> None:
 
 def run(config: config_lib.Train, workdir: Path) -> dict:
   """One run from start, or from where it was stopped, to its result."""
+  with workdir_lib.alone(workdir):
+    return run_alone(config, workdir)
+
+
+def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   # Config.
   began = time.time()
   checks.check(config)
@@ -70,6 +74,8 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Build.
   built = build.build(config, say=say)
+  weights = fingerprint.of_weights(
+      peft.join(built.params, built.frozen), methods.made(config))
   name, mesh = Path(build.model_name(config)).name, built.mesh
   devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
   total = size_of(built.params) + size_of(built.frozen)
@@ -119,24 +125,33 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
       data_lib.used_buckets(*train, config.data.batch_size))
   say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
 
-  # Restore: the latest checkpoint of this directory, else the model itself.
+  # Restore: the latest checkpoint of this directory, else the model itself, and
+  # the log's steps after it.
   before, opt_state = trainable.before_training(
       config, whole(params)), built.opt_state
   built = built._replace(params=None, opt_state=None)  # not to be held twice
-  workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
-  start = checkpoints.latest_step() or 0
-  if start:
-    params, opt_state = build.restore(
-        checkpoints, start, params, opt_state)
-    say(f'resumed from step {start} of {workdir}')
-  elif method.scores:
-    opt_state = optax.tree.set(opt_state, memory=score_weights(
-        config, built, params, mix, loss_fn, frozen_of))
+  for path in checkpoints.put_aside:
+    say(f'warning: a checkpoint was damaged and is now {path}.')
+  start, params, opt_state = build.restore_newest(
+      checkpoints, params, opt_state, say, until=workdir_lib.lost_best(
+          workdir, config, metric, checkpoints.steps()))
+  if method.scores and not start:
+    opt_state = optax.tree.set(opt_state, memory=scoring.score_weights(
+        config, built, params, mix, loss_fn, frozen_of, say))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
+  workdir_lib.check_inputs(workdir, config, weights, [
+      part.built.splits for part in mix.parts] if mix else [built.splits],
+                           secret)
   workdir_lib.write(workdir, config)
-  metrics = loggers.Metrics(workdir, start)
+  log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
+  if log.end:
+    since = f'checkpoint {start}' if start else 'the beginning'
+    say(f'resumed from step {log.end} of {workdir}' + (
+        f'; the steps since {since} are made again from the log'
+        if start < log.end else ''))
+  metrics = loggers.Metrics(workdir, log.end)
 
   # Zero-shot: what fine-tuning is compared with.
   if config.zero_shot and not metrics.of('zero_shot'):
@@ -151,26 +166,28 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
 
   # Loop.
   if mix:
-    batches = mix.feed(config, mesh, start)
+    batches = mix.feed(config, mesh, log.end)
   elif plan:
-    batches = private_feed(plan, secret, built.splits, mesh, start)
+    batches = feed.private(plan, secret, built.splits, mesh, log.end)
   else:
-    batches = feed(config, built.splits, mesh, start)
+    batches = feed.batches(config, built.splits, mesh, log.end)
+  progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
-    params, opt_state = loop(
-        config, (params, opt_state),
-        lambda params, state, batch, **more: step_fn(
-            params, state, batch, frozen_of(batch), **more),
-        step_fn.flush, batches, lambda p: ask.dev(whole(p)), metric,
-        checkpoints, metrics, start, plan)
+    with checkpoint.preemption() as stop_wanted:
+      params, opt_state = loop(
+          config, (params, opt_state), step_fn, frozen_of, batches,
+          lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
+          progress, start, plan, stop_wanted)
   finally:
+    progress.close()
+    log.close()
     checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
   best = find_best(config, checkpoints, opt_state) if (
       methods.selects(config)) else config.steps
   if best != config.steps:
-    params, _ = build.restore(checkpoints, best, params, opt_state)
+    params = restored(checkpoints, best, params, opt_state)
   _, final = ask.both(whole(params))
   checkpoints.close()
   metrics.close()
@@ -196,39 +213,6 @@ def run(config: config_lib.Train, workdir: Path) -> dict:
   return result
 
 
-def score_weights(config, built, params, mix, loss_fn, frozen_of):
-  """What a method wants to know of the weights before the first step: which of
-  them matter most to rows from all over each task, or how much each layer."""
-  v, began, value_fns = config.variant, time.time(), []
-  for i, part in enumerate(mix.parts if mix else [None]):
-    train = (part.built if part else built).splits
-    rows = min(4 * config.data.batch_size, len(train.train.prompts))
-    length, index = data_lib.spread(
-        train.train.lengths, train.buckets['train'],
-        rows // sharding.row_groups(built.mesh)
-        * sharding.row_groups(built.mesh))
-    batch = sharding.put_batch(
-        encode.batch_of(train.train, index, length, len(index)), built.mesh)
-    batch = mixture.Of(batch, i) if mix else batch
-    value_fns.append(lambda params, batch=batch: loss_fn(
-        peft.join(params, frozen_of(batch)), batch))
-  more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
-              num_samples=v.num_scores)
-  with jax.set_mesh(built.mesh):
-    if config.method == 'mazo':
-      found = [m for m in jax.tree.leaves(variants.saliency(
-          value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **more))
-               if jnp.ndim(m)]
-      what = f'{v.share:.0%} of each row are trained'
-    else:
-      found = variants.param_norms(params) if v.norm == 'param' else (
-          variants.grad_norms(*value_fns, params, **more))
-      what = f'norms of layers, {v.norm}'
-    found = sharding.beside(found, params)
-  say(f'looked at the weights in {time.time() - began:.0f} s: {what}')
-  return found
-
-
 def say_compiled(batch, compiled, seconds: float) -> None:
   batch = getattr(batch, 'batch', batch)  # of one task of several
   extra = compiled.memory_analysis().temp_size_in_bytes
@@ -250,78 +234,85 @@ def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
     raise Stopped(f'{e} {workdir_lib.TRY}') from e
 
 
+def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
+  """The parameters of the best step; what to do if they are damaged."""
+  try:
+    return build.restore(checkpoints, step, params, opt_state)[0]
+  except checkpoint.Damaged as e:
+    aside = checkpoints.set_aside(step)
+    checkpoints.close()
+    raise Again(f'{e} It is now {aside}. Run the same command again.') from e
+
+
 def size_of(params) -> int:
   return sum(x.size for _, x in _paths.named_leaves(params))
 
 
-def private_feed(plan, secret, splits, mesh, start):
-  """As `feed`; how many rows a batch has, and how long, tells nothing."""
-  length, = splits.buckets['train']
-  for number in itertools.count(start):
-    rows = encode.batch_of(splits.train, privacy.sample(secret, number, plan),
-                           length, plan.capacity)
-    yield (plan.capacity * length, sharding.put_batch(rows, mesh),
-           dict(noise_key=privacy.noise_key(secret, number)))
-
-
-def feed(config, splits, mesh, start):
-  """Yields (tokens, batch on the mesh, more for the step) from batch number
-  ``start`` on."""
-  train, rows = splits.train, config.data.batch_size
-  def put(length, index):
-    batch = encode.batch_of(train, index, length, len(index))
-    return int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
-  every = methods.anchor_every(config)
-  some = data_lib.batches(
-      train.lengths, splits.buckets['train'], rows, config.seed,
-      start - -(-start // every) if every else start)
-  anchor = every and put(*data_lib.spread(
-      train.lengths, splits.buckets['train'],
-      methods.anchor_batches(config, len(train.prompts)) * rows))
-  for number in itertools.count(start):
-    batch = anchor if every and number % every == 0 else put(*next(some))
-    yield *batch, {}
-
-
-def loop(config, state, step_fn, flush, batches, evaluate_dev, metric,
-         checkpoints, metrics, start, plan):
-  """The training loop. The host reads step n-1 while the device does n."""
-  progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
-  waiting, stop_wanted = None, checkpoint.preemption()
+def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
+         checkpoints, metrics, log, progress, start, plan, stop_wanted):
+  """The training loop. The host reads step n-1 while the device does n; steps
+  of an earlier process, which the log has, are made again without losses."""
+  waiting, still = None, 0
 
   def read(step, tokens, values):
-    if progress.read(step, tokens, values) >= config.max_skipped:
+    nonlocal still
+    values = jax.device_get(values)
+    in_a_row = progress.read(step, tokens, values)
+    if step > log.end:
+      log.append(step, values.get('projected_grad', ()),
+                 np.nan if plan else values['loss'])
+    if in_a_row >= config.max_skipped:
       raise Stopped(
           f'the last {config.max_skipped} steps, up to {step}, gave a loss '
           'that is not finite and were skipped; the parameters are as before '
           f'them. {workdir_lib.TRY}')
+    moved = np.any(values.get('projected_grad', 1.0))  # NaN is skipped
+    still = 0 if moved else still + 1
+    if still and still == config.max_still:
+      raise Stopped(
+          f'the projected gradients have been 0 since step {step - still}: '
+          'the weights do not move any more, and may be lost; the log has '
+          f'those of any step before (replay --until). {workdir_lib.TRY}')
 
   for step in range(start + 1, config.steps + 1):
-    tokens, batch, more = next(batches)
-    *state, values = step_fn(*state, batch, **more)
+    made = step <= log.steps.last
+    if made:
+      tokens = None
+      *state, values = step_fn.update(*state, *log.steps.at(step))
+    else:
+      tokens, batch, more = next(batches)
+      *state, values = step_fn(*state, batch, frozen_of(batch), **more)
     if waiting:
       read(*waiting)
     waiting, stopping = (step, tokens, values), stop_wanted(step)
     evaluates = step % config.eval_every == 0 or step == config.steps
+    if pends(state[1]) and (step < log.steps.last or step in log.steps.added):
+      evaluates = step in log.steps.added  # for updates are rounded there
     if not (evaluates or stopping or step % config.checkpoint_every == 0):
       continue
     read(*waiting)
     waiting, report = None, None
     if evaluates:
-      state = flush(*state)
-      report = evaluate_dev(state[0])
-      spent = {'epsilon': plan.spent(step)} if plan else {}
-      metrics.write('dev', step, **report, **spent)
-      say(f'step {step}: dev {evaluate.spell(report)}' + (
-          f'; spent epsilon {spent["epsilon"]:.3f}' if plan else ''))
-    checkpoints.save(step, tuple(state), evaluate.rank(
-        report, metric, config.select) if (
-            report and methods.selects(config)) else None)
+      if pends(state[1]):
+        state = step_fn.flush(*state)
+        log.added(step)
+      report = metrics.at('dev', step)
+      if not report:
+        report = evaluate_dev(state[0])
+        spent = {'epsilon': plan.spent(step)} if plan else {}
+        metrics.write('dev', step, **report, **spent)
+        say(f'step {step}: dev {evaluate.spell(report)}' + (
+            f'; spent epsilon {spent["epsilon"]:.3f}' if plan else ''))
+    log.sync()
+    if step not in checkpoints.steps() and (
+        evaluates or step > (checkpoints.latest_step() or 0)):
+      checkpoints.save(step, tuple(state), evaluate.rank(
+          report, metric, config.select) if (
+              report and methods.selects(config)) else None)
     if stopping and step < config.steps:
-      raise Stopped(f'told to stop; step {step} is saved. Run the same command '
-                    'again to resume.')
+      raise Again(f'told to stop; step {max(step, log.end)} is saved. Run the '
+                  'same command again to resume.')
     progress.restart()
-  progress.close()
   return state
 
 
@@ -367,7 +358,8 @@ def main(argv):
     try:
       run(config, workdir)
     except KeyboardInterrupt:
-      sys.exit(f'train.py: interrupted; run it again to resume from {workdir}.')
+      raise Again(f'interrupted; run it again to resume from {workdir}.'
+                  ) from None
 
 
 if __name__ == '__main__':

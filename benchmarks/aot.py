@@ -158,9 +158,7 @@ def one(topology, mesh, lowered) -> dict:
     total = re.search(r'Total bytes: (\d+)', Path(reports[0]).read_text()) if (
         reports and topology != 'a100') else None
   m, text = compiled.memory_analysis(), compiled.as_text()
-  memory = int(total[1]) if total else (
-      m.argument_size_in_bytes + m.output_size_in_bytes
-      - m.alias_size_in_bytes + m.temp_size_in_bytes)
+  memory = int(total[1]) if total else harness.held(m)
   kinds = dict(re.findall(
       r'channel_id=(\d+).*?metadata=\{op_name="([^"]*)"', text))
   return dict(

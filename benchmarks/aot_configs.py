@@ -120,8 +120,7 @@ def main():
     mesh = (sharding.make_mesh() if topology == 'cpu'
             else aot.mesh_of(topology, sizes))
     found = [x.compile().memory_analysis() for x in lower(config, mesh, tokens)]
-    total = max(m.argument_size_in_bytes + m.output_size_in_bytes
-                - m.alias_size_in_bytes + m.temp_size_in_bytes for m in found)
+    total = max(map(harness.held, found))
     table.append({
         'config': f'{name}.py' + (f':{argument}' if argument else ''),
         'model': config.model.name.split('/')[-1],

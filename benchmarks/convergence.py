@@ -48,7 +48,7 @@ class Kind:
   every: int = 0  # steps from one with many rows to the next; 0 for none
   many: int = 0  # batches that those rows make; 0 for all rows
   scale: float = 1.0  # of the rates to search from
-  looks: bool = False  # whether it is made for params, which it is given
+  looks: Callable | None = None  # more to make it with, of params
 
 
 def _mezo(directions, **more) -> Kind:
@@ -118,14 +118,16 @@ class Runs:
     self._held = held
     self.kinds = kinds
 
+    looked = {name: kind.looks(self.start) if kind.looks else {}
+              for name, kind in kinds.items()}
+
     def tx(kind, rate, seed):
       directions = dataclasses.replace(
           kinds[kind].directions, mask=config.peft.mask or None)
       # Rate and key are part of the state, so that one program serves all.
-      more = dict(params=self.start) if kinds[kind].looks else {}
       return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
           learning_rate, config.spsa.eps, key=seed, directions=directions,
-          **more))(learning_rate=rate)
+          **looked[kind]))(learning_rate=rate)
     self._tx = tx
     self._step = {kind: mezo_jax.make_step(
         tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}
@@ -171,12 +173,14 @@ class Runs:
   def seconds(self, rounds: int = 7) -> dict[str, float]:
     """Of a step of each kind, the median of rounds in turn."""
     out, runs = {kind: [] for kind in self.kinds}, {}
-    batch = next(self.batches(0))
-    for kind in self.kinds:
+    batches = {}
+    for kind, k in self.kinds.items():
       params = jax.tree.map(jnp.copy, self.start)
       runs[kind] = params, self._tx(kind, 0.0, 0).init(params)
+      batches[kind] = [*itertools.islice(
+          self.batches(0, k.every, k.many), max(4, k.every))]
     def some(kind, params, state):
-      for _ in range(4):
+      for batch in batches[kind]:
         params, state, metrics = self._step[kind](
             params, state, batch, self.frozen)
       return params, state, metrics
@@ -184,8 +188,18 @@ class Runs:
       for kind in self.kinds:
         took, (params, state, _) = harness.timed(some, kind, *runs[kind])
         runs[kind] = params, state
-        out[kind].append(took / 4)
+        out[kind].append(took / len(batches[kind]))
     return {kind: float(np.median(x[1:])) for kind, x in out.items()}
+
+  def memory(self, kind: str) -> int:
+    """Bytes that the larger of a step's programs holds."""
+    return max(harness.held(program.memory_analysis())
+               for program in self._step[kind].compiled.values())
+
+  def in_time(self, kind: str, curves: np.ndarray, steps: float) -> np.ndarray:
+    """Test losses after so many steps of runs of ``kind``."""
+    at = np.linspace(0, self.steps(kind), curves.shape[1])
+    return np.array([np.interp(steps, at, c[:, 1]) for c in curves])
 
 
 def search(runs: Runs, kind: str) -> tuple[float, dict[float, float]]:
@@ -225,10 +239,9 @@ def compare(name: str, problem: Problem) -> None:
 
   # As much time: what the slowest takes for half of its steps.
   budget = max(seconds.values()) * problem.steps / 2
-  at = np.arange(2 * CURVE + 1) / (2 * CURVE) * problem.steps
-  def in_time(kind):
-    done = min(budget / seconds[kind], problem.steps)
-    return np.array([np.interp(done, at, c[:, 1]) for c in curves[kind]])
+  in_time = lambda kind: runs.in_time(
+      kind, curves[kind], budget / seconds[kind])
+  at = np.linspace(0, problem.steps, 2 * CURVE + 1)
   table, base = [], in_time(first)
   for kind, c in curves.items():
     row = {'directions': kind, 'learning rate': f'{rates[kind]:g}'}

@@ -73,9 +73,7 @@ def programs(name, model, params, ids):
 
 
 def memory(compiled) -> int:
-  m = compiled.memory_analysis()
-  return (m.argument_size_in_bytes + m.output_size_in_bytes
-          - m.alias_size_in_bytes + m.temp_size_in_bytes)
+  return harness.held(compiled.memory_analysis())
 
 
 def made(config):

@@ -72,10 +72,7 @@ def lower(loss_fn, tx, params, ids) -> list:
 
 def extra(lowered, weights: int) -> float:
   """What a program holds beside the weights, of their size."""
-  m = lowered.compile().memory_analysis()
-  total = (m.argument_size_in_bytes + m.output_size_in_bytes
-           - m.alias_size_in_bytes + m.temp_size_in_bytes)
-  return total / weights - 1
+  return harness.held(lowered.compile().memory_analysis()) / weights - 1
 
 
 def by_compiler(shape: str, name: str) -> float:

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import cpu_suite, quickstart  # noqa: E402
-from mezo_jax import tasks  # noqa: E402
+from mezo_jax import tasks, trunk  # noqa: E402
 from mezo_jax.config import Also, Data, Variant  # noqa: E402
 from mezo_jax.workdir import read_result  # noqa: E402
 import train  # noqa: E402
@@ -61,7 +61,20 @@ def config_of(folder: Path, names, method: str, rate: float, seed: int):
   return config
 
 
+def share_trunks() -> None:
+  """What the frozen layers give for a row is the same in all runs."""
+  kept, compute = {}, trunk._computed
+
+  def computed(model, params, data, *rest):
+    rows = trunk._name('', data)
+    if rows not in kept:
+      kept[rows] = compute(model, params, data, *rest)
+    return kept[rows]
+  trunk._computed = computed
+
+
 def main():
+  share_trunks()
   parser = argparse.ArgumentParser()
   parser.add_argument('--data', type=Path, required=True)
   parser.add_argument('--runs', type=Path)

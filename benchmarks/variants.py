@@ -1,14 +1,17 @@
 """MeZO's relatives beside MeZO, from as many forwards.
 
-  python benchmarks/variants.py [last_layer] [minilm]
+  python benchmarks/variants.py [last_layer] [minilm] [whole]
 
-Two problems: the relatives on the quickstart's last layer; and SVRG, with
-anchors of two sizes, on all of MiniLM with a new head, without a prompt, its
-paper's setting. Signs, and all else as in `convergence.py`: learning rates
-from one grid of factors of two by the loss of dev rows, losses and accuracies
-of test rows, 5 seeds, differences to MeZO with their standard errors. A forward
-is one of a batch; one with its tangent counts as two. Writes one
-benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
+Three problems: the relatives on the quickstart's last layer; SVRG, with anchors
+of two sizes, on all of MiniLM with a new head, without a prompt, its paper's
+setting; and a few relatives on most of the quickstart's parameters. Signs, and
+all else as in `convergence.py`: learning rates from one grid of factors of two
+by the loss of dev rows, losses and accuracies of test rows, 5 seeds, and
+differences to MeZO with their standard errors, after as many forwards and in
+the time that MeZO takes for half of its steps. A forward is one of a batch; one
+with its tangent counts as two. Seconds a step are measured before, in turn;
+memory is what the larger of a step's programs holds, by the compiler. Writes
+one benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
 """
 
 import dataclasses
@@ -24,23 +27,13 @@ import numpy as np
 import mezo_jax
 from mezo_jax import variants
 
-SEEDS, TIMES = 5, 4
+SEEDS, TIMES = 5, 8
 LOZO = mezo_jax.LazyLowRank(rank=2, every=50)
 
 
 def _forward_grad(rate, eps, **more):
   del eps
   return variants.forward_grad(rate, **more)
-
-
-def _sparse(rate, eps, params, **more):
-  return variants.sparse_mezo(
-      rate, eps, limits=variants.smallest(params), **more)
-
-
-def _modified(rate, eps, params, **more):
-  return variants.expectation_modified(
-      rate, eps, norms=variants.param_norms(params), **more)
 
 
 def _svrg(every: int, anchor: int) -> Kind:
@@ -68,7 +61,9 @@ KINDS = {
     'forward gradient': Kind(_forward_grad),
     'svrg, every 4, 8 batches': _svrg(4, 8),
     'hizoo': Kind(functools.partial(variants.hizoo, alpha=1e-6), forwards=3),
-    'sparse, a quarter': Kind(_sparse, scale=2, looks=True),
+    'sparse, a quarter': Kind(
+        variants.sparse_mezo, scale=2,
+        looks=lambda params: dict(limits=variants.smallest(params))),
     'lozo, rank 2': Kind(mezo_jax.mezo, LOZO),
     'lozo-m, rank 2': Kind(variants.lozo_m, LOZO),
     'subzero, rank 8': Kind(mezo_jax.mezo, mezo_jax.SubZero()),
@@ -77,28 +72,43 @@ SVRG = {
     'mezo': Kind(mezo_jax.mezo),
     'svrg, every 2, 16 batches': _svrg(2, 16),
     'svrg, every 16, 8 batches': _svrg(16, 8),
-    'expectation modified, of weights': Kind(_modified, looks=True)}
-PROBLEMS = {'last_layer': (KINDS, 1000), 'minilm': (SVRG, 500)}
+    'expectation modified, of weights': Kind(
+        variants.expectation_modified,
+        looks=lambda params: dict(norms=variants.param_norms(params)))}
+WHOLE = {name: KINDS[name] for name in (
+    'mezo', 'fzoo, 8 directions', 'adam of 8', 'sparse, a quarter',
+    'lozo, rank 2', 'subzero, rank 8')}
+PROBLEMS = {'last_layer': (KINDS, 1000), 'minilm': (SVRG, 500),
+            'whole': (WHOLE, 40)}
 
 
 def compare(name: str) -> None:
   began, (kinds, steps) = time.time(), PROBLEMS[name]
   problem = dataclasses.replace(convergence.problems()[name], steps=steps)
-  runs, table, first = Runs(problem, kinds), [], None
+  runs, table, first, then = Runs(problem, kinds), [], None, None
+  seconds = runs.seconds()
+  budget = seconds[next(iter(kinds))] * problem.steps / 2
+  print(name, {k: f'{1000 * s:.1f} ms' for k, s in seconds.items()}, flush=True)
   for kind in kinds:
     rate, found = convergence.search(runs, kind)
     print(name, kind, {f'{r:g}': f'{x:.3f}' for r, x in sorted(found.items())},
           flush=True)
     c = np.array([runs.run(kind, rate, seed, TIMES) for seed in range(SEEDS)])
-    first = c if first is None else first
+    done = runs.in_time(kind, c, budget / seconds[kind])
+    first, then = (c, done) if first is None else (first, then)
     row = {'method': kind, 'steps': runs.steps(kind),
            'learning rate': f'{rate:g}'}
-    for i in range(1, TIMES + 1):
+    for i in range(2, TIMES + 1, 2):
       at = 2 * problem.steps * i // TIMES
       row[f'loss, {at} forwards'] = harness.mean_error(c[:, i, 1])
     row['difference'] = '' if c is first else harness.mean_error(
         c[:, -1, 1] - first[:, -1, 1])
     row['accuracy, %'] = harness.mean_error(100 * c[:, -1, 2], 1)
+    row["a step / MeZO's"] = f'{seconds[kind] / seconds[next(iter(kinds))]:.2f}'
+    row["loss in half of MeZO's time"] = harness.mean_error(done)
+    row['difference then'] = '' if c is first else harness.mean_error(
+        done - then)
+    row['memory, MiB'] = round(runs.memory(kind) / 2**20)
     table.append(row)
     before = first[0, 0]
     harness.write(f'variants_{name}', harness.header(  # so far

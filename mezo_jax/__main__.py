@@ -1,4 +1,5 @@
-"""The command line beside train.py: python -m mezo_jax export | evaluate."""
+"""The command line beside train.py: python -m mezo_jax export | replay |
+evaluate."""
 
 import argparse
 import logging
@@ -7,7 +8,7 @@ import sys
 
 from mezo_jax import suite
 from mezo_jax.errors import in_one_sentence
-from mezo_jax.export import export
+from mezo_jax.export import export, rebuild
 
 
 def main(argv=None) -> None:
@@ -19,6 +20,16 @@ def main(argv=None) -> None:
   sub.add_argument('directory', help='to make')
   sub.add_argument('--step', type=int, help='default: the best on dev rows, or '
                    'of a private run the last')
+  sub.add_argument('--merged', action='store_true',
+                   help='LoRA added to the weights: a whole model')
+  sub.add_argument('--log', action='store_true',
+                   help='no weights but the steps that make them again')
+  sub = commands.add_parser(
+      'replay', help="the model that a log's steps make of the base model")
+  sub.add_argument('--base', required=True, help='directory or hub id')
+  sub.add_argument('--log', required=True, help='such as RUN/steps.log')
+  sub.add_argument('--out', required=True, help='directory to make')
+  sub.add_argument('--until', type=int, help='the last step; default: all')
   sub.add_argument('--merged', action='store_true',
                    help='LoRA added to the weights: a whole model')
   sub = commands.add_parser(
@@ -41,7 +52,12 @@ def main(argv=None) -> None:
 def run(options: argparse.Namespace) -> None:
   if options.command == 'export':
     found = export(options.workdir, options.directory, options.step,
-                   options.merged)
+                   options.merged, options.log)
+    print(f'wrote {found}')
+    return
+  if options.command == 'replay':
+    found = rebuild(options.base, options.log, options.out, options.until,
+                    options.merged)
     print(f'wrote {found}')
     return
   table, failed = suite.run(

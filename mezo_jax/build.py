@@ -149,7 +149,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
           config.select == 'loss' and task.traits.generates)}
   first = model_config.vocab_size
   soft = range(first, first + (before if methods.part_of(config).soft else 0))
-  return data_lib.encode_rows(
+  splits = data_lib.encode_rows(
       rows, task, tokenizer, causal=model_config.causal,
       limit=min(config.data.max_length, model_config.max_length - before),
       buckets=config.data.buckets,
@@ -158,6 +158,15 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       prior=bool(config.calibration),
       prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
       untold=('train',) if config.method == 'private' else (), say=say)
+  most = max((token for split in (splits.train, splits.dev, splits.test)
+              for part in (*split.prompts, *(
+                  answer for row in split.candidates for answer in row))
+              for token in part), default=0)
+  if most >= first + before:
+    raise InputError(
+        f'the tokenizer of {config.model.name} gave token {most} for these '
+        f'rows, and the model has {first}: they are not of one model.')
+  return splits
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
@@ -269,6 +278,21 @@ def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
       config.optimizer.micro_batches * sharding.row_groups(mesh))
 
 
+def restore_newest(checkpoints: checkpoint.Checkpoints, params: dict, opt_state,
+                   say: Callable[[str], None], until: int | None = None):
+  """``step, params, opt_state`` of the newest checkpoint that is whole, up to a
+  step if one is given; as they are, with step 0, where there is none. Damaged
+  ones are put aside."""
+  for step in reversed(checkpoints.steps()):
+    if until is not None and step > until:
+      continue
+    try:
+      return step, *restore(checkpoints, step, params, opt_state)
+    except checkpoint.Damaged as e:
+      say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
+  return 0, params, opt_state
+
+
 def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
             opt_state):
   """``params, opt_state`` of a step, in the place of these.
@@ -277,10 +301,13 @@ def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
   of the same key and count as its directions.
 
   Raises:
-    InputError: if it cannot be read, or is of another model.
+    Damaged: if it is not what was saved.
+    InputError: if it is of another model.
   """
   try:
     return checkpoints.load(step, (params, opt_state))
+  except checkpoint.Damaged:
+    raise
   except InputError as e:
     if not isinstance(opt_state[-1], RoundingState):
       raise

@@ -1,8 +1,12 @@
 """Checkpoints of a run, kept by orbax: the latest, and the best on dev."""
 
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 from pathlib import Path
+import shutil
 import signal
+import tempfile
 import threading
 from typing import Any
 
@@ -12,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from mezo_jax import fingerprint
 from mezo_jax.errors import InputError, MissingError
+
+
+class Damaged(InputError):
+  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
@@ -31,11 +40,24 @@ class Checkpoints:
     """
     keep = ocp.training.preservation_policies
     best = keep.BestN(
-        n=1, get_metric_fn=_order, keep_checkpoints_without_metrics=False)
-    self._checkpointer = ocp.training.Checkpointer(
-        directory.absolute(), cleanup_tmp_directories=clean,
+        n=1, get_metric_fn=order, keep_checkpoints_without_metrics=False)
+    open_ = functools.partial(
+        ocp.training.Checkpointer, directory.absolute(),
+        cleanup_tmp_directories=clean,
         preservation_policy=keep.AnyPreservationPolicy(
             [keep.LatestN(1), best]))
+    self._directory, self.put_aside = directory.absolute(), []
+    try:
+      self._checkpointer = open_()
+    except Exception as e:
+      damaged = [*_unreadable(self._directory)]
+      if not damaged or not clean:
+        raise Damaged(
+            f'checkpoints of {directory} are damaged '
+            f'({", ".join(map(str, damaged))}: {_first_line(e)}). train.py '
+            'puts them aside and goes on without them.') from e
+      self.put_aside = [*map(self._move, damaged)]
+      self._checkpointer = open_()
 
   def save(self, step: int, state: Any, metrics: dict | None = None) -> None:
     """Starts to save; the arrays may be donated as soon as this returns.
@@ -51,7 +73,11 @@ class Checkpoints:
     # Key data, not keys: an array like any other, on however many processes.
     state = jax.tree.map(
         lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
-    self._checkpointer.save_async(step, state, metrics=metrics, force=True)
+    told = {'state': fingerprint.of_weights(state), 'metrics': metrics,
+            'leaves': fingerprint.of_leaves(state)}
+    self._checkpointer.save_async(
+        step, state, metrics=metrics, force=True, custom_metadata=told | {
+            'check': fingerprint.of(told)})
 
   def latest_step(self) -> int | None:
     latest = self._checkpointer.latest
@@ -69,18 +95,19 @@ class Checkpoints:
     """
     self.wait()
     scored = [c for c in self._checkpointer.checkpoints
-              if c.metrics and _is_finite(c.metrics)]
+              if _is_finite(c.metrics)]
     if not scored:
       raise MissingError(
           f'{self._checkpointer.directory} has no checkpoint whose evaluation '
           'is finite: there is no best step.')
-    return max(scored, key=lambda c: _order(c.metrics)).step
+    return max(scored, key=lambda c: order(c.metrics)).step
 
   def load(self, step: int, like: Any) -> Any:
     """The state of a step, with the shapes, dtypes and shardings of ``like``.
 
     Raises:
-      ValueError: if it cannot be read, or is of another model.
+      Damaged: if it is not what was saved.
+      InputError: if it is of another model.
     """
     def abstract(x):
       data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
@@ -89,14 +116,59 @@ class Checkpoints:
       if _is_key(x) or not _is_key(like):  # a key: of an earlier version
         return x
       return jax.jit(_wrap, out_shardings=like.sharding)(x)
+    like_data, told = jax.tree.map(abstract, like), self._told(step)
+    other = InputError(
+        f'checkpoint {self._path(step)} cannot be read: it is of another '
+        'model, or of a version that kept another state. Choose another '
+        '--workdir.')
+    if told.get('leaves') not in (None, fingerprint.of_leaves(like_data)):
+      raise other
     try:
-      state = self._checkpointer.load(step, jax.tree.map(abstract, like))
-      return jax.tree.map(restore, state, like)
+      state = self._checkpointer.load(step, like_data)
     except Exception as e:
-      where = Path(self._checkpointer.directory) / str(step)
-      raise InputError(
-          f'checkpoint {where} cannot be read ({str(e).splitlines()[0]}); '
-          'delete that directory to go on from the one before, if any.') from e
+      # Of an earlier version nothing tells the one from the other.
+      raise (self._damaged(step, e) if told else other) from e
+    if told.get('state') not in (None, fingerprint.of_weights(jax.tree.map(
+        lambda x: jax.random.key_data(x) if _is_key(x) else x, state))):
+      raise self._damaged(step, 'its checksum is another')
+    return jax.tree.map(restore, state, like)
+
+  def _told(self, step: int) -> dict:
+    """What a checkpoint says of itself; {} of an earlier version."""
+    try:
+      about = self._checkpointer.metadata(step)
+      told = dict(about.custom_metadata or {})
+    except Exception as e:
+      raise self._damaged(step, e) from e
+    if told and (told.pop('check', '') != fingerprint.of(told)
+                 or told.get('metrics') != about.metrics):
+      raise self._damaged(step, 'what it says of itself is not what was saved')
+    return told
+
+  def _path(self, step: int) -> Path:
+    return self._directory / str(step)
+
+  def _damaged(self, step: int, why) -> 'Damaged':
+    return Damaged(
+        f'checkpoint {self._path(step)} is damaged ({_first_line(why)}). '
+        'train.py puts it aside and goes on without it.')
+
+  def set_aside(self, step: int) -> Path:
+    """Moves a checkpoint out of the way; where to."""
+    self.wait()
+    to = self._move(self._path(step))
+    self._checkpointer.reload()
+    return to
+
+  def _move(self, path: Path) -> Path:
+    to = self._directory.parent / 'damaged' / path.name
+    if jax.process_index() == 0:
+      shutil.rmtree(to, ignore_errors=True)
+      to.parent.mkdir(exist_ok=True)
+      path.rename(to)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'damaged {path.name}')
+    return to
 
   def wait(self) -> None:
     self._checkpointer.wait()
@@ -106,13 +178,29 @@ class Checkpoints:
 
 
 def latest_step(directory: Path) -> int:
-  """The last step saved in a directory, 0 for none; nothing is touched."""
-  if not directory.is_dir():
-    return 0
-  checkpoints = Checkpoints(directory, clean=False)
-  step = checkpoints.latest_step() or 0
-  checkpoints.close()
-  return step
+  """The last step saved in a directory, 0 for none; nothing is read."""
+  return max((int(path.name) for path in _complete(directory)), default=0)
+
+
+def _complete(directory: Path) -> list[Path]:
+  """The checkpoints of a directory; one that is being written has no number for
+  its name."""
+  return [path for path in directory.glob('*') if path.name.isdigit()]
+
+
+def _unreadable(directory: Path) -> Iterator[Path]:
+  """Those that hinder orbax to open a directory: which one, it does not say."""
+  for path in _complete(directory):
+    with tempfile.TemporaryDirectory() as alone:
+      (Path(alone) / path.name).symlink_to(path, target_is_directory=True)
+      try:
+        ocp.training.Checkpointer(alone).close()
+      except Exception:
+        yield path
+
+
+def _first_line(why) -> str:
+  return (str(why).strip().splitlines() or [type(why).__name__])[0][:200]
 
 
 # The only keys that there are in a state; see `mezo_jax._noise.as_key`.
@@ -123,11 +211,12 @@ def _is_key(x) -> bool:
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _is_finite(metrics: dict) -> bool:
-  return all(np.isfinite(x) for x in metrics.values())
+def _is_finite(metrics: dict | None) -> bool:
+  return all(isinstance(x, float | int) and np.isfinite(x) for x in (
+      (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 
-def _order(metrics: dict) -> tuple:
+def order(metrics: dict | None) -> tuple:
   """A higher score wins; of equals, the lower loss; what is not finite never
   (earlier versions kept such metrics)."""
   if not _is_finite(metrics):
@@ -135,16 +224,25 @@ def _order(metrics: dict) -> tuple:
   return metrics['score'], -metrics['loss']
 
 
-def preemption():
-  """``wanted(step)``: whether SIGTERM or Ctrl-C asks for a last checkpoint."""
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+  """``wanted(step)``: whether SIGTERM, SIGHUP or Ctrl-C asks for a last
+  checkpoint. A second one ends the run at once, as outside of this each does.
+  """
   if jax.process_count() > 1:  # all processes must agree on the step
-    return multihost_utils.reached_preemption_sync_point
-  asked = []
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  asked, before = [], {}
   def handle(number, frame):
     del frame
     asked.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+    signal.signal(number, signal.SIG_DFL)
   if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, handle)
-  return lambda step: bool(asked)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+      if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        before[number] = signal.signal(number, handle)
+  try:
+    yield lambda step: bool(asked)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -70,9 +70,10 @@ def check(config: config_lib.Train) -> None:
       (not part.adapter or not p.mask or p.method in p.mask,
        f'peft.mask {p.mask!r} is of the model\'s own parameters, not of '
        f'{p.method}; leave it empty, --config.peft.mask='),
-      (all(len(g) == 3 and min(g[1:]) > 0 for g in o.groups),
+      (all(len(g) == 3 and all(0 < x < math.inf for x in g[1:])
+           for g in o.groups),
        f'optimizer.groups {o.groups} must be of (regular expression, '
-       'learning_rate, eps), both positive'),
+       'learning_rate, eps), both positive and finite'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
@@ -92,8 +93,9 @@ def check(config: config_lib.Train) -> None:
       (all(map(math.isfinite, (o.learning_rate, z.eps, o.weight_decay))),
        'optimizer.learning_rate, spsa.eps and optimizer.weight_decay must be '
        'finite'),
-      (o.warmup_steps < max(config.steps, 1),
-       'optimizer.warmup_steps must be below steps'),
+      (0 <= o.warmup_steps < max(config.steps, 1),
+       'optimizer.warmup_steps must be at least 0 and below steps'),
+      (o.weight_decay >= 0, 'optimizer.weight_decay must be at least 0'),
       (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,
        f'data.buckets {d.buckets} must increase'),
       (d.batch_size >= 1, 'data.batch_size must be at least 1'),
@@ -109,6 +111,8 @@ def check(config: config_lib.Train) -> None:
        'data.num_train and data.num_dev must be at least 1'),
       (d.num_test >= 1 or bool(d.test) or not d.train,
        'data.num_test must be at least 1 where data.test is not set'),
+      (config.max_skipped >= 1 and config.max_still >= 0,
+       'max_skipped must be at least 1, and max_still at least 0'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]

@@ -195,11 +195,13 @@ class Train:
   eval_batch_size: int = 32  # rows, at most
   eval_batch_tokens: int = 16_384  # padding included, at most
   max_skipped: int = 10  # steps in a row with a loss that is not finite
+  max_still: int = 100  # whose projected gradients are 0; 0 for any number
 
 
 # Fields that may differ between the runs that share a working directory.
 _FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
-         'eval_batch_tokens', 'mesh', 'max_skipped', 'trunk_memory')
+         'eval_batch_tokens', 'mesh', 'max_skipped', 'max_still',
+         'trunk_memory')
 
 
 def objective(config: Train) -> str | Callable:

@@ -34,10 +34,12 @@ def load_rows(
     if not path.is_file():
       raise MissingError(f'no data file {path}.')
     kind = _FORMATS[path.suffix]
-    options = {'delimiter': '\t'} if path.suffix == '.tsv' else {}
+    # What pandas would take for no value is a text like any other.
+    options = dict(keep_default_na=False) if kind == 'csv' else {}
+    options |= {'delimiter': '\t'} if path.suffix == '.tsv' else {}
     try:
-      data = datasets.load_dataset(
-          kind, data_files=str(path), split='train', **options)
+      data = [*datasets.load_dataset(
+          kind, data_files=str(path), split='train', **options)]
     except Exception as e:
       cause = e.__cause__ or e
       raise InputError(

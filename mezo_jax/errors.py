@@ -15,6 +15,9 @@ _OF_THE_DISK = frozenset(
      errno.ENAMETOOLONG})
 
 
+AGAIN = 75  # the exit status: EX_TEMPFAIL of sysexits.h, "try again"
+
+
 class InputError(ValueError):
   """A config, a file or an argument that cannot work; it says how to mend it.
   """
@@ -28,6 +31,10 @@ class Stopped(InputError):
   """A run that cannot go on; nothing that was saved is lost."""
 
 
+class Again(Stopped):
+  """A run that was told to stop: the same command goes on with it."""
+
+
 class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 
@@ -35,9 +42,13 @@ class ExistsError(InputError, FileExistsError):
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
   """Ends the program with a sentence and no traceback for what the user can
-  mend: `InputError`, and a disk that is full or may not be written."""
+  mend: `InputError`, and a disk that is full or may not be written. The status
+  is 1, and `AGAIN` where nothing has to be mended."""
   try:
     yield
+  except Again as e:
+    print(f'{program}: {e}', file=sys.stderr)
+    sys.exit(AGAIN)
   except InputError as e:
     sys.exit(f'{program}: {e}')
   except OSError as e:

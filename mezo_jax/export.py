@@ -1,8 +1,10 @@
 """A run's working directory to what transformers and PEFT load."""
 
+from collections.abc import Callable
 import os
 from pathlib import Path
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,13 @@ from mezo_jax import (
   _paths,
   build,
   checkpoint,
+  fingerprint,
   loggers,
   methods,
   models,
   optimizer,
   peft,
+  replay,
   sharding,
   trainable,
 )
@@ -26,7 +30,8 @@ from mezo_jax.step import make_step
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike,
-           step: int | None = None, merged: bool = False) -> Path:
+           step: int | None = None, merged: bool = False,
+           log: bool = False) -> Path:
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
   Args:
@@ -35,6 +40,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     step: of the checkpoint; None for the one that is best on dev rows, of a
       private run the last.
     merged: add LoRA to the weights and write a whole model.
+    log: write the steps and the card alone, 4 bytes a step and direction, from
+      which `rebuild` makes the weights.
 
   Returns:
     The directory: ``transformers`` loads it, and `mezo_jax.models.load`. Of
@@ -49,44 +56,166 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   """
   workdir, directory = Path(workdir), Path(directory)
   run = workdir_lib.read_config(workdir)
-  if directory.exists() and any(directory.iterdir()):
-    raise ExistsError(
-        f'{directory} is there already and not empty; give another directory.')
-  if run.task.traits.new_head:
-    raise InputError(
-        f'{workdir} trained a classification head, which a language model has '
-        'no place for; its checkpoints hold it, under `classifier`.')
-  part, adapts = methods.part_of(run), methods.adapts(run)
-  if merged and not part.added:
-    raise InputError('only LoRA can be merged into the weights; leave --merged '
-                     'out.')
-  tokenizer = build.read_tokenizer(run)
-
-  # What the checkpoint holds; what it does not is the base model's.
-  mesh, whole = sharding.make_mesh(), not (part.pattern or run.peft.mask)
-  model, params = build.load(
-      run, build.read_config(run), mesh, abstract=whole)
-  model, params = build.add(run, model, params, tokenizer, mesh)
-  shapes, frozen = trainable.split(run, params)
-  tx = optimizer.make_optimizer(run, jax.eval_shape(lambda x: x, shapes))
-  opt_state = build.init_state(tx, shapes, mesh, abstract=True)
+  _check_new(directory)
   # The run may still be at it: nothing of its directory is touched.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
+  if log:
+    step = _chosen(run, checkpoints) if step is None else step
+    checkpoints.close()
+    return share(workdir, directory, run, step)
+  _check_exportable(run, workdir, merged)
+  whole = not (methods.part_of(run).pattern or run.peft.mask)
+  model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
+  opt_state = build.init_state(tx, shapes, mesh, abstract=True)
   if step is None:
-    step = (checkpoints.best_step if methods.selects(run)
-            else checkpoints.latest_step)()
+    step = _chosen(run, checkpoints)
   if step not in checkpoints.steps():
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, opt_state = build.restore(checkpoints, step, shapes, opt_state)
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
-  params = peft.join(params, frozen)
   checkpoints.close()
+  return _write(directory, run, model, peft.join(params, frozen), tokenizer,
+                step, workdir_lib.read_result(workdir), merged)
 
-  about = dict(tokenizer=tokenizer, card=card(
-      run, step, workdir_lib.read_result(workdir)))
-  if adapts and not merged:
+
+def rebuild(base: str | os.PathLike, log: str | os.PathLike,
+            directory: str | os.PathLike, until: int | None = None,
+            merged: bool = False,
+            say: Callable[[str], None] = print) -> Path:
+  """Makes the steps of a log again, and writes the model that they give.
+
+  Neither data nor forward passes are needed, but the weights that the run began
+  with.
+
+  Args:
+    base: the model, a directory or a hub id.
+    log: of a run, or as `share` wrote it.
+    directory: to make; it must not hold anything yet.
+    until: the last step to make; None for all.
+    merged: add LoRA to the weights and write a whole model.
+    say: reports what is found.
+
+  Raises:
+    InputError: if the log is not a whole one, if ``base`` is not what the run
+      began with, or if more than the log is needed.
+  """
+  log, directory = Path(log), Path(directory)
+  _check_new(directory)
+  recorded = replay.read(log)
+  run = _config_of(log, recorded.header)
+  run.model.name, run.model.revision = str(base), ''
+  _check_exportable(run, log, merged)
+  steps = recorded.steps
+  if steps.first != 1:
+    raise InputError(
+        f'{log} begins with step {steps.first}: what was before it, a '
+        'checkpoint alone has. Export that, with python -m mezo_jax export.')
+  if methods.looks_first(run):
+    raise InputError(
+        f'--config.method={run.method} looked at its rows and weights before '
+        'the first step, and the log has not what it found; export a '
+        'checkpoint of the run.')
+  if until is not None and not 1 <= until <= steps.last:
+    raise InputError(f'{log} has the steps 1 to {steps.last}, and --until is '
+                     f'{until}.')
+  if recorded.damaged and until is None:
+    say(f'warning: the last {recorded.damaged} bytes of {log} are damaged: it '
+        f'is whole up to step {steps.last}.')
+  model, tokenizer, params, frozen, tx, mesh = _parts(run)
+  found = fingerprint.of_weights(
+      peft.join(params, frozen), methods.made(run))
+  if found != recorded.header['weights']:
+    raise InputError(
+        f'{base} in {run.model.dtype} is not what the run of {log} began with '
+        f'({found}, not {recorded.header["weights"]}): give the model that its '
+        'model card names.')
+  steps, began = steps.until(until or steps.last), time.time()
+  step = make_step(tx, None, mesh=mesh)
+  params, state = step.flush(*replay.rebuild(
+      step, params, build.init_state(tx, params, mesh), steps))
+  jax.block_until_ready(params)
+  say(f'made {steps.last} steps again in {time.time() - began:.1f} s')
+  return _write(directory, run, model, peft.join(params, frozen), tokenizer,
+                steps.last, {}, merged)
+
+
+def _config_of(log: Path, header: dict) -> config_lib.Train:
+  try:
+    run = config_lib.from_json(header['config'])
+    methods.part_of(run), run.task.traits  # they are known
+    return run
+  except (AttributeError, KeyError, TypeError) as e:
+    raise InputError(f'the header of {log} has no config of a run of this '
+                     f'version ({e}): it is not a log of train.py.') from e
+
+
+def share(workdir: Path, directory: Path, run: config_lib.Train,
+          step: int) -> Path:
+  """Writes the log of a run up to ``step`` and a model card: all that there is
+  to share of a fine-tuned model with who has the base model.
+
+  Raises:
+    InputError: if the log does not tell all.
+  """
+  recorded = replay.read(workdir / workdir_lib.LOG)
+  steps = recorded.steps.until(step)
+  if steps.first != 1 or steps.last != step or methods.looks_first(run):
+    raise InputError(
+        f'the log of {workdir} alone does not give step {step}; export the '
+        'weights, without --log.')
+  header = dict(recorded.header)
+  config = header['config']
+  for data in (config['data'], *(a['data'] for a in config.get('also', ()))):
+    data.update(train='', test='')  # nobody else's business
+  directory.mkdir(parents=True, exist_ok=True)
+  replay.write_shared(directory / workdir_lib.LOG, header, steps)
+  (directory / 'README.md').write_text('\n'.join([
+      card(run, step, workdir_lib.read_result(workdir)),
+      'This is no weights, but the steps that made them. With the base model:',
+      '', '```', f'python -m mezo_jax replay --base {run.model.name} --log '
+      f'{workdir_lib.LOG} --out DIR', '```', '']))
+  return directory
+
+
+def _check_new(directory: Path) -> None:
+  if directory.exists() and any(directory.iterdir()):
+    raise ExistsError(
+        f'{directory} is there already and not empty; give another directory.')
+
+
+def _check_exportable(run: config_lib.Train, source: Path,
+                      merged: bool) -> None:
+  if run.task.traits.new_head:
+    raise InputError(
+        f'{source} trained a classification head, which a language model has '
+        'no place for; its checkpoints hold it, under `classifier`.')
+  if merged and not methods.part_of(run).added:
+    raise InputError('only LoRA can be merged into the weights; leave --merged '
+                     'out.')
+
+
+def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints) -> int:
+  return (checkpoints.best_step if methods.selects(run)
+          else checkpoints.latest_step)()
+
+
+def _parts(run: config_lib.Train, abstract: bool = False):
+  """``model, tokenizer, trained params, frozen, tx, mesh`` before training."""
+  tokenizer, mesh = build.read_tokenizer(run), sharding.make_mesh()
+  model, params = build.load(run, build.read_config(run), mesh, abstract)
+  model, params = build.add(run, model, params, tokenizer, mesh)
+  params, frozen = trainable.split(run, params)
+  tx = optimizer.make_optimizer(run, jax.eval_shape(lambda x: x, params))
+  return model, tokenizer, params, frozen, tx, mesh
+
+
+def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
+           step: int, result: dict, merged: bool) -> Path:
+  """The files of a model, or of its adapters."""
+  about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  if methods.adapts(run) and not merged:
     _check_finite(params, step)
     return peft.save(directory, model, params, base=_base(run)[0], **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import json
 import math
 from pathlib import Path
+import sys
 import time
 
 import jax
@@ -25,6 +26,7 @@ class Metrics:
   def __init__(self, workdir: Path, step: int = 0):
     path = workdir / 'metrics.jsonl'
     self.records = [_plain(r) for r in read(path) if r['step'] <= step]
+    self._at = {(r['kind'], r['step']): r for r in self.records}
     self._file = self._board = None
     if jax.process_index() > 0:
       return
@@ -41,6 +43,7 @@ class Metrics:
   def write(self, kind: str, step: int, **values) -> None:
     record = _plain({'kind': kind, 'step': step, **values})
     self.records.append(record)
+    self._at[kind, step] = record
     if self._file:
       self._file.write(json.dumps(record, allow_nan=False) + '\n')
     if self._board:
@@ -51,39 +54,55 @@ class Metrics:
   def of(self, kind: str) -> list[dict]:
     return [r for r in self.records if r['kind'] == kind]
 
+  def at(self, kind: str, step: int) -> dict | None:
+    """The values of a record, NaN where a number was not finite."""
+    record = self._at.get((kind, step))
+    return record and {k: np.nan if v is None else v for k, v in record.items()
+                       if k not in ('kind', 'step')}
+
   def close(self) -> None:
     for sink in (self._file, self._board):
       if sink:
         sink.close()
 
 
+_LINES = 40  # of a run whose output is no terminal
+
+
 class Progress:
-  """A bar of the steps, and a record of each; without ``loss`` where that of
-  training rows is not to be told."""
+  """A bar of the steps, without a terminal a line now and then, and a record of
+  each; without ``loss`` where that of training rows is not to be told."""
 
   def __init__(self, metrics: Metrics, total: int, start: int,
                loss: bool = True):
     self._metrics, self._clock, self._loss = metrics, time.time(), loss
+    self._total, first = total, jax.process_index() == 0
+    self._lines = first and not sys.stderr.isatty()
     self._bar = tqdm(
         total=total, initial=start, unit='step', dynamic_ncols=True,
-        disable=jax.process_index() > 0)
+        disable=not first or self._lines)
 
-  def read(self, step: int, tokens: int, values: dict) -> int:
-    """Waits for the metrics of a step (`mezo_jax.make_step`) of so many tokens,
-    and returns how many were skipped in a row."""
-    values = jax.device_get(values)
+  def read(self, step: int, tokens: int | None, values: dict) -> int:
+    """Takes the metrics of a step (`mezo_jax.make_step`) of so many tokens, or
+    None of one made again; returns how many were skipped in a row."""
     seconds = time.time() - self._clock
     self.restart()
     told = {k: v for k, v in values.items() if not k.startswith('skipped')
             and (k != 'loss' or self._loss)}
-    self._metrics.write('train', step, **told, tokens=tokens, seconds=seconds,
-                        skipped=int(values['skipped']))
+    cost = {} if tokens is None else dict(tokens=tokens, seconds=seconds)
+    if not self._metrics.at('train', step):
+      self._metrics.write('train', step, **told, **cost,
+                          skipped=int(values['skipped']))
     loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
     size = values.get('projected_grad', values.get('grad_norm'))
-    self._bar.set_postfix_str(
-        f'{loss}|g| {np.abs(size).mean():.1f}, '
-        f'{tokens / max(seconds, 1e-9):.0f} tokens/s', refresh=False)
+    speed = (f'{tokens / max(seconds, 1e-9):.0f} tokens/s' if cost else
+             'from the log')
+    text = f'{loss}|g| {np.abs(size).mean():.1f}, {speed}'
+    self._bar.set_postfix_str(text, refresh=False)
     self._bar.update()
+    every = max(self._total // _LINES, 1)
+    if self._lines and (step % every == 0 or step == self._total):
+      print(f'step {step} of {self._total}: {text}', flush=True)
     return int(values['skipped_in_a_row'])
 
   def restart(self) -> None:
@@ -109,16 +128,20 @@ def read(path: Path) -> list[dict]:
   """The records of a log; a last line cut short by a crash is left out."""
   if not path.is_file():
     return []
-  lines = path.read_text().splitlines()
+  lines = path.read_bytes().splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError as e:
+      record = json.loads(line)
+      if not (isinstance(record, dict) and isinstance(record.get('kind'), str)
+              and type(record.get('step')) is int):
+        raise ValueError('it has no kind and step')
+      records.append(record)
+    except ValueError as e:
       if number == len(lines):
         break
-      raise InputError(
-          f'{path}, line {number} is not JSON ({e}); delete the line.') from e
+      raise InputError(f'{path}, line {number} is no record of a run ({e}); '
+                       'delete the line.') from e
   return records
 
 

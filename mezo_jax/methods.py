@@ -227,6 +227,17 @@ def layers_apart(config) -> bool:
       part.last_layers or any('last_layers' in name for name in names))
 
 
+def made(config) -> str:
+  """Names of parameters that are not of the model's files, as an expression:
+  processors of other kinds make them with other last bits."""
+  return '|'.join(filter(None, (part_of(config).adapter, r'^classifier/')))
+
+
+def looks_first(config) -> bool:
+  """Whether steps hang on what was found before the first one."""
+  return method_of(config).probe or method_of(config).scores
+
+
 def warnings(config) -> list[str]:
   """What is legal, and most probably a mistake."""
   method, part, o = method_of(config), part_of(config), config.optimizer

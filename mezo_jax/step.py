@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mezo_jax import _pending, sharding
@@ -54,7 +55,7 @@ class Step:
 
     def losses(params, state, frozen, batch, more):
       _, state = run(params, state, frozen, batch, more)
-      return _get(state, 'projected_grad'), _get(state, 'value')
+      return field(state, 'projected_grad'), field(state, 'value')
 
     def update(params, state, projected_grad, value):
       def moved(params, state, **how):
@@ -66,7 +67,7 @@ class Step:
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
             fold=False)[1]
-      if _pends(state):
+      if pends(state):
         params, state = jax.lax.cond(
             _pending.is_due(state), functools.partial(moved, fold=True),
             noted, params, state)
@@ -96,16 +97,17 @@ class Step:
     """The step that these projected gradients [n] make, without losses."""
     program = self._program(
         None, None, lambda: self._lower_update(params, state))
-    everywhere = self._mesh and sharding.replicated(self._mesh)
-    told = [x if isinstance(x, jax.Array) else sharding.place(
-        jnp.asarray(x, jnp.float32), everywhere)
-            for x in (projected_grad, value)]
+    # Numbers of the host are the program's to place: that costs no program.
+    told = [x if isinstance(x, jax.Array) else np.reshape(
+        np.asarray(x, np.float32), field(state, name).shape)
+            for name, x in (('projected_grad', projected_grad),
+                            ('value', value))]
     return program(params, state, *told)
 
   def flush(self, params, state):
     """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
     as they are where nothing ever is. Both are donated."""
-    if not _pends(state):
+    if not pends(state):
       return params, state
     return self._program('flush', None, lambda: self._lower_flush(
         params, state))(params, state)[:2]
@@ -119,7 +121,7 @@ class Step:
     out = [self._lower_losses(params, state, batch, frozen, more)]
     if _has_door(state):
       out.append(self._lower_update(params, state))
-    if _pends(state):
+    if pends(state):
       out.append(self._lower_flush(params, state))
     return out
 
@@ -138,7 +140,7 @@ class Step:
 
   def _lower_update(self, params, state):
     told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
-            for x in (_get(state, 'projected_grad'), _get(state, 'value'))]
+            for x in (field(state, 'projected_grad'), field(state, 'value'))]
     return self._lower(self._update, (params, state, *told), (params, state))
 
   def _lower_flush(self, params, state):
@@ -183,23 +185,24 @@ def _join(params, frozen):
   return peft.join(params, frozen)
 
 
-def _get(state, name: str):
+def field(state, name: str):
   """A field of the estimator's state; a parameter may have its name too."""
   return optax.tree.get(state, name, filtering=lambda path, _: isinstance(
       path[-1], optax.tree_utils.NamedTupleKey))
 
 
 def _has_door(state) -> bool:
-  return _get(state, 'projected_grad') is not None
+  return field(state, 'projected_grad') is not None
 
 
-def _pends(state) -> bool:
-  return _get(state, 'pending') is not None
+def pends(state) -> bool:
+  """Whether updates wait to be added to the weights."""
+  return field(state, 'pending') is not None
 
 
 def _metrics(state) -> dict[str, Any]:
   name = 'projected_grad' if _has_door(state) else 'grad_norm'
   return {
-      'loss': _get(state, 'value'), name: _get(state, name),
-      'skipped': _get(state, 'total_notfinite'),
-      'skipped_in_a_row': _get(state, 'notfinite_count')}
+      'loss': field(state, 'value'), name: field(state, name),
+      'skipped': field(state, 'total_notfinite'),
+      'skipped_in_a_row': field(state, 'notfinite_count')}

@@ -15,13 +15,13 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _paths, evaluate, models, peft
+from mezo_jax import _paths, evaluate, fingerprint, models, peft
 from mezo_jax import build as build_lib
 from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import Encoded, Kept
 
 _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
-_FORMAT = 1  # of the files; another one is made anew
+_FORMAT = 2  # of the files; another one is made anew
 
 
 def is_frozen(trained) -> bool:
@@ -155,24 +155,8 @@ def _everywhere(here: bool) -> bool:
 
 def _mark(config, model, below: dict) -> str:
   """Of the weights: equal for equal ones, on any mesh."""
-  sums = jax.device_get(jax.jit(lambda tree: [
-      _checksum(x) for x in jax.tree.leaves(tree)])(below))
-  names = [path for path, _ in _paths.named_leaves(below)]
-  return repr((_FORMAT, model.config, config.model.dtype, [
-      (name, int(x)) for name, x in zip(names, sums)]))
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  """uint32; differs, but for one in 2**32, where an element does, or two are
-  exchanged."""
-  words = jax.lax.bitcast_convert_type(
-      x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  ).astype(jnp.uint32)
-  for axis, n in enumerate(x.shape):
-    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)
-    words ^= words >> 15
-  return jnp.sum(words, dtype=jnp.uint32)
+  return repr((_FORMAT, model.config, config.model.dtype,
+               fingerprint.of_weights(below)))
 
 
 def _name(mark: str, data: Encoded) -> str:

@@ -1,17 +1,62 @@
 """The records of a run in its working directory."""
 
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import fcntl
 import os
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
-from mezo_jax import build, checkpoint, evaluate, loggers, methods
+import mezo_jax
+from mezo_jax import (
+  build,
+  checkpoint,
+  data,
+  evaluate,
+  fingerprint,
+  loggers,
+  methods,
+  replay,
+)
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError, MissingError, Stopped
+from mezo_jax.step import field
 
 # Advice where numbers are not finite.
+LOG = 'steps.log'
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+  """Holds a directory, which is made, for one run; the system lets go of it
+  however the run ends. One that stays empty is removed.
+
+  Raises:
+    InputError: if another run is at work there, or if it cannot be written to.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not os.access(workdir, os.W_OK | os.X_OK):
+    raise InputError(f'{workdir} cannot be written to; give another --workdir.')
+  held = os.open(workdir, os.O_RDONLY)
+  try:
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        raise InputError(f'another run is at work in {workdir}: wait for its '
+                         'end, or give another --workdir.') from e
+      except OSError:  # a file system that knows no locks
+        pass
+    yield
+  finally:
+    os.close(held)
+    with contextlib.suppress(OSError):
+      workdir.rmdir()
 
 
 def check(config: config_lib.Train, workdir: Path) -> None:
@@ -24,8 +69,11 @@ def check(config: config_lib.Train, workdir: Path) -> None:
   config_file = workdir / 'config.json'
   if config_file.exists():
     config_lib.check_same_run(config, loggers.read_json(config_file))
-  held = checkpoint.latest_step(workdir / 'checkpoints')
-  evaluated = not held or any(
+  held = saved = checkpoint.latest_step(workdir / 'checkpoints')
+  if (workdir / LOG).is_file():
+    with contextlib.suppress(replay.Damaged):  # said when it is opened
+      held = max(held, replay.read(workdir / LOG).steps.last)
+  evaluated = not held or held > saved or any(
       r['kind'] == 'dev' and r['step'] == held
       for r in loggers.read(workdir / 'metrics.jsonl'))
   least = held if evaluated else held + 1
@@ -34,6 +82,94 @@ def check(config: config_lib.Train, workdir: Path) -> None:
         f'{workdir} holds step {held}{"" if evaluated else ", not evaluated,"} '
         f'and --config.steps is {config.steps}; give {least} or more, or '
         'another --workdir.')
+
+
+def check_inputs(workdir: Path, config: config_lib.Train, weights: str,
+                 splits: Sequence[data.Splits], secret: bytes | None) -> None:
+  """Notes what a run begins with; refuses to go on with something else.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    weights: `fingerprint.of_weights` before training.
+    splits: its rows, of each task.
+    secret: of a private run, whose rows must not be told.
+
+  Raises:
+    InputError: if the weights or the rows have changed since.
+  """
+  file = workdir / 'inputs.json'
+  now = dict(weights=weights, rows=fingerprint.of_rows(
+      *(rows for s in splits for rows in (s.train, s.dev, s.test)),
+      key=secret or b''))
+  then = loggers.read_json(file) if file.is_file() else {}
+  for name, what in (('weights', f'the weights of {config.model.name}'),
+                     ('rows', 'the rows, or their labels,')):
+    if then.get(name, now[name]) != now[name]:
+      raise InputError(
+          f'{what} are not those that the run in {workdir} began with: bring '
+          'those back, or choose another --workdir.')
+  if not then:
+    loggers.write_json(file, now)
+
+
+def lost_best(workdir: Path, config: config_lib.Train, metric: str,
+              kept: Sequence[int]) -> int | None:
+  """The best step on dev rows, if no checkpoint is of one as good (it may have
+  been on its way to the disk, or be damaged) and the log has it."""
+  if not (methods.selects(config) and (workdir / LOG).is_file()):
+    return None
+  try:
+    steps = replay.read(workdir / LOG).steps
+  except replay.Damaged:
+    return None
+  ranks = {r['step']: checkpoint.order(evaluate.rank(
+      {k: np.nan if v is None else v for k, v in r.items()
+       if k not in ('kind', 'step')}, metric, config.select))
+           for r in loggers.read(workdir / 'metrics.jsonl')
+           if r['kind'] == 'dev' and 0 < r['step'] <= steps.last}
+  best = max(ranks.values(), default=None)
+  found = [step for step, rank in ranks.items() if rank == best]
+  if (not found or best == checkpoint.order(None) or {*found} & {*kept}
+      or max((s for s in kept if s < found[0]), default=0) < steps.first - 1):
+    return None
+  return found[0]
+
+
+def open_log(workdir: Path, config: config_lib.Train, weights: str, opt_state,
+             start: int, say: Callable[[str], None]) -> replay.Log:
+  """The log of a run's steps; of backpropagation one that stays empty.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    weights: `fingerprint.of_weights` before training.
+    opt_state: of the optimizer.
+    start: the step of the checkpoint that the run goes on from.
+    say: reports what was wrong.
+  """
+  numbers, log = field(opt_state, 'projected_grad'), None
+  if numbers is not None and jax.process_index() == 0:
+    log, said = replay.open_log(workdir / LOG, {
+        'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__,
+        'device': jax.devices()[0].device_kind, 'weights': weights,
+        'config': config_lib.to_json(config)}, numbers.size, start)
+    if said:
+      say(f'warning: {said}.')
+  n = 0 if numbers is None else numbers.size
+  steps = log.steps if log else replay.no_steps(n, start)
+  if n and jax.process_count() > 1:  # process 0 has the file
+    first, t = multihost_utils.broadcast_one_to_all(
+        np.array([steps.first, len(steps.values)])).tolist()
+    blank = (np.zeros(t, np.float32), np.zeros((t, n), np.float32),
+             np.zeros(t, bool))
+    added = [step in steps.added for step in range(first, first + t)]
+    values, grads, added = multihost_utils.broadcast_one_to_all(
+        (steps.values, steps.projected_grads, np.array(added, bool))
+        if log else blank)
+    steps = replay.Steps(first, np.asarray(values), np.asarray(grads),
+                         frozenset((first + np.flatnonzero(added)).tolist()))
+  return log or replay.Log(None, {}, steps)
 
 
 def read_config(workdir: Path) -> config_lib.Train:

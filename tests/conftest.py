@@ -47,7 +47,8 @@ _SMALL = tuple(f'test_{name}' for name in (
     'estimate', 'evaluate', 'export', 'families', 'generate', 'hub', 'lowrank',
     'mazo', 'methods', 'mixture', 'models', 'modified', 'not_finite',
     'objective', 'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb',
-    'private', 'quantised', 'quzo', 'qzo', 'scores', 'sharding', 'spsa',
+    'private', 'quantised', 'quzo', 'qzo', 'replay', 'scores', 'sharding',
+    'spsa',
     'subspaces', 'suite', 'train', 'trainable', 'trunk', 'variants',
     'wrappers'))
 _AS_SHIPPED = (

@@ -29,14 +29,17 @@ def command(model, data, workdir, *more):
           *(x for x in more if not x.startswith('--config='))]
 
 
+def environment(devices=1):
+  return os.environ | {'JAX_PLATFORMS': 'cpu',
+                       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+                       'XLA_FLAGS': conftest.QUICK_FLAGS,
+                       'JAX_NUM_CPU_DEVICES': str(devices)}
+
+
 def start(*args, devices=1):
-  env = os.environ | {'JAX_PLATFORMS': 'cpu',
-                      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                      'XLA_FLAGS': conftest.QUICK_FLAGS,
-                      'JAX_NUM_CPU_DEVICES': str(devices)}
   return subprocess.Popen(
-      command(*args), env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT)
+      command(*args), env=environment(devices), text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(*args, **kwargs):
@@ -62,11 +65,13 @@ def records(workdir):
           for line in lines]
 
 
-def saved(workdir):
-  """The number of the last checkpoint, and its parameters as saved."""
+def saved(workdir, state=False):
+  """The number of the last checkpoint, and its parameters as saved; with
+  ``state`` the optimizer's too."""
   directory = workdir / 'checkpoints'
   step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
-  return step, ocp.load(directory / str(step), checkpointable_name='state')[0]
+  found = ocp.load(directory / str(step), checkpointable_name='state')
+  return step, found if state else found[0]
 
 
 def small_config(model, data, **changes):

@@ -1,10 +1,16 @@
 """Checkpoints: what is kept, and where it lies when it is loaded."""
 
+import shutil
+
 import helpers
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+import pytest
 
+import mezo_jax
 from mezo_jax import checkpoint, sharding
+from mezo_jax.errors import InputError
 
 
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
@@ -42,3 +48,57 @@ def test_loaded_arrays_lie_where_they_were_asked_for(tmp_path):
     assert {x.sharding for x in found.values()} == {place}
   for each in checkpoints.values():
     each.close()
+
+
+def test_what_is_damaged_is_never_loaded(tmp_path):
+  """A flipped bit, or a cut, in each file of a checkpoint."""
+  rng = np.random.default_rng(0)
+  params = {'w': jax.numpy.asarray(rng.normal(size=(30, 20)), 'float32'),
+            'codes': jax.numpy.arange(8, dtype='int4')}
+  tx = mezo_jax.mezo(1e-3, key=0, directions=mezo_jax.Normal(mask='w'))
+  state = params, tx.init(params)
+  metrics = {'score': 0.5, 'loss': 1.25}
+  whole = checkpoint.Checkpoints(tmp_path / 'whole')
+  whole.save(3, state, metrics)
+  whole.wait()
+  whole.close()
+  files = [p.relative_to(tmp_path / 'whole')
+           for p in sorted((tmp_path / 'whole').rglob('*')) if p.is_file()]
+  seen = set()
+  for i, file in enumerate(files * 3):
+    where = tmp_path / f'{i}'
+    shutil.copytree(tmp_path / 'whole', where / 'checkpoints')
+    data = bytearray((where / 'checkpoints' / file).read_bytes())
+    if data and i % 2:
+      data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    (where / 'checkpoints' / file).write_bytes(
+        data if i % 2 else data[:len(data) // 2])
+    kept = checkpoint.Checkpoints(where / 'checkpoints')
+    if kept.steps() == [3]:
+      try:
+        found = kept.load(3, state)
+      except checkpoint.Damaged:
+        seen.add('refused')
+        kept.set_aside(3)
+      else:
+        seen.add('whole')
+        for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(state)):
+          assert (got == want).all(), file
+        assert kept.best_step() == 3
+    else:
+      seen.add('put aside')
+      assert kept.put_aside == [where / 'damaged' / '3']
+    assert kept.steps() == [3] or (where / 'damaged' / '3').is_dir()
+    kept.save(4, state)  # it goes on
+    kept.close()
+  assert seen == {'refused', 'whole', 'put aside'}
+
+
+def test_of_another_model_is_not_damaged(tmp_path):
+  kept = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+  kept.save(1, {'w': jax.numpy.ones(3)})
+  kept.wait()
+  with pytest.raises(InputError, match='of another model') as e:
+    kept.load(1, {'w': jax.numpy.ones(4)})
+  assert not isinstance(e.value, checkpoint.Damaged)
+  kept.close()

@@ -180,7 +180,7 @@ def test_metrics_survive_a_crash_and_forget_what_was_not_saved(tmp_path):
   steps = [json.loads(x) for x in path.read_text().splitlines()]
   assert [(r['step'], r['loss']) for r in steps] == [(1, 1.0), (2, .5), (3, .5)]
   path.write_text('nonsense\n' + path.read_text())
-  with pytest.raises(ValueError, match='line 1 is not JSON'):
+  with pytest.raises(ValueError, match='line 1 is no record of a run'):
     loggers.Metrics(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 
@@ -61,6 +62,7 @@ def workdirs(reviews_file, tmp_path_factory):
   cache, one, two = (where / name for name in ('cache', 'one', 'two'))
   run(1, cache, model, reviews_file, one, *SETTINGS)
   run(2, cache, model, reviews_file, two, *SETTINGS, '--config.steps=3')
+  shutil.rmtree(two / 'checkpoints')  # the log is enough
   outputs = run(2, cache, model, reviews_file, two, *SETTINGS)
   return one, two, outputs
 

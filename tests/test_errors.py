@@ -5,6 +5,8 @@ import errno
 import pytest
 
 from mezo_jax.errors import (
+  AGAIN,
+  Again,
   ExistsError,
   in_one_sentence,
   InputError,
@@ -24,6 +26,13 @@ def test_what_the_user_can_mend(error, said):
   with pytest.raises(SystemExit) as e, in_one_sentence('prog'):
     raise error
   assert e.value.code == said
+
+
+def test_a_run_that_was_told_to_stop_says_how_to_go_on(capsys):
+  with pytest.raises(SystemExit) as e, in_one_sentence('prog'):
+    raise Again('told to stop.')
+  assert e.value.code == AGAIN == 75
+  assert capsys.readouterr().err == 'prog: told to stop.\n'
 
 
 @pytest.mark.parametrize('error', [

@@ -44,9 +44,8 @@ def test_losses_that_are_not_finite_stop_the_run(lost):
 
 def test_a_run_without_a_finite_evaluation_has_no_result(lost):
   workdir, config = lost
-  steps = checkpoint.latest_step(workdir / 'checkpoints')
   with pytest.raises(train.Stopped, match='no checkpoint whose evaluation is'):
-    train.run(dataclasses.replace(config, steps=steps), workdir)
+    train.run(dataclasses.replace(config, steps=5, max_skipped=9), workdir)
   assert not (workdir / 'result.json').exists()
 
 
@@ -56,6 +55,19 @@ def test_a_run_that_skipped_every_step_has_no_result(
   with pytest.raises(train.Stopped, match='each of the 2 steps.*was skipped'):
     train.run(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
+
+
+def test_a_run_that_does_not_move_any_more_stops(
+    tiny_dir, reviews_file, tmp_path):
+  """RMSNorm keeps the loss of lost weights finite, and every difference 0."""
+  config = small_config(
+      tiny_dir, reviews_file, steps=30, optimizer__learning_rate=1e8,
+      max_still=5)
+  with pytest.raises(train.Stopped, match='have been 0 since step [0-9]+: the '
+                     'weights do not move'):
+    train.run(config, tmp_path)
+  config.max_still = 0
+  assert train.run(config, tmp_path)['steps'] == 30
 
 
 @pytest.fixture(scope='module')
@@ -106,6 +118,6 @@ def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
 
 def test_parameters_that_are_not_finite_are_not_exported(lost, tmp_path):
   step = checkpoint.latest_step(lost[0] / 'checkpoints')
-  with pytest.raises(ValueError, match='embed/embedding of step 3 is not fin'):
+  with pytest.raises(ValueError, match='embedding of step [35] is not finite'):
     export(lost[0], tmp_path / 'm', step)
   assert not (tmp_path / 'm').exists()

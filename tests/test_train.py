@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from runs import command, finish, kill_after, records, saved, small_config
 
-from mezo_jax import checkpoint, models
+from mezo_jax import checkpoint, models, replay
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
+from mezo_jax.errors import AGAIN, InputError
 import train
 
 
@@ -51,16 +51,23 @@ def test_a_run_from_the_command_line(whole):
   assert result['final']['step'] == best['step']
 
 
-@pytest.mark.parametrize('number,message', [
-    (signal.SIGKILL, ''), (signal.SIGTERM, 'told to stop; step')])
+@pytest.mark.parametrize('number,status', [
+    (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, AGAIN)])
 def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
-                              message):
-  """Law 12: bitwise the parameters of a run that was never killed."""
-  out, code = kill_after(tmp_path, 13, number, tiny_dir, reviews_file, tmp_path)
-  assert code != 0 and message in out
+                              status):
+  """Law 12: bitwise the parameters of a run that was never killed, though
+  nothing was saved since the evaluation before; and no step is made twice."""
+  rare = ['--config.checkpoint_every=100']
+  out, code = kill_after(
+      tmp_path, 13, number, tiny_dir, reviews_file, tmp_path, *rare)
+  assert code == status and 'step 3 of 30: loss' in out, out
+  if number == signal.SIGTERM:
+    assert '\ntrain.py: told to stop; step' in out
   assert not (tmp_path / 'result.json').exists()
-  out, code = finish(tiny_dir, reviews_file, tmp_path)
-  assert code == 0 and 'resumed from step' in out, out
+  made = replay.read(tmp_path / 'steps.log').steps.last
+  out, code = finish(tiny_dir, reviews_file, tmp_path, *rare)
+  assert code == 0 and f'resumed from step {made} of' in out, out
+  assert number == signal.SIGTERM or 'are made again from the log' in out
   assert records(tmp_path) == records(whole[0])
   one, two = (json.loads((w / 'result.json').read_text())
               for w in (tmp_path, whole[0]))
@@ -154,14 +161,17 @@ def test_other_settings_in_the_same_directory(tiny_dir, reviews_file, tmp_path):
   assert train.run(longer, tmp_path)['steps'] == 8
 
 
-def test_a_corrupted_checkpoint(tiny_dir, reviews_file, tmp_path):
-  config = small_config(tiny_dir, reviews_file)
-  train.run(config, tmp_path)
+def test_a_corrupted_checkpoint(tiny_dir, reviews_file, tmp_path, capsys):
+  """It is put aside, and made again from the log."""
+  config = small_config(tiny_dir, reviews_file, select='loss')
+  result, before = train.run(config, tmp_path), records(tmp_path)
   for file in (tmp_path / 'checkpoints' / '6' / 'state').rglob('*'):
     if file.is_file():
       file.write_bytes(file.read_bytes()[:10])
-  with pytest.raises(ValueError, match='6 cannot be read.*delete that direct'):
-    train.run(config, tmp_path)
+  first = train.run(config, tmp_path)
+  assert 'checkpoints/6 is damaged' in capsys.readouterr().out
+  assert (tmp_path / 'damaged' / '6').is_dir()
+  assert first['final'] == result['final'] and records(tmp_path) == before
 
 
 @pytest.mark.parametrize('changes,message', [

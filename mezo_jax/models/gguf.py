@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 from mezo_jax.errors import InputError
+from mezo_jax.models import gguf_header
 
 _NAMES = {
     'token_embd': 'model.embed_tokens',
@@ -85,6 +86,17 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
     ValueError: for a file that is no GGUF file or of another architecture.
   """
   reader, field = _reader(path)
+  try:
+    return _read(path, reader, field)
+  except InputError:
+    raise
+  except (ArithmeticError, AttributeError, KeyError, TypeError,
+          ValueError) as e:
+    raise InputError(f'{path} lacks what its model needs, or has it in another '
+                     f'form ({type(e).__name__}: {e}); fetch it again.') from e
+
+
+def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
   family = field('general.architecture')
   if family not in _ARCHITECTURES:
     raise InputError(
@@ -142,15 +154,23 @@ def tokenizer(path: Path):
   Raises:
     ValueError: for another kind of tokenizer.
   """
-  from tokenizers import decoders, models, pre_tokenizers, Tokenizer
-  from transformers import PreTrainedTokenizerFast  # slow to import
-
   _, field = _reader(path)
   kind, pre = field('tokenizer.ggml.model'), field('tokenizer.ggml.pre')
   if kind != 'gpt2' or pre not in _PRE_TOKENIZERS:
     raise InputError(
         f'{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not '
         "supported; use the model's Hugging Face directory.")
+  try:
+    return _tokenizer(field)
+  except Exception as e:  # of the tokenizers package too
+    raise InputError(f'the tokenizer of {path} cannot be read '
+                     f'({type(e).__name__}: {e}); fetch it again.') from e
+
+
+def _tokenizer(field):
+  from tokenizers import decoders, models, pre_tokenizers, Tokenizer
+  from transformers import PreTrainedTokenizerFast  # slow to import
+
   tokens = field('tokenizer.ggml.tokens')
   merges = [tuple(m.split(' ')) for m in field('tokenizer.ggml.merges')]
   raw = Tokenizer(models.BPE(
@@ -174,6 +194,7 @@ def tokenizer(path: Path):
 def _reader(path: Path):
   """(reader, function that gives a field's value or a default)."""
   try:
+    gguf_header.check(path)
     reader = gguf.GGUFReader(path)
   except Exception as e:
     raise InputError(

@@ -134,10 +134,12 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
   Raises:
     ValueError: for a family, or a choice within one, that is not supported.
   """
+  if not isinstance(hf, dict):
+    raise InputError(f'{path} is no JSON object; fetch it again.')
   if hf.get('model_type') == 'gemma3' and 'text_config' in hf:
     hf = gemma.text_of_gemma3(hf)
   family = hf.get('model_type')
-  if family not in FAMILIES:
+  if not isinstance(family, str) or family not in FAMILIES:
     raise InputError(
         f'{path}: model_type {family!r} is not supported; supported are '
         f'{", ".join(FAMILIES)}.')
@@ -145,9 +147,36 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
     config = FAMILIES[family].config_from_hf(hf)
   except KeyError as e:
     raise InputError(f'{path}: a {family} needs the field {e}.') from None
+  except InputError:
+    raise
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
+    raise InputError(f'{path}: a field has a value that no {family} has '
+                     f'({e}).') from e
+  _check_sizes(config, path)
   of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
   return dataclasses.replace(config, source=json.dumps(hf),
                              head=not (of_base and head_of(config)))
+
+
+_MOST = {'num_layers': 10_000}  # of all other sizes 2**31
+
+
+def _check_sizes(config: Config, path) -> None:
+  """Raises InputError for sizes that no model has, before they take memory."""
+  for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
+                'num_kv_heads', 'head_width', 'max_length'):
+    value, most = getattr(config, field), _MOST.get(field, 2**31)
+    if type(value) is not int or not 0 < value < most:
+      raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
+                       f'number from 1 to {most}.')
+  ropes = [r for r in (config.rope, config.local_rope) if r]
+  for what, value in (('the epsilon of norms', config.norm_eps), *(
+      (f'{f.name} of rotary positions', getattr(r, f.name))
+      for r in ropes for f in dataclasses.fields(r) if f.name != 'kind')):
+    if value is not None and not (
+        isinstance(value, int | float) and 0 < value < float('inf')):
+      raise InputError(f'{path}: {what} would be {value!r}, which is no '
+                       'positive number.')
 
 
 def table_of(config: Config) -> list[table.Row]:

@@ -89,8 +89,13 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list:
         start = head + 30 + name + extra
         return np.frombuffer(mapped, dtype, size, start)
 
+      if entries['data.pkl'].compress_type != zipfile.ZIP_STORED:
+        raise ValueError('it is compressed')
       with archive.open(entries['data.pkl']) as pickled:
-        tensors = _Unpickler(pickled, storage).load()
+        tensors = dict(_Unpickler(pickled, storage).load())
+      for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+          raise ValueError(f'it holds {name!r}, which is no weight')
   except Exception as e:
     raise InputError(
         f'{file} is not a readable file of PyTorch weights ({e}); fetch it '

@@ -58,7 +58,13 @@ def _find(path: Path) -> tuple:
         raise InputError(
             f'{index} has no weight_map that can be read; fetch it again, or '
             'delete it if the model is one file.') from e
-      return open_, [path / n for n in sorted(set(named.values()))], [*named]
+      files = sorted({*map(str, named.values())})
+      outside = [name for name in files
+                 if Path(name).name != name or name == '..']
+      if outside:
+        raise InputError(f'{index} names {outside[0]!r}, which is no file of '
+                         'its directory; fetch it again.')
+      return open_, [path / name for name in files], [*named]
     files = ([path / whole] if (path / whole).is_file()
              else sorted(path.glob(pattern)))
     if files:

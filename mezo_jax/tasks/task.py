@@ -16,7 +16,9 @@ the label words there. The declarations of the papers' tasks are in `opt`,
 import ast
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import re
+import string
 
 from mezo_jax.errors import InputError
 
@@ -204,16 +206,43 @@ class Task:
     return [str(v) for v in value]
 
   def _fill(self, field: str, template: str, row: dict, **more: str) -> str:
-    texts = {k: str(v).strip() if self.strip else str(v)
-             for k, v in row.items()}
-    try:
-      return template.format(**texts | more)
-    except (AttributeError, IndexError, KeyError, ValueError) as e:
-      what = (f'names column {e}' if isinstance(e, KeyError)
-              else f'is malformed ({e})')
-      raise InputError(
-          f'the {field} {template!r} {what}, the data have {sorted(row)}; set '
-          f'--config.task.{field}.') from None
+    texts = dict(more)
+    for name in columns(field, template):
+      if name in texts:
+        continue
+      if name not in row:
+        raise InputError(
+            f'the {field} {template!r} names column {name!r}, the data have '
+            f'{sorted(row)}; set --config.task.{field}.')
+      value = row[name]
+      if value is None or isinstance(value, (bytes, dict, list, tuple)):
+        kind = 'nothing' if value is None else f'a {type(value).__name__}'
+        raise InputError(
+            f'column {name!r} of the row {_short(row)} has {kind} where the '
+            f'{field} {template!r} needs a text; mend the row or leave it out.')
+      texts[name] = str(value).strip() if self.strip else str(value)
+    return template.format(**texts)
+
+
+@functools.cache
+def columns(field: str, template: str) -> tuple[str, ...]:
+  """The names in braces of a template.
+
+  Raises:
+    InputError: if it has more than names in braces.
+  """
+  try:
+    parts = [*string.Formatter().parse(template)]
+  except ValueError as e:
+    raise InputError(f'the {field} {template!r} is malformed ({e}); set '
+                     f'--config.task.{field}.') from None
+  names = [name for _, name, _, _ in parts if name is not None]
+  if any(spec or conversion for _, _, spec, conversion in parts) or any(
+      re.search(r'[.\[]|^\d*$', name) for name in names):
+    raise InputError(
+        f'the {field} {template!r} is malformed: in braces there may be names '
+        f'of columns alone; set --config.task.{field}.')
+  return tuple(names)
 
 
 def check(task: Task) -> None:
@@ -242,6 +271,10 @@ def check(task: Task) -> None:
   for holds, message in rules:
     if not holds:
       raise InputError(f'config: {message}.')
+  if not {*columns('template', task.template)} - {'mask'}:
+    raise InputError(
+        f'config: task.template {task.template!r} has no column in braces: '
+        'every row would have the same prompt.')
 
 
 def _integer(value) -> int | None:

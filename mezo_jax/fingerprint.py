@@ -1,0 +1,74 @@
+"""What weights and rows are: equal for equal ones, on any mesh."""
+
+from collections.abc import Iterable
+import hashlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+
+from mezo_jax.tasks.encode import Encoded
+
+
+def of_weights(params, but: str | None = None) -> str:
+  """32 hex digits of a tree's paths, shapes, dtypes and elements.
+
+  One pass over the weights, where they are, without a copy. It tells what is
+  another model by accident, not one that somebody made to look like this one.
+
+  Args:
+    params: the tree.
+    but: an expression for paths that do not count.
+  """
+  leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
+            if but is None or not re.search(but, jax.tree_util.keystr(
+                path, simple=True, separator='/'))]
+  sums = jax.device_get(jax.jit(lambda leaves: [*map(_checksum, leaves)])(
+      [x for _, x in leaves]))
+  return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
+                 for (path, x), total in zip(leaves, sums))
+
+
+def of(values: dict) -> str:
+  """32 hex digits of JSON values."""
+  return _digest([json.dumps(values, sort_keys=True)])
+
+
+def of_leaves(tree) -> str:
+  """32 hex digits of a tree's paths, shapes and dtypes."""
+  return _digest((jax.tree_util.keystr(path, simple=True), x.shape,
+                  str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree))
+
+
+def of_rows(*data: Encoded, key: bytes = b'') -> str:
+  """32 hex digits of rows as tokens, with their right answers.
+
+  Args:
+    *data: the rows.
+    key: without which nobody can tell what rows they are of.
+  """
+  return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
+                 key)
+
+
+def _digest(parts: Iterable, key: bytes = b'') -> str:
+  digest = hashlib.blake2b(digest_size=16, key=key)
+  for part in parts:
+    digest.update(repr(part).encode())
+  return digest.hexdigest()
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  """uint32; differs, but for one in 2**32, where an element does, or two are
+  exchanged."""
+  if x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4):
+    x = x.astype(jnp.int8)
+  words = jax.lax.bitcast_convert_type(
+      x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  ).astype(jnp.uint32)
+  for axis, n in enumerate(x.shape):
+    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)
+    words ^= words >> 15
+  return jnp.sum(words, dtype=jnp.uint32)

@@ -1,0 +1,108 @@
+"""What the head of a GGUF file says, checked against the file's size: the
+`gguf` package believes it, and would read for hours or run out of memory."""
+
+import mmap
+from pathlib import Path
+import struct
+
+import gguf
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_ALIGNMENT = 32
+
+
+def check(path: Path) -> None:
+  """Raises ValueError where counts, lengths and places of tensors cannot be."""
+  with path.open('rb') as file:
+    if path.stat().st_size < 24:
+      raise ValueError('it has no header')
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+      _Head(data).check()
+
+
+class _Head:
+
+  def __init__(self, data):
+    self.data, self.at = data, 0
+
+  def take(self, form: str):
+    size = struct.calcsize('<' + form)
+    self.need(size)
+    value, = struct.unpack_from('<' + form, self.data, self.at)
+    self.at += size
+    return value
+
+  def need(self, size: int) -> None:
+    if size > len(self.data) - self.at:
+      raise ValueError(f'it ends before what byte {self.at} announces')
+
+  def string(self) -> bytes:
+    size = self.take('Q')
+    self.need(size)
+    self.at += size
+    return self.data[self.at - size:self.at]
+
+  def value(self, kind: int) -> None:
+    """Steps over a value."""
+    if kind == _STRING:
+      self.string()
+    elif kind == _ARRAY:
+      of, count = self.take('I'), self.take('Q')
+      self.need(count * _SIZES.get(of, 8))  # a string has 8 bytes or more
+      if of == _STRING:
+        for _ in range(count):
+          self.string()
+      elif of in _SIZES:
+        self.at += count * _SIZES[of]
+      else:
+        raise ValueError(f'it has an array of type {of}')
+    elif kind in _SIZES:
+      self.need(_SIZES[kind])
+      self.at += _SIZES[kind]
+    else:
+      raise ValueError(f'it has a value of type {kind}')
+
+  def check(self) -> None:
+    if self.data[:4] != b'GGUF':
+      raise ValueError('it does not begin with GGUF')
+    self.at = 4
+    version, tensors, fields = self.take('I'), self.take('Q'), self.take('Q')
+    if version not in (2, 3):
+      raise ValueError(f'it is of version {version}, not 2 or 3')
+    alignment = _ALIGNMENT
+    for _ in range(fields):
+      name, kind = self.string(), self.take('I')
+      if name == b'general.alignment' and kind == 4:
+        alignment = struct.unpack_from('<I', self.data, self.at)[0]
+      self.value(kind)
+    if not 0 < alignment <= 2**20:
+      raise ValueError(f'its alignment is {alignment}')
+    places = []
+    for _ in range(tensors):
+      name = self.string()
+      dims = self.take('I')
+      if not 0 < dims <= 4:
+        raise ValueError(f'tensor {name!r} has {dims} axes')
+      shape = [self.take('Q') for _ in range(dims)]
+      kind, offset = self.take('I'), self.take('Q')
+      places.append((offset, offset + _bytes_of(name, shape, kind), name))
+    start = -(-self.at // alignment) * alignment
+    end = 0
+    for first, last, name in sorted(places):
+      if first < end or start + last > len(self.data):
+        raise ValueError(f'tensor {name!r} lies on another, or beyond the end')
+      end = last
+
+
+def _bytes_of(name: bytes, shape: list[int], kind: int) -> int:
+  try:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+  except (KeyError, ValueError):
+    raise ValueError(f'tensor {name!r} is of the unknown type {kind}') from None
+  total = 1
+  for n in shape:
+    total *= n
+  if not total or shape[0] % block:
+    raise ValueError(f'tensor {name!r} of type {kind} has the shape {shape}')
+  return total // block * size

@@ -1,0 +1,108 @@
+"""Files and fields from elsewhere: the right answer, or one sentence."""
+
+import json
+import shutil
+
+import conftest
+import pytest
+import runs
+
+from mezo_jax import build, checks, models
+from mezo_jax import data as data_lib
+from mezo_jax.errors import InputError
+from mezo_jax.tasks import Task
+
+TASK = Task(template='{text} It was', label_words=(' terrible', ' great'))
+
+
+@pytest.mark.parametrize('value,kind', [
+    (None, 'nothing'), (['a', 'b'], 'a list'), ({'a': 1}, 'a dict'),
+    (b'a', 'a bytes')])
+def test_what_is_no_text(value, kind):
+  with pytest.raises(InputError, match=f"column 'text' .* has {kind} where"):
+    TASK.prompt({'text': value, 'label': 1})
+  assert TASK.prompt({'text': 5, 'other': None}) == '5 It was'
+  assert TASK.prompt({'text': ''}) == ' It was'
+
+
+@pytest.mark.parametrize('ending,line', [
+    ('csv', '{},1'), ('tsv', '{}\t1')])
+def test_words_that_look_like_no_value(tmp_path, ending, line):
+  words = ['NA', 'null', 'nan', 'None', '', 'n/a']
+  path = tmp_path / f'x.{ending}'
+  header = 'text,label' if ending == 'csv' else 'text\tlabel'
+  path.write_text('\n'.join([header, *map(line.format, words)]) + '\n')
+  rows = data_lib.load_rows(str(path))
+  assert [row['text'] for row in rows] == words
+  assert all(TASK.golds(row) == (1,) for row in rows)
+
+
+@pytest.mark.parametrize('template,message', [
+    ('It was', 'no column in braces'), ('{{text}} was', 'no column in braces'),
+    ('{mask} it was', 'no column in braces'),
+    ('{text:>3000000000}', 'names of columns alone'),
+    ('{text!r}', 'names of columns alone'),
+    ('{text.__class__}', 'names of columns alone'),
+    ('{0}', 'names of columns alone'), ('{text', 'is malformed')])
+def test_templates(tiny_dir, reviews_file, template, message):
+  config = runs.small_config(tiny_dir, reviews_file)
+  config.task = Task(template=template, label_words=(' a', ' b'))
+  with pytest.raises(InputError, match=message):
+    checks.check(config)
+
+
+def test_a_column_may_have_any_name():
+  row = {'a title': 'x', 'no-1': 'y', '2nd': 'z'}
+  assert Task(template='{a title} {no-1} {2nd}').prompt(row) == 'x y z'
+
+
+@pytest.mark.parametrize('changes', [
+    dict(optimizer__warmup_steps=-1), dict(optimizer__weight_decay=-0.1),
+    dict(optimizer__weight_decay=float('nan')), dict(spsa__eps=float('inf')),
+    dict(optimizer__learning_rate=float('inf')),
+    dict(optimizer__groups=(('a', float('inf'), 1e-3),))])
+def test_numbers_of_a_config(tiny_dir, reviews_file, changes):
+  with pytest.raises(InputError, match='^config: '):
+    checks.check(runs.small_config(tiny_dir, reviews_file, **changes))
+
+
+@pytest.mark.parametrize('changes', [
+    dict(num_hidden_layers=10**18), dict(num_hidden_layers='3'),
+    dict(num_hidden_layers=0), dict(vocab_size=-1), dict(hidden_size=2.5),
+    dict(num_attention_heads=0, head_dim=None), dict(hidden_size=[32]),
+    dict(rms_norm_eps=float('nan')), dict(rms_norm_eps='x'),
+    dict(rope_theta=-1.0), dict(rope_scaling=5),
+    dict(rope_scaling={'type': 'linear', 'factor': 0}),
+    dict(rope_scaling={'type': 'linear'}), dict(model_type=['llama'])])
+def test_fields_of_a_model(tmp_path, tiny_dir, changes):
+  path = tmp_path / 'm'
+  shutil.copytree(tiny_dir, path)
+  (path / 'config.json').write_text(json.dumps(conftest.TINY | changes))
+  with pytest.raises(InputError, match='config.json|/m: '):
+    models.load(path, progress=False)
+
+
+def test_a_config_that_is_no_object(tmp_path, tiny_dir):
+  path = tmp_path / 'm'
+  shutil.copytree(tiny_dir, path)
+  for text in ('[]', '5', 'null', '{', ''):
+    (path / 'config.json').write_text(text)
+    with pytest.raises(InputError, match='no JSON object|not JSON'):
+      models.load_config(path)
+
+
+@pytest.mark.parametrize('name', [
+    '../m/model.safetensors', '/etc/passwd', '..'])
+def test_an_index_stays_in_its_directory(tmp_path, tiny_dir, name):
+  path = tmp_path / 'm'
+  shutil.copytree(tiny_dir, path)
+  (path / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': {'a': name}}))
+  with pytest.raises(InputError, match='no file of its directory'):
+    models.load(path, progress=False)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(tmp_path, reviews_file):
+  path = conftest.write_tiny_model(tmp_path / 'm', vocab_size=10)
+  with pytest.raises(InputError, match='gave token 1[0-9] .* the model has 10'):
+    build.build(runs.small_config(path, reviews_file), say=lambda text: None)
