@@ -212,7 +212,7 @@ def _is_key(x) -> bool:
 
 
 def _is_finite(metrics: dict | None) -> bool:
-  return all(isinstance(x, float | int) and np.isfinite(x) for x in (
+  return all(isinstance(x, float | int) and -np.inf < x < np.inf for x in (
       (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 

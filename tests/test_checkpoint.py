@@ -10,7 +10,7 @@ import pytest
 
 import mezo_jax
 from mezo_jax import checkpoint, sharding
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, MissingError
 
 
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
@@ -92,6 +92,20 @@ def test_what_is_damaged_is_never_loaded(tmp_path):
     kept.save(4, state)  # it goes on
     kept.close()
   assert seen == {'refused', 'whole', 'put aside'}
+
+
+@pytest.mark.parametrize('score', ['18446744073709551616', '0.9', '"a"'])
+def test_metrics_that_are_not_those_that_were_saved(tmp_path, score):
+  directory, state = tmp_path / 'checkpoints', {'w': jax.numpy.ones(3)}
+  kept = checkpoint.Checkpoints(directory)
+  kept.save(1, state, {'score': 0.5, 'loss': 1.25})
+  kept.close()
+  file = directory / '1' / 'metrics' / 'metrics'
+  file.write_text(file.read_text().replace('0.5', score))
+  kept = checkpoint.Checkpoints(directory)
+  with pytest.raises((checkpoint.Damaged, MissingError)):
+    kept.load(kept.best_step(), state)
+  kept.close()
 
 
 def test_of_another_model_is_not_damaged(tmp_path):
