@@ -252,7 +252,7 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
          checkpoints, metrics, log, progress, start, plan, stop_wanted):
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses."""
-  waiting, still = None, 0
+  waiting, still, pending = None, 0, pends(state[1])
 
   def read(step, tokens, values):
     nonlocal still
@@ -286,14 +286,14 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       read(*waiting)
     waiting, stopping = (step, tokens, values), stop_wanted(step)
     evaluates = step % config.eval_every == 0 or step == config.steps
-    if pends(state[1]) and (step < log.steps.last or step in log.steps.added):
+    if pending and (step < log.steps.last or step in log.steps.added):
       evaluates = step in log.steps.added  # for updates are rounded there
     if not (evaluates or stopping or step % config.checkpoint_every == 0):
       continue
     read(*waiting)
     waiting, report = None, None
     if evaluates:
-      if pends(state[1]):
+      if pending:
         state = step_fn.flush(*state)
         log.added(step)
       report = metrics.at('dev', step)

@@ -93,3 +93,14 @@ def test_the_tasks_in_the_documentation_fit_their_rows():
   assert found == [
       'a warm film It was great', 'Who wrote it? Joyce',
       '...\nQuestion: ...\nAnswer: Paris\n']
+
+
+def test_promises_name_tests_that_are_there():
+  text = (conftest.ROOT / 'docs' / 'promises.md').read_text()
+  named = re.findall(r'`(test_\w+\.py)(?:::(test_\w+))?`|`(test_\w+)`', text)
+  assert len(named) > 20
+  files = {p.name: p.read_text()
+           for p in (conftest.ROOT / 'tests').glob('test_*.py')}
+  for file, test, alone in named:
+    where = files[file] if file else ''.join(files.values())
+    assert not (test or alone) or f'def {test or alone}(' in where, (file, test)

@@ -130,6 +130,20 @@ def test_what_is_missing_is_said(tmp_path):
     assert replay.read(path).steps.first == 21
 
 
+def test_a_log_that_begins_later_is_not_taken_for_what_is_missing(tmp_path):
+  path = tmp_path / 'steps.log'
+  log, said = replay.open_log(path, {}, 1, 20)
+  log.append(21, 0.5)
+  log.close()
+  assert 'is not there' in said
+  with pytest.raises(IndexError, match='step 3 was before the first, 21'):
+    log.steps.at(3)
+  log, said = replay.open_log(path, {}, 1, 4)
+  log.close()
+  assert 'begins with step 21' in said and log.end == 4
+  assert replay.read(path).steps.first == 5
+
+
 def test_a_log_of_another_kind_is_refused(tmp_path):
   path = tmp_path / 'steps.log'
   written(path)
@@ -163,6 +177,9 @@ def test_a_shared_log_is_small_and_checked(tmp_path):
     shared.write_bytes(flipped)
     with pytest.raises(InputError):
       replay.read(shared)
+  shared.write_bytes(data)
+  with pytest.raises(InputError, match='was shared, which cannot grow'):
+    replay.open_log(shared, {}, 1)
   shared.write_bytes(data[:-1])
   with pytest.raises(InputError, match='damaged'):
     replay.read(shared)
