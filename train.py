@@ -8,8 +8,12 @@ Run the same command again to resume a run that was stopped.
 """
 
 from pathlib import Path
+import signal
 import sys
 import time
+
+if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
+  ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 import jax
@@ -27,10 +31,12 @@ from mezo_jax import (
   evaluate,
   feed,
   fingerprint,
+  guards,
   loggers,
   methods,
   mixture,
   peft,
+  preemption,
   privacy,
   scoring,
   trainable,
@@ -130,7 +136,8 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   before, opt_state = trainable.before_training(
       config, whole(params)), built.opt_state
   built = built._replace(params=None, opt_state=None)  # not to be held twice
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  checkpoints = checkpoint.Checkpoints(
+      workdir / 'checkpoints', config.keep_checkpoints)
   for path in checkpoints.put_aside:
     say(f'warning: a checkpoint was damaged and is now {path}.')
   start, params, opt_state = build.restore_newest(
@@ -173,7 +180,7 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
     batches = feed.batches(config, built.splits, mesh, log.end)
   progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
-    with checkpoint.preemption() as stop_wanted:
+    with preemption.watched(log) as stop_wanted:
       params, opt_state = loop(
           config, (params, opt_state), step_fn, frozen_of, batches,
           lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
@@ -227,11 +234,11 @@ def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
   if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
     raise Stopped(
         f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {workdir_lib.TRY}')
+        f'was skipped: nothing was trained. {guards.TRY}')
   try:
     return checkpoints.best_step()
   except MissingError as e:
-    raise Stopped(f'{e} {workdir_lib.TRY}') from e
+    raise Stopped(f'{e} {guards.TRY}') from e
 
 
 def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
@@ -252,27 +259,17 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
          checkpoints, metrics, log, progress, start, plan, stop_wanted):
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses."""
-  waiting, still, pending = None, 0, pends(state[1])
+  waiting, pending = None, pends(state[1])
+  watch = guards.make(config, log, start, say)
 
   def read(step, tokens, values):
-    nonlocal still
     values = jax.device_get(values)
-    in_a_row = progress.read(step, tokens, values)
+    if plan:  # of private rows the losses are not told
+      values['loss'] = np.nan
+    progress.read(step, tokens, values)
     if step > log.end:
-      log.append(step, values.get('projected_grad', ()),
-                 np.nan if plan else values['loss'])
-    if in_a_row >= config.max_skipped:
-      raise Stopped(
-          f'the last {config.max_skipped} steps, up to {step}, gave a loss '
-          'that is not finite and were skipped; the parameters are as before '
-          f'them. {workdir_lib.TRY}')
-    moved = np.any(values.get('projected_grad', 1.0))  # NaN is skipped
-    still = 0 if moved else still + 1
-    if still and still == config.max_still:
-      raise Stopped(
-          f'the projected gradients have been 0 since step {step - still}: '
-          'the weights do not move any more, and may be lost; the log has '
-          f'those of any step before (replay --until). {workdir_lib.TRY}')
+      log.append(step, values.get('projected_grad', ()), values['loss'])
+    watch(step, values)
 
   for step in range(start + 1, config.steps + 1):
     made = step <= log.steps.last
@@ -292,6 +289,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       continue
     read(*waiting)
     waiting, report = None, None
+    if stopping and evaluates and log.records:  # the evaluation can wait
+      raise preemption.told(log.end)
     if evaluates:
       if pending:
         state = step_fn.flush(*state)
@@ -309,9 +308,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       checkpoints.save(step, tuple(state), evaluate.rank(
           report, metric, config.select) if (
               report and methods.selects(config)) else None)
-    if stopping and step < config.steps:
-      raise Again(f'told to stop; step {max(step, log.end)} is saved. Run the '
-                  'same command again to resume.')
+    if stopping:
+      raise preemption.told(max(step, log.end))
     progress.restart()
   return state
 
@@ -363,4 +361,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGINT, ctrl_c)
   app.run(main, flags_parser=parse)
