@@ -31,7 +31,7 @@ def main():
   conftest._compile_quickly(True)
   logging.disable()  # orbax tells of every damaged file
   began, table = time.time(), []
-  for name, holds in vars(test_properties).items():
+  for name, holds in [*vars(test_properties).items()]:
     if not name.startswith('test_'):
       continue
     before, since = test_properties.SEEN.copy(), time.time()
