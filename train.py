@@ -32,6 +32,7 @@ from mezo_jax import (
   feed,
   fingerprint,
   guards,
+  hosts,
   loggers,
   methods,
   mixture,
@@ -55,6 +56,10 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
 
 
 def say(text: str) -> None:
@@ -68,6 +73,7 @@ def say(text: str) -> None:
 def run(config: config_lib.Train, workdir: Path) -> dict:
   """One run from start, or from where it was stopped, to its result."""
   with workdir_lib.alone(workdir):
+    hosts.share(workdir)
     return run_alone(config, workdir)
 
 
@@ -75,11 +81,17 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   # Config.
   began = time.time()
   checks.check(config)
+  hosts.agree('the version of mezo_jax or jax', fingerprint.of_code(),
+              'install the same on every host')
+  hosts.agree('the config', fingerprint.of(config_lib.to_json(config)),
+              'start the same command on every host')
   workdir_lib.check(config, workdir)
   task, method = config.task, methods.method_of(config)
 
   # Build.
   built = build.build(config, say=say)
+  hosts.agree('the rows', fingerprint.of_rows(*built.splits[:3]),
+              'bring the same data to every host')
   weights = fingerprint.of_weights(
       peft.join(built.params, built.frozen), methods.made(config))
   name, mesh = Path(build.model_name(config)).name, built.mesh
@@ -333,26 +345,19 @@ def parse(argv):
              'mezo_jax/config.py.')
 
 
-def join_processes() -> None:
-  """Joins the other hosts' processes; exits where none are to be found."""
-  try:
-    jax.distributed.initialize()
-  except (RuntimeError, ValueError) as e:
-    sys.exit(f'train.py: --distributed finds no other processes: {e} Start it '
-             'on each host with srun or mpirun, or leave it out on one host.')
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   config = _CONFIG.value
-  if _DISTRIBUTED.value:
-    join_processes()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
-  with in_one_sentence('train.py'):
+  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or told != (None, None, None):
+    with in_one_sentence('train.py'):
+      hosts.join(*told)
+  with hosts.watch('train.py'), in_one_sentence('train.py'):
     try:
       run(config, workdir)
     except KeyboardInterrupt:
