@@ -193,8 +193,11 @@ def _connect(program: str) -> dict[int, socket.socket]:
   """Of process 0 the connections of all others; of them, that to it."""
   # JAX tells it nowhere else, and only this address is sure to be reachable.
   host = distributed.global_state.coordinator_address.rpartition(':')[0]
+  host, both = host.strip('[]'), socket.has_dualstack_ipv6()
   first, peers = jax.process_index() == 0, {}
-  server = socket.create_server(('', 0)) if first else None
+  server = socket.create_server(
+      ('', 0), family=socket.AF_INET6 if both else socket.AF_INET,
+      dualstack_ipv6=both) if first else None
   port = int(multihost_utils.broadcast_one_to_all(
       np.int32(server.getsockname()[1] if first else 0)))
   try:
