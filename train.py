@@ -8,8 +8,12 @@ Run the same command again to resume a run that was stopped.
 """
 
 from pathlib import Path
+import signal
 import sys
 import time
+
+if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
+  ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 import jax
@@ -27,10 +31,13 @@ from mezo_jax import (
   evaluate,
   feed,
   fingerprint,
+  guards,
+  hosts,
   loggers,
   methods,
   mixture,
   peft,
+  preemption,
   privacy,
   scoring,
   trainable,
@@ -49,6 +56,10 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
 
 
 def say(text: str) -> None:
@@ -62,6 +73,7 @@ def say(text: str) -> None:
 def run(config: config_lib.Train, workdir: Path) -> dict:
   """One run from start, or from where it was stopped, to its result."""
   with workdir_lib.alone(workdir):
+    hosts.share(workdir)
     return run_alone(config, workdir)
 
 
@@ -69,11 +81,17 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   # Config.
   began = time.time()
   checks.check(config)
+  hosts.agree('the version of mezo_jax or jax', fingerprint.of_code(),
+              'install the same on every host')
+  hosts.agree('the config', fingerprint.of(config_lib.to_json(config)),
+              'start the same command on every host')
   workdir_lib.check(config, workdir)
   task, method = config.task, methods.method_of(config)
 
   # Build.
   built = build.build(config, say=say)
+  hosts.agree('the rows', fingerprint.of_rows(*built.splits[:3]),
+              'bring the same data to every host')
   weights = fingerprint.of_weights(
       peft.join(built.params, built.frozen), methods.made(config))
   name, mesh = Path(build.model_name(config)).name, built.mesh
@@ -130,7 +148,8 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   before, opt_state = trainable.before_training(
       config, whole(params)), built.opt_state
   built = built._replace(params=None, opt_state=None)  # not to be held twice
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  checkpoints = checkpoint.Checkpoints(
+      workdir / 'checkpoints', config.keep_checkpoints)
   for path in checkpoints.put_aside:
     say(f'warning: a checkpoint was damaged and is now {path}.')
   start, params, opt_state = build.restore_newest(
@@ -173,7 +192,7 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
     batches = feed.batches(config, built.splits, mesh, log.end)
   progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
-    with checkpoint.preemption() as stop_wanted:
+    with preemption.watched(log) as stop_wanted:
       params, opt_state = loop(
           config, (params, opt_state), step_fn, frozen_of, batches,
           lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
@@ -227,11 +246,11 @@ def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
   if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
     raise Stopped(
         f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {workdir_lib.TRY}')
+        f'was skipped: nothing was trained. {guards.TRY}')
   try:
     return checkpoints.best_step()
   except MissingError as e:
-    raise Stopped(f'{e} {workdir_lib.TRY}') from e
+    raise Stopped(f'{e} {guards.TRY}') from e
 
 
 def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
@@ -252,27 +271,17 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
          checkpoints, metrics, log, progress, start, plan, stop_wanted):
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses."""
-  waiting, still, pending = None, 0, pends(state[1])
+  waiting, pending = None, pends(state[1])
+  watch = guards.make(config, log, start, say)
 
   def read(step, tokens, values):
-    nonlocal still
     values = jax.device_get(values)
-    in_a_row = progress.read(step, tokens, values)
+    if plan:  # of private rows the losses are not told
+      values['loss'] = np.nan
+    progress.read(step, tokens, values)
     if step > log.end:
-      log.append(step, values.get('projected_grad', ()),
-                 np.nan if plan else values['loss'])
-    if in_a_row >= config.max_skipped:
-      raise Stopped(
-          f'the last {config.max_skipped} steps, up to {step}, gave a loss '
-          'that is not finite and were skipped; the parameters are as before '
-          f'them. {workdir_lib.TRY}')
-    moved = np.any(values.get('projected_grad', 1.0))  # NaN is skipped
-    still = 0 if moved else still + 1
-    if still and still == config.max_still:
-      raise Stopped(
-          f'the projected gradients have been 0 since step {step - still}: '
-          'the weights do not move any more, and may be lost; the log has '
-          f'those of any step before (replay --until). {workdir_lib.TRY}')
+      log.append(step, values.get('projected_grad', ()), values['loss'])
+    watch(step, values)
 
   for step in range(start + 1, config.steps + 1):
     made = step <= log.steps.last
@@ -292,6 +301,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       continue
     read(*waiting)
     waiting, report = None, None
+    if stopping and evaluates and log.records:  # the evaluation can wait
+      raise preemption.told(log.end)
     if evaluates:
       if pending:
         state = step_fn.flush(*state)
@@ -309,9 +320,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       checkpoints.save(step, tuple(state), evaluate.rank(
           report, metric, config.select) if (
               report and methods.selects(config)) else None)
-    if stopping and step < config.steps:
-      raise Again(f'told to stop; step {max(step, log.end)} is saved. Run the '
-                  'same command again to resume.')
+    if stopping:
+      raise preemption.told(max(step, log.end))
     progress.restart()
   return state
 
@@ -335,26 +345,19 @@ def parse(argv):
              'mezo_jax/config.py.')
 
 
-def join_processes() -> None:
-  """Joins the other hosts' processes; exits where none are to be found."""
-  try:
-    jax.distributed.initialize()
-  except (RuntimeError, ValueError) as e:
-    sys.exit(f'train.py: --distributed finds no other processes: {e} Start it '
-             'on each host with srun or mpirun, or leave it out on one host.')
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   config = _CONFIG.value
-  if _DISTRIBUTED.value:
-    join_processes()
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
-  with in_one_sentence('train.py'):
+  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or told != (None, None, None):
+    with in_one_sentence('train.py'):
+      hosts.join(*told)
+  with hosts.watch('train.py'), in_one_sentence('train.py'):
     try:
       run(config, workdir)
     except KeyboardInterrupt:
@@ -363,4 +366,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGINT, ctrl_c)
   app.run(main, flags_parser=parse)

@@ -1,13 +1,10 @@
-"""Checkpoints of a run, kept by orbax: the latest, and the best on dev."""
+"""Checkpoints of a run, kept by orbax: the newest, and the best on dev."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Iterator, Sequence
 import functools
 from pathlib import Path
 import shutil
-import signal
 import tempfile
-import threading
 from typing import Any
 
 import jax
@@ -31,21 +28,22 @@ class Checkpoints:
   a run killed while saving goes on from the one before.
   """
 
-  def __init__(self, directory: Path, clean: bool = True):
+  def __init__(self, directory: Path, keep: int = 1, clean: bool = True):
     """Opens a directory, which need not be there yet.
 
     Args:
       directory: of the checkpoints.
+      keep: how many of the newest stay, beside the best.
       clean: remove what a killed run has half written; not while one runs.
     """
-    keep = ocp.training.preservation_policies
-    best = keep.BestN(
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(
         n=1, get_metric_fn=order, keep_checkpoints_without_metrics=False)
     open_ = functools.partial(
         ocp.training.Checkpointer, directory.absolute(),
         cleanup_tmp_directories=clean,
-        preservation_policy=keep.AnyPreservationPolicy(
-            [keep.LatestN(1), best]))
+        preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(keep), best]))
     self._directory, self.put_aside = directory.absolute(), []
     try:
       self._checkpointer = open_()
@@ -56,7 +54,7 @@ class Checkpoints:
             f'checkpoints of {directory} are damaged '
             f'({", ".join(map(str, damaged))}: {_first_line(e)}). train.py '
             'puts them aside and goes on without them.') from e
-      self.put_aside = [*map(self._move, damaged)]
+      self.put_aside = self._move(damaged)
       self._checkpointer = open_()
 
   def save(self, step: int, state: Any, metrics: dict | None = None) -> None:
@@ -156,25 +154,31 @@ class Checkpoints:
   def set_aside(self, step: int) -> Path:
     """Moves a checkpoint out of the way; where to."""
     self.wait()
-    to = self._move(self._path(step))
+    to, = self._move([self._path(step)])
     self._checkpointer.reload()
     return to
 
-  def _move(self, path: Path) -> Path:
-    to = self._directory.parent / 'damaged' / path.name
+  def _move(self, paths: Sequence[Path]) -> list[Path]:
+    moved = [self._directory.parent / 'damaged' / path.name for path in paths]
+    _meet('looked')  # another process may still read them
     if jax.process_index() == 0:
-      shutil.rmtree(to, ignore_errors=True)
-      to.parent.mkdir(exist_ok=True)
-      path.rename(to)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'damaged {path.name}')
-    return to
+      for path, to in zip(paths, moved):
+        shutil.rmtree(to, ignore_errors=True)
+        to.parent.mkdir(exist_ok=True)
+        path.rename(to)
+    _meet('moved')
+    return moved
 
   def wait(self) -> None:
     self._checkpointer.wait()
 
   def close(self) -> None:
     self._checkpointer.close()
+
+
+def _meet(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def latest_step(directory: Path) -> int:
@@ -222,27 +226,3 @@ def order(metrics: dict | None) -> tuple:
   if not _is_finite(metrics):
     return -np.inf, -np.inf
   return metrics['score'], -metrics['loss']
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-  """``wanted(step)``: whether SIGTERM, SIGHUP or Ctrl-C asks for a last
-  checkpoint. A second one ends the run at once, as outside of this each does.
-  """
-  if jax.process_count() > 1:  # all processes must agree on the step
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  asked, before = [], {}
-  def handle(number, frame):
-    del frame
-    asked.append(number)
-    signal.signal(number, signal.SIG_DFL)
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-      if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-        before[number] = signal.signal(number, handle)
-  try:
-    yield lambda step: bool(asked)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -111,8 +111,10 @@ def check(config: config_lib.Train) -> None:
        'data.num_train and data.num_dev must be at least 1'),
       (d.num_test >= 1 or bool(d.test) or not d.train,
        'data.num_test must be at least 1 where data.test is not set'),
-      (config.max_skipped >= 1 and config.max_still >= 0,
-       'max_skipped must be at least 1, and max_still at least 0'),
+      (min(config.max_skipped, config.keep_checkpoints) >= 1,
+       'max_skipped and keep_checkpoints must be at least 1'),
+      (config.max_still >= 0 and 0 <= config.max_rise < math.inf,
+       'max_still and max_rise must be at least 0, and finite'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]

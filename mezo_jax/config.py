@@ -186,7 +186,10 @@ class Train:
   zero_shot: bool = True  # evaluate before training, to compare with
   steps: int = 20_000
   eval_every: int = 4_000  # steps; also checkpoints
-  checkpoint_every: int = 1_000  # steps; a killed run loses no more than these
+  # Steps; those since the last are made again from the log when a killed run
+  # goes on. Backpropagation has no log and loses them.
+  checkpoint_every: int = 1_000
+  keep_checkpoints: int = 1  # newest ones, beside the best
   # Where all that is trained comes last, as layers or a head, what is before is
   # computed once for each row (docs/peft.md): in memory up to so many GiB,
   # beyond in files of the working directory.
@@ -196,12 +199,15 @@ class Train:
   eval_batch_tokens: int = 16_384  # padding included, at most
   max_skipped: int = 10  # steps in a row with a loss that is not finite
   max_still: int = 100  # whose projected gradients are 0; 0 for any number
+  # Standard deviations of a step's loss by which the mean of 100 steps may be
+  # above that of the first 100, or the run has diverged; 0 for any number.
+  max_rise: float = 10.0
 
 
 # Fields that may differ between the runs that share a working directory.
-_FREE = ('steps', 'eval_every', 'checkpoint_every', 'eval_batch_size',
-         'eval_batch_tokens', 'mesh', 'max_skipped', 'max_still',
-         'trunk_memory')
+_FREE = ('steps', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
+         'eval_batch_size', 'eval_batch_tokens', 'mesh', 'max_skipped',
+         'max_still', 'max_rise', 'trunk_memory')
 
 
 def objective(config: Train) -> str | Callable:

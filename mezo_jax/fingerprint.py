@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import hashlib
 import json
+from pathlib import Path
 import re
 
 import jax
@@ -33,6 +34,12 @@ def of_weights(params, but: str | None = None) -> str:
 def of(values: dict) -> str:
   """32 hex digits of JSON values."""
   return _digest([json.dumps(values, sort_keys=True)])
+
+
+def of_code() -> str:
+  """32 hex digits of this package's files, and of jax's version."""
+  files = sorted(Path(__file__).parent.rglob('*.py'))
+  return _digest([jax.__version__, *(f.read_bytes() for f in files)])
 
 
 def of_leaves(tree) -> str:

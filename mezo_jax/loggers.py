@@ -82,9 +82,9 @@ class Progress:
         total=total, initial=start, unit='step', dynamic_ncols=True,
         disable=not first or self._lines)
 
-  def read(self, step: int, tokens: int | None, values: dict) -> int:
+  def read(self, step: int, tokens: int | None, values: dict) -> None:
     """Takes the metrics of a step (`mezo_jax.make_step`) of so many tokens, or
-    None of one made again; returns how many were skipped in a row."""
+    None of one made again."""
     seconds = time.time() - self._clock
     self.restart()
     told = {k: v for k, v in values.items() if not k.startswith('skipped')
@@ -103,7 +103,6 @@ class Progress:
     every = max(self._total // _LINES, 1)
     if self._lines and (step % every == 0 or step == self._total):
       print(f'step {step} of {self._total}: {text}', flush=True)
-    return int(values['skipped_in_a_row'])
 
   def restart(self) -> None:
     """Seconds are counted from now."""

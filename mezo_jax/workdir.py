@@ -17,6 +17,7 @@ from mezo_jax import (
   data,
   evaluate,
   fingerprint,
+  guards,
   loggers,
   methods,
   replay,
@@ -25,10 +26,7 @@ from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError, MissingError, Stopped
 from mezo_jax.step import field
 
-# Advice where numbers are not finite.
 LOG = 'steps.log'
-TRY = ('Try a lower --config.optimizer.learning_rate, or '
-       '--config.model.dtype=float32.')
 
 
 @contextlib.contextmanager
@@ -219,7 +217,7 @@ def write_result(workdir: Path, config: config_lib.Train, built: build.Built,
   if not evaluate.is_finite(final):
     raise Stopped(
         f'{config.method} has no result: test {evaluate.spell(final)}. '
-        + (TRY if methods.method_of(config).steps else
+        + (guards.TRY if methods.method_of(config).steps else
            'Check the weights, or try --config.model.dtype=float32.'))
   mesh, splits = built.mesh, built.splits
   result = {

@@ -47,10 +47,9 @@ _SMALL = tuple(f'test_{name}' for name in (
     'estimate', 'evaluate', 'export', 'families', 'generate', 'hub', 'lowrank',
     'mazo', 'methods', 'mixture', 'models', 'modified', 'not_finite',
     'objective', 'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb',
-    'private', 'quantised', 'quzo', 'qzo', 'replay', 'scores', 'sharding',
-    'spsa',
-    'subspaces', 'suite', 'train', 'trainable', 'trunk', 'variants',
-    'wrappers'))
+    'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay', 'scores',
+    'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable', 'trunk',
+    'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',

@@ -133,3 +133,17 @@ def torch_outputs(model, ids, mask, **kwargs):
   with torch.no_grad():
     return model(
         torch.tensor(ids), attention_mask=torch.tensor(mask), **kwargs)
+
+
+def torch_sums(reference, tokenizer, prompt, answers):
+  """(sums, counts) of the answers' tokens: one text, no padding, at a time."""
+  import torch
+  sums, counts = [], []
+  for answer in answers:
+    ids = tokenizer(prompt + answer)['input_ids']
+    n = len(ids) - len(tokenizer(prompt)['input_ids'])
+    with torch.no_grad():
+      log_p = reference(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    sums.append(log_p[range(len(ids) - n - 1, len(ids) - 1), ids[-n:]].sum())
+    counts.append(n)
+  return np.array(sums), np.array(counts)

@@ -13,9 +13,10 @@ from mezo_jax import checkpoint, sharding
 from mezo_jax.errors import InputError, MissingError
 
 
-def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+@pytest.mark.parametrize('keep,left', [(1, [3, 5]), (2, [3, 4, 5])])
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path, keep, left):
   state = {'w': jax.numpy.arange(4.0), 'key': jax.random.key(3)}
-  kept = checkpoint.Checkpoints(tmp_path)
+  kept = checkpoint.Checkpoints(tmp_path, keep)
   for step, accuracy, loss in ((1, .5, 1.0), (2, .9, .6), (3, .9, .5), (4, .6,
                                                                        .4)):
     kept.save(step, state, {'score': accuracy, 'loss': loss})
@@ -23,7 +24,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
   assert kept.best_step() == 3 and kept.latest_step() == 5
   kept.wait()
   steps = sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit())
-  assert steps == [3, 5]
+  assert steps == left
   helpers.assert_bitwise(kept.load(3, state)['w'], state['w'])
   assert kept.load(3, state)['key'] == state['key']
   kept.close()

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 
 import conftest
 import helpers
@@ -13,17 +14,18 @@ import pytest
 from runs import command, records
 
 from mezo_jax import models
+from mezo_jax.errors import AGAIN
 from mezo_jax.export import export
 
-SETTINGS = ['--config.steps=6', '--config.eval_every=3',
+SETTINGS = ['--config.steps=60', '--config.eval_every=30',
             '--config.optimizer.learning_rate=1e-4', '--config.select=loss',
             '--config.optimizer.schedule=constant', '--config.zero_shot=False',
             '--config.data.max_length=8']
 
 
-def run(processes, cache, *args):
-  """Runs train.py on so many processes, with two devices in all; the output of
-  each, which ended well."""
+def run(processes, cache, *args, kill_after=None):
+  """Runs train.py on so many processes, with two devices in all, of which the
+  last is killed after so many steps; outputs and statuses."""
   env = os.environ | {
       'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // processes),
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': conftest.QUICK_FLAGS,
@@ -44,36 +46,53 @@ def run(processes, cache, *args):
         [*command(*args), *more], env=env | slurm, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
   try:
-    outputs = [p.communicate(timeout=400)[0] for p in started]
+    if kill_after:
+      metrics = args[2] / 'metrics.jsonl'
+      while started[0].poll() is None and not (
+          metrics.exists() and metrics.read_text().count('"train"')
+          >= kill_after):
+        time.sleep(0.005)
+      started[-1].kill()
+    return [(p.communicate(timeout=400)[0], p.returncode) for p in started]
   finally:
     for p in started:
       p.kill()
-  for p, output in zip(started, outputs):
-    assert p.returncode == 0, output
-  return outputs
 
 
 @pytest.fixture(scope='module')
 def workdirs(reviews_file, tmp_path_factory):
-  """Runs of one process, and of two that stopped half way; the outputs."""
+  """Runs of one process, and of two of which one was killed on the way; what
+  the two said, then and of the end."""
   where = tmp_path_factory.mktemp('distributed')
   model = conftest.write_tiny_model(
       where / 'm', hidden_size=256, intermediate_size=512)  # is split
   cache, one, two = (where / name for name in ('cache', 'one', 'two'))
   run(1, cache, model, reviews_file, one, *SETTINGS)
-  run(2, cache, model, reviews_file, two, *SETTINGS, '--config.steps=3')
-  shutil.rmtree(two / 'checkpoints')  # the log is enough
-  outputs = run(2, cache, model, reviews_file, two, *SETTINGS)
-  return one, two, outputs
+  broken = run(2, cache, model, reviews_file, two, *SETTINGS, kill_after=13)
+  shutil.rmtree(two / 'checkpoints', ignore_errors=True)  # the log is enough
+  ends = run(2, cache, model, reviews_file, two, *SETTINGS)
+  for output, status in ends:
+    assert status == 0, output
+  return one, two, broken, [output for output, _ in ends]
+
+
+def test_a_process_that_is_killed_ends_the_other(workdirs):
+  """With one sentence, soon, and the status that says: start me again."""
+  (said, status), _ = workdirs[2]
+  assert status == AGAIN, said
+  assert said.endswith(
+      'train.py: process 1 of 2 has ended; what it said tells why. Start all '
+      'of them again to resume.\n')
+  assert 'Traceback' not in said
 
 
 def test_two_processes_train_as_one_does(workdirs):
-  one, two, outputs = workdirs
-  assert 'resumed from step 3' in outputs[0] and '2 cpu device' in outputs[0]
+  one, two, _, outputs = workdirs
+  assert 'resumed from step ' in outputs[0] and '2 cpu device' in outputs[0]
   mine, theirs = records(two), records(one)
   assert [(r['kind'], r['step']) for r in mine] == [
-      ('train', 1), ('train', 2), ('train', 3), ('dev', 3), ('train', 4),
-      ('train', 5), ('train', 6), ('dev', 6)]
+      (r['kind'], r['step']) for r in theirs]
+  assert [r['step'] for r in mine if r['kind'] == 'dev'] == [30, 60]
   np.testing.assert_allclose(
       [r['loss'] for r in mine], [r['loss'] for r in theirs], rtol=1e-5)
   results = [json.loads((w / 'result.json').read_text())['final']
@@ -83,13 +102,14 @@ def test_two_processes_train_as_one_does(workdirs):
 
 
 def test_one_process_says_what_there_is_to_say(workdirs):
-  first, second = workdirs[2]
+  first, second = workdirs[3]
   assert 'final (step' in first
-  for text in ('step 6: dev', 'final (step', 'model: '):
+  for text in ('step 60: dev', 'final (step', 'model: '):
     assert text not in second
 
 
 def test_one_process_reads_what_two_have_saved(workdirs, tmp_path):
-  params = [models.load(export(w, tmp_path / w.name, step=6), progress=False)[1]
+  params = [models.load(
+      export(w, tmp_path / w.name, step=60), progress=False)[1]
             for w in workdirs[:2]]
   helpers.assert_close(*params, rtol=0, atol=1e-6)

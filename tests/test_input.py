@@ -25,6 +25,13 @@ def test_what_is_no_text(value, kind):
   assert TASK.prompt({'text': ''}) == ' It was'
 
 
+def test_a_text_that_takes_minutes():
+  with pytest.raises(InputError, match='has 1,000,001 characters, above') as e:
+    TASK.prompt({'text': 'a' * 1_000_001})
+  assert len(str(e.value)) < 500
+  assert len(TASK.prompt({'text': 'a' * 1_000_000})) == 1_000_007
+
+
 @pytest.mark.parametrize('ending,line', [
     ('csv', '{},1'), ('tsv', '{}\t1')])
 def test_words_that_look_like_no_value(tmp_path, ending, line):

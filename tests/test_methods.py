@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import changed, saved, small_config, train_losses
 
-from mezo_jax import checkpoint, checks, methods, models, peft
+from mezo_jax import checks, methods, models, peft, preemption
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError, Stopped
 from mezo_jax.export import export
@@ -198,7 +198,7 @@ def test_svrg_runs_and_resumes_between_anchors(
   result = train.run(config, tmp_path / 'a')
   assert result['forwards'] == 2 * (2 * 4 + 3 * 4)
   with monkeypatch.context() as m, pytest.raises(Stopped, match='step 6'):
-    m.setattr(checkpoint, 'preemption', lambda: contextlib.nullcontext(
+    m.setattr(preemption, 'watched', lambda log: contextlib.nullcontext(
         lambda step: step == 6))
     train.run(config, tmp_path / 'b')
   train.run(config, tmp_path / 'b')

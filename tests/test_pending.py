@@ -12,7 +12,7 @@ from runs import saved, small_config
 import test_door
 
 import mezo_jax
-from mezo_jax import checkpoint, LowRank, models, Rademacher, sharding
+from mezo_jax import LowRank, models, preemption, Rademacher, sharding
 from mezo_jax.errors import Stopped
 from mezo_jax.export import export
 import train
@@ -143,7 +143,7 @@ def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
       optimizer__learning_rate=1e-2)
   result = train.run(config, tmp_path / 'a')
   with monkeypatch.context() as m, pytest.raises(Stopped, match='step 5'):
-    m.setattr(checkpoint, 'preemption', lambda: contextlib.nullcontext(
+    m.setattr(preemption, 'watched', lambda log: contextlib.nullcontext(
         lambda step: step == 5))
     train.run(config, tmp_path / 'b')
   train.run(config, tmp_path / 'b')

@@ -16,6 +16,7 @@ from sklearn.metrics import f1_score
 torch = pytest.importorskip('torch')
 
 import families  # noqa: E402
+from families import torch_sums  # noqa: E402
 import transformers  # noqa: E402
 
 import mezo_jax  # noqa: E402
@@ -66,19 +67,6 @@ def both(tmp_path_factory):
     reference.save_pretrained(directory)
     return reference, *models.load(directory, progress=False)
   return get
-
-
-def torch_sums(reference, tokenizer, prompt, answers):
-  """(sums, counts) of the answers' tokens: one text, no padding, at a time."""
-  sums, counts = [], []
-  for answer in answers:
-    ids = tokenizer(prompt + answer)['input_ids']
-    n = len(ids) - len(tokenizer(prompt)['input_ids'])
-    with torch.no_grad():
-      log_p = reference(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
-    sums.append(log_p[range(len(ids) - n - 1, len(ids) - 1), ids[-n:]].sum())
-    counts.append(n)
-  return np.array(sums), np.array(counts)
 
 
 def torch_scores(reference, tokenizer, task, rows=ROWS):

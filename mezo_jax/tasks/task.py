@@ -25,6 +25,7 @@ from mezo_jax.errors import InputError
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
 METRICS = (*_OF_CHOICES, *_OF_TEXTS)
+_LONGEST = 1_000_000  # characters of a text: seconds to make tokens of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +222,11 @@ class Task:
             f'column {name!r} of the row {_short(row)} has {kind} where the '
             f'{field} {template!r} needs a text; mend the row or leave it out.')
       texts[name] = str(value).strip() if self.strip else str(value)
+      if len(texts[name]) > _LONGEST:
+        raise InputError(
+            f'column {name!r} of the row {_short(row)} has '
+            f'{len(texts[name]):,} characters, above {_LONGEST:,}: cut it, or '
+            'leave the row out.')
     return template.format(**texts)
 
 

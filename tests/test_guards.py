@@ -1,0 +1,90 @@
+"""What stops a run that has diverged, and which losses are reported."""
+
+import numpy as np
+import pytest
+import runs
+
+from mezo_jax import config as config_lib
+from mezo_jax import guards, replay
+from mezo_jax.errors import Stopped
+import train
+
+
+def watched(losses, said, start=0, logged=0, **changes):
+  """Takes the losses of steps 1, 2, ..., of which some are in a log."""
+  config = runs.changed(config_lib.Train(), **changes)
+  steps = replay.Steps(1, np.array(losses[:logged], np.float32),
+                       np.ones((logged, 1), np.float32), frozenset())
+  log = replay.Log(None, {}, steps)
+  watch = guards.make(config, log, start, said.append)
+  for step in range(start + 1, len(losses) + 1):
+    watch(step, dict(loss=losses[step - 1], projected_grad=np.ones(1)))
+
+
+def noisy(mean, steps, seed=0):
+  return mean + 0.1 * np.random.default_rng(seed).normal(size=steps)
+
+
+def test_a_run_that_diverges_is_stopped():
+  losses = np.concatenate([noisy(1.0, 150), noisy(0.5, 150), noisy(3.0, 200)])
+  with pytest.raises(Stopped) as e:
+    watched(losses, [])
+  message = str(e.value)
+  assert 'the loss has risen' in message and 'replay --until' in message
+  lowest = int(message.split('lowest up to step ')[1].split(',')[0])
+  means = np.convolve(losses, np.ones(100) / 100, 'valid')[:300 - 99]
+  assert abs(lowest - (100 + np.argmin(means))) <= 1
+  watched(losses, [], max_rise=0.0)
+
+
+def test_a_run_that_goes_on_is_judged_as_one_that_was_not_stopped():
+  """By its first steps, which the log has; and it stops at the same one."""
+  losses = np.concatenate([noisy(1.0, 200), noisy(3.0, 200)])
+  stops = []
+  for more in (dict(), dict(start=120, logged=150), dict(start=0, logged=150)):
+    with pytest.raises(Stopped) as e:
+      watched(losses, [], **more)
+    stops.append(str(e.value))
+  assert len(set(stops)) == 1
+
+
+@pytest.mark.parametrize('losses', [
+    noisy(1.0, 1000), np.linspace(3, 0.1, 1000), np.full(500, 0.7),
+    np.full(500, np.nan), -noisy(0.5, 500),
+    np.concatenate([np.full(200, 0.7), [np.nan] * 5, np.full(200, 0.69)]),
+    np.concatenate([noisy(1.0, 300), noisy(0.2, 300), noisy(0.8, 300)])],
+    ids=['noise', 'falling', 'constant', 'lost', 'negative', 'holes',
+         'below the start'])
+def test_what_is_no_divergence(losses):
+  said = []
+  watched(losses, said, max_skipped=10_000)
+  assert not said
+
+
+def test_a_jump_is_reported_once_and_not_again_by_a_run_that_goes_on():
+  losses = noisy(1.0, 400)
+  losses[250:253] = 4.0
+  said = []
+  watched(losses, said)
+  assert len(said) == 1
+  assert 'the loss of step 251 is 4.000' in said[0]
+  said.clear()
+  watched(losses, said, start=200, logged=300)
+  assert not said
+
+
+def test_a_run_stops_and_stops_again(tiny_dir, reviews_file, tmp_path,
+                                     monkeypatch):
+  """With the same sentence, however often it is started."""
+  monkeypatch.setattr(guards, 'WINDOW', 5)
+  config = runs.small_config(
+      tiny_dir, reviews_file, steps=60, eval_every=60, checkpoint_every=4,
+      zero_shot=False, optimizer__learning_rate=3e-2, max_rise=1e-3)
+  stops = []
+  for _ in range(2):
+    with pytest.raises(Stopped, match='the loss has risen') as e:
+      train.run(config, tmp_path)
+    stops.append(str(e.value))
+  assert stops[0] == stops[1]
+  config.max_rise = 0.0
+  assert train.run(config, tmp_path)['steps'] == 60

@@ -1,0 +1,148 @@
+"""Several processes: how they join, agree, and notice that one is gone."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mezo_jax import hosts
+from mezo_jax.errors import AGAIN, InputError
+
+_RUN = '''
+import os, sys, time
+import jax
+from mezo_jax import hosts
+from mezo_jax.errors import InputError, in_one_sentence
+hosts.join()
+i = jax.process_index()
+with hosts.watch('prog'), in_one_sentence('prog'):
+  print('there', flush=True)
+  {}
+'''
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def environment(i: int, count: int, port: int) -> dict:
+  return {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+          'JAX_NUM_PROCESSES': str(count), 'JAX_PROCESS_ID': str(i)}
+
+
+def started(body: str, count: int) -> list[subprocess.Popen]:
+  """So many processes, each in ``body``."""
+  port = free_port()
+  processes = [subprocess.Popen(
+      [sys.executable, '-c', _RUN.format(body)], text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
+      | environment(i, count, port)) for i in range(count)]
+  for p in processes:
+    while (line := p.stdout.readline()) != 'there\n':
+      assert line.startswith('[Gloo]'), line + p.stdout.read()
+  return processes
+
+
+def ended(processes) -> list[tuple[str, int]]:
+  late = [threading.Timer(120, p.kill) for p in processes]
+  for timer in late:
+    timer.start()
+  try:  # not communicate(), which does not see what was read ahead
+    return [(re.sub(r'(?m)^\[Gloo\].*\n', '', p.stdout.read()), p.wait())
+            for p in processes]
+  finally:
+    for timer in late:
+      timer.cancel()
+
+
+@pytest.mark.parametrize('dead', [0, 2])
+def test_a_process_that_dies_ends_the_others(dead):
+  """In the midst of what no handler of Python's interrupts, in seconds and
+  with one sentence."""
+  processes = started("__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', "
+                      '10**9)', 3)
+  began = time.time()
+  processes[dead].send_signal(signal.SIGKILL)
+  found = ended(processes)
+  assert time.time() - began < 40
+  for i, (said, status) in enumerate(found):
+    if i == dead:
+      assert status == -signal.SIGKILL
+      continue
+    text = (f'prog: process {dead} of 3 has ended; what it said tells why. '
+            'Start all of them again to resume.\n')
+    if dead:
+      assert (said, status) == (text, AGAIN)
+    else:  # JAX's own service has gone too, and it says and does what it will
+      assert said.endswith(text) or status == -signal.SIGABRT
+
+
+def test_an_error_of_one_is_said_and_does_not_hang():
+  (first, one), (second, two) = ended(started(
+      "if i: raise InputError('no file x.')\n  time.sleep(600)", 2))
+  assert (second, two) == ('prog: no file x.\n', 1)
+  assert 'process 1 of 2 has ended' in first and one == AGAIN
+
+
+def test_what_ends_well_says_nothing():
+  assert ended(started("print('done')", 2)) == [('done\n', 0)] * 2
+
+
+def test_what_they_do_not_agree_on():
+  body = '''
+  import pathlib
+  try:
+    hosts.agree('the config', 'ab12', 'start the same')
+    hosts.agree('the config', 'ab1%d' % i, 'start the same command')
+  except InputError as e:
+    print(e)
+  hosts.share(pathlib.Path('.'))
+  try:
+    hosts.share(pathlib.Path('.' if i != 1 else '/'))
+  except InputError as e:
+    print(e)'''
+  found = ended(started(body, 3))
+  for said, status in found:
+    assert status == 0
+    assert said.splitlines() == [
+        'process 1, 2 and process 0 differ in the config: start the same '
+        'command.', 'process 1 does not see the working directory of process '
+        f'0, {"/" if said == found[1][0] else "."}: give one on a file system '
+        'that all hosts share.']
+
+
+@pytest.mark.parametrize('given,message', [
+    (dict(coordinator='a:1'), '--num_processes and --process_id must be'),
+    (dict(num_processes=2, process_id=0), '--coordinator must be given'),
+    (dict(coordinator='a:1', num_processes=2, process_id=2), 'is 2 and must'),
+    (dict(coordinator='a', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(), 'finds no other processes: .*--coordinator=HOST:PORT')])
+def test_what_cannot_be_joined(given, message, monkeypatch):
+  for name in ('JAX_COORDINATOR_ADDRESS', 'MASTER_ADDR'):
+    monkeypatch.delenv(name, raising=False)
+  with pytest.raises(InputError, match=message):
+    hosts.join(**given)
+
+
+@pytest.mark.parametrize('env', [
+    {'JAX_COORDINATOR_ADDRESS': 'h:7', 'JAX_NUM_PROCESSES': '4',
+     'JAX_PROCESS_ID': '3'},
+    {'MASTER_ADDR': 'h', 'MASTER_PORT': '7', 'WORLD_SIZE': '4', 'RANK': '3'}])
+def test_what_the_environment_tells(env, monkeypatch):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  told = []
+  monkeypatch.setattr(hosts.jax.distributed, 'initialize',
+                      lambda *args, **kwargs: told.append(args))
+  hosts.join()
+  hosts.join(process_id=1)
+  assert told == [('h:7', 4, 3), ('h:7', 4, 1)]
