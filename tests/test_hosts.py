@@ -93,11 +93,8 @@ def test_an_error_of_one_is_said_and_does_not_hang():
   assert 'process 1 of 2 has ended' in first and one == AGAIN
 
 
-def test_what_ends_well_says_nothing():
-  assert ended(started("print('done')", 2)) == [('done\n', 0)] * 2
-
-
 def test_what_they_do_not_agree_on():
+  """All hear of it; and what ends well says nothing more."""
   body = '''
   import pathlib
   try:
