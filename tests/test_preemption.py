@@ -16,7 +16,8 @@ from mezo_jax.errors import AGAIN, Again
 import train
 
 _RUN = '''
-import hashlib, pathlib, sys, time
+import hashlib, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mezo_jax import preemption, replay
 preemption.GRACE = 0.3
 log, _ = replay.open_log(pathlib.Path(sys.argv[1]), {{}}, 1)
