@@ -35,7 +35,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
 import conftest  # noqa: E402
 
 import mezo_jax  # noqa: E402
-from mezo_jax import checkpoint, data, loggers, models, replay  # noqa: E402
+from mezo_jax import (  # noqa: E402
+  checkpoint,
+  data,
+  loggers,
+  models,
+  peft,
+  replay,
+)
 from mezo_jax import workdir as workdir_lib  # noqa: E402
 from mezo_jax.config import to_json, Train  # noqa: E402
 from mezo_jax.errors import InputError  # noqa: E402
@@ -113,6 +120,20 @@ def rows(path: Path) -> None:
       f'{r["text"]}\t{r["label"]}\n' for r in some))
 
 
+def parquet(path: Path) -> None:
+  path.mkdir()
+  datasets.Dataset.from_list([{
+      'text': f'a film {i}', 'label': i % 2} for i in range(8)]).to_parquet(
+          path / 'x.parquet')
+
+
+def adapter(path: Path) -> None:
+  model_directory(path / 'model')
+  model, params = models.load(path / 'model', progress=False)
+  params = peft.join(params, peft.lora.init(params, jax.random.key(0)))
+  peft.save(path / 'adapter', model, params, base=str(path / 'model'))
+
+
 TX = mezo_jax.mezo(1e-3, key=0)
 GRADS = np.linspace(-1, 1, 19, dtype=np.float32)
 
@@ -154,6 +175,11 @@ def read_gguf(path: Path) -> None:
   gguf_lib._reader.cache_clear()
   load(path / 'm.gguf')
   models.load_tokenizer(path / 'm.gguf')
+
+
+def read_adapter(path: Path) -> None:
+  peft.load(path / 'adapter', models.Transformer(
+      models.read_config(loggers.read_json(path / 'model' / 'config.json'))))
 
 
 TASK = Task(template='{text} It was', label_words=(' a', ' b'))
@@ -201,6 +227,10 @@ KINDS = {  # how it is made, the file that is changed, what reads it
     'jsonl': (rows, 'x.jsonl', read_rows('x.jsonl')),
     'csv': (rows, 'x.csv', read_rows('x.csv')),
     'tsv': (rows, 'x.tsv', read_rows('x.tsv')),
+    'parquet': (parquet, 'x.parquet', read_rows('x.parquet')),
+    'adapter': (adapter, 'adapter/adapter_config.json', read_adapter),
+    'adapter weights': (
+        adapter, 'adapter/adapter_model.safetensors', read_adapter),
     'run': (run_directory, 'config.json', workdir_lib.read_config),
     'metrics': (run_directory, 'metrics.jsonl',
                 lambda path: loggers.Metrics(path, 5).close()),

@@ -327,7 +327,12 @@ def test_bad_adapter_directories(tiny_dir, tmp_path):
   for old, new, message in (
       ('"LORA"', '"IA3"', 'type .IA3.; LORA, PREFIX_TUNING'),
       ('"LORA"', '"PREFIX_TUNING"', 'does not fit the model'),
-      ('"none"', '"all"', 'trained biases'), ('{', '', 'cannot be read')):
+      ('"LORA"', '["LORA"]', "type .'LORA'."), ('"none"', '"all"', 'biases'),
+      ('"lora_alpha": ', '"lora_alpha": 1e999, "x": ', 'lora_alpha is inf'),
+      ('"r": ', '"alpha_pattern": {"(": 1}, "r": ', 'alpha_pattern is'),
+      ('"r": ', '"prefix_positions": "x", "r": ', "prefix_positions is 'x'"),
+      ('{', '', 'cannot be read')):
+    assert old in said
     config.write_text(said.replace(old, new))
     with pytest.raises(ValueError, match=message):
       peft.load(at, model)

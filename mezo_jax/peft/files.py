@@ -7,6 +7,7 @@ values of a prefix, or a soft prompt.
 
 import collections
 import json
+import math
 import os
 from pathlib import Path
 import re
@@ -28,6 +29,7 @@ from mezo_jax.peft import lora
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
 _POSITIONS = 'prefix_positions'  # our own field
+_PLACES = ('zero', 'after', 'jump')
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
@@ -114,7 +116,7 @@ def load(directory: str | os.PathLike, model: Transformer):
   if kind == 'lora':
     return model, _lora_leaves(c, about, tensors, directory), kind
   found = tensors.get('prompt_embeddings', np.zeros((0, 0)))
-  m, width = found.shape
+  m, width = found.shape if found.ndim == 2 else (0, 0)
   of = {'prefix': 2 * c.num_layers * c.num_kv_heads * c.head_width,
         'prompt': c.embed_width or c.width}[kind]
   if not m or width != of or about.get('prefix_projection'):
@@ -148,12 +150,30 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   except ValueError as e:
     raise InputError(f'{directory}/adapter_config.json cannot be read '
                      f'({e}).') from e
-  kind = _KINDS.get(about.get('peft_type'))
-  if kind is None:
-    raise InputError(f'{directory} has an adapter of type '
-                     f'{about.get("peft_type")!r}; {", ".join(_KINDS)} are '
-                     'supported.')
-  return kind, about
+  about = about if isinstance(about, dict) else {}
+  name = about.get('peft_type')
+  if not isinstance(name, str) or name not in _KINDS:
+    raise InputError(f'{directory} has an adapter of type {name!r}; '
+                     f'{", ".join(_KINDS)} are supported.')
+  alphas = about.get('alpha_pattern') or {}
+  number = lambda x: type(x) in (int, float) and math.isfinite(x)
+  for field, fits in (
+      ('lora_alpha', number(about.get('lora_alpha', 8))),
+      ('alpha_pattern', isinstance(alphas, dict) and all(
+          _is_expression(k) and number(v) for k, v in alphas.items())),
+      (_POSITIONS, about.get(_POSITIONS, 'after') in _PLACES)):
+    if not fits:
+      raise InputError(f'{directory}/adapter_config.json: {field} is '
+                       f'{about[field]!r}, which no version writes.')
+  return _KINDS[name], about
+
+
+def _is_expression(text: str) -> bool:
+  try:
+    re.compile(text)
+    return True
+  except re.error:
+    return False
 
 
 # --- prefixes ---------------------------------------------------------------
@@ -294,8 +314,13 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
     for l in layers:
       at = _TOP + name.format(l=l)
       a, b = (left.pop(f'{at}.lora_{x}.weight', None) for x in 'AB')
-      found.append(None if a is None or b is None else (
-          a, b, _scale(about, name.format(l=l), len(a))))
+      if a is None or b is None:
+        found.append(None)
+        continue
+      if not (a.ndim == b.ndim == 2 and a.size):
+        raise InputError(f'{directory} does not fit the model: '
+                         f'{name.format(l=l)} has A {a.shape} and B {b.shape}.')
+      found.append((a, b, _scale(about, name.format(l=l), len(a))))
     if not any(found):
       continue
     rank = max(len(x[0]) for x in found if x)
@@ -311,7 +336,7 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
           continue
         a, b, scale = x
         part = b[o:o + outputs]
-        if a.shape[1] != inputs or part.shape != (outputs, len(a)):
+        if a.shape[1:] != (inputs,) or part.shape != (outputs, len(a)):
           raise InputError(
               f'{directory} does not fit the model: {name.format(l=l)} has A '
               f'{a.shape} and B {b.shape} for {inputs} inputs and '
