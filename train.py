@@ -81,17 +81,15 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   # Config.
   began = time.time()
   checks.check(config)
-  hosts.agree('the version of mezo_jax or jax', fingerprint.of_code(),
+  hosts.agree('the version of mezo_jax or jax', fingerprint.of_code,
               'install the same on every host')
-  hosts.agree('the config', fingerprint.of(config_lib.to_json(config)),
+  hosts.agree('the config', lambda: fingerprint.of(config_lib.to_json(config)),
               'start the same command on every host')
   workdir_lib.check(config, workdir)
   task, method = config.task, methods.method_of(config)
 
   # Build.
   built = build.build(config, say=say)
-  hosts.agree('the rows', fingerprint.of_rows(*built.splits[:3]),
-              'bring the same data to every host')
   weights = fingerprint.of_weights(
       peft.join(built.params, built.frozen), methods.made(config))
   name, mesh = Path(build.model_name(config)).name, built.mesh
@@ -272,7 +270,7 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses."""
   waiting, pending = None, pends(state[1])
-  watch = guards.make(config, log, start, say)
+  watch = guards.make(config, metrics.of('train'), log, start, say)
 
   def read(step, tokens, values):
     values = jax.device_get(values)
@@ -302,6 +300,7 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
     read(*waiting)
     waiting, report = None, None
     if stopping and evaluates and log.records:  # the evaluation can wait
+      log.sync()
       raise preemption.told(log.end)
     if evaluates:
       if pending:

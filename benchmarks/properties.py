@@ -7,7 +7,7 @@ the tests take: logs and checkpoints with one to three changes are what was
 written, its beginning, or refused; what is restored, on whichever mesh, is what
 was saved; steps made again from a log, on whichever mesh, give bitwise the
 weights of training. Stops where one does not hold. Writes
-benchmarks/results/properties.md and .json; 40 minutes on 2 CPU cores.
+benchmarks/results/properties.md and .json; 10 minutes on 2 CPU cores.
 """
 
 import argparse

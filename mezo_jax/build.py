@@ -15,6 +15,8 @@ import optax
 from mezo_jax import (
   _paths,
   checkpoint,
+  fingerprint,
+  hosts,
   methods,
   models,
   optimizer,
@@ -166,6 +168,10 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
     raise InputError(
         f'the tokenizer of {config.model.name} gave token {most} for these '
         f'rows, and the model has {first}: they are not of one model.')
+  hosts.agree(
+      'the rows', lambda: fingerprint.of_rows(
+          splits.train, splits.dev, splits.test),
+      'bring the same data to every host')
   return splits
 
 

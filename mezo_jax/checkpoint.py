@@ -14,7 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mezo_jax import fingerprint
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax.errors import first_line, InputError, MissingError
 
 
 class Damaged(InputError):
@@ -52,8 +52,8 @@ class Checkpoints:
       if not damaged or not clean:
         raise Damaged(
             f'checkpoints of {directory} are damaged '
-            f'({", ".join(map(str, damaged))}: {_first_line(e)}). train.py '
-            'puts them aside and goes on without them.') from e
+            f'({", ".join(map(str, damaged))}: {first_line(e)[:200]}). '
+            'train.py puts them aside and goes on without them.') from e
       self.put_aside = self._move(damaged)
       self._checkpointer = open_()
 
@@ -148,7 +148,7 @@ class Checkpoints:
 
   def _damaged(self, step: int, why) -> 'Damaged':
     return Damaged(
-        f'checkpoint {self._path(step)} is damaged ({_first_line(why)}). '
+        f'checkpoint {self._path(step)} is damaged ({first_line(why)[:200]}). '
         'train.py puts it aside and goes on without it.')
 
   def set_aside(self, step: int) -> Path:
@@ -201,10 +201,6 @@ def _unreadable(directory: Path) -> Iterator[Path]:
         ocp.training.Checkpointer(alone).close()
       except Exception:
         yield path
-
-
-def _first_line(why) -> str:
-  return (str(why).strip().splitlines() or [type(why).__name__])[0][:200]
 
 
 # The only keys that there are in a state; see `mezo_jax._noise.as_key`.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mezo_jax import quickstart
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax.errors import first_line, InputError, MissingError
 from mezo_jax.tasks import Task
 from mezo_jax.tasks.encode import after_tokens, encode, Encoded
 
@@ -43,21 +43,17 @@ def load_rows(
     except Exception as e:
       cause = e.__cause__ or e
       raise InputError(
-          f'{path} is not a readable {kind} file: {_first_line(cause)}') from e
+          f'{path} is not a readable {kind} file: {first_line(cause)}') from e
   else:
     try:
       data = datasets.load_dataset(source, subset or None, split=split)
     except Exception as e:
       raise MissingError(
           f'{source!r} is no local .jsonl, .csv, .tsv or .parquet file, and '
-          f'the hub gave no such data set: {_first_line(e)}') from e
+          f'the hub gave no such data set: {first_line(e)}') from e
   if not len(data):
     raise InputError(f'{source} has no rows.')
   return [dict(row) for row in data]
-
-
-def _first_line(e: BaseException) -> str:
-  return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,

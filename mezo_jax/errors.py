@@ -39,6 +39,11 @@ class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 
 
+def first_line(error) -> str:
+  """What an error of another library says, to be put into a sentence."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
   """Ends the program with a sentence and no traceback for what the user can

@@ -6,7 +6,7 @@ process dies, however that is, so the others know within a second; where a whole
 machine goes down, within `SILENT` seconds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mezo_jax.errors import AGAIN, InputError
+from mezo_jax.errors import AGAIN, first_line, InputError
 
 SILENT = 30  # seconds without an answer after which a machine is lost
 _WAIT = 3.0  # seconds for a process to say itself why it ends
@@ -49,9 +49,12 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
   Raises:
     InputError: if the others cannot be found.
   """
-  given = _environment() | {k: v for k, v in dict(
+  told = {k: v for k, v in dict(
       coordinator=coordinator, num_processes=num_processes,
       process_id=process_id).items() if v is not None}
+  given = _environment() | told
+  if not told and {*given} == {'coordinator'}:
+    given = {}  # JAX reads it too, and has the rest of a cluster
   if given and len(given) < 3:
     missing = {'coordinator', 'num_processes', 'process_id'} - {*given}
     raise InputError(
@@ -70,7 +73,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
         given.get('process_id'), heartbeat_timeout_seconds=2 * SILENT)
   except (RuntimeError, ValueError) as e:
     raise InputError(
-        f'--distributed finds no other processes: {_first_line(e)} Start it '
+        f'--distributed finds no other processes: {first_line(e)} Start it '
         'on each host with srun or mpirun, or with --coordinator=HOST:PORT '
         '--num_processes=N --process_id=I, or leave it out on one host.') from e
 
@@ -85,31 +88,28 @@ def _environment() -> dict:
     found = dict(coordinator=f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}')
   else:
     return {}
-  if not all(env.get(name, '').isdigit() for name in names):
-    return {}  # a cluster may know them
-  return found | dict(zip(('num_processes', 'process_id'), (
-      int(env[name]) for name in names)))
-
-
-def _first_line(e: Exception) -> str:
-  return (str(e).strip().splitlines() or [type(e).__name__])[0]
+  for what, name in zip(('num_processes', 'process_id'), names):
+    if name in env and not env[name].isdigit():
+      raise InputError(f'{name} is {env[name]!r} and must be a number.')
+    found |= {what: int(env[name])} if name in env else {}
+  return found
 
 
 # --- agreeing ---------------------------------------------------------------
 
 
-def agree(what: str, digest: str, mend: str) -> None:
+def agree(what: str, digest: Callable[[], str], mend: str) -> None:
   """Raises InputError, on all, where a process has not what process 0 has.
 
   Args:
     what: that must be the same, in words.
-    digest: hexadecimal digits of it.
+    digest: gives hexadecimal digits of it; not called in a run of one process.
     mend: what to do where it is not.
   """
   if jax.process_count() == 1:
     return
   found = multihost_utils.process_allgather(
-      np.frombuffer(bytes.fromhex(digest), np.uint8))
+      np.frombuffer(bytes.fromhex(digest()), np.uint8))
   others = np.flatnonzero((found != found[0]).any(-1))
   if others.size:
     raise InputError(f'process {", ".join(map(str, others))} and process 0 '

@@ -116,14 +116,14 @@ class Log:
   Attributes:
     steps: those that were there when it was opened.
     end: the number of the last step.
-    records: whether there is a file.
+    records: whether steps are recorded, on process 0; all know it.
   """
 
   def __init__(self, path: Path | None, header: dict, steps: Steps,
                recorded: Recorded | None = None):
     """See `open_log`; without a path nothing is written."""
     self.steps, self.end, self._path = steps, steps.last, path
-    self.records = path is not None
+    self.records = steps.projected_grads.shape[1] > 0
     self._file = None
     if path is None:
       return

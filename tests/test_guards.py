@@ -11,12 +11,14 @@ import train
 
 
 def watched(losses, said, start=0, logged=0, **changes):
-  """Takes the losses of steps 1, 2, ..., of which some are in a log."""
+  """Takes the losses of steps 1, 2, ..., of which some were made before."""
   config = runs.changed(config_lib.Train(), **changes)
   steps = replay.Steps(1, np.array(losses[:logged], np.float32),
                        np.ones((logged, 1), np.float32), frozenset())
   log = replay.Log(None, {}, steps)
-  watch = guards.make(config, log, start, said.append)
+  records = [dict(step=i, loss=None if np.isnan(loss) else loss,
+                  projected_grad=[1.0]) for i, loss in enumerate(losses, 1)]
+  watch = guards.make(config, records[:logged], log, start, said.append)
   for step in range(start + 1, len(losses) + 1):
     watch(step, dict(loss=losses[step - 1], projected_grad=np.ones(1)))
 
@@ -40,6 +42,7 @@ def test_a_run_that_diverges_is_stopped():
 def test_a_run_that_goes_on_is_judged_as_one_that_was_not_stopped():
   """By its first steps, which the log has; and it stops at the same one."""
   losses = np.concatenate([noisy(1.0, 200), noisy(3.0, 200)])
+  losses[50] = np.nan
   stops = []
   for more in (dict(), dict(start=120, logged=150), dict(start=0, logged=150)):
     with pytest.raises(Stopped) as e:
@@ -88,3 +91,18 @@ def test_a_run_stops_and_stops_again(tiny_dir, reviews_file, tmp_path,
   assert stops[0] == stops[1]
   config.max_rise = 0.0
   assert train.run(config, tmp_path)['steps'] == 60
+
+
+def test_without_a_log_too(tiny_dir, reviews_file, tmp_path, monkeypatch):
+  """Backpropagation: a run that goes on knows how it began from its metrics."""
+  monkeypatch.setattr(guards, 'WINDOW', 5)
+  config = runs.small_config(
+      tiny_dir, reviews_file, method='finetune', steps=60, eval_every=60,
+      checkpoint_every=4, zero_shot=False, optimizer__learning_rate=0.3,
+      max_rise=1e-3)
+  stops = []
+  for _ in range(2):
+    with pytest.raises(Stopped, match='the loss has risen') as e:
+      train.run(config, tmp_path)
+    stops.append(str(e.value))
+  assert stops[0] == stops[1] and 'replay' not in stops[0]

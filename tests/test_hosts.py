@@ -98,8 +98,8 @@ def test_what_they_do_not_agree_on():
   body = '''
   import pathlib
   try:
-    hosts.agree('the config', 'ab12', 'start the same')
-    hosts.agree('the config', 'ab1%d' % i, 'start the same command')
+    hosts.agree('the config', lambda: 'ab12', 'start the same')
+    hosts.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
   except InputError as e:
     print(e)
   hosts.share(pathlib.Path('.'))
@@ -135,6 +135,9 @@ def test_what_cannot_be_joined(given, message, monkeypatch):
      'JAX_PROCESS_ID': '3'},
     {'MASTER_ADDR': 'h', 'MASTER_PORT': '7', 'WORLD_SIZE': '4', 'RANK': '3'}])
 def test_what_the_environment_tells(env, monkeypatch):
+  for name in ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES',
+               'JAX_PROCESS_ID'):
+    monkeypatch.delenv(name, raising=False)
   for name, value in env.items():
     monkeypatch.setenv(name, value)
   told = []
@@ -143,3 +146,12 @@ def test_what_the_environment_tells(env, monkeypatch):
   hosts.join()
   hosts.join(process_id=1)
   assert told == [('h:7', 4, 3), ('h:7', 4, 1)]
+  number, process = [*env][-2:]
+  monkeypatch.setenv(number, 'many')
+  with pytest.raises(InputError, match=f"{number} is 'many'"):
+    hosts.join()
+  if 'MASTER_ADDR' not in env:  # a cluster tells the rest
+    monkeypatch.delenv(number)
+    monkeypatch.delenv(process)
+    hosts.join()
+    assert told[-1] == (None, None, None)

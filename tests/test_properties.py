@@ -89,23 +89,30 @@ def assert_begins(found: replay.Steps, steps: replay.Steps) -> None:
   helpers.assert_bitwise(found.projected_grads, part.projected_grads)
 
 
+def read_damaged(what: str, path: Path, changes) -> replay.Steps | None:
+  """What is read of a file after the changes; None where it is refused."""
+  data = path.read_bytes()
+  path.write_bytes(damaged(data, changes))
+  try:
+    found = replay.read(path).steps
+  except InputError:
+    SEEN[what, 'refused'] += 1
+    return None
+  SEEN[what, 'whole' if path.read_bytes() == data else 'its beginning'] += 1
+  return found
+
+
 @property_of(150, steps=logs(), changes=CHANGES)
 def test_a_damaged_log_is_its_beginning_or_refused(steps, changes):
   """And grows from there."""
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / 'steps.log'
     write(path, steps)
-    data = path.read_bytes()
     assert_begins(replay.read(path).steps, steps)
     assert replay.read(path).steps.added == steps.added
-    path.write_bytes(damaged(data, changes))
-    try:
-      found = replay.read(path).steps
-    except InputError:
-      SEEN['log', 'refused'] += 1
+    found = read_damaged('log', path, changes)
+    if found is None:
       return
-    whole = path.read_bytes() == data
-    SEEN['log', 'whole' if whole else 'its beginning'] += 1
     assert_begins(found, steps)
     log, _ = replay.open_log(path, {}, steps.projected_grads.shape[1],
                              steps.first - 1)
@@ -124,13 +131,9 @@ def test_a_damaged_shared_log_is_refused(steps, changes):
     path = Path(folder) / 'steps.log'
     replay.write_shared(path, {'config': {}}, steps)
     data = path.read_bytes()
-    path.write_bytes(damaged(data, changes))
-    try:
-      found = replay.read(path).steps
-    except InputError:
-      SEEN['shared log', 'refused'] += 1
+    found = read_damaged('shared log', path, changes)
+    if found is None:
       return
-    SEEN['shared log', 'whole'] += 1
     assert path.read_bytes() == data and found.added == steps.added
     helpers.assert_bitwise(found.projected_grads, steps.projected_grads)
 

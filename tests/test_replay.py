@@ -185,6 +185,14 @@ def test_a_shared_log_is_small_and_checked(tmp_path):
     replay.read(shared)
 
 
+def test_every_process_knows_whether_steps_are_recorded(tmp_path):
+  """Though process 0 alone has the file: they must do the same."""
+  log, _ = replay.open_log(tmp_path / 'steps.log', {}, 2)
+  log.close()
+  assert log.records and replay.Log(None, {}, log.steps).records
+  assert not replay.Log(None, {}, replay.no_steps(0)).records
+
+
 def test_a_disk_that_is_full_or_a_file_that_is_gone(tmp_path):
   class Full:
     def write(self, data):
