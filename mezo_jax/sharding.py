@@ -11,40 +11,57 @@ import numpy as np
 from mezo_jax import _paths
 from mezo_jax.errors import InputError
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('direction', 'data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
 _TENSOR = 'vnf'  # vocabulary, heads, feed-forward
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-  """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
+              direction: int = 1, devices=None) -> Mesh:
+  """A mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
 
-  Batches are split over the first two; parameters over the last two, `tensor`
-  splitting the arithmetic of a layer too. Axis types are Auto: the compiler
+  Batches are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`,
+  which splits the arithmetic of a layer too. Axis types are Auto: the compiler
   propagates shardings through any Flax model.
 
   Args:
     data: groups that hold a full copy of the parameters each.
     fsdp: devices that share one copy and split the rows.
     tensor: devices that share one copy and split heads, feed-forward and
-      vocabulary. One of the three may be -1: the rest.
+      vocabulary.
+    direction: groups that hold a full copy each and evaluate, on the same rows,
+      each its part of a step's points: directions and their signs. What they
+      exchange is losses. One of the four may be -1: the rest.
+    devices: in the order of the axes; None for all that there are.
 
   Raises:
-    ValueError: if data * fsdp * tensor is not the number of devices.
+    ValueError: if the product of the four is not the number of devices.
   """
-  n = jax.device_count()
-  sizes = [data, fsdp, tensor]
+  n = jax.device_count() if devices is None else len(devices)
+  sizes = [direction, data, fsdp, tensor]
   if sizes.count(-1) == 1:
     at = sizes.index(-1)
     known = int(np.prod(sizes[:at] + sizes[at + 1:]))
     sizes[at] = n // known if known > 0 else 0
   if min(sizes) < 1 or int(np.prod(sizes)) != n:
     raise InputError(
-        f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {n} '
-        'device(s); their product must be that number, and one of them may be '
-        '-1 (the rest).')
-  return jax.make_mesh(tuple(sizes), AXES,
+        f'mesh data={data} x fsdp={fsdp} x tensor={tensor}'
+        f'{"" if direction == 1 else f" x direction={direction}"} does not fit '
+        f'{n} device(s); their product must be that number, and one of them '
+        'may be -1 (the rest).')
+  return jax.make_mesh(tuple(sizes), AXES, devices=devices,
                        axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def without_directions(mesh: Mesh) -> Mesh:
+  """The same devices, those of `direction` as more of `data`: for what has
+  rows alone to be split, as evaluation has. Parameters lie on it as they do.
+  """
+  direction, data, *rest = mesh.devices.shape
+  if direction == 1:
+    return mesh
+  return Mesh(mesh.devices.reshape(1, direction * data, *rest), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
@@ -133,7 +150,7 @@ def put_batch(batch, mesh: Mesh):
 def _mesh_in_context():
   """The mesh that `jax.set_mesh` set, if it is one of ours."""
   mesh = jax.sharding.get_abstract_mesh()
-  ours = set(AXES) <= set(mesh.axis_names) and all(
+  ours = {*ROWS, 'tensor'} <= set(mesh.axis_names) and all(
       t == AxisType.Auto for t in mesh.axis_types)
   return mesh if ours else None
 
@@ -144,6 +161,12 @@ _apart = contextvars.ContextVar('_apart', default=False)
 def rows_axes():
   """The mesh axes that rows are split over; None off a mesh of ours."""
   return ROWS if _mesh_in_context() else None
+
+
+def direction_groups() -> int:
+  """The groups, under `jax.set_mesh`, that a step's points are split over."""
+  mesh = _mesh_in_context()
+  return 1 if mesh is None else mesh.shape.get('direction', 1)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The training step: the one place where it is written."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 import time
 from typing import Any
@@ -87,7 +88,7 @@ class Step:
     self._flush = flush
 
   def __call__(self, params, state, batch, frozen=None, **more):
-    losses = self._program(_shape(batch), batch, lambda: self._lower_losses(
+    losses = self._program(_shape(batch), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     out = losses(params, state, frozen, batch, more)
     # A whole step has three results, losses two: no walk over the state here.
@@ -96,7 +97,7 @@ class Step:
   def update(self, params, state, projected_grad, value=jnp.nan):
     """The step that these projected gradients [n] make, without losses."""
     program = self._program(
-        None, None, lambda: self._lower_update(params, state))
+        None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are the program's to place: that costs no program.
     told = [x if isinstance(x, jax.Array) else np.reshape(
         np.asarray(x, np.float32), field(state, name).shape)
@@ -109,59 +110,70 @@ class Step:
     as they are where nothing ever is. Both are donated."""
     if not pends(state):
       return params, state
-    return self._program('flush', None, lambda: self._lower_flush(
+    return self._program('flush', None, lambda: self._trace_flush(
         params, state))(params, state)[:2]
 
-  def lower(self, params, state, batch, frozen=None, **more) -> list:
-    """The programs of a step, lowered: of arrays, or of shapes and places.
+  def trace(self, params, state, batch, frozen=None, **more) -> list:
+    """The programs of a step, of arrays, or of shapes and places.
 
     One of backprop; of MeZO the losses, the update and, where updates are
-    pending, `flush`.
+    pending, `flush`. Each is a `jax.stages.Traced`.
     """
-    out = [self._lower_losses(params, state, batch, frozen, more)]
+    out = [self._trace_losses(params, state, batch, frozen, more)]
     if _has_door(state):
-      out.append(self._lower_update(params, state))
+      out.append(self._trace_update(params, state))
     if pends(state):
-      out.append(self._lower_flush(params, state))
+      out.append(self._trace_flush(params, state))
     return out
+
+  def lower(self, params, state, batch, frozen=None, **more) -> list:
+    """Those of `trace`, lowered."""
+    return [*map(self._lower, self.trace(
+        params, state, batch, frozen, **more))]
 
   def compile(self, params, state, batch, frozen=None, **more) -> None:
     """Compiles what the first step would, without making it."""
-    self._program(_shape(batch), batch, lambda: self._lower_losses(
+    self._program(_shape(batch), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     if _has_door(state):
-      self._program(None, None, lambda: self._lower_update(params, state))
+      self._program(None, None, lambda: self._trace_update(params, state))
 
-  def _lower_losses(self, params, state, batch, frozen, more):
+  def _trace_losses(self, params, state, batch, frozen, more):
     args = params, state, frozen, batch, more
     if _has_door(state):
-      return self._lower(self._losses, args)
-    return self._lower(self._whole, args, (params, state))
+      return self._trace(self._losses, args)
+    return self._trace(self._whole, args, (params, state))
 
-  def _lower_update(self, params, state):
+  def _trace_update(self, params, state):
     told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
             for x in (field(state, 'projected_grad'), field(state, 'value'))]
-    return self._lower(self._update, (params, state, *told), (params, state))
+    return self._trace(self._update, (params, state, *told), (params, state))
 
-  def _lower_flush(self, params, state):
-    return self._lower(self._flush, (params, state), (params, state))
+  def _trace_flush(self, params, state):
+    return self._trace(self._flush, (params, state), (params, state))
 
-  def _lower(self, fn, args, kept=()):
+  def _trace(self, fn, args, kept=()):
     """``kept``, the first of args, are donated, and stay where they are."""
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
       out = (*jax.tree.map(_place, kept), out)
     jitted = jax.jit(
         fn, donate_argnums=range(len(kept)), out_shardings=out)
-    if self._mesh is None:
-      return jitted.lower(*args)
-    with jax.set_mesh(self._mesh):
-      return jitted.lower(*args)
+    with self._on_mesh():
+      return jitted.trace(*args)
 
-  def _program(self, shape, batch, lower: Callable):
+  def _lower(self, traced):
+    with self._on_mesh():
+      return traced.lower()
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
+        self._mesh)
+
+  def _program(self, shape, batch, trace: Callable):
     if shape not in self.compiled:
       began = time.time()
-      self.compiled[shape] = lower().compile()
+      self.compiled[shape] = self._lower(trace()).compile()
       if self._on_compile:
         self._on_compile(batch, self.compiled[shape], time.time() - began)
     return self.compiled[shape]
