@@ -121,12 +121,6 @@ def nbytes(tree) -> int:
              for x in jax.tree.leaves(tree))
 
 
-def held(memory) -> int:
-  """Bytes that a program holds at its peak, of its `memory_analysis()`."""
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
-
-
 def timed(fn, *args):
   """(seconds, result), the result ready."""
   began = time.perf_counter()

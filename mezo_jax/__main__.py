@@ -43,7 +43,8 @@ def main(argv=None) -> None:
   sub = commands.add_parser(
       'plan', help='what a run will hold and take on devices that are not '
       'there; also --config.FIELD=VALUE')
-  sub.add_argument('--config', required=True, help='FILE.py or FILE.py:ARGUMENT')
+  sub.add_argument('--config', required=True,
+                   help='FILE.py or FILE.py:ARGUMENT')
   sub.add_argument('--topology', required=True, help='v5e:4x4, v5p:2x2x1, '
                    'v6e:2x4, v4:2x2x2 (chips), h100:8, a100:8 or cpu:8')
   sub.add_argument('--mesh', help='fsdp=4,tensor=2; default: the config\'s, or '

@@ -100,8 +100,8 @@ def _host_is_silent(fn, shape, found, *args):
 
 
 def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
-  """The config's mesh over all devices, or over these; InputError if it does not
-  fit them."""
+  """The config's mesh over all devices or over these; InputError if it does
+  not fit them."""
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor,
                             sizes.direction, devices)

@@ -211,6 +211,11 @@ _FREE = ('steps', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
          'max_still', 'max_rise', 'trunk_memory')
 
 
+def bound(config: Train) -> dict:
+  """The fields, as JSON values, that runs of one kind have in common."""
+  return {k: v for k, v in to_json(config).items() if k not in _FREE}
+
+
 def objective(config: Train) -> str | Callable:
   """What is trained: the config's, or the task's own."""
   return objectives.of(config.task, config.objective)

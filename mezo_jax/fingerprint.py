@@ -31,6 +31,11 @@ def of_weights(params, but: str | None = None) -> str:
                  for (path, x), total in zip(leaves, sums))
 
 
+def checksum(params) -> int:
+  """32 bits of `of_weights`."""
+  return int(of_weights(params)[:8], 16)
+
+
 def of(values: dict) -> str:
   """32 hex digits of JSON values."""
   return _digest([json.dumps(values, sort_keys=True)])

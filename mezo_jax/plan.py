@@ -137,8 +137,9 @@ def plan(config: config_lib.Train, topology: str, *,
       **{'fsdp': 1} | sizes))
   mesh = build.make_mesh(config, devices)
   if tokens is None:
-    tokens = max((n for n in config.data.buckets
-                  if n <= config.data.max_length), default=config.data.max_length)
+    longest = config.data.max_length
+    tokens = max((n for n in config.data.buckets if n <= longest),
+                 default=longest)
   tokens = min(tokens, model_config.max_length)
   resident, programs = trace(config, mesh, model_config, tokens)
   found = {}
@@ -229,15 +230,16 @@ def good_mesh(config: config_lib.Train, model: models.Config, topology: str
   for tensor in (t for t in range(1, n + 1) if n % t == 0):
     fsdp = math.gcd(rows, n // tensor)
     rest = n // tensor // fsdp
+    direction = math.gcd(rest, points) if steps else 1
+    data = rest // direction
     fits = model.num_kv_heads % tensor == 0 or (
         2 if model.num_heads % tensor == 0 else 4)
-    cost = rest * fits, abs(math.log(tensor / wanted))
+    cost = (rows % (data * fsdp) != 0, rest * fits,
+            abs(math.log(tensor / wanted)))
     if best is None or cost < best[0]:
-      best = cost, tensor, fsdp, rest
-  _, tensor, fsdp, rest = best
-  direction = math.gcd(rest, points) if steps else 1
-  return dict(data=rest // direction, fsdp=fsdp, tensor=tensor,
-              direction=direction)
+      best = cost, dict(
+          data=data, fsdp=fsdp, tensor=tensor, direction=direction)
+  return best[1]
 
 
 # --- what would fit ---------------------------------------------------------

@@ -16,7 +16,8 @@ from mezo_jax import _pending, sharding
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
               mesh: jax.sharding.Mesh | None = None,
-              on_compile: Callable | None = None) -> 'Step':
+              on_compile: Callable | None = None,
+              part: tuple[int, int] | None = None) -> 'Step':
   """``step(params, state, batch, frozen=None, **more) -> params, state,
   metrics``; ``more`` are further arguments of ``tx.update``.
 
@@ -32,6 +33,9 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
     mesh: that params are on; set where programs are traced.
     on_compile: called with (batch, program, seconds) of each program that was
       compiled; batch is None for the update.
+    part: of a replica, which directions it evaluates (`mezo_jax.spsa`): its
+      steps are ``g, value = step.losses(...)``, told to the others, and
+      ``step.update(params, state, g, value)`` of what all have told.
 
   Returns:
     A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
@@ -39,20 +43,21 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
     arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
     ``skipped_in_a_row``.
   """
-  return Step(tx, value_fn, mesh, on_compile)
+  return Step(tx, value_fn, mesh, on_compile, part)
 
 
 class Step:
   """See `make_step`. Programs are compiled when first needed, never again."""
 
-  def __init__(self, tx, value_fn, mesh, on_compile):
+  def __init__(self, tx, value_fn, mesh, on_compile, part):
     self.compiled = {}  # by shape of the batch; the update by None
-    self._mesh, self._on_compile = mesh, on_compile
+    self._mesh, self._on_compile, self._part = mesh, on_compile, part
+    only = {} if part is None else dict(part=part)
 
     def run(params, state, frozen, batch, more):
       value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
       return tx.update(None, state, params, value_fn=value_of, batch=batch,
-                       **more)
+                       **more, **only)
 
     def losses(params, state, frozen, batch, more):
       _, state = run(params, state, frozen, batch, more)
@@ -88,11 +93,19 @@ class Step:
     self._flush = flush
 
   def __call__(self, params, state, batch, frozen=None, **more):
-    losses = self._program(_shape(batch), batch, lambda: self._trace_losses(
-        params, state, batch, frozen, more))
-    out = losses(params, state, frozen, batch, more)
+    if self._part is not None:
+      raise ValueError('a part of the directions makes no step: call losses, '
+                       'and update with what all replicas have told.')
+    out = self.losses(params, state, batch, frozen, **more)
     # A whole step has three results, losses two: no walk over the state here.
     return out if len(out) == 3 else self.update(params, state, *out)
+
+  def losses(self, params, state, batch, frozen=None, **more):
+    """``projected_grad, value`` of a step; nothing is donated. (Of
+    backpropagation, which is one program, the whole step.)"""
+    program = self._program(_shape(batch), batch, lambda: self._trace_losses(
+        params, state, batch, frozen, more))
+    return program(params, state, frozen, batch, more)
 
   def update(self, params, state, projected_grad, value=jnp.nan):
     """The step that these projected gradients [n] make, without losses."""

@@ -1,6 +1,6 @@
 """What the TPU compiler says of real shapes; skipped without libtpu.
 
-  pip install -e '.[aot]' && python -m pytest tests/test_aot.py
+  pip install -e '.[plan]' && python -m pytest tests/test_aot.py
 """
 
 import ast
@@ -39,7 +39,7 @@ def test_a_step_is_inference_twice(topology, mesh, shape, cycles):
 
 
 @pytest.mark.parametrize('topology,package', [
-    ('v5p:1x1x1', 'libtpu'), ('a100', 'jax_cuda12_plugin')])
+    ('v5p:1x1x1', 'libtpu'), ('a100:1', 'jax_cuda12_plugin')])
 def test_layers_that_are_not_scanned_are_built_one_at_a_time(topology, package):
   """Twelve of them: the forward and one; one is 0.07 of the weights."""
   pytest.importorskip(package)

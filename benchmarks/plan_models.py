@@ -1,17 +1,17 @@
 """Which slices and cards hold which models, by `mezo_jax.plan`.
 
-  pip install -e '.[plan]' && python benchmarks/plan.py [--cuda] [MODEL ...]
+  pip install -e '.[plan]'
+  python benchmarks/plan_models.py [--cuda] [MODEL ...]
 
 Compilers only, nothing is run: MeZO of all parameters (normal directions),
 inference (a forward pass of the same batch) and backprop (SGD, each layer
 rematerialised), bfloat16, 16 rows of 256 tokens read at two label words, on the
 mesh that `plan` chooses. Where weights alone are too many nothing is compiled.
 Then the smallest slice of each kind for MeZO. `--cuda` adds an A100 and an H100
-of 80 GB. Writes benchmarks/results/plan.md and plan.json, after every model.
+of 80 GB. Writes benchmarks/results/plan_models.md and .json, after every model.
 """
 
 import json
-from pathlib import Path
 import subprocess
 import sys
 
@@ -95,7 +95,8 @@ def row_of(model: str, topology: str) -> dict:
           '/ inference': f'{r["peak"] / r["inference"]:.3f}' if (
               r['peak'] and r['inference']) else ''}
   b = alone(model, topology, 'finetune')
-  row |= {'SGD, GiB': spell(b['peak']), 'SGD fits': 'yes' if b['fits'] else 'no'}
+  row |= {'SGD, GiB': spell(b['peak']),
+          'SGD fits': 'yes' if b['fits'] else 'no'}
   if r['cycles'] == r['cycles'] and r['fits']:
     row['cycles / two forwards'] = f'{r["cycles"]:.2f}'
   before, losses, update = r['collectives']
@@ -136,11 +137,11 @@ def main():
     print(least[-1], flush=True)
     columns = max(rows, key=len)
     table = [{name: row.get(name, '') for name in columns} for row in rows]
-    harness.write('plan', f'Compilers only, nothing run: jax {jax.__version__}, '
-                  f'bfloat16, 16 rows of {TOKENS} tokens', [
-                      ('Memory of one device:', table),
-                      ('The smallest slice for MeZO, and GiB a device:',
-                       least)])
+    harness.write(
+        'plan_models', f'Compilers only, nothing run: jax {jax.__version__}, '
+        f'bfloat16, 16 rows of {TOKENS} tokens', [
+            ('Memory of one device:', table),
+            ('The smallest slice for MeZO, and GiB a device:', least)])
 
 
 if __name__ == '__main__':
