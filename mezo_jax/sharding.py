@@ -1,7 +1,10 @@
 """Meshes and one rule for where arrays live on them."""
 
+from collections.abc import Sequence
 import contextlib
 import contextvars
+import math
+import re
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -77,13 +80,13 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   Args:
     path: of the leaf, as `mezo_jax._paths.named_leaves` gives it.
     shape: of the leaf, the layer axis included.
-    mesh: with axes `fsdp` and, if ``axes`` is given, `tensor`.
+    mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
   """
   first = 1 if _paths.locate(path)[2] else 0
   if int(np.prod(shape[first:])) < 2**16:
     return P()
-  fsdp, tensor = mesh.shape['fsdp'], mesh.shape.get('tensor', 1)
+  fsdp, tensor = (mesh.shape.get(a, 1) for a in ('fsdp', 'tensor'))
   spec = [None] * len(shape)
   letters = dict(enumerate(axes, first))
   for a, letter in letters.items():
@@ -99,11 +102,54 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   return P(*spec)
 
 
-def param_shardings(params, mesh: Mesh):
-  """The tree of `NamedSharding`s of a parameter tree (arrays or shapes)."""
-  return _paths.map_named(
-      lambda path, x: NamedSharding(
-          mesh, param_spec(path, x.shape, mesh)), params)
+def param_shardings(params, mesh: Mesh,
+                    rules: Sequence[tuple[str, P]] = ()):
+  """The tree of `NamedSharding`s of anyone's parameters.
+
+  A leaf lies as the first rule says whose regular expression is found in its
+  path, else as `param_spec` does: large ones are split over `fsdp`.
+
+  Args:
+    params: arrays or shapes, in any pytree.
+    mesh: with the axes of the rules, and `fsdp` if a leaf has none.
+    rules: (expression, spec). A spec that is shorter than a leaf has axes is
+      of the last ones where the first is the layers'. An axis that a mesh axis
+      does not divide stays whole.
+
+  Raises:
+    InputError: for a rule that no leaf has, that is longer than a leaf has
+      axes, or that names no axis of the mesh.
+  """
+  unused = {pattern for pattern, _ in rules}
+
+  def place(path, x):
+    for pattern, spec in rules:
+      if re.search(pattern, path):
+        unused.discard(pattern)
+        return NamedSharding(mesh, _fitted(spec, path, x.shape, mesh))
+    return NamedSharding(mesh, param_spec(path, x.shape, mesh))
+  out = _paths.map_named(place, params)
+  if unused:
+    raise InputError(
+        f'rules {sorted(unused)} are found in no path; paths are such as '
+        f'{", ".join(p for p, _ in _paths.named_leaves(params)[:4])}.')
+  return out
+
+
+def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """A rule's spec, of one leaf."""
+  parts = [*spec]
+  if _paths.locate(path)[2] and len(parts) < len(shape):
+    parts = [None, *parts]  # layers are never split
+  names = [p if isinstance(p, tuple) else (p,) * (p is not None) for p in parts]
+  strange = {a for axes in names for a in axes} - {*mesh.axis_names}
+  if strange or len(parts) > len(shape):
+    raise InputError(
+        f'the rule for {path!r}, {spec}, does not fit its shape {shape} or the '
+        f"mesh's axes {mesh.axis_names}.")
+  return P(*(
+      p if n % math.prod(mesh.shape[a] for a in axes) == 0 else None
+      for p, axes, n in zip(parts, names, shape)))
 
 
 def row_groups(mesh: Mesh) -> int:
