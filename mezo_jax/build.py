@@ -199,11 +199,12 @@ def load(config: config_lib.Train, model_config: models.Config, mesh,
   """``model, params`` of the model's files, or the shapes of the latter."""
   if abstract and config.model.dtype != 'codes':
     model = models.Transformer(model_config)
-    params = models.param_shapes(model_config, mesh, config.model.dtype)
+    params = models.param_shapes(
+        model_config, mesh, config.model.dtype, config.model.offload)
   else:
     model, params = models.load(
         model_name(config), mesh, config.model.dtype,
-        revision=config.model.revision or None)
+        revision=config.model.revision or None, offload=config.model.offload)
     if abstract:  # what the codes are, their file alone says
       params = jax.tree.map(lambda x: _shape(x, x.sharding), params)
   return model.clone(remat=config.model.remat), params

@@ -203,9 +203,9 @@ def trace(config: config_lib.Train, mesh, model_config: models.Config,
 
 
 def _bytes(tree) -> int:
-  """Of one device."""
-  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * (
-      x.dtype.itemsize) for x in jax.tree.leaves(tree))
+  """Of one device; what is in the host's memory is not."""
+  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree) if not sharding.is_on_host(x))
 
 
 def _silent(text: str) -> None:

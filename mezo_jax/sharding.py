@@ -152,6 +152,31 @@ def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
       for p, axes, n in zip(parts, names, shape)))
 
 
+def on_host(shardings):
+  """The same places in the memory of the host, from which a program takes a
+  layer at a time; for stacks of layers that are more than devices hold."""
+  return jax.tree.map(lambda s: s.with_memory_kind('pinned_host'), shardings)
+
+
+def is_on_host(x) -> bool:
+  """Of an array, a tracer or a shape."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return getattr(x.sharding, 'memory_kind', None) == 'pinned_host'
+  return isinstance(x, jax.Array) and (
+      jax.typeof(x).memory_space == jax.memory.Space.Host)
+
+
+def fetched(tree):
+  """With copies on the device of what is in the host's memory: of a layer,
+  where it is computed with."""
+  return jax.tree.map(lambda x: jax.device_put(
+      x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
+
+
+def to_host(x):
+  return jax.device_put(x, jax.memory.Space.Host)
+
+
 def row_groups(mesh: Mesh) -> int:
   """How many parts a batch's rows are split into."""
   return mesh.shape['data'] * mesh.shape['fsdp']

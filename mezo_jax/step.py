@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _pending, sharding
+from mezo_jax import _paths, _pending, _streams, sharding
 
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
@@ -64,11 +65,8 @@ class Step:
       return field(state, 'projected_grad'), field(state, 'value')
 
     def update(params, state, projected_grad, value):
-      def moved(params, state, **how):
-        updates, state = tx.update(
-            None, state, params, projected_grad=projected_grad, value=value,
-            **how)
-        return optax.apply_updates(params, updates), state
+      moved = functools.partial(
+          _moved, tx, projected_grad=projected_grad, value=value)
       def noted(params, state):  # no weight is read or written
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
@@ -82,8 +80,8 @@ class Step:
       return params, state, _metrics(state)
 
     def flush(params, state):
-      updates, state = tx.update(None, state, params, flush=True)
-      return optax.apply_updates(params, updates), state, _metrics(state)
+      params, state = _moved(tx, params, state, flush=True)
+      return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
       updates, state = run(params, state, frozen, batch, more)
@@ -190,6 +188,49 @@ class Step:
       if self._on_compile:
         self._on_compile(batch, self.compiled[shape], time.time() - began)
     return self.compiled[shape]
+
+
+def _moved(tx, params, state, **how):
+  """``params, state`` after an update; weights in the host's memory go to the
+  device and back a layer at a time."""
+  here, away = (jax.tree.map(
+      lambda x, host=host: x if sharding.is_on_host(x) == host else None,
+      params) for host in (False, True))
+  updates, new_state = tx.update(None, state, here, **how)
+  here = optax.apply_updates(here, updates)
+  if not jax.tree.leaves(away):
+    return here, new_state
+  depth = _depth(away, state)
+
+  def one(layer, away):
+    rows = sharding.fetched(jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
+    with _streams.stacks_begin_at(layer):  # of which these are the next
+      updates, _ = tx.update(None, state, rows, **how)
+    return jax.tree.map(
+        lambda x, new: lax.dynamic_update_slice_in_dim(
+            x, sharding.to_host(new), layer, 0),
+        away, optax.apply_updates(rows, updates))
+  away = lax.fori_loop(0, depth, one, away)
+  return jax.tree.map(lambda a, b: b if a is None else a, here, away,
+                      is_leaf=lambda x: x is None), new_state
+
+
+def _depth(away, state) -> int:
+  """How many layers the stacks in the host's memory have."""
+  depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
+      _paths.named_leaves(away), _paths.stacked(away))}
+  shapes = {x.shape for x in jax.tree.leaves(away)}
+  if len(depths) > 1 or 0 in depths:
+    raise ValueError(
+        'only stacks of layers, all of one number, may be in the memory of the '
+        f'host; found {sorted(p for p, _ in _paths.named_leaves(away))}.')
+  if any(x.shape in shapes for x in jax.tree.leaves(state)):
+    raise ValueError(
+        'weights in the memory of the host are updated a layer at a time, '
+        'which an optimizer that keeps something of their size cannot: use '
+        'mezo_jax.mezo.')
+  return depths.pop()
 
 
 def _shape(batch):
