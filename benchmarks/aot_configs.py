@@ -14,7 +14,7 @@ import harness
 import jax
 
 from mezo_jax import config as config_lib
-from mezo_jax import plan
+from mezo_jax import machines, plan, planner
 
 ROOT = Path(__file__).parents[1]
 # Config and its argument, other model, topology, mesh, tokens.
@@ -32,7 +32,7 @@ CASES = [
 
 
 def load_config(name: str, model: str) -> config_lib.Train:
-  return plan.read_config(str(ROOT / 'configs' / name), [
+  return planner.read_config(str(ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
 
 
@@ -42,8 +42,8 @@ def main():
   table = []
   for name, other, topology, mesh, tokens in CASES:
     config = load_config(name, other)
-    found = plan.plan(config, topology, tokens=tokens, sizes=plan.read_mesh(
-        mesh, plan.machines.size(topology)))
+    found = plan.plan(config, topology, tokens=tokens, sizes=planner.read_mesh(
+        mesh, machines.size(topology)))
     update = found.programs['update']
     table.append({
         'config': name, 'model': config.model.name.split('/')[-1],

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 import sys
 
-from mezo_jax import plan, suite
+from mezo_jax import planner, suite
 from mezo_jax.errors import in_one_sentence
 from mezo_jax.export import export, rebuild
 
@@ -66,7 +66,7 @@ def main(argv=None) -> None:
 
 def run(options: argparse.Namespace) -> None:
   if options.command == 'plan':
-    sys.exit(plan.main(options.config, options.topology, options.mesh,
+    sys.exit(planner.main(options.config, options.topology, options.mesh,
                        options.tokens, options.rest))
   if options.command == 'export':
     found = export(options.workdir, options.directory, options.step,

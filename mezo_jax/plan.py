@@ -7,16 +7,12 @@ what counts of them is rows and length; answers that are laid out beside a
 prompt are short.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable
 import dataclasses
 import math
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
-from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from mezo_jax import (
@@ -34,12 +30,10 @@ from mezo_jax import (
   trunk,
 )
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
 from mezo_jax.loggers import markdown_table
 from mezo_jax.step import make_step
 
 GIB = 2**30
-DOES_NOT_FIT = 3  # an exit status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +46,7 @@ class Plan:
     model: its shapes.
     tokens: of a row of a training batch.
     resident: bytes of weights and of the optimizer's state, a device.
+    on_host: bytes of weights that are in the host's memory for a device.
     programs: by name: 'inference' is a forward pass of the training batch;
       'losses', 'update' and, where updates are pending, 'flush' are a step, or
       'step' of backpropagation; 'evaluation'; 'anchor' losses of SVRG's.
@@ -62,6 +57,7 @@ class Plan:
   model: models.Config
   tokens: int
   resident: dict[str, int]
+  on_host: int
   programs: dict[str, compiled.Program]
 
   @property
@@ -141,19 +137,19 @@ def plan(config: config_lib.Train, topology: str, *,
     tokens = max((n for n in config.data.buckets if n <= longest),
                  default=longest)
   tokens = min(tokens, model_config.max_length)
-  resident, programs = trace(config, mesh, model_config, tokens)
+  resident, on_host, programs = trace(config, mesh, model_config, tokens)
   found = {}
   for name, (traced, mesh) in programs.items():
     if wanted(name):
       with jax.set_mesh(mesh):
         found[name] = compiled.read(
             traced.lower(), traced.jaxpr, mesh.size)
-  return Plan(config, topology, model_config, tokens, resident, found)
+  return Plan(config, topology, model_config, tokens, resident, on_host, found)
 
 
 def trace(config: config_lib.Train, mesh, model_config: models.Config,
-          tokens: int) -> tuple[dict[str, int], dict[str, tuple]]:
-  """``resident, {name: (program, its mesh)}``; see `Plan`."""
+          tokens: int) -> tuple[dict[str, int], int, dict[str, tuple]]:
+  """``resident, on_host, {name: (program, its mesh)}``; see `Plan`."""
   tokenizer = standins.tokenizer(config.task)
   built = build.build(
       config, abstract=True, model_config=model_config, tokenizer=tokenizer,
@@ -198,14 +194,16 @@ def trace(config: config_lib.Train, mesh, model_config: models.Config,
   add('evaluation', lambda params, frozen, batch: answers(
       peft.join(params, frozen), batch), params, frozen,
       build.batch_shapes(splits.dev, tokens, rows, alone), mesh=alone)
-  return dict(weights=_bytes((params, frozen)),
-              state=_bytes(built.opt_state)), programs
+  weights = params, frozen
+  return (dict(weights=_bytes(weights), state=_bytes(built.opt_state)),
+          _bytes(weights, on_host=True), programs)
 
 
-def _bytes(tree) -> int:
-  """Of one device; what is in the host's memory is not."""
+def _bytes(tree, on_host: bool = False) -> int:
+  """Of one device, or of the host for it."""
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-             for x in jax.tree.leaves(tree) if not sharding.is_on_host(x))
+             for x in jax.tree.leaves(tree)
+             if sharding.is_on_host(x) == on_host)
 
 
 def _silent(text: str) -> None:
@@ -242,86 +240,6 @@ def good_mesh(config: config_lib.Train, model: models.Config, topology: str
   return best[1]
 
 
-# --- what would fit ---------------------------------------------------------
-
-
-class Change(NamedTuple):
-  """A way to need less."""
-
-  words: str
-  topology: str
-  sizes: dict[str, int]
-  config: config_lib.Train
-
-
-def changes(found: Plan) -> Iterator[Change]:
-  """What may make a plan fit that does not: from what costs nothing, another
-  mesh, to what costs money, more devices."""
-  config, sizes = found.config, dataclasses.asdict(found.config.mesh)
-  name, n = found.topology, machines.size(found.topology)
-  at = lambda words, **fields: Change(
-      words, name, sizes, dataclasses.replace(config, **fields))
-  for tensor in (t for t in range(1, n + 1) if n % t == 0):
-    other = dict(direction=1, data=1, fsdp=n // tensor, tensor=tensor)
-    if other != sizes and config.data.batch_size % other['fsdp'] == 0:
-      yield Change(f'the mesh {spell_mesh(other)}', name, other, config)
-  if methods.method_of(config).backprop:
-    if not config.model.remat:
-      yield at('model.remat=True', model=dataclasses.replace(
-          config.model, remat=True))
-    yield at("method='mezo'", method='mezo')
-  elif config.spsa.over == 'batch':
-    yield at("spsa.over='scan'", spsa=dataclasses.replace(
-        config.spsa, over='scan'))
-  if found.peak('evaluation') >= found.peak():
-    for rows in _halves(config.eval_batch_size):
-      yield at(f'eval_batch_size={rows}', eval_batch_size=rows)
-  else:
-    groups = sizes['data'] * sizes['fsdp']
-    for parts in range(2, config.data.batch_size // groups + 1):
-      if config.data.batch_size % (parts * groups) == 0:
-        yield at(f'optimizer.micro_batches={parts}',
-                 optimizer=dataclasses.replace(
-                     config.optimizer, micro_batches=parts))
-    for rows in _halves(config.data.batch_size):
-      if rows % groups == 0:
-        yield at(f'data.batch_size={rows}', data=dataclasses.replace(
-            config.data, batch_size=rows))
-  for other in machines.larger(name):
-    mesh = good_mesh(config, found.model, other)
-    yield Change(f'{other}, with the mesh {spell_mesh(mesh)}', other, mesh,
-                 config)
-
-
-def _halves(n: int) -> Iterator[int]:
-  while n > 1:
-    n //= 2
-    yield n
-
-
-def what_fits(found: Plan, say: Callable[[str], None] = print
-              ) -> tuple[Change, Plan] | None:
-  """The first of `changes` that fits, and its plan."""
-  def may(change):
-    """Whether the weights alone leave room; that costs no compilation."""
-    share = math.prod(change.sizes[a] for a in ('fsdp', 'tensor'))
-    before = math.prod(getattr(found.config.mesh, a) for a in (
-        'fsdp', 'tensor'))
-    same = change.config.method == found.config.method
-    resident = found.resident['weights'] + same * found.resident['state']
-    return resident * before / share < found.limit
-  for change in filter(may, changes(found)):
-    say(f'trying {change.words}')
-    try:
-      other = plan(change.config, change.topology, sizes=change.sizes,
-                   tokens=found.tokens, model_config=found.model)
-    except InputError:  # batch and mesh, say, do not divide
-      continue
-    if other.fits:
-      return change, other
-  return None
-
-
 # --- to read ----------------------------------------------------------------
 
 
@@ -347,7 +265,12 @@ def spell(found: Plan) -> str:
       f'{spell_mesh(dataclasses.asdict(c.mesh))}',
       '', markdown_table(rows), '',
       f'Of one device: {weights:.2f} GiB of weights, {state:.2f} of the '
-      f"optimizer's state; at the peak {_gib(found.peak())} GiB."]
+      f"optimizer's state; at the peak {gib(found.peak())} GiB."]
+  if found.on_host:
+    lines.append(
+        f'{gib(found.on_host)} GiB of layers are in the memory of the host '
+        'for each device; the time that they take to it and back is not '
+        'counted.')
   if 'inference' in found.programs and found.programs['inference'].memory:
     lines.append(f'A step holds {_ratio(found)} times what inference holds.')
   if not math.isnan(found.cycles) and kind.clock == kind.clock:
@@ -366,8 +289,8 @@ def _row(name: str, found: Plan, p: compiled.Program) -> dict[str, Any]:
   big = p.memory is None
   return {
       'program': name,
-      'peak, GiB': _gib(found.peak(name)),
-      'temporaries, GiB': '' if big or not p.fits else _gib(p.temporaries),
+      'peak, GiB': gib(found.peak(name)),
+      'temporaries, GiB': '' if big or not p.fits else gib(p.temporaries),
       'collectives': ', '.join(
           f'{n} {kind} ({size / 2**20:.3g} MiB)'
           for kind, (n, size) in p.collectives.items()) or '-',
@@ -376,74 +299,10 @@ def _row(name: str, found: Plan, p: compiled.Program) -> dict[str, Any]:
       's to compile': f'{p.seconds:.0f}'}
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
   return 'far too many' if math.isinf(size) else f'{size / GIB:.2f}'
 
 
 def _ratio(found: Plan) -> str:
   peak = found.peak('losses', 'update', 'flush', 'step', 'anchor')
   return '?' if math.isinf(peak) else f'{peak / found.peak("inference"):.3f}'
-
-
-# --- command line -----------------------------------------------------------
-
-
-def main(file: str, topology: str, mesh: str | None, tokens: int | None,
-         more: Sequence[str] = ()) -> int:
-  """Prints a plan and, where it does not fit, the first change that would.
-
-  Returns:
-    The exit status: 0 if it fits, else `DOES_NOT_FIT`.
-  """
-  n = machines.size(topology)
-  jax.config.update('jax_platforms', 'cpu')  # a device here is not asked
-  if topology.startswith('cpu'):
-    with contextlib.suppress(RuntimeError):  # devices are counted already
-      jax.config.update('jax_num_cpu_devices', n)
-  config = read_config(file, more)
-  found = plan(config, topology, sizes=read_mesh(mesh, n) if mesh else None,
-               tokens=tokens)
-  print(spell(found))
-  if found.fits:
-    print('It fits.')
-    return 0
-  print(f'It does not fit into {found.limit / GIB:g} GiB.')
-  other = what_fits(found)
-  if other is None:
-    print('Nothing that was tried fits.')
-  else:
-    change, found = other
-    print(f'What fits: {change.words} ({_gib(found.peak())} of '
-          f'{found.limit / GIB:g} GiB a device).')
-  return DOES_NOT_FIT
-
-
-def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
-  """A config's file as train.py takes it, with ``--config.FIELD=VALUE``."""
-  values = flags.FlagValues()
-  argv = ['plan', f'--config={file}', *more]
-  config_flags.DEFINE_config_file(
-      'config', None, '', flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-    return values.config
-  except (KeyError, OSError, TypeError, flags.Error) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    raise InputError(f'{what}. The fields of a config and their types are in '
-                     'mezo_jax/config.py.') from e
-
-
-def read_mesh(text: str, n: int) -> dict[str, int]:
-  """'fsdp=4,tensor=2' over n devices; the first axis may be -1, the rest."""
-  sizes = dict(data=1, fsdp=1, tensor=1, direction=1)
-  for part in text.split(','):
-    name, _, value = part.partition('=')
-    if name not in sizes or not re.fullmatch(r'-1|[1-9]\d*', value):
-      raise InputError(
-          f'--mesh={text!r}: {part!r} is no axis and size, such as fsdp=4; the '
-          f'axes are {", ".join(sizes)}.')
-    sizes[name] = int(value)
-  if math.prod(sizes.values()) != n and -1 not in sizes.values():
-    raise InputError(f'--mesh={text}: the product is not the number of devices '
-                     f'of the topology, {n}.')
-  return sizes

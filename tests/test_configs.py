@@ -6,7 +6,7 @@ import conftest
 import jax
 import pytest
 
-from mezo_jax import checks, models, plan, sharding
+from mezo_jax import checks, models, plan, planner, sharding
 from mezo_jax import config as config_lib
 from mezo_jax.config import Train
 
@@ -59,9 +59,9 @@ def test_every_config_loads_and_says_how_to_run_it():
     ('opt.py:sst2,lora', '', 32), ('opt.py:squad,prefix', '', 64),
     ('roberta.py:sst2,16,13,prefix', '', 32)])
 def test_the_paper_s_programs_trace_with_abstract_weights(name, model, tokens):
-  config = plan.read_config(str(conftest.ROOT / 'configs' / name), [
+  config = planner.read_config(str(conftest.ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
-  _, programs = plan.trace(config, sharding.make_mesh(fsdp=8),
+  *_, programs = plan.trace(config, sharding.make_mesh(fsdp=8),
                            models.find_known(config.model.name), tokens)
   assert programs.keys() >= {'inference', 'losses', 'update', 'evaluation'}
   losses, update = (programs[name][0] for name in ('losses', 'update'))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from runs import changed, small_config
 
-from mezo_jax import compiled, machines, models, plan, sharding
+from mezo_jax import compiled, machines, models, plan, planner, sharding
 from mezo_jax.config import Mesh, Train
 from mezo_jax.errors import InputError
 import train
@@ -77,17 +77,18 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
       memory=(losses + update) / 2 / plan.GIB, slices=('1', '2', '4', '8'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tight)
   assert not first.fits
-  change, other = plan.what_fits(first)
+  change, other = planner.what_fits(first)
   assert other.fits and other.peak() < first.peak()
   tiny = machines.Kind(memory=1e-6, slices=('1', '2'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tiny)
-  assert plan.what_fits(first) is None
-  words = [c.words for c in plan.changes(first)]
+  assert planner.what_fits(first) is None
+  words = [c.words for c in planner.changes(first)]
   assert any('batch' in w for w in words)
   assert words[-1].startswith('cpu:2, with the mesh')
+  assert words[-2].startswith('model.offload=True')
   backprop = dataclasses.replace(first, config=dataclasses.replace(
-      config, method='finetune'))
-  words = [c.words for c in plan.changes(backprop)]
+      first.config, method='finetune'))
+  words = [c.words for c in planner.changes(backprop)]
   assert words[:2] == ['model.remat=True', "method='mezo'"]
 
 
