@@ -49,6 +49,7 @@ class Entries:
   """What one replica has told so far; see the module.
 
   Attributes:
+    last: the last step, 0 for none.
     steps: ``{step: (projected gradients [m], loss)}``.
     marks: ``{step: checksum of the weights}``.
     data: the entries as bytes.
@@ -56,7 +57,7 @@ class Entries:
 
   def __init__(self, path: Path, run: str, replica: int, replicas: int,
                numbers: int):
-    self.path, self.replica = path, replica
+    self.path, self.replica, self.last = path, replica, 0
     self.steps, self.marks, self.data = {}, {}, []
     self.kind = np.dtype([
         ('step', '<u4'), ('check', '<u4'), ('value', '<f4'),
@@ -65,11 +66,6 @@ class Entries:
                   numbers=numbers)
     self._header = json.dumps(header, sort_keys=True).encode() + b'\n'
     self._check, self._size, self._file = zlib.crc32(self._header), 0, None
-
-  @property
-  def last(self) -> int:
-    """The last step."""
-    return max(self.steps, default=0)
 
   def read(self) -> None:
     """Takes what the file has more; what is not whole waits.
@@ -174,6 +170,7 @@ class Entries:
     elif step != self.last + 1:
       return False
     else:
+      self.last = step
       self.steps[step] = (
           entry['projected_grad'].astype(np.float32),
           np.float32(entry['value']))

@@ -183,9 +183,12 @@ class Mirror:
 
   def _greeted(self, kind, replica, index, payload) -> int:
     del replica, index
-    if kind != _HELLO:
+    try:
+      theirs = json.loads(payload)
+    except ValueError:
+      theirs = None
+    if kind != _HELLO or not isinstance(theirs, dict):
       raise _Broken('no greeting')
-    theirs = json.loads(payload)
     other = theirs.get('replica')
     same = {k: v for k, v in theirs.items() if k != 'replica'} == {
         k: v for k, v in self._hello.items() if k != 'replica'}

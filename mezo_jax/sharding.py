@@ -60,9 +60,9 @@ def without_directions(mesh: Mesh) -> Mesh:
   """The same devices, those of `direction` as more of `data`: for what has
   rows alone to be split, as evaluation has. Parameters lie on it as they do.
   """
-  direction, data, *rest = mesh.devices.shape
-  if direction == 1:
+  if mesh.shape.get('direction', 1) == 1:
     return mesh
+  direction, data, *rest = mesh.devices.shape
   return Mesh(mesh.devices.reshape(1, direction * data, *rest), AXES,
               axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -193,13 +193,16 @@ class Step:
 def _moved(tx, params, state, **how):
   """``params, state`` after an update; weights in the host's memory go to the
   device and back a layer at a time."""
-  here, away = (jax.tree.map(
-      lambda x, host=host: x if sharding.is_on_host(x) == host else None,
-      params) for host in (False, True))
+  def only(on_host):
+    return jax.tree.map(
+        lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
+  here = only(False) if offloads else params
   updates, new_state = tx.update(None, state, here, **how)
   here = optax.apply_updates(here, updates)
-  if not jax.tree.leaves(away):
+  if not offloads:
     return here, new_state
+  away = only(True)
   depth = _depth(away, state)
 
   def one(layer, away):
