@@ -156,9 +156,8 @@ def trace(config: config_lib.Train, mesh, model_config: models.Config,
       rows=standins.rows(config), mesh=mesh, say=_silent)
   built = trunk.keep(config, built, '', _silent)
   params, frozen, splits = built.params, built.frozen, built.splits
-  rows, groups = config.data.batch_size, sharding.row_groups(mesh)
   budget = build.privacy_plan(config, splits, mesh)
-  rows = budget.capacity if budget else rows
+  rows = budget.capacity if budget else config.data.batch_size
   batch_of = lambda rows: build.batch_shapes(splits.train, tokens, rows, mesh)
   programs, everywhere = {}, sharding.replicated(mesh)
 
