@@ -30,6 +30,7 @@ from mezo_jax import (
   trunk,
 )
 from mezo_jax import config as config_lib
+from mezo_jax.errors import InputError
 from mezo_jax.loggers import markdown_table
 from mezo_jax.step import make_step
 
@@ -124,6 +125,10 @@ def plan(config: config_lib.Train, topology: str, *,
   if model_config is None:
     model_config = models.find_known(str(config.model.name)) or (
         build.read_config(config))
+  if config.model.offload and machines.is_card(topology):
+    raise InputError(
+        'model.offload cannot be planned for cards that are not there: their '
+        "compiler then knows no memory of the host. A TPU's does.")
   devices = machines.devices(topology)
   if sizes is None:
     sizes = dataclasses.asdict(config.mesh)

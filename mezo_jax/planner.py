@@ -66,7 +66,8 @@ def changes(found: Plan) -> Iterator[Change]:
             config.data, batch_size=rows))
   away = at('model.offload=True, slower by what crosses to the host',
             model=dataclasses.replace(config.model, offload=True))
-  if not config.model.offload and _is_allowed(away.config):
+  if not (config.model.offload or machines.is_card(name)) and _is_allowed(
+      away.config):
     yield away
   for other in machines.larger(name):
     mesh = good_mesh(config, found.model, other)

@@ -17,7 +17,7 @@ from mezo_jax import checkpoint, compiled, evaluate, models, sharding
 from mezo_jax.errors import InputError
 
 MESHES = [  # data, fsdp, tensor, direction
-    (1, 1, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2)]
+    (1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)]
 KINDS = {
     'one normal': dict(),
     'three, one-sided': dict(num_samples=3, combine=mezo_jax.one_sided),

@@ -12,8 +12,9 @@ import pytest
 from runs import changed, small_config
 
 from mezo_jax import compiled, machines, models, plan, planner, sharding
-from mezo_jax.config import Mesh, Train
+from mezo_jax.config import Data, Mesh, Model, Train
 from mezo_jax.errors import InputError
+from mezo_jax.tasks import Task
 import train
 
 SMALL = dict(steps=2, eval_every=2, zero_shot=False, eval_batch_size=16)
@@ -149,6 +150,10 @@ def test_topologies():
       machines.split(name)
   with pytest.raises(InputError, match='JAX_NUM_CPU_DEVICES=64'):
     machines.devices('cpu:64')
+  config = Train(model=Model('opt-125m', offload=True), data=Data(
+      train='nowhere'), task=Task(template='{x}', label_words=(' a', ' b')))
+  with pytest.raises(InputError, match='cannot be planned for cards'):
+    plan.plan(config, 'h100:1')
 
 
 def test_operations_are_counted_with_loops():
