@@ -62,8 +62,9 @@ def check(config: config_lib.Train, place: Place | None) -> None:
 
 
 def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
-         log: Log, say: Callable[[str], None]) -> exchange.Exchange:
-  """The exchange of a run, whose log gets the steps that it missed.
+         log: Log, say: Callable[[str], None]) -> exchange.Exchange | None:
+  """The exchange of a run, whose log gets the steps that it missed; None where
+  it has all, and needs nobody.
 
   Args:
     place: of the run.
@@ -73,6 +74,8 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
     log: of the run.
     say: reports what is waited for.
   """
+  if log.end >= config.steps:
+    return None
   folds = config.spsa.fold_every > 1  # else evaluations change no weight
   ends = (config.eval_every, config.steps) if folds else ()
   run = fingerprint.of(dict(
