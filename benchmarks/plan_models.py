@@ -1,7 +1,7 @@
 """Which slices and cards hold which models, by `mezo_jax.plan`.
 
   pip install -e '.[plan]'
-  python benchmarks/plan_models.py [--cuda] [MODEL ...]
+  python benchmarks/plan_models.py [--cuda | --offload] [MODEL ...]
 
 Compilers only, nothing is run: MeZO of all parameters (normal directions),
 inference (a forward pass of the same batch) and backprop (SGD, each layer
@@ -9,6 +9,8 @@ rematerialised), bfloat16, 16 rows of 256 tokens read at two label words, on the
 mesh that `plan` chooses. Where weights alone are too many nothing is compiled.
 Then the smallest slice of each kind for MeZO. `--cuda` adds an A100 and an H100
 of 80 GB. Writes benchmarks/results/plan_models.md and .json, after every model.
+`--offload` compiles instead, for one v5e, models whose layers are in the memory
+of the host, and writes plan_offload.md and .json.
 """
 
 import json
@@ -28,6 +30,7 @@ MODELS = ('facebook/opt-13b', 'facebook/opt-30b', 'facebook/opt-66b',
           'google/gemma-3-27b-pt')
 SLICES = ('v5p:1x1x1', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v6e:2x4', 'v6e:4x4')
 CARDS = ('a100:1', 'h100:1')
+OFFLOADED = ('facebook/opt-13b', 'facebook/opt-175b')
 TOKENS = 256
 STEP = ('losses', 'update')
 
@@ -122,9 +125,37 @@ def smallest(model: str, kinds: list[str]) -> dict:
   return row
 
 
+def offloaded(model: str) -> dict:
+  config = config_of(model)
+  config.model.offload = True
+  found = plan.plan(config, 'v5e:1x1', tokens=TOKENS)
+  gib = lambda size: round(size / plan.GIB, 2)
+  layers = found.model.num_layers
+  return {
+      'model': model.split('/')[1], 'devices': found.topology,
+      'on the host, GiB': gib(found.on_host),
+      'a layer of them': gib(found.on_host / layers),
+      'weights on the device': gib(found.resident['weights']),
+      **{name: gib(found.peak(name)) for name in found.programs},
+      'of': found.limit / plan.GIB, 'fits': 'yes' if found.fits else 'no',
+      's to compile': round(sum(p.seconds for p in found.programs.values()))}
+
+
 def main():
   if sys.argv[1:2] == ['--one']:
     print(json.dumps(report(*json.loads(sys.argv[2]))))
+    return
+  if '--offload' in sys.argv:
+    jax.config.update('jax_platforms', 'cpu')
+    rows = []
+    for model in sys.argv[2:] or OFFLOADED:
+      rows.append(offloaded(model))
+      print(rows[-1], flush=True)
+    harness.write(
+        'plan_offload', f'Compilers only, nothing run: jax {jax.__version__}, '
+        f'bfloat16, 16 rows of {TOKENS} tokens (evaluation: 32)', [(
+            'Layers in the memory of the host, GiB on the device at the peak '
+            'of each program:', rows)])
     return
   cuda = '--cuda' in sys.argv
   models = [m for m in sys.argv[1:] if not m.startswith('--')] or MODELS
