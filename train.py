@@ -45,6 +45,7 @@ from mezo_jax import (
 )
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
+from mezo_jax import replicas as replicas_lib
 from mezo_jax import workdir as workdir_lib
 from mezo_jax.errors import Again, in_one_sentence, MissingError, Stopped
 from mezo_jax.step import make_step, pends
@@ -60,6 +61,14 @@ _COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
+_REPLICAS = flags.DEFINE_integer(
+    'replicas', None, 'Machines with weights of their own that share out the '
+    'directions of a step (docs/replicas.md).')
+_REPLICA = flags.DEFINE_integer('replica', None, 'Which one this is, from 0.')
+_EXCHANGE = flags.DEFINE_string(
+    'exchange', None, 'HOST:PORT of replica 0, or a directory that all see.')
+_TIMEOUT = flags.DEFINE_float(
+    'exchange_timeout', 1800.0, 'Seconds to wait for another replica.')
 
 
 def say(text: str) -> None:
@@ -70,17 +79,20 @@ def say(text: str) -> None:
 # -------------------------------------------------------------------- run ---
 
 
-def run(config: config_lib.Train, workdir: Path) -> dict:
-  """One run from start, or from where it was stopped, to its result."""
+def run(config: config_lib.Train, workdir: Path,
+        place: replicas_lib.Place | None = None) -> dict:
+  """One run from start, or from where it was stopped, to its result; of a
+  replica, with its place among them."""
   with workdir_lib.alone(workdir):
     hosts.share(workdir)
-    return run_alone(config, workdir)
+    return run_alone(config, workdir, place)
 
 
-def run_alone(config: config_lib.Train, workdir: Path) -> dict:
+def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
   # Config.
   began = time.time()
   checks.check(config)
+  replicas_lib.check(config, place)
   hosts.agree('the version of mezo_jax or jax', fingerprint.of_code,
               'install the same on every host')
   hosts.agree('the config', lambda: fingerprint.of(config_lib.to_json(config)),
@@ -135,7 +147,8 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
   if plan:
     say(privacy.spell(plan))
   step_fn = make_step(
-      built.tx, loss_fn, mesh=mesh, on_compile=say_compiled)
+      built.tx, loss_fn, mesh=mesh, on_compile=say_compiled,
+      part=place and place.part)
   train = built.splits.train.lengths, built.splits.buckets['train']
   in_use = mix.lengths() if mix else train[1] if plan else (
       data_lib.used_buckets(*train, config.data.batch_size))
@@ -163,6 +176,8 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
                            secret)
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
+  others = place and replicas_lib.join(
+      place, config, workdir, weights, log, say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (
@@ -194,7 +209,9 @@ def run_alone(config: config_lib.Train, workdir: Path) -> dict:
       params, opt_state = loop(
           config, (params, opt_state), step_fn, frozen_of, batches,
           lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
-          progress, start, plan, stop_wanted)
+          progress, start, plan, stop_wanted, others)
+    if others:
+      others.close()
   finally:
     progress.close()
     log.close()
@@ -266,9 +283,10 @@ def size_of(params) -> int:
 
 
 def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
-         checkpoints, metrics, log, progress, start, plan, stop_wanted):
+         checkpoints, metrics, log, progress, start, plan, stop_wanted, others):
   """The training loop. The host reads step n-1 while the device does n; steps
-  of an earlier process, which the log has, are made again without losses."""
+  of an earlier process, which the log has, are made again without losses. A
+  replica waits in each step for what the others found."""
   waiting, pending = None, pends(state[1])
   watch = guards.make(config, metrics.of('train'), log, start, say)
 
@@ -288,7 +306,13 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       *state, values = step_fn.update(*state, *log.steps.at(step))
     else:
       tokens, batch, more = next(batches)
-      *state, values = step_fn(*state, batch, frozen_of(batch), **more)
+      args = *state, batch, frozen_of(batch)
+      if others:
+        found = () if others.has(step) else step_fn.losses(*args, **more)
+        *state, values = step_fn.update(*state, *others.swap(step, *found))
+      else:
+        *state, values = step_fn(*args, **more)
+      del args
     if waiting:
       read(*waiting)
     waiting, stopping = (step, tokens, values), stop_wanted(step)
@@ -306,6 +330,8 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
       if pending:
         state = step_fn.flush(*state)
         log.added(step)
+      if others:
+        others.mark(step, fingerprint.checksum(state[0]))
       report = metrics.at('dev', step)
       if not report:
         report = evaluate_dev(state[0])
@@ -358,7 +384,8 @@ def main(argv):
       hosts.join(*told)
   with hosts.watch('train.py'), in_one_sentence('train.py'):
     try:
-      run(config, workdir)
+      run(config, workdir, replicas_lib.place(
+          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value))
     except KeyboardInterrupt:
       raise Again(f'interrupted; run it again to resume from {workdir}.'
                   ) from None

@@ -1,6 +1,6 @@
 """What the TPU and CUDA compilers make of a model whose layers are not scanned.
 
-  pip install -e '.[aot]'
+  pip install -e '.[plan]'
   pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
   python benchmarks/aot_unrolled.py
 
@@ -12,7 +12,6 @@ the bytes of the weights. Nothing is run. Writes results/aot_unrolled.md.
 
 import sys
 
-import aot  # first: it sets what the compilers look for
 from flax import linen as nn
 import harness
 import jax
@@ -21,9 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mezo_jax
+from mezo_jax import machines, sharding
 
 LAYERS, WIDTH, VOCAB, ROWS, TOKENS = 12, 1024, 16_000, 16, 32
-TOPOLOGIES = ('v5p:1x1x1', 'a100')
+TOPOLOGIES = ('v5p:1x1x1', 'a100:1')
 
 
 class Model(nn.Module):
@@ -41,7 +41,8 @@ class Model(nn.Module):
 
 
 def measure(topology: str) -> dict:
-  place = NamedSharding(aot.mesh_of(topology, (1, 1, 1)), P())
+  place = NamedSharding(sharding.make_mesh(
+      devices=machines.devices(topology)), P())
   put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=place), tree)
   model, ids = Model(), jnp.zeros((ROWS, TOKENS), jnp.int32)
@@ -61,6 +62,7 @@ def measure(topology: str) -> dict:
 
 
 def main():
+  jax.config.update('jax_platforms', 'cpu')
   rows = []
   for topology in sys.argv[1:] or TOPOLOGIES:
     rows.append(measure(topology))

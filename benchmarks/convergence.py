@@ -31,7 +31,7 @@ import optax
 
 from configs import quickstart as quickstart_config
 import mezo_jax
-from mezo_jax import build, LowRank, trunk
+from mezo_jax import build, compiled, LowRank, trunk
 from mezo_jax.config import Data, Model, Optimizer, Train
 from mezo_jax.tasks import encode, score, Task
 
@@ -193,7 +193,7 @@ class Runs:
 
   def memory(self, kind: str) -> int:
     """Bytes that the larger of a step's programs holds."""
-    return max(harness.held(program.memory_analysis())
+    return max(compiled.held(program.memory_analysis())
                for program in self._step[kind].compiled.values())
 
   def in_time(self, kind: str, curves: np.ndarray, steps: float) -> np.ndarray:

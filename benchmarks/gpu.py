@@ -35,7 +35,7 @@ import optax
 import step_time
 
 import mezo_jax
-from mezo_jax import backprop, models
+from mezo_jax import backprop, compiled, models
 from mezo_jax.workdir import read_result
 
 PROGRAMS = harness.MEZO | {'SGD': None, 'Adam': None}
@@ -50,12 +50,12 @@ def programs(name, model, params, ids):
     model = model.clone(remat=True)
   loss_fn = harness.classification_loss(model)
   if name == 'inference':
-    compiled = jax.jit(lambda p, ids: jnp.mean(loss_fn(p, ids))).lower(
+    program = jax.jit(lambda p, ids: jnp.mean(loss_fn(p, ids))).lower(
         params, ids).compile()
     def forward(params, state, ids):
-      compiled(params, ids).block_until_ready()
+      program(params, ids).block_until_ready()
       return params, state
-    return [compiled], forward, None
+    return [program], forward, None
   if PROGRAMS[name] is None:
     tx = optax.chain(backprop.backprop(), {
         'SGD': optax.sgd, 'Adam': optax.adam}[name](1e-6))
@@ -72,8 +72,8 @@ def programs(name, model, params, ids):
   return [*step.compiled.values()], run, tx
 
 
-def memory(compiled) -> int:
-  return harness.held(compiled.memory_analysis())
+def memory(program) -> int:
+  return compiled.held(program.memory_analysis())
 
 
 def made(config):
@@ -109,8 +109,8 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
       rows.append(row | {'s a step': 'does not fit'})
       continue
     try:
-      compiled, run, tx = programs(name, model, params, ids)
-      needs = max(map(memory, compiled))
+      parts, run, tx = programs(name, model, params, ids)
+      needs = max(map(memory, parts))
       row['GiB'] = round(needs / 2**30, 2)
       row['/ inference'] = round(needs / (base or {}).get('memory', needs), 3)
       if limit and needs > limit:

@@ -1,6 +1,7 @@
 """What the benchmarks share: shapes of real models, losses, timing, tables."""
 
 import json
+import os
 from pathlib import Path
 import platform
 import shutil
@@ -105,15 +106,19 @@ def minilm() -> Path:
   return root
 
 
+def shapes_of(name: str):
+  """The parameters of a known model, as shapes."""
+  return models.param_shapes(models.find_known(name), dtype=jnp.bfloat16)
+
+
+def on_cpu() -> dict[str, str]:
+  """The environment of a process that compiles, and runs nothing."""
+  return os.environ | dict(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3')
+
+
 def nbytes(tree) -> int:
   return sum(int(np.prod(x.shape)) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
-
-
-def held(memory) -> int:
-  """Bytes that a program holds at its peak, of its `memory_analysis()`."""
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def timed(fn, *args):

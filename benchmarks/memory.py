@@ -24,7 +24,7 @@ import optax
 import zoo
 
 import mezo_jax
-from mezo_jax import backprop, make_step, models
+from mezo_jax import backprop, compiled, make_step, models
 
 ROWS, TOKENS = 8, 64
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
@@ -72,7 +72,7 @@ def lower(loss_fn, tx, params, ids) -> list:
 
 def extra(lowered, weights: int) -> float:
   """What a program holds beside the weights, of their size."""
-  return harness.held(lowered.compile().memory_analysis()) / weights - 1
+  return compiled.held(lowered.compile().memory_analysis()) / weights - 1
 
 
 def by_compiler(shape: str, name: str) -> float:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import quickstart  # noqa: E402
 import mezo_jax  # noqa: E402
-from mezo_jax import models, variants  # noqa: E402
+from mezo_jax import compiled, models, variants  # noqa: E402
 from mezo_jax.config import Peft  # noqa: E402
 from mezo_jax.workdir import read_result  # noqa: E402
 import train  # noqa: E402
@@ -47,7 +47,7 @@ def memory() -> list[dict]:
   loss_fn = harness.classification_loss(model)
   ids = jax.ShapeDtypeStruct((16, 32), jnp.int32)
 
-  peak = lambda compiled: harness.held(compiled.memory_analysis())
+  peak = lambda program: compiled.held(program.memory_analysis())
   rows, base = [], None
   for dtype in ('float32', 'int8', 'int4'):
     params = models.param_shapes(config, dtype=dtype)

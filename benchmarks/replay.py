@@ -81,7 +81,7 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
   del params, state
   again, params = mezo_jax.make_step(tx, None), make()
   state = tx.init(params)
-  again._program(None, None, lambda: again._lower_update(params, state))
+  again._program(None, None, lambda: again._trace_update(params, state))
   began = time.perf_counter()
   params, state = again.flush(*replay.rebuild(again, params, state, found))
   jax.block_until_ready(params)

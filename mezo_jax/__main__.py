@@ -1,12 +1,12 @@
 """The command line beside train.py: python -m mezo_jax export | replay |
-evaluate."""
+evaluate | plan."""
 
 import argparse
 import logging
 from pathlib import Path
 import sys
 
-from mezo_jax import suite
+from mezo_jax import planner, suite
 from mezo_jax.errors import in_one_sentence
 from mezo_jax.export import export, rebuild
 
@@ -40,7 +40,22 @@ def main(argv=None) -> None:
   names = lambda text: text.split(',')
   sub.add_argument('--tasks', type=names, default=(), help='a,b; default: all')
   sub.add_argument('--methods', type=names, default=(), help='the same')
-  options = parser.parse_args(argv)
+  sub = commands.add_parser(
+      'plan', help='what a run will hold and take on devices that are not '
+      'there; also --config.FIELD=VALUE')
+  sub.add_argument('--config', required=True,
+                   help='FILE.py or FILE.py:ARGUMENT')
+  sub.add_argument('--topology', required=True, help='v5e:4x4, v5p:2x2x1, '
+                   'v6e:2x4, v4:2x2x2 (chips), h100:8, a100:8 or cpu:8')
+  sub.add_argument('--mesh', help='fsdp=4,tensor=2; default: the config\'s, or '
+                   'one that splits all that is large')
+  sub.add_argument('--tokens', type=int, help='of a row; default: the longest '
+                   'that the config lets through')
+  options, rest = parser.parse_known_args(argv)
+  other = [x for x in rest if not x.startswith('--config.')]
+  if other or rest and options.command != 'plan':
+    parser.error(f'unrecognized arguments: {" ".join(other or rest)}')
+  options.rest = rest
   logging.getLogger('absl').setLevel(logging.WARNING)  # orbax is talkative
   with in_one_sentence('python -m mezo_jax'):
     try:
@@ -50,6 +65,9 @@ def main(argv=None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+  if options.command == 'plan':
+    sys.exit(planner.main(options.config, options.topology, options.mesh,
+                       options.tokens, options.rest))
   if options.command == 'export':
     found = export(options.workdir, options.directory, options.step,
                    options.merged, options.log)

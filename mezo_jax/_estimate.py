@@ -2,6 +2,7 @@ r"""The losses of directions, and what they become: coefficients of z."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 
 import jax
 from jax import lax
@@ -96,6 +97,10 @@ def estimate(
     around: a displacement of these directions from ``params`` to
       :math:`\theta`; None for none.
 
+  Under `jax.set_mesh` of a mesh with an axis `direction`, as
+  `mezo_jax.sharding.make_mesh` makes it, its groups evaluate the points at the
+  same time, each its part, and exchange the losses.
+
   Returns:
     float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
     rows add to the loss of the batch: the mean over n is that loss, however
@@ -108,7 +113,8 @@ def estimate(
   """
   check_over(over)
   if over != 'scan':
-    _check_room(params, directions, z.keys.shape[0] * len(signs))
+    _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
+                                      // sharding.direction_groups()))
   n = z.keys.shape[0]
   if around is not None and (  # all points' alike: made once
       over == 'rows' or over == 'batch' and n > 1):
@@ -123,6 +129,10 @@ def estimate(
 
   batch = dict(batch or {})
   if over == 'rows':
+    if sharding.direction_groups() > 1:
+      raise ValueError(
+          "over='rows' gives each row's directions to the device that has the "
+          'row: leave the mesh axis direction at 1, and split data instead.')
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
 
@@ -132,17 +142,36 @@ def estimate(
   if 0 in signs:
     points = Displacement(jnp.append(points.keys, z.keys[0]),
                           jnp.append(points.coefs, 0.0))
-  loss_at = lambda point: _values.mean_over_parts(
-      lambda part: at(point, part), batch, micro_batches, equal_parts)
-  if over == 'batch' and n == 1:  # signs of one direction share its factors
-    losses = jax.vmap(lambda c: loss_at(Displacement(z.keys, c[None])))(
-        points.coefs)
+  def loss_at(batch, point):
+    return _values.mean_over_parts(
+        lambda part: at(point, part), batch, micro_batches, equal_parts)
+  def of_all(batch, points):
+    loss = functools.partial(loss_at, batch)
+    return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
+  groups = sharding.direction_groups()
+  if groups > 1:
+    losses = _split(of_all, batch, points, groups)
+  elif over == 'batch' and n == 1:  # signs of one direction share its factors
+    losses = jax.vmap(lambda c: loss_at(batch, Displacement(
+        z.keys, c[None])))(points.coefs)
   else:
-    losses = (jax.vmap(loss_at)(points) if over == 'batch'
-              else lax.map(loss_at, points))
+    losses = of_all(batch, points)
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
+
+
+def _split(of_all: Callable, batch: dict, points: Displacement,
+           groups: int) -> jax.Array:
+  """The losses of points, each group of a mesh's `direction` axis evaluating as
+  many: the last ones again where they do not divide."""
+  n = points.coefs.shape[0]
+  index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
+  points = jax.tree.map(lambda x: lax.with_sharding_constraint(
+      x[index].reshape(groups, -1), jax.P('direction')), points)
+  losses = jax.vmap(functools.partial(of_all, batch),
+                    spmd_axis_name='direction')(points)
+  return lax.with_sharding_constraint(losses, jax.P()).ravel()[:n]
 
 
 def _displaced(value_fn: Callable, by: Displacement,

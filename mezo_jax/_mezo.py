@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _paths
+from mezo_jax import _paths, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
 from mezo_jax._pending import pending, sgd
@@ -128,9 +128,13 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)
 
+  decays = optax.add_decayed_weights(weight_decay, decayed)
+  def decay_fetched(updates, state, params=None, **extra_args):
+    return decays.update(
+        updates, state, sharding.fetched(params), **extra_args)
   tx = skip_not_finite(optax.chain(
       estimate,
-      optax.add_decayed_weights(weight_decay, decayed),
+      decays._replace(update=decay_fetched),
       by_group(optax.scale_by_learning_rate, learning_rate),
       rounding(key, directions, stochastic_rounding)))
 

@@ -55,6 +55,7 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
     if params is None:
       raise ValueError('round_stochastically needs params: tx.update(updates, '
                        'state, params).')
+    params = sharding.fetched(params)
     used = _paths.resolved(params, mask)
     half = {path: (_paths.shape_of(p), is_stack)
             for (path, p), use, is_stack in zip(

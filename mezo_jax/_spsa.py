@@ -23,7 +23,7 @@ import optax
 
 from mezo_jax import _noise, _values, sharding
 from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
-from mezo_jax._estimate import check_over, Combine, estimate, two_sided
+from mezo_jax._estimate import check_over, Combine, estimate, fzoo, two_sided
 from mezo_jax._lowrank import LazyLowRank, LowRank
 from mezo_jax._perturb import direction
 from mezo_jax._subzero import SubZero
@@ -121,6 +121,10 @@ def spsa(
     ``around=``, a `Displacement` whose z are those of ``directions``, takes the
     losses at params that are so displaced; the updates are what they were.
 
+    ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
+    others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
+    their parts together (`mezo_jax.exchange`) and go through the door.
+
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
       updates of an earlier transform, params with `optax.MaskedNode` holes, a
@@ -168,7 +172,7 @@ def spsa(
         total_notfinite=jnp.zeros([], jnp.int32)), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, around=None, **extra_args):
+                projected_grad=None, around=None, part=None, **extra_args):
     _check_update(updates, params, value_fn, projected_grad)
     keys = directions.keys(state.key, state.count, num_samples)
     kind, z = directions.plain(params, keys)
@@ -177,12 +181,17 @@ def spsa(
     if projected_grad is None:
       if around is not None:
         around = directions.plain(params, around.keys)[1].times(around.coefs)
+      mine = z if part is None else jax.tree.map(
+          lambda x: x[_part(part, num_samples, combine)], z)
       losses = estimate(  # of θ ± εz
-          value_fn, params, z, epsilon, kind, signs=combine.signs, over=over,
+          value_fn, params, mine, epsilon, kind, signs=combine.signs, over=over,
           micro_batches=micro_batches, equal_parts=equal_parts, around=around,
           batch=_values.accepted(value_fn, extra_args))
       value, g = combine.fn(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
+      if part is not None:
+        g = jnp.full(num_samples, jnp.nan, g.dtype).at[
+            _part(part, num_samples, combine)].set(g)
       z = z.after(value)
     else:
       value = extra_args.get('value', jnp.nan)
@@ -202,6 +211,17 @@ def spsa(
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
+  """Which of the n directions are evaluated."""
+  i, parts = part
+  if n % parts or not 0 <= i < parts or combine is fzoo:
+    raise ValueError(
+        f'part={part} is none of {n} directions: it must be (i, r) with i from '
+        '0 to r - 1, and r must divide num_samples; and not with fzoo, which '
+        'divides by the deviation of the losses of all.')
+  return slice(i * n // parts, (i + 1) * n // parts)
 
 
 def _at(eps, count):

@@ -4,6 +4,8 @@ A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
 where the elements of the new block lie among the draws of the leaf.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import zlib
@@ -16,6 +18,17 @@ from mezo_jax import _groups, _paths
 from mezo_jax._noise import Stream
 
 _U32 = jnp.uint32
+_first = contextvars.ContextVar('_first', default=np.uint32(0))
+
+
+@contextlib.contextmanager
+def stacks_begin_at(layer: int | jax.Array):
+  """Where stacked leaves are parts of stacks, from this layer on."""
+  token = _first.set(jnp.asarray(layer).astype(jnp.uint32))
+  try:
+    yield
+  finally:
+    _first.reset(token)
 
 
 def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
@@ -56,8 +69,9 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     if not stacked:
       return own_data[by_name[path]]
     if shape[0] not in stacks:
-      stacks[shape[0]] = jax.random.key_data(jax.vmap(lambda k: fold(
-          k, jnp.arange(shape[0], dtype=jnp.uint32)))(own))
+      layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
+      stacks[shape[0]] = jax.random.key_data(
+          jax.vmap(lambda k: fold(k, layers))(own))
     return stacks[shape[0]][by_name[path]]
 
   return {path: _whole(words_of(path, *of), of[0])

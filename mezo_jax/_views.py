@@ -96,6 +96,17 @@ def _cast(eqn, ins, context):
   return [dataclasses.replace(x, casts=(*x.casts, dtype))]
 
 
+def _put(eqn, ins, context):
+  """Where arrays are is not where their elements lie."""
+  del context
+  if any(isinstance(x, Lazy) and (not isinstance(x, Block) or is_codes(x.w))
+         for x in ins):
+    return None
+  outs = bind(eqn, [x.w if isinstance(x, Block) else x for x in ins])
+  return [x.view(out, x.draws) if isinstance(x, Block) else out
+          for x, out in zip(ins, outs)]
+
+
 def _barrier(eqn, ins, context):
   """A barrier keeps values from being moved; lazy ones are nowhere yet."""
   del eqn, context
@@ -109,6 +120,7 @@ def _barrier(eqn, ins, context):
 
 RULES.update({
     'convert_element_type': _cast,
+    'device_put': _put,
     'optimization_barrier': _barrier,
     'reshape': _view(_reshaped),
     'squeeze': _view(_reshaped),

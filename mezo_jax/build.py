@@ -82,20 +82,29 @@ def build(config: config_lib.Train, *, abstract: bool = False,
     return Built(mesh, tokenizer, splits, model, params, {})
   params, frozen = trainable_lib.split(config, params)
   loss_fn = score.make_loss_fn(
-      model, splits.train, config.task, config_lib.objective(config), tokenizer)
+      model, splits.train, config.task, config_lib.objective(config), tokenizer,
+      *([_host_is_silent] if abstract else ()))
   tx = optimizer.make_optimizer(
       config, params, privacy_plan(config, splits, mesh))
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
                init_state(tx, params, mesh))
 
 
+def _host_is_silent(fn, shape, found, *args):
+  """In the place of a call to the host, which no described device has."""
+  del fn, args
+  return jnp.zeros(shape.shape, shape.dtype) + 0 * jnp.sum(found)
+
+
 # --- mesh, model and data ---------------------------------------------------
 
 
-def make_mesh(config: config_lib.Train) -> jax.sharding.Mesh:
-  """The config's mesh over all devices; InputError if it does not fit them."""
+def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
+  """The config's mesh over all devices or over these; InputError if it does
+  not fit them."""
   sizes = config.mesh
-  mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+  mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor,
+                            sizes.direction, devices)
   for rows in (config.data.batch_size,
                *(a.data.batch_size for a in config.also)):
     if rows % sharding.row_groups(mesh):
@@ -190,11 +199,12 @@ def load(config: config_lib.Train, model_config: models.Config, mesh,
   """``model, params`` of the model's files, or the shapes of the latter."""
   if abstract and config.model.dtype != 'codes':
     model = models.Transformer(model_config)
-    params = models.param_shapes(model_config, mesh, config.model.dtype)
+    params = models.param_shapes(
+        model_config, mesh, config.model.dtype, config.model.offload)
   else:
     model, params = models.load(
         model_name(config), mesh, config.model.dtype,
-        revision=config.model.revision or None)
+        revision=config.model.revision or None, offload=config.model.offload)
     if abstract:  # what the codes are, their file alone says
       params = jax.tree.map(lambda x: _shape(x, x.sharding), params)
   return model.clone(remat=config.model.remat), params

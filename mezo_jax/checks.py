@@ -45,6 +45,17 @@ def check(config: config_lib.Train) -> None:
           method.backprop or method.probe),
        f'model.dtype {config.model.dtype!r} is trained by forward passes: '
        f"method {config.method!r} needs floats"),
+      (not config.model.offload or (
+          config.model.dtype not in QUANTISED and not part.last_layers
+          and not methods.layers_apart(config)
+          and (config.method == 'mezo' or not method.steps)
+          and not o.groups and z.distribution != 'sphere'),
+       'model.offload needs floats, no layers set apart, and method mezo '
+       "without optimizer.groups and spsa.distribution 'sphere'"),
+      (config.mesh.direction == 1 or (
+          z.over != 'rows' and not method.backprop),
+       'mesh.direction shares out the points of forward passes: leave it at 1 '
+       "for backpropagation and spsa.over 'rows', and split mesh.data"),
       (not config.calibration or (
           config.task.calibration is not None and not config.task.masked
           and not of_task.generates and not of_task.new_head),

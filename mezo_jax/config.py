@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 
 from mezo_jax.errors import InputError
@@ -18,6 +19,7 @@ class Model:
   revision: str = ''  # branch, tag or commit of a hub id
   bos_token: str = ''  # put first; '' for the tokenizer's own. OPT: '<s>'
   remat: bool = False  # backpropagation keeps no more than layers' inputs
+  offload: bool = False  # layers in the host's memory, one on devices at a time
 
 
 @dataclasses.dataclass
@@ -153,6 +155,7 @@ class Mesh:
   data: int = 1  # copies of the parameters
   fsdp: int = -1  # devices that share a copy, rows split; -1 for the rest
   tensor: int = 1  # devices that share a copy and each row's arithmetic
+  direction: int = 1  # copies that share out a step's directions and signs
 
 
 @dataclasses.dataclass
@@ -205,9 +208,18 @@ class Train:
 
 
 # Fields that may differ between the runs that share a working directory.
-_FREE = ('steps', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
-         'eval_batch_size', 'eval_batch_tokens', 'mesh', 'max_skipped',
-         'max_still', 'max_rise', 'trunk_memory')
+_FREE = ('model.offload', 'steps', 'eval_every', 'checkpoint_every',
+         'keep_checkpoints', 'eval_batch_size', 'eval_batch_tokens', 'mesh',
+         'max_skipped', 'max_still', 'max_rise', 'trunk_memory')
+
+
+def bound(config: Train) -> dict:
+  """The fields, as JSON values, that runs of one kind have in common."""
+  out = to_json(config)
+  for path in _FREE:
+    *parents, name = path.split('.')
+    functools.reduce(dict.__getitem__, parents, out).pop(name)
+  return out
 
 
 def objective(config: Train) -> str | Callable:

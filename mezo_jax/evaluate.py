@@ -30,13 +30,13 @@ def each_batch(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
   ``fn`` is jitted, once per bucket; its result is a tree of arrays [rows, ...],
   of which a batch that is not full has more than there are numbers.
   """
+  mesh = sharding.without_directions(mesh)
   groups = sharding.row_groups(mesh)
   jitted = jax.jit(fn, out_shardings=sharding.replicated(mesh))
 
   def run(params):
     for length in data_lib.used_lengths(data.lengths, sizes.buckets):
-      rows = min(sizes.rows, max(sizes.tokens // length, 1), len(data.prompts))
-      rows = -(-rows // groups) * groups
+      rows = rows_of_batch(sizes, length, len(data.prompts), groups)
       for index in data_lib.rows_of(
           data.lengths, sizes.buckets, length, rows):
         batch = sharding.put_batch(batch_of(data, index, length, rows), mesh)
@@ -45,6 +45,12 @@ def each_batch(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
         yield index, values
 
   return run
+
+
+def rows_of_batch(sizes: Sizes, length: int, most: int, groups: int) -> int:
+  """The rows of a batch of so many tokens each, of ``most`` that there are."""
+  rows = min(sizes.rows, max(sizes.tokens // length, 1), most)
+  return -(-rows // groups) * groups
 
 
 def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
@@ -62,11 +68,24 @@ def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
   return run
 
 
+def answers(model, task: Task, data: Encoded, tokenizer) -> Callable:
+  """``fn(params, batch)`` that batches of the rows are evaluated by: generated
+  tokens and whether all logits were finite; or ``(sums, counts)``, see
+  `mezo_jax.tasks.score.log_likelihoods`."""
+  if not data.generates:
+    return lambda params, batch: score_lib.log_likelihoods(
+        model, params, batch, data)
+  return lambda params, batch: models.generate(
+      model, params, batch['input_ids'], batch['attention_mask'],
+      max_new_tokens=task.max_new_tokens, check=True,
+      stop_ids=score_lib.stop_ids(task, tokenizer))
+
+
 def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:
   """``score(params) -> (sums, counts)``, float32 [R, C] over all rows; see
   `mezo_jax.tasks.score.log_likelihoods`."""
-  run = run_batches(lambda params, batch: score_lib.log_likelihoods(
-      model, params, batch, data), data, sizes, mesh)
+  run = run_batches(
+      answers(model, None, data, None), data, sizes, mesh)
   return lambda params: tuple(np.stack(x) for x in zip(*run(params)))
 
 
@@ -94,10 +113,8 @@ def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
     prior_sizes: of its batches, if not the same.
   """
   if data.generates:
-    run = run_batches(lambda params, batch: models.generate(
-        model, params, batch['input_ids'], batch['attention_mask'],
-        max_new_tokens=task.max_new_tokens, check=True,
-        stop_ids=score_lib.stop_ids(task, tokenizer)), data, sizes, mesh)
+    run = run_batches(
+        answers(model, task, data, tokenizer), data, sizes, mesh)
     def evaluate(params, offsets=None):
       del offsets  # of candidates
       tokens, finite = map(np.stack, zip(*run(params)))

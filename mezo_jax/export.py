@@ -203,6 +203,7 @@ def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints) -> int:
 
 def _parts(run: config_lib.Train, abstract: bool = False):
   """``model, tokenizer, trained params, frozen, tx, mesh`` before training."""
+  run.model.offload = False  # what is written goes through here whole
   tokenizer, mesh = build.read_tokenizer(run), sharding.make_mesh()
   model, params = build.load(run, build.read_config(run), mesh, abstract)
   model, params = build.add(run, model, params, tokenizer, mesh)

@@ -9,6 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from mezo_jax import sharding
 from mezo_jax.tasks.encode import Encoded
 
 
@@ -29,6 +30,11 @@ def of_weights(params, but: str | None = None) -> str:
       [x for _, x in leaves]))
   return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
                  for (path, x), total in zip(leaves, sums))
+
+
+def checksum(params) -> int:
+  """32 bits of `of_weights`."""
+  return int(of_weights(params)[:8], 16)
 
 
 def of(values: dict) -> str:
@@ -69,6 +75,16 @@ def _digest(parts: Iterable, key: bytes = b'') -> str:
 def _checksum(x: jax.Array) -> jax.Array:
   """uint32; differs, but for one in 2**32, where an element does, or two are
   exchanged."""
+  if not sharding.is_on_host(x):
+    return _sum(x, 0)
+  def add(layer, total):  # one is on the device at a time
+    return total + _sum(sharding.fetched(
+        jax.lax.dynamic_slice_in_dim(x, layer, 1)), layer)
+  return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
+
+
+def _sum(x: jax.Array, first) -> jax.Array:
+  """Of the rows of an array from number ``first`` on."""
   if x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4):
     x = x.astype(jnp.int8)
   words = jax.lax.bitcast_convert_type(
@@ -76,6 +92,8 @@ def _checksum(x: jax.Array) -> jax.Array:
   ).astype(jnp.uint32)
   for axis, n in enumerate(x.shape):
     at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    if axis == 0:
+      at = at + jnp.asarray(first).astype(jnp.uint32)
     words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)
     words ^= words >> 15
   return jnp.sum(words, dtype=jnp.uint32)

@@ -30,6 +30,7 @@ with normal directions on processors of the same kind (others round
 differently).
 """
 
+from collections.abc import Iterable
 import json
 import os
 from pathlib import Path
@@ -144,6 +145,22 @@ class Log:
       raise ValueError(f'step {step} cannot follow step {self.end} in a log.')
     self._write(step, projected_grad, value)
     self.end = step
+
+  def extend(self, steps: Iterable) -> None:
+    """Records steps that others made, ``(step, projected_grad, value, whether
+    what was pending was added)``, as if they had been there."""
+    first, new = self.end + 1, [*steps]
+    for step, projected_grad, value, added in new:
+      self.append(step, projected_grad, value)
+      if added:
+        self.added(step)
+    if new:
+      old = self.steps.until(first - 1)
+      self.steps = Steps(
+          old.first,
+          np.append(old.values, np.float32([v for _, _, v, _ in new])),
+          np.concatenate([old.projected_grads, [g for _, g, _, _ in new]]),
+          old.added | {step for step, _, _, added in new if added})
 
   def added(self, step: int) -> None:
     """Records that after this step, the last, what was pending was added."""

@@ -1,7 +1,10 @@
 """Meshes and one rule for where arrays live on them."""
 
+from collections.abc import Sequence
 import contextlib
 import contextvars
+import math
+import re
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -11,40 +14,57 @@ import numpy as np
 from mezo_jax import _paths
 from mezo_jax.errors import InputError
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('direction', 'data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
 _TENSOR = 'vnf'  # vocabulary, heads, feed-forward
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-  """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
+              direction: int = 1, devices=None) -> Mesh:
+  """A mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
 
-  Batches are split over the first two; parameters over the last two, `tensor`
-  splitting the arithmetic of a layer too. Axis types are Auto: the compiler
+  Batches are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`,
+  which splits the arithmetic of a layer too. Axis types are Auto: the compiler
   propagates shardings through any Flax model.
 
   Args:
     data: groups that hold a full copy of the parameters each.
     fsdp: devices that share one copy and split the rows.
     tensor: devices that share one copy and split heads, feed-forward and
-      vocabulary. One of the three may be -1: the rest.
+      vocabulary.
+    direction: groups that hold a full copy each and evaluate, on the same rows,
+      each its part of a step's points: directions and their signs. What they
+      exchange is losses. One of the four may be -1: the rest.
+    devices: in the order of the axes; None for all that there are.
 
   Raises:
-    ValueError: if data * fsdp * tensor is not the number of devices.
+    ValueError: if the product of the four is not the number of devices.
   """
-  n = jax.device_count()
-  sizes = [data, fsdp, tensor]
+  n = jax.device_count() if devices is None else len(devices)
+  sizes = [direction, data, fsdp, tensor]
   if sizes.count(-1) == 1:
     at = sizes.index(-1)
     known = int(np.prod(sizes[:at] + sizes[at + 1:]))
     sizes[at] = n // known if known > 0 else 0
   if min(sizes) < 1 or int(np.prod(sizes)) != n:
     raise InputError(
-        f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {n} '
-        'device(s); their product must be that number, and one of them may be '
-        '-1 (the rest).')
-  return jax.make_mesh(tuple(sizes), AXES,
+        f'mesh data={data} x fsdp={fsdp} x tensor={tensor}'
+        f'{"" if direction == 1 else f" x direction={direction}"} does not fit '
+        f'{n} device(s); their product must be that number, and one of them '
+        'may be -1 (the rest).')
+  return jax.make_mesh(tuple(sizes), AXES, devices=devices,
                        axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def without_directions(mesh: Mesh) -> Mesh:
+  """The same devices, those of `direction` as more of `data`: for what has
+  rows alone to be split, as evaluation has. Parameters lie on it as they do.
+  """
+  if mesh.shape.get('direction', 1) == 1:
+    return mesh
+  direction, data, *rest = mesh.devices.shape
+  return Mesh(mesh.devices.reshape(1, direction * data, *rest), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
@@ -60,13 +80,13 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   Args:
     path: of the leaf, as `mezo_jax._paths.named_leaves` gives it.
     shape: of the leaf, the layer axis included.
-    mesh: with axes `fsdp` and, if ``axes`` is given, `tensor`.
+    mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
   """
   first = 1 if _paths.locate(path)[2] else 0
   if int(np.prod(shape[first:])) < 2**16:
     return P()
-  fsdp, tensor = mesh.shape['fsdp'], mesh.shape.get('tensor', 1)
+  fsdp, tensor = (mesh.shape.get(a, 1) for a in ('fsdp', 'tensor'))
   spec = [None] * len(shape)
   letters = dict(enumerate(axes, first))
   for a, letter in letters.items():
@@ -82,11 +102,79 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   return P(*spec)
 
 
-def param_shardings(params, mesh: Mesh):
-  """The tree of `NamedSharding`s of a parameter tree (arrays or shapes)."""
-  return _paths.map_named(
-      lambda path, x: NamedSharding(
-          mesh, param_spec(path, x.shape, mesh)), params)
+def param_shardings(params, mesh: Mesh,
+                    rules: Sequence[tuple[str, P]] = ()):
+  """The tree of `NamedSharding`s of anyone's parameters.
+
+  A leaf lies as the first rule says whose regular expression is found in its
+  path, else as `param_spec` does: large ones are split over `fsdp`.
+
+  Args:
+    params: arrays or shapes, in any pytree.
+    mesh: with the axes of the rules, and `fsdp` if a leaf has none.
+    rules: (expression, spec). A spec that is shorter than a leaf has axes is
+      of the last ones where the first is the layers'. An axis that a mesh axis
+      does not divide stays whole.
+
+  Raises:
+    InputError: for a rule that no leaf has, that is longer than a leaf has
+      axes, or that names no axis of the mesh.
+  """
+  unused = {pattern for pattern, _ in rules}
+
+  def place(path, x):
+    for pattern, spec in rules:
+      if re.search(pattern, path):
+        unused.discard(pattern)
+        return NamedSharding(mesh, _fitted(spec, path, x.shape, mesh))
+    return NamedSharding(mesh, param_spec(path, x.shape, mesh))
+  out = _paths.map_named(place, params)
+  if unused:
+    raise InputError(
+        f'rules {sorted(unused)} are found in no path; paths are such as '
+        f'{", ".join(p for p, _ in _paths.named_leaves(params)[:4])}.')
+  return out
+
+
+def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """A rule's spec, of one leaf."""
+  parts = [*spec]
+  if _paths.locate(path)[2] and len(parts) < len(shape):
+    parts = [None, *parts]  # layers are never split
+  names = [p if isinstance(p, tuple) else (p,) * (p is not None) for p in parts]
+  strange = {a for axes in names for a in axes} - {*mesh.axis_names}
+  if strange or len(parts) > len(shape):
+    raise InputError(
+        f'the rule for {path!r}, {spec}, does not fit its shape {shape} or the '
+        f"mesh's axes {mesh.axis_names}.")
+  return P(*(
+      p if n % math.prod(mesh.shape[a] for a in axes) == 0 else None
+      for p, axes, n in zip(parts, names, shape)))
+
+
+def on_host(shardings):
+  """The same places in the memory of the host, from which a program takes a
+  layer at a time; for stacks of layers that are more than devices hold."""
+  return jax.tree.map(lambda s: s.with_memory_kind('pinned_host'), shardings)
+
+
+def is_on_host(x) -> bool:
+  """Of an array, a tracer or a shape."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return getattr(x.sharding, 'memory_kind', None) == 'pinned_host'
+  return isinstance(x, jax.Array) and (
+      jax.typeof(x).memory_space == jax.memory.Space.Host)
+
+
+def fetched(tree):
+  """With copies on the device of what is in the host's memory: of a layer,
+  where it is computed with."""
+  return jax.tree.map(lambda x: jax.device_put(
+      x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
+
+
+def to_host(x):
+  return jax.device_put(x, jax.memory.Space.Host)
 
 
 def row_groups(mesh: Mesh) -> int:
@@ -133,7 +221,7 @@ def put_batch(batch, mesh: Mesh):
 def _mesh_in_context():
   """The mesh that `jax.set_mesh` set, if it is one of ours."""
   mesh = jax.sharding.get_abstract_mesh()
-  ours = set(AXES) <= set(mesh.axis_names) and all(
+  ours = {*ROWS, 'tensor'} <= set(mesh.axis_names) and all(
       t == AxisType.Auto for t in mesh.axis_types)
   return mesh if ours else None
 
@@ -144,6 +232,12 @@ _apart = contextvars.ContextVar('_apart', default=False)
 def rows_axes():
   """The mesh axes that rows are split over; None off a mesh of ours."""
   return ROWS if _mesh_in_context() else None
+
+
+def direction_groups() -> int:
+  """The groups, under `jax.set_mesh`, that a step's points are split over."""
+  mesh = _mesh_in_context()
+  return 1 if mesh is None else mesh.shape.get('direction', 1)
 
 
 @contextlib.contextmanager

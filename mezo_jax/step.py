@@ -1,21 +1,24 @@
 """The training step: the one place where it is written."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 import time
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _pending, sharding
+from mezo_jax import _paths, _pending, _streams, sharding
 
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
               mesh: jax.sharding.Mesh | None = None,
-              on_compile: Callable | None = None) -> 'Step':
+              on_compile: Callable | None = None,
+              part: tuple[int, int] | None = None) -> 'Step':
   """``step(params, state, batch, frozen=None, **more) -> params, state,
   metrics``; ``more`` are further arguments of ``tx.update``.
 
@@ -31,6 +34,9 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
     mesh: that params are on; set where programs are traced.
     on_compile: called with (batch, program, seconds) of each program that was
       compiled; batch is None for the update.
+    part: of a replica, which directions it evaluates (`mezo_jax.spsa`): its
+      steps are ``g, value = step.losses(...)``, told to the others, and
+      ``step.update(params, state, g, value)`` of what all have told.
 
   Returns:
     A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
@@ -38,31 +44,29 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
     arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
     ``skipped_in_a_row``.
   """
-  return Step(tx, value_fn, mesh, on_compile)
+  return Step(tx, value_fn, mesh, on_compile, part)
 
 
 class Step:
   """See `make_step`. Programs are compiled when first needed, never again."""
 
-  def __init__(self, tx, value_fn, mesh, on_compile):
+  def __init__(self, tx, value_fn, mesh, on_compile, part):
     self.compiled = {}  # by shape of the batch; the update by None
-    self._mesh, self._on_compile = mesh, on_compile
+    self._mesh, self._on_compile, self._part = mesh, on_compile, part
+    only = {} if part is None else dict(part=part)
 
     def run(params, state, frozen, batch, more):
       value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
       return tx.update(None, state, params, value_fn=value_of, batch=batch,
-                       **more)
+                       **more, **only)
 
     def losses(params, state, frozen, batch, more):
       _, state = run(params, state, frozen, batch, more)
       return field(state, 'projected_grad'), field(state, 'value')
 
     def update(params, state, projected_grad, value):
-      def moved(params, state, **how):
-        updates, state = tx.update(
-            None, state, params, projected_grad=projected_grad, value=value,
-            **how)
-        return optax.apply_updates(params, updates), state
+      moved = functools.partial(
+          _moved, tx, projected_grad=projected_grad, value=value)
       def noted(params, state):  # no weight is read or written
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
@@ -76,8 +80,8 @@ class Step:
       return params, state, _metrics(state)
 
     def flush(params, state):
-      updates, state = tx.update(None, state, params, flush=True)
-      return optax.apply_updates(params, updates), state, _metrics(state)
+      params, state = _moved(tx, params, state, flush=True)
+      return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
       updates, state = run(params, state, frozen, batch, more)
@@ -87,16 +91,24 @@ class Step:
     self._flush = flush
 
   def __call__(self, params, state, batch, frozen=None, **more):
-    losses = self._program(_shape(batch), batch, lambda: self._lower_losses(
-        params, state, batch, frozen, more))
-    out = losses(params, state, frozen, batch, more)
+    if self._part is not None:
+      raise ValueError('a part of the directions makes no step: call losses, '
+                       'and update with what all replicas have told.')
+    out = self.losses(params, state, batch, frozen, **more)
     # A whole step has three results, losses two: no walk over the state here.
     return out if len(out) == 3 else self.update(params, state, *out)
+
+  def losses(self, params, state, batch, frozen=None, **more):
+    """``projected_grad, value`` of a step; nothing is donated. (Of
+    backpropagation, which is one program, the whole step.)"""
+    program = self._program(_shape(batch), batch, lambda: self._trace_losses(
+        params, state, batch, frozen, more))
+    return program(params, state, frozen, batch, more)
 
   def update(self, params, state, projected_grad, value=jnp.nan):
     """The step that these projected gradients [n] make, without losses."""
     program = self._program(
-        None, None, lambda: self._lower_update(params, state))
+        None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are the program's to place: that costs no program.
     told = [x if isinstance(x, jax.Array) else np.reshape(
         np.asarray(x, np.float32), field(state, name).shape)
@@ -109,62 +121,119 @@ class Step:
     as they are where nothing ever is. Both are donated."""
     if not pends(state):
       return params, state
-    return self._program('flush', None, lambda: self._lower_flush(
+    return self._program('flush', None, lambda: self._trace_flush(
         params, state))(params, state)[:2]
 
-  def lower(self, params, state, batch, frozen=None, **more) -> list:
-    """The programs of a step, lowered: of arrays, or of shapes and places.
+  def trace(self, params, state, batch, frozen=None, **more) -> list:
+    """The programs of a step, of arrays, or of shapes and places.
 
     One of backprop; of MeZO the losses, the update and, where updates are
-    pending, `flush`.
+    pending, `flush`. Each is a `jax.stages.Traced`.
     """
-    out = [self._lower_losses(params, state, batch, frozen, more)]
+    out = [self._trace_losses(params, state, batch, frozen, more)]
     if _has_door(state):
-      out.append(self._lower_update(params, state))
+      out.append(self._trace_update(params, state))
     if pends(state):
-      out.append(self._lower_flush(params, state))
+      out.append(self._trace_flush(params, state))
     return out
+
+  def lower(self, params, state, batch, frozen=None, **more) -> list:
+    """Those of `trace`, lowered."""
+    return [*map(self._lower, self.trace(
+        params, state, batch, frozen, **more))]
 
   def compile(self, params, state, batch, frozen=None, **more) -> None:
     """Compiles what the first step would, without making it."""
-    self._program(_shape(batch), batch, lambda: self._lower_losses(
+    self._program(_shape(batch), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     if _has_door(state):
-      self._program(None, None, lambda: self._lower_update(params, state))
+      self._program(None, None, lambda: self._trace_update(params, state))
 
-  def _lower_losses(self, params, state, batch, frozen, more):
+  def _trace_losses(self, params, state, batch, frozen, more):
     args = params, state, frozen, batch, more
     if _has_door(state):
-      return self._lower(self._losses, args)
-    return self._lower(self._whole, args, (params, state))
+      return self._trace(self._losses, args)
+    return self._trace(self._whole, args, (params, state))
 
-  def _lower_update(self, params, state):
+  def _trace_update(self, params, state):
     told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
             for x in (field(state, 'projected_grad'), field(state, 'value'))]
-    return self._lower(self._update, (params, state, *told), (params, state))
+    return self._trace(self._update, (params, state, *told), (params, state))
 
-  def _lower_flush(self, params, state):
-    return self._lower(self._flush, (params, state), (params, state))
+  def _trace_flush(self, params, state):
+    return self._trace(self._flush, (params, state), (params, state))
 
-  def _lower(self, fn, args, kept=()):
+  def _trace(self, fn, args, kept=()):
     """``kept``, the first of args, are donated, and stay where they are."""
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
       out = (*jax.tree.map(_place, kept), out)
     jitted = jax.jit(
         fn, donate_argnums=range(len(kept)), out_shardings=out)
-    if self._mesh is None:
-      return jitted.lower(*args)
-    with jax.set_mesh(self._mesh):
-      return jitted.lower(*args)
+    with self._on_mesh():
+      return jitted.trace(*args)
 
-  def _program(self, shape, batch, lower: Callable):
+  def _lower(self, traced):
+    with self._on_mesh():
+      return traced.lower()
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
+        self._mesh)
+
+  def _program(self, shape, batch, trace: Callable):
     if shape not in self.compiled:
       began = time.time()
-      self.compiled[shape] = lower().compile()
+      self.compiled[shape] = self._lower(trace()).compile()
       if self._on_compile:
         self._on_compile(batch, self.compiled[shape], time.time() - began)
     return self.compiled[shape]
+
+
+def _moved(tx, params, state, **how):
+  """``params, state`` after an update; weights in the host's memory go to the
+  device and back a layer at a time."""
+  def only(on_host):
+    return jax.tree.map(
+        lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
+  here = only(False) if offloads else params
+  updates, new_state = tx.update(None, state, here, **how)
+  here = optax.apply_updates(here, updates)
+  if not offloads:
+    return here, new_state
+  away = only(True)
+  depth = _depth(away, state)
+
+  def one(layer, away):
+    rows = sharding.fetched(jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
+    with _streams.stacks_begin_at(layer):  # of which these are the next
+      updates, _ = tx.update(None, state, rows, **how)
+    return jax.tree.map(
+        lambda x, new: lax.dynamic_update_slice_in_dim(
+            x, sharding.to_host(new), layer, 0),
+        away, optax.apply_updates(rows, updates))
+  away = lax.fori_loop(0, depth, one, away)
+  return jax.tree.map(lambda a, b: b if a is None else a, here, away,
+                      is_leaf=lambda x: x is None), new_state
+
+
+def _depth(away, state) -> int:
+  """How many layers the stacks in the host's memory have."""
+  depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
+      _paths.named_leaves(away), _paths.stacked(away))}
+  shapes = {x.shape for x in jax.tree.leaves(away)}
+  if len(depths) > 1 or 0 in depths:
+    raise ValueError(
+        'only stacks of layers, all of one number, may be in the memory of the '
+        f'host; found {sorted(p for p, _ in _paths.named_leaves(away))}.')
+  if any(x.shape in shapes for x in jax.tree.leaves(state)):
+    raise ValueError(
+        'weights in the memory of the host are updated a layer at a time, '
+        'which an optimizer that keeps something of their size cannot: use '
+        'mezo_jax.mezo.')
+  return depths.pop()
 
 
 def _shape(batch):

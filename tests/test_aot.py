@@ -1,6 +1,6 @@
 """What the TPU compiler says of real shapes; skipped without libtpu.
 
-  pip install -e '.[aot]' && python -m pytest tests/test_aot.py
+  pip install -e '.[plan]' && python -m pytest tests/test_aot.py
 """
 
 import ast
@@ -38,8 +38,31 @@ def test_a_step_is_inference_twice(topology, mesh, shape, cycles):
   assert step['cycles'] <= cycles * 2 * forward['cycles']
 
 
+def test_offloaded_layers_are_on_the_chip_a_few_at_a_time():
+  """Of 24: at the peak the embeddings and less than three."""
+  pytest.importorskip('libtpu')
+  code = '''
+import dataclasses, json, sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+from mezo_jax import plan
+from plan_models import config_of
+config = config_of('facebook/opt-1.3b')
+config.model.offload = True
+found = plan.plan(config, 'v5e:1x1', tokens=32,
+                  wanted=lambda name: name in ('losses', 'update'))
+print(json.dumps([found.peak(), found.resident['weights'], found.on_host]))
+'''
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True,
+                        text=True, cwd=SCRIPT.parent)
+  assert done.returncode == 0, done.stderr[-2000:]
+  peak, resident, away = json.loads(done.stdout.splitlines()[-1])
+  assert resident < away / 8
+  assert peak < resident + 3 * away / 24
+
+
 @pytest.mark.parametrize('topology,package', [
-    ('v5p:1x1x1', 'libtpu'), ('a100', 'jax_cuda12_plugin')])
+    ('v5p:1x1x1', 'libtpu'), ('a100:1', 'jax_cuda12_plugin')])
 def test_layers_that_are_not_scanned_are_built_one_at_a_time(topology, package):
   """Twelve of them: the forward and one; one is 0.07 of the weights."""
   pytest.importorskip(package)

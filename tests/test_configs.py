@@ -6,7 +6,7 @@ import conftest
 import jax
 import pytest
 
-from mezo_jax import checks, sharding
+from mezo_jax import checks, models, plan, planner, sharding
 from mezo_jax import config as config_lib
 from mezo_jax.config import Train
 
@@ -50,18 +50,21 @@ def test_every_config_loads_and_says_how_to_run_it():
         checks.check(config)
 
 
-@pytest.mark.parametrize('case', [
-    ('opt', 'sst2', 'facebook/opt-13b', 32), ('opt', 'cb', '', 64),
-    ('opt', 'copa', 'facebook/opt-66b', 32), ('opt', 'squad', '', 64),
-    ('opt_f1', '', '', 96), ('roberta', 'sst2,16,13', '', 32),
-    ('roberta', 'trec,512,42', '', 32), ('glue', 'mnli', '', 32),
-    ('opt', 'sst2,lora', '', 32), ('opt', 'squad,prefix', '', 64),
-    ('roberta', 'sst2,16,13,prefix', '', 32)])
-def test_the_paper_s_programs_trace_with_abstract_weights(case, monkeypatch):
-  monkeypatch.syspath_prepend(str(conftest.ROOT / 'benchmarks'))
-  found = module(conftest.ROOT / 'benchmarks' / 'aot_configs.py')
-  config = found.load_config(*case[:3])
-  losses, update = found.lower(config, sharding.make_mesh(fsdp=8), case[3])
+@pytest.mark.parametrize('name,model,tokens', [
+    ('opt.py:sst2', 'facebook/opt-13b', 32), ('opt.py:cb', '', 64),
+    ('opt.py:copa', 'facebook/opt-66b', 32), ('opt.py:squad', '', 64),
+    ('opt_f1.py', '', 96), ('roberta.py:sst2,16,13', '', 32),
+    ('roberta.py:trec,512,42', '', 32), ('glue.py:mnli', '', 32),
+    ('glue.py:mnli,svrg', '', 32), ('opt.py:sst2,private', '', 32),
+    ('opt.py:sst2,lora', '', 32), ('opt.py:squad,prefix', '', 64),
+    ('roberta.py:sst2,16,13,prefix', '', 32)])
+def test_the_paper_s_programs_trace_with_abstract_weights(name, model, tokens):
+  config = planner.read_config(str(conftest.ROOT / 'configs' / name), [
+      f'--config.model.name={model}'] if model else [])
+  *_, programs = plan.trace(config, sharding.make_mesh(fsdp=8),
+                           models.find_known(config.model.name), tokens)
+  assert programs.keys() >= {'inference', 'losses', 'update', 'evaluation'}
+  losses, update = (programs[name][0] for name in ('losses', 'update'))
   params, state, metrics = update.out_info
   want = jax.tree.map(lambda x: x.shape, losses.args_info[0][0])
   assert jax.tree.map(lambda x: x.shape, params) == want

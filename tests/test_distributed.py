@@ -70,7 +70,9 @@ def workdirs(reviews_file, tmp_path_factory):
   run(1, cache, model, reviews_file, one, *SETTINGS)
   broken = run(2, cache, model, reviews_file, two, *SETTINGS, kill_after=13)
   shutil.rmtree(two / 'checkpoints', ignore_errors=True)  # the log is enough
-  ends = run(2, cache, model, reviews_file, two, *SETTINGS)
+  # On another mesh, where each has a sign of the step's.
+  ends = run(2, cache, model, reviews_file, two, *SETTINGS,
+             '--config.mesh.fsdp=1', '--config.mesh.direction=2')
   for output, status in ends:
     assert status == 0, output
   return one, two, broken, [output for output, _ in ends]

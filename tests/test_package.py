@@ -80,6 +80,43 @@ def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
   helpers.assert_close(scope['logits'], whole, rtol=1e-4)
 
 
+def test_the_documentation_s_own_model_lies_on_a_mesh():
+  import jax
+  import jax.numpy as jnp
+  text = (conftest.ROOT / 'docs' / 'meshes.md').read_text()
+  code = text.split('```python\n')[1].split('```')[0]
+  scope = {'jax': jax, 'batch': np.ones((8, 256), np.float32), 'params': {
+      'embed': jnp.ones((512, 256)), 'out': {'kernel': jnp.ones((512, 512))}}}
+  scope['loss_fn'] = lambda params, batch: jnp.mean(
+      (batch @ params['embed'].T @ params['out']['kernel']) ** 2, -1)
+  exec(code, scope)
+  spec = lambda x: x.sharding.spec
+  assert spec(scope['params']['embed']) == jax.P('tensor', 'fsdp')
+  assert spec(scope['params']['out']['kernel']) == jax.P('fsdp', 'tensor')
+  assert scope['metrics']['projected_grad'].shape == (1,)
+
+
+def test_the_documentation_s_replicas_exchange(tmp_path):
+  import threading
+
+  import jax.numpy as jnp
+  text = (conftest.ROOT / 'docs' / 'replicas.md').read_text()
+  code = text.split('```python\n')[1].split('```')[0]
+  scopes = [dict(
+      directory=tmp_path, replica=i, batches=np.ones((3, 4, 2), np.float32),
+      params={'w': jnp.ones((2, 2))}, loss_fn=lambda params, batch: jnp.sum(
+          (batch @ params['w']) ** 2, -1)) for i in range(2)]
+  threads = [threading.Thread(target=exec, args=(code, s)) for s in scopes]
+  for t in threads:
+    t.start()
+  for t in threads:
+    t.join(60)
+  one, two = (np.asarray(s['params']['w']) for s in scopes)
+  assert scopes[0]['state'][0].count == 3
+  np.testing.assert_array_equal(one, two)
+  assert not np.array_equal(one, np.ones((2, 2)))
+
+
 def test_the_tasks_in_the_documentation_fit_their_rows():
   from mezo_jax.tasks import Task
   from mezo_jax.tasks import task as task_lib

@@ -162,4 +162,4 @@ def test_meshes_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match='does not fit'):
     sharding.make_mesh(-1, -1)
   assert dict(sharding.make_mesh(2, -1).shape) == {
-      'data': 2, 'fsdp': 4, 'tensor': 1}
+      'direction': 1, 'data': 2, 'fsdp': 4, 'tensor': 1}

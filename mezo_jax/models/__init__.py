@@ -11,11 +11,12 @@ from mezo_jax.models.hub import (
     param_shapes,
     read_config,
 )
+from mezo_jax.models.known import find as find_known
 from mezo_jax.models.layers import Config, Rope
 from mezo_jax.models.save import save
 from mezo_jax.models.transformer import apply, make_cache, Transformer
 
-__all__ = ('apply', 'Config', 'FAMILIES', 'find', 'float_dtype', 'generate',
-           'load', 'load_config', 'load_tokenizer', 'make_cache',
+__all__ = ('apply', 'Config', 'FAMILIES', 'find', 'find_known', 'float_dtype',
+           'generate', 'load', 'load_config', 'load_tokenizer', 'make_cache',
            'param_shapes', 'read_config', 'Rope', 'save',
            'Transformer')

@@ -1,7 +1,9 @@
 """What the readers of several families ask of a ``config.json``."""
 
+import dataclasses
+
 from mezo_jax.errors import InputError
-from mezo_jax.models.layers import Rope
+from mezo_jax.models.layers import Config, Rope
 
 ACTIVATIONS = {  # Hugging Face's names
     'relu': 'relu', 'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu',
@@ -62,3 +64,24 @@ def read_rope(hf: dict, family: str, theta: float = 1e4,
                 s['high_freq_factor'], s['original_max_position_embeddings'])
   raise InputError(f"{family} with rope scaling {kind!r} is not supported; "
                    "'linear' and 'llama3' are.")
+
+
+_MOST = {'num_layers': 10_000}  # of all other sizes 2**31
+
+
+def check_sizes(config: Config, path) -> None:
+  """Raises InputError for sizes that no model has, before they take memory."""
+  for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
+                'num_kv_heads', 'head_width', 'max_length'):
+    value, most = getattr(config, field), _MOST.get(field, 2**31)
+    if type(value) is not int or not 0 < value < most:
+      raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
+                       f'number from 1 to {most}.')
+  ropes = [r for r in (config.rope, config.local_rope) if r]
+  for what, value in (('the epsilon of norms', config.norm_eps), *(
+      (f'{f.name} of rotary positions', getattr(r, f.name))
+      for r in ropes for f in dataclasses.fields(r) if f.name != 'kind')):
+    if value is not None and not (
+        isinstance(value, int | float) and 0 < value < float('inf')):
+      raise InputError(f'{path}: {what} would be {value!r}, which is no '
+                       'positive number.')

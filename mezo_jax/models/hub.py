@@ -32,6 +32,7 @@ from mezo_jax.models import (
   transformer,
   weights,
 )
+from mezo_jax.models.fields import check_sizes
 from mezo_jax.models.layers import Config
 from mezo_jax.rules import QUANTISED
 
@@ -54,7 +55,8 @@ ARCHITECTURES = {  # transformers' classes: with the head, and without it
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
-         progress: bool = True, revision: str | None = None):
+         progress: bool = True, revision: str | None = None,
+         offload: bool = False):
   """Loads a language model.
 
   Args:
@@ -71,6 +73,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       applies the model.
     progress: whether to show a progress bar.
     revision: branch, tag or commit of a Hugging Face repository.
+    offload: put the layers' matrices into the host's memory, where a program
+      takes them from one layer at a time; see `mezo_jax.sharding.on_host`.
 
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
@@ -102,7 +106,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
                     disable=not progress or jax.process_index() > 0):
       form = quantised.form(row, dtype, tensors, config.num_layers)
       params[row.path] = (
-          _read(row, config, tensors, mesh, float_dtype(dtype))
+          _read(row, config, tensors, mesh, float_dtype(dtype), offload)
           if form is None else quantised.read(
               row, _shape(row, config), form, tensors,
               lambda shape, row=row: _place(row, shape, mesh) or _here()))
@@ -152,31 +156,10 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
   except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
     raise InputError(f'{path}: a field has a value that no {family} has '
                      f'({e}).') from e
-  _check_sizes(config, path)
+  check_sizes(config, path)
   of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
   return dataclasses.replace(config, source=json.dumps(hf),
                              head=not (of_base and head_of(config)))
-
-
-_MOST = {'num_layers': 10_000}  # of all other sizes 2**31
-
-
-def _check_sizes(config: Config, path) -> None:
-  """Raises InputError for sizes that no model has, before they take memory."""
-  for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
-                'num_kv_heads', 'head_width', 'max_length'):
-    value, most = getattr(config, field), _MOST.get(field, 2**31)
-    if type(value) is not int or not 0 < value < most:
-      raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
-                       f'number from 1 to {most}.')
-  ropes = [r for r in (config.rope, config.local_rope) if r]
-  for what, value in (('the epsilon of norms', config.norm_eps), *(
-      (f'{f.name} of rotary positions', getattr(r, f.name))
-      for r in ropes for f in dataclasses.fields(r) if f.name != 'kind')):
-    if value is not None and not (
-        isinstance(value, int | float) and 0 < value < float('inf')):
-      raise InputError(f'{path}: {what} would be {value!r}, which is no '
-                       'positive number.')
 
 
 def table_of(config: Config) -> list[table.Row]:
@@ -215,15 +198,18 @@ def _renamed(name: str, config: Config) -> str:
   return name
 
 
-def param_shapes(config: Config, mesh=None, dtype=jnp.float32) -> dict:
-  """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights."""
+def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
+                 offload: bool = False) -> dict:
+  """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights, on
+  a mesh where `load` puts them."""
   if dtype == 'codes':
     raise InputError("the shapes of dtype 'codes' are those of a GGUF file: "
                      'load it.')
   params = {}
   for row in table_of(config):
     shape, form = _shape(row, config), quantised.form(row, dtype)
-    place = lambda shape, row=row: _place(row, shape, mesh)
+    moved = sharding.on_host if offload and _is_offloaded(row) else lambda x: x
+    place = lambda shape, row=row, moved=moved: moved(_place(row, shape, mesh))
     params[row.path] = jax.ShapeDtypeStruct(
         shape, float_dtype(dtype), sharding=place(shape)) if form is None else (
             quantised.shapes(shape, form, place))
@@ -376,10 +362,18 @@ def _here():
       jax.config.jax_default_device or jax.local_devices()[0])
 
 
-def _read(row: table.Row, config, tensors: dict, mesh, dtype) -> jax.Array:
+def _is_offloaded(row: table.Row) -> bool:
+  """Vectors are few, and no TPU takes a row of a stack of them."""
+  return row.stacked and len(row.shape) > 1
+
+
+def _read(row: table.Row, config, tensors: dict, mesh, dtype,
+          offload: bool) -> jax.Array:
   """One parameter, assembled per device from the slices that it needs."""
   shape = _shape(row, config)
   place = _place(row, shape, mesh) or _here()
+  if offload and _is_offloaded(row):
+    place = sharding.on_host(place)
 
   def read(index):
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]

@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.sharding import constrain_rows
+from mezo_jax.sharding import constrain_rows, fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-    scale = self.param('scale', init, (x.shape[-1],))
+    scale = fetched(self.param('scale', init, (x.shape[-1],)))
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
     if self.plus_one:
@@ -132,8 +132,8 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    scale = fetched(self.param('scale', nn.initializers.ones, (x.shape[-1],)))
+    bias = fetched(self.param('bias', nn.initializers.zeros, (x.shape[-1],)))
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
@@ -160,7 +160,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param('kernel', _init, (self.inputs, self.outputs))
+    kernel = fetched(self.param('kernel', _init, (self.inputs, self.outputs)))
     y = x @ kernel.astype(x.dtype)
     if self.has_variable('params', 'lora_a'):
       a, b, scale = (self.get_variable('params', f'lora_{name}')
@@ -168,7 +168,8 @@ class Linear(nn.Module):
       y = y + (x @ a.astype(x.dtype) * scale.astype(x.dtype)
                ) @ b.astype(x.dtype)
     if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.outputs,))
+      bias = fetched(self.param(
+          'bias', nn.initializers.zeros, (self.outputs,)))
       y = y + bias.astype(x.dtype)
     return y
 

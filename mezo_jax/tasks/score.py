@@ -98,7 +98,8 @@ def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
 
 
 def make_loss_fn(model, data: Encoded, task: Task,
-                 objective: str | Callable, tokenizer=None):
+                 objective: str | Callable, tokenizer=None,
+                 ask_host: Callable = jax.pure_callback):
   """``loss_fn(params, batch)`` of batches of ``data``, a `value_fn`: the rows'
   ``(values, weights)``, float32 [rows] each, or a scalar where the objective is
   no mean over rows (macro-F1, what Python computes of a batch).
@@ -111,6 +112,7 @@ def make_loss_fn(model, data: Encoded, task: Task,
     objective: one of `mezo_jax.tasks.objective.OBJECTIVES`, or
       ``f(predictions, examples)`` that returns a number to be maximised.
     tokenizer: needed where the answer is generated.
+    ask_host: calls a Python function; see `jax.pure_callback`.
 
   Raises:
     ValueError: for an objective that does not fit the task.
@@ -159,7 +161,7 @@ def make_loss_fn(model, data: Encoded, task: Task,
       return out
     def loss_fn(params, batch):
       predictions = predict(params, batch)
-      value = jax.pure_callback(
+      value = ask_host(
           call, jax.ShapeDtypeStruct(shape(batch), jnp.float32), predictions,
           batch['row'], batch['weight'])
       return (value, batch['weight']) if value.ndim else value

@@ -1,0 +1,291 @@
+"""Groups that share out directions, and meshes for anyone's model."""
+
+import math
+
+from flax import linen as nn
+from flax import nnx
+import helpers
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import mezo_jax
+from mezo_jax import checkpoint, compiled, evaluate, models, sharding
+from mezo_jax.errors import InputError
+
+MESHES = [  # data, fsdp, tensor, direction
+    (1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)]
+KINDS = {
+    'one normal': dict(),
+    'three, one-sided': dict(num_samples=3, combine=mezo_jax.one_sided),
+    'four normal in one pass': dict(num_samples=4, over='batch'),
+    'four of low rank': dict(
+        num_samples=4, directions=mezo_jax.LowRank(rank=4), over='batch')}
+
+
+def mesh_of(*sizes, axis_type=AxisType.Auto):
+  devices = jax.devices()[:math.prod(sizes)]
+  if axis_type == AxisType.Auto:
+    return sharding.make_mesh(*sizes, devices=devices)
+  return jax.make_mesh(
+      (sizes[3], *sizes[:3]), sharding.AXES, devices=devices,
+      axis_types=(axis_type,) * 4)
+
+
+@pytest.fixture(scope='module')
+def model():
+  model, params, _ = helpers.tiny_model(
+      width=256, ff_width=512, vocab_size=512, num_kv_heads=4, head_width=64)
+  ids = np.asarray(jax.random.randint(jax.random.key(2), (8, 12), 0, 512))
+  def loss_fn(params, batch):
+    return -model.apply({'params': params}, batch, targets=batch).mean(-1)
+  return model, jax.device_get(params), ids, loss_fn
+
+
+def on(mesh, model, host):
+  wanted = jax.tree.map(lambda x: x.sharding,
+                        models.param_shapes(model.config, mesh))
+  return jax.device_put(host, wanted)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_groups_share_out_the_points_of_a_step(kind, model):
+  """Losses to rounding, and of equal numbers bitwise the same weights; what
+  crosses between devices that hold all weights is losses; updates cross none.
+  """
+  model, host, ids, loss_fn = model
+  tx = mezo_jax.mezo(1e-3, 1e-3, key=3, **KINDS[kind])
+  numbers = want = None
+  for shape in MESHES:
+    mesh = mesh_of(*shape)
+    params = on(mesh, model, host)
+    state = tx.init(params)
+    step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+    g, value = step.losses(params, state, sharding.put_batch(ids, mesh))
+    numbers = numbers or (np.asarray(g), np.asarray(value))
+    np.testing.assert_allclose(value, numbers[1], rtol=2e-6)
+    np.testing.assert_allclose(g, numbers[0], atol=5e-3)  # of losses / 2e-3
+    end = jax.device_get(step.update(params, state, *numbers)[0])
+    want = want or end
+    helpers.assert_bitwise(end, want)
+    losses, update = ([v for k, v in step.compiled.items() if (k is None) == u]
+                      for u in (False, True))
+    assert not compiled.collectives(update[0].as_text())
+    if shape == (1, 1, 1, 8):
+      sent = compiled.collectives(losses[0].as_text())
+      assert sum(size for _, size in sent.values()) <= 64, sent
+  assert not np.array_equal(
+      want['embed']['embedding'], host['embed']['embedding'])
+
+
+def test_a_run_on_groups_is_the_run_of_one_device(model):
+  model, host, ids, loss_fn = model
+  runs = []
+  for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
+    mesh = mesh_of(*shape)
+    params = on(mesh, model, host)
+    tx = mezo_jax.mezo(1e-4, 1e-3, key=3, num_samples=2)
+    state, step = tx.init(params), None
+    step, losses = mezo_jax.make_step(tx, loss_fn, mesh=mesh), []
+    batch = sharding.put_batch(ids, mesh)
+    for _ in range(3):
+      params, state, metrics = step(params, state, batch)
+      losses.append(float(metrics['loss']))
+    assert len(step.compiled) == 2
+    runs.append((losses, jax.device_get(params)))
+  np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=2e-6)
+  helpers.assert_close(runs[0][1], runs[1][1], rtol=0, atol=2e-5)
+
+
+def test_rows_with_directions_of_their_own_are_refused(model):
+  model, host, ids, loss_fn = model
+  mesh = mesh_of(1, 1, 1, 2)
+  tx = mezo_jax.mezo(
+      1e-3, key=0, num_samples=8, over='rows',
+      directions=mezo_jax.LowRank(rank=4))
+  params = on(mesh, model, host)
+  with pytest.raises(ValueError, match='leave the mesh axis direction at 1'):
+    mezo_jax.make_step(tx, loss_fn, mesh=mesh).losses(
+        params, tx.init(params), ids)
+
+
+def test_a_device_holds_its_share(model):
+  """What is split, over its shards, and what is small, whole."""
+  model, host, ids, loss_fn = model
+  mesh = mesh_of(1, 2, 2, 2)
+  params = on(mesh, model, host)
+  shards = lambda x: math.prod(
+      mesh.shape[a] for a in x.sharding.spec if a)
+  share = sum(x.nbytes // shards(x) for x in jax.tree.leaves(params))
+  small = sum(x.nbytes for x in jax.tree.leaves(params) if shards(x) == 1)
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  assert share <= total / 4 + small and small < total / 50
+  tx = mezo_jax.mezo(1e-3, key=0)
+  state = tx.init(params)
+  step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+  step.update(params, state, np.ones(1, np.float32))
+  held = step.compiled[None].memory_analysis()
+  assert 0 <= held.argument_size_in_bytes - share < 256  # the state, and g
+
+
+def test_evaluation_splits_rows_over_all_devices():
+  mesh = mesh_of(2, 2, 1, 2)
+  other = sharding.without_directions(mesh)
+  assert dict(other.shape) == {'direction': 1, 'data': 4, 'fsdp': 2,
+                               'tensor': 1}
+  for spec in (P(), P('fsdp'), P(None, 'fsdp')):
+    x = jax.device_put(jnp.ones((8, 8)), jax.NamedSharding(mesh, spec))
+    assert x.sharding.is_equivalent_to(jax.NamedSharding(other, spec), 2)
+  assert sharding.without_directions(other) is other
+  assert evaluate.rows_of_batch(
+      evaluate.Sizes((16,)), 16, 20, sharding.row_groups(other)) == 24
+
+
+# --- anyone's model ---------------------------------------------------------
+
+
+class Net(nn.Module):
+
+  @nn.compact
+  def __call__(self, ids):
+    x = nn.Embed(512, 256, name='embed')(ids).mean(1)
+    for i in range(2):
+      h = nn.relu(nn.Dense(512, name=f'layers_{i}_up')(x))
+      x = x + nn.Dense(256, name=f'layers_{i}_down')(h)
+    return nn.Dense(2, name='head')(x)
+
+
+class NnxNet(nnx.Module):
+
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(512, 256, rngs=rngs)
+    self.up = nnx.Linear(256, 512, rngs=rngs)
+    self.down = nnx.Linear(512, 256, rngs=rngs)
+
+  def __call__(self, ids):
+    x = self.embed(ids).mean(1)
+    return x + self.down(nnx.relu(self.up(x)))
+
+
+RULES = [(r'embed', P('tensor', 'fsdp')), (r'up/kernel', P('fsdp', 'tensor')),
+         (r'down/kernel', P('tensor', 'fsdp'))]
+IDS = np.arange(8 * 6).reshape(8, 6) % 512
+
+
+def linen():
+  net = Net()
+  params = net.init(jax.random.key(0), IDS)['params']
+  return params, lambda params, batch: (net.apply(
+      {'params': params}, batch) ** 2).mean(-1)
+
+
+def of_nnx():
+  graph, params = nnx.split(NnxNet(nnx.Rngs(0)))
+  return params, lambda params, batch: (nnx.merge(graph, params)(
+      batch) ** 2).mean(-1)
+
+
+@pytest.mark.parametrize('make', [linen, of_nnx])
+def test_rules_place_anyone_s_parameters(make):
+  """And a step is the same there, bit for bit given its numbers."""
+  params, loss_fn = make()
+  host, ends = jax.device_get(params), []
+  for shape in ((1, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)):
+    mesh = mesh_of(*shape)
+    places = sharding.param_shardings(host, mesh, RULES)
+    specs = {s.spec for s in jax.tree.leaves(places)}
+    assert P('tensor', 'fsdp') in specs and P('fsdp', 'tensor') in specs
+    params = jax.device_put(host, places)
+    tx = mezo_jax.mezo(1e-3, key=1)
+    step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+    state = tx.init(params)
+    batch = sharding.put_batch(IDS, mesh)
+    g, value = step.losses(params, state, batch)
+    params, *_ = step.update(params, state, np.ones(1, np.float32), 0.0)
+    ends.append((float(value), jax.device_get(params)))
+    assert jax.tree.map(lambda x: x.sharding, params) == places
+  for value, end in ends[1:]:
+    np.testing.assert_allclose(value, ends[0][0], rtol=2e-6)
+    helpers.assert_bitwise(end, ends[0][1])
+
+
+def test_rules_that_do_not_fit_are_told():
+  params, _ = linen()
+  mesh = mesh_of(2, 2, 2, 1)
+  for rules, match in (
+      ([('nowhere', P('fsdp'))], 'found in no path; paths are such as'),
+      ([('embed', P('model'))], "mesh's axes"),
+      ([('bias', P('fsdp', 'tensor'))], 'does not fit its shape')):
+    with pytest.raises(InputError, match=match):
+      sharding.param_shardings(params, mesh, rules)
+  # Two classes do not divide over 4: that axis stays whole. A mesh of other
+  # names is split by rules alone; a stack of layers never along them.
+  other = jax.make_mesh((4,), ('model',), devices=jax.devices()[:4],
+                        axis_types=(AxisType.Auto,))
+  tree = {'head': jnp.ones((64, 2)), 'layers': {'w': jnp.ones((4, 8, 8))},
+          'rest': jnp.ones((512, 512))}
+  got = sharding.param_shardings(tree, other, [
+      ('head', P(None, 'model')), ('layers', P('model'))])
+  assert [s.spec for s in jax.tree.leaves(got)] == [
+      P(None, None), P(None, 'model'), P()]
+
+
+def test_another_mesh_is_a_restore(tmp_path):
+  """Two steps on one mesh, two on another: the run of one mesh."""
+  params, loss_fn = linen()
+  host = jax.device_get(params)
+  tx = mezo_jax.mezo(1e-3, key=1)
+  def on_mesh(mesh):
+    params = jax.device_put(host, sharding.param_shardings(host, mesh, RULES))
+    return params, tx.init(params), mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+  def steps(params, state, step, mesh):
+    for _ in range(2):
+      params, state, _ = step(params, state, sharding.put_batch(IDS, mesh))
+    return params, state
+  first, second = mesh_of(2, 2, 2, 1), mesh_of(1, 4, 1, 2)
+  params, state, step = on_mesh(first)
+  half = steps(params, state, step, first)
+  kept = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+  kept.save(2, half)
+  kept.wait()
+  params, state, other = on_mesh(second)
+  params, state = kept.load(2, (params, state))
+  kept.close()
+  assert params['embed']['embedding'].sharding.mesh == second
+  got = steps(params, state, other, second)[0]
+  want = steps(*half, step, first)[0]
+  helpers.assert_close(jax.device_get(got), jax.device_get(want), rtol=0,
+                       atol=1e-6)
+
+
+@pytest.mark.parametrize('directions', [
+    mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
+def test_explicit_axes(directions):
+  """Shardings that are part of types: kept, with the same z."""
+  host = {'up': np.ones((64, 128), np.float32) / 64,
+          'down': np.ones((128, 64), np.float32) / 128}
+  def loss_fn(params, batch):
+    h = jnp.tanh(batch @ params['up'])
+    return jnp.mean(jnp.einsum(
+        'bf,fd->bd', h, params['down'], out_sharding=P(None, None)) ** 2, -1)
+  tx = mezo_jax.mezo(1e-2, key=0, directions=directions)
+  x, ends = jnp.ones((8, 64)), []
+  for mesh in (mesh_of(1, 1, 1, 1, axis_type=AxisType.Explicit),
+               mesh_of(1, 2, 4, 1, axis_type=AxisType.Explicit)):
+    with jax.set_mesh(mesh):
+      params = jax.device_put(host, {
+          'up': jax.NamedSharding(mesh, P(None, 'tensor')),
+          'down': jax.NamedSharding(mesh, P('tensor', None))})
+      state = tx.init(params)
+      step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+      types = jax.tree.map(jax.typeof, params)
+      g, value = step.losses(params, state, x)
+      params, state, _ = step.update(
+          params, state, np.ones(1, np.float32), 0.0)
+      assert jax.tree.map(jax.typeof, params) == types
+      ends.append((float(value), jax.device_get(params)))
+  np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=2e-6)
+  helpers.assert_bitwise(ends[0][1], ends[1][1])
