@@ -171,13 +171,12 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
         config, built, params, mix, loss_fn, frozen_of, say))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
-  workdir_lib.check_inputs(workdir, config, weights, [
-      part.built.splits for part in mix.parts] if mix else [built.splits],
-                           secret)
+  splits = [part.built.splits for part in mix.parts] if mix else [built.splits]
+  workdir_lib.check_inputs(workdir, config, weights, splits, secret)
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   others = place and replicas_lib.join(
-      place, config, workdir, weights, log, say)
+      place, config, workdir, weights, splits, log, say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (

@@ -43,6 +43,7 @@ from mezo_jax.replay import Log
 FORMAT = 1
 _MARK = 1 << 31  # in a step's number
 _POLL = 0.002, 0.1  # seconds from look to look, at first and then
+_PATIENCE = 60.0  # seconds, at the end
 
 
 class Entries:
@@ -269,9 +270,22 @@ class Exchange:
     self._compare()
 
   def close(self) -> None:
-    """Ends; over sockets when all have what this one told, or are gone."""
+    """Ends when all have told what their weights are, if this one has, and over
+    sockets have what it told; or when they do not within a minute.
+
+    Raises:
+      InputError: if the weights of another replica are something else.
+    """
+    last, began = max(self._sums, default=0), time.monotonic()
+    others = [e for e in self._all if e is not self._mine]
+    while last and any(last not in e.marks for e in others) and (
+        time.monotonic() - began < min(self._timeout, _PATIENCE)):
+      self._read()
+      with self._changed:
+        self._changed.wait(_POLL[0])
+    self._compare()
     if self._mirror:
-      self._mirror.close(self._timeout)
+      self._mirror.close(min(self._timeout, _PATIENCE))
     for e in self._all:
       e.close()
 

@@ -122,7 +122,7 @@ class Mirror:
   def close(self, timeout: float) -> None:
     """Ends when the others have all, or are gone."""
     counts = [len(e.data) for e in self._all]
-    until = time.monotonic() + min(timeout, 60.0)
+    until = time.monotonic() + timeout
     lacks = lambda x: x.alive and (x.have is None or any(
         a < b for a, b in zip(x.have, counts)))
     with self.changed:

@@ -1,6 +1,6 @@
 """A run that is one of several replicas; see `mezo_jax.exchange`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import re
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import jax
 
 from mezo_jax import config as config_lib
 from mezo_jax import exchange, fingerprint, mirror
+from mezo_jax.data import Splits
 from mezo_jax.errors import InputError
 from mezo_jax.replay import Log
 
@@ -62,7 +63,8 @@ def check(config: config_lib.Train, place: Place | None) -> None:
 
 
 def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
-         log: Log, say: Callable[[str], None]) -> exchange.Exchange | None:
+         splits: Sequence[Splits], log: Log, say: Callable[[str], None]
+         ) -> exchange.Exchange | None:
   """The exchange of a run, whose log gets the steps that it missed; None where
   it has all, and needs nobody.
 
@@ -71,6 +73,7 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
     config: of the run.
     workdir: of the run.
     weights: `mezo_jax.fingerprint.of_weights` before training.
+    splits: the rows of each task.
     log: of the run.
     say: reports what is waited for.
   """
@@ -78,9 +81,14 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
     return None
   folds = config.spsa.fold_every > 1  # else evaluations change no weight
   ends = (config.eval_every, config.steps) if folds else ()
+  told = config_lib.bound(config)
+  for part in (told, *told['also']):  # machines may have their own paths
+    for field in ('train', 'test'):
+      part['data'].pop(field)
+  told['model'].pop('name')
   run = fingerprint.of(dict(
-      config=config_lib.bound(config), weights=weights, ends=ends,
-      code=fingerprint.of_code()))
+      config=told, weights=weights, ends=ends, code=fingerprint.of_code(),
+      rows=fingerprint.of_rows(*(s.train for s in splits))))
   if re.fullmatch(r'.+:\d+', place.through) and not (
       Path(place.through).is_dir()):
     say(f'replica {place.replica} of {place.replicas}: looking for the others '
@@ -89,8 +97,9 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
         place.through, workdir / 'exchange', run, *place.part,
         config.spsa.num_samples, place.timeout)
   else:
-    found = exchange.over_files(Path(place.through), run, *place.part,
-                       config.spsa.num_samples, place.timeout)
+    found = exchange.over_files(
+        Path(place.through), run, *place.part, config.spsa.num_samples,
+        place.timeout)
   before = log.end
   found.catch_up(log, lambda step: folds and (
       step % config.eval_every == 0 or step == config.steps))

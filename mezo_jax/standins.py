@@ -5,7 +5,6 @@ import string
 
 from tokenizers import models as parts
 from tokenizers import pre_tokenizers, processors, Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from mezo_jax import config as config_lib
 from mezo_jax.data import Rows
@@ -17,8 +16,9 @@ _COLUMNS = (  # of the tasks that this library declares
     'span1_text', 'span2_text', 'text', 'title', 'word')
 
 
-def tokenizer(task: Task) -> PreTrainedTokenizerFast:
+def tokenizer(task: Task):
   """Of words, those of labels among them."""
+  from transformers import PreTrainedTokenizerFast  # slow to import
   words = ('<s>', '<pad>', '</s>', '<unk>', '<mask>',
            *(w.strip() for w in task.label_words))
   raw = Tokenizer(parts.WordLevel(
