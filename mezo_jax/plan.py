@@ -70,9 +70,13 @@ class Plan:
     """Bytes at the peak of these programs, or of all; inf where a compiler did
     not say how many too many."""
     every = sum(self.resident.values())
-    return max((math.inf if p.memory is None
-                else p.memory + max(every - p.weights, 0) * (name not in _ALONE)
-                for name, p in self.programs.items()
+    def of(name, p):
+      if p.memory is None:
+        return math.inf
+      if not p.fits or name in _ALONE:
+        return p.memory
+      return p.memory + max(every - p.weights, 0)
+    return max((of(name, p) for name, p in self.programs.items()
                 if not names or name in names), default=0.0)
 
   @property

@@ -79,6 +79,9 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
   assert not first.fits
   change, other = planner.what_fits(first)
   assert other.fits and other.peak() < first.peak()
+  refused = dataclasses.replace(first, programs={
+      'losses': compiled.Program(1000.0, fits=False)})
+  assert refused.peak() == 1000.0 and not refused.fits
   tiny = machines.Kind(memory=1e-6, slices=('1', '2'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tiny)
   monkeypatch.setattr(planner, 'plan', lambda *args, **kwargs: first)
