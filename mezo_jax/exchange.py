@@ -207,12 +207,25 @@ class Exchange:
     return np.concatenate(grads), np.mean(np.array(values), dtype=np.float32)
 
   def catch_up(self, log: Log, added=lambda step: False) -> None:
-    """Gives a log the steps that all have told and it has not.
+    """Gives a log the steps that all have told and it has not; and tells those
+    of the log that this replica's entries, of a new exchange, have not.
 
     Args:
       log: of the run.
       added: whether what was pending is added to the weights after a step.
+
+    Raises:
+      InputError: if the log does not begin early enough for that.
     """
+    first = self._mine.last + 1
+    if first < log.steps.first and first <= log.end:
+      raise InputError(
+          f'the log begins with step {log.steps.first}, and the entries of '
+          f'replica {self.replica} end with step {first - 1}: bring back what '
+          '--exchange had, or start this replica in an empty --workdir.')
+    for step in range(first, log.end + 1):
+      grads, value = log.steps.at(step)
+      self._put(step, grads, value)
     log.extend((step, *self.told(step), added(step))
                for step in range(log.end + 1, self.known() + 1))
 
@@ -237,11 +250,7 @@ class Exchange:
       InputError: if the weights, or what was sent, are not the same everywhere.
     """
     if not self.has(step):
-      m = self._mine.kind['projected_grad'].shape[0]
-      grads = np.asarray(projected_grad)[self.replica * m:][:m]
-      with self._changed:
-        self._mine.put(step, np.asarray(value), grads)
-        self._changed.notify_all()
+      self._put(step, projected_grad, value)
     began = time.monotonic()
     while late := [e for e in self._all if step not in e.steps]:
       self._read()
@@ -288,6 +297,13 @@ class Exchange:
       self._mirror.close(min(self._timeout, _PATIENCE))
     for e in self._all:
       e.close()
+
+  def _put(self, step: int, projected_grad, value) -> None:
+    m = self._mine.kind['projected_grad'].shape[0]
+    grads = np.asarray(projected_grad)[self.replica * m:][:m]
+    with self._changed:
+      self._mine.put(step, np.asarray(value), grads)
+      self._changed.notify_all()
 
   def _read(self) -> None:
     if self._mirror:

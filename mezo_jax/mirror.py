@@ -27,7 +27,7 @@ import threading
 import time
 import zlib
 
-from mezo_jax.errors import first_line, InputError
+from mezo_jax.errors import Again, first_line, InputError
 from mezo_jax.exchange import Entries, Exchange, open_entries
 
 RETRY = 1.0  # seconds
@@ -112,7 +112,7 @@ class Mirror:
       while not all(map(gave, wanted)):
         self.check()
         if time.monotonic() > until:
-          raise InputError(
+          raise Again(
               '--exchange: replica(s) '
               f'{", ".join(str(i) for i in sorted(wanted) if not gave(i))} did '
               f'not answer within {timeout:g} s ({self._last}); start them, '
@@ -274,7 +274,8 @@ def over_sockets(address: str, directory: Path, run: str, replica: int,
     retry: seconds after which what may be lost is asked for again.
 
   Raises:
-    InputError: if the others do not answer in time, or run something else.
+    Again: if the others do not answer in time.
+    InputError: if they run something else, or for an address that is none.
   """
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():

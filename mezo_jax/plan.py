@@ -141,6 +141,7 @@ def plan(config: config_lib.Train, topology: str, *,
   config = dataclasses.replace(config, mesh=config_lib.Mesh(
       **{'fsdp': 1} | sizes))
   mesh = build.make_mesh(config, devices)
+  config = dataclasses.replace(config, mesh=config_lib.Mesh(**mesh.shape))
   if tokens is None:
     longest = config.data.max_length
     tokens = max((n for n in config.data.buckets if n <= longest),
@@ -281,7 +282,7 @@ def spell(found: Plan) -> str:
         'counted.')
   if 'inference' in found.programs and found.programs['inference'].memory:
     lines.append(f'A step holds {_ratio(found)} times what inference holds.')
-  if not math.isnan(found.cycles) and kind.clock == kind.clock:
+  if not math.isnan(found.cycles) and not math.isnan(kind.clock):
     seconds = found.cycles / kind.clock / 1e9
     sent = found.sent / kind.links / 1e9
     lines.append(

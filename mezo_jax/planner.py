@@ -163,7 +163,7 @@ def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
 
 
 def read_mesh(text: str, n: int) -> dict[str, int]:
-  """'fsdp=4,tensor=2' over n devices; the first axis may be -1, the rest."""
+  """'fsdp=4,tensor=2' over n devices; one axis may be -1, the rest."""
   sizes = dict(data=1, fsdp=1, tensor=1, direction=1)
   for part in text.split(','):
     name, _, value = part.partition('=')

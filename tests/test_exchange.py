@@ -171,6 +171,33 @@ def test_what_is_not_whole_waits_and_what_is_damaged_is_not_taken(tmp_path):
   assert theirs.last == 6
 
 
+def test_a_log_begins_a_new_exchange(tmp_path):
+  """Where the old one was lost: from the steps that the logs have."""
+  def log_of(name, steps):
+    log, _ = replay.open_log(tmp_path / name, {}, 2)
+    for t in range(1, steps + 1):
+      log.append(t, [t, -t], t / 2)
+    log.close()
+    return replay.open_log(tmp_path / name, {}, 2)[0]
+  found = []
+  for i, steps in enumerate((5, 4)):  # one was a step ahead
+    found.append(exchange.over_files(tmp_path / 'new', 'a run', i, 2, 2))
+    found[i].catch_up(log_of(f'{i}.log', steps))
+  assert found[0].known() == 4 and found[0].has(5)
+  def ahead():
+    return found[0].swap(5)
+  def behind():
+    return found[1].swap(5, [np.nan, -5.0], 2.5)
+  for g, value in together(ahead, behind):
+    assert g.tolist() == [5.0, -5.0] and value == 2.5
+  late, _ = replay.open_log(tmp_path / 'late.log', {}, 2, start=3)
+  late.append(4, [4, -4], 2.0)
+  late.close()
+  late, _ = replay.open_log(tmp_path / 'late.log', {}, 2, start=3)
+  with pytest.raises(InputError, match='the log begins with step 4'):
+    exchange.over_files(tmp_path / 'newer', 'a run', 0, 2, 2).catch_up(late)
+
+
 def test_a_late_one_is_waited_for_and_then_named(tmp_path):
   found = exchange.over_files(tmp_path, 'a run', 0, 2, 2, timeout=0.3)
   with pytest.raises(Again, match='replica 1 has not told step 1 within 0.3 s'):

@@ -59,6 +59,10 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
     return plan.spell_mesh(plan.good_mesh(config, model, topology))
   assert mesh_of('v5p:1x1x1') == 'data=1'
   assert mesh_of('v5e:4x4') == 'fsdp=4,tensor=4'
+  config = small_config(wide_dir, reviews_file, **SMALL)
+  found = plan.plan(config, 'cpu:8', sizes=planner.read_mesh(
+      'fsdp=-1,tensor=2', 8), tokens=16, wanted=lambda name: False)
+  assert found.config.mesh == Mesh(1, 4, 2, 1)
   assert mesh_of('v5e:8x8') == 'fsdp=8,tensor=8'
   # 16 rows and 72 heads: what is left has a sign each.
   assert mesh_of('v5e:16x16') == 'direction=2,fsdp=16,tensor=8'
