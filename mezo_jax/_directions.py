@@ -6,6 +6,7 @@ nothing else does.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -91,6 +92,10 @@ class Directions:
     that of ``like``."""
     return self.draw(_noise.words(streams[0], j, like, self.generator))
 
+  def each(self, streams, n: int, like: jax.Array) -> list[jax.Array]:
+    """`z` of the first n directions."""
+    return [self.z(streams, j, like) for j in range(n)]
+
   def at_once(self, coefs: jax.Array) -> Callable | None:
     """``(streams, coefs, start, like) -> start + sum``, a way to add all terms
     that costs a TPU less than one after the other; None where there is none."""
@@ -117,6 +122,7 @@ class Normal(Directions):
 
   dear = True
 
+  @functools.partial(jax.jit, inline=True, static_argnums=0)
   def draw(self, bits):
     if self.generator == 'hash32':
       return _quantile(bits)
