@@ -2,8 +2,8 @@
 
 import jax
 from jax import lax
-import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
+import jax.numpy as jnp
 
 
 def apart(fn):

@@ -122,15 +122,8 @@ class Normal(Directions):
 
   dear = True
 
-  @functools.partial(jax.jit, inline=True, static_argnums=0)
   def draw(self, bits):
-    if self.generator == 'hash32':
-      return _quantile(bits)
-    one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
-    unit = lax.bitcast_convert_type(
-        (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
-    uniform = jnp.maximum(low, unit * (one - low) + low)
-    return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+    return (_quantile if self.generator == 'hash32' else _inverse)(bits)
 
 
 class Rademacher(Directions):
@@ -158,6 +151,17 @@ class Sphere(Directions):
             Displacement(keys, factors).after(factors[0]))
 
 
+@functools.partial(jax.jit, inline=True)  # traced once, for each shape
+def _inverse(bits: jax.Array) -> jax.Array:
+  """Normal draws as `jax.random.normal` makes them."""
+  one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
+  unit = lax.bitcast_convert_type(
+      (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
+  uniform = jnp.maximum(low, unit * (one - low) + low)
+  return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+
+
+@functools.partial(jax.jit, inline=True)
 def _quantile(bits: jax.Array) -> jax.Array:
   r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
 
