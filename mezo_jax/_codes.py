@@ -77,13 +77,16 @@ class Codes:
   def integers(self) -> jax.Array:
     """q, int32 of the weight's shape."""
     if self.packed is None:
-      return self.codes.astype(jnp.int32)
+      return self._signed(self.codes)
     axis = self.codes.ndim + self.packed
     shifts = np.array([0, 4], np.uint8).reshape(
         (2,) + (1,) * (self.codes.ndim - axis - 1))
     halves = (jnp.expand_dims(self.codes, axis + 1) >> shifts) & np.uint8(15)
-    q = halves.reshape(self.shape).astype(jnp.int32)
-    return q if self.offsets is not None else (q ^ 8) - 8
+    return self._signed(halves.reshape(self.shape))
+
+  def _signed(self, q: jax.Array) -> jax.Array:
+    q = q.astype(jnp.int32)
+    return (q ^ 8) - 8 if self.bits == 4 and self.offsets is None else q
 
   def astype(self, dtype) -> jax.Array:
     return self.at(self.integers()).astype(dtype)
@@ -120,8 +123,15 @@ class Codes:
     low, high = {(8, False): (-127, 127), (8, True): (-127, 127),
                  (4, False): (-8, 7), (4, True): (0, 15)}[
                      self.bits, self.offsets is not None]
-    q = jnp.clip(self.integers() + steps, low, high)
-    new = q.astype(jnp.int8) if self.packed is None else pack(q, self.packed)
+    moved = lambda q, steps: jnp.clip(self._signed(q) + steps, low, high)
+    if self.packed is None:
+      new = moved(self.codes, steps).astype(jnp.int8)
+    else:  # byte by byte, and so in place
+      axis = steps.ndim + self.packed
+      low_half, high_half = (
+          moved(q, jax.lax.slice_in_dim(steps, i, None, 2, axis)) & 15
+          for i, q in enumerate((self.codes & np.uint8(15), self.codes >> 4)))
+      new = (low_half | high_half << 4).astype(jnp.uint8)
     return self.still(new - self.codes)  # modulo 256, as the sum will be
 
   def still(self, codes=None) -> 'Codes':
