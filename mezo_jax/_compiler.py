@@ -3,6 +3,7 @@
 import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+import jax.numpy as jnp
 
 
 def apart(fn):
@@ -16,6 +17,22 @@ def apart(fn):
     with set_xla_metadata(inlineable='false'):
       return jitted(*args)
   return called
+
+
+def rounded(x: jax.Array, number: jax.Array) -> jax.Array:
+  """A product, rounded before something is added to it: compilers make one
+  operation of both where they like, another one in each loop of a program, and
+  the sum has other bits by that.
+
+  Args:
+    x: float32; any other is returned as it is.
+    number: int32, never below 0, which no compiler knows.
+  """
+  if x.dtype != jnp.float32:
+    return x
+  none = (number >> 31).astype(jnp.uint32)
+  return lax.bitcast_convert_type(
+      lax.bitcast_convert_type(x, jnp.uint32) ^ none, jnp.float32)
 
 
 def made_first(fn, *args):

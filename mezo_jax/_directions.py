@@ -6,6 +6,7 @@ nothing else does.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -91,6 +92,10 @@ class Directions:
     that of ``like``."""
     return self.draw(_noise.words(streams[0], j, like, self.generator))
 
+  def each(self, streams, n: int, like: jax.Array) -> list[jax.Array]:
+    """`z` of the first n directions."""
+    return [self.z(streams, j, like) for j in range(n)]
+
   def at_once(self, coefs: jax.Array) -> Callable | None:
     """``(streams, coefs, start, like) -> start + sum``, a way to add all terms
     that costs a TPU less than one after the other; None where there is none."""
@@ -118,13 +123,7 @@ class Normal(Directions):
   dear = True
 
   def draw(self, bits):
-    if self.generator == 'hash32':
-      return _quantile(bits)
-    one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
-    unit = lax.bitcast_convert_type(
-        (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
-    uniform = jnp.maximum(low, unit * (one - low) + low)
-    return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+    return (_quantile if self.generator == 'hash32' else _inverse)(bits)
 
 
 class Rademacher(Directions):
@@ -152,6 +151,17 @@ class Sphere(Directions):
             Displacement(keys, factors).after(factors[0]))
 
 
+@functools.partial(jax.jit, inline=True)  # traced once, for each shape
+def _inverse(bits: jax.Array) -> jax.Array:
+  """Normal draws as `jax.random.normal` makes them."""
+  one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
+  unit = lax.bitcast_convert_type(
+      (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
+  uniform = jnp.maximum(low, unit * (one - low) + low)
+  return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
+
+
+@functools.partial(jax.jit, inline=True)
 def _quantile(bits: jax.Array) -> jax.Array:
   r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
 

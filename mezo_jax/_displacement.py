@@ -122,18 +122,21 @@ class Draws:
 
   def term(self, j, like):
     """``coefs[j] * z_j`` in float32."""
-    term = self.coefs[j] * self.directions.z(self.streams, j, like)
+    return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
+
+  def _scaled(self, c, z):
     scale = self.streams[0].scale
-    return term if scale is None else term * scale
+    return c * z if scale is None else c * z * scale
 
   def _by_terms(self, start, like):
-    term = lambda j: self.term(j, like)
     n, first = self.coefs.shape[0], 0 if start is not None else 1
-    total = term(0) if start is None else start
     if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
-      for j in range(first, n):
-        total = total + term(j)
-    elif n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
+      terms = map(self._scaled, self.coefs,
+                  self.directions.each(self.streams, n, like))
+      return sum(terms, next(terms) if start is None else start)
+    term = lambda j: self.term(j, like)
+    total = term(0) if start is None else start
+    if n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
       terms = jnp.sum(jax.vmap(term)(jnp.arange(first, n)), 0)
       total = total + terms
     else:

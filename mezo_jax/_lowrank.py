@@ -99,15 +99,23 @@ class LowRank(Directions):
 
   def z(self, streams, j, like):
     """Times the root of the rank, which is in the coefficients."""
+    return self.each([_noise.only(s, j) for s in streams], 1, like)[0]
+
+  def each(self, streams, n, like):
     parts = [*map(len, self._bits(1))]
-    def words(streams, j):
-      return [[_noise.words(_streams.moved(s, i), j, like, self.generator)
-               & np.uint32(2**bits - 1) for s in streams]
-              for i, bits in enumerate(parts)]
+    def words(s, i, bits):  # [n, *axes], of all terms
+      s, of_key = _streams.moved(s, i), lambda key: _noise.words(
+          dataclasses.replace(s, keys=key[..., None, :]), 0, like,
+          self.generator)
+      return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
     # Few words, each of many elements: a loop would make them for each.
-    apart = sum(lax.population_count(rows ^ columns).astype(jnp.int32)
-                for rows, columns in _compiler.made_first(words, streams, j))
-    return (self.rank - 2 * apart).astype(jnp.float32)
+    made = _compiler.made_first(lambda streams: [
+        [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
+                                streams)
+    apart = lambda j: sum(
+        lax.population_count(rows[j] ^ columns[j]).astype(jnp.int32)
+        for rows, columns in made)
+    return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
   def at_once(self, coefs):
     if coefs.ndim > 1 or len(coefs) < _MANY:
@@ -219,11 +227,6 @@ def of_block(factor: jax.Array, stream: _noise.Stream, shape) -> jax.Array:
   axes = counted(stream, shape)
   return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
                         factor.shape[-1])
-
-
-def only(stream: _noise.Stream, j) -> _noise.Stream:
-  """The stream of direction j alone."""
-  return dataclasses.replace(stream, keys=stream.keys[..., j, :][..., None, :])
 
 
 def counted(stream: _noise.Stream, shape) -> list[int]:

@@ -117,6 +117,12 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
   return key if layer is None else jax.random.fold_in(key, layer)
 
 
+def only(s: Stream, j: int | jax.Array) -> Stream:
+  """The stream of direction j alone."""
+  take = lax.index_in_dim if isinstance(j, int) else lax.dynamic_index_in_dim
+  return dataclasses.replace(s, keys=take(s.keys, j, -2))
+
+
 # --- words ----------------------------------------------------------------
 
 
@@ -132,24 +138,33 @@ def words(s: Stream, j: int | jax.Array, like: jax.Array,
     generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
       enough for `stochastic_round`.
   """
-  place = _explicit(like, s.strides)
+  return _words(
+      only(s, j).keys[..., 0, :], s.lo, s.hi, strides=s.strides,
+      shape=like.shape, place=_explicit(like, s.strides), generator=generator)
+
+
+# Blocks of one shape are traced once. XLA sees what it would without `jit`.
+@functools.partial(jax.jit, inline=True, static_argnames=(
+    'strides', 'shape', 'place', 'generator'))
+def _words(key, lo, hi, *, strides, shape, place, generator):
   index_shape = tuple(n if step else 1 for n, step in zip(
-      like.shape, s.strides, strict=True))
+      shape, strides, strict=True))
 
   # Counters start from lo plus a word of the key: XLA would share one index, as
   # large as a layer, between the layers, and keep it.
   def lo_plus(word):
-    total = s.lo + word
-    for axis, step in enumerate(s.strides):
+    total = lo + word
+    for axis, step in enumerate(strides):
       if step:
         total = total + _U32(step) * lax.broadcasted_iota(
             jnp.uint32, index_shape, axis, out_sharding=place)
     return total
 
-  k0, k1 = s.keys[..., j, 0], s.keys[..., j, 1]
-  hi = jnp.zeros((), jnp.uint32)
-  if s.hi is not None:
-    hi = s.hi + (lo_plus(_U32(0)) < s.lo).astype(jnp.uint32)
+  k0, k1 = key[..., 0], key[..., 1]
+  if hi is None:
+    hi = jnp.zeros((), jnp.uint32)
+  else:
+    hi = hi + (lo_plus(_U32(0)) < lo).astype(jnp.uint32)
   fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
         'rounding': _rounding}[generator]
   return fn(k0, k1, hi, lo_plus)

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _compiler, sharding
 from mezo_jax._directions import Directions
 from mezo_jax._displacement import Displacement
 from mezo_jax._perturb import direction, zeros
@@ -147,7 +147,9 @@ def displacement(state: SpsaState, ring: PendingState, directions: Directions,
 def _sum(params, state, ring, directions, finish, rest, count):
   added = direction(params, displacement(state, ring, directions, count),
                     directions, dtype=jnp.float32)
-  return finish.update(added, rest, params)
+  added, rest = finish.update(added, rest, params)
+  return jax.tree.map(
+      lambda u: _compiler.rounded(u, state.count), added), rest
 
 
 def _emptied(ring: PendingState) -> PendingState:

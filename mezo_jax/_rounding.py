@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _noise, _paths, _streams, sharding
+from mezo_jax import _compiler, _noise, _paths, _streams, sharding
 from mezo_jax._codes import is_codes
 from mezo_jax._perturb import zeros
 
@@ -73,6 +73,7 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
         bits = _noise.words(streams[path], 0, update, 'rounding')
         return p.moved_by(p.steps(update, bits))
       bits = _noise.words(streams[path], 0, p, 'rounding')
+      update = _compiler.rounded(update, state.count)
       moved = stochastic_round(p.astype(jnp.float32) + update, p.dtype, bits)
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _compiler, sharding
 
 
 def skip_not_finite(
@@ -37,12 +37,13 @@ def skip_not_finite(
 
   def update_fn(updates, state, params=None, **extra_args):
     updates, new = inner.update(updates, state, params, **extra_args)
-    skipped = sum(x.notfinite_count for x in _estimators(new)) > 0
+    count = sum(x.notfinite_count for x in _estimators(new))
+    skipped = count > 0
     def keep(old, x):
       return x if _is_estimator(x) else jnp.where(skipped, old, x)
     def zero(u):
       return u if u.dtype == jax.dtypes.float0 else (
-          jnp.where(skipped, jnp.zeros_like(u), u))
+          jnp.where(skipped, jnp.zeros_like(u), _compiler.rounded(u, count)))
     return jax.tree.map(zero, updates), jax.tree.map(
         keep, state, new, is_leaf=_is_estimator)
 

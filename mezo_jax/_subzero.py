@@ -25,7 +25,7 @@ import jax.scipy.linalg as linalg
 import numpy as np
 
 from mezo_jax import _compiler, _lowrank, _noise
-from mezo_jax._directions import Normal
+from mezo_jax._directions import Directions, Normal
 from mezo_jax._lowrank import LazyLowRank
 
 
@@ -89,13 +89,15 @@ class SubZero(LazyLowRank):
 
   def z(self, streams, j, like):
     def factors(streams, j):
-      rows, columns = (_lowrank.only(s, j) for s in streams)
+      rows, columns = (_noise.only(s, j) for s in streams)
       u, v = (_lowrank.of_block(
           self.factor(s, like.shape, jnp.float32), s, like.shape)
               for s in (rows, columns))
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
     return _lowrank.product(*_compiler.made_first(factors, streams, j))
+
+  each = Directions.each
 
   def at_once(self, coefs):
     return None

@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _lowrank, _paths, sharding
+from mezo_jax import _compiler, _lowrank, _paths, sharding
 from mezo_jax._displacement import Displacement, of_leaves
 from mezo_jax._lowrank import LazyLowRank
 from mezo_jax._mezo import descent
@@ -103,8 +103,14 @@ def lozo_m(
         return jnp.einsum('...a,...ab->...b', momentum, meet,
                           precision='highest')
       moved = lax.cond(changes, projected, lambda m: m, momentum)
-      moved = jnp.where(there, beta * moved + (1 - beta) * g * u, momentum)
-      step = _lowrank.product(moved * draws.coefs[0], v)  # 1 / sqrt(r)
+      # Products are rounded before they are added, or in one, as the compiler
+      # likes: N is made once, and those of signs are exact, for the same bits
+      # on every mesh.
+      moved = _compiler.made_first(
+          lambda there, moved, g, u, momentum: jnp.where(
+              there, beta * moved + (1 - beta) * g * u, momentum),
+          there, moved, g, u, momentum)
+      step = draws.coefs[0] * _lowrank.product(moved, v)  # 1 / sqrt(r)
       return jnp.where(there, _kept(draws, x, step), 0.0), moved
 
     leaves = [x for _, x in _paths.named_leaves(params)]
