@@ -1,6 +1,7 @@
 """What the TPU and CUDA compilers say of a step's forms, with no accelerator.
 
-  pip install -e '.[plan]' && python benchmarks/aot.py [--cuda] [--short]
+  pip install -e '.[plan]' && python benchmarks/aot.py
+      [--cuda] [--short | --vmem]
 
 Loops over `mezo_jax.plan`: inference, MeZO steps and backprop (each layer
 rematerialised) for described devices that are not there, from abstract bfloat16
@@ -11,7 +12,9 @@ and temporaries. Cycles are the TPU compiler's own estimates times the trip
 counts of loops; they know nothing of collectives between chips. `--cuda` adds
 one A100 by the CUDA compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt
 nvidia-cuda-nvcc-cu12` of jax's version). Writes benchmarks/results/aot.md and
-.json; with `--short` aot_short.md and .json, of the cases of 32 tokens a row.
+.json; with `--short` aot_short.md and .json, of the cases of 32 tokens a row;
+with `--vmem` aot_vmem.md and .json, of some cases with 16, 32 and 64 MiB of a
+TPU core's own memory for a loop, by the flag that a user would set.
 """
 
 import dataclasses
@@ -55,6 +58,15 @@ CASES = [
         'inference', *FEW, PENDING, 'Adam')),
     ('a100:1', (1, 1, 1), 'OPT-30B', 256, ('inference', *FEW)),
 ]
+
+
+FLAG = '--xla_tpu_scoped_vmem_limit_kib='
+VMEM = [(('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32), (
+            'inference', FEW[1], FEW[2], PENDING)),
+        (('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 256), (
+            'inference', *FEW, PENDING)),
+        (('v5p:1x1x1', (1, 1, 1), 'OPT-30B', 256), ('inference', *FEW[1:])),
+        (('v5e:4x4', (1, 4, 4), 'OPT-66B', 256), ('inference', *FEW[1:]))]
 
 
 # --- what the compilers say -------------------------------------------------
@@ -144,8 +156,42 @@ def forms() -> list[dict]:
   return rows
 
 
+def one(*case, **environment) -> dict:
+  """`report`, in a process of its own: compilers keep memory."""
+  done = subprocess.run(
+      [sys.executable, __file__, '--one', json.dumps(case)],
+      capture_output=True, text=True, env=harness.on_cpu() | environment)
+  if done.returncode:
+    sys.exit(f'{case} failed:\n{done.stderr[-2000:]}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_vmem(rows: list[dict]) -> None:
+  for case, programs in VMEM:
+    found, base = {}, {}
+    for program in programs:
+      for kib in (16384, 32768, 65536):
+        found[program, kib] = one(
+            *case, program, LIBTPU_INIT_ARGS=f'{FLAG}{kib}')['cycles'] / 1e6
+      base = base or {k[1]: 2 * v for k, v in found.items()}
+      rows.append({
+          'device': case[0], 'shape': case[2], 'tokens': f'{ROWS} x {case[3]}',
+          'program': program} | {
+              f'Mcycles, {kib // 1024} MiB': round(cost, 1)
+              for (p, kib), cost in found.items() if p == program} | {
+              f'/ two forwards, {kib // 1024} MiB': round(cost / base[kib], 3)
+              for (p, kib), cost in found.items() if p == program})
+      print(rows[-1], flush=True)
+  harness.write('aot_vmem', (
+      f'Compilers only, nothing run: jax {jax.__version__}, bfloat16, {ROWS} '
+      'rows; a whole step by its programs\' estimated cycles, under '
+      f'LIBTPU_INIT_ARGS={FLAG}N, N in KiB'), [('Million cycles:', rows)])
+
+
 def main():
-  if sys.argv[1:2] == ['--one']:  # a process of its own: compilers keep memory
+  if '--vmem' in sys.argv:
+    return of_vmem([])
+  if sys.argv[1:2] == ['--one']:
     topology, sizes, shape, *rest = json.loads(sys.argv[2])
     print(json.dumps(report(topology, tuple(sizes), shape, *rest)))
     return
@@ -157,13 +203,7 @@ def main():
       continue
     base = None
     for program in programs:
-      done = subprocess.run(
-          [sys.executable, __file__, '--one',
-           json.dumps([topology, sizes, shape, tokens, program])],
-          capture_output=True, text=True, env=harness.on_cpu())
-      if done.returncode:
-        sys.exit(f'{topology} {shape} {program} failed:\n{done.stderr[-2000:]}')
-      r = json.loads(done.stdout.splitlines()[-1])
+      r = one(topology, sizes, shape, tokens, program)
       base = base or r
       cost, memory = r.get('cycles'), r['memory']
       row = {
