@@ -134,6 +134,8 @@ def forms() -> list[dict]:
     return compiled.cycles(program.as_text()) / 1e6
 
   rows, plain = [], cost(lambda w, x: x @ w, w, x)
+  scaled = cost(lambda w, c: (w.astype(jnp.float32) * c).astype(w.dtype), w, c,
+                donate=0)
   for generator in ('hash32', 'threefry2x32'):
     for kind in ('normal', 'rademacher'):
       def moved(w, seed, c, z=KINDS[kind](generator)):
@@ -151,7 +153,8 @@ def forms() -> list[dict]:
               lambda w, seed, c, x, f=moved: x @ f(w, seed, c), w, seed, c, x),
           'W + cz built first': cost(first, w, seed, c, x),
           'both signs from one z, a sign': cost(both, w, seed, c, x) / 2,
-          'W += cz': cost(moved, w, seed, c, donate=0)})
+          'W += cz': cost(moved, w, seed, c, donate=0),
+          'W *= c, which no update undercuts': scaled})
       print(rows[-1], flush=True)
   return rows
 
