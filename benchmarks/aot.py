@@ -169,21 +169,21 @@ def one(*case, **environment) -> dict:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def of_vmem(rows: list[dict]) -> None:
+def of_vmem() -> None:
+  rows = []
   for case, programs in VMEM:
-    found, base = {}, {}
+    base = None
     for program in programs:
-      for kib in (16384, 32768, 65536):
-        found[program, kib] = one(
-            *case, program, LIBTPU_INIT_ARGS=f'{FLAG}{kib}')['cycles'] / 1e6
-      base = base or {k[1]: 2 * v for k, v in found.items()}
+      costs = {mib: one(*case, program, LIBTPU_INIT_ARGS=f'{FLAG}{1024 * mib}')[
+          'cycles'] for mib in (16, 32, 64)}
+      base = base or costs
       rows.append({
           'device': case[0], 'shape': case[2], 'tokens': f'{ROWS} x {case[3]}',
           'program': program} | {
-              f'Mcycles, {kib // 1024} MiB': round(cost, 1)
-              for (p, kib), cost in found.items() if p == program} | {
-              f'/ two forwards, {kib // 1024} MiB': round(cost / base[kib], 3)
-              for (p, kib), cost in found.items() if p == program})
+              f'Mcycles, {mib} MiB': round(cost / 1e6, 1)
+              for mib, cost in costs.items()} | {
+              f'/ two forwards, {mib} MiB': round(cost / base[mib] / 2, 3)
+              for mib, cost in costs.items()})
       print(rows[-1], flush=True)
   harness.write('aot_vmem', (
       f'Compilers only, nothing run: jax {jax.__version__}, bfloat16, {ROWS} '
@@ -193,7 +193,7 @@ def of_vmem(rows: list[dict]) -> None:
 
 def main():
   if '--vmem' in sys.argv:
-    return of_vmem([])
+    return of_vmem()
   if sys.argv[1:2] == ['--one']:
     topology, sizes, shape, *rest = json.loads(sys.argv[2])
     print(json.dumps(report(topology, tuple(sizes), shape, *rest)))

@@ -20,19 +20,23 @@ def apart(fn):
 
 
 def rounded(x: jax.Array, number: jax.Array) -> jax.Array:
-  """A product, rounded before something is added to it: compilers make one
-  operation of both where they like, another one in each loop of a program, and
-  the sum has other bits by that.
+  """``x``, a product, rounded before something is added to it.
+
+  Compilers make one operation of both in some loops and not in others, so that
+  sums would differ in a bit between programs and between meshes. What comes of
+  integers they do not join; a `select` they move out of the loop.
 
   Args:
-    x: float32; any other is returned as it is.
-    number: int32, never below 0, which no compiler knows.
+    x: of float32 or float64, any shape; of any other dtype it is returned as it
+      is (half precision is rounded by being stored).
+    number: int32 [], 0 or more, which no compiler can know: its sign is a 0.
   """
-  if x.dtype != jnp.float32:
+  if x.dtype not in (jnp.float32, jnp.float64):
     return x
-  none = (number >> 31).astype(jnp.uint32)
+  words = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+  sign = (number >> 31).astype(words)
   return lax.bitcast_convert_type(
-      lax.bitcast_convert_type(x, jnp.uint32) ^ none, jnp.float32)
+      lax.bitcast_convert_type(x, words) ^ sign, x.dtype)
 
 
 def made_first(fn, *args):

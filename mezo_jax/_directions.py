@@ -93,7 +93,8 @@ class Directions:
     return self.draw(_noise.words(streams[0], j, like, self.generator))
 
   def each(self, streams, n: int, like: jax.Array) -> list[jax.Array]:
-    """`z` of the first n directions."""
+    """`z` of directions 0 to n - 1, each in a shape that broadcasts to that of
+    ``like``."""
     return [self.z(streams, j, like) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable | None:
@@ -153,7 +154,8 @@ class Sphere(Directions):
 
 @functools.partial(jax.jit, inline=True)  # traced once, for each shape
 def _inverse(bits: jax.Array) -> jax.Array:
-  """Normal draws as `jax.random.normal` makes them."""
+  r"""Normal draws as `jax.random.normal` makes them: :math:`\sqrt 2\,
+  \mathrm{erf}^{-1}(u)`, u uniform on (-1, 1) of 23 bits."""
   one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
   unit = lax.bitcast_convert_type(
       (bits >> 9) | _U32(0x3F800000), jnp.float32) - one

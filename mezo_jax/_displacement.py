@@ -129,13 +129,13 @@ class Draws:
     return c * z if scale is None else c * z * scale
 
   def _by_terms(self, start, like):
-    n, first = self.coefs.shape[0], 0 if start is not None else 1
+    n = self.coefs.shape[0]
     if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
       terms = map(self._scaled, self.coefs,
                   self.directions.each(self.streams, n, like))
       return sum(terms, next(terms) if start is None else start)
     term = lambda j: self.term(j, like)
-    total = term(0) if start is None else start
+    first, total = (1, term(0)) if start is None else (0, start)
     if n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
       terms = jnp.sum(jax.vmap(term)(jnp.arange(first, n)), 0)
       total = total + terms

@@ -103,9 +103,7 @@ def lozo_m(
         return jnp.einsum('...a,...ab->...b', momentum, meet,
                           precision='highest')
       moved = lax.cond(changes, projected, lambda m: m, momentum)
-      # Products are rounded before they are added, or in one, as the compiler
-      # likes: N is made once, and those of signs are exact, for the same bits
-      # on every mesh.
+      # Made once: each use could join other products and sums in one operation.
       moved = _compiler.made_first(
           lambda there, moved, g, u, momentum: jnp.where(
               there, beta * moved + (1 - beta) * g * u, momentum),
