@@ -7,6 +7,7 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
+import functools
 from pathlib import Path
 import signal
 import sys
@@ -26,10 +27,8 @@ from mezo_jax import (
   _paths,
   baselines,
   build,
-  checkpoint,
   checks,
   evaluate,
-  feed,
   fingerprint,
   guards,
   hosts,
@@ -39,15 +38,14 @@ from mezo_jax import (
   peft,
   preemption,
   privacy,
+  resume,
   scoring,
   trainable,
-  trunk,
 )
 from mezo_jax import config as config_lib
-from mezo_jax import data as data_lib
 from mezo_jax import replicas as replicas_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import Again, in_one_sentence, MissingError, Stopped
+from mezo_jax.errors import Again, in_one_sentence
 from mezo_jax.step import make_step, pends
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -72,7 +70,7 @@ _TIMEOUT = flags.DEFINE_float(
 
 
 def say(text: str) -> None:
-  if jax.process_index() == 0:
+  if text and jax.process_index() == 0:
     tqdm.write(text)
 
 
@@ -98,85 +96,61 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
   hosts.agree('the config', lambda: fingerprint.of(config_lib.to_json(config)),
               'start the same command on every host')
   workdir_lib.check(config, workdir)
-  task, method = config.task, methods.method_of(config)
+  method = methods.method_of(config)
 
   # Build.
   built = build.build(config, say=say)
+  params, opt_state, mesh = built.params, built.opt_state, built.mesh
   weights = fingerprint.of_weights(
-      peft.join(built.params, built.frozen), methods.made(config))
-  name, mesh = Path(build.model_name(config)).name, built.mesh
-  devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
-  total = size_of(built.params) + size_of(built.frozen)
+      peft.join(params, built.frozen), methods.made(config))
+  name = Path(build.model_name(config)).name
+  total = _paths.size_of(params) + _paths.size_of(built.frozen)
   say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
-      f'{devices}')
-  mix, metric = None, task.main_metric
-  if config.also:
-    mix, metric = mixture.make(config, built, workdir / 'trunk', say), (
-        mixture.METRIC)
-    params, ask = built.params, mix.ask()
-    built = built._replace(frozen=None)  # the tasks have what is still read
-    whole = lambda params: params  # each task joins what it needs
-    frozen_of, loss_fn = mix.frozen, mix.value_fn
-  else:
-    built = trunk.keep(config, built, workdir / 'trunk', say)
-    params, frozen = built.params, built.frozen
-    ask = evaluate.make_evaluators(
-        config, built.model, built.splits, built.tokenizer, mesh)
-    whole = lambda params: peft.join(params, frozen)
-    frozen_of, loss_fn = lambda batch: frozen, built.loss_fn
+      f'{mesh.size} {jax.devices()[0].platform} device(s)')
+  tasks = mixture.make(config, built, workdir / 'trunk', say)
+  ask, metric = tasks.ask(), tasks.metric
+  # The tasks have what is still read of the weights.
+  built = built._replace(params=None, frozen=None, opt_state=None)
   finish = lambda final, **more: workdir_lib.write_result(
       workdir, config, built, final, **more, model=name,
       seconds=time.time() - began)
   probed = None
   if method.probe:
-    found, probed = baselines.linear_probe(
-        built.model, params, built.splits, ask.sizes, mesh, task.main_metric)
-    if method.steps:
-      params = baselines.write_probe(
-          params, found, built.splits.train.token_ids)
+    params, probed = baselines.probe(config, built, params, ask.sizes)
   if not method.steps:
     final = method.result(ask, params, probed)
     result = finish(final)
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  say(f'training {size_of(params):,} of {total:,} parameters')
+  say(f'training {_paths.size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
   plan = build.privacy_plan(config, built.splits, mesh)
   if plan:
     say(privacy.spell(plan))
   step_fn = make_step(
-      built.tx, loss_fn, mesh=mesh, on_compile=say_compiled,
-      part=place and place.part)
-  train = built.splits.train.lengths, built.splits.buckets['train']
-  in_use = mix.lengths() if mix else train[1] if plan else (
-      data_lib.used_buckets(*train, config.data.batch_size))
-  say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
+      built.tx, tasks.value_fn, mesh=mesh, part=place and place.part,
+      on_compile=lambda *about: say(loggers.spell_program(*about)))
+  say('steps compile once per length: '
+      f'{", ".join(tasks.lengths(plan))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself, and
   # the log's steps after it.
-  before, opt_state = trainable.before_training(
-      config, whole(params)), built.opt_state
-  built = built._replace(params=None, opt_state=None)  # not to be held twice
-  checkpoints = checkpoint.Checkpoints(
-      workdir / 'checkpoints', config.keep_checkpoints)
-  for path in checkpoints.put_aside:
-    say(f'warning: a checkpoint was damaged and is now {path}.')
-  start, params, opt_state = build.restore_newest(
-      checkpoints, params, opt_state, say, until=workdir_lib.lost_best(
-          workdir, config, metric, checkpoints.steps()))
+  untrained = functools.partial(trainable.before_training, config)
+  before = untrained(params)
+  checkpoints, start, params, opt_state = resume.newest(
+      workdir, config, metric, params, opt_state, say)
   if method.scores and not start:
     opt_state = optax.tree.set(opt_state, memory=scoring.score_weights(
-        config, built, params, mix, loss_fn, frozen_of, say))
+        config, tasks, params, mesh, say))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
-  splits = [part.built.splits for part in mix.parts] if mix else [built.splits]
-  workdir_lib.check_inputs(workdir, config, weights, splits, secret)
+  workdir_lib.check_inputs(workdir, config, weights, tasks.splits, secret)
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   others = place and replicas_lib.join(
-      place, config, workdir, weights, splits, log, say)
+      place, config, workdir, weights, tasks.splits, log, say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (
@@ -186,29 +160,23 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
 
   # Zero-shot: what fine-tuning is compared with.
   if config.zero_shot and not metrics.of('zero_shot'):
-    on_dev, on_test = ask.both(before)
+    on_dev, on_test = tasks.ask(untrained).both(before)
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
-  zero_shot = {k: v for r in metrics.of('zero_shot') for k, v in r.items()
-               if k not in ('kind', 'step')}
+  zero_shot = metrics.at('zero_shot', 0) or {}
   if zero_shot:
     say(f'zero-shot: test {evaluate.spell(zero_shot)}')
   del before  # before the first step donates what it shares
 
   # Loop.
-  if mix:
-    batches = mix.feed(config, mesh, log.end)
-  elif plan:
-    batches = feed.private(plan, secret, built.splits, mesh, log.end)
-  else:
-    batches = feed.batches(config, built.splits, mesh, log.end)
+  batches = tasks.feed(config, mesh, log.end, plan, secret)
   progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
     with preemption.watched(log) as stop_wanted:
       params, opt_state = loop(
-          config, (params, opt_state), step_fn, frozen_of, batches,
-          lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
-          progress, start, plan, stop_wanted, others)
+          config, (params, opt_state), step_fn, tasks.frozen, batches, ask.dev,
+          metric, checkpoints, metrics, log, progress, start, plan, stop_wanted,
+          others)
     if others:
       others.close()
   finally:
@@ -217,68 +185,28 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
-  best = find_best(config, checkpoints, opt_state) if (
-      methods.selects(config)) else config.steps
-  if best != config.steps:
-    params = restored(checkpoints, best, params, opt_state)
-  _, final = ask.both(whole(params))
+  step, params = resume.best(config, checkpoints, params, opt_state)
+  _, final = ask.both(params)
   checkpoints.close()
   metrics.close()
-  if jax.process_index() == 0:
-    loggers.draw_curves(workdir / 'curves.png', metrics, metric,
-                        f'{config.method}, {name}')
+  loggers.draw_curves(workdir / 'curves.png', metrics, metric,
+                      f'{config.method}, {name}')
   result = finish(
-      final | {'step': best}, steps=config.steps,
+      final | {'step': step}, steps=config.steps,
       forwards=round(config.steps * methods.forwards(
           config, len(built.splits.train.prompts))),
-      trained=size_of(params), compilations=len(step_fn.compiled),
+      trained=_paths.size_of(params), compilations=len(step_fn.compiled),
       metric=metric,
       **(dict(privacy=privacy.account(plan, config.steps)) if plan else {}),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))
-  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
   if plan:
     say(privacy.spell(plan, config.steps))
-  if mix:
-    say(mix.table(zero_shot, final))
+  say(tasks.table(zero_shot, final))
   why = 'best on dev' if methods.selects(config) else 'the last'
-  say(f'final (step {best}, {why}): test {evaluate.spell(final)}{was}; '
+  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  say(f'final (step {step}, {why}): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
-
-
-def say_compiled(batch, compiled, seconds: float) -> None:
-  batch = getattr(batch, 'batch', batch)  # of one task of several
-  extra = compiled.memory_analysis().temp_size_in_bytes
-  what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
-          else 'update')
-  say(f'compiled the {what} in {seconds:.0f} s; it needs {extra / 2**20:.0f} '
-      'MiB a device beside weights and batch')
-
-
-def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
-  """The step that is best on dev rows; raises Stopped where none is."""
-  if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
-    raise Stopped(
-        f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {guards.TRY}')
-  try:
-    return checkpoints.best_step()
-  except MissingError as e:
-    raise Stopped(f'{e} {guards.TRY}') from e
-
-
-def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
-  """The parameters of the best step; what to do if they are damaged."""
-  try:
-    return build.restore(checkpoints, step, params, opt_state)[0]
-  except checkpoint.Damaged as e:
-    aside = checkpoints.set_aside(step)
-    checkpoints.close()
-    raise Again(f'{e} It is now {aside}. Run the same command again.') from e
-
-
-def size_of(params) -> int:
-  return sum(x.size for _, x in _paths.named_leaves(params))
 
 
 def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
