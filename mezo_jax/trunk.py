@@ -17,6 +17,7 @@ import numpy as np
 
 from mezo_jax import _paths, evaluate, fingerprint, models, peft
 from mezo_jax import build as build_lib
+from mezo_jax.errors import InputError
 from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import Encoded, Kept
 
@@ -114,7 +115,8 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
     out = np.empty(shape, dtype)
   elif writes:
     file.parent.mkdir(parents=True, exist_ok=True)
-    out = np.memmap(part, dtype, 'w+', shape=shape)
+    _make_room(part, int(np.prod(shape)) * dtype.itemsize)
+    out = np.memmap(part, dtype, 'r+', shape=shape)
   ends = np.cumsum(data.lengths)
 
   def write(index, x_BxSxD):
@@ -145,6 +147,22 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'trunk {file.name}')
   return opened()
+
+
+def _make_room(file: Path, size: int) -> None:
+  """Makes a file of so many bytes that the disk has: to write into a map of
+  more ends a process without a word."""
+  with file.open('wb') as f:
+    try:
+      f.truncate(size)
+      if hasattr(os, 'posix_fallocate'):  # not on a Mac
+        os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as e:
+      file.unlink()
+      raise InputError(
+          f'{file.parent} has no room for {size / 2**30:.2f} GiB of rows\' '
+          f'trunks ({e.strerror}): make some, choose another --workdir, or set '
+          '--config.keep_trunk=False.') from e
 
 
 def _everywhere(here: bool) -> bool:
