@@ -5,6 +5,7 @@ same at every step: `keep` computes it once, steps and evaluations run the rest.
 """
 
 from collections.abc import Callable
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -125,12 +126,9 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       n = data.row_length(row)
       out[ends[row] - n:ends[row]] = x_BxSxD[i, :n]
 
-  def trunk(params, batch):
-    return score.apply(model, params, batch)(
-        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
-
   waiting = None  # the device goes on while the host writes
-  for found in evaluate.each_batch(trunk, data, sizes, mesh)(params):
+  for found in evaluate.each_batch(
+      _trunk(model, dtype), data, sizes, mesh)(params):
     if waiting and writes:
       write(*waiting)
     waiting = found
@@ -147,6 +145,14 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'trunk {file.name}')
   return opened()
+
+
+@functools.lru_cache(maxsize=4)  # splits share what is compiled
+def _trunk(model, dtype) -> Callable:
+  def trunk(params, batch):
+    return score.apply(model, params, batch)(
+        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
+  return trunk
 
 
 def _make_room(file: Path, size: int) -> None:
