@@ -40,7 +40,9 @@ MEZO = harness.MEZO | {
     'MeZO rank 4, both signs in one pass, pending over 16 steps': dict(
         directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=16),
     'MeZO rank 4, pending over 16 steps': dict(
-        directions=mezo_jax.LowRank(rank=4), fold_every=16)}
+        directions=mezo_jax.LowRank(rank=4), fold_every=16),
+    'MeZO rank 4, both signs in one pass, pending over 32 steps': dict(
+        directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=32)}
 FEW = tuple(MEZO)[:3]
 PENDING = 'MeZO low rank, pending'
 # Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
