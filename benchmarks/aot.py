@@ -64,7 +64,7 @@ CASES = [
 
 FLAG = '--xla_tpu_scoped_vmem_limit_kib='
 VMEM = [(('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32), (
-            'inference', FEW[1], FEW[2], PENDING)),
+            'inference', FEW[1], FEW[2], PENDING, tuple(MEZO)[-1])),
         (('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 256), (
             'inference', *FEW, PENDING)),
         (('v5p:1x1x1', (1, 1, 1), 'OPT-30B', 256), ('inference', *FEW[1:])),

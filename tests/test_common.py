@@ -83,7 +83,7 @@ def test_extra_arguments_and_no_second_compilation(name):
   with helpers.compilations() as seen:
     params, _ = step(params, new)
   assert not seen
-  assert np.all(params != START)
+  assert np.any(params != START)
 
 
 @pytest.mark.parametrize('target', TARGETS)
