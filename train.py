@@ -10,15 +10,13 @@ Run the same command again to resume a run that was stopped.
 import functools
 from pathlib import Path
 import signal
-import sys
 import time
 
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from absl import app, flags, logging
+from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -32,6 +30,7 @@ from mezo_jax import (
   fingerprint,
   guards,
   hosts,
+  launch,
   loggers,
   methods,
   mixture,
@@ -45,36 +44,14 @@ from mezo_jax import (
 from mezo_jax import config as config_lib
 from mezo_jax import replicas as replicas_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import Again, in_one_sentence
 from mezo_jax.step import make_step, pends
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None,
-    'Configuration file; override fields with --config.FIELD=VALUE.')
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; default: runs/<config name>.')
-_DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Run on several hosts: start this on every one.')
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
-_REPLICAS = flags.DEFINE_integer(
-    'replicas', None, 'Machines with weights of their own that share out the '
-    'directions of a step (docs/replicas.md).')
-_REPLICA = flags.DEFINE_integer('replica', None, 'Which one this is, from 0.')
-_EXCHANGE = flags.DEFINE_string(
-    'exchange', None, 'HOST:PORT of replica 0, or a directory that all see.')
-_TIMEOUT = flags.DEFINE_float(
-    'exchange_timeout', 1800.0, 'Seconds to wait for another replica.')
+flags.adopt_module_key_flags(launch)  # for --help
 
 
 def say(text: str) -> None:
   if text and jax.process_index() == 0:
     tqdm.write(text)
-
-
-# -------------------------------------------------------------------- run ---
 
 
 def run(config: config_lib.Train, workdir: Path,
@@ -278,46 +255,6 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
   return state
 
 
-# ------------------------------------------------------------------- main ---
-
-
-def parse(argv):
-  """absl's parser; a config that does not load or fit gets one sentence."""
-  chosen = [a for a in argv if a.startswith('--config=')] or [
-      f'--config={Path(__file__).parent / "configs" / "quickstart.py"}']
-  argv = [argv[0], *chosen, *(a for a in argv[1:] if a not in chosen)]
-  sys.argv = argv  # config_flags looks there for --config.FIELD
-  try:
-    rest = app.parse_flags_with_usage(argv)
-    _CONFIG.value.steps  # a file that did not load raises here
-    return rest
-  except (KeyError, OSError, TypeError) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    sys.exit(f'train.py: {what}. The fields of a config and their types are in '
-             'mezo_jax/config.py.')
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}.')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # orbax is talkative
-  config = _CONFIG.value
-  name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
-  workdir = Path(_WORKDIR.value or f'runs/{name}')
-  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or told != (None, None, None):
-    with in_one_sentence('train.py'):
-      hosts.join(*told)
-  with hosts.watch('train.py'), in_one_sentence('train.py'):
-    try:
-      run(config, workdir, replicas_lib.place(
-          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value))
-    except KeyboardInterrupt:
-      raise Again(f'interrupted; run it again to resume from {workdir}.'
-                  ) from None
-
-
 if __name__ == '__main__':
   signal.signal(signal.SIGINT, ctrl_c)
-  app.run(main, flags_parser=parse)
+  launch.main(run, Path(__file__).parent / 'configs')
