@@ -7,17 +7,16 @@ what that is compared with (--config.method).
 Run the same command again to resume a run that was stopped.
 """
 
+import functools
 from pathlib import Path
 import signal
-import sys
 import time
 
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from absl import app, flags, logging
+from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -26,57 +25,33 @@ from mezo_jax import (
   _paths,
   baselines,
   build,
-  checkpoint,
   checks,
   evaluate,
-  feed,
   fingerprint,
   guards,
   hosts,
+  launch,
   loggers,
   methods,
   mixture,
   peft,
   preemption,
   privacy,
+  resume,
   scoring,
   trainable,
-  trunk,
 )
 from mezo_jax import config as config_lib
-from mezo_jax import data as data_lib
 from mezo_jax import replicas as replicas_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import Again, in_one_sentence, MissingError, Stopped
 from mezo_jax.step import make_step, pends
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None,
-    'Configuration file; override fields with --config.FIELD=VALUE.')
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; default: runs/<config name>.')
-_DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Run on several hosts: start this on every one.')
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
-_REPLICAS = flags.DEFINE_integer(
-    'replicas', None, 'Machines with weights of their own that share out the '
-    'directions of a step (docs/replicas.md).')
-_REPLICA = flags.DEFINE_integer('replica', None, 'Which one this is, from 0.')
-_EXCHANGE = flags.DEFINE_string(
-    'exchange', None, 'HOST:PORT of replica 0, or a directory that all see.')
-_TIMEOUT = flags.DEFINE_float(
-    'exchange_timeout', 1800.0, 'Seconds to wait for another replica.')
+flags.adopt_module_key_flags(launch)  # for --help
 
 
 def say(text: str) -> None:
-  if jax.process_index() == 0:
+  if text and jax.process_index() == 0:
     tqdm.write(text)
-
-
-# -------------------------------------------------------------------- run ---
 
 
 def run(config: config_lib.Train, workdir: Path,
@@ -98,85 +73,61 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
   hosts.agree('the config', lambda: fingerprint.of(config_lib.to_json(config)),
               'start the same command on every host')
   workdir_lib.check(config, workdir)
-  task, method = config.task, methods.method_of(config)
+  method = methods.method_of(config)
 
   # Build.
   built = build.build(config, say=say)
+  params, opt_state, mesh = built.params, built.opt_state, built.mesh
   weights = fingerprint.of_weights(
-      peft.join(built.params, built.frozen), methods.made(config))
-  name, mesh = Path(build.model_name(config)).name, built.mesh
-  devices = f'{mesh.size} {jax.devices()[0].platform} device(s)'
-  total = size_of(built.params) + size_of(built.frozen)
+      peft.join(params, built.frozen), methods.made(config))
+  name = Path(build.model_name(config)).name
+  total = _paths.size_of(params) + _paths.size_of(built.frozen)
   say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
-      f'{devices}')
-  mix, metric = None, task.main_metric
-  if config.also:
-    mix, metric = mixture.make(config, built, workdir / 'trunk', say), (
-        mixture.METRIC)
-    params, ask = built.params, mix.ask()
-    built = built._replace(frozen=None)  # the tasks have what is still read
-    whole = lambda params: params  # each task joins what it needs
-    frozen_of, loss_fn = mix.frozen, mix.value_fn
-  else:
-    built = trunk.keep(config, built, workdir / 'trunk', say)
-    params, frozen = built.params, built.frozen
-    ask = evaluate.make_evaluators(
-        config, built.model, built.splits, built.tokenizer, mesh)
-    whole = lambda params: peft.join(params, frozen)
-    frozen_of, loss_fn = lambda batch: frozen, built.loss_fn
+      f'{mesh.size} {jax.devices()[0].platform} device(s)')
+  tasks = mixture.make(config, built, workdir / 'trunk', say)
+  ask, metric = tasks.ask(), tasks.metric
+  # The tasks have what is still read of the weights.
+  built = built._replace(params=None, frozen=None, opt_state=None)
   finish = lambda final, **more: workdir_lib.write_result(
       workdir, config, built, final, **more, model=name,
       seconds=time.time() - began)
   probed = None
   if method.probe:
-    found, probed = baselines.linear_probe(
-        built.model, params, built.splits, ask.sizes, mesh, task.main_metric)
-    if method.steps:
-      params = baselines.write_probe(
-          params, found, built.splits.train.token_ids)
+    params, probed = baselines.probe(config, built, params, ask.sizes)
   if not method.steps:
     final = method.result(ask, params, probed)
     result = finish(final)
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  say(f'training {size_of(params):,} of {total:,} parameters')
+  say(f'training {_paths.size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
   plan = build.privacy_plan(config, built.splits, mesh)
   if plan:
     say(privacy.spell(plan))
   step_fn = make_step(
-      built.tx, loss_fn, mesh=mesh, on_compile=say_compiled,
-      part=place and place.part)
-  train = built.splits.train.lengths, built.splits.buckets['train']
-  in_use = mix.lengths() if mix else train[1] if plan else (
-      data_lib.used_buckets(*train, config.data.batch_size))
-  say(f'steps compile once per length: {", ".join(map(str, in_use))} tokens')
+      built.tx, tasks.value_fn, mesh=mesh, part=place and place.part,
+      on_compile=lambda *about: say(loggers.spell_program(*about)))
+  say('steps compile once per length: '
+      f'{", ".join(tasks.lengths(plan))} tokens')
 
   # Restore: the latest checkpoint of this directory, else the model itself, and
   # the log's steps after it.
-  before, opt_state = trainable.before_training(
-      config, whole(params)), built.opt_state
-  built = built._replace(params=None, opt_state=None)  # not to be held twice
-  checkpoints = checkpoint.Checkpoints(
-      workdir / 'checkpoints', config.keep_checkpoints)
-  for path in checkpoints.put_aside:
-    say(f'warning: a checkpoint was damaged and is now {path}.')
-  start, params, opt_state = build.restore_newest(
-      checkpoints, params, opt_state, say, until=workdir_lib.lost_best(
-          workdir, config, metric, checkpoints.steps()))
+  untrained = functools.partial(trainable.before_training, config)
+  before = untrained(params)
+  checkpoints, start, params, opt_state = resume.newest(
+      workdir, config, metric, params, opt_state, say)
   if method.scores and not start:
     opt_state = optax.tree.set(opt_state, memory=scoring.score_weights(
-        config, built, params, mix, loss_fn, frozen_of, say))
+        config, tasks, params, mesh, say))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
-  splits = [part.built.splits for part in mix.parts] if mix else [built.splits]
-  workdir_lib.check_inputs(workdir, config, weights, splits, secret)
+  workdir_lib.check_inputs(workdir, config, weights, tasks.splits, secret)
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   others = place and replicas_lib.join(
-      place, config, workdir, weights, splits, log, say)
+      place, config, workdir, weights, tasks.splits, log, say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (
@@ -186,29 +137,23 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
 
   # Zero-shot: what fine-tuning is compared with.
   if config.zero_shot and not metrics.of('zero_shot'):
-    on_dev, on_test = ask.both(before)
+    on_dev, on_test = tasks.ask(untrained).both(before)
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
-  zero_shot = {k: v for r in metrics.of('zero_shot') for k, v in r.items()
-               if k not in ('kind', 'step')}
+  zero_shot = metrics.at('zero_shot', 0) or {}
   if zero_shot:
     say(f'zero-shot: test {evaluate.spell(zero_shot)}')
   del before  # before the first step donates what it shares
 
   # Loop.
-  if mix:
-    batches = mix.feed(config, mesh, log.end)
-  elif plan:
-    batches = feed.private(plan, secret, built.splits, mesh, log.end)
-  else:
-    batches = feed.batches(config, built.splits, mesh, log.end)
+  batches = tasks.feed(config, mesh, log.end, plan, secret)
   progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
   try:
     with preemption.watched(log) as stop_wanted:
       params, opt_state = loop(
-          config, (params, opt_state), step_fn, frozen_of, batches,
-          lambda p: ask.dev(whole(p)), metric, checkpoints, metrics, log,
-          progress, start, plan, stop_wanted, others)
+          config, (params, opt_state), step_fn, tasks.frozen, batches, ask.dev,
+          metric, checkpoints, metrics, log, progress, start, plan, stop_wanted,
+          others)
     if others:
       others.close()
   finally:
@@ -217,68 +162,28 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
     checkpoints.wait()  # the last one is whole, however the loop ended
 
   # Report.
-  best = find_best(config, checkpoints, opt_state) if (
-      methods.selects(config)) else config.steps
-  if best != config.steps:
-    params = restored(checkpoints, best, params, opt_state)
-  _, final = ask.both(whole(params))
+  step, params = resume.best(config, checkpoints, params, opt_state)
+  _, final = ask.both(params)
   checkpoints.close()
   metrics.close()
-  if jax.process_index() == 0:
-    loggers.draw_curves(workdir / 'curves.png', metrics, metric,
-                        f'{config.method}, {name}')
+  loggers.draw_curves(workdir / 'curves.png', metrics, metric,
+                      f'{config.method}, {name}')
   result = finish(
-      final | {'step': best}, steps=config.steps,
+      final | {'step': step}, steps=config.steps,
       forwards=round(config.steps * methods.forwards(
           config, len(built.splits.train.prompts))),
-      trained=size_of(params), compilations=len(step_fn.compiled),
+      trained=_paths.size_of(params), compilations=len(step_fn.compiled),
       metric=metric,
       **(dict(privacy=privacy.account(plan, config.steps)) if plan else {}),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))
-  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
   if plan:
     say(privacy.spell(plan, config.steps))
-  if mix:
-    say(mix.table(zero_shot, final))
+  say(tasks.table(zero_shot, final))
   why = 'best on dev' if methods.selects(config) else 'the last'
-  say(f'final (step {best}, {why}): test {evaluate.spell(final)}{was}; '
+  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  say(f'final (step {step}, {why}): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')
   return result
-
-
-def say_compiled(batch, compiled, seconds: float) -> None:
-  batch = getattr(batch, 'batch', batch)  # of one task of several
-  extra = compiled.memory_analysis().temp_size_in_bytes
-  what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
-          else 'update')
-  say(f'compiled the {what} in {seconds:.0f} s; it needs {extra / 2**20:.0f} '
-      'MiB a device beside weights and batch')
-
-
-def find_best(config, checkpoints: checkpoint.Checkpoints, opt_state) -> int:
-  """The step that is best on dev rows; raises Stopped where none is."""
-  if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
-    raise Stopped(
-        f'each of the {config.steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {guards.TRY}')
-  try:
-    return checkpoints.best_step()
-  except MissingError as e:
-    raise Stopped(f'{e} {guards.TRY}') from e
-
-
-def restored(checkpoints: checkpoint.Checkpoints, step: int, params, opt_state):
-  """The parameters of the best step; what to do if they are damaged."""
-  try:
-    return build.restore(checkpoints, step, params, opt_state)[0]
-  except checkpoint.Damaged as e:
-    aside = checkpoints.set_aside(step)
-    checkpoints.close()
-    raise Again(f'{e} It is now {aside}. Run the same command again.') from e
-
-
-def size_of(params) -> int:
-  return sum(x.size for _, x in _paths.named_leaves(params))
 
 
 def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
@@ -350,46 +255,6 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
   return state
 
 
-# ------------------------------------------------------------------- main ---
-
-
-def parse(argv):
-  """absl's parser; a config that does not load or fit gets one sentence."""
-  chosen = [a for a in argv if a.startswith('--config=')] or [
-      f'--config={Path(__file__).parent / "configs" / "quickstart.py"}']
-  argv = [argv[0], *chosen, *(a for a in argv[1:] if a not in chosen)]
-  sys.argv = argv  # config_flags looks there for --config.FIELD
-  try:
-    rest = app.parse_flags_with_usage(argv)
-    _CONFIG.value.steps  # a file that did not load raises here
-    return rest
-  except (KeyError, OSError, TypeError) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    sys.exit(f'train.py: {what}. The fields of a config and their types are in '
-             'mezo_jax/config.py.')
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}.')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # orbax is talkative
-  config = _CONFIG.value
-  name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
-  workdir = Path(_WORKDIR.value or f'runs/{name}')
-  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or told != (None, None, None):
-    with in_one_sentence('train.py'):
-      hosts.join(*told)
-  with hosts.watch('train.py'), in_one_sentence('train.py'):
-    try:
-      run(config, workdir, replicas_lib.place(
-          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value))
-    except KeyboardInterrupt:
-      raise Again(f'interrupted; run it again to resume from {workdir}.'
-                  ) from None
-
-
 if __name__ == '__main__':
   signal.signal(signal.SIGINT, ctrl_c)
-  app.run(main, flags_parser=parse)
+  launch.main(run, Path(__file__).parent / 'configs')

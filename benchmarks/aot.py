@@ -40,7 +40,9 @@ MEZO = harness.MEZO | {
     'MeZO rank 4, both signs in one pass, pending over 16 steps': dict(
         directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=16),
     'MeZO rank 4, pending over 16 steps': dict(
-        directions=mezo_jax.LowRank(rank=4), fold_every=16)}
+        directions=mezo_jax.LowRank(rank=4), fold_every=16),
+    'MeZO rank 4, both signs in one pass, pending over 32 steps': dict(
+        directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=32)}
 FEW = tuple(MEZO)[:3]
 PENDING = 'MeZO low rank, pending'
 # Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
@@ -62,7 +64,7 @@ CASES = [
 
 FLAG = '--xla_tpu_scoped_vmem_limit_kib='
 VMEM = [(('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32), (
-            'inference', FEW[1], FEW[2], PENDING)),
+            'inference', FEW[1], FEW[2], PENDING, tuple(MEZO)[-1])),
         (('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 256), (
             'inference', *FEW, PENDING)),
         (('v5p:1x1x1', (1, 1, 1), 'OPT-30B', 256), ('inference', *FEW[1:])),

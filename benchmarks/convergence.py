@@ -109,7 +109,7 @@ class Runs:
 
     def losses(params, frozen, batch, rows):
       s = score.scores(*score.log_likelihoods(
-          model, mezo_jax.peft.join(params, frozen), batch, rows))
+          model, mezo_jax.peft.join(params, frozen), batch, rows.form))
       nll = optax.softmax_cross_entropy_with_integer_labels(s, batch['label'])
       return nll.mean(), (s.argmax(-1) == batch['label']).mean()
     self._losses = {name: jax.jit(

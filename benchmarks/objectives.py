@@ -41,7 +41,7 @@ def two_phases(model, data):
   @jax.jit
   def predict(params, key, batch):
     answer = lambda params: jnp.argmax(score.scores(
-        *score.log_likelihoods(model, params, batch, data)), -1)
+        *score.log_likelihoods(model, params, batch, data.form)), -1)
     at = mezo_jax.perturbed(answer, Z)
     return jax.lax.map(
         lambda sign: at(params, mezo_jax.Displacement(key, sign * EPS)),

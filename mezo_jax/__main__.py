@@ -4,7 +4,11 @@ evaluate | plan."""
 import argparse
 import logging
 from pathlib import Path
+import signal
 import sys
+
+if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
+  ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from mezo_jax import planner, suite
 from mezo_jax.errors import in_one_sentence
@@ -89,4 +93,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGINT, ctrl_c)
   main()

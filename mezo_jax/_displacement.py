@@ -137,11 +137,27 @@ class Draws:
     term = lambda j: self.term(j, like)
     first, total = (1, term(0)) if start is None else (0, start)
     if n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
-      terms = jnp.sum(jax.vmap(term)(jnp.arange(first, n)), 0)
-      total = total + terms
+      total = total + jnp.sum(self._each_term(first, like), 0)
     else:
       total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
     return total
+
+  def _each_term(self, first: int, like) -> jax.Array:
+    """Those of directions ``first`` on, along a new axis; no key is looked up,
+    which TPUs are slow at."""
+    def one(keys, cores, c):
+      streams = [dataclasses.replace(
+          s, keys=key[..., None, :],
+          core=None if core is None else core[..., None, :, :])
+                 for s, key, core in zip(self.streams, keys, cores)]
+      return dataclasses.replace(
+          self, streams=tuple(streams), coefs=c[None]).term(0, like)
+    rest = functools.partial(lax.slice_in_dim, start_index=first,
+                             limit_index=None)
+    return jax.vmap(one, (-2, -3, 0))(
+        [rest(s.keys, axis=-2) for s in self.streams],
+        [None if s.core is None else rest(s.core, axis=-3)
+         for s in self.streams], rest(self.coefs, axis=0))
 
   def on(self, move) -> 'Draws | None':
     """With each stream moved, if it can be."""

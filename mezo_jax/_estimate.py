@@ -220,7 +220,7 @@ def _check_room(params, directions: Directions, points: int) -> None:
   stacks = _paths.stacked(params, directions.stacked)
   layers = [x.size // x.shape[0] if is_stack else x.size
             for x, is_stack in zip(leaves, stacks) if _paths.is_floating(x)]
-  total = sum(x.size for x in leaves)
+  total = _paths.size_of(params)
   if points * max(layers, default=0) > max(4 * total, _ROOM):
     raise ValueError(
         f'{points} points at once would each build perturbed weights of their '

@@ -48,6 +48,11 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
   return [*out.items()]
 
 
+def size_of(tree) -> int:
+  """How many numbers its leaves have; a code is one."""
+  return sum(x.size for _, x in named_leaves(tree))
+
+
 def _is_variable(node) -> bool:
   """Whether a node is flax.nnx's box of an array (flax is not imported)."""
   return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import data as data_lib
-from mezo_jax import models
+from mezo_jax import methods, models
 from mezo_jax.errors import InputError
 from mezo_jax.evaluate import report, run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
@@ -89,6 +89,16 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
       read('train'), splits.train.labels, bias=not model.config.causal)
   scores = probe_scores(probe, read('test'), splits.test.width)
   return probe, report(scores, splits.test.golds, metric=metric)
+
+
+def probe(config, built, params: dict, sizes: dict):
+  """``params, report`` of a run that begins with a probe, which is written into
+  the parameters where they are trained."""
+  found, report = linear_probe(built.model, params, built.splits, sizes,
+                               built.mesh, config.task.main_metric)
+  if methods.method_of(config).steps:
+    params = write_probe(params, found, built.splits.train.token_ids)
+  return params, report
 
 
 def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:

@@ -14,7 +14,6 @@ import optax
 
 from mezo_jax import (
   _paths,
-  checkpoint,
   fingerprint,
   hosts,
   methods,
@@ -28,7 +27,6 @@ from mezo_jax import (
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import trainable as trainable_lib
-from mezo_jax._rounding import RoundingState
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import head, score
 from mezo_jax.tasks import objective as objectives
@@ -292,47 +290,6 @@ def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
       p.epsilon, p.delta, p.mechanism, config.steps, len(splits.train.prompts),
       config.data.batch_size,
       config.optimizer.micro_batches * sharding.row_groups(mesh))
-
-
-def restore_newest(checkpoints: checkpoint.Checkpoints, params: dict, opt_state,
-                   say: Callable[[str], None], until: int | None = None):
-  """``step, params, opt_state`` of the newest checkpoint that is whole, up to a
-  step if one is given; as they are, with step 0, where there is none. Damaged
-  ones are put aside."""
-  for step in reversed(checkpoints.steps()):
-    if until is not None and step > until:
-      continue
-    try:
-      return step, *restore(checkpoints, step, params, opt_state)
-    except checkpoint.Damaged as e:
-      say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
-  return 0, params, opt_state
-
-
-def restore(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
-            opt_state):
-  """``params, opt_state`` of a step, in the place of these.
-
-  Also of an earlier version, whose `mezo` had no `RoundingState`: its bits were
-  of the same key and count as its directions.
-
-  Raises:
-    Damaged: if it is not what was saved.
-    InputError: if it is of another model.
-  """
-  try:
-    return checkpoints.load(step, (params, opt_state))
-  except checkpoint.Damaged:
-    raise
-  except InputError as e:
-    if not isinstance(opt_state[-1], RoundingState):
-      raise
-    try:
-      params, old = checkpoints.load(step, (params, opt_state[:-1]))
-    except InputError:
-      raise e from None
-  copies = map(jnp.copy, (old[0].count, old[0].key))  # each to be donated
-  return params, (*old, RoundingState(*copies))
 
 
 def init_state(tx: optax.GradientTransformation, params: dict, mesh,

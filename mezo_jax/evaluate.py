@@ -1,6 +1,7 @@
 """What a model answers, and how right it is."""
 
 from collections.abc import Callable
+import functools
 import resource
 import sys
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from mezo_jax import data as data_lib
 from mezo_jax import metrics, models, sharding
 from mezo_jax.tasks import score as score_lib
-from mezo_jax.tasks.encode import batch_of, Encoded
+from mezo_jax.tasks.encode import batch_of, Encoded, Form
 from mezo_jax.tasks.task import Task
 
 
@@ -73,12 +74,24 @@ def answers(model, task: Task, data: Encoded, tokenizer) -> Callable:
   tokens and whether all logits were finite; or ``(sums, counts)``, see
   `mezo_jax.tasks.score.log_likelihoods`."""
   if not data.generates:
-    return lambda params, batch: score_lib.log_likelihoods(
-        model, params, batch, data)
+    return _likelihoods(model, data.form)
+  return _generated(model, task.max_new_tokens,
+                    score_lib.stop_ids(task, tokenizer))
+
+
+# Dev and test rows, and those of other runs, share what is compiled: jax knows
+# the programs of a function again.
+@functools.lru_cache(maxsize=16)
+def _likelihoods(model, form: Form) -> Callable:
+  return lambda params, batch: score_lib.log_likelihoods(
+      model, params, batch, form)
+
+
+@functools.lru_cache(maxsize=16)
+def _generated(model, max_new_tokens: int, stop_ids: tuple) -> Callable:
   return lambda params, batch: models.generate(
       model, params, batch['input_ids'], batch['attention_mask'],
-      max_new_tokens=task.max_new_tokens, check=True,
-      stop_ids=score_lib.stop_ids(task, tokenizer))
+      max_new_tokens=max_new_tokens, check=True, stop_ids=stop_ids)
 
 
 def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:

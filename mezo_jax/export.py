@@ -20,6 +20,7 @@ from mezo_jax import (
   optimizer,
   peft,
   replay,
+  resume,
   sharding,
   trainable,
 )
@@ -73,7 +74,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, opt_state = build.restore(checkpoints, step, shapes, opt_state)
+  params, opt_state = resume.load(checkpoints, step, shapes, opt_state)
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,

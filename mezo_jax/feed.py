@@ -1,4 +1,4 @@
-"""What each step of a run is made from; of several tasks see `mixture`."""
+"""What each step of a task is made from."""
 
 from collections.abc import Iterator
 import itertools
@@ -6,6 +6,13 @@ import itertools
 from mezo_jax import data as data_lib
 from mezo_jax import methods, privacy, sharding
 from mezo_jax.tasks import encode
+
+
+def lengths(config, splits, plan=None) -> list[int]:
+  """Of the batches; of a private run (with its plan) there is one."""
+  buckets = splits.buckets['train']
+  return buckets if plan else data_lib.used_buckets(
+      splits.train.lengths, buckets, config.data.batch_size)
 
 
 def private(plan, secret, splits, mesh, start: int) -> Iterator:

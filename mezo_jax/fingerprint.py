@@ -26,8 +26,7 @@ def of_weights(params, but: str | None = None) -> str:
   leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
             if but is None or not re.search(but, jax.tree_util.keystr(
                 path, simple=True, separator='/'))]
-  sums = jax.device_get(jax.jit(lambda leaves: [*map(_checksum, leaves)])(
-      [x for _, x in leaves]))
+  sums = jax.device_get(_checksums([x for _, x in leaves]))
   return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
                  for (path, x), total in zip(leaves, sums))
 
@@ -70,6 +69,11 @@ def _digest(parts: Iterable, key: bytes = b'') -> str:
   for part in parts:
     digest.update(repr(part).encode())
   return digest.hexdigest()
+
+
+@jax.jit
+def _checksums(leaves: list) -> list:
+  return [*map(_checksum, leaves)]
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -112,6 +112,16 @@ class Progress:
     self._bar.close()
 
 
+def spell_program(batch, compiled, seconds: float) -> str:
+  """What `mezo_jax.make_step` tells of a program that it compiled."""
+  batch = getattr(batch, 'batch', batch)  # of one task of a run
+  extra = compiled.memory_analysis().temp_size_in_bytes
+  what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
+          else 'update')
+  return (f'compiled the {what} in {seconds:.0f} s; it needs '
+          f'{extra / 2**20:.0f} MiB a device beside weights and batch')
+
+
 def _plain(value):
   """A value as JSON can hold it: lists and numbers, null for inf and NaN."""
   if isinstance(value, dict):
@@ -184,7 +194,10 @@ def markdown_table(rows: Sequence[dict],
 
 
 def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
-  """Draws loss and the dev metric against steps, with the zero-shot lines."""
+  """Draws loss and the dev metric against steps, with the zero-shot lines, on
+  process 0."""
+  if jax.process_index() > 0:
+    return
   from matplotlib.figure import Figure  # slow to import
   steps, evals = metrics.of('train'), metrics.of('dev')
   figure = Figure(figsize=(10, 4), layout='constrained')

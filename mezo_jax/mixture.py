@@ -1,4 +1,5 @@
-r"""Several tasks in one run: :math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t`.
+r"""The tasks of a run: one, or several, of whose losses it makes the mean
+:math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t` less.
 
 A step's batch is of one task, drawn by weight from the run's seed, so that its
 loss is right on average; programs are compiled for each task and length. Dev
@@ -8,6 +9,7 @@ rows of all choose the best step, by the mean of their metrics.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,10 @@ import numpy as np
 from mezo_jax import build as build_lib
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
-from mezo_jax import evaluate, loggers, peft, sharding, trunk
-from mezo_jax.tasks import encode, score
+from mezo_jax import evaluate, feed, loggers, peft, trunk
+from mezo_jax.tasks import score
 
-METRIC = 'mean'  # of the tasks' main metrics
+MEAN = 'mean'  # of the main metrics of several tasks
 
 
 @functools.partial(
@@ -50,6 +52,16 @@ class Mixture:
 
   parts: tuple[Part, ...]
 
+  @property
+  def metric(self) -> str:
+    """By which runs and their steps are compared."""
+    return MEAN if len(self.parts) > 1 else (
+        self.parts[0].config.task.main_metric)
+
+  @property
+  def splits(self) -> list[data_lib.Splits]:
+    return [part.built.splits for part in self.parts]
+
   def value_fn(self, params, of: Of):
     """The rows' values of a batch, by its task's objective."""
     return self.parts[of.task].built.loss_fn(params, of.batch)
@@ -57,51 +69,56 @@ class Mixture:
   def frozen(self, of: Of) -> dict:
     return self.parts[of.task].built.frozen
 
-  def feed(self, config: config_lib.Train, mesh, start: int) -> Iterator:
-    """Yields (tokens, `Of` a batch on the mesh, {}) from number ``start``."""
-    weights = np.array([part.weight for part in self.parts])
-    drawn = np.random.RandomState(config.seed).choice(
-        len(weights), config.steps, p=weights / weights.sum())
-    sources = []
-    for i, part in enumerate(self.parts):
-      data, size = part.built.splits, part.config.data.batch_size
-      sources.append((data.train, size, data_lib.batches(
-          data.train.lengths, data.buckets['train'], size, config.seed,
-          int(np.sum(drawn[:start] == i)))))
-    for i in drawn[start:]:
-      rows, size, batches = sources[i]
-      length, index = next(batches)
-      batch = encode.batch_of(rows, index, length, size)
-      yield (int(batch['attention_mask'].sum()),
-             Of(sharding.put_batch(batch, mesh), int(i)), {})
+  def feed(self, config: config_lib.Train, mesh, start: int, plan=None,
+           secret: bytes | None = None) -> Iterator:
+    """Yields (tokens, `Of` a batch on the mesh, more for the step) from batch
+    number ``start`` on; of a private run with its plan and secret."""
+    if plan:
+      part, = self.parts
+      of_one = feed.private(plan, secret, part.built.splits, mesh, start)
+      drawn, sources = itertools.repeat(0), [of_one]
+    else:
+      weights = np.array([part.weight for part in self.parts])
+      drawn = np.random.RandomState(config.seed).choice(
+          len(weights), config.steps, p=weights / weights.sum())
+      sources = [
+          feed.batches(part.config, part.built.splits, mesh,
+                       int(np.sum(drawn[:start] == i)))
+          for i, part in enumerate(self.parts)]
+      drawn = drawn[start:].tolist()
+    for i in drawn:
+      tokens, batch, more = next(sources[i])
+      yield tokens, Of(batch, i), more
 
-  def lengths(self) -> list[str]:
+  def lengths(self, plan=None) -> list[str]:
     """Of the programs that steps need."""
-    return [f'{part.name} {length}' for part in self.parts
-            for length in data_lib.used_buckets(
-                part.built.splits.train.lengths,
-                part.built.splits.buckets['train'],
-                part.config.data.batch_size)]
+    return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
+            for part in self.parts
+            for length in feed.lengths(part.config, part.built.splits, plan)]
 
-  def ask(self) -> evaluate.Evaluators:
-    """Functions of the trained parameters, to reports of all tasks."""
+  def ask(self, change: Callable = lambda params: params
+          ) -> evaluate.Evaluators:
+    """Functions of the trained parameters, to reports of all tasks; ``change``
+    is done to these and to the frozen ones before."""
     def of_each(params):
       for part in self.parts:
-        yield part, peft.join(params, part.built.frozen)
+        yield part, peft.join(change(params), change(part.built.frozen))
     dev, test = (lambda params, which=which: self.joined(
         [getattr(part.ask, which)(whole) for part, whole in of_each(params)])
                  for which in ('dev', 'test'))
     def both(params):
       return tuple(map(self.joined, zip(
           *[part.ask.both(whole) for part, whole in of_each(params)])))
-    return evaluate.Evaluators(dev, test, both, {})
+    return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
   def joined(self, reports: list[dict]) -> dict:
-    """One report: ``mean``, ``loss`` (by weight), ``NAME/...`` of each."""
+    """One report: of several ``mean``, ``loss`` (by weight), ``NAME/...``."""
+    if len(self.parts) == 1:
+      return reports[0]
     metrics = [report[part.config.task.main_metric]
                for part, report in zip(self.parts, reports)]
     weights = [part.weight for part in self.parts]
-    out = {METRIC: float(np.mean(metrics)), 'loss': float(np.average(
+    out = {MEAN: float(np.mean(metrics)), 'loss': float(np.average(
         [report.get('loss', 0.0) for report in reports], weights=weights)),
            'count': sum(report['count'] for report in reports)}
     lost = sum(report.get('not_finite', 0) for report in reports)
@@ -111,7 +128,9 @@ class Mixture:
                   for name, value in report.items() if name != 'not_finite'}
 
   def table(self, zero_shot: dict, final: dict) -> str:
-    """A line a task, and their mean, in Markdown."""
+    """A line a task, and their mean, in Markdown; nothing of one task."""
+    if len(self.parts) == 1:
+      return ''
     percent = lambda report, name: (
         f'{100 * report[name]:.1f}' if name in report else '')
     rows = []
@@ -125,8 +144,8 @@ class Mixture:
               zero_shot, of(f'calibrated_{metric}')),
           'final': percent(final, of(metric)),
           'test rows': final[of('count')]})
-    rows.append({'task': METRIC, 'zero-shot': percent(zero_shot, METRIC),
-                 'final': percent(final, METRIC)})
+    rows.append({'task': MEAN, 'zero-shot': percent(zero_shot, MEAN),
+                 'final': percent(final, MEAN)})
     return loggers.markdown_table(rows)
 
 
@@ -162,7 +181,8 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
       found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
           built.model, splits.train, own.task, config_lib.objective(own),
           built.tokenizer))
-    found = trunk.keep(own, found, directory / name, say)
+    found = trunk.keep(
+        own, found, directory / name if config.also else directory, say)
     ask = evaluate.make_evaluators(
         own, found.model, found.splits, found.tokenizer, found.mesh)
     parts.append(Part(name, weight, own, found._replace(

@@ -11,36 +11,32 @@ from mezo_jax import mixture, peft, sharding, variants
 from mezo_jax.tasks import encode
 
 
-def score_weights(config, built, params, mix, loss_fn, frozen_of,
+def score_weights(config, tasks: mixture.Mixture, params, mesh,
                   say: Callable[[str], None]):
   """Which weights matter most to rows from all over each task (MaZO), or how
   much each layer does (modified SPSA).
 
   Args:
     config: of the run.
-    built: of the run, or of its first task.
+    tasks: of the run.
     params: that are trained.
-    mix: `mixture.Mixture` of several tasks; None of one.
-    loss_fn: of all parameters and a batch.
-    frozen_of: ``batch -> `` the parameters that are not trained.
+    mesh: that they are on.
     say: reports what was done.
   """
   v, began, value_fns = config.variant, time.time(), []
-  for i, part in enumerate(mix.parts if mix else [None]):
-    train = (part.built if part else built).splits
-    rows = min(4 * config.data.batch_size, len(train.train.prompts))
+  groups = sharding.row_groups(mesh)
+  for i, splits in enumerate(tasks.splits):
+    train = splits.train
+    rows = min(4 * config.data.batch_size, len(train.prompts))
     length, index = data_lib.spread(
-        train.train.lengths, train.buckets['train'],
-        rows // sharding.row_groups(built.mesh)
-        * sharding.row_groups(built.mesh))
-    batch = sharding.put_batch(
-        encode.batch_of(train.train, index, length, len(index)), built.mesh)
-    batch = mixture.Of(batch, i) if mix else batch
-    value_fns.append(lambda params, batch=batch: loss_fn(
-        peft.join(params, frozen_of(batch)), batch))
+        train.lengths, splits.buckets['train'], rows // groups * groups)
+    batch = mixture.Of(sharding.put_batch(
+        encode.batch_of(train, index, length, len(index)), mesh), i)
+    value_fns.append(lambda params, batch=batch: tasks.value_fn(
+        peft.join(params, tasks.frozen(batch)), batch))
   more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
               num_samples=v.num_scores)
-  with jax.set_mesh(built.mesh):
+  with jax.set_mesh(mesh):
     if config.method == 'mazo':
       found = [m for m in jax.tree.leaves(variants.saliency(
           value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **more))

@@ -114,11 +114,13 @@ def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:
 
 
 def before_training(config: config_lib.Train, params: dict) -> dict:
-  """What zero-shot means: the model without adapters. With a soft prompt the
-  rows have its tokens in them, so it is the model with the prompt that training
-  starts from; and new ones that change nothing may as well stay."""
+  """What zero-shot means: the model, or a part of it, without adapters. With a
+  soft prompt the rows have its tokens in them, so it is the model with the
+  prompt that training starts from; and new ones that change nothing may as well
+  stay."""
   part = methods.part_of(config)
   if not part.adapter or part.soft or (
-      part.added and not config.peft.adapter):
+      part.added and not config.peft.adapter) or not any(
+          jax.tree.leaves(_paths.matches(params, part.adapter))):
     return params
   return peft.split(params, part.adapter)[1]

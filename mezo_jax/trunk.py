@@ -5,6 +5,7 @@ same at every step: `keep` computes it once, steps and evaluations run the rest.
 """
 
 from collections.abc import Callable
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from mezo_jax import _paths, evaluate, fingerprint, models, peft
 from mezo_jax import build as build_lib
+from mezo_jax.errors import InputError
 from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import Encoded, Kept
 
@@ -114,7 +116,8 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
     out = np.empty(shape, dtype)
   elif writes:
     file.parent.mkdir(parents=True, exist_ok=True)
-    out = np.memmap(part, dtype, 'w+', shape=shape)
+    _make_room(part, int(np.prod(shape)) * dtype.itemsize)
+    out = np.memmap(part, dtype, 'r+', shape=shape)
   ends = np.cumsum(data.lengths)
 
   def write(index, x_BxSxD):
@@ -123,12 +126,9 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       n = data.row_length(row)
       out[ends[row] - n:ends[row]] = x_BxSxD[i, :n]
 
-  def trunk(params, batch):
-    return score.apply(model, params, batch)(
-        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
-
   waiting = None  # the device goes on while the host writes
-  for found in evaluate.each_batch(trunk, data, sizes, mesh)(params):
+  for found in evaluate.each_batch(
+      _trunk(model, dtype), data, sizes, mesh)(params):
     if waiting and writes:
       write(*waiting)
     waiting = found
@@ -145,6 +145,30 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'trunk {file.name}')
   return opened()
+
+
+@functools.lru_cache(maxsize=4)  # splits share what is compiled
+def _trunk(model, dtype) -> Callable:
+  def trunk(params, batch):
+    return score.apply(model, params, batch)(
+        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
+  return trunk
+
+
+def _make_room(file: Path, size: int) -> None:
+  """Makes a file of so many bytes that the disk has: to write into a map of
+  more ends a process without a word."""
+  with file.open('wb') as f:
+    try:
+      f.truncate(size)
+      if hasattr(os, 'posix_fallocate'):  # not on a Mac
+        os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as e:
+      file.unlink()
+      raise InputError(
+          f'{file.parent} has no room for {size / 2**30:.2f} GiB of rows\' '
+          f'trunks ({e.strerror}): make some, choose another --workdir, or set '
+          '--config.keep_trunk=False.') from e
 
 
 def _everywhere(here: bool) -> bool:

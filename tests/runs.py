@@ -17,6 +17,7 @@ SMALL = ['--config.task.template={text} It was',
          '--config.data.num_train=40', '--config.data.num_dev=20',
          '--config.data.num_test=40', '--config.data.batch_size=8',
          '--config.data.buckets=(8,16)', '--config.peft.mask=',
+         '--config.eval_batch_size=20',
          '--config.optimizer.learning_rate=1e-3', '--config.steps=30',
          '--config.eval_every=10', '--config.checkpoint_every=4']
 
@@ -81,6 +82,7 @@ def small_config(model, data, **changes):
   config.model.name, config.data.train = str(model), str(data)
   config.data.num_train, config.data.num_dev, config.data.num_test = 40, 20, 40
   config.data.batch_size, config.data.buckets = 8, (16,)
+  config.eval_batch_size = 20  # dev and test rows share a program
   return changed(config, **changes)
 
 

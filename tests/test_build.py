@@ -10,7 +10,7 @@ import pytest
 from runs import small_config
 
 import mezo_jax
-from mezo_jax import build, checkpoint, models, optimizer
+from mezo_jax import build, checkpoint, models, optimizer, resume
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 
@@ -106,8 +106,8 @@ def test_checkpoints_of_before_rounding_had_a_state_are_read(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
   checkpoints.save(1, (one[0], one[1][:-1]))
   checkpoints.wait()
-  again = build.restore(checkpoints, 1, params, tx.init(params))
+  again = resume.load(checkpoints, 1, params, tx.init(params))
   helpers.assert_bitwise(step(*again)[0], step(*one)[0])
   with pytest.raises(InputError, match='cannot be read'):
-    build.restore(checkpoints, 1, {'other': params['w']}, tx.init(params))
+    resume.load(checkpoints, 1, {'other': params['w']}, tx.init(params))
   checkpoints.close()

@@ -1,9 +1,11 @@
 """Reports of scores and of texts."""
 
+import helpers
 import numpy as np
 import pytest
+import runs
 
-from mezo_jax import evaluate
+from mezo_jax import build, evaluate, peft
 
 
 def test_reports_of_scores():
@@ -19,6 +21,21 @@ def test_reports_of_scores():
       scores, np.array([0, 1, 1]), offsets=np.array([0, 1.0, 0]))
   assert shifted['accuracy'] == pytest.approx(1 / 3)
   assert shifted['calibrated_accuracy'] == pytest.approx(2 / 3)
+
+
+def test_dev_and_test_rows_share_programs(tiny_dir, reviews_file):
+  config = runs.small_config(tiny_dir, reviews_file, data__num_dev=40)
+  built = build.build(config, say=lambda text: None)
+  params = peft.join(built.params, built.frozen)
+  asked = []
+  for _ in range(2):  # a run after another, too
+    ask = evaluate.make_evaluators(
+        config, built.model, built.splits, built.tokenizer, built.mesh)
+    with helpers.compilations() as seen:
+      asked.append((ask.dev(params), len(seen)))
+      asked.append((ask.test(params), len(seen)))
+  assert 0 < asked[0][1] == asked[1][1] and asked[-1][1] == 0
+  assert asked[0][0] == asked[2][0] != asked[1][0] == asked[3][0]
 
 
 def test_reports_of_texts():

@@ -280,6 +280,11 @@ def test_gguf_formats(family, kind, tmp_path):
     helpers.assert_bitwise(mezo_jax.dequantize(codes), params)
     whole = sum(x.nbytes for x in jax.tree.leaves(params))
     assert sum(x.nbytes for x in jax.tree.leaves(codes)) < 0.28 * whole
+  if kind == 'F32':  # another file of that name is another model
+    (tmp_path / 'other').write_bytes(b'not a model')
+    (tmp_path / 'other').rename(tmp_path / 'm.gguf')
+    with pytest.raises(ValueError, match='not a readable GGUF file'):
+      models.load(tmp_path / 'm.gguf', progress=False)
 
 
 class _Evil:

@@ -93,6 +93,21 @@ def test_what_is_small_is_drawn_whole():
   assert np.linalg.matrix_rank(z['kernel']) == 16
 
 
+@pytest.mark.parametrize('kind', [
+    LowRank(rank=4), mezo_jax.Normal(), mezo_jax.SubZero(rank=2)])
+def test_many_terms_of_small_leaves(kind):
+  """Their sum is that of each; and no key is looked up, which on a TPU took as
+  long as all else that biases cost (1.186 of two forwards for 1.164)."""
+  params = {'b': jnp.ones(12), 'w': jnp.ones((6, 8)), 'h': {
+      'w': jnp.ones((2, 8, 6))}}
+  coefs, keys = jnp.arange(1.0, 14), jax.random.split(KEY, 13)
+  total = lambda keys, coefs: mezo_jax.direction(
+      params, Displacement(keys, coefs), kind)
+  helpers.assert_close(total(keys, coefs), jax.tree.map(
+      lambda *x: sum(x), *[total(keys[j], coefs[j]) for j in range(13)]))
+  assert ' gather[' not in str(jax.make_jaxpr(total)(keys, coefs))
+
+
 def test_layouts_of_one_matrix_have_the_same_z():
   """Heads apart or not; layers stacked or each for itself."""
   of = lambda tree: mezo_jax.direction(

@@ -1,6 +1,7 @@
 """Several tasks in one run."""
 
 import dataclasses
+import functools
 import json
 
 import helpers
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import build, checks, mixture, peft
+from mezo_jax import build, checks, mixture, peft, trainable
 from mezo_jax import config as config_lib
 from mezo_jax.config import Also
 from mezo_jax.tasks import Task
@@ -81,6 +82,20 @@ def test_tasks_are_drawn_by_weight_wherever_a_run_begins(config, tmp_path):
     got = jax.jit(mix.value_fn)(whole, of)
     want = jax.jit(mix.parts[part].built.loss_fn)(whole, of.batch)
     helpers.assert_bitwise(got, want)
+
+
+def test_zero_shot_has_no_part_of_an_adapter(config, tmp_path):
+  """Nor the frozen one."""
+  def tasks_of(config):
+    built = build.build(config, say=lambda text: None)
+    return built, mixture.make(config, built, tmp_path, lambda text: None)
+  plain, tasks = tasks_of(config)
+  want = tasks.ask().dev(plain.params)
+  config.peft.method, config.peft.mask = 'prefix', 'prefix_k'
+  built, tasks = tasks_of(config)
+  untrained = functools.partial(trainable.before_training, config)
+  assert tasks.ask(untrained).dev(untrained(built.params)) == want
+  assert tasks.ask().dev(built.params)['loss'] != want['loss']
 
 
 def test_the_config_is_kept(config):

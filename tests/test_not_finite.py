@@ -10,6 +10,7 @@ import pytest
 from test_train import small_config
 
 from mezo_jax import checkpoint, models
+from mezo_jax.errors import Stopped
 from mezo_jax.export import export
 from mezo_jax.tasks import Task
 import train
@@ -22,7 +23,7 @@ def lost(tiny_dir, reviews_file, tmp_path_factory):
   config = small_config(
       tiny_dir, reviews_file, steps=30, optimizer__learning_rate=3e38,
       max_skipped=4)
-  with pytest.raises(train.Stopped, match='last 4 steps.*learning_rate'):
+  with pytest.raises(Stopped, match='last 4 steps.*learning_rate'):
     train.run(config, workdir)
   return workdir, config
 
@@ -44,7 +45,7 @@ def test_losses_that_are_not_finite_stop_the_run(lost):
 
 def test_a_run_without_a_finite_evaluation_has_no_result(lost):
   workdir, config = lost
-  with pytest.raises(train.Stopped, match='no checkpoint whose evaluation is'):
+  with pytest.raises(Stopped, match='no checkpoint whose evaluation is'):
     train.run(dataclasses.replace(config, steps=5, max_skipped=9), workdir)
   assert not (workdir / 'result.json').exists()
 
@@ -52,7 +53,7 @@ def test_a_run_without_a_finite_evaluation_has_no_result(lost):
 def test_a_run_that_skipped_every_step_has_no_result(
     tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, steps=2, spsa__eps=3e38)
-  with pytest.raises(train.Stopped, match='each of the 2 steps.*was skipped'):
+  with pytest.raises(Stopped, match='each of the 2 steps.*was skipped'):
     train.run(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
@@ -63,7 +64,7 @@ def test_a_run_that_does_not_move_any_more_stops(
   config = small_config(
       tiny_dir, reviews_file, steps=30, optimizer__learning_rate=1e8,
       max_still=5)
-  with pytest.raises(train.Stopped, match='have been 0 since step [0-9]+: the '
+  with pytest.raises(Stopped, match='have been 0 since step [0-9]+: the '
                      'weights do not move'):
     train.run(config, tmp_path)
   config.max_still = 0
@@ -85,7 +86,7 @@ def nan_dir(tiny_dir, tmp_path_factory):
 def test_a_model_that_is_not_finite_has_no_result(
     nan_dir, reviews_file, tmp_path, method, message):
   config = small_config(nan_dir, reviews_file, method=method, num_demos=2)
-  with pytest.raises((train.Stopped, ValueError), match=message):
+  with pytest.raises((Stopped, ValueError), match=message):
     train.run(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
@@ -97,7 +98,7 @@ def test_texts_of_a_model_that_is_not_finite_are_no_result(nan_dir, tmp_path):
   config = small_config(nan_dir, data, method='zero_shot')
   config.task = Task(kind='generation', template='{question} It was',
                      stop='the', max_new_tokens=3)
-  with pytest.raises(train.Stopped, match='f1 0.0%.*40 of 40 rows not finite'):
+  with pytest.raises(Stopped, match='f1 0.0%.*40 of 40 rows not finite'):
     train.run(config, tmp_path / 'w')
 
 

@@ -40,8 +40,9 @@ def test_a_run_holds_what_was_planned(change, wide_dir, reviews_file, tmp_path,
   assert found.fits and found.peak() >= found.peak('inference')
   real = {}
   monkeypatch.setattr(
-      train, 'say_compiled', lambda batch, program, seconds: real.setdefault(
-          batch is not None, []).append(program.memory_analysis()))
+      train.loggers, 'spell_program', lambda batch, program, seconds: (
+          real.setdefault(batch is not None, []).append(
+              program.memory_analysis())))
   train.run(config, tmp_path / 'run')
   name = 'step' if config.method == 'finetune' else 'losses'
   for planned, programs in ((found.programs[name], real[True]),

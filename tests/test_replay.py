@@ -13,7 +13,7 @@ import runs
 
 from mezo_jax import models, replay
 from mezo_jax.__main__ import main
-from mezo_jax.errors import Again, in_one_sentence, InputError
+from mezo_jax.errors import Again, in_one_sentence, InputError, Stopped
 from mezo_jax.export import export, rebuild
 import train
 
@@ -247,7 +247,7 @@ def test_a_log_gives_the_weights_of_training(
       tiny_dir, reviews_file, **{'optimizer__learning_rate': 1e-3} | WAYS[way])
   workdir = tmp_path / 'run'
   if way == 'skipped steps':
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
       train.run(config, workdir)
   else:
     train.run(config, workdir)

@@ -84,7 +84,7 @@ def batched(task, tokenizer, rows=ROWS, pad_to=None, **kwargs):
 
 def our_scores(model, params, data, batch):
   likely = helpers.quick_jit(lambda params, batch: score.log_likelihoods(
-      model, params, batch, data))
+      model, params, batch, data.form))
   sums, counts = map(np.asarray, likely(params, batch))
   return sums, counts, np.asarray(score.scores(sums, counts))
 
@@ -320,7 +320,7 @@ def test_a_function_of_predictions_in_a_step(both, tokenizer):
     moved = mezo_jax.displace(
         params, mezo_jax.Displacement(key, c), directions)
     return score.scores(*score.log_likelihoods(
-        model, moved, batch, data)).argmax(-1)[:6]
+        model, moved, batch, data.form)).argmax(-1)[:6]
   predict = helpers.quick_jit(predict)
   for sign, (predictions, examples) in zip((1, -1), calls, strict=True):
     assert predictions == predict(params, batch, sign * eps).tolist()

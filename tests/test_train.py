@@ -205,8 +205,8 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
 def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
   code = '''
-import sys
-from absl import app
+from pathlib import Path
+from mezo_jax import launch
 from mezo_jax.tasks import score
 import train
 def make_loss_fn(*args):
@@ -214,7 +214,7 @@ def make_loss_fn(*args):
     raise ValueError('a bug in a step')
   return loss_fn
 score.make_loss_fn = make_loss_fn
-app.run(train.main, argv=sys.argv, flags_parser=train.parse)
+launch.main(train.run, Path('configs'))
 '''
   script, *arguments = command(
       tiny_dir, reviews_file, tmp_path, '--config.zero_shot=False')[1:]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 
 import helpers
 import jax
@@ -195,6 +196,19 @@ def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
     assert len(names[-1]) == 3  # those of other weights are gone
     assert kept.splits.train.trunk.values.shape[1] == 32
   assert len({*map(tuple, names)}) == 3
+
+
+def test_a_disk_without_room(tiny_dir, reviews_file, tmp_path):
+  config = small_config(tiny_dir, reviews_file, trunk_memory=0.0, **LAST)
+  built = build.build(config, say=lambda text: None)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  try:
+    with pytest.raises(InputError, match='has no room for 0.0. GiB'):
+      trunk.keep(config, built, tmp_path / 'trunk', lambda text: None)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not [*(tmp_path / 'trunk').iterdir()]
 
 
 def test_the_weights_below_are_let_go(tiny_dir, reviews_file, tmp_path):

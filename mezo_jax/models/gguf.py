@@ -190,9 +190,15 @@ def _tokenizer(field):
       clean_up_tokenization_spaces=False)
 
 
-@functools.lru_cache(maxsize=1)
 def _reader(path: Path):
   """(reader, function that gives a field's value or a default)."""
+  about = path.stat() if path.is_file() else None
+  return _opened(path, about and (about.st_mtime_ns, about.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, version):
+  del version  # a file that was written anew is opened again
   try:
     gguf_header.check(path)
     reader = gguf.GGUFReader(path)

@@ -29,6 +29,14 @@ class Kept(NamedTuple):
   starts: np.ndarray  # [R], the first token of each
 
 
+class Form(NamedTuple):
+  """What a program has to know of `Encoded`, to compare with others."""
+
+  at_one: bool  # whether label words are read at one position
+  token_ids: tuple[int, ...] | None
+  width: int
+
+
 class Encoded(NamedTuple):
   """Rows as tokens: R rows, C of each row's candidates."""
 
@@ -64,6 +72,11 @@ class Encoded(NamedTuple):
       return len(self.token_ids)
     return max(1, *(len(c) for c in self.candidates),
                *(1 + max(g) for g in self.golds if g))
+
+  @property
+  def form(self) -> Form:
+    ids = None if self.token_ids is None else tuple(self.token_ids.tolist())
+    return Form(self.read_at is not None, ids, self.width)
 
 
 def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,

@@ -33,7 +33,7 @@ import numpy as np
 from mezo_jax import metrics, models
 from mezo_jax.tasks import head
 from mezo_jax.tasks import objective as objectives
-from mezo_jax.tasks.encode import Encoded
+from mezo_jax.tasks.encode import Encoded, Form
 from mezo_jax.tasks.task import Task
 
 _NEVER = -1e30  # the score of a candidate that a row does not have
@@ -47,7 +47,7 @@ def apply(model, params, batch: dict) -> Callable:
       batch['attention_mask'], token_type_ids=types, trunk=batch.get('trunk'))
 
 
-def log_likelihoods(model, params, batch: dict, data: Encoded):
+def log_likelihoods(model, params, batch: dict, form: Form):
   """(sums, counts) over the answers' tokens, float32 [rows, C] each.
 
   Where label words are read at one position, sums are logits: log-likelihoods
@@ -55,14 +55,14 @@ def log_likelihoods(model, params, batch: dict, data: Encoded):
   """
   of = functools.partial(
       apply(model, params, batch), answer_at=batch['answer_at'])
-  if data.read_at is not None:
-    if data.token_ids is None:
+  if form.at_one:
+    if form.token_ids is None:
       sums = head.apply(params['classifier'], of(features='body')[:, 0])
     else:
-      sums = of(token_ids=jnp.asarray(data.token_ids))[:, 0]
+      sums = of(token_ids=jnp.array(form.token_ids))[:, 0]
     return sums, jnp.ones_like(sums)
   log_p = of(targets=batch['answer_ids'], shared_prompt=True)
-  mine = batch['answer_of'][..., None] == jnp.arange(data.width)
+  mine = batch['answer_of'][..., None] == jnp.arange(form.width)
   return (jnp.sum(jnp.where(mine, log_p[..., None], 0.0), 1),
           jnp.sum(mine, 1).astype(jnp.float32))
 
@@ -118,7 +118,7 @@ def make_loss_fn(model, data: Encoded, task: Task,
     ValueError: for an objective that does not fit the task.
   """
   objectives.check(task, objective)
-  likely = functools.partial(log_likelihoods, model, data=data)
+  likely = functools.partial(log_likelihoods, model, form=data.form)
   def cross_entropy(params, batch):
     log_p = jax.nn.log_softmax(scores(*likely(params, batch)))
     nll = -jnp.take_along_axis(log_p, batch['label'][:, None], -1)[:, 0]
