@@ -93,7 +93,7 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
       seconds=time.time() - began)
   probed = None
   if method.probe:
-    params, probed = baselines.probe(config, built, params, ask.sizes)
+    params, probed = baselines.begin(config, built, params, ask.sizes)
   if not method.steps:
     final = method.result(ask, params, probed)
     result = finish(final)

@@ -91,7 +91,7 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
   return probe, report(scores, splits.test.golds, metric=metric)
 
 
-def probe(config, built, params: dict, sizes: dict):
+def begin(config, built, params: dict, sizes: dict):
   """``params, report`` of a run that begins with a probe, which is written into
   the parameters where they are trained."""
   found, report = linear_probe(built.model, params, built.splits, sizes,

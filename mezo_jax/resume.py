@@ -25,6 +25,9 @@ def newest(directory: Path, config: config_lib.Train, metric: str,
     params: as the model's files have them.
     opt_state: before the first step.
     say: reports what was damaged.
+
+  Raises:
+    InputError: if a checkpoint is of another model.
   """
   checkpoints = checkpoint.Checkpoints(
       directory / 'checkpoints', config.keep_checkpoints)

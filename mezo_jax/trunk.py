@@ -5,6 +5,7 @@ same at every step: `keep` computes it once, steps and evaluations run the rest.
 """
 
 from collections.abc import Callable
+import errno
 import functools
 import hashlib
 import os
@@ -157,13 +158,19 @@ def _trunk(model, dtype) -> Callable:
 
 def _make_room(file: Path, size: int) -> None:
   """Makes a file of so many bytes that the disk has: to write into a map of
-  more ends a process without a word."""
+  more ends a process without a word.
+
+  Raises:
+    InputError: if it has not.
+  """
   with file.open('wb') as f:
     try:
       f.truncate(size)
       if hasattr(os, 'posix_fallocate'):  # not on a Mac
         os.posix_fallocate(f.fileno(), 0, size)
     except OSError as e:
+      if e.errno == errno.EOPNOTSUPP:  # a file system that cannot tell
+        return
       file.unlink()
       raise InputError(
           f'{file.parent} has no room for {size / 2**30:.2f} GiB of rows\' '

@@ -75,8 +75,8 @@ QUICK = {'xla_cpu_use_fusion_emitters': False,
          'xla_cpu_parallel_codegen_split_count': 1}
 QUICK_FLAGS = ' '.join(f'--{k}={v}' for k, v in QUICK.items())
 _compile_options = compiler.get_compile_options
-# To make MLIR's context anew for each of 15,000 programs takes a twentieth of
-# the tests' time; those of a module share one.
+# To make MLIR's context anew for each program takes a twentieth of the tests'
+# time; programs of a module share one.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 

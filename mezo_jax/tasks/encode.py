@@ -30,11 +30,11 @@ class Kept(NamedTuple):
 
 
 class Form(NamedTuple):
-  """What a program has to know of `Encoded`, to compare with others."""
+  """What a program has to know of `Encoded`: for equal ones it is the same."""
 
   at_one: bool  # whether label words are read at one position
-  token_ids: tuple[int, ...] | None
-  width: int
+  token_ids: tuple[int, ...] | None  # [C], as `Encoded` has them
+  width: int  # C
 
 
 class Encoded(NamedTuple):

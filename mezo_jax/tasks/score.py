@@ -52,6 +52,12 @@ def log_likelihoods(model, params, batch: dict, form: Form):
 
   Where label words are read at one position, sums are logits: log-likelihoods
   up to a constant per row. A candidate that a row does not have has count 0.
+
+  Args:
+    model: a `mezo_jax.models.Transformer`.
+    params: its parameters.
+    batch: of the rows, see `mezo_jax.tasks.encode.batch_of`.
+    form: of the rows, `Encoded.form`.
   """
   of = functools.partial(
       apply(model, params, batch), answer_at=batch['answer_at'])
