@@ -91,7 +91,7 @@ def test_zero_shot_has_no_part_of_an_adapter(config, tmp_path):
     return built, mixture.make(config, built, tmp_path, lambda text: None)
   plain, tasks = tasks_of(config)
   want = tasks.ask().dev(plain.params)
-  config.peft.method, config.peft.mask = 'prefix', 'prefix_k'
+  config.peft.method, config.peft.mask = 'prefix', 'prefix_v'
   built, tasks = tasks_of(config)
   untrained = functools.partial(trainable.before_training, config)
   assert tasks.ask(untrained).dev(untrained(built.params)) == want
