@@ -49,11 +49,11 @@ _SMALL = tuple(f'test_{name}' for name in (
     'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
     'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
     'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
-    'mixture', 'models', 'modified', 'not_finite', 'objective', 'parts',
-    'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan', 'preemption',
-    'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay', 'scores',
-    'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable', 'trunk',
-    'variants', 'wrappers'))
+    'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
+    'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
+    'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
+    'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable',
+    'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',
