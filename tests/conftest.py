@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and a tiny random model with its tokenizer."""
 
+import contextlib
 import functools
 import gc
 import json
@@ -47,12 +48,12 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 _SMALL = tuple(f'test_{name}' for name in (
     'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
     'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
-    'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'methods', 'mixture',
-    'models', 'modified', 'not_finite', 'objective', 'parts', 'paths', 'peft',
-    'peft_parity', 'pending', 'perturb', 'preemption',
-    'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay', 'scores',
-    'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable', 'trunk',
-    'variants', 'wrappers'))
+    'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
+    'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
+    'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
+    'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
+    'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable',
+    'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',
@@ -87,6 +88,16 @@ def _compile_quickly(quick: bool) -> None:
         **kwargs)
   jax.config.update('jax_disable_most_optimizations', quick)
   compiler.get_compile_options = options if quick else _compile_options
+
+
+@contextlib.contextmanager
+def as_shipped():
+  """For some programs of a test whose others are compiled quickly."""
+  _compile_quickly(False)
+  try:
+    yield
+  finally:
+    _compile_quickly(True)
 
 
 @pytest.fixture(autouse=True, scope='module')

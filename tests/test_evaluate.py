@@ -1,5 +1,6 @@
 """Reports of scores and of texts."""
 
+import conftest
 import helpers
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ def test_reports_of_scores():
   assert shifted['calibrated_accuracy'] == pytest.approx(2 / 3)
 
 
-def test_dev_and_test_rows_share_programs(tiny_dir, reviews_file):
-  config = runs.small_config(tiny_dir, reviews_file, data__num_dev=40)
+def test_dev_and_test_rows_share_programs(reviews_file, tmp_path):
+  model_dir = conftest.write_tiny_model(  # no test before has its programs
+      tmp_path / 'model', intermediate_size=48)
+  config = runs.small_config(model_dir, reviews_file, data__num_dev=40)
   built = build.build(config, say=lambda text: None)
   params = peft.join(built.params, built.frozen)
   asked = []
