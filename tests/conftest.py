@@ -52,8 +52,8 @@ _SMALL = tuple(f'test_{name}' for name in (
     'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
-    'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable',
-    'trunk', 'variants', 'wrappers'))
+    'replicas', 'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train',
+    'trainable', 'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',
