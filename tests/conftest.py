@@ -90,6 +90,9 @@ def _compile_quickly(quick: bool) -> None:
   compiler.get_compile_options = options if quick else _compile_options
 
 
+_compile_quickly(True)  # what test modules compute while they are read
+
+
 @contextlib.contextmanager
 def as_shipped():
   """For some programs of a test whose others are compiled quickly."""
