@@ -19,7 +19,7 @@ def apart(fn):
   return called
 
 
-def rounded(x: jax.Array, number: jax.Array) -> jax.Array:
+def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
   """``x``, a product, rounded before something is added to it.
 
   Compilers make one operation of both in some loops and not in others, so that
@@ -29,14 +29,15 @@ def rounded(x: jax.Array, number: jax.Array) -> jax.Array:
   Args:
     x: of float32 or float64, any shape; of any other dtype it is returned as it
       is (half precision is rounded by being stored).
-    number: int32 [], 0 or more, which no compiler can know: its sign is a 0.
+    number: int32 [], 0 or more, which no compiler can know: its sign is a 0;
+      None where there is none, then whether x is NaN is.
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     return x
   words = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
-  sign = (number >> 31).astype(words)
+  zero = (x != x if number is None else number >> 31).astype(words)
   return lax.bitcast_convert_type(
-      lax.bitcast_convert_type(x, words) ^ sign, x.dtype)
+      lax.bitcast_convert_type(x, words) ^ zero, x.dtype)
 
 
 def made_first(fn, *args):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _paths, sharding
+from mezo_jax import _compiler, _paths, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
 from mezo_jax._pending import pending, sgd
@@ -128,18 +128,26 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)
 
+  never = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
   decays = optax.add_decayed_weights(weight_decay, decayed)
-  def decay_fetched(updates, state, params=None, **extra_args):
-    return decays.update(
-        updates, state, sharding.fetched(params), **extra_args)
+  def add_decay(updates, state, params=None, **extra_args):
+    if never:
+      return updates, state
+    products, state = decays.update(
+        jax.tree.map(jnp.zeros_like, updates), state,
+        jax.tree.map(_wide, sharding.fetched(params)), **extra_args)
+    return jax.tree.map(
+        lambda u, p: _compiler.rounded(u) + _compiler.rounded(p),
+        updates, products), state
+
   tx = skip_not_finite(optax.chain(
       estimate,
-      decays._replace(update=decay_fetched),
+      decays._replace(update=add_decay),
       by_group(optax.scale_by_learning_rate, learning_rate),
       rounding(key, directions, stochastic_rounding)))
 
   def init_fn(params):
-    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay != 0:
+    if not isinstance(weight_decay, jax.core.Tracer) and not never:
       if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
         raise ValueError('weight_decay would move elements that the mask '
                          'leaves out: leave it at 0 with a mask of elements.')
@@ -148,6 +156,12 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def _wide(x):
+  """Half precision as float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if (
+      _paths.is_floating(x)) else x
 
 
 def rounding(key, directions: Directions, stochastic: bool

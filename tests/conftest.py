@@ -52,8 +52,8 @@ _SMALL = tuple(f'test_{name}' for name in (
     'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
-    'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train', 'trainable',
-    'trunk', 'variants', 'wrappers'))
+    'replicas', 'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train',
+    'trainable', 'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',
@@ -88,6 +88,9 @@ def _compile_quickly(quick: bool) -> None:
         **kwargs)
   jax.config.update('jax_disable_most_optimizations', quick)
   compiler.get_compile_options = options if quick else _compile_options
+
+
+_compile_quickly(True)  # what test modules compute while they are read
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Small models and reference computations that tests share."""
 
 import contextlib
+import socket
 
 from flax import linen as nn
 import jax
@@ -111,3 +112,9 @@ def assert_bitwise(a, b):
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]

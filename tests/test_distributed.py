@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 
@@ -31,10 +30,7 @@ def run(processes, cache, *args, kill_after=None):
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': conftest.QUICK_FLAGS,
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  started = []
+  port, started = helpers.free_port(), []
   for i in range(processes):
     slurm = {} if processes == 1 else {
         'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1',

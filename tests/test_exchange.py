@@ -4,19 +4,17 @@
 import contextlib
 import hashlib
 import random
-import shutil
 import socket
-import subprocess
 import threading
 import time
 
+import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, environment, small_config
 
 import mezo_jax
-from mezo_jax import exchange, fingerprint, mirror, replay, replicas
+from mezo_jax import exchange, fingerprint, mirror, replay
 from mezo_jax.errors import Again, InputError
 
 STEPS = 200
@@ -90,12 +88,6 @@ def want():
   for t in range(1, STEPS + 1):
     params, state, _ = step(params, state, batch_of(t))
   return np.asarray(params['w'])
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
 
 
 # --- files ------------------------------------------------------------------
@@ -288,7 +280,7 @@ class Relay:
 
 def test_over_sockets_that_lose_double_and_reorder(tmp_path, want):
   """200 steps; replica 1 dies on the way and joins with an empty disk."""
-  port = free_port()
+  port = helpers.free_port()
   relay = Relay(port)
   def open_(replica, name):
     at = port if replica == 0 else relay.port
@@ -319,7 +311,7 @@ def test_over_sockets_that_lose_double_and_reorder(tmp_path, want):
 
 
 def test_a_replica_of_something_else_is_told(tmp_path):
-  port = free_port()
+  port = helpers.free_port()
   def open_(replica, run):
     return mirror.over_sockets(f'127.0.0.1:{port}', tmp_path / f'{replica}',
                                run, replica, 2, 2, timeout=1.0, retry=0.05)
@@ -357,63 +349,3 @@ def test_parts_make_the_whole():
     with pytest.raises(ValueError, match='is none of 4 directions'):
       mezo_jax.make_step(tx(4), loss_fn, part=part).losses(
           params, state, batch_of(1))
-
-
-# --- train.py ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize('change,match', [
-    (dict(method='finetune'), 'method'),
-    (dict(spsa__num_samples=3), 'multiple'),
-    (dict(spsa__combine='fzoo', spsa__num_samples=2), 'fzoo')])
-def test_what_cannot_be_shared_out_is_refused(change, match, tiny_dir,
-                                              reviews_file):
-  config = small_config(tiny_dir, reviews_file, **change)
-  with pytest.raises(InputError, match=match):
-    replicas.check(config, replicas.Place(0, 2, 'x', 1.0))
-
-
-def test_flags():
-  assert replicas.place(None, None, None, 1.0) is None
-  with pytest.raises(InputError, match='given together'):
-    replicas.place(2, None, 'x', 1.0)
-  with pytest.raises(InputError, match='below --replicas'):
-    replicas.place(2, 2, 'x', 1.0)
-
-
-def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
-  """One is killed and its directory lost; both logs have the same numbers."""
-  port = free_port()
-  model = tmp_path / 'the same elsewhere'
-  shutil.copytree(tiny_dir, model)
-  def begin(i, name):
-    return subprocess.Popen(
-        [*command(model if i else tiny_dir, reviews_file, tmp_path / name,
-                  '--config.steps=30', '--config.eval_every=10',
-                  '--config.zero_shot=False', '--config.spsa.num_samples=2'),
-         '--replicas=2', f'--replica={i}', f'--exchange=127.0.0.1:{port}',
-         '--exchange_timeout=120'],
-        env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  one, two = begin(0, 'a'), begin(1, 'b')
-  try:
-    pairs = tmp_path / 'b' / 'exchange' / 'replica-1.pairs'
-    while two.poll() is None and not (
-        pairs.exists() and pairs.stat().st_size > 16 * 12):
-      time.sleep(0.01)
-    two.kill()
-    three = begin(1, 'c')
-    ends = [p.communicate(timeout=300)[0] for p in (one, three)]
-  finally:
-    for p in (one, two, three):
-      p.kill()
-  for text, p in zip(ends, (one, three)):
-    assert p.returncode == 0, text
-    assert 'final (step' in text
-  assert 'are taken from the other replicas' in ends[1]
-  again = begin(0, 'a')  # alone: it has all
-  assert again.communicate(timeout=300)[0].count('final (step') == 1
-  assert again.returncode == 0
-  one, two = (replay.read(tmp_path / name / 'steps.log').steps for name in 'ac')
-  for a, b in zip(one, two):
-    np.testing.assert_array_equal(a, b)

@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 
+import helpers
 import pytest
 
 from mezo_jax import hosts
@@ -27,12 +27,6 @@ with hosts.watch('prog'), in_one_sentence('prog'):
 '''
 
 
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 def environment(i: int, count: int, port: int) -> dict:
   return {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
           'JAX_NUM_PROCESSES': str(count), 'JAX_PROCESS_ID': str(i)}
@@ -40,7 +34,7 @@ def environment(i: int, count: int, port: int) -> dict:
 
 def started(body: str, count: int) -> list[subprocess.Popen]:
   """So many processes, each in ``body``."""
-  port = free_port()
+  port = helpers.free_port()
   processes = [subprocess.Popen(
       [sys.executable, '-c', _RUN.format(body)], text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,0 +1,70 @@
+"""Runs of train.py that are replicas of one."""
+
+import shutil
+import subprocess
+import time
+
+import helpers
+import numpy as np
+import pytest
+from runs import command, environment, small_config
+
+from mezo_jax import replay, replicas
+from mezo_jax.errors import InputError
+
+
+@pytest.mark.parametrize('change,match', [
+    (dict(method='finetune'), 'method'),
+    (dict(spsa__num_samples=3), 'multiple'),
+    (dict(spsa__combine='fzoo', spsa__num_samples=2), 'fzoo')])
+def test_what_cannot_be_shared_out_is_refused(change, match, tiny_dir,
+                                              reviews_file):
+  config = small_config(tiny_dir, reviews_file, **change)
+  with pytest.raises(InputError, match=match):
+    replicas.check(config, replicas.Place(0, 2, 'x', 1.0))
+
+
+def test_flags():
+  assert replicas.place(None, None, None, 1.0) is None
+  with pytest.raises(InputError, match='given together'):
+    replicas.place(2, None, 'x', 1.0)
+  with pytest.raises(InputError, match='below --replicas'):
+    replicas.place(2, 2, 'x', 1.0)
+
+
+def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
+  """One is killed and its directory lost; both logs have the same numbers."""
+  port = helpers.free_port()
+  model = tmp_path / 'the same elsewhere'
+  shutil.copytree(tiny_dir, model)
+  def begin(i, name):
+    return subprocess.Popen(
+        [*command(model if i else tiny_dir, reviews_file, tmp_path / name,
+                  '--config.steps=30', '--config.eval_every=10',
+                  '--config.zero_shot=False', '--config.spsa.num_samples=2'),
+         '--replicas=2', f'--replica={i}', f'--exchange=127.0.0.1:{port}',
+         '--exchange_timeout=120'],
+        env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  one, two = begin(0, 'a'), begin(1, 'b')
+  try:
+    pairs = tmp_path / 'b' / 'exchange' / 'replica-1.pairs'
+    while two.poll() is None and not (
+        pairs.exists() and pairs.stat().st_size > 16 * 12):
+      time.sleep(0.01)
+    two.kill()
+    three = begin(1, 'c')
+    ends = [p.communicate(timeout=300)[0] for p in (one, three)]
+  finally:
+    for p in (one, two, three):
+      p.kill()
+  for text, p in zip(ends, (one, three)):
+    assert p.returncode == 0, text
+    assert 'final (step' in text
+  assert 'are taken from the other replicas' in ends[1]
+  again = begin(0, 'a')  # alone: it has all
+  assert again.communicate(timeout=300)[0].count('final (step') == 1
+  assert again.returncode == 0
+  one, two = (replay.read(tmp_path / name / 'steps.log').steps for name in 'ac')
+  for a, b in zip(one, two):
+    np.testing.assert_array_equal(a, b)
