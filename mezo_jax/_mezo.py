@@ -129,20 +129,15 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
                         chosen)
 
   never = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
-  decays = optax.add_decayed_weights(weight_decay, decayed)
-  def add_decay(updates, state, params=None, **extra_args):
-    if never:
-      return updates, state
-    products, state = decays.update(
-        jax.tree.map(jnp.zeros_like, updates), state,
-        jax.tree.map(_wide, sharding.fetched(params)), **extra_args)
-    return jax.tree.map(
-        lambda u, p: _compiler.rounded(u) + _compiler.rounded(p),
-        updates, products), state
+  def add_decay(updates, params):
+    """`optax.add_decayed_weights` of float32 products, rounded both."""
+    return updates if never else jax.tree.map(
+        lambda u, p: _compiler.rounded(u) + _compiler.rounded(
+            weight_decay * _wide(p)), updates, sharding.fetched(params))
 
   tx = skip_not_finite(optax.chain(
       estimate,
-      decays._replace(update=add_decay),
+      optax.masked(optax.stateless(add_decay), decayed),
       by_group(optax.scale_by_learning_rate, learning_rate),
       rounding(key, directions, stochastic_rounding)))
 
