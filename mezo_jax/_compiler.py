@@ -29,8 +29,9 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
   Args:
     x: of float32 or float64, any shape; of any other dtype it is returned as it
       is (half precision is rounded by being stored).
-    number: int32 [], 0 or more, which no compiler can know: its sign is a 0;
-      None where there is none, then whether x is NaN is.
+    number: int32 [], 0 or more, which no compiler can know: its sign is a 0.
+      None where none is at hand: then the 0 says that an element is not NaN
+      (the lowest bit of one that is changes; it stays NaN).
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     return x

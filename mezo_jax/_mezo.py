@@ -62,7 +62,8 @@ def mezo(
     over: whether they are evaluated one after the other, or in one pass.
     micro_batches: parts that the batch is evaluated in.
     equal_parts: whether parts whose loss is a scalar weigh the same.
-    weight_decay: :math:`\lambda`.
+    weight_decay: :math:`\lambda`; :math:`\lambda\theta` is of float32, and
+      rounded before it is added, in every program alike.
     decay: which leaves are decayed, as `Directions.mask`; None for a guess,
       matrices without names of biases and norms, which a warning spells out.
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
