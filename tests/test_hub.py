@@ -342,7 +342,7 @@ def test_names_of_early_checkpoints(tmp_path):
        .replace('LayerNorm.bias', 'LayerNorm.beta'))):
     hf = dict(model_type=family, vocab_size=32, n_embd=16, n_head=2, n_layer=1,
               hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
-              intermediate_size=32, tie_word_embeddings=family == 'gpt2')
+              intermediate_size=32)
     model = models.Transformer(models.read_config(hf))
     params = helpers.quick_jit(model.init)(
         jax.random.key(0), np.zeros((1, 4), int))['params']
@@ -354,8 +354,6 @@ def test_names_of_early_checkpoints(tmp_path):
         family == 'gpt2') else {'bert.pooler.dense.weight': np.ones((16, 16))}
     save_file(tensors, old / 'model.safetensors')
     _, back = models.load(old, progress=False)
-    if family == 'bert':
-      params['lm_head'] = params['embed']
     helpers.assert_bitwise(params, back)
 
 

@@ -135,13 +135,14 @@ def test_a_long_answer_needs_no_perturbed_vocabulary():
 @pytest.mark.parametrize('model_type,change,message', [
     ('opt', dict(layer_norm_elementwise_affine=False), 'opt with layer_norm'),
     ('opt', dict(activation_function='mish'), "activation_function='mish'"),
+    ('llama', dict(hidden_act='mish'), "hidden_act='mish'"),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'gpt2 with scale'),
     ('gemma2', dict(use_bidirectional_attention=True), 'gemma2 with use_bid'),
-    ('gemma', dict(hidden_act='relu'), "hidden_act='relu'"),
+    ('gemma', dict(hidden_act='tanh'), "hidden_act='tanh'"),
     ('bert', dict(position_embedding_type='relative_key'), 'bert with posit'),
     ('roberta', dict(is_decoder=True), 'roberta with is_decoder'),
     ('qwen2', dict(rope_scaling={'type': 'yarn'}), "scaling 'yarn'"),
-    ('mistral', dict(hidden_size=None), 'needs the field'),
+    ('mistral', dict(hidden_size='32'), "hidden_size='32'"),
     ('mamba', dict(), "model_type 'mamba' is not supported")])
 def test_what_is_not_covered_is_refused(model_type, change, message):
   hf = dict(model_type=model_type, vocab_size=64, hidden_size=32, ffn_dim=64,
@@ -154,7 +155,8 @@ def test_what_is_not_covered_is_refused(model_type, change, message):
 def test_old_spellings_of_a_config():
   """As files on the hub have them, before transformers 5 rewrote them."""
   common = dict(vocab_size=64, hidden_size=32, intermediate_size=64,
-                num_hidden_layers=12, num_attention_heads=4, head_dim=8)
+                num_hidden_layers=12, num_attention_heads=4,
+                num_key_value_heads=4, head_dim=8)
   third = models.read_config(common | dict(
       model_type='gemma3_text', sliding_window=512, sliding_window_pattern=6,
       rope_theta=1e6, rope_local_base_freq=2e4,
@@ -301,7 +303,7 @@ def test_unusable_files(tiny_dir, tmp_path):
   with pytest.raises(ValueError, match='not a readable GGUF file'):
     models.load(tmp_path / 'm.gguf')
   for change, message in ((dict(model_type='rwkv'), "'rwkv' is not supported"),
-                          (dict(hidden_act='gelu'), 'hidden_act'),
+                          (dict(hidden_act='mish'), 'hidden_act'),
                           (dict(rope_scaling={'type': 'yarn'}), "'yarn'")):
     (tmp_path / 'config.json').write_text(json.dumps(config | change))
     (tmp_path / 'model.safetensors').write_bytes(

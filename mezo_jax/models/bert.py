@@ -1,7 +1,7 @@
 """BERT and RoBERTa with their masked-LM heads: config reader and one table."""
 
 from mezo_jax.models import table as t
-from mezo_jax.models.fields import activation, only
+from mezo_jax.models.fields import Fields
 from mezo_jax.models.layers import Config
 
 RENAMES = (
@@ -17,28 +17,35 @@ def config_from_hf(hf: dict) -> Config:
   Raises:
     ValueError: for a choice that this family's code does not cover.
   """
-  family, heads = hf['model_type'], hf['num_attention_heads']
-  only(hf, family, position_embedding_type='absolute', is_decoder=False)
-  if family == 'roberta':
-    only(hf, family, hidden_act='gelu')
-  width, length = hf['hidden_size'], hf.get('max_position_embeddings', 512)
+  f = Fields(hf)
+  family = f.family
+  f.only(position_embedding_type='absolute', is_decoder=False,
+         add_cross_attention=False)
+  f.ignore('is_causal')
+  act = f.activation('hidden_act', 'gelu')
+  if family == 'roberta' and act != 'gelu':  # which its head has in any case
+    f.refuse('hidden_act', f.get('hidden_act'), "'gelu'")
+  width, heads = f.size('hidden_size', 768), f.size('num_attention_heads', 12)
+  length = f.size('max_position_embeddings', 512)
   # RoBERTa's positions start after its padding token's id.
-  offset = 0 if family == 'bert' else hf.get('pad_token_id', 1) + 1
-  return Config(
+  offset = 0 if family == 'bert' else f.size('pad_token_id', 1, 0) + 1
+  if length <= offset:
+    f.refuse('max_position_embeddings', length, 'more than pad_token_id + 1')
+  config = Config(
       family=family,
-      vocab_size=hf['vocab_size'],
+      vocab_size=f.size('vocab_size', 30_522 if family == 'bert' else 50_265),
       width=width,
-      ff_width=hf['intermediate_size'],
-      num_layers=hf['num_hidden_layers'],
+      ff_width=f.size('intermediate_size', 3072),
+      num_layers=f.size('num_hidden_layers', 12),
       num_heads=heads,
       num_kv_heads=heads,
-      head_width=width // heads,
+      head_width=f.head_size(width, 'num_attention_heads', 12),
       max_length=length - offset,
-      norm_eps=hf.get('layer_norm_eps', 1e-12),
+      norm_eps=f.number('layer_norm_eps', 1e-12),
       norm='layer',
       norm_place='post',
       final_norm=False,
-      activation=activation(hf, family, 'hidden_act', 'gelu'),
+      activation=act,
       gated=False,
       rope=None,
       position_offset=offset,
@@ -47,9 +54,11 @@ def config_from_hf(hf: dict) -> Config:
       out_bias=True,
       mlp_bias=True,
       embed_norm=True,
-      token_types=hf.get('type_vocab_size', 2),
+      token_types=f.size('type_vocab_size', 2),
       masked_head=True,
-      tied_head=hf.get('tie_word_embeddings', True))
+      tied_head=f.flag('tie_word_embeddings', True))
+  f.check_rest()
+  return config
 
 
 def table(c: Config) -> list[t.Row]:
@@ -80,9 +89,8 @@ def table(c: Config) -> list[t.Row]:
   bias, other = head + 'bias', head + decoder + '.bias'
   if c.tied_head:
     return [*rows, t.Row('head/bias', (v,), bias, 'v -> v', otherwise=other)]
-  # A file whose decoder was tied when it was saved does not repeat it.
+  # Older versions of transformers tied the two biases in any case.
   return [
       *rows,
-      *t.embedding('lm_head', head + decoder, v, c.width,
-                   otherwise=f'{words}.weight'),
+      *t.embedding('lm_head', head + decoder, v, c.width),
       t.Row('head/bias', (v,), other, 'v -> v', otherwise=bias, copy=bias)]

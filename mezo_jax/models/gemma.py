@@ -3,8 +3,13 @@
 from mezo_jax.errors import InputError
 from mezo_jax.models import llama
 from mezo_jax.models import table as t
-from mezo_jax.models.fields import only, read_rope
-from mezo_jax.models.layers import Config, Rope
+from mezo_jax.models.fields import (
+  Fields,
+  read_local_layers,
+  read_rope,
+  read_ropes,
+)
+from mezo_jax.models.layers import Config
 
 RENAMES = (  # the text part of a model with vision
     (r'^language_model\.lm_head\.', 'lm_head.'),
@@ -19,62 +24,109 @@ def config_from_hf(hf: dict) -> Config:
   Raises:
     ValueError: for a choice that this family's code does not cover.
   """
-  first, third = hf['model_type'] == 'gemma', hf['model_type'] == 'gemma3_text'
-  only(hf, hf['model_type'], use_bidirectional_attention=(None, False))
-  act = hf.get('hidden_activation') or hf.get('hidden_act')
-  if act not in (None, 'gelu_pytorch_tanh', 'gelu'):  # 'gelu' is an old error
-    raise InputError(f'gemma with hidden_act={act!r} is not supported; only '
-                     "'gelu_pytorch_tanh' is.")
-  layers = hf['num_hidden_layers']
-  every = hf.get('sliding_window_pattern') or (6 if third else 2)
-  local = tuple(kind == 'sliding_attention' for kind in hf['layer_types']) if (
-      hf.get('layer_types')) else tuple(
-          (i + 1) % every != 0 for i in range(layers))
-  bias = hf.get('attention_bias', False)
-  return Config(
-      family=hf['model_type'],
-      vocab_size=hf.get('vocab_size', 262_208),
-      width=hf['hidden_size'],
-      ff_width=hf['intermediate_size'],
+  f = Fields(hf)
+  first, third = f.family == 'gemma', f.family == 'gemma3_text'
+  f.only(is_causal=True, use_bidirectional_attention=(None, False))
+  width = f.size('hidden_size', 3072 if first else 2304)
+  layers = f.size('num_hidden_layers', 28 if first else 26)
+  heads = f.size('num_attention_heads', 16 if first else 8)
+  length = f.size('max_position_embeddings', 131_072 if third else 8192)
+  kv_heads = f.maybe_size('num_key_value_heads', 16 if first else 4)
+  bias = f.flag('attention_bias', False)
+  window, local = _window(f, layers)
+  rope, local_rope = (read_ropes(f, length, 1e6, 1e4) if third else
+                      (read_rope(f, length), None))
+  config = Config(
+      family=f.family,
+      vocab_size=f.size('vocab_size', 262_208 if third else 256_000),
+      width=width,
+      ff_width=f.size('intermediate_size', 24_576 if first else 9216),
       num_layers=layers,
-      num_heads=hf.get('num_attention_heads', 8),
-      num_kv_heads=hf.get('num_key_value_heads', 4),
-      head_width=hf.get('head_dim', 256),
-      max_length=hf.get('max_position_embeddings', 131_072 if third else 8192),
-      norm_eps=hf.get('rms_norm_eps', 1e-6),
+      num_heads=heads,
+      num_kv_heads=heads if kv_heads is None else kv_heads,
+      head_width=f.size('head_dim', 256),
+      max_length=length,
+      norm_eps=f.number('rms_norm_eps', 1e-6),
       norm='rms+1',
       norm_place='pre' if first else 'both',
-      activation='gelu_tanh',
-      rope=read_rope(hf, 'gemma', 1e6 if third else 1e4, 'full_attention'),
-      local_rope=_local_rope(hf) if third else None,
-      window=None if first else hf.get('sliding_window', 4096),
-      local_layers=() if first else local,
+      activation=_activation(f),
+      rope=rope,
+      local_rope=local_rope,
+      window=window,
+      local_layers=local,
       qkv_bias=bias,
       out_bias=bias,
       qk_norm=third,
-      query_scale=None if first else hf.get(
+      query_scale=None if first else f.number(
           'query_pre_attn_scalar', 256) ** -0.5,
-      # Gemma 3 has normed queries and keys instead, whatever its file says.
-      attention_softcap=None if first or third else hf.get(
-          'attn_logit_softcapping', 50.0),
-      logit_softcap=None if first else hf.get(
+      attention_softcap=_attention_softcap(f),
+      logit_softcap=None if first else f.maybe_number(
           'final_logit_softcapping', None if third else 30.0),
-      embed_scale=hf['hidden_size'] ** 0.5,
-      tied_head=hf.get('tie_word_embeddings', True))
+      embed_scale=width ** 0.5,
+      tied_head=f.flag('tie_word_embeddings', True))
+  f.check_rest()
+  return config
+
+
+def _activation(f: Fields) -> str:
+  """Returns the activation: ``hidden_act`` of Gemma 1, ``hidden_activation`` of
+  the later ones, whose files have the other field too."""
+  if f.family != 'gemma':
+    f.ignore('hidden_act')
+    return f.activation('hidden_activation', 'gelu_pytorch_tanh')
+  used = f.activation('hidden_act', 'gelu_pytorch_tanh')
+  if used == 'gelu':  # Early files say so, and mean the other.
+    used = 'gelu_tanh'
+  # Older versions of transformers read this one instead.
+  other = f.get('hidden_activation')
+  if other is not None and f.activation('hidden_activation', '') not in (
+      used, 'gelu' if used == 'gelu_tanh' else used):
+    f.refuse('hidden_activation', other, 'the same as hidden_act')
+  return used
+
+
+def _attention_softcap(f: Fields) -> float | None:
+  if f.family == 'gemma2':
+    return f.maybe_number('attn_logit_softcapping', 50.0)
+  # Gemma 3 has normed queries and keys instead, whatever its file says.
+  f.ignore('attn_logit_softcapping')
+  return None
+
+
+def _window(f: Fields, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+  """Returns the window and which layers have it (() for all)."""
+  if f.family == 'gemma':
+    f.only(sliding_window=None,
+           layer_types=(None, ['full_attention'] * layers))
+    return None, ()
+  # Older files repeat the window, and say of the layers what layer_types says.
+  f.ignore('sliding_window_size', '_sliding_window_pattern')
+  every = 2
+  if f.family == 'gemma3_text':
+    every = f.size('sliding_window_pattern', 6)
+  else:
+    f.only(sliding_window_pattern=(2, None))
+  local = read_local_layers(f, layers, tuple(
+      (i + 1) % every != 0 for i in range(layers)))
+  window = f.maybe_size('sliding_window', 4096)
+  if window is None and any(local):
+    f.refuse('sliding_window', None, 'a whole number, where layer_types has '
+             "'sliding_attention',")
+  return window, local
 
 
 def text_of_gemma3(hf: dict) -> dict:
-  """The config of the text part, where ``hf`` has a vision part too."""
-  ids = {k: v for k, v in hf.items() if k.endswith('_token_id')}
-  return ids | hf['text_config'] | {
-      'model_type': 'gemma3_text', 'architectures': None}
+  """Returns the config of the text part, where ``hf`` has a vision part too.
 
-
-def _local_rope(hf: dict) -> Rope:
-  new = hf.get('rope_parameters') or {}
-  if 'sliding_attention' in new:
-    return read_rope(hf, 'gemma', 1e4, 'sliding_attention')
-  return Rope(hf.get('rope_local_base_freq', 1e4))
+  The head is outside of the text part, so its flag is that of the whole.
+  """
+  outer = {k: v for k, v in hf.items()
+           if k not in ('text_config', 'vision_config', 'mm_tokens_per_image')}
+  text = hf['text_config'] or {}
+  if not isinstance(text, dict):
+    raise InputError(f'text_config={text!r} of a gemma3 is no dictionary.')
+  text = {k: v for k, v in text.items() if k != 'tie_word_embeddings'}
+  return outer | text | {'model_type': 'gemma3_text', 'architectures': None}
 
 
 def table(c: Config) -> list[t.Row]:

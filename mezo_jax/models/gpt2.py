@@ -1,11 +1,15 @@
 """GPT-2: config reader and one table."""
 
 from mezo_jax.models import table as t
-from mezo_jax.models.fields import activation, only
+from mezo_jax.models.fields import Fields
 from mezo_jax.models.layers import Config
 
 RENAMES = ()
 IGNORED = r'\.attn\.(masked_)?bias$|^lm_head\.weight$'
+
+_ALIASES = {  # transformers' attribute_map
+    'hidden_size': 'n_embd', 'max_position_embeddings': 'n_positions',
+    'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'}
 
 
 def config_from_hf(hf: dict) -> Config:
@@ -14,29 +18,33 @@ def config_from_hf(hf: dict) -> Config:
   Raises:
     ValueError: for a choice that this family's code does not cover.
   """
-  only(hf, 'gpt2', scale_attn_by_inverse_layer_idx=False,
-       add_cross_attention=False)
-  width, heads = hf.get('n_embd', 768), hf.get('n_head', 12)
-  return Config(
+  f = Fields(hf, _ALIASES)
+  f.only(is_causal=True, add_cross_attention=False,
+         scale_attn_by_inverse_layer_idx=False)
+  width, heads = f.size('n_embd', 768), f.size('n_head', 12)
+  scaled = f.flag('scale_attn_weights', True)
+  config = Config(
       family='gpt2',
-      vocab_size=hf['vocab_size'],
+      vocab_size=f.size('vocab_size', 50_257),
       width=width,
-      ff_width=hf.get('n_inner') or 4 * width,
-      num_layers=hf.get('n_layer', 12),
+      ff_width=f.maybe_size('n_inner') or 4 * width,
+      num_layers=f.size('n_layer', 12),
       num_heads=heads,
       num_kv_heads=heads,
-      head_width=width // heads,
-      max_length=hf.get('n_positions', 1024),
-      norm_eps=hf.get('layer_norm_epsilon', 1e-5),
+      head_width=f.head_size(width, 'n_head', 12),
+      max_length=f.size('n_positions', 1024),
+      norm_eps=f.number('layer_norm_epsilon', 1e-5),
       norm='layer',
-      activation=activation(hf, 'gpt2', 'activation_function', 'gelu_new'),
+      activation=f.activation('activation_function', 'gelu_new'),
       gated=False,
       rope=None,
       qkv_bias=True,
       out_bias=True,
       mlp_bias=True,
-      query_scale=None if hf.get('scale_attn_weights', True) else 1.0,
-      tied_head=hf.get('tie_word_embeddings', True))
+      query_scale=None if scaled else 1.0,
+      tied_head=f.flag('tie_word_embeddings', True))
+  f.check_rest()
+  return config
 
 
 def table(c: Config) -> list[t.Row]:

@@ -95,7 +95,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       found = list(gguf.open_file(path)[1].items())
     else:
       found = weights.open_files(path, stack)
-      config = _with_head(config, [name for name, _ in found])
+      config = _with_own_head(
+          _with_head(config, [name for name, _ in found]), found)
     if dtype == 'codes' and path.suffix != '.gguf':
       raise InputError(f"{path} has no codes: dtype 'codes' needs a .gguf "
                        "file; take 'int8' or 'int4'.")
@@ -118,7 +119,8 @@ def load_config(name_or_dir: str | os.PathLike,
   """The `Config` of a model without its weights; arguments as for `load`.
 
   Whether they have a head is read from the names in their files; where these
-  are not at hand, as of a hub id, ``architectures`` says it.
+  are not at hand, as for a hub id, ``architectures`` says it. A head that is
+  tied only in the config is found where the files are.
   """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
@@ -128,8 +130,16 @@ def load_config(name_or_dir: str | os.PathLike,
   except ValueError as e:
     raise InputError(f'{path}/config.json is not JSON ({e}).') from e
   config = read_config(hf, path)
-  names = weights.names(path) if head_of(config) else []
-  return _with_head(config, names) if names else config
+  names = weights.names(path)
+  config = _with_head(config, names) if names else config
+  if config.tied_head and _pairs(config, names):
+    with contextlib.ExitStack() as stack:
+      try:
+        found = weights.open_files(path, stack)
+      except MissingError:  # an index came without its files
+        return config
+      return _with_own_head(config, found)
+  return config
 
 
 def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
@@ -149,11 +159,10 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
         f'{", ".join(FAMILIES)}.')
   try:
     config = FAMILIES[family].config_from_hf(hf)
-  except KeyError as e:
-    raise InputError(f'{path}: a {family} needs the field {e}.') from None
-  except InputError:
-    raise
-  except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
+  except InputError as e:
+    raise InputError(f'{path}: {e}') from None
+  except (ArithmeticError, AttributeError, LookupError, TypeError,
+          ValueError) as e:
     raise InputError(f'{path}: a field has a value that no {family} has '
                      f'({e}).') from e
   check_sizes(config, path)
@@ -190,6 +199,49 @@ def _with_head(config: Config, names: list[str]) -> Config:
          if name and not name.startswith(prefix)}
   there = any(_renamed(name, config) in own for name in names)
   return dataclasses.replace(config, head=there or not head)
+
+
+def _pairs(config: Config, names: list[str]) -> list[tuple[str, str]]:
+  """Returns the tensors that a tied flag says are one, where a file has both.
+  """
+  # Rows of the same model with a head of its own name the second of each pair.
+  rows = FAMILIES[config.family].table(
+      dataclasses.replace(config, tied_head=False))
+  same = [(rows[0].name, row.name) for row in rows if row.path.startswith(
+      'lm_head/')] + [(row.copy, row.name) for row in rows if row.copy]
+  prefix, there = _prefix(config), {}
+  for name in names:
+    renamed = _renamed(name, config)
+    there |= {renamed: name, prefix + renamed: name}
+  return [(there[a], there[b]) for a, b in same if a in there and b in there]
+
+
+def _with_own_head(config: Config, found: list) -> Config:
+  """Returns the config without its tied flag where the file contradicts it.
+
+  A flag (or its default) may tie the head to the embedding though the file has
+  another head. As in transformers, the file is right.
+  """
+  if not (config.tied_head and config.head):
+    return config
+  tensors = dict(found)
+  if all(_equal(tensors[a], tensors[b]) for a, b in _pairs(config, tensors)):
+    return config
+  hf = json.loads(config.source) | {'tie_word_embeddings': False}
+  return dataclasses.replace(config, tied_head=False, source=json.dumps(hf))
+
+
+def _equal(a, b) -> bool:
+  """Compares two tensors of files, some rows at a time."""
+  if list(a.get_shape()) != list(b.get_shape()):
+    return False
+  rows, *rest = a.get_shape()
+  whole = tuple(slice(0, n) for n in rest)
+  step = max(1, 2**24 // max(1, int(np.prod(rest))))
+  return all(
+      np.array_equal(*(np.asarray(x[(slice(i, min(i + step, rows)), *whole)])
+                       for x in (a, b)))
+      for i in range(0, rows, step))
 
 
 def _renamed(name: str, config: Config) -> str:

@@ -1,7 +1,7 @@
 """OPT, 125M to 175B, and Galactica: config reader and one table."""
 
 from mezo_jax.models import table as t
-from mezo_jax.models.fields import activation, only
+from mezo_jax.models.fields import Fields
 from mezo_jax.models.layers import Config
 
 _OFFSET = 2  # rows 0 and 1 of the positions are for padding
@@ -15,26 +15,29 @@ def config_from_hf(hf: dict) -> Config:
   Raises:
     ValueError: for a choice that this family's code does not cover.
   """
-  width, heads = hf['hidden_size'], hf['num_attention_heads']
-  only(hf, 'opt', layer_norm_elementwise_affine=True)
-  before = hf.get('do_layer_norm_before', True)
-  embed_width = hf.get('word_embed_proj_dim') or width
-  bias = hf.get('enable_bias', True)
-  return Config(
+  f = Fields(hf)
+  f.only(is_causal=True, scale_embeddings=False,
+         layer_norm_elementwise_affine=True, learned_embeddings=True)
+  width, heads = f.size('hidden_size', 768), f.size('num_attention_heads', 12)
+  before = f.flag('do_layer_norm_before', True)
+  no_final_norm = f.flag('_remove_final_layer_norm', False)
+  embed_width = f.maybe_size('word_embed_proj_dim') or width
+  bias = f.flag('enable_bias', True)
+  config = Config(
       family='opt',
-      vocab_size=hf['vocab_size'],
+      vocab_size=f.size('vocab_size', 50_272),
       width=width,
-      ff_width=hf['ffn_dim'],
-      num_layers=hf['num_hidden_layers'],
+      ff_width=f.size('ffn_dim', 3072),
+      num_layers=f.size('num_hidden_layers', 12),
       num_heads=heads,
       num_kv_heads=heads,
-      head_width=width // heads,
-      max_length=hf.get('max_position_embeddings', 2048),
+      head_width=f.head_size(width, 'num_attention_heads', 12),
+      max_length=f.size('max_position_embeddings', 2048),
       norm_eps=1e-5,
       norm='layer',
       norm_place='pre' if before else 'post',
-      final_norm=before and not hf.get('_remove_final_layer_norm', False),
-      activation=activation(hf, 'opt', 'activation_function', 'relu'),
+      final_norm=before and not no_final_norm,
+      activation=f.activation('activation_function', 'relu'),
       gated=False,
       rope=None,
       position_offset=_OFFSET,
@@ -42,7 +45,9 @@ def config_from_hf(hf: dict) -> Config:
       out_bias=bias,
       mlp_bias=bias,
       embed_width=None if embed_width == width else embed_width,
-      tied_head=hf.get('tie_word_embeddings', True))
+      tied_head=f.flag('tie_word_embeddings', True))
+  f.check_rest()
+  return config
 
 
 def table(c: Config) -> list[t.Row]:
