@@ -182,7 +182,8 @@ class Fields:
     for name in rest:
       if name in declared and self._values[name] != declared[name]:
         self.refuse(name, self._values[name], repr(declared[name]))
-    self.warn(name for name in rest if name not in declared)
+    self.warn(name for name in rest if name not in declared
+              and self._values[name] is not None)
 
   def warn(self, names) -> None:
     """Warns of fields that neither we nor transformers read."""
@@ -255,8 +256,14 @@ def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
   """
   scaling, parameters = f.get('rope_scaling'), f.get('rope_parameters')
   where = 'rope_scaling' if scaling else 'rope_parameters'
-  return _rope(f, where, scaling or parameters or {},
-               f.get('rope_theta', theta), max_length)
+  # Outside of the dictionary it wins, which transformers has for Phi 3.
+  original = f.maybe_size('original_max_position_embeddings')
+  inside = scaling or parameters or {}
+  _check_dict(f, where, inside)
+  if original is not None and inside.get('rope_type', inside.get(
+      'type')) == 'llama3':
+    inside = inside | {'original_max_position_embeddings': original}
+  return _rope(f, where, inside, f.get('rope_theta', theta), max_length)
 
 
 def read_ropes(f: Fields, max_length: int, theta: float,
@@ -303,10 +310,6 @@ def _rope(f: Fields, where: str, given: dict, theta: float,
     f.refuse(f'{where}.partial_rotary_factor', given['partial_rotary_factor'],
              '1')
   values = {'original_max_position_embeddings': max_length} | given
-  # Outside the dictionary it wins, which transformers has for Phi 3.
-  original = f.get('original_max_position_embeddings')
-  if original is not None:
-    values['original_max_position_embeddings'] = original
   theta = given.get('rope_theta', theta)
   if not _is_positive(theta):
     f.refuse('rope_theta', theta, 'a positive number')

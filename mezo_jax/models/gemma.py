@@ -1,6 +1,5 @@
 """Gemma 1, 2 and the text part of 3: config reader and one table."""
 
-from mezo_jax.errors import InputError
 from mezo_jax.models import llama
 from mezo_jax.models import table as t
 from mezo_jax.models.fields import (
@@ -120,13 +119,16 @@ def text_of_gemma3(hf: dict) -> dict:
 
   The head is outside of the text part, so its flag is that of the whole.
   """
-  outer = {k: v for k, v in hf.items()
-           if k not in ('text_config', 'vision_config', 'mm_tokens_per_image')}
-  text = hf['text_config'] or {}
+  f = Fields(hf)
+  text = f.get('text_config') or {}
   if not isinstance(text, dict):
-    raise InputError(f'text_config={text!r} of a gemma3 is no dictionary.')
-  text = {k: v for k, v in text.items() if k != 'tie_word_embeddings'}
-  return outer | text | {'model_type': 'gemma3_text', 'architectures': None}
+    f.refuse('text_config', text, 'a dictionary')
+  tied = f.flag('tie_word_embeddings', True)
+  f.ignore('vision_config', 'mm_tokens_per_image')
+  f.check_rest()
+  ids = {k: v for k, v in hf.items() if k.endswith('_token_id')}
+  return ids | text | {'model_type': 'gemma3_text', 'architectures': None,
+                       'tie_word_embeddings': tied}
 
 
 def table(c: Config) -> list[t.Row]:

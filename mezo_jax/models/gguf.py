@@ -33,6 +33,30 @@ _NAMES = {
     'ffn_down': 'mlp.down_proj',
 }
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
+# The metadata of an architecture: what is read here, what leaves logits as they
+# are, and what llama.cpp may multiply, cut or cap with, with the values for
+# which it does not. Anything else is refused.
+_READ = frozenset({
+    'attention.head_count', 'attention.head_count_kv', 'attention.key_length',
+    'attention.value_length', 'attention.layer_norm_rms_epsilon',
+    'attention.sliding_window', 'block_count', 'context_length',
+    'embedding_length', 'feed_forward_length', 'rope.dimension_count',
+    'rope.freq_base', 'rope.scale_linear', 'rope.scaling.factor',
+    'rope.scaling.type'})
+_HARMLESS = frozenset({
+    'attention.layer_norm_epsilon', 'pooling_type', 'rope.finetuned',
+    'rope.scaling.finetuned', 'rope.scaling.original_context_length',
+    'rope.scaling.yarn_beta_fast', 'rope.scaling.yarn_beta_slow',
+    'rope.scaling.yarn_log_multiplier', 'tensor_data_layout', 'vocab_size'})
+_WITHOUT_EFFECT = {
+    'attention.causal': (True,), 'attention.clamp_kqv': (0,),
+    'attention.max_alibi_bias': (0,), 'attention.output_scale': (0, 1),
+    'attention.scale': (0,), 'attn_logit_softcapping': (0,),
+    'embedding_scale': (0, 1), 'expert_count': (0,), 'expert_used_count': (0,),
+    'final_logit_softcapping': (0,), 'leading_dense_block_count': (0,),
+    'logit_scale': (0, 1), 'residual_scale': (0, 1),
+    'rope.scaling.attn_factor': (1,), 'rope.scaling.yarn_attn_factor': (1,),
+    'rope.scaling.yarn_ext_factor': (0, -1)}
 CODES = {'Q8_0': (8, False), 'Q4_0': (4, False), 'Q4_1': (4, True)}
 _PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
 
@@ -103,11 +127,7 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
         f'{path}: GGUF architecture {family!r} is not supported; '
         f'{", ".join(_ARCHITECTURES)} are.')
   of = lambda name, default=None: field(f'{family}.{name}', default)
-  scaling = of('rope.scaling.type', 'none')
-  if scaling not in ('none', 'linear'):
-    raise InputError(
-        f'{path}: rope scaling {scaling!r} in GGUF is not supported; use the '
-        "model's Hugging Face directory.")
+  _check(path, reader, family, of)
   heads = of('attention.head_count')
   kv_heads = of('attention.head_count_kv', heads)
   tensors = {}
@@ -136,16 +156,60 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
       'num_key_value_heads': kv_heads,
       'head_dim': of('attention.key_length', width // heads),
       'max_position_embeddings': of('context_length'),
-      'rms_norm_eps': float(  # 1e-5 was stored as a float32
-          f"{of('attention.layer_norm_rms_epsilon'):.6g}"),
+      'rms_norm_eps': _float(of('attention.layer_norm_rms_epsilon')),
       'rope_theta': float(of('rope.freq_base', 10000.0)),
-      'rope_scaling': None if scaling == 'none' else {
-          'rope_type': scaling, 'factor': float(of('rope.scaling.factor'))},
+      'rope_scaling': _rope_scaling(of),
       'tie_word_embeddings': 'lm_head.weight' not in tensors,
       'bos_token_id': field('tokenizer.ggml.bos_token_id'),
       'eos_token_id': field('tokenizer.ggml.eos_token_id'),
   }
   return config, tensors
+
+
+def _float(x: float) -> float:
+  """Returns the decimal number that was stored as a float32."""
+  return float(f'{x:.6g}')
+
+
+def _rope_scaling(of) -> dict | None:
+  """Returns the linear scaling, which is the type where none is named."""
+  factor = of('rope.scaling.factor', of('rope.scale_linear', 0))
+  if of('rope.scaling.type', 'linear') == 'none' or not factor:
+    return None
+  return {'rope_type': 'linear', 'factor': _float(factor)}
+
+
+def _check(path: Path, reader, family: str, of) -> None:
+  """Refuses metadata that changes what llama.cpp computes, and not us."""
+
+  def refuse(name, supported):
+    raise InputError(
+        f'{path}: {family}.{name}={of(name)!r} in GGUF is not supported'
+        f"{supported and f', only {supported} is'}; use the model's Hugging "
+        'Face directory.')
+
+  for full in reader.fields:
+    name = full.removeprefix(f'{family}.')
+    if name == full or name in _READ or name in _HARMLESS:
+      continue
+    values = _WITHOUT_EFFECT.get(name, ())
+    if of(name) not in values:
+      refuse(name, ' or '.join(map(repr, values)))
+  for name in ('attention.head_count', 'attention.layer_norm_rms_epsilon',
+               'block_count', 'context_length', 'embedding_length',
+               'feed_forward_length'):
+    if of(name) is None:
+      raise InputError(f'{path} lacks {family}.{name}; fetch it again.')
+  if of('rope.scaling.type', 'linear') not in ('none', 'linear'):
+    refuse('rope.scaling.type', "'none' or 'linear'")
+  head = of('attention.key_length',
+            of('embedding_length') // of('attention.head_count'))
+  for name in ('attention.value_length', 'rope.dimension_count'):
+    if of(name, head) != head:
+      refuse(name, f'{head}, the width of a head,')
+  # No window, or one that no text reaches.
+  if 0 < of('attention.sliding_window', 0) < of('context_length'):
+    refuse('attention.sliding_window', '0')
 
 
 def tokenizer(path: Path):

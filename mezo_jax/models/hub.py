@@ -151,7 +151,10 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
   if not isinstance(hf, dict):
     raise InputError(f'{path} is no JSON object; fetch it again.')
   if hf.get('model_type') == 'gemma3' and 'text_config' in hf:
-    hf = gemma.text_of_gemma3(hf)
+    try:
+      hf = gemma.text_of_gemma3(hf)
+    except InputError as e:
+      raise InputError(f'{path}: {e}') from None
   family = hf.get('model_type')
   if not isinstance(family, str) or family not in FAMILIES:
     raise InputError(
