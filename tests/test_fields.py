@@ -7,7 +7,6 @@ import json
 import warnings
 
 import helpers
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -461,8 +460,8 @@ def gguf_config(path, family: str = 'llama', **metadata):
   import gguf
   writer = gguf.GGUFWriter(path, family)
   for name, value in (_METADATA | metadata).items():
-    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string,
-           float: writer.add_float32}.get(type(value))
+    add = {bool: writer.add_bool, int: writer.add_uint32,
+           float: writer.add_float32, str: writer.add_string}.get(type(value))
     if value is not None:
       add(f"{family}.{name.replace('__', '.')}", value)
   writer.add_tensor('token_embd.weight', np.ones((40, 16), np.float32))

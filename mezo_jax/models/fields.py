@@ -38,8 +38,8 @@ _HARMLESS = frozenset('''
     hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
     resid_pdrop
 
-    chunk_size_feed_forward cross_attention_hidden_size directionality is_decoder
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    chunk_size_feed_forward cross_attention_hidden_size directionality
+    is_decoder pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
     pooler_size_per_head pooler_type reorder_and_upcast_attn summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 
