@@ -52,6 +52,15 @@ ARCHITECTURES = {  # transformers' classes: with the head, and without it
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
     'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
     'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
+# transformers' classes with another head than a language model's, and the
+# tensors of these heads. AutoModel reads the body of such files.
+_CLASSIFIERS = re.compile(
+    'For(SequenceClassification|TokenClassification|QuestionAnswering|'
+    'MultipleChoice|NextSentencePrediction)$')
+_OF_CLASSIFIERS = re.compile(
+    r'^(score|qa_outputs|classifier(\.dense|\.out_proj)?)\.(weight|bias)$')
+_OTHER_HEADS = re.compile(
+    _OF_CLASSIFIERS.pattern + r'|^multiple_choice_head\.summary\.(weight|bias)$')
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
@@ -79,9 +88,11 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
     ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-    logits [batch, length, vocab]; ``model.config`` is the frozen config. Of
-    files without the head (``BertModel``), unless it is the embedding, the body
-    alone: ``config.head`` is False, and only features are to be had.
+    logits [batch, length, vocab]; ``model.config`` is the frozen config. From
+    files without the language model's head, those of a base class
+    (``BertModel``) or of a classifier (``...ForSequenceClassification``), the
+    body alone is read: ``config.head`` is False, and the model gives features
+    only. A base class whose head is the embedding lacks nothing.
 
   Raises:
     FileNotFoundError: if there is no such model.
@@ -117,8 +128,8 @@ def load_config(name_or_dir: str | os.PathLike,
                 revision: str | None = None) -> Config:
   """The `Config` of a model without its weights; arguments as for `load`.
 
-  Whether they have a head is read from the names in their files; where these
-  are not at hand, as of a hub id, ``architectures`` says it.
+  The names in the model's files decide whether it has a head. Where these are
+  not at hand, as for a hub id, ``architectures`` in its config decides.
   """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
@@ -128,7 +139,7 @@ def load_config(name_or_dir: str | os.PathLike,
   except ValueError as e:
     raise InputError(f'{path}/config.json is not JSON ({e}).') from e
   config = read_config(hf, path)
-  names = weights.names(path) if head_of(config) else []
+  names = weights.names(path)
   return _with_head(config, names) if names else config
 
 
@@ -157,9 +168,12 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
     raise InputError(f'{path}: a field has a value that no {family} has '
                      f'({e}).') from e
   check_sizes(config, path)
-  of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
+  named = hf.get('architectures')
+  of_base = named == [ARCHITECTURES[family][1]] and head_of(config)
+  of_classifier = isinstance(named, list) and any(
+      _CLASSIFIERS.search(str(name)) for name in named)
   return dataclasses.replace(config, source=json.dumps(hf),
-                             head=not (of_base and head_of(config)))
+                             head=not (of_base or of_classifier))
 
 
 def table_of(config: Config) -> list[table.Row]:
@@ -184,12 +198,28 @@ def _prefix(config: Config) -> str:
 
 
 def _with_head(config: Config, names: list[str]) -> Config:
-  """The config of files that have tensors of these names."""
-  head, prefix = head_of(config), _prefix(config)
-  own = {name for row in head for name in (row.name, row.otherwise, row.copy)
+  """Returns the config of files that have tensors of these names.
+
+  A head that is the embedding has no tensors of its own; such a model lacks
+  its head only where the files have a classifier's instead.
+  """
+  rows, prefix = head_of(config), _prefix(config)
+  names = {_renamed(name, config) for name in names}
+  own = {name for row in rows for name in (row.name, row.otherwise, row.copy)
          if name and not name.startswith(prefix)}
-  there = any(_renamed(name, config) in own for name in names)
-  return dataclasses.replace(config, head=there or not head)
+  if rows:
+    there = not own.isdisjoint(names)
+  else:
+    there = _head_name(config) in names or not any(
+        map(_OF_CLASSIFIERS.match, names))
+  return dataclasses.replace(config, head=there)
+
+
+def _head_name(config: Config) -> str:
+  """Returns the name that files have for the matrix of the model's head."""
+  untied = dataclasses.replace(config, tied_head=False)
+  return next(row.name for row in FAMILIES[config.family].table(untied)
+              if row.path == 'lm_head/embedding')
 
 
 def _renamed(name: str, config: Config) -> str:
@@ -301,10 +331,14 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
   text = ['*.json', '*.model', '*.txt', '*.jinja']
   try:
     safetensors = ['*.safetensors'] if weights else []
+    # A pattern's star takes slashes too; of the directories below only that
+    # of further chat templates is wanted.
+    below = [f'*/{kind}' for kind in (*text, *safetensors) if kind != '*.jinja']
     path = Path(fetch(allow_patterns=[*text, *safetensors],
-                      ignore_patterns=['consolidated*', '*/*']))
-    if weights and not list(path.glob('*.safetensors')):
-      path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin']))
+                      ignore_patterns=['consolidated*', *below]))
+    if weights and not list(path.glob('model*.safetensors')):
+      path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin'],
+                        ignore_patterns=[*below, '*/*.bin']))
   except Exception as e:
     raise MissingError(
         f'no directory {name!r} here, and the hub did not give one: '
@@ -316,8 +350,13 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
 
 
 def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
-  """{name: tensor} of the file's tensors under the names of the table, which
-  they have with the body's prefix or without it.
+  """Finds the tensor of each row in files, with the body's prefix or without.
+
+  A head that is the embedding may have the matrix under its own name alone.
+  Tensors of classifiers' heads are left out.
+
+  Returns:
+    {name in the table: tensor}.
 
   Raises:
     ValueError: names every missing, misshapen, double and unexpected tensor.
@@ -333,6 +372,10 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     if name in tensors:
       problems.append(f'{name} is there twice')
     tensors[name] = tensor
+  embedding = rows[0].name
+  if config.tied_head and embedding not in tensors:
+    head = tensors.get(_head_name(config))
+    tensors |= {} if head is None else {embedding: head}
   known = set()
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):
@@ -349,7 +392,8 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
             f'{row.source_shape()}')
       known |= {name, row.copy}
   problems += [f'unexpected {n}' for n in tensors
-               if n not in known and not re.search(ignored, n)]
+               if n not in known and not re.search(ignored, n)
+               and not _OTHER_HEADS.match(n)]
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''

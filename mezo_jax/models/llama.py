@@ -4,7 +4,8 @@ from mezo_jax.models import table as t
 from mezo_jax.models.fields import only, read_rope
 from mezo_jax.models.layers import Config
 
-RENAMES = ()
+RENAMES = (  # the body of transformers' classes for question answering
+    (r'^transformer\.(?=(embed_tokens|layers|norm)\.)', 'model.'),)
 IGNORED = r'rotary_emb\.inv_freq$|^lm_head\.weight$'
 
 
