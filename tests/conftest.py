@@ -47,8 +47,8 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
     'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
-    'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
-    'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
+    'estimate', 'evaluate', 'exchange', 'export', 'families', 'files',
+    'float16', 'generate', 'guards', 'gguf', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
     'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
