@@ -156,6 +156,8 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
     raise ValueError(
         f'{s} tokens of prompt and {max_new_tokens} new ones exceed the '
         f'{c.max_length} positions of this model.')
+  if np.ndim(temperature) or np.ndim(top_p):
+    raise ValueError('temperature and top_p are one number each, for all rows.')
   given = lambda x: isinstance(x, jax.core.Tracer)  # to a program around this
   if (not given(temperature) and not 0 <= temperature < float('inf')
       or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):

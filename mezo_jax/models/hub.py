@@ -60,7 +60,8 @@ _CLASSIFIERS = re.compile(
 _OF_CLASSIFIERS = re.compile(
     r'^(score|qa_outputs|classifier(\.dense|\.out_proj)?)\.(weight|bias)$')
 _OTHER_HEADS = re.compile(
-    _OF_CLASSIFIERS.pattern + r'|^multiple_choice_head\.summary\.(weight|bias)$')
+    rf'{_OF_CLASSIFIERS.pattern}|'
+    r'^multiple_choice_head\.summary\.(weight|bias)$')
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
@@ -99,6 +100,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     ValueError: if its family is not supported, or its tensors do not fit the
       config (all misfits are named at once).
   """
+  float_dtype(dtype)  # it is one
   path = find(name_or_dir, revision)
   config = load_config(path)
   with contextlib.ExitStack() as stack:
@@ -247,8 +249,24 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
 
 
 def float_dtype(dtype):
-  """Of what is computed with parameters of this dtype."""
-  return jnp.float32 if dtype in QUANTISED else dtype
+  """Returns the dtype that is computed with, of parameters of this dtype.
+
+  Raises:
+    ValueError: for what is neither a floating-point dtype nor a name of
+      quantised weights.
+  """
+  if dtype is None:
+    return None
+  if isinstance(dtype, str) and dtype in QUANTISED:
+    return jnp.float32
+  try:
+    fits = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    fits = False
+  if not fits:
+    raise InputError(f'dtype {dtype!r} is not one of float32, bfloat16, '
+                     f'float16, {", ".join(QUANTISED)}.')
+  return dtype
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:

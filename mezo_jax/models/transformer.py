@@ -25,6 +25,7 @@ from mezo_jax.models.layers import (
 from mezo_jax.sharding import constrain_rows, splits_vocabulary
 
 _CHUNK = 4096  # rows of the vocabulary at a time
+_FEATURES = ('', 'head', 'body', 'trunk')
 
 
 def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
@@ -160,6 +161,9 @@ class Transformer(nn.Module):
         for a trunk with a cache.
     """
     c = self.config
+    if features not in _FEATURES:
+      raise ValueError(f'features is {features!r}, not one of '
+                       f'{", ".join(_FEATURES[1:])}.')
     have = self.variables.get('params', {})
     soft = have['prompt']['embedding'].shape[0] if 'prompt' in have else 0
     input_ids, inside = known_ids(
