@@ -98,9 +98,9 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
     ValueError: for a file that is not a GGUF file of a whole model, or one of
       another architecture.
   """
-  found, field = _reader(path)
+  reader, field = _reader(path)
   try:
-    return _read(path, found, field)
+    return _read(path, reader, field)
   except InputError:
     raise
   except (ArithmeticError, AttributeError, KeyError, TypeError,
@@ -109,7 +109,7 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
                      f'form ({type(e).__name__}: {e}); fetch it again.') from e
 
 
-def _read(path: Path, found: list, field) -> tuple[dict, dict[str, Tensor]]:
+def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
   kind = field('general.type', 'model')
   if kind != 'model':
     what = _OTHER_FILES.get(kind, f'of the type {kind!r}')
@@ -119,10 +119,10 @@ def _read(path: Path, found: list, field) -> tuple[dict, dict[str, Tensor]]:
     raise InputError(
         f'{path}: GGUF architecture {family!r} is not supported; '
         f'{", ".join(_ARCHITECTURES)} are.')
-  if not found:
+  if not reader.tensors:
     raise InputError(f'{path} has a vocabulary and no weights; it is not a '
                      'whole model.')
-  if all(raw.name != 'token_embd.weight' for raw in found):
+  if all(raw.name != 'token_embd.weight' for raw in reader.tensors):
     raise InputError(f'{path} has no token_embd.weight: it is not a whole '
                      'model.')
   of = lambda name, default=None: field(f'{family}.{name}', default)
@@ -134,7 +134,7 @@ def _read(path: Path, found: list, field) -> tuple[dict, dict[str, Tensor]]:
   heads = of('attention.head_count')
   kv_heads = of('attention.head_count_kv', heads)
   tensors = {}
-  for raw in found:
+  for raw in reader.tensors:
     layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(\w+)', raw.name)
     if raw.name == 'rope_freqs.weight':
       raise InputError(
@@ -264,7 +264,12 @@ def _chat_template(field) -> str | dict[str, str] | None:
 
 
 def _reader(path: Path):
-  """Returns a file's tensors, and the function that gives a field's value."""
+  """Returns a reader with a file's tensors, and its fields by their names.
+
+  Returns:
+    ``reader, field``: of a file that was split, ``reader.tensors`` are those of
+    all parts; ``field(name, default)`` is the value of a field.
+  """
   split = _PART.fullmatch(path.name)
   count = int(split[3]) if split else 0
   # The first part has the fields of all.
@@ -284,7 +289,7 @@ def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
   if count < 2:
     if first != path:  # a whole file with the name of a part
       reader, field = _open(path)
-    return reader.tensors, field
+    return reader, field
   join = ('put all of them in one directory under the names that they had, or '
           'join them with llama-gguf-split --merge.')
   if len(paths) != count:
@@ -295,19 +300,19 @@ def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
     raise MissingError(f'{path} is one of the {count} parts of a model that '
                        f'was split, and {", ".join(missing)} is not there; '
                        f'{join}')
-  tensors = [*reader.tensors]
   for i, part in enumerate(paths[1:], 1):
-    reader, of_part = _open(part)
+    more, of_part = _open(part)
     if of_part('split.count') != count or of_part('split.no') != i:
       raise InputError(f'{part} is not part {i + 1} of {count} of a model that '
                        f'was split; {join}')
-    tensors += reader.tensors
+    reader.tensors += more.tensors
+  tensors = reader.tensors
   total = field('split.tensors.count', len(tensors))
   if len(tensors) != total or len({x.name for x in tensors}) != total:
     raise InputError(f'the {count} parts of {path} have {len(tensors)} tensors '
                      f'and the first announces {total}: they are not of one '
                      'model.')
-  return tensors, field
+  return reader, field
 
 
 def _open(path: Path):

@@ -172,10 +172,14 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
   check_sizes(config, path)
   named = hf.get('architectures')
   of_base = named == [ARCHITECTURES[family][1]] and head_of(config)
-  of_classifier = isinstance(named, list) and any(
-      _CLASSIFIERS.search(str(name)) for name in named)
-  return dataclasses.replace(config, source=json.dumps(hf),
-                             head=not (of_base or of_classifier))
+  return dataclasses.replace(config, source=json.dumps(hf), head=not (
+      of_base or names_classifier(named)))
+
+
+def names_classifier(architectures) -> bool:
+  """Returns whether a config's ``architectures`` have a classifier's head."""
+  return isinstance(architectures, list) and any(
+      _CLASSIFIERS.search(str(name)) for name in architectures)
 
 
 def table_of(config: Config) -> list[table.Row]:
@@ -392,8 +396,9 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     tensors[name] = tensor
   embedding = rows[0].name
   if config.tied_head and embedding not in tensors:
-    head = tensors.get(_head_name(config))
-    tensors |= {} if head is None else {embedding: head}
+    head = _head_name(config)
+    if head in tensors:
+      tensors[embedding] = tensors[head]
   known = set()
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):

@@ -82,7 +82,9 @@ def _architectures(config, hf: dict) -> list[str]:
   if not config.head:
     return [base]
   named = hf.get('architectures') or [whole]
-  return [whole] if named == [base] and hub.head_of(config) else named
+  if named == [base] and hub.head_of(config) or hub.names_classifier(named):
+    return [whole]
+  return named
 
 
 def check_new(directory: str | os.PathLike) -> Path:
