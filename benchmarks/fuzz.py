@@ -172,7 +172,7 @@ def load(path: Path) -> None:
 
 
 def read_gguf(path: Path) -> None:
-  gguf_lib._reader.cache_clear()
+  gguf_lib._opened.cache_clear()
   load(path / 'm.gguf')
   models.load_tokenizer(path / 'm.gguf')
 

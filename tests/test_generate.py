@@ -116,8 +116,8 @@ def test_one_program_for_prompts_of_one_shape(tiny):
       key=jax.random.key(seed), pad_id=1)
   run(ids, 0)
   with helpers.compilations() as seen:
-    run(ids + 1, 1)
-  assert len(seen) <= 1  # ids + 1 itself
+    run(ids[::-1], 1)
+  assert len(seen) <= 1  # ids[::-1] itself
 
 
 @pytest.mark.parametrize('kwargs,message', [

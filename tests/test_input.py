@@ -99,10 +99,11 @@ def test_a_config_that_is_no_object(tmp_path, tiny_dir):
 
 
 @pytest.mark.parametrize('name', [
-    '../m/model.safetensors', '/etc/passwd', '..'])
+    '../m/model.safetensors', '/etc/passwd', '..', ''])
 def test_an_index_stays_in_its_directory(tmp_path, tiny_dir, name):
   path = tmp_path / 'm'
   shutil.copytree(tiny_dir, path)
+  (path / 'model.safetensors').rename(path / 'away')
   (path / 'model.safetensors.index.json').write_text(
       json.dumps({'weight_map': {'a': name}}))
   with pytest.raises(InputError, match='no file of its directory'):

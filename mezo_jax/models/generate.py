@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mezo_jax.models.transformer import apply, make_cache, Transformer
+from mezo_jax.models.transformer import (
+  apply,
+  is_known,
+  known_ids,
+  known_mask,
+  make_cache,
+  Transformer,
+)
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -30,8 +39,12 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     finite = jnp.isfinite(jnp.max(logits, -1))
     if not sample:
       return jnp.argmax(logits, -1).astype(jnp.int32), finite, cache
-    logits = _keep(logits / temperature, top_k, top_p)
-    return jax.random.categorical(key, logits).astype(jnp.int32), finite, cache
+    # A temperature that the program is given may be 0.
+    warm = temperature > 0
+    kept = _keep(logits / jnp.where(warm, temperature, 1.0), top_k, top_p)
+    tokens = jnp.where(warm, jax.random.categorical(key, kept),
+                       jnp.argmax(logits, -1))
+    return tokens.astype(jnp.int32), finite, cache
 
   def write(out, done, tokens, i):
     tokens = jnp.where(done, pad_id, tokens)
@@ -76,67 +89,107 @@ def _keep(logits, top_k: int, top_p: jax.Array | None):
 
 
 def generate(model: Transformer, params, input_ids, attention_mask=None, *,
-             max_new_tokens: int, stop_ids: Sequence[int] = (),
-             pad_id: int = 0, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, key: jax.Array | None = None,
-             check: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
+             max_new_tokens: int, stop_ids: int | Sequence[int] = (),
+             pad_id: int = 0, temperature: float | jax.Array = 0.0,
+             top_k: int = 0, top_p: float | jax.Array = 1.0,
+             key: jax.Array | int | None = None, check: bool = False
+             ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Continues prompts, one token of each a step, until all have stopped.
 
   The prompts pass through the model once; then a `lax.while_loop` feeds back
   one token a row and a step over a cache of keys and values. All of it is one
   program, compiled once for each shape of ``input_ids`` and each choice of
-  ``max_new_tokens``, ``stop_ids``, ``pad_id`` and ``top_k``; it may stand
+  ``max_new_tokens``, ``stop_ids``, ``pad_id`` and ``top_k``. It may be called
   inside another jit and under `mezo_jax.perturbed`.
 
   Args:
     model: a causal `Transformer`.
     params: its parameters.
-    input_ids: integers [B, S], padded on the left.
+    input_ids: integers [B, S], padded on the left. Arrays of jax or numpy, or
+      lists, as all arguments.
     attention_mask: [B, S], 0 at padding and 1 at tokens; None for no padding.
     max_new_tokens: tokens to add at most.
-    stop_ids: tokens that end a row; they are part of its result.
-    pad_id: what follows in a row that has ended.
+    stop_ids: the token, or tokens, that end a row; they are part of its result.
+    pad_id: the token that follows in a row that has ended.
     temperature: 0 takes the likeliest token; else tokens are drawn from
       softmax(logits / temperature).
     top_k: draw from the k likeliest; 0 for all.
     top_p: draw from the fewest likeliest that have this probability together.
-    key: of the draws; needed if temperature > 0.
-    check: whether to say also for which rows the model's logits were finite:
-      of NaNs the likeliest token is one like any other.
+    key: a PRNG key or a seed for the draws; needed if temperature > 0.
+    check: whether to return also for which rows the model's logits were finite.
+      The likeliest token of NaNs is one like any other.
 
   Returns:
     int32 [B, max_new_tokens]; with ``check`` also bool [B].
 
   Raises:
-    ValueError: for a model that is not causal, a batch with padding on the
-      right, more tokens than the model has positions, draws without a key, or a
-      temperature, top_k or top_p out of range.
+    TypeError: for ids that are not integers, or numbers of tokens that are not
+      known, as the arguments of a jitted function are.
+    ValueError: for a model that is not causal, prompts with padding on the
+      right, an empty prompt, tokens that the model does not have, more tokens
+      than it has positions, draws without a key, or a temperature, top_k or
+      top_p out of range. Values that are not known yet, inside a jitted
+      function, are not checked: tokens that the model does not have then give
+      logits of NaN, which ``check`` reports.
   """
   c = model.config
   if not c.causal:
     raise ValueError(f'{c.family} is a masked model: it cannot generate text.')
+  if 'embed' not in params:
+    raise ValueError('params has no embed: give what models.load returned, or '
+                     "what is under 'params'.")
+  soft = params['prompt']['embedding'].shape[0] if 'prompt' in params else 0
+  # Where values are not known, the model gives NaN.
+  input_ids, _ = known_ids(
+      'input_ids', input_ids, c.vocab_size + soft, (None, None))
   b, s = input_ids.shape
+  max_new_tokens = _number('max_new_tokens', max_new_tokens)
+  top_k = _number('top_k', top_k)
+  pad_id = _number('pad_id', pad_id)
+  stop_ids = tuple(_number('stop_ids', x) for x in (
+      stop_ids if np.ndim(stop_ids) else [stop_ids]))
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens is {max_new_tokens}; give 1 or more.')
+  if not s:
+    raise ValueError('the prompts are empty; give each one token or more.')
   if s + max_new_tokens > c.max_length:
     raise ValueError(
         f'{s} tokens of prompt and {max_new_tokens} new ones exceed the '
         f'{c.max_length} positions of this model.')
-  if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+  if np.ndim(temperature) or np.ndim(top_p):
+    raise ValueError('temperature and top_p are one number each, for all rows.')
+  given = lambda x: isinstance(x, jax.core.Tracer)  # to a program around this
+  if (not given(temperature) and not 0 <= temperature < float('inf')
+      or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):
     raise ValueError(f'temperature {temperature}, top_k {top_k} and top_p '
                      f'{top_p} must be >= 0, >= 0 and in (0, 1].')
-  if temperature and key is None:
+  sample = given(temperature) or bool(temperature > 0)
+  if sample and key is None:
     raise ValueError('temperature > 0 draws tokens: give a key.')
   if attention_mask is None:
     attention_mask = jnp.ones((b, s), jnp.int32)
-  elif not isinstance(attention_mask, jax.core.Tracer) and not (
-      jnp.asarray(attention_mask)[:, -1].all()):
-    raise ValueError('a prompt ends in padding; pad prompts on the left.')
+  else:
+    if is_known(attention_mask):
+      mask = np.asarray(attention_mask)
+      if mask.ndim == 2 and not (mask <= 1).all():
+        raise ValueError('attention_mask must be 0 at padding and 1 at tokens.')
+      if mask.ndim == 2 and not mask[:, -1].all():
+        raise ValueError('a prompt ends in padding; pad prompts on the left.')
+    attention_mask = jnp.broadcast_to(known_mask(attention_mask, b, s), (b, s))
+  if key is None or isinstance(key, int | np.integer):
+    key = jax.random.key(key or 0)
   out = _generate(
-      model, params, jnp.asarray(input_ids, jnp.int32),
-      jnp.asarray(attention_mask, jnp.int32),
-      jax.random.key(0) if key is None else key, temperature,
-      top_p if top_p < 1 else None, max_new_tokens=max_new_tokens,
-      stop_ids=tuple(map(int, stop_ids)), pad_id=int(pad_id),
-      sample=bool(temperature), top_k=top_k)
+      model, params, input_ids, attention_mask, key, temperature,
+      top_p if given(top_p) or top_p < 1 else None,
+      max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id,
+      sample=sample, top_k=0 if top_k >= c.vocab_size else top_k)
   return out if check else out[0]
+
+
+def _number(name: str, value) -> int:
+  """Returns a whole number that must be known when a program is traced."""
+  try:
+    return operator.index(value)
+  except TypeError as e:
+    raise TypeError(f'{name} must be a whole number that is known when the '
+                    f'program is traced, not {value!r}.') from e

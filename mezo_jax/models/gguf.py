@@ -1,9 +1,9 @@
-"""GGUF files: config and tensors of a Llama, Mistral or Qwen; tokenizers of
-SmolLM's kind.
+"""Reads GGUF files: Llamas, Mistrals and Qwens, and SmolLM's tokenizers.
 
 llama.cpp stores a Llama's rotary pairs interleaved, so the rows of q and k come
 permuted; names differ; and weights may be quantised, which the `gguf` package
-undoes.
+undoes. A model may be split into several files, as llama.cpp's llama-gguf-split
+does it; any of them stands for all.
 """
 
 import functools
@@ -13,7 +13,7 @@ import re
 import gguf
 import numpy as np
 
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, MissingError
 from mezo_jax.models import gguf_header
 
 _NAMES = {
@@ -59,6 +59,10 @@ _WITHOUT_EFFECT = {
     'rope.scaling.yarn_ext_factor': (0, -1)}
 CODES = {'Q8_0': (8, False), 'Q4_0': (4, False), 'Q4_1': (4, True)}
 _PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
+_PART = re.compile(r'(.*-)(\d{5})-of-(\d{5})\.gguf')
+_OTHER_FILES = {  # general.type
+    'adapter': 'a LoRA adapter', 'imatrix': 'an importance matrix',
+    'mmproj': 'the vision part of a model'}
 
 
 class Tensor:
@@ -104,10 +108,19 @@ class Tensor:
 
 
 def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
-  """(config in Hugging Face's words, {Hugging Face's name: tensor}).
+  """Opens a model.
+
+  Args:
+    path: a GGUF file, or a part of one that was split.
+
+  Returns:
+    ``config, tensors``: the config in Hugging Face's words, and the tensors by
+    Hugging Face's names.
 
   Raises:
-    ValueError: for a file that is no GGUF file or of another architecture.
+    FileNotFoundError: if a part is missing.
+    ValueError: for a file that is not a GGUF file of a whole model, or one of
+      another architecture.
   """
   reader, field = _reader(path)
   try:
@@ -121,11 +134,21 @@ def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
+  kind = field('general.type', 'model')
+  if kind != 'model':
+    what = _OTHER_FILES.get(kind, f'of the type {kind!r}')
+    raise InputError(f'{path} is {what}, not a language model.')
   family = field('general.architecture')
   if family not in _ARCHITECTURES:
     raise InputError(
         f'{path}: GGUF architecture {family!r} is not supported; '
         f'{", ".join(_ARCHITECTURES)} are.')
+  if not reader.tensors:
+    raise InputError(f'{path} has a vocabulary and no weights; it is not a '
+                     'whole model.')
+  if all(raw.name != 'token_embd.weight' for raw in reader.tensors):
+    raise InputError(f'{path} has no token_embd.weight: it is not a whole '
+                     'model.')
   of = lambda name, default=None: field(f'{family}.{name}', default)
   _check(path, reader, family, of)
   heads = of('attention.head_count')
@@ -146,6 +169,11 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
     permuted = {'attn_q': heads, 'attn_k': kv_heads}.get(kind)
     tensors[name] = Tensor(raw, permuted if family == 'llama' else None)
   width = of('embedding_length')
+  special = lambda name: field(f'tokenizer.ggml.{name}_token_id')
+  # Chats end with a turn's end, or with the end of a text.
+  ends = [*dict.fromkeys(i for i in map(special, ('eos', 'eot', 'eom'))
+                         if i is not None)]
+  padding = special('padding')
   config = {
       'model_type': family,
       'vocab_size': tensors['model.embed_tokens.weight'].get_shape()[0],
@@ -160,8 +188,9 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
       'rope_theta': float(of('rope.freq_base', 10000.0)),
       'rope_scaling': _rope_scaling(of),
       'tie_word_embeddings': 'lm_head.weight' not in tensors,
-      'bos_token_id': field('tokenizer.ggml.bos_token_id'),
-      'eos_token_id': field('tokenizer.ggml.eos_token_id'),
+      'bos_token_id': special('bos'),
+      'eos_token_id': (ends or [None])[0] if len(ends) < 2 else ends,
+      **({} if padding is None else {'pad_token_id': padding}),
   }
   return config, tensors
 
@@ -213,7 +242,10 @@ def _check(path: Path, reader, family: str, of) -> None:
 
 
 def tokenizer(path: Path):
-  """The byte-level BPE tokenizer of a GGUF file.
+  """Returns the byte-level BPE tokenizer of a GGUF file.
+
+  It has the file's special tokens and chat templates, and puts first and last
+  the tokens that the file wants there.
 
   Raises:
     ValueError: for another kind of tokenizer.
@@ -224,6 +256,11 @@ def tokenizer(path: Path):
     raise InputError(
         f'{path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not '
         "supported; use the model's Hugging Face directory.")
+  for name in ('add_space_prefix', 'add_sep_token'):
+    if field(f'tokenizer.ggml.{name}', False):
+      raise InputError(
+          f'{path}: a GGUF tokenizer with {name} is not supported; use the '
+          "model's Hugging Face directory.")
   try:
     return _tokenizer(field)
   except Exception as e:  # of the tokenizers package too
@@ -232,7 +269,14 @@ def tokenizer(path: Path):
 
 
 def _tokenizer(field):
-  from tokenizers import decoders, models, pre_tokenizers, Tokenizer
+  from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    Tokenizer,
+  )
   from transformers import PreTrainedTokenizerFast  # slow to import
 
   tokens = field('tokenizer.ggml.tokens')
@@ -243,26 +287,100 @@ def _tokenizer(field):
       pre_tokenizers.Digits(individual_digits=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False)])
   raw.decoder = decoders.ByteLevel()
-  control = gguf.TokenType.CONTROL
-  raw.add_special_tokens([
-      t for t, k in zip(tokens, field('tokenizer.ggml.token_type'))
-      if k == control])
-  name = lambda key: tokens[field(f'tokenizer.ggml.{key}_token_id')]
-  eos = name('eos')
+  types = field('tokenizer.ggml.token_type') or [gguf.TokenType.NORMAL] * len(
+      tokens)
+  of_type = lambda *kinds: [t for t, k in zip(tokens, types) if k in kinds]
+  raw.add_special_tokens(of_type(
+      gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN))
+  raw.add_tokens([AddedToken(t, normalized=False) for t in of_type(
+      gguf.TokenType.USER_DEFINED)])
+  special = {}
+  for name, key in (
+      ('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding'),
+      ('sep', 'seperator'), ('mask', 'mask')):  # llama.cpp's own spelling
+    i = field(f'tokenizer.ggml.{key}_token_id')
+    if i is not None:
+      special[f'{name}_token'] = tokens[i]
+  if 'eos_token' in special:
+    special.setdefault('pad_token', special['eos_token'])
+  around = [field('tokenizer.ggml.add_bos_token', False) and 'bos_token',
+            field('tokenizer.ggml.add_eos_token', False) and 'eos_token']
+  if any(around):
+    first, last = ([special[name]] if name else [] for name in around)
+    raw.post_processor = processors.TemplateProcessing(
+        single=[*first, '$A', *last],
+        pair=[*first, '$A', *last, *first, '$B:1', *last],
+        special_tokens=[(t, tokens.index(t)) for t in {*first, *last}])
   return PreTrainedTokenizerFast(
-      tokenizer_object=raw, bos_token=name('bos'), eos_token=eos, pad_token=eos,
+      tokenizer_object=raw, **special, chat_template=_chat_template(field),
       clean_up_tokenization_spaces=False)
 
 
+def _chat_template(field) -> str | dict[str, str] | None:
+  """Returns the chat template, or all by name where there are several."""
+  default = field('tokenizer.chat_template')
+  named = {name: field(f'tokenizer.chat_template.{name}')
+           for name in field('tokenizer.chat_templates', [])}
+  named = {name: text for name, text in named.items() if text is not None}
+  if not named:
+    return default
+  return named if default is None else {'default': default} | named
+
+
 def _reader(path: Path):
-  """(reader, function that gives a field's value or a default)."""
-  about = path.stat() if path.is_file() else None
-  return _opened(path, about and (about.st_mtime_ns, about.st_size))
+  """Returns a reader with a file's tensors, and its fields by their names.
+
+  Returns:
+    ``reader, field``: of a file that was split, ``reader.tensors`` are those of
+    all parts; ``field(name, default)`` is the value of a field.
+  """
+  split = _PART.fullmatch(path.name)
+  count = int(split[3]) if split else 0
+  # The first part has the fields of all.
+  paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
+           for i in range(1, count + 1)] or [path]
+  about = [p.stat() if p.is_file() else None for p in paths]
+  return _opened(path, tuple(paths), tuple(
+      x and (x.st_mtime_ns, x.st_size) for x in about))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path, version):
-  del version  # a file that was written anew is opened again
+def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
+  """Opens the parts of a model; ``versions`` change when files do."""
+  first = paths[0] if versions[0] else path  # whose error names what is missing
+  reader, field = _open(first)
+  count = field('split.count', 0)
+  if count < 2:
+    if first != path:  # a whole file with the name of a part
+      reader, field = _open(path)
+    return reader, field
+  join = ('put all of them in one directory under the names that they had, or '
+          'join them with llama-gguf-split --merge.')
+  if len(paths) != count:
+    raise InputError(f'{path} is one of the {count} parts of a model that was '
+                     f'split, and its name does not say which; {join}')
+  missing = [p.name for p, version in zip(paths, versions) if not version]
+  if missing:
+    raise MissingError(f'{path} is one of the {count} parts of a model that '
+                       f'was split, and {", ".join(missing)} is not there; '
+                       f'{join}')
+  for i, part in enumerate(paths[1:], 1):
+    more, of_part = _open(part)
+    if of_part('split.count') != count or of_part('split.no') != i:
+      raise InputError(f'{part} is not part {i + 1} of {count} of a model that '
+                       f'was split; {join}')
+    reader.tensors += more.tensors
+  tensors = reader.tensors
+  total = field('split.tensors.count', len(tensors))
+  if len(tensors) != total or len({x.name for x in tensors}) != total:
+    raise InputError(f'the {count} parts of {path} have {len(tensors)} tensors '
+                     f'and the first announces {total}: they are not of one '
+                     'model.')
+  return reader, field
+
+
+def _open(path: Path):
+  """Opens one file: its reader, and a function that gives a field's value."""
   try:
     gguf_header.check(path)
     reader = gguf.GGUFReader(path)

@@ -52,6 +52,16 @@ ARCHITECTURES = {  # transformers' classes: with the head, and without it
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
     'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
     'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
+# transformers' classes with another head than a language model's, and the
+# tensors of these heads. AutoModel reads the body of such files.
+_CLASSIFIERS = re.compile(
+    'For(SequenceClassification|TokenClassification|QuestionAnswering|'
+    'MultipleChoice|NextSentencePrediction)$')
+_OF_CLASSIFIERS = re.compile(
+    r'^(score|qa_outputs|classifier(\.dense|\.out_proj)?)\.(weight|bias)$')
+_OTHER_HEADS = re.compile(
+    rf'{_OF_CLASSIFIERS.pattern}|'
+    r'^multiple_choice_head\.summary\.(weight|bias)$')
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
@@ -79,15 +89,18 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
     ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-    logits [batch, length, vocab]; ``model.config`` is the frozen config. Of
-    files without the head (``BertModel``), unless it is the embedding, the body
-    alone: ``config.head`` is False, and only features are to be had.
+    logits [batch, length, vocab]; ``model.config`` is the frozen config. From
+    files without the language model's head, those of a base class
+    (``BertModel``) or of a classifier (``...ForSequenceClassification``), the
+    body alone is read: ``config.head`` is False, and the model gives features
+    only. A base class whose head is the embedding lacks nothing.
 
   Raises:
     FileNotFoundError: if there is no such model.
     ValueError: if its family is not supported, or its tensors do not fit the
       config (all misfits are named at once).
   """
+  float_dtype(dtype)  # it is one
   path = find(name_or_dir, revision)
   config = load_config(path)
   with contextlib.ExitStack() as stack:
@@ -118,9 +131,9 @@ def load_config(name_or_dir: str | os.PathLike,
                 revision: str | None = None) -> Config:
   """The `Config` of a model without its weights; arguments as for `load`.
 
-  Whether they have a head is read from the names in their files; where these
-  are not at hand, as for a hub id, ``architectures`` says it. A head that is
-  tied only in the config is found where the files are.
+  The names in the model's files decide whether it has a head. Where these are
+  not at hand, as for a hub id, ``architectures`` in its config decides. A head
+  that only the config ties to the embedding is found where the files are.
   """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
@@ -169,9 +182,16 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
     raise InputError(f'{path}: a field has a value that no {family} has '
                      f'({e}).') from e
   check_sizes(config, path)
-  of_base = hf.get('architectures') == [ARCHITECTURES[family][1]]
-  return dataclasses.replace(config, source=json.dumps(hf),
-                             head=not (of_base and head_of(config)))
+  named = hf.get('architectures')
+  of_base = named == [ARCHITECTURES[family][1]] and head_of(config)
+  return dataclasses.replace(config, source=json.dumps(hf), head=not (
+      of_base or names_classifier(named)))
+
+
+def names_classifier(architectures) -> bool:
+  """Returns whether a config's ``architectures`` have a classifier's head."""
+  return isinstance(architectures, list) and any(
+      _CLASSIFIERS.search(str(name)) for name in architectures)
 
 
 def table_of(config: Config) -> list[table.Row]:
@@ -196,12 +216,28 @@ def _prefix(config: Config) -> str:
 
 
 def _with_head(config: Config, names: list[str]) -> Config:
-  """The config of files that have tensors of these names."""
-  head, prefix = head_of(config), _prefix(config)
-  own = {name for row in head for name in (row.name, row.otherwise, row.copy)
+  """Returns the config of files that have tensors of these names.
+
+  A head that is the embedding has no tensors of its own; such a model lacks
+  its head only where the files have a classifier's instead.
+  """
+  rows, prefix = head_of(config), _prefix(config)
+  names = {_renamed(name, config) for name in names}
+  own = {name for row in rows for name in (row.name, row.otherwise, row.copy)
          if name and not name.startswith(prefix)}
-  there = any(_renamed(name, config) in own for name in names)
-  return dataclasses.replace(config, head=there or not head)
+  if rows:
+    there = not own.isdisjoint(names)
+  else:
+    there = _head_name(config) in names or not any(
+        map(_OF_CLASSIFIERS.match, names))
+  return dataclasses.replace(config, head=there)
+
+
+def _head_name(config: Config) -> str:
+  """Returns the name that files have for the matrix of the model's head."""
+  untied = dataclasses.replace(config, tied_head=False)
+  return next(row.name for row in FAMILIES[config.family].table(untied)
+              if row.path == 'lm_head/embedding')
 
 
 def _pairs(config: Config, names: list[str]) -> list[tuple[str, str]]:
@@ -272,8 +308,24 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
 
 
 def float_dtype(dtype):
-  """Of what is computed with parameters of this dtype."""
-  return jnp.float32 if dtype in QUANTISED else dtype
+  """Returns the dtype that is computed with, of parameters of this dtype.
+
+  Raises:
+    ValueError: for what is neither a floating-point dtype nor a name of
+      quantised weights.
+  """
+  if dtype is None:
+    return None
+  if isinstance(dtype, str) and dtype in QUANTISED:
+    return jnp.float32
+  try:
+    fits = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    fits = False
+  if not fits:
+    raise InputError(f'dtype {dtype!r} is not one of float32, bfloat16, '
+                     f'float16, {", ".join(QUANTISED)}.')
+  return dtype
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:
@@ -356,10 +408,14 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
   text = ['*.json', '*.model', '*.txt', '*.jinja']
   try:
     safetensors = ['*.safetensors'] if weights else []
+    # A pattern's star takes slashes too; of the directories below only that
+    # of further chat templates is wanted.
+    below = [f'*/{kind}' for kind in (*text, *safetensors) if kind != '*.jinja']
     path = Path(fetch(allow_patterns=[*text, *safetensors],
-                      ignore_patterns=['consolidated*', '*/*']))
-    if weights and not list(path.glob('*.safetensors')):
-      path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin']))
+                      ignore_patterns=['consolidated*', *below]))
+    if weights and not list(path.glob('model*.safetensors')):
+      path = Path(fetch(allow_patterns=[*text, 'pytorch_model*.bin'],
+                        ignore_patterns=[*below, '*/*.bin']))
   except Exception as e:
     raise MissingError(
         f'no directory {name!r} here, and the hub did not give one: '
@@ -371,8 +427,13 @@ def find(name_or_dir: str | os.PathLike, revision: str | None = None,
 
 
 def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
-  """{name: tensor} of the file's tensors under the names of the table, which
-  they have with the body's prefix or without it.
+  """Finds the tensor of each row in files, with the body's prefix or without.
+
+  A head that is the embedding may have the matrix under its own name alone.
+  Tensors of classifiers' heads are left out.
+
+  Returns:
+    {name in the table: tensor}.
 
   Raises:
     ValueError: names every missing, misshapen, double and unexpected tensor.
@@ -388,6 +449,11 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     if name in tensors:
       problems.append(f'{name} is there twice')
     tensors[name] = tensor
+  embedding = rows[0].name
+  if config.tied_head and embedding not in tensors:
+    head = _head_name(config)
+    if head in tensors:
+      tensors[embedding] = tensors[head]
   known = set()
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):
@@ -404,7 +470,8 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
             f'{row.source_shape()}')
       known |= {name, row.copy}
   problems += [f'unexpected {n}' for n in tensors
-               if n not in known and not re.search(ignored, n)]
+               if n not in known and not re.search(ignored, n)
+               and not _OTHER_HEADS.match(n)]
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''

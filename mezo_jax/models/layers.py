@@ -233,7 +233,10 @@ def attend(config: Config, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xSxT):
 
   (Vaswani et al., 2017; the cap is Gemma 2's.) N / K queries share a key.
   """
-  if config.attention_softcap is None:
+  # jax's attention asks for a precision of float16 that CPUs do not have; with
+  # the default one, as below, products are summed in float32 everywhere.
+  half = q_BxSxNxH.dtype == jnp.float16
+  if config.attention_softcap is None and not half:
     return jax.nn.dot_product_attention(
         q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_Bx1xSxT,
         scale=config.query_scale)

@@ -4,7 +4,8 @@ from mezo_jax.models import table as t
 from mezo_jax.models.fields import Fields, read_local_layers, read_rope
 from mezo_jax.models.layers import Config
 
-RENAMES = ()
+RENAMES = (  # the body of transformers' classes for question answering
+    (r'^transformer\.(?=(embed_tokens|layers|norm)\.)', 'model.'),)
 IGNORED = r'rotary_emb\.inv_freq$|^lm_head\.weight$'
 
 _QWEN = dict(vocab=151_936, ff_width=22_016, length=32_768, kv_heads=32)

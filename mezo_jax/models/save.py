@@ -18,6 +18,10 @@ from mezo_jax.errors import ExistsError
 from mezo_jax.models import hub
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import Transformer
+from mezo_jax.models.weights import EXPLICIT
+
+_PART = '.part'  # what is not yet whole
+_LAST = ('config.json', 'adapter_config.json')
 
 
 def save(directory: str | os.PathLike, model: Transformer, params, *,
@@ -34,7 +38,7 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   every process must call this, and the first one writes.
 
   Args:
-    directory: to make.
+    directory: to make, or one that is empty.
     model: from `load` (its config remembers where it came from).
     params: its parameters, in `load`'s layout, on any devices.
     tokenizer: to write beside it.
@@ -58,18 +62,18 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   _check(params, hub.param_shapes(config))
   with new_directory(directory) as (part, first):
     _write(part if first else None, rows, params, config, max_shard_bytes,
-           progress, Path(directory).name)
+           progress, Path(directory).resolve().name)
     if first:
       dtype = str(params['embed']['embedding'].dtype)
       hf = {k: v for k, v in json.loads(config.source).items()
-            if k != 'torch_dtype'} | {'dtype': dtype}
+            if k not in ('torch_dtype', EXPLICIT)} | {'dtype': dtype}
       hf['architectures'] = _architectures(config, hf)
       (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
       if tokenizer is not None:
         tokenizer.save_pretrained(part)
       if card is not None:
         (part / 'README.md').write_text(card)
-  return Path(directory)
+  return Path(directory).expanduser()
 
 
 def _architectures(config, hf: dict) -> list[str]:
@@ -78,33 +82,67 @@ def _architectures(config, hf: dict) -> list[str]:
   if not config.head:
     return [base]
   named = hf.get('architectures') or [whole]
-  return [whole] if named == [base] and hub.head_of(config) else named
+  if named == [base] and hub.head_of(config) or hub.names_classifier(named):
+    return [whole]
+  return named
+
+
+def check_new(directory: str | os.PathLike) -> Path:
+  """Returns the absolute path of a directory to write.
+
+  '~' is the home directory, and links are followed: '.' and '..' have no name
+  of their own, and a link cannot be replaced by a directory.
+
+  Raises:
+    FileExistsError: if there is a file, or a directory that is not empty.
+  """
+  path = Path(directory).expanduser().resolve()
+  if path.exists() and not path.is_dir():
+    raise ExistsError(f'{directory} is a file; give another directory.')
+  if path.is_dir() and any(x.name != _PART for x in path.iterdir()):
+    raise ExistsError(
+        f'{directory} is there already and not empty; give another directory.')
+  return path
 
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike):
-  """``with new_directory(d) as (part, first)``: a directory that appears when
-  all is written. Every process enters; the first one writes, into ``part``.
+  """Gives a place to write to that becomes ``directory`` when all is written.
+
+  ``with new_directory(d) as (part, first)``: every process enters, and the
+  first one writes into ``part``. An empty directory that is there already is
+  kept, as it may be the working directory, a link or a mount; its files appear
+  in it at the end, the config.json that makes it a model last.
 
   Raises:
-    FileExistsError: if the directory is there and not empty.
+    FileExistsError: as `check_new`.
   """
-  directory, first = Path(directory), jax.process_index() == 0
-  full = first and directory.exists() and any(directory.iterdir())
-  if jax.process_count() > 1:  # all raise, or none
-    full = multihost_utils.broadcast_one_to_all(np.array(full))
-  if full:
-    raise ExistsError(
-        f'{directory} is there already and not empty; give another directory.')
-  part = directory.with_name(directory.name + '.part')
+  first, problem, path = jax.process_index() == 0, None, None
   if first:
-    shutil.rmtree(part, ignore_errors=True)  # of one that was stopped
+    try:
+      path = check_new(directory)
+    except ExistsError as e:
+      problem = e
+  failed = problem is not None
+  if jax.process_count() > 1:  # all raise, or none
+    failed = multihost_utils.broadcast_one_to_all(np.array(failed))
+  if failed:
+    raise problem or ExistsError(
+        f'{directory} is a file, or a directory that is not empty.')
+  part = None
+  if first:
+    kept = path.is_dir()
+    part = path / _PART if kept else path.with_name(path.name + _PART)
+    shutil.rmtree(part, ignore_errors=True)  # from a run that was stopped
     part.mkdir(parents=True)
   yield part, first
-  if first:
-    if directory.exists():
-      directory.rmdir()
-    part.rename(directory)
+  if first and kept:
+    files = sorted(part.iterdir(), key=lambda file: file.name in _LAST)
+    for file in files:
+      file.rename(path / file.name)
+    part.rmdir()
+  elif first:
+    part.rename(path)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {directory}')
 

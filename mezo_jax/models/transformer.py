@@ -6,6 +6,7 @@ Shapes in names are those of `mezo_jax.models.layers`.
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mezo_jax._perturb import dequantized
 from mezo_jax.models.layers import (
@@ -24,6 +25,7 @@ from mezo_jax.models.layers import (
 from mezo_jax.sharding import constrain_rows, splits_vocabulary
 
 _CHUNK = 4096  # rows of the vocabulary at a time
+_FEATURES = ('', 'head', 'body', 'trunk')
 
 
 def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
@@ -35,7 +37,7 @@ def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
   Parts of the vocabulary in turn update a running maximum and sum, so that
   neither all logits nor, under `mezo_jax.perturbed`, a whole perturbed table
   is ever alive. Where the vocabulary is split over `tensor` each device has
-  such a part already.
+  such a part already. A target that is not a row of the table gives NaN.
   """
   def finish(logits, bias):
     return softcap(logits if bias is None else logits + bias, cap)
@@ -44,6 +46,9 @@ def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
       jnp.einsum('bad,bad->ba', x_BxAxD, table_VxD[targets_BxA],
                  preferred_element_type=jnp.float32),
       None if bias_V is None else bias_V[targets_BxA])
+
+  inside_BxA = (targets_BxA >= 0) & (targets_BxA < table_VxD.shape[0])
+  picked_BxA = jnp.where(inside_BxA, picked_BxA, jnp.nan)
 
   def add(carry, take):
     top, total = carry
@@ -115,18 +120,23 @@ class Transformer(nn.Module):
 
     Args:
       input_ids: integers [B, S]; V, V + 1, ... are the tokens of a soft prompt.
-      attention_mask: integers [B, S]: 0 at padding, on either side, and 1 at
-        tokens; or 1, 2, ... for several texts packed into a row, none of which
-        sees another and each of which starts at position 0. None for no
-        padding. With a cache [B, T]: of its tokens and of these.
+        All numbers may be arrays of jax or numpy, or lists. Those whose values
+        are known are checked. In a program of `jax.jit` that is given them, a
+        row with a token, a token type or a position that the model does not
+        have gives NaN.
+      attention_mask: integers or booleans [B, S]: 0 at padding, on either side,
+        and 1 at tokens; or 1, 2, ... for several texts packed into a row, none
+        of which sees another and each of which starts at position 0. None for
+        no padding. With a cache [B, T]: of its tokens and of these.
       token_type_ids: integers [B, S], for families that have them; None for 0.
-      answer_at: integers [B, A], the positions whose logits are wanted; None
-        for all. [B, S, V] logits are then never made.
+      answer_at: integers [B, A], the positions whose logits are wanted, counted
+        from the end if negative; None for all. [B, S, V] logits are then never
+        made.
       token_ids: integers [C], the tokens whose logits are wanted; None for all.
       targets: integers [B, A or S], the tokens whose log-likelihoods are wanted
         instead of logits.
-      cache: of the tokens before these, from `make_cache`, with room for these:
-        what is too many overwrites the last ones.
+      cache: of the tokens before these, from `make_cache`, with room for these;
+        without it the result is NaN.
       shared_prompt: text 1 of a row is a prompt that its texts 2, 3, ...
         continue, each as if it were alone with it. Each continuation with the
         prompt, but not all of them together, must fit the model's positions.
@@ -144,12 +154,42 @@ class Transformer(nn.Module):
       a pair of that and the cache with these tokens added.
 
     Raises:
-      ValueError: for more tokens than the model has positions, for what a
-        model without its head cannot say, or for a trunk with a cache.
+      TypeError: for ids that are not integers.
+      ValueError: for shapes that do not fit, for more tokens than the model has
+        positions or the cache has room for, for a token or token type that the
+        model does not have, for what a model without its head cannot say, or
+        for a trunk with a cache.
     """
     c = self.config
-    b, s = input_ids.shape
+    if features not in _FEATURES:
+      raise ValueError(f'features is {features!r}, not one of '
+                       f'{", ".join(_FEATURES[1:])}.')
     have = self.variables.get('params', {})
+    soft = have['prompt']['embedding'].shape[0] if 'prompt' in have else 0
+    input_ids, inside = known_ids(
+        'input_ids', input_ids, c.vocab_size + soft, (None, None))
+    b, s = input_ids.shape
+    inside = [inside]
+    if attention_mask is not None:
+      attention_mask = known_mask(
+          attention_mask, b, s if cache is None else cache.k.shape[2])
+    if token_type_ids is not None:
+      if not c.token_types:
+        raise ValueError(f'a {c.family} has no token types: leave '
+                         'token_type_ids out.')
+      token_type_ids, types_inside = known_ids(
+          'token_type_ids', token_type_ids, c.token_types, ((1, b), (1, s)))
+      inside.append(types_inside)
+    if answer_at is not None:
+      answer_at, _ = known_ids(
+          'answer_at', answer_at, s, ((1, b), None), least=-s)
+    if targets is not None:
+      targets, _ = known_ids('targets', targets, c.vocab_size, (
+          b, s if answer_at is None else answer_at.shape[1]))
+    tokens_inside = None
+    if token_ids is not None:
+      token_ids, tokens_inside = known_ids(
+          'token_ids', token_ids, c.vocab_size, (None,))
     shift = self._shift(have, cache)
     longest = s if cache is None else cache.k.shape[2]
     if self.prefix_positions != 'zero':
@@ -159,12 +199,26 @@ class Transformer(nn.Module):
                        'positions of this model.')
     if cache is not None and (trunk is not None or features == 'trunk'):
       raise ValueError('a cache is of all layers: leave it out with a trunk.')
+    if cache is not None:
+      inside.append(_has_room(cache, s))
     embed = Table(c.vocab_size, c.embed_width or c.width, name='embed')
     shared, at_BxS = _shared(
         c, b, s, attention_mask, cache, shared_prompt, shift)
+    if longest > c.max_length:
+      # Only texts that share a prompt can be longer together than one may be.
+      fits = at_BxS < c.max_length
+      if attention_mask is not None and cache is None:
+        fits |= attention_mask == 0
+      if not isinstance(fits, jax.core.Tracer) and not fits.all():
+        raise ValueError(f'a text exceeds the {c.max_length} positions of this '
+                         'model.')
+      inside.append(fits)
     x_BxSxD = trunk
     if trunk is None:
       x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
+      for mask in inside:
+        if mask is not None:
+          x_BxSxD = jnp.where(mask[..., None], x_BxSxD, jnp.nan)
     carry, first = (constrain_rows(x_BxSxD), cache), 0
     for name, length in _parts(c, have):
       if name == 'layers' and trunk is not None:
@@ -216,6 +270,8 @@ class Transformer(nn.Module):
       if bias_V is not None:
         out += bias_V if token_ids is None else bias_V[token_ids]
       out = softcap(out, c.logit_softcap)
+      if tokens_inside is not None:
+        out = jnp.where(tokens_inside, out, jnp.nan)
     return self._with(cache, s, out)
 
   def _embed(self, embed, input_ids, token_type_ids, at_BxS, have):
@@ -259,6 +315,93 @@ class Transformer(nn.Module):
     return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
 
 
+def known_ids(name: str, ids, size: int, shape: tuple, least: int = 0
+              ) -> tuple[jax.Array, jax.Array | None]:
+  """Checks numbers that select rows: token ids, token types, positions.
+
+  jax reads the nearest row for a number that no row has, where torch raises.
+
+  Args:
+    name: The argument, for the error.
+    ids: An array of jax or numpy, or lists.
+    size: Numbers below it are allowed.
+    shape: The length of each axis, or a tuple of lengths to choose from; None
+      for any.
+    least: Numbers from it on are allowed.
+
+  Returns:
+    ``ids, inside``: the integers, and which of them are allowed. ``inside`` is
+    None where the values are known, as all are then allowed.
+
+  Raises:
+    TypeError: for other than integers.
+    ValueError: for another shape, or a number that is not allowed.
+  """
+  known = is_known(ids)
+  if not isinstance(ids, jax.Array):
+    ids = np.asarray(ids)
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise TypeError(f'{name} must be integers, not {ids.dtype}.')
+  fits = lambda m, n: m in n if isinstance(n, tuple) else n in (None, m)
+  if len(ids.shape) != len(shape) or not all(map(fits, ids.shape, shape)):
+    hint = ': a single text is a batch of one, [None] adds the axis' if (
+        len(ids.shape) == 1 and len(shape) == 2) else ''
+    want = ', '.join('any' if n is None else str(n) for n in shape)
+    raise ValueError(
+        f'{name} has the shape {tuple(ids.shape)}, not ({want}){hint}.')
+  if known:
+    values = np.asarray(ids)
+    wrong = values[(values < least) | (values >= size)]
+    if wrong.size:
+      raise ValueError(
+          f'{name} has {wrong[0]}, and this model takes {least} to {size - 1}.')
+  ids = jnp.asarray(ids)
+  if ids.dtype.itemsize < 4 or jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
+    ids = ids.astype(jnp.int32)
+  return ids, None if known else (ids >= least) & (ids < size)
+
+
+def known_mask(mask, rows: int, length: int) -> jax.Array:
+  """Returns an attention mask as int32 [B or 1, T].
+
+  Raises:
+    ValueError: for another shape or, where they are known, for values other
+      than 0, 1, 2, ..., such as those of a mask that is added to scores.
+  """
+  if not isinstance(mask, jax.Array):
+    mask = np.asarray(mask)
+  if len(mask.shape) != 2 or mask.shape[1] != length or (
+      mask.shape[0] not in (1, rows)):
+    raise ValueError(f'attention_mask has the shape {tuple(mask.shape)}, not '
+                     f'({rows}, {length}).')
+  if is_known(mask):
+    values = np.asarray(mask)
+    if not np.all((values >= 0) & (values % 1 == 0)):
+      raise ValueError('attention_mask must be 0 at padding and 1 at tokens.')
+  return jnp.asarray(mask).astype(jnp.int32)
+
+
+def is_known(x) -> bool:
+  """Returns whether the values of an array can be read here and now."""
+  return not isinstance(x, jax.core.Tracer) and (
+      not isinstance(x, jax.Array) or x.is_fully_addressable)
+
+
+def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
+  """Returns whether a cache has room for more tokens; None if it is known to.
+
+  Raises:
+    ValueError: if it is known not to.
+  """
+  most = cache.k.shape[2]
+  if isinstance(cache.length, jax.core.Tracer):
+    return (cache.length + tokens <= most)[None, None]
+  if int(cache.length) + tokens > most:
+    raise ValueError(f'the cache has {int(cache.length)} tokens and room for '
+                     f'{most}: {tokens} more do not fit.')
+  return None
+
+
 def apply(model: Transformer, params: dict, *args, **kwargs):
   """``model.apply({'params': params}, ...)``, of quantised weights too."""
   return dequantized(lambda params: model.apply(
@@ -290,7 +433,7 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
     same_BxSxT, at_BxS = jnp.ones((1, s, t), bool), query_Sx1.T
   else:
     # Padding is a text of its own: then no token attends to nothing.
-    text_BxT = attention_mask.astype(jnp.int32)
+    text_BxT = attention_mask
     text_BxS = jax.lax.dynamic_slice_in_dim(text_BxT, start, s, 1)
     same_BxSxT = text_BxS[:, :, None] == text_BxT[:, None]
     if shared_prompt:

@@ -82,7 +82,7 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
         tokenizer.save_pretrained(part)
       if card is not None:
         (part / 'README.md').write_text(card)
-  return Path(directory)
+  return Path(directory).expanduser()
 
 
 def _host(x) -> np.ndarray:

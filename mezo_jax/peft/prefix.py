@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.errors import InputError
-from mezo_jax.models.transformer import apply, make_cache, Transformer
+from mezo_jax.models.transformer import (
+  apply,
+  known_ids,
+  make_cache,
+  Transformer,
+)
 
 INITS = ('tokens', 'normal', 'text')
 
@@ -74,7 +79,9 @@ def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
   if init == 'text':
     if not len(token_ids):
       raise InputError("init 'text' needs a text of at least one token.")
-    return jnp.asarray(np.resize(np.asarray(token_ids, np.int32), num_tokens))
+    ids, _ = known_ids(
+        'token_ids', token_ids, model.config.vocab_size, (None,))
+    return jnp.asarray(np.resize(ids, num_tokens))
   if init == 'tokens':
     return jax.random.randint(
         key, (num_tokens,), 0, model.config.vocab_size, jnp.int32)
