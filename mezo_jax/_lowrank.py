@@ -65,7 +65,8 @@ class LowRank(Directions):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.rank, int) or self.rank < 1:
+    if not isinstance(self.rank, int) or isinstance(
+        self.rank, bool) or self.rank < 1:
       raise ValueError(f'rank must be an integer of at least 1, got '
                        f'{self.rank!r}.')
 
@@ -197,7 +198,8 @@ class LazyLowRank(LowRank):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.every, int) or self.every < 1:
+    if not isinstance(self.every, int) or isinstance(
+        self.every, bool) or self.every < 1:
       raise ValueError('every must be an integer of at least 1, got '
                        f'{self.every!r}.')
 

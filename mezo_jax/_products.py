@@ -139,6 +139,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
     rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
     def part(i, out):
+      i = jnp.asarray(i)  # a Python number under jax.disable_jit
       some = rows.view(
           rows.w.take(along + 1, i) if is_codes(rows.w) else
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),

@@ -101,7 +101,8 @@ def private(
       at = lambda part: _rows(perturbed(value_fn, kind)(params, point, **part))
       if (micro_batches or 1) == 1:
         return at(batch)
-      parts = lax.map(at, _values.split_batch(batch, micro_batches))
+      rows, with_rows = _values.split_batch(batch, micro_batches)
+      parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
     values, there = lax.map(rows_at, Displacement(

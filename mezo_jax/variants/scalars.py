@@ -13,11 +13,11 @@ from mezo_jax.variants._told import Remembering, told
 
 
 def _sign(losses, eps):
-  value, g = two_sided.fn(losses, eps)
+  value, g = two_sided(losses, eps)
   return value, jnp.sign(g)
 
 
-_SIGN = Combine(two_sided.signs, _sign)
+_SIGN = Combine(two_sided.signs, _sign, by_direction=True)
 
 
 def sign(learning_rate, eps=1e-3, **options
@@ -78,8 +78,8 @@ def scalar_adam(
     v, weight = keep(jnp.mean(g**2), v), keep(1.0, weight)
     length = jnp.sqrt(v / jnp.maximum(weight, 1e-30)) + adam_eps
     return jax.tree.map(
-        lambda u: u if u.dtype == jax.dtypes.float0 else (
-            u / length).astype(u.dtype), updates), Remembering(new, (v, weight))
+        lambda u: (u / length).astype(u.dtype), updates), Remembering(
+            new, (v, weight))
 
   return descent(
       optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
