@@ -1,8 +1,8 @@
 """Checks of arguments. Each error names the argument and says what it may be.
 
-Numbers may be Python's, NumPy's, JAX arrays or tracers: `optax.inject_hyperparams`
-and `jax.vmap` hand over the latter two. The values of arrays that are on a
-device are not looked at, since that would wait for the device.
+Numbers may be Python's or NumPy's, JAX arrays or tracers, as they come from
+`optax.inject_hyperparams` and `jax.vmap`. The values of JAX arrays are not
+looked at, since that would wait for the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,8 +33,7 @@ def whole(name: str, value, least: int = 1) -> int:
 
 
 def number(name: str, value, *, above: float | None = None,
-           least: float | None = None, below: float | None = None,
-           most: float | None = None):
+           least: float | None = None, below: float | None = None):
   """Returns a real number, whose bounds are checked where it is known.
 
   Raises:
@@ -49,16 +48,17 @@ def number(name: str, value, *, above: float | None = None,
   if not known and not isinstance(value, (numbers.Real, np.generic)) or (
       isinstance(value, bool) or not _is_real(np.asarray(value).dtype)):
     raise ValueError(f'{name} must be a number, got {value!r}.')
-  bounds = [word if word == 'positive' else f'{word} {bound}' for word, bound, holds in (
-      ('above' if above else 'positive', above,
-       above is None or value > above),
-      ('at least', least, least is None or value >= least),
-      ('below', below, below is None or value < below),
-      ('at most', most, most is None or value <= most)) if not holds]
-  if bounds or not math.isfinite(value):
-    raise ValueError(
-        f'{name} must be {" and ".join(bounds) or "finite"}, got {value!r}.')
-  return value
+  if not math.isfinite(value):
+    wanted = 'finite'
+  elif above is not None and not value > above:
+    wanted = f'above {above}' if above else 'positive'
+  elif least is not None and value < least:
+    wanted = f'at least {least}'
+  elif below is not None and value >= below:
+    wanted = f'below {below}'
+  else:
+    return value
+  raise ValueError(f'{name} must be {wanted}, got {value!r}.')
 
 
 def _is_real(dtype) -> bool:
@@ -175,9 +175,9 @@ def check_names(value_fn: Callable, **given) -> None:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY):
       raise ValueError(
-          f'value_fn has an argument {name!r}, which tx.update takes itself and '
-          'does not pass on: give it another name, as in value_fn=lambda params,'
-          f' other: loss(params, {name}=other).')
+          f'value_fn has an argument {name!r}, which tx.update takes itself '
+          'and does not pass on: give it another name, as in value_fn=lambda '
+          f'params, other: loss(params, {name}=other).')
 
 
 def array(name: str, value) -> jax.Array:

@@ -71,8 +71,8 @@ class Directions:
       elif not isinstance(value, bool) and isinstance(
           value, (int, float, complex)):
         raise ValueError(
-            f'{name} must be None, a tree of bools, a function of the params or '
-            f'a regular expression, got {value!r}.')
+            f'{name} must be None, a tree of bools, a function of the params '
+            f'or a regular expression, got {value!r}.')
     for name in ('limits', 'scales'):
       if isinstance(getattr(self, name), (str, bytes)):
         raise ValueError(f'{name} must be a number or a tree of numbers, got '

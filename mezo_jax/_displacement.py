@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _arguments, _noise, _paths, _streams
+from mezo_jax import _arguments, _noise, _paths, _streams, _values
 from mezo_jax._codes import Codes, is_codes
 
 _U32 = jnp.uint32
@@ -93,7 +93,7 @@ class Draws:
         steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
         return w.at(w.integers() + steps)
       w = w.astype(jnp.float32)
-    return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
+    return self._sum(w.astype(_values.wide(w.dtype)), w)
 
   def built(self, like: jax.Array | Codes) -> jax.Array:
     """``sum`` in float32, in the shape of ``like``."""

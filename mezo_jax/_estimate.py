@@ -52,7 +52,8 @@ class Combine:
     _arguments.boolean('by_direction', self.by_direction)
     object.__setattr__(self, 'signs', tuple(self.signs))
 
-  def __call__(self, losses: jax.Array, eps) -> tuple[jax.Array, jax.Array]:
+  # No __call__: optax.inject_hyperparams takes what is callable for a schedule.
+  def apply(self, losses: jax.Array, eps) -> tuple[jax.Array, jax.Array]:
     """Returns ``fn(losses, eps)``, whose shapes are checked.
 
     Raises:

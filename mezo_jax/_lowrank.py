@@ -166,6 +166,7 @@ class LowRank(Directions):
     for word, few in enumerate(self._bits(times)):
       words = _noise.words(_streams.moved(every, word), 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
+      few = few.reshape((1,) * words.ndim + few.shape)  # ranks may be strict
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)

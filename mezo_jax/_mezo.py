@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _compiler, _paths, sharding
+from mezo_jax import _arguments, _compiler, _paths, _values, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
 from mezo_jax._kinds import as_directions
@@ -45,9 +45,9 @@ def mezo(
                           scale_by_learning_rate(...), round_stochastically()))
 
   Like `spsa` it makes its own updates, so in a chain it must be the first link:
-  ``chain(clip_by_global_norm(1.0), mezo(...))`` is refused, since the clip would
-  have nothing to clip; ``chain(mezo(...), clip_by_global_norm(1e-3))`` clips
-  the step.
+  ``chain(clip_by_global_norm(1.0), mezo(...))`` is refused, since the clip
+  would have nothing to clip; ``chain(mezo(...), clip_by_global_norm(1e-3))``
+  clips the step.
 
   Put ``update`` and `optax.apply_updates` in one `jax.jit` with params and
   state donated, or call `mezo_jax.make_step`: no tree of updates is then built.
@@ -168,8 +168,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
 
 def _wide(x):
   """Half precision as float32."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if (
-      _paths.is_floating(x)) else x
+  return x.astype(_values.wide(x.dtype)) if _paths.is_floating(x) else x
 
 
 def rounding(key, directions: Directions, stochastic: bool

@@ -6,7 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mezo_jax import _lowrank
+from mezo_jax import _lowrank, _values
 from mezo_jax._codes import is_codes
 from mezo_jax._lazy import Block, Lazy, Operation, otherwise, RULES
 
@@ -56,7 +56,7 @@ def _by_factors(eqn, ins, at):
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
   first, axes = _factors(eqn, ins, at)
-  wide = jnp.promote_types(jnp.float32, out.dtype)
+  wide = _values.wide(out.dtype)
   product = lambda a, b: lax.dot_general(
       *((a, b) if at else (b, a)), p['dimension_numbers'], p['precision'], wide)
   clean = w.w.astype(w.w.dtype)
@@ -83,7 +83,8 @@ def _by_factors(eqn, ins, at):
       *args, preferred_element_type=dtype, precision=_precision(p))
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
-  narrow = narrow * w.draws.coefs[:, None]
+  narrow = narrow * w.draws.coefs.reshape(
+      (1,) * (narrow.ndim - 2) + (-1, 1))  # ranks may be strict
   core = w.draws.streams[0].core
   if core is not None:  # between the factors
     there = [a for a in range(n_) if core.shape[a] > 1]

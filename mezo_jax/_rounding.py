@@ -76,7 +76,8 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
         return p.moved_by(p.steps(update, bits))
       bits = _noise.words(streams[path], 0, p, 'rounding')
       update = _compiler.rounded(update, state.count)
-      moved = stochastic_round(p.astype(jnp.float32) + update, p.dtype, bits)
+      moved = stochastic_round(
+          p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype, bits)
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
 
     return _paths.map_named(finish, params, updates), RoundingState(

@@ -209,7 +209,7 @@ def spsa(
           value_fn, params, mine, epsilon, kind, signs=combine.signs, over=over,
           micro_batches=micro_batches, equal_parts=equal_parts, around=around,
           batch=_values.accepted(value_fn, extra_args))
-      value, g = combine(losses, _first(epsilon))
+      value, g = combine.apply(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
       if part is not None:
         g = jnp.full(num_samples, jnp.nan, g.dtype).at[
@@ -239,8 +239,8 @@ def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
   """Returns which of the n directions are evaluated."""
   i, parts = check_part(part)
   if n % parts:
-    raise ValueError(f'part={part} of num_samples={n} directions: the number of '
-                     'parts must divide them.')
+    raise ValueError(f'part={part} of num_samples={n} directions: the number '
+                     'of parts must divide them.')
   if parts > 1 and not combine.by_direction:
     raise ValueError(
         f'part={part} evaluates some of the directions, and {combine!r} may '
@@ -260,8 +260,8 @@ def check_part(part) -> tuple[int, int]:
       isinstance(x, (int, np.integer)) and not isinstance(x, bool)
       for x in part)
   if not is_pair or not 0 <= part[0] < part[1]:
-    raise ValueError('part must be (i, r), part number i of r, with i from 0 to '
-                     f'r - 1, got {part!r}.')
+    raise ValueError('part must be (i, r), part number i of r, with i from 0 '
+                     f'to r - 1, got {part!r}.')
   return int(part[0]), int(part[1])
 
 

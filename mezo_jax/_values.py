@@ -19,6 +19,15 @@ from jax import lax
 import jax.numpy as jnp
 
 
+def wide(dtype):
+  """Returns float64 for float64, and float32 for any other dtype.
+
+  As `jnp.promote_types` of float32, which refuses half precision where
+  ``jax_numpy_dtype_promotion`` is strict.
+  """
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def sums(out) -> tuple[jax.Array, jax.Array]:
   """``(sum of weighted values, sum of weights)`` of what a value_fn returned.
 
@@ -42,12 +51,12 @@ def sums(out) -> tuple[jax.Array, jax.Array]:
         f'value_fn returned {values.dtype}, in which the losses at +eps and '
         '-eps are mostly equal and their difference 0: compute the loss from '
         'logits.astype(jnp.float32).')
-  values = values.astype(jnp.promote_types(jnp.float32, values.dtype))
+  values = values.astype(wide(values.dtype))
   if not values.ndim:
     return values, jnp.ones([], values.dtype)
   if not weights:
     return jnp.sum(values), jnp.full([], values.size, values.dtype)
-  weight = weights[0].astype(values.dtype)
+  weight = jnp.asarray(weights[0]).astype(values.dtype)
   counted = jnp.where(weight != 0, values * weight, 0)  # padding may be NaN
   return jnp.sum(counted), jnp.sum(weight)
 

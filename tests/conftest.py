@@ -46,9 +46,9 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
-    'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
-    'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
-    'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
+    'arguments', 'backprop', 'baselines', 'bodies', 'build', 'common', 'data',
+    'distributed', 'estimate', 'evaluate', 'exchange', 'export', 'families',
+    'generate', 'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
     'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',

@@ -17,9 +17,10 @@ import optax
 from mezo_jax import _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import told
 
 

@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _arguments, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent, mezo
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import Remembering, told
 
 
 def _sign(losses, eps):
-  value, g = two_sided(losses, eps)
+  value, g = two_sided.apply(losses, eps)
   return value, jnp.sign(g)
 
 
@@ -62,6 +63,8 @@ def scalar_adam(
     **options: of `mezo_jax.spsa`.
   """
   directions = as_directions(directions)
+  _arguments.number('b2', b2, least=0, below=1)
+  _arguments.number('adam_eps', adam_eps, least=0)
   estimate = spsa(eps, key=key, directions=directions, dtype=jnp.float32,
                   **options)
 
