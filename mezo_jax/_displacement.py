@@ -320,7 +320,8 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
                      'order counts, and JAX sorts the keys of a dict.')
   keys = _noise.as_keys(displacement.keys)
   coefs = jax.tree.map(
-      lambda c: _arguments.array('coefs', c).astype(jnp.float32).reshape(-1),
+      lambda c: _arguments.array(
+          'coefs of a displacement', c).astype(jnp.float32).reshape(-1),
       displacement.coefs)
   sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
   if not keys.shape[0] or sizes != {keys.shape[0]}:

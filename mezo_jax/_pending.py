@@ -89,6 +89,7 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
                 flush=False, **extra_args):
     spsa_state, ring, rest, *memory = state
+    ring = jax.tree.map(jnp.asarray, ring)  # NumPy's, if it was restored
     if value_fn is not None:
       _arguments.check_names(
           value_fn, fold=fold, flush=True if flush else None)

@@ -100,7 +100,7 @@ def _by_factors(eqn, ins, at):
   # An axis of length 1 that neither factor has.
   added = added.reshape([1 if a not in there else n for a, n in zip(
       result, out.shape)])
-  return [(product(x, clean) + added).astype(out.dtype)]
+  return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
 
 
 def _precision(params):

@@ -148,8 +148,8 @@ def _check_rows(batch: dict, parts: int, what: str) -> None:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       lengths.setdefault(x.shape[0], f'{name!r} of shape {[*x.shape]}')
   if not lengths and what == 'micro_batches':
-    raise ValueError(f'{what}={parts} found no array to split among the '
-                     'arguments of value_fn: pass the batch to tx.update.')
+    raise ValueError(f'{what}={parts} found no array to split: pass the batch '
+                     'to tx.update under the names of value_fn\'s arguments.')
   if len(lengths) > 1:
     found = ', '.join(lengths.values())
     raise ValueError(

@@ -70,7 +70,7 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
     _chain.check_first('backprop')
     value, grads = gradient(
         value_fn, params, _values.accepted(value_fn, extra_args))
-    norm = optax.global_norm(grads).astype(jnp.float32)
+    norm = optax.tree.norm(grads).astype(jnp.float32)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     grads = jax.tree.map(
         lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)

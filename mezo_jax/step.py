@@ -128,9 +128,8 @@ class Step:
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are placed by the program: that costs no program.
-    told = [x if isinstance(x, jax.Array) else _host(
-        name, x, field(state, name).shape) for name, x in (
-            ('projected_grad', projected_grad), ('value', value))]
+    told = [_numbers(name, x, field(state, name).shape) for name, x in (
+        ('projected_grad', projected_grad), ('value', value))]
     return program(params, state, *told)
 
   def flush(self, params, state):
@@ -264,10 +263,13 @@ def _shape(tree) -> tuple:
   return jax.tree.structure(tree), *map(kind, jax.tree.leaves(tree))
 
 
-def _host(name: str, x, shape: tuple) -> np.ndarray:
-  """Returns numbers of the host as a program takes them."""
+def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
+  """Returns numbers as a program takes them."""
   try:
-    return np.reshape(np.asarray(x, np.float32), shape)
+    if x is None or isinstance(x, jax.Array) and x.shape != shape:
+      raise ValueError
+    return x if isinstance(x, jax.Array) else np.reshape(
+        np.asarray(x, np.float32), shape)
   except (TypeError, ValueError) as e:
     raise ValueError(f'{name} must be float32 numbers of the shape {[*shape]}, '
                      f'got {x!r}.') from e

@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _values
+from mezo_jax import _arguments, _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
 from mezo_jax._kinds import as_directions
@@ -41,6 +41,7 @@ def forward_grad(
     ValueError: as `mezo_jax.mezo`.
   """
   directions = as_directions(directions)
+  _arguments.boolean('equal_parts', equal_parts)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(1.0, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)

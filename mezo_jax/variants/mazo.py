@@ -235,6 +235,7 @@ def mazo(
 def no_scores(params, directions: Directions | str = Normal()):
   """A mask of the kind of `saliency`'s that chooses no element of matrices, to
   stand in its place until a state is restored or scores are made."""
+  _arguments.tree('params', params)
   directions = as_directions(directions)
   stacks = jax.tree.unflatten(
       _paths.structure(params), _paths.stacked(params, directions.stacked))
