@@ -33,7 +33,7 @@ import mezo_jax
 from mezo_jax import _streams, build, compiled, machines, plan
 from mezo_jax import config as config_lib
 from mezo_jax._displacement import Draws
-from mezo_jax._spsa import KINDS
+from mezo_jax._kinds import KINDS
 
 ROWS = 16
 MEZO = harness.MEZO | {

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import _noise, _streams
-from mezo_jax._spsa import KINDS
+from mezo_jax._kinds import KINDS
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)

@@ -33,14 +33,16 @@ class Model(nnx.Module):
 
 
 def loss_fn(params, batch):
-  logits = nnx.merge(graphdef, params)(batch['ids'])
+  model = nnx.merge(graphdef, params, rest, copy=True)
+  logits = model(batch['ids'])
   return optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']).mean()
 
 
 ids = jax.random.randint(jax.random.key(0), (64, 12), 0, 100)
 batch = {'ids': ids, 'label': (ids[:, 0] > 50).astype(jnp.int32)}
-graphdef, params = nnx.split(Model(nnx.Rngs(1)))
+# The rest: random streams, batch statistics and whatever else is not trained.
+graphdef, params, rest = nnx.split(Model(nnx.Rngs(1)), nnx.Param, ...)
 tx = mezo_jax.mezo(1e-3, eps=1e-3, key=0)
 state = tx.init(params)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _groups
+from mezo_jax import _arguments, _groups
 
 GROUP = 32  # weights that share a scale, as GGUF has it
 FACTORS = 'factors'  # a name: of what scales are multiplied by
@@ -292,19 +292,25 @@ def quantized(w: np.ndarray, bits: int, axis: int
 
 
 def quantize(w, bits: int = 8, axis: int = -2) -> Codes:
-  """A weight as `Codes`, with a scale for each 32 along an axis.
+  """Returns a weight as `Codes`, with a scale for each 32 along an axis.
 
   Args:
-    w: floats, two axes or more.
+    w: An array of floats, of one axis or more.
     bits: 8 or 4.
-    axis: that is summed over in products with it: of a kernel [inputs, outputs]
+    axis: The axis that products with it sum over: of a kernel [inputs, outputs]
       the first of these two, of an embedding the last.
 
   Raises:
-    ValueError: for other ``bits``, or 4 along an axis of odd length.
+    ValueError: for something else than floats, an axis that w has not, other
+      ``bits``, or 4 along an axis of odd length.
   """
   if bits not in (8, 4):
     raise ValueError(f'bits must be 8 or 4, got {bits!r}.')
+  if not hasattr(w, 'dtype') or not w.ndim or not jnp.issubdtype(
+      w.dtype, jnp.floating):
+    raise ValueError(f'w must be an array of floats, got {w!r}.')
+  if not isinstance(axis, (int, np.integer)) or not -w.ndim <= axis < w.ndim:
+    raise ValueError(f'axis must be one of the {w.ndim} of w, got {axis!r}.')
   axis = axis % w.ndim - w.ndim
   if bits == 4 and w.shape[axis] % 2:
     raise ValueError('4 bits need an axis of even length, got '
@@ -322,7 +328,14 @@ def assembled(q, scales, offsets, bits, axis, dtype) -> Codes:
 
 
 def dequantize(params, dtype=None):
-  """A tree with weights in the place of `Codes`; None for their own dtype."""
+  """Returns params with floats in the place of `Codes`.
+
+  Args:
+    params: A tree of arrays and `Codes`.
+    dtype: A floating-point dtype of these floats; None for each weight's own.
+  """
+  _arguments.tree('params', params)
+  _arguments.floating('dtype', dtype)
   return jax.tree.map(
       lambda x: x.astype(dtype or x.dtype) if is_codes(x) else x, params,
       is_leaf=is_codes)

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _paths
+from mezo_jax import _arguments, _noise, _paths
 from mezo_jax._displacement import Displacement, Draws, norm
 
 _U32 = jnp.uint32
@@ -45,7 +45,7 @@ class Directions:
       stochastically with bits of its key; or else wherever c z leads.
 
   Raises:
-    ValueError: for an unknown generator.
+    ValueError: for an unknown generator, or a mask that is not one.
   """
 
   generator: str = 'hash32'
@@ -60,9 +60,24 @@ class Directions:
   dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
 
   def __post_init__(self):
-    if self.generator not in _noise.GENERATORS:
+    if not isinstance(self.generator, str) or (
+        self.generator not in _noise.GENERATORS):
       raise ValueError(f'generator must be one of {_noise.GENERATORS}, got '
                        f'{self.generator!r}.')
+    for name in ('mask', 'stacked'):
+      value = getattr(self, name)
+      if isinstance(value, str):
+        _arguments.expression(name, value)
+      elif not isinstance(value, bool) and isinstance(
+          value, (int, float, complex)):
+        raise ValueError(
+            f'{name} must be None, a tree of bools, a function of the params '
+            f'or a regular expression, got {value!r}.')
+    for name in ('limits', 'scales'):
+      if isinstance(getattr(self, name), (str, bytes)):
+        raise ValueError(f'{name} must be a number or a tree of numbers, got '
+                         f'{getattr(self, name)!r}.')
+    _arguments.boolean('on_grid', self.on_grid)
 
   def keys(self, key: jax.Array, count, n: int) -> jax.Array:
     """The keys [n] of the directions of step number ``count`` of a run."""

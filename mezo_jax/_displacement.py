@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _paths, _streams
+from mezo_jax import _arguments, _noise, _paths, _streams, _values
 from mezo_jax._codes import Codes, is_codes
 
 _U32 = jnp.uint32
@@ -93,7 +93,7 @@ class Draws:
         steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
         return w.at(w.integers() + steps)
       w = w.astype(jnp.float32)
-    return self._sum(w.astype(jnp.promote_types(jnp.float32, w.dtype)), w)
+    return self._sum(w.astype(_values.wide(w.dtype)), w)
 
   def built(self, like: jax.Array | Codes) -> jax.Array:
     """``sum`` in float32, in the shape of ``like``."""
@@ -292,9 +292,11 @@ def of_leaves(params, displacement: Displacement, directions
 
 def _of_each(name: str, values, leaves: list) -> list:
   """Of each leaf its value, of a number or a tree of them."""
-  if values is None or isinstance(values, (int, float)):
+  if values is None or isinstance(values, (int, float, np.generic)):
     return [values] * len(leaves)
   values = jax.tree.leaves(values)
+  for value in values:
+    _arguments.array(name, value)
   if len(values) != len(leaves):
     raise ValueError(f'{name} are of {len(values)} leaves, and the params have '
                      f'{len(leaves)}.')
@@ -311,14 +313,16 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
   """Keys and coefficients [n]."""
   if not isinstance(displacement, Displacement):
     raise ValueError(
-        'a displacement must be a mezo_jax.Displacement(keys, coefs), got a '
+        'displacement must be a mezo_jax.Displacement(keys, coefs), got a '
         f'{type(displacement).__name__}.')
   if type(displacement.coefs) is dict:
     raise ValueError('coefs of groups must be a collections.OrderedDict: their '
                      'order counts, and JAX sorts the keys of a dict.')
   keys = _noise.as_keys(displacement.keys)
-  coefs = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32).reshape(-1),
-                       displacement.coefs)
+  coefs = jax.tree.map(
+      lambda c: _arguments.array(
+          'coefs of a displacement', c).astype(jnp.float32).reshape(-1),
+      displacement.coefs)
   sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
   if not keys.shape[0] or sizes != {keys.shape[0]}:
     raise ValueError(

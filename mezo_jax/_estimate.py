@@ -9,9 +9,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _paths, _values, sharding
+from mezo_jax import _arguments, _paths, _values, sharding
 from mezo_jax._directions import Directions
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._lowrank import LowRank
 from mezo_jax._perturb import perturbed
 
@@ -20,16 +21,55 @@ from mezo_jax._perturb import perturbed
 
 @dataclasses.dataclass(frozen=True)
 class Combine:
-  r"""From the losses of n directions to a value and n coefficients of z.
+  r"""Turns the losses of n directions into a value and n coefficients of z.
 
   Attributes:
-    signs: s of the points :math:`\theta + s \epsilon z` that are evaluated
-      for each direction; of 0, which is the same for all, once.
+    signs: The s of the points :math:`\theta + s \epsilon z` that are evaluated
+      for each direction. The loss of s = 0, the same for all directions, is
+      evaluated once.
     fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
+    by_direction: Whether a direction's coefficient depends on its own losses
+      alone. Only then can replicas evaluate a part of the directions each
+      (``part=``). Defaults to False, as for z-scores or ranks.
+
+  Raises:
+    ValueError: for signs that are not numbers, or a ``fn`` that cannot be
+      called.
   """
 
   signs: tuple[float, ...]
   fn: Callable
+  _: dataclasses.KW_ONLY
+  by_direction: bool = False
+
+  def __post_init__(self):
+    if not isinstance(self.signs, (tuple, list)) or not self.signs:
+      raise ValueError('signs must be a tuple of numbers, such as (1.0, -1.0), '
+                       f'got {self.signs!r}.')
+    for sign in self.signs:
+      _arguments.number('each of signs', sign)
+    _arguments.function('fn', self.fn)
+    _arguments.boolean('by_direction', self.by_direction)
+    object.__setattr__(self, 'signs', tuple(self.signs))
+
+  # No __call__: optax.inject_hyperparams takes what is callable for a schedule.
+  def apply(self, losses: jax.Array, eps) -> tuple[jax.Array, jax.Array]:
+    """Returns ``fn(losses, eps)``, whose shapes are checked.
+
+    Raises:
+      ValueError: for something else than a value and n coefficients.
+    """
+    out = self.fn(losses, eps)
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+      raise ValueError('the fn of a Combine must return (value, '
+                       f'projected_grad), got {type(out).__name__}.')
+    value, g = map(jnp.asarray, out)
+    if value.shape or g.shape != losses.shape[:1]:
+      raise ValueError(
+          'the fn of a Combine must return a value [] and projected_grad '
+          f'[{losses.shape[0]}], one for each direction, got '
+          f'{[*value.shape]} and {[*g.shape]}.')
+    return value, g
 
 
 def _two_sided(losses, eps):
@@ -53,13 +93,30 @@ def _fzoo(losses, eps):
   return loss[0], (losses - loss) / std
 
 
-two_sided = Combine((1.0, -1.0), _two_sided)  # bias O(eps**2), 2n evaluations
-one_sided = Combine((1.0, 0.0), _one_sided)  # bias O(eps), n + 1 evaluations
+# Of a bias of O(eps**2), by 2n evaluations.
+two_sided = Combine((1.0, -1.0), _two_sided, by_direction=True)
+# Of a bias of O(eps), by n + 1 evaluations.
+one_sided = Combine((1.0, 0.0), _one_sided, by_direction=True)
 # FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
 # a size that does not depend on the gradient. The deviation is the sample's
 # (n - 1), and no less than the rounding of a float32 loss.
 fzoo = Combine((1.0, 0.0), _fzoo)
 COMBINES = {'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
+
+
+def as_combine(combine: Combine | str) -> Combine:
+  """Returns a combine function, which may be given by name.
+
+  Raises:
+    ValueError: for an unknown name, or something else.
+  """
+  if isinstance(combine, Combine):
+    return combine
+  if not isinstance(combine, str) or combine not in COMBINES:
+    raise ValueError(
+        f'combine must be one of {tuple(COMBINES)}, or a mezo_jax.Combine, got '
+        f'{combine!r}.')
+  return COMBINES[combine]
 
 
 # --- losses -----------------------------------------------------------------
@@ -70,7 +127,8 @@ OVER = ('scan', 'batch', 'rows')
 
 
 def estimate(
-    value_fn: Callable, params, z: Displacement, eps, directions: Directions,
+    value_fn: Callable, params, z: Displacement, eps,
+    directions: Directions | str,
     *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
     micro_batches: int = 1, equal_parts: bool = False,
     batch: Mapping | None = None, around: Displacement | None = None,
@@ -82,8 +140,8 @@ def estimate(
     params: :math:`\theta`.
     z: its n terms are :math:`z_j`.
     eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
-    directions: what z is; plain, or evaluations repeat what `Directions.plain`
-      does once.
+    directions: What z is, or its name. Plain directions, or else each
+      evaluation repeats what `Directions.plain` does once.
     signs: s, one or more; the losses of 0 are evaluated once.
     over: how the n directions and their signs are evaluated. 'scan': one after
       the other; one forward pass is in memory at a time. 'batch': all in one
@@ -111,7 +169,12 @@ def estimate(
       n does not divide the rows, or ``micro_batches`` n or the rows; or if
       directions that are built would take several times the weights' memory.
   """
+  _arguments.function('value_fn', value_fn)
+  directions = as_directions(directions)
   check_over(over)
+  check_displacement('z', z)
+  if around is not None:
+    check_displacement('around', around)
   if over != 'scan':
     _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
                                       // sharding.direction_groups()))
@@ -182,29 +245,36 @@ def _displaced(value_fn: Callable, by: Displacement,
 
 def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
   n = z.keys.shape[0]
+  rows, with_rows = _values.split_batch(batch, n, "over='rows': num_samples")
 
   def of_rows(term, rows):
     def of_sign(s):
-      out = at(term.times(s), rows)
+      out = at(term.times(s), with_rows(rows))
       _values.check_parts(out, n, equal_parts, "over='rows': num_samples")
       return _values.sums(out)
     return jax.vmap(of_sign)(signs)
 
   # Rows, and so their directions, are split between the devices of a mesh.
   together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
-  rows = _values.split_batch(batch, n, "over='rows': num_samples")
   with sharding.rows_have_directions():
     if parts == 1:
       total, weight = together(z, rows)
     else:
-      total, weight = lax.map(lambda part: together(*part), (
-          _values.split_batch((z, rows), parts)))
+      some = lambda x: x.reshape(parts, n // parts, *x.shape[1:])
+      total, weight = lax.map(
+          lambda part: together(*part), jax.tree.map(some, (z, rows)))
       total, weight = (x.reshape(n, -1) for x in (total, weight))
   return n * total / jnp.sum(weight, 0)
 
 
+def check_displacement(name: str, displacement) -> None:
+  if not isinstance(displacement, Displacement):
+    raise ValueError(f'{name} must be a mezo_jax.Displacement, got '
+                     f'{displacement!r}.')
+
+
 def check_over(over: str) -> None:
-  if over not in OVER:
+  if not isinstance(over, str) or over not in OVER:
     raise ValueError(f'over must be one of {OVER}, got {over!r}.')
 
 

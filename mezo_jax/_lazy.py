@@ -29,6 +29,8 @@ from mezo_jax._codes import Codes
 from mezo_jax._displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
+# Programs of one operation, whose arguments have no names.
+_NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
 SMALL = 2**16  # elements; below, a weight is built wherever that is
 
 
@@ -240,7 +242,7 @@ def bind(eqn, ins) -> list:
   """The operation itself, on arrays."""
   known = {v: x for v, x in zip(eqn.invars, ins)
            if not isinstance(v, core.Literal)}
-  alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects)
+  alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects, _NO_NAMES)
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*known.values())
 
 

@@ -65,7 +65,8 @@ class LowRank(Directions):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.rank, int) or self.rank < 1:
+    if not isinstance(self.rank, int) or isinstance(
+        self.rank, bool) or self.rank < 1:
       raise ValueError(f'rank must be an integer of at least 1, got '
                        f'{self.rank!r}.')
 
@@ -165,6 +166,7 @@ class LowRank(Directions):
     for word, few in enumerate(self._bits(times)):
       words = _noise.words(_streams.moved(every, word), 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
+      few = few.reshape((1,) * words.ndim + few.shape)  # ranks may be strict
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
@@ -197,7 +199,8 @@ class LazyLowRank(LowRank):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.every, int) or self.every < 1:
+    if not isinstance(self.every, int) or isinstance(
+        self.every, bool) or self.every < 1:
       raise ValueError('every must be an integer of at least 1, got '
                        f'{self.every!r}.')
 

@@ -9,16 +9,16 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mezo_jax import _compiler, _paths, sharding
+from mezo_jax import _arguments, _compiler, _paths, _values, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
+from mezo_jax._kinds import as_directions
 from mezo_jax._pending import pending, sgd
 from mezo_jax._rounding import round_stochastically, to_nearest
 from mezo_jax._skip import skip_not_finite
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 
 
 def mezo(
@@ -27,7 +27,7 @@ def mezo(
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
-    combine: Combine = two_sided,
+    combine: Combine | str = two_sided,
     num_samples: int | None = None,
     over: str = 'scan',
     micro_batches: int | None = None,
@@ -44,6 +44,11 @@ def mezo(
     skip_not_finite(chain(spsa(...), add_decayed_weights(...),
                           scale_by_learning_rate(...), round_stochastically()))
 
+  Like `spsa` it makes its own updates, so in a chain it must be the first link:
+  ``chain(clip_by_global_norm(1.0), mezo(...))`` is refused, since the clip
+  would have nothing to clip; ``chain(mezo(...), clip_by_global_norm(1e-3))``
+  clips the step.
+
   Put ``update`` and `optax.apply_updates` in one `jax.jit` with params and
   state donated, or call `mezo_jax.make_step`: no tree of updates is then built.
 
@@ -57,7 +62,8 @@ def mezo(
     key: a `jax.random.key` or an integer seed.
     directions: what z is, and which leaves are perturbed, updated and decayed;
       see `mezo_jax.spsa`, as for the next five.
-    combine: from losses to :math:`g`: `two_sided`, `one_sided` or `fzoo`.
+    combine: How losses become :math:`g`: `two_sided`, `one_sided` or `fzoo`,
+      their names, or a `Combine`.
     num_samples: directions per step.
     over: whether they are evaluated one after the other, or in one pass.
     micro_batches: parts that the batch is evaluated in.
@@ -69,12 +75,13 @@ def mezo(
     stochastic_rounding: whether bfloat16 and float16 weights are rounded
       stochastically (`mezo_jax.round_stochastically`), with bits of the step's
       key, instead of to nearest.
-    fold_every: k, 1 if None; above 1 updates are zero but for each k-th, which
-      is the sum of as many, and losses are taken where the weights would be by
-      then. It pays where updates take long beside forwards (short prompts) and
-      terms of z are cheap (`LowRank`), under `mezo_jax.make_step`, which
-      touches no weights in between. Needs one learning rate and eps, no decay.
-      Before weights are read: ``step.flush(params, state)``.
+    fold_every: Apply updates every k steps; 1 if None. In between, losses are
+      evaluated at the weights plus the accumulated updates, so the trajectory
+      is unchanged. It pays where updates take long compared with forwards
+      (short prompts) and terms of z are cheap (`LowRank`), under
+      `mezo_jax.make_step`, which touches no weights in between. Needs one
+      learning rate and eps, no decay. Before weights are read:
+      ``step.flush(params, state)``.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
@@ -85,7 +92,8 @@ def mezo(
     ``fold_every`` what is pending the second.
 
   Raises:
-    ValueError: as `spsa`; for weight decay with a mask of elements; and for
+    ValueError: as `spsa`; for a learning rate that is not a number, a schedule
+      or groups of them; for weight decay with a mask of elements; and for
       ``fold_every`` below 1, or above it with decay or groups.
 
   References:
@@ -103,6 +111,7 @@ def mezo(
     >>> params = optax.apply_updates(params, updates)
   """
   directions = as_directions(directions)
+  learning_rate = _arguments.rate('learning_rate', learning_rate)
   estimate = spsa(
       eps, key=key, directions=directions, combine=combine,
       num_samples=num_samples, over=over, micro_batches=micro_batches,
@@ -121,11 +130,15 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
             directions: Directions, weight_decay=0.0, decay=None,
             stochastic_rounding: bool = True
             ) -> optax.GradientTransformationExtraArgs:
-  """What `mezo` does with an estimate, for the estimates of its relatives."""
+  """Adds to an estimate the other links that `mezo` has."""
+  learning_rate = _arguments.rate('learning_rate', learning_rate)
+  _arguments.number('weight_decay', weight_decay, least=0)
+  finish = rounding(key, directions, stochastic_rounding)
+
   def decayed(params):
     chosen = (_paths.decayed(params, directions.stacked) if decay is None else
               jax.tree.unflatten(_paths.structure(params),
-                                 _paths.resolved(params, decay)))
+                                 _paths.resolved(params, decay, 'decay')))
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)
 
@@ -139,8 +152,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
   tx = skip_not_finite(optax.chain(
       estimate,
       optax.masked(optax.stateless(add_decay), decayed),
-      by_group(optax.scale_by_learning_rate, learning_rate),
-      rounding(key, directions, stochastic_rounding)))
+      by_group(optax.scale_by_learning_rate, learning_rate), finish))
 
   def init_fn(params):
     if not isinstance(weight_decay, jax.core.Tracer) and not never:
@@ -156,14 +168,13 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
 
 def _wide(x):
   """Half precision as float32."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if (
-      _paths.is_floating(x)) else x
+  return x.astype(_values.wide(x.dtype)) if _paths.is_floating(x) else x
 
 
 def rounding(key, directions: Directions, stochastic: bool
              ) -> optax.GradientTransformation:
-  """The last link: updates in the dtypes of the parameters."""
-  if not stochastic:
+  """Returns the last link: updates in the dtypes of the parameters."""
+  if not _arguments.boolean('stochastic_rounding', stochastic):
     return to_nearest()
   return round_stochastically(key, lambda params: _used(params, directions))
 
@@ -174,9 +185,8 @@ def _used(params, directions: Directions):
 
 def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
   """``fold_every``, if the rest allows it."""
-  if not isinstance(fold_every, (int, np.integer)) or fold_every < 1:
-    raise ValueError('fold_every must be a Python integer of at least 1, got '
-                     f'{fold_every!r}.')
+  _arguments.whole('fold_every', fold_every)
+  _arguments.number('weight_decay', weight_decay, least=0)
   decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
   if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
                          or isinstance(eps, Mapping)):

@@ -26,6 +26,7 @@ Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
 
 import dataclasses
 import functools
+import sys
 import zlib
 
 import jax
@@ -67,23 +68,77 @@ class Stream:
 # --- keys -------------------------------------------------------------------
 
 
-def as_key(key) -> jax.Array:
-  """A typed threefry key from a typed key, raw key data or an integer seed."""
-  if isinstance(key, jax.Array) and jnp.issubdtype(
-      key.dtype, jax.dtypes.prng_key):
+def as_key(key, name: str = 'key') -> jax.Array:
+  """Returns a typed threefry key.
+
+  Args:
+    key: A typed key of any implementation, the data of a raw one, or a seed
+      that `jax.random.key` takes, of which it makes the same key.
+    name: The argument's name, for the error.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  if is_typed(key):
     if key.shape:
-      raise ValueError(f'key must be one key, got an array of {key.shape}.')
+      raise ValueError(f'{name} must be one key, got an array of {key.shape}.')
     if jax.random.key_impl(key) == 'threefry2x32':
       return key
     return _wrap(jax.random.bits(key, (2,), jnp.uint32))
-  key = jnp.asarray(key)
-  if key.shape == (2,) and key.dtype == jnp.uint32:
-    return _wrap(key)
-  if key.shape or not jnp.issubdtype(key.dtype, jnp.integer):
+  if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32:
+    if key.shape == (2,):
+      return _wrap(jnp.asarray(key))
+    if key.shape == (4,):  # of jax.random.PRNGKey where 'rbg' is the default
+      return as_key(jax.random.wrap_key_data(jnp.asarray(key), impl='rbg'))
+  try:  # jax takes bools for seeds, too
+    is_seed = not np.shape(key) and jnp.result_type(key).kind in 'iub'
+  except (TypeError, ValueError):
+    is_seed = False
+  except OverflowError:  # a Python integer that is decided about below
+    is_seed = True
+  if not is_seed:
+    found = f'{key.dtype}{[*key.shape]}' if hasattr(key, 'dtype') else repr(key)
     raise ValueError(
-        'key must be a jax.random.key or an integer seed, got '
-        f'{key.dtype}{list(key.shape)}.')
-  return jax.random.key(key, impl='threefry2x32')
+        f'{name} must be a jax.random.key or an integer seed, got {found}.')
+  try:
+    return jax.random.key(key, impl='threefry2x32')
+  except OverflowError as e:
+    raise ValueError(f'{name} must be a seed that jax.random.key takes, below '
+                     f'2**63, got {key!r}.') from e
+
+
+def check_key(key, name: str = 'key') -> None:
+  """Raises ValueError for something that `as_key` does not take.
+
+  Nothing is computed for a seed: devices may not be set up yet.
+  """
+  if not isinstance(key, (int, np.integer)):
+    as_key(key, name)
+
+
+def is_typed(key) -> bool:
+  """Returns whether something is an array of typed PRNG keys."""
+  return hasattr(key, 'dtype') and jnp.issubdtype(
+      key.dtype, jax.dtypes.prng_key)
+
+
+def state_key(key) -> jax.Array:
+  """Returns a copy of a key for an optimizer's state, which may be donated.
+
+  `flax.serialization` cannot save typed keys until someone registers how. In
+  programs that import it, this does, so that it saves states: a key as its
+  data.
+  """
+  flax = sys.modules.get('flax.serialization')
+  if flax is not None:
+    with jax.ensure_compile_time_eval():  # its type, not that of a tracer
+      kind = type(jax.random.key(0, impl='threefry2x32'))
+    if not flax.is_serializable(kind):
+      flax.register_serialization_state(
+          kind, jax.random.key_data,
+          lambda like, data: jax.random.wrap_key_data(
+              jnp.asarray(data), impl=jax.random.key_impl(like)))
+  return jnp.copy(as_key(key))
 
 
 def _wrap(words: jax.Array) -> jax.Array:
@@ -91,13 +146,20 @@ def _wrap(words: jax.Array) -> jax.Array:
 
 
 def as_keys(keys) -> jax.Array:
-  """Typed threefry keys [n] from an array of keys, or from one key."""
-  if isinstance(keys, jax.Array) and keys.ndim == 1 and jnp.issubdtype(
-      keys.dtype, jax.dtypes.prng_key):
+  """Returns typed threefry keys [n].
+
+  Args:
+    keys: An array of typed keys [n], the data of raw ones [n, 2], or one key as
+      `as_key` takes it.
+  """
+  if is_typed(keys) and keys.ndim == 1:
     if jax.random.key_impl(keys) == 'threefry2x32':
       return keys
-    return _wrap(jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys))
-  return as_key(keys)[None]
+    return _wrap(jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(keys))
+  if isinstance(keys, (jax.Array, np.ndarray)) and keys.dtype == np.uint32 and (
+      keys.ndim == 2 and keys.shape[1] == 2):
+    return _wrap(jnp.asarray(keys))
+  return as_key(keys, 'the keys of a displacement')[None]
 
 
 def direction_key(key: jax.Array, count, sample=0) -> jax.Array:

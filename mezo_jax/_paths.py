@@ -12,7 +12,9 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mezo_jax import _arguments
 from mezo_jax._codes import is_codes
 
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
@@ -123,7 +125,7 @@ def stacked(params, how=None) -> list[bool]:
   a key of its own: by their names (see `locate`), or as a mask says."""
   found = named_leaves(params)
   chosen = ([locate(path)[2] for path, _ in found] if how is None
-            else resolved(params, how))
+            else resolved(params, how, 'stacked'))
   return [bool(c) and len(shape_of(x)) > 0
           for c, (_, x) in zip(chosen, found)]
 
@@ -145,7 +147,7 @@ def decayed(params, how=None) -> Any:
     how: which are stacked; None to guess.
   """
   found = named_leaves(params)
-  is_stack = ([*map(bool, resolved(params, how))] if how is not None
+  is_stack = ([*map(bool, resolved(params, how, 'stacked'))] if how is not None
               else _seem_stacked(found))
   return jax.tree.unflatten(structure(params), [
       len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
@@ -189,6 +191,9 @@ def selected(params, mask, takes: Callable | None = None) -> Any:
   """
   chosen, takes = resolved(params, mask), takes or is_floating
   found = named_leaves(params)
+  for path, x in found:
+    if not is_codes(x) and not _is_array(x):
+      raise ValueError(f'parameter {path!r} is {x!r}, which is not an array.')
   chosen = [takes(x) and c for (_, x), c in zip(found, chosen)]
   if found and not any(c is not False for c in chosen):
     shown = ', '.join(path for path, _ in found[:5])
@@ -205,25 +210,41 @@ def selected(params, mask, takes: Callable | None = None) -> Any:
   return jax.tree.unflatten(structure(params), chosen)
 
 
+def _is_array(x) -> bool:
+  """Returns whether a leaf is an array, its shape, or a number."""
+  try:
+    return hasattr(x, 'dtype') or bool(jnp.result_type(x))
+  except (TypeError, ValueError):
+    return False
+
+
 def is_floating(x) -> bool:
   dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
   return jnp.issubdtype(dtype, jnp.floating)
 
 
-def resolved(params, mask) -> list:
-  """What a mask says of each leaf: True, False or an array of bools.
+def resolved(params, mask, name: str = 'mask') -> list:
+  """Returns for each leaf what a mask says: True, False or an array of bools.
+
+  Args:
+    params: The parameters.
+    mask: As for `selected`.
+    name: The argument's name, for the error.
 
   Raises:
-    ValueError: if it does not fit the tree.
+    ValueError: if it does not fit the tree, or is not a mask.
   """
   if mask is None or isinstance(mask, bool):
     return [mask is not False] * len(named_leaves(params))
   if isinstance(mask, str):
-    return jax.tree.leaves(matches(params, mask))
+    found = _arguments.expression(name, mask)
+    return [bool(found.search(path)) for path, _ in named_leaves(params)]
   mask = mask(params) if callable(mask) else mask
   out = []
 
   def of_leaf(m, x):
+    if not isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array)):
+      raise ValueError(f'{m!r} is not a bool or an array of bools')
     if jnp.ndim(m) and jnp.shape(m) != shape_of(x):
       raise ValueError(f'a mask of elements has the shape {jnp.shape(m)} and '
                        f'its parameter {shape_of(x)}')
@@ -234,7 +255,7 @@ def resolved(params, mask) -> list:
         lambda x: of_leaf(m, x), part, is_leaf=is_codes), mask, params)
   except ValueError as e:
     raise ValueError(
-        f'mask is not a prefix of the parameter tree: {e}') from e
+        f'{name} is not a prefix of the parameter tree: {e}') from e
   return out
 
 

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _compiler, sharding
+from mezo_jax import _arguments, _compiler, sharding
 from mezo_jax._directions import Directions
 from mezo_jax._displacement import Displacement
 from mezo_jax._perturb import direction, zeros
@@ -50,7 +50,7 @@ def sgd(learning_rate: float | optax.Schedule) -> Rule:
   r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
   def fn(pending, slot, g, value, count):
     del value
-    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    rate = _arguments.at(learning_rate, count)
     return pending.at[slot].set(-rate * g / g.shape[0]),
   return Rule(fn)
 
@@ -89,6 +89,10 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
   def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
                 flush=False, **extra_args):
     spsa_state, ring, rest, *memory = state
+    ring = jax.tree.map(jnp.asarray, ring)  # NumPy's, if it was restored
+    if value_fn is not None:
+      _arguments.check_names(
+          value_fn, fold=fold, flush=True if flush else None)
     if flush:
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)

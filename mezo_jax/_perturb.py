@@ -20,9 +20,10 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mezo_jax import (
+  _arguments,
+  _noise,
   _paths,
   _products,  # noqa: F401  its rule is registered
   _streams,
@@ -31,6 +32,7 @@ from mezo_jax._codes import is_codes
 from mezo_jax._control import evaluate
 from mezo_jax._directions import Directions, Normal, Rademacher
 from mezo_jax._displacement import Displacement, of_leaves, stack
+from mezo_jax._kinds import as_directions
 from mezo_jax._lazy import Block, Context, SMALL
 
 
@@ -127,7 +129,7 @@ def _build(w, draws):
 
 
 def displace(params, displacement: Displacement,
-             directions: Directions = Normal()):
+             directions: Directions | str = Normal()):
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
   Elementwise, so that under `jax.jit` with donated params it is in place. The
@@ -135,33 +137,36 @@ def displace(params, displacement: Displacement,
 
   Args:
     params: a tree of arrays.
-    displacement: keys and coefficients [n].
-    directions: what z is; leaves without z are returned as they are.
+    displacement: Keys and coefficients [n].
+    directions: What z is, or its name; leaves without z are returned as they
+      are.
 
   Raises:
-    ValueError: for what is no displacement, or directions whose mask does not
-      fit.
+    ValueError: for something that is not a displacement, or directions whose
+      mask does not fit.
   """
+  directions = as_directions(directions)
   return jax.tree.unflatten(_paths.structure(params), _map_blocks(
       _build, _blocks(params, displacement, directions), lambda x: x))
 
 
 def direction(params, displacement: Displacement,
-              directions: Directions = Normal(), *, dtype=None):
+              directions: Directions | str = Normal(), *, dtype=None):
   r"""Builds :math:`\sum_j c_j z(key_j)`, zero where there is no z.
 
   Args:
-    params: a tree that gives paths, shapes and dtypes.
-    displacement: keys and coefficients [n].
-    directions: what z is.
-    dtype: of the result; None for the parameters' own, which of PRNG keys is
-      `jax.dtypes.float0`.
+    params: A tree that gives paths, shapes and dtypes.
+    displacement: Keys and coefficients [n].
+    directions: What z is, or its name.
+    dtype: A floating-point dtype of the result; None for the parameters' own,
+      and then PRNG keys among the params have `Unmoved`.
 
   Raises:
     ValueError: as for `displace`.
   """
   return mapped(lambda w, draws: draws.built(w), params, displacement,
-                directions, dtype=dtype)
+                as_directions(directions),
+                dtype=_arguments.floating('dtype', dtype))
 
 
 def mapped(fn: Callable, params, displacement: Displacement,
@@ -174,12 +179,54 @@ def mapped(fn: Callable, params, displacement: Displacement,
           jnp.zeros(_paths.shape_of(x), dtype))))
 
 
-def zeros(x) -> jax.Array:
-  """The update of a leaf that is not trained."""
+@jax.tree_util.register_pytree_node_class
+class Unmoved:
+  """The update of a PRNG key, to which nothing can be added.
+
+  It is a tree without leaves, so whatever maps over updates passes it by, and
+  ``key + Unmoved()`` is the key, so `optax.apply_updates` can be used on params
+  that have keys among them, such as the whole state of an NNX model.
+  """
+
+  def __radd__(self, key):
+    return key if isinstance(key, jax.core.Tracer) else _Sum(key)
+
+  def tree_flatten(self):
+    return (), None
+
+  @classmethod
+  def tree_unflatten(cls, aux, children):
+    del aux, children
+    return cls()
+
+
+class _Sum(jax.Array):
+  """A key that can be cast to its own dtype.
+
+  `optax.apply_updates` casts every sum, for which concrete keys, unlike traced
+  ones, have no method.
+  """
+
+  def __init__(self, key):
+    self._key = key
+
+  aval = property(lambda self: self._key.aval)
+  dtype = property(lambda self: self._key.dtype)
+  shape = property(lambda self: self._key.shape)
+  ndim = property(lambda self: self._key.ndim)
+  weak_type = False
+
+  def astype(self, dtype):
+    del dtype
+    return self._key
+
+
+def zeros(x):
+  """Returns the update of a leaf that is not trained."""
   if is_codes(x):
     return jnp.zeros(x.shape, x.dtype)
-  if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+  if _noise.is_typed(x):
+    return Unmoved()
   return jnp.zeros_like(x)
 
 
@@ -187,7 +234,7 @@ def zeros(x) -> jax.Array:
 
 
 def perturbed(value_fn: Callable,
-              directions: Directions = Normal()) -> Callable:
+              directions: Directions | str = Normal()) -> Callable:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
   ``perturbed(f)(params, displacement, *args)`` is
@@ -196,16 +243,16 @@ def perturbed(value_fn: Callable,
   program uses a large weight whole, a warning names the weight and the reason.
 
   Args:
-    value_fn: a traceable function ``(params, *args, **kwargs) -> tree``.
-    directions: what z is; leaves without z are not perturbed.
+    value_fn: A traceable function ``(params, *args, **kwargs) -> tree``.
+    directions: What z is, or its name; leaves without z are not perturbed.
 
   Returns:
     A function ``(params, displacement, *args, **kwargs)``. ``params`` may be
     any tree (a Linen dict, an NNX state, an Equinox module).
 
   Raises:
-    ValueError: for what is no displacement, or directions whose mask does not
-      fit.
+    ValueError: for something that is not a displacement, or directions whose
+      mask does not fit.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -215,6 +262,9 @@ def perturbed(value_fn: Callable,
     >>> bool(jnp.allclose(perturbed(f)(w, d, x), f(displace(w, d), x)))
     True
   """
+
+  _arguments.function('value_fn', value_fn)
+  directions = as_directions(directions)
 
   def perturbed_fn(params, displacement, /, *args, **kwargs):
     return _evaluated(lambda p: value_fn(p, *args, **kwargs), params,
@@ -230,8 +280,9 @@ def dequantized(fn: Callable) -> Callable:
   is alive at a time, and nothing else changes. Without `Codes` it is ``fn``.
 
   Args:
-    fn: a traceable function ``(params, *args, **kwargs) -> tree``.
+    fn: A traceable function ``(params, *args, **kwargs) -> tree``.
   """
+  _arguments.function('fn', fn)
 
   def dequantized_fn(params, /, *args, **kwargs):
     named = _paths.named_leaves(params)

@@ -6,7 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mezo_jax import _lowrank
+from mezo_jax import _lowrank, _values
 from mezo_jax._codes import is_codes
 from mezo_jax._lazy import Block, Lazy, Operation, otherwise, RULES
 
@@ -56,7 +56,7 @@ def _by_factors(eqn, ins, at):
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
   first, axes = _factors(eqn, ins, at)
-  wide = jnp.promote_types(jnp.float32, out.dtype)
+  wide = _values.wide(out.dtype)
   product = lambda a, b: lax.dot_general(
       *((a, b) if at else (b, a)), p['dimension_numbers'], p['precision'], wide)
   clean = w.w.astype(w.w.dtype)
@@ -83,7 +83,8 @@ def _by_factors(eqn, ins, at):
       *args, preferred_element_type=dtype, precision=_precision(p))
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
-  narrow = narrow * w.draws.coefs[:, None]
+  narrow = narrow * w.draws.coefs.reshape(
+      (1,) * (narrow.ndim - 2) + (-1, 1))  # ranks may be strict
   core = w.draws.streams[0].core
   if core is not None:  # between the factors
     there = [a for a in range(n_) if core.shape[a] > 1]
@@ -99,7 +100,7 @@ def _by_factors(eqn, ins, at):
   # An axis of length 1 that neither factor has.
   added = added.reshape([1 if a not in there else n for a, n in zip(
       result, out.shape)])
-  return [(product(x, clean) + added).astype(out.dtype)]
+  return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
 
 
 def _precision(params):
@@ -139,6 +140,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
     rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
     def part(i, out):
+      i = jnp.asarray(i)  # a Python number under jax.disable_jit
       some = rows.view(
           rows.w.take(along + 1, i) if is_codes(rows.w) else
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),

@@ -47,9 +47,11 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
     Connolly, Higham and Mary, 2021, "Stochastic rounding and its probabilistic
     backward error analysis".
   """
+  _noise.check_key(key)
+
   def init_fn(params):
     return sharding.beside(RoundingState(
-        jnp.zeros([], jnp.int32), jnp.copy(_noise.as_key(key))), params)
+        jnp.zeros([], jnp.int32), _noise.state_key(key)), params)
 
   def update_fn(updates, state, params=None):
     if params is None:
@@ -74,7 +76,8 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
         return p.moved_by(p.steps(update, bits))
       bits = _noise.words(streams[path], 0, p, 'rounding')
       update = _compiler.rounded(update, state.count)
-      moved = stochastic_round(p.astype(jnp.float32) + update, p.dtype, bits)
+      moved = stochastic_round(
+          p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype, bits)
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
 
     return _paths.map_named(finish, params, updates), RoundingState(
@@ -92,7 +95,7 @@ def to_nearest() -> optax.GradientTransformation:
 def _cast(p, update):
   if is_codes(p):
     return p.moved_by(p.steps(update, None))
-  if jnp.issubdtype(jnp.result_type(p), jax.dtypes.prng_key):
+  if _noise.is_typed(p):
     return zeros(p)
   return update.astype(jnp.result_type(p))
 

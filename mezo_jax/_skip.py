@@ -1,4 +1,4 @@
-"""A step whose loss is not finite changes nothing, in any chain."""
+"""Leaves everything as it is in a step whose loss is not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,27 @@ from mezo_jax import _compiler, sharding
 def skip_not_finite(
     inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-  """Steps that an estimator within ``inner`` skips change nothing.
+  """Makes a step that an estimator within ``inner`` skips change nothing.
 
-  Where a loss or projected gradient is not finite, `mezo_jax.spsa` gives zeros
-  and counts. What follows it would go on: Adam by its momentum, weight decay
-  by itself. Here the updates are then zero and every state is as before, the
-  counts of schedules too, but the estimator's own:
-  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``.
+  Where a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
+  updates and counts the step. The links after it would go on all the same: Adam
+  by its momentum, weight decay by itself. Within this wrapper the updates are
+  zero in such a step and every state stays as it was, the counts of schedules
+  too, except the estimator's own:
+  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``. `mezo_jax.mezo` and the
+  variants have it.
 
   Args:
-    inner: a chain with an estimator in it, that is a state with the field
-      ``notfinite_count``.
+    inner: A transformation with an estimator in it, that is one whose state has
+      the field ``notfinite_count``.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if there is none; and in ``update`` if the estimator is not the
+      first link of its chain.
   """
+  if not (hasattr(inner, 'init') and hasattr(inner, 'update')):
+    raise ValueError('inner must be an optax.GradientTransformation, got '
+                     f'{inner!r}.')
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
@@ -42,8 +48,7 @@ def skip_not_finite(
     def keep(old, x):
       return x if _is_estimator(x) else jnp.where(skipped, old, x)
     def zero(u):
-      return u if u.dtype == jax.dtypes.float0 else (
-          jnp.where(skipped, jnp.zeros_like(u), _compiler.rounded(u, count)))
+      return jnp.where(skipped, jnp.zeros_like(u), _compiler.rounded(u, count))
     return jax.tree.map(zero, updates), jax.tree.map(
         keep, state, new, is_leaf=_is_estimator)
 

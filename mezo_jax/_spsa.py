@@ -21,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _noise, _values, sharding
-from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
-from mezo_jax._estimate import check_over, Combine, estimate, fzoo, two_sided
-from mezo_jax._lowrank import LazyLowRank, LowRank
+from mezo_jax import _arguments, _chain, _noise, _values, sharding
+from mezo_jax._directions import Directions, Normal
+from mezo_jax._estimate import (
+  as_combine,
+  check_displacement,
+  check_over,
+  Combine,
+  estimate,
+  two_sided,
+)
+from mezo_jax._kinds import as_directions
 from mezo_jax._perturb import direction
-from mezo_jax._subzero import SubZero
-
-KINDS = {  # the names that a config has for them
-    'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
-    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
 
 
 class SpsaState(NamedTuple):
@@ -52,7 +54,7 @@ def spsa(
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
-    combine: Combine = two_sided,
+    combine: Combine | str = two_sided,
     num_samples: int | None = None,
     over: str = 'scan',
     micro_batches: int | None = None,
@@ -71,8 +73,9 @@ def spsa(
 
   an estimate of :math:`E[zz^\top]\nabla\mathcal{L} = \nabla\mathcal{L}` that is
   unbiased up to :math:`O(\epsilon^2)`. ``update`` needs ``params`` and
-  ``value_fn`` and makes its own updates, so it stands first in any chain and
-  is given ``None`` in their place.
+  ``value_fn`` and makes its own updates, so it must be the first link of any
+  chain and is called with ``None`` in their place. Links before it would do
+  nothing, and are refused.
 
   Args:
     eps: perturbation scale :math:`\epsilon`, a number or a schedule of the
@@ -83,24 +86,27 @@ def spsa(
       has ``projected_grad`` with that of the first group.
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
-    directions: what z is: its distribution and generator, and which leaves have
-      it (`mezo_jax.Normal`, `Rademacher`, `Sphere`). The others get zero
-      updates.
-    combine: from losses to :math:`g`: `two_sided`; `one_sided`,
+    directions: What z is: its distribution and generator, and which leaves have
+      it (`mezo_jax.Normal`, `Rademacher`, `Sphere`), or its name. The other
+      leaves get zero updates.
+    combine: How losses become :math:`g`: `two_sided`; `one_sided`,
       :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
       \epsilon`: n + 1 evaluations instead of 2n, with a bias of
       :math:`O(\epsilon)`; `fzoo`, the same differences over the standard
-      deviation of the n losses (of signs, FZOO).
+      deviation of the n losses (of signs, FZOO); their names; or a `Combine`.
     num_samples: directions per step (n-SPSA), 1 if None. For their sum instead
       of their mean, multiply the learning rate by n.
     over: how they are evaluated: 'scan', one after the other; 'batch', all in
       one pass, both signs too; 'rows', in one pass, each with 1 / n of the
       batch's rows for its own. See `estimate`.
-    micro_batches: evaluate the batch in this many equal parts (1 if None), all
-      with one z: gradient accumulation. Every array passed on to ``value_fn``
-      is split along its leading axis; close over what is no batch. The value is
-      that of the whole batch, so ``value_fn`` must return the rows' values
-      ``[B]`` or ``(values, weights)``: see `mezo_jax._values`.
+    micro_batches: Evaluate the batch in this many equal parts (1 if None), all
+      with one z: gradient accumulation. Every array with axes that is passed on
+      to ``value_fn`` counts as batch and is split along its leading axis;
+      arrays whose leading axes differ are refused. Close over arrays that do
+      not have one entry for each row, such as class weights; numbers and arrays
+      without axes are passed on whole. The value is that of the whole batch, so
+      ``value_fn`` must return per-example losses ``[B]`` or ``(values,
+      weights)``.
     equal_parts: average the scalars of the parts as they are.
     dtype: of the updates; None for each parameter's own.
 
@@ -110,8 +116,9 @@ def spsa(
     of ``kwargs`` that it takes by name. That returns a scalar, the rows'
     values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
     projected gradient that is not finite gives zero updates and is counted in
-    the state. (`optax.apply_updates` cannot add to PRNG keys among the params:
-    `mezo_jax.peft.split` sets them apart.)
+    the state. Leaves that are not of floating point get zero updates. PRNG keys
+    get `mezo_jax._perturb.Unmoved`, with which `optax.apply_updates` leaves
+    them as they are.
 
     *The door*: ``update(None, state, params, projected_grad=g)``, with g [n] as
     the state of a step has it (and ``value=``, to be kept in the state), is the
@@ -123,7 +130,10 @@ def spsa(
 
     ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
     others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
-    their parts together (`mezo_jax.exchange`) and go through the door.
+    their parts together (`mezo_jax.exchange`) and go through the door. It needs
+    a `Combine` with ``by_direction``.
+
+    ``value_fn`` cannot have arguments of these names.
 
   Raises:
     ValueError: for an option out of range, missing ``params`` or ``value_fn``,
@@ -155,17 +165,27 @@ def spsa(
     handed. Put them around what follows: ``chain(spsa(...), wrapper(rest))``.
     `optax.lookahead` cannot be used: it passes no extra arguments on.
   """
-  num_samples = 1 if num_samples is None else num_samples
-  micro_batches = 1 if micro_batches is None else micro_batches
-  directions = as_directions(directions)
-  _check_options(eps, num_samples, micro_batches, over)
+  num_samples = 1 if num_samples is None else _arguments.whole(
+      'num_samples', num_samples)
+  micro_batches = 1 if micro_batches is None else _arguments.whole(
+      'micro_batches', micro_batches)
+  directions, combine = as_directions(directions), as_combine(combine)
+  eps = _arguments.rate('eps', eps, above=0)
+  _noise.check_key(key)
+  _arguments.boolean('equal_parts', equal_parts)
+  _arguments.floating('dtype', dtype)
+  check_over(over)
+  if over == 'rows' and num_samples % micro_batches:
+    raise ValueError(f"with over='rows' micro_batches={micro_batches} must "
+                     f'divide num_samples={num_samples}.')
 
   def init_fn(params):
+    _arguments.tree('params', params)
     _check_holes(params)
     directions.selected(params)
     return sharding.beside(SpsaState(
         count=jnp.zeros([], jnp.int32),
-        key=jnp.copy(_noise.as_key(key)),  # the caller's may not be donated
+        key=_noise.state_key(key),  # the caller's own may not be donated
         value=jnp.zeros([], jnp.float32),
         projected_grad=jnp.zeros([num_samples], jnp.float32),
         notfinite_count=jnp.zeros([], jnp.int32),
@@ -173,13 +193,15 @@ def spsa(
 
   def update_fn(updates, state, params=None, *, value_fn=None,
                 projected_grad=None, around=None, part=None, **extra_args):
-    _check_update(updates, params, value_fn, projected_grad)
+    _check_update(updates, state, params, value_fn, projected_grad)
     keys = directions.keys(state.key, state.count, num_samples)
     kind, z = directions.plain(params, keys)
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
+      _arguments.check_names(value_fn, around=around, part=part)
       if around is not None:
+        check_displacement('around', around)
         around = directions.plain(params, around.keys)[1].times(around.coefs)
       mine = z if part is None else jax.tree.map(
           lambda x: x[_part(part, num_samples, combine)], z)
@@ -187,7 +209,7 @@ def spsa(
           value_fn, params, mine, epsilon, kind, signs=combine.signs, over=over,
           micro_batches=micro_batches, equal_parts=equal_parts, around=around,
           batch=_values.accepted(value_fn, extra_args))
-      value, g = combine.fn(losses, _first(epsilon))
+      value, g = combine.apply(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
       if part is not None:
         g = jnp.full(num_samples, jnp.nan, g.dtype).at[
@@ -214,19 +236,38 @@ def spsa(
 
 
 def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
-  """Which of the n directions are evaluated."""
-  i, parts = part
-  if n % parts or not 0 <= i < parts or combine is fzoo:
+  """Returns which of the n directions are evaluated."""
+  i, parts = check_part(part)
+  if n % parts:
+    raise ValueError(f'part={part} of num_samples={n} directions: the number '
+                     'of parts must divide them.')
+  if parts > 1 and not combine.by_direction:
     raise ValueError(
-        f'part={part} is none of {n} directions: it must be (i, r) with i from '
-        '0 to r - 1, and r must divide num_samples; and not with fzoo, which '
-        'divides by the deviation of the losses of all.')
+        f'part={part} evaluates some of the directions, and {combine!r} may '
+        'need the losses of all, as fzoo does for their deviation. If each '
+        'coefficient depends on the losses of its own direction alone, say '
+        'Combine(..., by_direction=True).')
   return slice(i * n // parts, (i + 1) * n // parts)
 
 
+def check_part(part) -> tuple[int, int]:
+  """Returns ``(i, r)``, part i of r.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(
+      isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+      for x in part)
+  if not is_pair or not 0 <= part[0] < part[1]:
+    raise ValueError('part must be (i, r), part number i of r, with i from 0 '
+                     f'to r - 1, got {part!r}.')
+  return int(part[0]), int(part[1])
+
+
 def _at(eps, count):
-  """Epsilon at a step; of groups an OrderedDict."""
-  now = lambda e: jnp.asarray(e(count) if callable(e) else e, jnp.float32)
+  """Returns epsilon at a step; for groups an OrderedDict."""
+  now = lambda e: jnp.asarray(_arguments.at(e, count), jnp.float32)
   if isinstance(eps, Mapping):
     return OrderedDict((group, now(e)) for group, e in eps.items())
   return now(eps)
@@ -237,34 +278,9 @@ def _first(epsilon) -> jax.Array:
   return jax.tree.leaves(epsilon)[0]
 
 
-def as_directions(directions: Directions | str) -> Directions:
-  """A config's name of directions, 'normal', as what it names."""
-  if isinstance(directions, Directions):
-    return directions
-  if directions not in KINDS:
-    raise ValueError(f'directions must be one of {tuple(KINDS)}, or such as '
-                     f'mezo_jax.Normal(), got {directions!r}.')
-  return KINDS[directions]()
-
-
-def _check_options(eps, num_samples, micro_batches, over):
-  for name, value in (('num_samples', num_samples),
-                      ('micro_batches', micro_batches)):
-    if not isinstance(value, (int, np.integer)) or value < 1:
-      raise ValueError(
-          f'{name} must be a Python integer of at least 1, got {value!r}; '
-          f"under optax.inject_hyperparams name it in static_args.")
-  check_over(over)
-  if over == 'rows' and num_samples % micro_batches:
-    raise ValueError(f"with over='rows' micro_batches={micro_batches} must "
-                     f'divide num_samples={num_samples}.')
-  for e in eps.values() if isinstance(eps, Mapping) else (eps,):
-    if isinstance(e, (int, float)) and not e > 0:
-      raise ValueError(f'eps must be positive, got {eps}.')
-
-
 def _checked(projected_grad, num_samples: int) -> jax.Array:
-  g = jnp.asarray(projected_grad)
+  """Returns projected gradients [n] as an array."""
+  g = _arguments.array('projected_grad', projected_grad)
   if g.shape != (num_samples,):
     raise ValueError(f'projected_grad must have the shape [{num_samples}], one '
                      f'for each direction, got {list(g.shape)}.')
@@ -281,7 +297,7 @@ def _check_holes(params):
         'directions=mezo_jax.Normal(mask=...).')
 
 
-def _check_update(updates, params, value_fn, projected_grad):
+def _check_update(updates, state, params, value_fn, projected_grad):
   if params is None:
     raise ValueError(
         'spsa needs params: tx.update(None, state, params, value_fn=...).')
@@ -292,9 +308,15 @@ def _check_update(updates, params, value_fn, projected_grad):
         "as flax's TrainState.apply_gradients does, cannot be used.")
   if value_fn is not None and projected_grad is not None:
     raise ValueError(
-        'spsa was given both value_fn and projected_grad: it makes the latter '
-        'of the losses, or is told it.')
+        'spsa was given both value_fn and projected_grad: give value_fn to '
+        'evaluate losses, or projected_grad to make an update without them.')
+  if value_fn is not None:
+    _arguments.function('value_fn', value_fn)
+  if not isinstance(state, SpsaState):
+    raise ValueError('state must be the SpsaState that tx.init returned, got a '
+                     f'{type(state).__name__}.')
   _check_holes(params)
+  _chain.check_first('spsa')
   if jax.tree.leaves(updates):  # nnx.Optimizer makes an empty tree of None
     raise ValueError(
         'spsa makes its own updates and was handed some: it must be first in '

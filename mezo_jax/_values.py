@@ -19,11 +19,20 @@ from jax import lax
 import jax.numpy as jnp
 
 
+def wide(dtype):
+  """Returns float64 for float64, and float32 for any other dtype.
+
+  As `jnp.promote_types` of float32, which refuses half precision where
+  ``jax_numpy_dtype_promotion`` is strict.
+  """
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def sums(out) -> tuple[jax.Array, jax.Array]:
   """``(sum of weighted values, sum of weights)`` of what a value_fn returned.
 
   Raises:
-    ValueError: if it is none of the three, or in half precision, of which a
+    ValueError: if it is something else, or in half precision, of which a
       difference of two losses at ±eps would leave nothing.
   """
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
@@ -42,12 +51,12 @@ def sums(out) -> tuple[jax.Array, jax.Array]:
         f'value_fn returned {values.dtype}, in which the losses at +eps and '
         '-eps are mostly equal and their difference 0: compute the loss from '
         'logits.astype(jnp.float32).')
-  values = values.astype(jnp.promote_types(jnp.float32, values.dtype))
+  values = values.astype(wide(values.dtype))
   if not values.ndim:
     return values, jnp.ones([], values.dtype)
   if not weights:
     return jnp.sum(values), jnp.full([], values.size, values.dtype)
-  weight = weights[0].astype(values.dtype)
+  weight = jnp.asarray(weights[0]).astype(values.dtype)
   counted = jnp.where(weight != 0, values * weight, 0)  # padding may be NaN
   return jnp.sum(counted), jnp.sum(weight)
 
@@ -85,31 +94,75 @@ def check_parts(out, parts: int, equal_parts: bool,
 
 def mean_over_parts(loss: Callable, batch: dict, parts: int,
                     equal_parts: bool) -> jax.Array:
-  """The value of a batch, evaluated in equal parts, one at a time."""
+  """Returns the value of a batch, evaluated in equal parts, one at a time."""
   if parts == 1:
     return mean(loss(batch))
-  def of_part(part):
-    out = loss(part)
+  rows, with_rows = split_batch(batch, parts)
+  def of_part(rows):
+    out = loss(with_rows(rows))
     check_parts(out, parts, equal_parts)
     return sums(out)
-  total, weight = lax.map(of_part, split_batch(batch, parts))
+  total, weight = lax.map(of_part, rows)
   return jnp.sum(total) / jnp.sum(weight)
 
 
-def split_batch(batch: dict, parts: int, what: str = 'micro_batches') -> dict:
-  """Every array [B, ...] as [parts, B / parts, ...].
+def split_batch(batch: dict, parts: int, what: str = 'micro_batches'
+                ) -> tuple[list, Callable]:
+  """Splits the arrays of a batch along their leading axis.
+
+  All arrays that have axes are batch arrays, and must have the same number of
+  rows. Everything else (numbers, arrays without axes, strings) is passed on
+  whole to each part.
+
+  Args:
+    batch: The arguments of a ``value_fn``.
+    parts: How many parts of equal size there are.
+    what: The option that asks for parts, for the error.
+
+  Returns:
+    The arrays as ``[parts, B / parts, ...]``, and a function that puts those of
+    one part, ``[B / parts, ...]``, in the place of the batch's.
 
   Raises:
-    ValueError: if ``parts`` does not divide B.
+    ValueError: if leading axes differ, or ``parts`` does not divide them.
   """
-  def split(x):
-    if not jnp.ndim(x) or x.shape[0] % parts:
+  leaves, tree = jax.tree.flatten(batch)
+  is_rows = [bool(getattr(x, 'ndim', 0)) for x in leaves]
+  rows = [x for x, b in zip(leaves, is_rows) if b]
+  if parts > 1:
+    _check_rows(batch, parts, what)
+
+  def with_rows(rows):
+    rows = iter(rows)
+    return jax.tree.unflatten(tree, [
+        next(rows) if b else x for x, b in zip(leaves, is_rows)])
+  return [x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+          for x in rows], with_rows
+
+
+def _check_rows(batch: dict, parts: int, what: str) -> None:
+  """Raises ValueError for arrays that cannot be split together."""
+  lengths = {}  # of leading axes: the path of the first array that has it
+  for path, x in jax.tree_util.tree_flatten_with_path(batch)[0]:
+    if getattr(x, 'ndim', 0):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      lengths.setdefault(x.shape[0], f'{name!r} of shape {[*x.shape]}')
+  if not lengths and what == 'micro_batches':
+    raise ValueError(f'{what}={parts} found no array to split: pass the batch '
+                     'to tx.update under the names of value_fn\'s arguments.')
+  if len(lengths) > 1:
+    found = ', '.join(lengths.values())
+    raise ValueError(
+        f'{what}={parts} splits every array among the arguments of value_fn '
+        f'along its leading axis, and those differ: {found}. Close over arrays '
+        'that do not have one entry for each row, such as class weights: '
+        'value_fn=lambda params, batch: loss(params, batch, weights).')
+  for length, array in lengths.items():
+    if length % parts:
       raise ValueError(
-          f'{what}={parts} does not divide the leading axis of an array of '
-          f'shape {jnp.shape(x)} among the arguments of value_fn; close '
-          'over what is no part of a batch.')
-    return x.reshape(parts, -1, *x.shape[1:])
-  return jax.tree.map(split, batch)
+          f'{what}={parts} does not divide the leading axis of {array} among '
+          'the arguments of value_fn; close over arrays that are not part of a '
+          'batch.')
 
 
 def accepted(value_fn: Callable, extra_args: dict) -> dict:

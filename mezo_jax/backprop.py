@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _values, sharding
+from mezo_jax import _chain, _values, sharding
 
 
 class BackpropState(NamedTuple):
@@ -47,8 +47,9 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
     if micro_batches == 1:
       return jax.value_and_grad(lambda params: _values.mean(
           value_fn(params, **batch)).astype(jnp.float32))(params)
+    rows, with_rows = _values.split_batch(batch, micro_batches)
     def of_part(params, part):
-      out = value_fn(params, **part)
+      out = value_fn(params, **with_rows(part))
       _values.check_parts(out, micro_batches, equal_parts)
       return _values.sums(out)
     def add(total, part):
@@ -58,8 +59,7 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
                           (value, weight, grads)), None
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
                         (jnp.zeros([]), jnp.zeros([]), params))
-    (value, weight, grads), _ = jax.lax.scan(
-        add, zero, _values.split_batch(batch, micro_batches))
+    (value, weight, grads), _ = jax.lax.scan(add, zero, rows)
     value, grads = jax.tree.map(lambda x: x / weight, (value, grads))
     return value, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
 
@@ -67,9 +67,10 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
     if updates is not None or params is None or value_fn is None:
       raise ValueError('backprop makes its own updates: call tx.update(None, '
                        'state, params, value_fn=loss_fn, batch=batch).')
+    _chain.check_first('backprop')
     value, grads = gradient(
         value_fn, params, _values.accepted(value_fn, extra_args))
-    norm = optax.global_norm(grads).astype(jnp.float32)
+    norm = optax.tree.norm(grads).astype(jnp.float32)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     grads = jax.tree.map(
         lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)

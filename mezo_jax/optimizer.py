@@ -13,8 +13,8 @@ from mezo_jax import (
 )
 from mezo_jax import config as config_lib
 from mezo_jax._estimate import COMBINES
+from mezo_jax._kinds import KINDS
 from mezo_jax._mezo import by_group, mezo
-from mezo_jax._spsa import KINDS
 from mezo_jax.backprop import backprop
 
 

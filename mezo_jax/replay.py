@@ -39,7 +39,8 @@ import zlib
 
 import numpy as np
 
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax import _arguments
+from mezo_jax.errors import first_line, InputError, MissingError
 
 FORMAT = 1  # of a log
 _ADDED = 1 << 31  # in a step's number
@@ -201,20 +202,34 @@ class Log:
       self._file = None
 
 
-def open_log(path: Path, header: dict, n: int, start: int = 0
-             ) -> tuple[Log, str]:
-  """The log of a run that goes on, and a sentence if something was wrong.
+def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
+             *, compare: bool = True) -> tuple[Log, str]:
+  """Opens the log of a run that goes on, or a new one.
+
+  A log that is there keeps its header. Entries of ``header`` that it has not,
+  or has with other values, are named in the sentence that is returned: steps of
+  another learning rate or key replay to other weights.
 
   Args:
-    path: of the file, which need not be there.
-    header: of a new log: JSON values.
-    n: numbers a step.
-    start: the steps that the run has behind it without the log.
+    path: The file, which need not be there.
+    header: The header of a new log: JSON values.
+    n: How many numbers a step has.
+    start: How many steps the run has made without the log.
+    compare: Whether the header is compared with that of a log that is there.
+      Defaults to True. `mezo_jax.resume` compares configs itself.
+
+  Returns:
+    The log, and a sentence if something was wrong, else ''.
 
   Raises:
     InputError: if the file is a log, but of another format or number of
       directions.
+    ValueError: for arguments that cannot be those of a log.
   """
+  path = _path(path)
+  _arguments.whole('n', n)
+  _arguments.whole('start', start, least=0)
+  header = _json_values(header)
   recorded, said = None, ''
   if path.is_file():
     try:
@@ -240,11 +255,46 @@ def open_log(path: Path, header: dict, n: int, start: int = 0
     elif recorded and recorded.damaged >= _record(n).itemsize:
       said = (f'{path} is damaged after step {recorded.steps.last}: from there '
               'on steps are made anew')
+    if recorded and compare:
+      said = '. '.join(filter(None, (said, _differs(path, header, recorded))))
   elif start:
     said = f'{path} is not there: steps are recorded from {start + 1} on'
   header = header | {'format': FORMAT, 'numbers': n, 'first': start + 1}
   steps = recorded.steps if recorded else no_steps(n, start)
   return Log(path, header, steps, recorded), said
+
+
+def _path(path) -> Path:
+  """Returns the path of a file."""
+  try:
+    return Path(path)
+  except TypeError as e:
+    raise ValueError(f'path must be that of a file, got {path!r}.') from e
+
+
+def _json_values(header) -> dict:
+  """Returns a header as it is read again.
+
+  Raises:
+    ValueError: if it is not a dict of JSON values.
+  """
+  if not isinstance(header, dict):
+    raise ValueError(f'header must be a dict of JSON values, got {header!r}.')
+  try:
+    return json.loads(json.dumps(header))
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+        f'header must be a dict of JSON values: {first_line(e)}.') from e
+
+
+def _differs(path: Path, header: dict, recorded: Recorded) -> str:
+  """Returns a sentence about entries of a log's header that are others now."""
+  own = recorded.header
+  names = sorted(k for k in header if k not in own or own[k] != header[k])
+  if not names:
+    return ''
+  return (f'{path} has another header ({", ".join(names)} differ), which it '
+          'keeps: its steps replay with what that says')
 
 
 # --- files ------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 
 from mezo_jax import config as config_lib
 from mezo_jax import exchange, fingerprint, mirror
+from mezo_jax._estimate import COMBINES
 from mezo_jax.data import Splits
 from mezo_jax.errors import InputError
 from mezo_jax.replay import Log
@@ -54,7 +55,8 @@ def check(config: config_lib.Train, place: Place | None) -> None:
   z, n = config.spsa, place.replicas
   for holds, why in (
       (config.method == 'mezo', f"method {config.method!r}: it must be 'mezo'"),
-      (z.combine != 'fzoo', "spsa.combine 'fzoo', which needs all losses"),
+      (COMBINES[z.combine].by_direction,
+       f'spsa.combine {z.combine!r}, which needs all losses'),
       (z.num_samples % n == 0,
        f'spsa.num_samples {z.num_samples}: make it a multiple of {n}'),
       (jax.process_count() == 1, '--distributed: a replica is one process')):

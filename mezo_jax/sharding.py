@@ -215,11 +215,26 @@ def put_batch(batch, mesh: Mesh):
   """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 
   Every process holds the whole (small) batch and hands over its own rows.
+  Numbers and arrays without axes are returned as they are.
+
+  Raises:
+    ValueError: for an array whose first axis cannot be split equally.
   """
   sharding = NamedSharding(mesh, P(ROWS))
-  return jax.tree.map(
-      lambda x: jax.make_array_from_callback(
-          x.shape, sharding, lambda index, x=x: x[index]), batch)
+  groups = row_groups(mesh)
+
+  def put(path, x):
+    if not getattr(x, 'ndim', 0):
+      return x
+    if x.shape[0] % groups:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(
+          f'{name or "the batch"} of shape {[*x.shape]} cannot be split over '
+          f'{groups} groups of devices along its first axis: close over arrays '
+          'that do not have one entry for each row.')
+    return jax.make_array_from_callback(
+        x.shape, sharding, lambda index, x=x: x[index])
+  return jax.tree_util.tree_map_with_path(put, batch)
 
 
 def _mesh_in_context():

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _paths, _pending, _streams, sharding
+from mezo_jax import _arguments, _paths, _pending, _streams, sharding
+from mezo_jax._spsa import check_part
 
 
 def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
               mesh: jax.sharding.Mesh | None = None,
               on_compile: Callable | None = None,
               part: tuple[int, int] | None = None) -> 'Step':
-  """``step(params, state, batch, frozen=None, **more) -> params, state,
-  metrics``; ``more`` are further arguments of ``tx.update``.
+  """Returns ``step(params, state, batch, frozen=None, **more) -> params, state,
+  metrics``, where ``more`` are further arguments of ``tx.update``.
 
   A step of MeZO is two programs: the losses, one for each shape of a batch, and
   the update, one for all, of which nothing but the projected gradients is an
@@ -29,14 +30,16 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
   backpropagation is one program.
 
   Args:
-    tx: with an estimator in it, such as `mezo_jax.mezo`.
-    value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`.
-    mesh: that params are on; set where programs are traced.
-    on_compile: called with (batch, program, seconds) of each program that was
-      compiled; batch is None for the update.
-    part: of a replica, which directions it evaluates (`mezo_jax.spsa`): its
-      steps are ``g, value = step.losses(...)``, told to the others, and
-      ``step.update(params, state, g, value)`` of what all have told.
+    tx: A transformation with an estimator in it, such as `mezo_jax.mezo`.
+    value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`. A batch is any
+      tree that `jax.jit` takes, numbers among them. None for a step that only
+      ever updates.
+    mesh: The mesh that params are on; set where programs are traced.
+    on_compile: A function of (batch, program, seconds), called for each program
+      that was compiled; batch is None for the update.
+    part: For a replica, which directions it evaluates (`mezo_jax.spsa`): its
+      steps are ``g, value = step.losses(...)``, which it sends to the others,
+      and ``step.update(params, state, g, value)`` with the numbers of all.
 
   Returns:
     A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
@@ -44,6 +47,17 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
     arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
     ``skipped_in_a_row``.
   """
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise ValueError('tx must be an optax.GradientTransformation such as '
+                     f'mezo_jax.mezo(...), got {tx!r}.')
+  if value_fn is not None:
+    _arguments.function('value_fn', value_fn)
+  if on_compile is not None:
+    _arguments.function('on_compile', on_compile)
+  if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+    raise ValueError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}.')
+  if part is not None:
+    part = check_part(part)
   return Step(tx, value_fn, mesh, on_compile, part)
 
 
@@ -88,7 +102,7 @@ class Step:
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
-    self._flush = flush
+    self._flush, self._value_fn = flush, value_fn
 
   def __call__(self, params, state, batch, frozen=None, **more):
     if self._part is not None:
@@ -101,19 +115,21 @@ class Step:
   def losses(self, params, state, batch, frozen=None, **more):
     """``projected_grad, value`` of a step; nothing is donated. (Of
     backpropagation, which is one program, the whole step.)"""
-    program = self._program(_shape(batch), batch, lambda: self._trace_losses(
-        params, state, batch, frozen, more))
+    program = self._program(_shape((batch, more)), batch, lambda: (
+        self._trace_losses(params, state, batch, frozen, more)))
     return program(params, state, frozen, batch, more)
 
   def update(self, params, state, projected_grad, value=jnp.nan):
-    """The step that these projected gradients [n] make, without losses."""
+    """Makes the step of these projected gradients [n], without losses."""
+    _check_state(state)
+    if not _has_door(state):
+      raise ValueError('a step of backpropagation is one program: it has no '
+                       'update that could be made from recorded numbers.')
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
-    # Numbers of the host are the program's to place: that costs no program.
-    told = [x if isinstance(x, jax.Array) else np.reshape(
-        np.asarray(x, np.float32), field(state, name).shape)
-            for name, x in (('projected_grad', projected_grad),
-                            ('value', value))]
+    # Numbers of the host are placed by the program: that costs no program.
+    told = [_numbers(name, x, field(state, name).shape) for name, x in (
+        ('projected_grad', projected_grad), ('value', value))]
     return program(params, state, *told)
 
   def flush(self, params, state):
@@ -144,12 +160,14 @@ class Step:
 
   def compile(self, params, state, batch, frozen=None, **more) -> None:
     """Compiles what the first step would, without making it."""
-    self._program(_shape(batch), batch, lambda: self._trace_losses(
+    self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     if _has_door(state):
       self._program(None, None, lambda: self._trace_update(params, state))
 
   def _trace_losses(self, params, state, batch, frozen, more):
+    _check_state(state)
+    _arguments.function('value_fn', self._value_fn)
     args = params, state, frozen, batch, more
     if _has_door(state):
       return self._trace(self._losses, args)
@@ -236,9 +254,34 @@ def _depth(away, state) -> int:
   return depths.pop()
 
 
-def _shape(batch):
-  return jax.tree.structure(batch), *(
-      (x.shape, x.dtype) for x in jax.tree.leaves(batch))
+def _shape(tree) -> tuple:
+  """Returns what a program that is compiled for a tree depends on."""
+  def kind(x):
+    if hasattr(x, 'shape') and hasattr(x, 'dtype'):
+      return x.shape, x.dtype, getattr(x, 'weak_type', False)
+    return type(x)  # a Python number
+  return jax.tree.structure(tree), *map(kind, jax.tree.leaves(tree))
+
+
+def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
+  """Returns numbers as a program takes them."""
+  try:
+    if x is None or isinstance(x, jax.Array) and x.shape != shape:
+      raise ValueError
+    return x if isinstance(x, jax.Array) else np.reshape(
+        np.asarray(x, np.float32), shape)
+  except (TypeError, ValueError) as e:
+    raise ValueError(f'{name} must be float32 numbers of the shape {[*shape]}, '
+                     f'got {x!r}.') from e
+
+
+def _check_state(state) -> None:
+  """Raises ValueError for the state of something that is not an estimator."""
+  if field(state, 'notfinite_count') is None:
+    raise ValueError(
+        'tx or state: a step needs an optimizer with an estimator in it, such '
+        'as mezo_jax.mezo, or chain(mezo_jax.spsa(...), adam(...)), and the '
+        'state that its init returned.')
 
 
 def _place(x):

@@ -151,7 +151,8 @@ def open_log(workdir: Path, config: config_lib.Train, weights: str, opt_state,
     log, said = replay.open_log(workdir / LOG, {
         'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__,
         'device': jax.devices()[0].device_kind, 'weights': weights,
-        'config': config_lib.to_json(config)}, numbers.size, start)
+        'config': config_lib.to_json(config)}, numbers.size, start,
+        compare=False)  # `resume` has compared what may not change
     if said:
       say(f'warning: {said}.')
   n = 0 if numbers is None else numbers.size

@@ -46,12 +46,12 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
-    'arguments', 'files', 'float16', 'gguf',
-    'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
-    'estimate', 'evaluate', 'exchange', 'export', 'families', 'fields',
+    'arguments', 'backprop', 'baselines', 'bodies', 'build', 'common', 'data',
+    'distributed', 'estimate', 'evaluate', 'exchange', 'export', 'families',
+    'fields', 'files', 'float16', 'gguf',
     'generate', 'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes',
     'methods',
-    'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
+    'mixture', 'model_arguments', 'models', 'modified', 'not_finite', 'objective', 'package',
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
     'replicas', 'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train',

@@ -1,287 +1,652 @@
-"""What the functions of `mezo_jax.models` take, and what they refuse."""
+"""Arguments of the public functions: what JAX takes is taken, and what cannot
+be used is refused by name."""
 
+import collections
+import dataclasses
 import functools
+import warnings
 
+from estimators import EVERY_OTHER, ROWS
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import models, peft
+from mezo_jax import _noise, backprop, Displacement, replay, variants
 
-LENGTH = 16
-LEARNED = dict(rope=None, norm='layer', max_length=LENGTH)
-POSITIONS = dict(opt=dict(family='opt', position_offset=2, **LEARNED),
-                 gpt2=dict(family='gpt2', **LEARNED))
-MASKED = dict(family='bert', causal=False, token_types=2, masked_head=True,
-              **LEARNED)
+KEY = jax.random.key(0)
+PARAMS = {'w': jnp.arange(12.0).reshape(4, 3) / 10, 'b': jnp.ones(3)}
+X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+STEP = Displacement(KEY, 0.1)
 
 
-@functools.cache
-def tiny(**changes):
-  model, params, _ = helpers.tiny_model(num_layers=1, **changes)
-  return model, params
+def loss(params, x=X):
+  return jnp.mean((x @ params['w'] + params['b']) ** 2)
 
 
-def ids_with(token, at=1):
-  ids = np.full((2, 6), 7)
-  ids[1, at] = token
-  return ids
+def rows(params, batch):
+  return jnp.mean((batch['x'] @ params['w'] + params['b']) ** 2, -1)
 
 
-# --- tokens that the model does not have ------------------------------------
+def one_step(tx, params=PARAMS, value_fn=loss, **kwargs):
+  updates, state = tx.update(
+      None, tx.init(params), params, value_fn=value_fn, **kwargs)
+  return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize('token', [64, 1000, -1, -100, 2**32 + 3])
-def test_known_tokens_are_refused(token):
-  model, params = tiny()
-  ids = ids_with(token)
-  with pytest.raises(ValueError, match=f'input_ids has {token}, .* 0 to 63'):
-    model.apply({'params': params}, ids)
-  with pytest.raises(ValueError, match=f'input_ids has {token}'):
-    models.generate(model, params, ids, max_new_tokens=2)
-  with pytest.raises(ValueError, match=f'targets has {token}'):
-    model.apply({'params': params}, ids_with(7), targets=ids)
-  with pytest.raises(ValueError, match=f'token_ids has {token}'):
-    model.apply({'params': params}, ids_with(7), token_ids=[3, token])
-  with pytest.raises(ValueError, match=f'input_ids has {token}'):  # closed over
-    jax.jit(lambda p: model.apply({'params': p}, ids))(params)
+# --- what jax takes ---------------------------------------------------------
 
 
-@pytest.mark.parametrize('token', [64, -1])
-def test_tokens_given_to_a_program_make_nan(token):
-  """In the row that has one, and with perturbed weights too; what is right is
-  bitwise what it was."""
-  model, params = tiny()
-  good, bad = jnp.asarray(ids_with(7)), jnp.asarray(ids_with(token))
-  at = mezo_jax.Displacement(jax.random.key(0), 0.1)
-  for run in (
-      lambda p, ids: model.apply({'params': p}, ids),
-      lambda p, ids: mezo_jax.perturbed(lambda p: model.apply(
-          {'params': p}, ids))(p, at)):
-    run = helpers.quick_jit(run)
-    want, got = np.asarray(run(params, good)), np.asarray(run(params, bad))
-    assert np.isnan(got[1]).any() and np.isnan(got[1, 1:]).all()
-    helpers.assert_bitwise(got[0], want[0])
-    assert np.isfinite(want).all()
-  run = helpers.quick_jit(lambda p, ids: model.apply(
-      {'params': p}, good, targets=ids))
-  got = np.asarray(run(params, bad))
-  assert np.isnan(got[1, 1]) and np.isnan(got).sum() == 1
-  run = helpers.quick_jit(lambda p, ids: model.apply(
-      {'params': p}, good, token_ids=ids))
-  got = np.asarray(run(params, jnp.array([token, 5])))
-  assert np.isnan(got[..., 0]).all() and np.isfinite(got[..., 1]).all()
-  tokens, finite = jax.jit(lambda p, ids: models.generate(
-      model, p, ids, max_new_tokens=2, check=True))(params, bad)
-  assert [*finite] == [True, False]
+@pytest.mark.parametrize('seed', [
+    0, 2**31 - 1, 2**31, 2**32 - 1, 2**40 + 5, -3, True, np.int32(7),
+    np.uint32(2**31 + 4), np.int64(2**40), np.asarray(5), jnp.int32(6)])
+def test_seeds_are_those_of_jax(seed):
+  want = jax.random.key_data(jax.random.key(seed))
+  for tx in (mezo_jax.mezo(1e-2, key=seed), variants.svrg(1e-2, key=seed)):
+    state = tx.init(PARAMS)
+    assert np.array_equal(jax.random.key_data(state[0].key), want)
+  z = mezo_jax.direction(PARAMS, Displacement(seed, 1.0))
+  helpers.assert_bitwise(z, mezo_jax.direction(
+      PARAMS, Displacement(jax.random.key(seed), 1.0)))
 
 
-def test_soft_tokens_are_tokens():
-  model, params = tiny()
-  params = params | peft.prefix.init_prompt(
-      model, params, jax.random.key(0), num_tokens=3)
-  ids = ids_with(66)
-  assert np.isfinite(model.apply({'params': params}, ids)).all()
-  run = helpers.quick_jit(model.apply)
-  assert np.isfinite(run({'params': params}, ids)).all()
-  assert np.isnan(run({'params': params}, ids + 1)[1]).any()
-  with pytest.raises(ValueError, match='input_ids has 67'):
-    model.apply({'params': params}, ids + 1)
-  models.generate(model, params, ids, max_new_tokens=2)
+def test_keys_of_all_kinds():
+  words = np.array([3, 4], np.uint32)
+  typed = jax.random.wrap_key_data(words)
+  assert _noise.as_key(words) == _noise.as_key(jnp.asarray(words)) == typed
+  assert _noise.as_key(np.zeros(4, np.uint32)).shape == ()
+  many = jax.random.split(KEY, 3)
+  for keys in (many, jax.random.key_data(many),
+               np.asarray(jax.random.key_data(many))):
+    assert np.all(_noise.as_keys(keys) == many)
+  with jax.enable_x64(True):
+    others = jax.random.split(jax.random.key(0, impl='rbg'), 3)
+    assert _noise.as_keys(others).shape == (3,)
 
 
-def test_token_types():
-  model, params = tiny(**MASKED)
-  good, run = ids_with(7), helpers.quick_jit(
-      lambda p, types: model.apply({'params': p}, good, token_type_ids=types))
-  assert np.isfinite(run(params, jnp.asarray(ids_with(1) % 2))).all()
-  assert np.isnan(run(params, jnp.asarray(ids_with(2) % 7))[1]).any()
-  for wrong in (2, -1):
-    with pytest.raises(ValueError, match=f'token_type_ids has {wrong}'):
-      model.apply({'params': params}, good, token_type_ids=ids_with(wrong) * (
-          ids_with(wrong) != 7))
-  with pytest.raises(ValueError, match='llama has no token types'):
-    tiny()[0].apply({'params': tiny()[1]}, good, token_type_ids=0 * good)
+def test_directions_and_combines_have_names():
+  want = mezo_jax.displace(PARAMS, STEP, mezo_jax.Rademacher())
+  helpers.assert_bitwise(mezo_jax.displace(PARAMS, STEP, 'rademacher'), want)
+  z = mezo_jax.direction(PARAMS, STEP, 'rademacher')
+  helpers.assert_close(jax.tree.map(jnp.add, PARAMS, z), want)
+  near = mezo_jax.perturbed(loss, 'rademacher')(PARAMS, STEP)
+  np.testing.assert_allclose(near, loss(want), rtol=1e-5)
+  losses = mezo_jax.estimate(loss, PARAMS, Displacement(KEY[None], jnp.ones(1)),
+                             0.1, 'rademacher', signs=(1.0,))
+  np.testing.assert_allclose(losses, [[near]], rtol=1e-6)
+  by_name, by_object = (one_step(mezo_jax.mezo(
+      1e-2, key=0, combine=c))[0] for c in ('one_sided', mezo_jax.one_sided))
+  helpers.assert_bitwise(by_name, by_object)
 
 
-# --- positions that it does not have ----------------------------------------
+@pytest.mark.parametrize('name', ['mezo', 'hizoo', 'spsa and adam'])
+def test_numbers_in_a_batch(name):
+  """Python's and NumPy's, and nothing, as jax.jit takes them; in parts, too."""
+  value = lambda p, batch: batch['scale'] * rows(p, batch) + batch['shift']
+  for scale in (0.5, 1, True, np.float32(0.5), np.int64(2), jnp.float32(3.0)):
+    batch = {'x': X, 'scale': scale, 'shift': np.float64(0.25), 'none': None}
+    tx = ROWS[name](1e-3, key=0)
+    step = mezo_jax.make_step(tx, lambda p, b: jnp.mean(value(p, b)))
+    params = jax.tree.map(jnp.copy, PARAMS)
+    params, state, metrics = step(params, tx.init(params), batch)
+    np.testing.assert_allclose(
+        metrics['loss'], jnp.mean(value(PARAMS, batch)), rtol=1e-2)
+    step(params, state, batch)
+    assert len(step.compiled) == 2
+    tx = mezo_jax.spsa(1e-3, key=0, micro_batches=2)
+    _, state = one_step(tx, value_fn=value, batch=batch)
+    np.testing.assert_allclose(state.value, metrics['loss'], rtol=1e-2)
 
 
-@pytest.mark.parametrize('family', POSITIONS)
-def test_positions_beyond_the_table(family):
-  model, params = tiny(**POSITIONS[family])
-  long = np.full((1, LENGTH + 1), 7)
-  with pytest.raises(ValueError, match='17 tokens exceed the 16 positions'):
-    model.apply({'params': params}, long)
-  with pytest.raises(ValueError, match='15 tokens of prompt and 2 new ones'):
-    models.generate(model, params, long[:, :-2], max_new_tokens=2)
-  models.generate(model, params, long[:, :-2], max_new_tokens=1)
+def test_a_step_is_compiled_for_other_numbers_of_arguments():
+  tx = mezo_jax.mezo(1e-3, key=0)
+  step = mezo_jax.make_step(tx, lambda p, b: loss(p) * b)
+  params = jax.tree.map(jnp.copy, PARAMS)
+  params, state, _ = step(params, tx.init(params), 1.0)
+  for batch, more in ((2, {}), (2.0, {}), (jnp.float32(2), {}),
+                      (2.0, {'unused': 1.0})):
+    params, state, _ = step(params, state, batch, **more)
+  assert len(step.compiled) == 5  # float, int, an array, one argument more
 
 
-def test_texts_that_share_a_prompt_and_are_too_long():
-  """20 tokens in a row: with its prompt each text fits, or one does not."""
-  model, params = tiny(**POSITIONS['opt'])
-  ids = jnp.full((1, 24), 7)
-  row = lambda *lengths: np.repeat(
-      [*range(1, len(lengths)), 0], lengths)[None]
-  fits, long = row(10, 6, 4, 4), row(10, 8, 2, 4)
-  padded = row(4, 2, 1, 17)  # of padding the positions do not matter
-  run = helpers.quick_jit(lambda p, mask: model.apply(
-      {'params': p}, ids, mask, shared_prompt=True))
-  for mask in (fits, padded):
-    got = np.asarray(run(params, mask))[mask > 0]
-    assert np.isfinite(got).all()
-    model.apply({'params': params}, ids, mask, shared_prompt=True)
-  assert np.isnan(run(params, long)).any()
-  with pytest.raises(ValueError, match='a text exceeds the 16 positions'):
-    model.apply({'params': params}, ids, long, shared_prompt=True)
+@pytest.mark.parametrize('name', [
+    'mezo', 'mezo, low rank in one pass', 'hizoo', 'lozo-m', 'svrg'])
+def test_jit_can_be_disabled(name):
+  """And then the loss sees arrays."""
+  tx, seen = ROWS[name](1e-3, key=0), []
+  params = {'layers': {'w': jnp.ones((2, 8, 8))}, 'b': jnp.ones((40, 12))}
+  def value_fn(params):
+    out, _ = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), jnp.ones(
+        (4, 8)) / 8, params['layers']['w'])
+    seen.append(not isinstance(params['b'], jax.core.Tracer))
+    return jnp.mean(out @ params['b'][:8]) ** 2
+  want, _ = one_step(tx, params, value_fn)
+  with jax.disable_jit():
+    got, _ = one_step(tx, params, value_fn)
+  helpers.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_cache_that_is_full():
-  model, params = tiny()
-  ids = jnp.full((1, 3), 7)
-  step = lambda cache: model.apply({'params': params}, ids, cache=cache)
-  _, cache = step(models.make_cache(model.config, 1, 5, jnp.float32))
-  with pytest.raises(ValueError, match='3 tokens and room for 5: 3 more'):
-    step(cache)
-  assert np.isnan(helpers.quick_jit(step)(cache)[0]).all()
+@pytest.mark.parametrize('name', [
+    'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
+    'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
+def test_strict_modes(name):
+  """Warnings as errors, no implicit promotion of dtypes or ranks, no leaks."""
+  params = {'w': jnp.ones((12, 8)), 'half': jnp.ones((8, 8), jnp.bfloat16)}
+  value_fn = lambda p: jnp.mean(jnp.square(jnp.dot(
+      (X @ p['w'][4:8]).astype(jnp.bfloat16), p['half']).astype(jnp.float32)))
+  tx = ROWS[name](1e-3, key=0)
+  state = tx.init(params)
+  more = dict(noise_key=KEY) if name == 'private' else {}
+  with (warnings.catch_warnings(), jax.numpy_dtype_promotion('strict'),
+        jax.numpy_rank_promotion('raise'), jax.checking_leaks()):
+    warnings.simplefilter('error')
+    updates, _ = jax.jit(lambda s, p: tx.update(
+        None, s, p, value_fn=value_fn, **more))(state, params)
+  pends = name in EVERY_OTHER and 'stored' not in name
+  assert pends != np.any(updates['w'])
 
 
-# --- whatever jax takes -----------------------------------------------------
+class Pair(collections.namedtuple('Pair', 'w b')):
+  pass
 
 
-IDS, MASK = np.arange(10).reshape(2, 5), np.array([[0, 1, 1, 1, 1], [1] * 5])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['w', 'b'],
+                   meta_fields=[])
+@dataclasses.dataclass
+class Record:
+  w: jax.Array
+  b: jax.Array
 
 
-@pytest.mark.parametrize('kind', [
-    np.int64, np.uint8, np.int32, jnp.asarray, np.ndarray.tolist,
-    lambda x: tuple(map(tuple, x))])
-@pytest.mark.parametrize('of_mask', [
-    np.int64, bool, np.float32, np.ndarray.tolist, jnp.asarray,
-    lambda x: jnp.asarray(x, bool)])
-def test_arrays_of_any_kind(kind, of_mask):
-  model, params = tiny()
-  want, tokens = expected()
-  as_ = lambda f, x: x.astype(f) if isinstance(f, type) else f(x)
-  ids, mask = as_(kind, IDS), as_(of_mask, MASK)
-  helpers.assert_bitwise(model.apply({'params': params}, ids, mask), want)
-  helpers.assert_bitwise(
-      models.generate(model, params, ids, mask, max_new_tokens=3), tokens)
+@pytest.mark.parametrize('make', [
+    lambda: Pair(**PARAMS), lambda: Record(**PARAMS),
+    lambda: [PARAMS['w'], (PARAMS['b'], None)],
+    lambda: PARAMS | {'steps': jnp.arange(3), 'none': None, 'seen': True},
+    lambda: PARAMS | {'empty': jnp.zeros((0, 4)), 'scalar': jnp.float32(2.0)},
+    lambda: PARAMS | {'rngs': {'key': KEY, 'keys': jax.random.split(KEY, 2),
+                               'count': jnp.uint32(3)}}])
+def test_params_of_all_kinds(make):
+  params = make()
+  value_fn = lambda p: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(p)
+                           if jnp.issubdtype(jnp.result_type(x), jnp.floating))
+  for tx in (mezo_jax.mezo(1e-2, key=0), mezo_jax.spsa(1e-2, key=0),
+             mezo_jax.mezo(1e-2, key=0, weight_decay=0.1, decay='w'),
+             mezo_jax.mezo({'w': 1e-2, '': 1e-3}, key=0)):
+    eager, _ = one_step(tx, params, value_fn)
+    traced, _ = jax.jit(lambda p, tx=tx: one_step(tx, p, value_fn))(params)
+    for x, y, z in zip(*map(jax.tree.leaves, (params, eager, traced)),
+                       strict=True):
+      dtype = jnp.result_type(x)
+      assert dtype == y.dtype == z.dtype
+      if not jnp.issubdtype(dtype, jnp.floating):
+        assert np.all(x == y) and np.all(x == z)
+      elif jnp.size(x):
+        assert np.any(x != y)
 
 
-@functools.cache
-def expected():
-  model, params = tiny()
-  return (model.apply({'params': params}, jnp.asarray(IDS), jnp.asarray(MASK)),
-          models.generate(model, params, jnp.asarray(IDS), jnp.asarray(MASK),
-                          max_new_tokens=3))
+def test_an_nnx_model_with_random_streams():
+  """Split by nnx.Param, as it should be, and whole."""
+  from flax import nnx
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.a = nnx.Linear(4, 4, rngs=rngs)
+      self.drop = nnx.Dropout(0.1, rngs=rngs)
+    def __call__(self, x):
+      return self.drop(self.a(x))
+  tx = mezo_jax.mezo(1e-3, key=0)
+  graphdef, *states = nnx.split(Model(nnx.Rngs(1)), nnx.Param, ...)
+  value_fn = lambda p, *rest: jnp.mean(
+      nnx.merge(graphdef, p, *rest, copy=True)(X) ** 2)
+  moved, _ = one_step(tx, states[0], lambda p: value_fn(p, states[1]))
+  assert np.any(moved['a']['kernel'][...] != states[0]['a']['kernel'][...])
+  graphdef, whole = nnx.split(Model(nnx.Rngs(1)))
+  again, _ = one_step(tx, whole, value_fn)
+  helpers.assert_close(again['a'], moved['a'], rtol=1e-4)
+  assert again['drop']['rngs']['key'][...] == whole['drop']['rngs']['key'][...]
 
 
-@pytest.mark.parametrize('given', ['ids', 'mask', 'both', 'none', 'made'])
-def test_generate_within_a_program(given):
-  """Ids, a mask, both or neither of which are the program's arguments."""
-  model, params = tiny()
-  ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
-  run = functools.partial(models.generate, model, max_new_tokens=3)
-  got = {
-      'ids': lambda: jax.jit(lambda p, x: run(p, x, mask))(params, ids),
-      'mask': lambda: jax.jit(lambda p, m: run(p, ids, m))(params, mask),
-      'both': lambda: jax.jit(run)(params, ids, mask),
-      'none': lambda: jax.jit(lambda p: run(p, ids, mask))(params),
-      'made': lambda: jax.jit(lambda p: run(
-          p, ids, jnp.ones((2, 5)).at[0, 0].set(0)))(params)}[given]()
-  helpers.assert_bitwise(got, expected()[1])
-  with pytest.raises(ValueError, match='pad prompts on the left'):
-    jax.jit(lambda p: run(p, ids, MASK[:, ::-1]))(params)
+def test_flax_saves_the_state():
+  from flax import serialization
+  for name in ('mezo', 'hizoo', 'mezo, pending', 'svrg', 'lozo-m',
+               'adam by history', 'spsa and adam'):
+    kinds = dict(directions=LOZO) if name == 'lozo-m' else {}
+    tx = ROWS[name](1e-2, key=5, **kinds)
+    _, state = one_step(tx)
+    saved = serialization.to_bytes(state)
+    for like in (tx.init(PARAMS), jax.jit(tx.init)(PARAMS)):
+      got = serialization.from_bytes(like, saved)
+      words = lambda tree: jax.tree.map(
+          lambda x: jax.random.key_data(x) if _noise.is_typed(x) else x, tree)
+      helpers.assert_bitwise(words(got), words(state))
+      tx.update(None, got, PARAMS, value_fn=loss)
 
 
-def test_draws_within_a_program():
-  """A temperature and a top_p may be its arguments, and 0 among them."""
-  model, params = tiny()
-  draw = lambda t, top_p, key=jax.random.key(1): models.generate(
-      model, params, IDS, MASK, max_new_tokens=3, temperature=t, top_p=top_p,
-      key=key)
-  inside = jax.jit(draw)
-  helpers.assert_bitwise(inside(0.9, 0.5), draw(0.9, 0.5))
-  helpers.assert_bitwise(inside(0.0, 0.5), expected()[1])
-  helpers.assert_bitwise(draw(np.float32(0.9), np.float64(0.5)),
-                         draw(jnp.float32(0.9), jnp.float32(0.5)))
-  helpers.assert_bitwise(draw(0.9, 0.5, 1), draw(0.9, 0.5))
-  helpers.assert_bitwise(
-      models.generate(model, params, IDS, MASK, max_new_tokens=np.int64(3),
-                      pad_id=jnp.int32(0), stop_ids=np.array([63]), top_k=99),
-      models.generate(model, params, IDS, MASK, max_new_tokens=3, stop_ids=63))
+# --- parts of a batch, and of the directions --------------------------------
 
 
-@pytest.mark.parametrize('change,error,message', [
-    (dict(input_ids=IDS[0]), ValueError, r'shape \(5,\), .* batch of one'),
-    (dict(input_ids=IDS[None]), ValueError, r'shape \(1, 2, 5\)'),
-    (dict(input_ids=IDS[:, :0], attention_mask=None), ValueError, 'are empty'),
-    (dict(input_ids=IDS / 1), TypeError, 'must be integers, not float64'),
-    (dict(input_ids=IDS > 3), TypeError, 'must be integers, not bool'),
-    (dict(attention_mask=MASK[:, 1:]), ValueError, r'shape \(2, 4\), not'),
-    (dict(attention_mask=MASK[0]), ValueError, r'shape \(5,\), not'),
-    (dict(attention_mask=MASK[:, None]), ValueError, r'shape \(2, 1, 5\)'),
-    (dict(attention_mask=MASK * -1e9), ValueError, '0 at padding and 1'),
-    (dict(attention_mask=MASK / 2), ValueError, '0 at padding and 1'),
-    (dict(attention_mask=MASK * 2), ValueError, '0 at padding and 1'),
-    (dict(attention_mask=MASK * 0), ValueError, 'padding'),
-    (dict(max_new_tokens=2.0), TypeError, 'max_new_tokens must be a whole'),
-    (dict(max_new_tokens=None), TypeError, 'max_new_tokens must be a whole'),
-    (dict(max_new_tokens=-1), ValueError, 'give 1 or more'),
-    (dict(stop_ids=[None]), TypeError, 'stop_ids must be a whole'),
-    (dict(stop_ids=None), TypeError, 'stop_ids must be a whole'),
-    (dict(pad_id=None), TypeError, 'pad_id must be a whole'),
-    (dict(top_k=1.5), TypeError, 'top_k must be a whole'),
-    (dict(temperature=float('nan')), ValueError, 'temperature nan'),
-    (dict(temperature=float('inf')), ValueError, 'temperature inf'),
-    (dict(temperature=np.ones(2)), ValueError, 'one number each'),
-    (dict(params={'params': {}}), ValueError, 'params has no embed')])
-def test_what_is_refused(change, error, message):
-  model, params = tiny()
-  with pytest.raises(error, match=message):
-    models.generate(**dict(
-        model=model, params=params, input_ids=IDS, attention_mask=MASK,
-        max_new_tokens=2, key=jax.random.key(0)) | change)
+def weighted(params, batch):
+  return rows(params, batch) * batch['weights'][batch['label']]
 
 
-def test_numbers_that_a_program_would_have_to_know():
-  model, params = tiny()
-  for name in ('max_new_tokens', 'top_k', 'pad_id'):
-    with pytest.raises(TypeError, match=f'{name} must be a whole number that'):
-      jax.jit(lambda n, name=name: models.generate(
-          model, params, IDS, **dict(max_new_tokens=2) | {name: n}))(2)
+BATCH = {'x': jnp.linspace(-1, 1, 32).reshape(8, 4),
+         'label': jnp.array([0, 1, 2, 3, 3, 2, 1, 0])}
+WEIGHTS = jnp.array([1.0, 2.0, 3.0, 4.0])
 
 
-@pytest.mark.parametrize('change,message', [
-    (dict(features='tail'), "features is 'tail', not one of head"),
-    (dict(answer_at=[[5], [0]]), 'answer_at has 5'),
-    (dict(answer_at=[[-6], [0]]), 'answer_at has -6'),
-    (dict(answer_at=[1, 2]), 'answer_at has the shape'),
-    (dict(targets=IDS[:1]), 'targets has the shape'),
-    (dict(targets=IDS[:, 1:]), 'targets has the shape'),
-    (dict(token_ids=3), 'token_ids has the shape'),
-    (dict(attention_mask=MASK[:1, 1:]), 'attention_mask has the shape')])
-def test_what_does_not_fit(change, message):
-  model, params = tiny()
-  with pytest.raises(ValueError, match=message):
-    model.apply({'params': params}, IDS, **change)
+@pytest.mark.parametrize('make', [
+    lambda **more: mezo_jax.spsa(1e-2, key=0, micro_batches=2),
+    lambda **more: mezo_jax.spsa(1e-2, key=0, num_samples=2, over='rows'),
+    lambda **more: variants.conservative(1e-2, key=0, micro_batches=2),
+    lambda **more: variants.forward_grad(1e-2, key=0, micro_batches=2),
+    lambda **more: variants.hizoo(1e-2, key=0, micro_batches=2),
+    lambda **more: variants.private(
+        1e-2, key=0, micro_batches=2, clip=1.0, noise_multiplier=1.0,
+        batch_size=8),
+    lambda **more: variants.svrg(1e-2, key=0, rows=4),
+    lambda **more: backprop.backprop(micro_batches=2)])
+def test_arrays_that_are_not_batch_are_not_cut(make):
+  tx = make()
+  private = dict(noise_key=KEY)
+  with pytest.raises(ValueError) as e:
+    one_step(tx, value_fn=weighted, batch=BATCH | {'weights': WEIGHTS},
+             **private)
+  assert '8' in str(e.value) and '4' in str(e.value)
+  scaled = lambda p, batch: batch['scale'] * weighted(
+      p, batch | {'weights': WEIGHTS})
+  one_step(tx, value_fn=scaled, batch=BATCH | {'scale': 1.0}, **private)
+  one_step(tx, value_fn=scaled, batch=BATCH | {'scale': jnp.float32(1)},
+           **private)
 
 
-@pytest.mark.parametrize('dtype', ['int32', np.int8, bool, 'float12', 5])
-def test_what_is_no_dtype_of_weights(dtype, tiny_dir):
-  with pytest.raises(ValueError, match='is not one of float32'):
-    models.load(tiny_dir, dtype=dtype, progress=False)
-  with pytest.raises(ValueError, match='is not one of float32'):
-    models.param_shapes(models.load_config(tiny_dir), dtype=dtype)
+def z_score(losses, eps):
+  del eps
+  value = losses[:, 0]
+  return jnp.mean(value), (value - jnp.mean(value)) / jnp.std(value)
 
 
-def test_a_text_to_start_from_is_of_the_vocabulary():
-  """jax would read the last row of the embedding."""
-  model, params = tiny()
-  for init in (peft.prefix.init, peft.prefix.init_prompt):
-    with pytest.raises(ValueError, match='token_ids has 64'):
-      init(model, params, jax.random.key(0), init='text', token_ids=[3, 64])
+@pytest.mark.parametrize('combine', [
+    mezo_jax.Combine((1.0,), z_score), mezo_jax.fzoo, 'fzoo'])
+def test_a_combine_of_all_losses_has_no_part_of_them(combine):
+  tx = mezo_jax.spsa(1e-3, key=0, combine=combine, num_samples=4)
+  with pytest.raises(ValueError, match='part'):
+    one_step(tx, part=(0, 2))
+  _, whole = one_step(tx)
+  _, all_of_it = one_step(tx, part=(0, 1))
+  np.testing.assert_array_equal(whole.projected_grad, all_of_it.projected_grad)
+
+
+def test_parts_of_directions_have_the_numbers_of_the_whole():
+  own = mezo_jax.Combine((1.0, -1.0), lambda losses, eps: (
+      jnp.mean(losses), jnp.tanh(losses[:, 0] - losses[:, 1])),
+                         by_direction=True)
+  for make in (functools.partial(mezo_jax.spsa, 1e-3, combine=own),
+               functools.partial(variants.sign, 1e-2)):
+    tx = make(key=0, num_samples=4)
+    get = lambda tx=tx, **more: optax.tree.get(
+        one_step(tx, **more)[1], 'projected_grad')
+    parts = [get(part=(i, 2)) for i in range(2)]
+    np.testing.assert_allclose(np.concatenate(
+        [parts[0][:2], parts[1][2:]]), get(), rtol=1e-6)
+    assert np.all(np.isnan(parts[0][2:]))
+  with pytest.raises(ValueError, match='part'):  # it needs the step of all
+    one_step(variants.conservative(1e-2, key=0, num_samples=4), part=(0, 2))
+
+
+# --- chains -----------------------------------------------------------------
+
+
+CLIP = optax.clip_by_global_norm(1.0)
+BEFORE = {
+    'chain': lambda tx: optax.chain(CLIP, tx),
+    'decay': lambda tx: optax.chain(
+        optax.add_decayed_weights(10.0), tx, optax.sgd(1.0)),
+    'named': lambda tx: optax.named_chain(('clip', CLIP), ('mezo', tx)),
+    'nested': lambda tx: optax.chain(
+        CLIP, optax.chain(tx, optax.scale(1.0)), optax.scale(1.0)),
+    'adam': lambda tx: optax.chain(optax.identity(), tx),
+    'injected': lambda tx: optax.inject_hyperparams(
+        lambda c: optax.chain(optax.clip_by_global_norm(c), tx))(1.0),
+    'around injected': lambda tx: optax.chain(
+        CLIP, optax.inject_hyperparams(
+            lambda rate: optax.chain(tx, optax.scale(rate)))(1.0)),
+    'skipped': lambda tx: mezo_jax.skip_not_finite(optax.chain(CLIP, tx)),
+    'in skipped': lambda tx: optax.chain(CLIP, mezo_jax.skip_not_finite(tx)),
+    'schedule free': lambda tx: optax.chain(
+        CLIP, optax.contrib.schedule_free(tx, learning_rate=1.0)),
+}
+
+
+@pytest.mark.parametrize('how', ['update', 'jit', 'make_step'])
+@pytest.mark.parametrize('name', BEFORE)
+def test_links_before_the_estimate_are_refused(name, how):
+  tx = BEFORE[name](mezo_jax.spsa(1e-3, key=0))
+  with pytest.raises(ValueError, match='first link'):
+    if how == 'make_step':
+      mezo_jax.make_step(tx, lambda p, b: loss(p))(PARAMS, tx.init(PARAMS), ())
+    else:
+      wrap = jax.jit if how == 'jit' else lambda fn: fn
+      wrap(lambda p: one_step(tx, p))(PARAMS)
+
+
+@pytest.mark.parametrize('name', [
+    'mezo', 'mezo, pending', 'backprop and adam', 'private', 'svrg',
+    'lozo-m', 'one point', 'conservative', 'mazo', 'forward gradient'])
+def test_no_variant_has_links_before_it(name):
+  kinds = dict(directions=mezo_jax.LazyLowRank(
+      rank=1, every=2)) if name == 'lozo-m' else {}
+  tx = optax.chain(CLIP, ROWS[name](1e-2, key=0, **kinds))
+  with pytest.raises(ValueError, match='first link'):
+    one_step(tx)
+
+
+def test_links_that_have_updates_are_let_be():
+  """A link that asks an estimate for its own purposes is not one before it."""
+  estimate = mezo_jax.spsa(1e-3, key=0)
+  def update_fn(updates, state, params=None, **extra_args):
+    more, state = estimate.update(None, state, params, **extra_args)
+    return jax.tree.map(jnp.add, updates, more), state
+  own = optax.GradientTransformationExtraArgs(estimate.init, update_fn)
+  tx = optax.chain(optax.scale(0.5), own)
+  updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=loss)
+  z, _ = estimate.update(None, estimate.init(PARAMS), PARAMS, value_fn=loss)
+  helpers.assert_close(updates, jax.tree.map(
+      lambda p, z: 0.5 * p + z, PARAMS, z))
+
+
+def test_what_is_promised_of_chains():
+  """What holds inside skip_not_finite, and what a chain without it does."""
+  bad = lambda p, bad: jnp.where(bad, jnp.nan, loss(p))
+  chain = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.adamw(1e-2))
+  for tx, moves in ((chain, True), (mezo_jax.skip_not_finite(chain), False)):
+    params, state = PARAMS, tx.init(PARAMS)
+    for is_bad in (False, True):
+      before = params
+      updates, state = tx.update(None, state, params, value_fn=bad, bad=is_bad)
+      params = optax.apply_updates(params, updates)
+    assert np.any(params['w'] != before['w']) == moves
+    assert optax.tree.get(state, 'total_notfinite') == 1
+  only_b = mezo_jax.Normal(mask='b')
+  moved, _ = one_step(optax.chain(
+      mezo_jax.spsa(1e-3, key=0, directions=only_b),
+      optax.adamw(1e-2, weight_decay=0.1)))
+  assert np.any(moved['w'] != PARAMS['w'])  # decayed
+  for tx in (mezo_jax.mezo(1e-2, key=0, directions=only_b, weight_decay=0.1,
+                           decay=lambda p: True),
+             optax.chain(mezo_jax.spsa(1e-3, key=0, directions=only_b),
+                         optax.adamw(1e-2, weight_decay=0.1,
+                                     mask={'w': False, 'b': True}))):
+    moved, _ = one_step(tx)
+    helpers.assert_bitwise(moved['w'], PARAMS['w'])
+    assert np.all(moved['b'] != PARAMS['b'])
+
+
+# --- bad arguments ----------------------------------------------------------
+
+
+def trained(make, **fixed):
+  """A function of one argument: a step of what is made with it."""
+  def call(**kwargs):
+    of_loss = {k: kwargs.pop(k) for k in ('value_fn',) if k in kwargs}
+    return one_step(make(**({'key': 0} | fixed | kwargs)), **of_loss)
+  return call
+
+
+def updated(**kwargs):
+  tx = mezo_jax.spsa(1e-3, key=0)
+  given = dict(updates=None, state=tx.init(PARAMS), params=PARAMS)
+  given |= {k: kwargs.pop(k) for k in [*kwargs] if k in given}
+  if 'projected_grad' not in kwargs:
+    kwargs = dict(value_fn=loss) | kwargs
+  return tx.update(**given, **kwargs)
+
+
+def displaced(fn=mezo_jax.displace, **kwargs):
+  return fn(**(dict(params=PARAMS, displacement=STEP) | kwargs))
+
+
+def step(**kwargs):
+  kwargs = dict(tx=mezo_jax.mezo(1e-3, key=0), value_fn=rows) | kwargs
+  return mezo_jax.make_step(**kwargs)
+
+
+def stepped(**kwargs):
+  made = step(value_fn=lambda p, b: loss(p))
+  params = jax.tree.map(jnp.copy, PARAMS)
+  return made.update(params, mezo_jax.mezo(1e-3, key=0).init(params), **(
+      dict(projected_grad=[1.0]) | kwargs))
+
+
+def logged(tmp_path, **kwargs):
+  log, _ = replay.open_log(**(dict(
+      path=tmp_path / 'a.log', header={}, n=1) | kwargs))
+  log.close()
+
+
+SPSA = dict(
+    eps=[None, 'x', 0.0, -1.0, np.nan, np.inf, {}, {'(': 1.0}, {'': 'x'},
+         {1: 1.0}, [1e-3], jnp.ones(2), 1j, lambda t: None, lambda t: -1.0],
+    key=[None, 'x', 1.5, [0, 1], jnp.zeros(3), jax.random.split(KEY, 2), {}],
+    directions=[None, 'cauchy', 3, mezo_jax.Normal, ['normal'], {}],
+    combine=[None, 'mean', lambda losses, eps: losses, 1],
+    num_samples=[0, -1, 1.5, 'x', True, [2]],
+    over=['cols', None, 1, ['scan']], micro_batches=[0, 1.5, 'x', False],
+    equal_parts=[None, 'yes', 1])
+RATE = dict(learning_rate=[
+    None, 'x', np.nan, [1e-3], {}, {'(': 1.0}, {'': None}, jnp.ones(2),
+    lambda t: None, float])
+MEZO = RATE | dict(
+    weight_decay=[None, 'x', -1.0, np.nan], decay=['(', 3.5, '['],
+    stochastic_rounding=[None, 'yes', 1])
+without = lambda table, *names: {
+    k: v for k, v in table.items() if k not in names}
+ONE_EPS = without(SPSA, 'eps') | dict(eps=[*SPSA['eps'][:7], {'': 1e-3}])
+OPTIONS = SPSA | MEZO
+LOZO = mezo_jax.LazyLowRank(rank=1, every=2)
+
+TABLE = {
+    'spsa': (trained(mezo_jax.spsa), SPSA | dict(
+        dtype=['x', int, 'int32', 3], value_fn=[3, 'x'])),
+    'mezo': (trained(mezo_jax.mezo, learning_rate=1e-3), OPTIONS | dict(
+        fold_every=[0, 1.5, 'x', True])),
+    'update': (updated, dict(
+        params=[None], state=[None, (), 3], value_fn=[3],
+        projected_grad=['x', [1.0, 2.0], [None]],
+        part=[1, (1,), (2, 2), (0, 0), 'x', (0.5, 1), (0, 3)],
+        around=[1.0, 'x', (KEY, 1.0)])),
+    'displace': (displaced, dict(
+        displacement=[None, 1.0, (KEY, 1.0), Displacement('x', 1.0),
+                      Displacement(KEY, 'x'), Displacement(1.5, 1.0),
+                      Displacement(KEY, jnp.ones(2))],
+        directions=SPSA['directions'])),
+    'direction': (functools.partial(displaced, mezo_jax.direction), dict(
+        displacement=[None, 1.0], directions=SPSA['directions'],
+        dtype=['x', int, 3])),
+    'perturbed': (lambda **kwargs: mezo_jax.perturbed(
+        **(dict(value_fn=loss) | kwargs))(PARAMS, STEP), dict(
+            value_fn=[None, 3], directions=SPSA['directions'])),
+    'dequantized': (mezo_jax.dequantized, dict(fn=[None, 3])),
+    'estimate': (lambda **kwargs: mezo_jax.estimate(**(dict(
+        value_fn=loss, params=PARAMS, z=Displacement(KEY[None], jnp.ones(1)),
+        eps=1e-3, directions=mezo_jax.Normal()) | kwargs)), dict(
+            value_fn=[None, 3], z=[None, 1.0], around=[1.0],
+            directions=SPSA['directions'], over=SPSA['over'])),
+    'Combine': (lambda **kwargs: mezo_jax.Combine(
+        **(dict(signs=(1.0,), fn=z_score) | kwargs)), dict(
+            signs=[None, (), 1.0, 'x', ('x',), (None,)], fn=[None, 3],
+            by_direction=[None, 1])),
+    'Normal': (mezo_jax.Normal, dict(
+        generator=['x', None, 3, []], mask=['(', 3, 0.5], stacked=['(', 3],
+        limits=['x'], scales=['x'], on_grid=[None, 1])),
+    'LowRank': (mezo_jax.LowRank, dict(rank=[0, 1.5, 'x', None, True])),
+    'LazyLowRank': (mezo_jax.LazyLowRank, dict(every=[0, 1.5, None, True])),
+    'SubZero': (mezo_jax.SubZero, dict(rank=[0], every=[0, 'x'])),
+    'round_stochastically': (lambda **kwargs: (
+        lambda tx: tx.update(PARAMS, tx.init(PARAMS), PARAMS))(
+            mezo_jax.round_stochastically(**(dict(key=0) | kwargs))), dict(
+                key=SPSA['key'], mask=['(', {'w': 'x', 'b': True}])),
+    'skip_not_finite': (mezo_jax.skip_not_finite, dict(inner=[None, 3])),
+    'make_step': (step, dict(
+        tx=[None, 3], value_fn=[3, 'x'], mesh=[3, 'x'], on_compile=[3],
+        part=[1, (1,), (2, 2), 'x'])),
+    'Step.update': (stepped, dict(
+        projected_grad=['x', [1.0, 2.0], None], value=['x', [1.0, 2.0]])),
+    'dequantize': (lambda **kwargs: mezo_jax.dequantize(
+        **(dict(params=PARAMS) | kwargs)), dict(
+            params=[None], dtype=['x', int, 3])),
+    'quantize': (lambda **kwargs: mezo_jax.quantize(
+        **(dict(w=jnp.ones((4, 32)), bits=8) | kwargs)), dict(
+            w=[None, 'x', jnp.float32(1.0), jnp.arange(4)], bits=[3, 'x', None],
+            axis=[5, None, 'x'])),
+    # --- variants ---
+    'adam_by_history': (trained(
+        variants.adam_by_history, learning_rate=1e-3), MEZO | ONE_EPS | dict(
+            b1=[None, 'x', 1.0, -0.1], b2=[None, 1.5], adam_eps=[None, -1.0],
+            window=[0, 1.5, 'x', True])),
+    'momentum_by_history': (trained(
+        variants.momentum_by_history, learning_rate=1e-3), dict(
+            learning_rate=[None], beta=[None, 'x', 1.0], window=[0, None])),
+    'conservative': (trained(
+        variants.conservative, learning_rate=1e-3), without(
+            OPTIONS, 'learning_rate') | dict(
+                learning_rate=[*RATE['learning_rate'], {'': 1e-3}])),
+    'expectation_modified': (trained(
+        variants.expectation_modified, learning_rate=1e-3,
+        norms={'w': 1.0, 'b': 1.0}), OPTIONS | dict(norms=[None, 'x'])),
+    'variance_modified': (trained(
+        variants.variance_modified, learning_rate=1e-3,
+        norms={'w': 1.0, 'b': 1.0}), dict(norms=[None, 'x'], key=['x'])),
+    'forward_grad': (trained(
+        variants.forward_grad, learning_rate=1e-3), MEZO | without(
+            SPSA, 'eps', 'combine', 'over')),
+    'hizoo': (trained(variants.hizoo, learning_rate=1e-3), MEZO | without(
+        ONE_EPS, 'combine') | dict(alpha=[None, 'x', 1.0, -0.1])),
+    'lozo_m': (trained(
+        variants.lozo_m, learning_rate=1e-3, directions=LOZO), MEZO | without(
+            ONE_EPS, 'num_samples', 'directions') | dict(
+                beta=[None, 1.0], directions=['normal', None, 'cauchy'])),
+    'mazo': (trained(variants.mazo, learning_rate=1e-3, mask={
+        'w': True, 'b': True}), RATE | SPSA | dict(
+            mask=[None, 'w', {'w': True}], stochastic_rounding=[None])),
+    'one_point': (trained(
+        variants.one_point, learning_rate=1e-3), MEZO | without(
+            SPSA, 'combine', 'num_samples')),
+    'private': (trained(
+        lambda key, **kwargs: ROWS['private'](key=key, **kwargs),
+        learning_rate=1e-3), MEZO | without(
+            ONE_EPS, 'combine', 'over', 'equal_parts')),
+    'private, alone': (lambda **kwargs: variants.private(**(dict(
+        learning_rate=1e-3, key=0, clip=1.0, noise_multiplier=1.0,
+        batch_size=8) | kwargs)), dict(
+            clip=[None, 'x', 0.0], noise_multiplier=[None, -1.0],
+            batch_size=[None, 0, 'x'], mechanism=[None, 'x', []])),
+    'qzo': (trained(variants.qzo, learning_rate=1e-3), OPTIONS | dict(
+        clip=[None, 0.0, 'x'])),
+    'quzo': (lambda **kwargs: variants.quzo(
+        **(dict(learning_rate=1e-3, key=0) | kwargs)), dict(
+            learning_rate=[None], directions=['low_rank', None], key=['x'])),
+    'scalar_adam': (trained(
+        variants.scalar_adam, learning_rate=1e-3), OPTIONS | dict(
+            b2=[None, 1.0], adam_eps=[None, -1.0])),
+    'sign': (trained(variants.sign, learning_rate=1e-3), without(
+        OPTIONS, 'combine')),
+    'sparse_mezo': (trained(
+        variants.sparse_mezo, learning_rate=1e-3, limits=5.0), OPTIONS | dict(
+            limits=[None, 'x', {'w': 'x', 'b': 1.0}])),
+    'svrg': (trained(variants.svrg, learning_rate=1e-3), without(
+        RATE | ONE_EPS, 'combine', 'over', 'micro_batches') | dict(
+            every=[1, 2.5, None], anchor_learning_rate=[None, 'x'],
+            anneal=[0.5, None], anneal_every=[0, None], rows=[0, 'x'],
+            stored_anchor=[None, 1], stochastic_rounding=[None])),
+    'saliency': (lambda **kwargs: variants.saliency(**(dict(
+        value_fns=[loss], params=PARAMS, key=0, num_samples=1) | kwargs)), dict(
+            value_fns=[None, loss, [], [3]], params=[None], key=SPSA['key'],
+            share=[0.0, 2.0, None, 'x'], num_samples=[0, 1.5, None],
+            eps=[0.0, None], alpha=[None], beta=['x'],
+            directions=['rademacher', None])),
+    'grad_norms': (lambda **kwargs: variants.grad_norms(**(dict(
+        value_fn=loss, params=PARAMS, key=0) | kwargs)), dict(
+            value_fn=[None, 3], params=[None], key=SPSA['key'],
+            num_samples=[0, None], eps=[0.0, None], directions=[None])),
+    'param_norms': (lambda **kwargs: variants.param_norms(
+        **(dict(params=PARAMS) | kwargs)), dict(
+            params=[None], directions=[None, 'cauchy'])),
+    'no_norms': (lambda **kwargs: variants.no_norms(
+        **(dict(params=PARAMS) | kwargs)), dict(
+            params=[None], directions=[None, 'cauchy'])),
+    'no_scores': (lambda **kwargs: variants.no_scores(
+        **(dict(params=PARAMS) | kwargs)), dict(
+            params=[None], directions=[None, 'cauchy'])),
+    'smallest': (lambda **kwargs: variants.smallest(
+        **(dict(params=PARAMS) | kwargs)), dict(
+            params=[None], share=[0.0, 2.0, None, 'x'], stacked=['('])),
+}
+LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}],
+           n=[0, 1.5, None, True], start=[-1, 1.5, None])
+TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState'}  # and no checks
+CONSTANTS = {'Rademacher', 'Sphere', 'fzoo', 'one_sided', 'two_sided'}
+
+
+def test_the_table_has_every_public_function():
+  public = {*mezo_jax.__all__, *variants.__all__} - TYPES - CONSTANTS
+  assert public <= {name.partition(',')[0] for name in TABLE}
+
+
+def refused(call, name, value):
+  with pytest.raises((ValueError, TypeError)) as e:
+    call(**{name: value})
+  said = str(e.value)
+  assert name in said, (name, value, said)
+
+
+@pytest.mark.parametrize('row', TABLE)
+def test_bad_arguments_are_refused_by_name(row):
+  call, bad = TABLE[row]
+  for name, values in bad.items():
+    for value in values:
+      refused(call, name, value)
+
+
+def test_bad_arguments_of_a_log_are_refused_by_name(tmp_path):
+  for name, values in LOG.items():
+    for value in values:
+      refused(functools.partial(logged, tmp_path), name, value)
+  logged(tmp_path, path=str(tmp_path / 'b.log'))
+
+
+@pytest.mark.parametrize('name', ['part', 'around'])
+def test_names_that_update_keeps_to_itself(name):
+  value_fn = eval(f'lambda p, {name}: loss(p, {name})', dict(loss=loss))
+  with pytest.raises(ValueError, match=f"'{name}'"):
+    one_step(mezo_jax.mezo(1e-2, key=0), value_fn=value_fn, **{name: X})
+  one_step(mezo_jax.mezo(1e-2, key=0),
+           value_fn=lambda p, part=None: loss(p))  # a default is not given
+  for row in ('qzo', 'one point', 'conservative', 'mezo'):
+    tx = variants.qzo(1e-2, key=0) if row == 'qzo' else ROWS[row](1e-2, key=0)
+    one_step(tx, value_fn=lambda p, value: loss(p, value), value=X)
+
+
+def test_what_a_combine_returns_is_checked():
+  for fn in (lambda losses, eps: losses, lambda losses, eps: None,
+             lambda losses, eps: (losses[0, 0], losses),
+             lambda losses, eps: (losses, losses[:, 0])):
+    tx = mezo_jax.spsa(1e-3, key=0, combine=mezo_jax.Combine((1.0,), fn))
+    with pytest.raises(ValueError, match='Combine'):
+      one_step(tx)
+
+
+def test_a_step_needs_an_estimator():
+  tx = optax.adam(1e-3)
+  with pytest.raises(ValueError, match='tx'):
+    mezo_jax.make_step(tx, lambda p, b: loss(p))(PARAMS, tx.init(PARAMS), ())
+  tx = mezo_jax.mezo(1e-3, key=0)
+  with pytest.raises(ValueError, match='value_fn'):
+    mezo_jax.make_step(tx, None)(PARAMS, tx.init(PARAMS), ())
+
+
+def test_leaves_that_are_not_arrays_are_named():
+  for bad in ('text', jnp.tanh):
+    with pytest.raises(ValueError, match='act'):
+      mezo_jax.mezo(1e-3, key=0).init(PARAMS | {'act': bad})

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import changed
 
-from mezo_jax import _estimate, _noise, _spsa, checks
+from mezo_jax import _estimate, _kinds, _noise, checks
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import Task
@@ -40,7 +40,7 @@ def test_a_config_of_an_earlier_version_is_read():
 
 
 def test_names_are_those_of_the_mathematics():
-  assert set(checks.DISTRIBUTIONS) == {*_spsa.KINDS}
+  assert set(checks.DISTRIBUTIONS) == {*_kinds.KINDS}
   assert set(checks.GENERATORS) == {*_noise.GENERATORS}
   assert set(checks.OVER) == {*_estimate.OVER}
   assert set(checks.COMBINES) == {*_estimate.COMBINES}

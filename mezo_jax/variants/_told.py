@@ -1,4 +1,4 @@
-"""Estimates whose projected gradients are of another make."""
+"""Estimates that make their projected gradients in another way."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class Remembering(NamedTuple):
 
 
 def check_one_eps(eps) -> None:
-  """Raises ValueError for groups of eps, whose projected gradients are of the
-  first group alone."""
+  """Raises ValueError for groups of eps: the projected gradients of a state are
+  those of the first group alone."""
   if isinstance(eps, Mapping):
     raise ValueError('eps of groups cannot be used here, where one projected '
                      'gradient is for all: give one number or schedule.')
@@ -32,10 +32,10 @@ def told(estimate: optax.GradientTransformationExtraArgs, make: Callable,
          after: Callable | None = None,
          init: Callable = lambda state: ()
          ) -> optax.GradientTransformationExtraArgs:
-  """``estimate`` with projected gradients that ``make`` makes.
+  """Returns ``estimate`` with projected gradients that ``make`` makes.
 
-  What they become goes through the estimate's door, so replay needs no losses
-  here either.
+  They become updates by the estimate's replay path (``projected_grad=``), so
+  replay needs no losses here either.
 
   Args:
     estimate: from `mezo_jax.spsa`.
@@ -52,6 +52,8 @@ def told(estimate: optax.GradientTransformationExtraArgs, make: Callable,
                 projected_grad=None, value=None, **extra_args):
     spsa_state, memory = state if after else (state, ())
     if projected_grad is None and value_fn is not None and params is not None:
+      if value is not None:  # for value_fn, if it takes it
+        extra_args['value'] = value
       value, projected_grad = make(
           spsa_state, memory, params, dict(value_fn=value_fn, **extra_args))
       projected_grad = jnp.where(jnp.isfinite(value), projected_grad, jnp.nan)

@@ -5,11 +5,12 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _values
+from mezo_jax import _arguments, _values
 from mezo_jax._directions import Directions, Normal
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import check_part, spsa
 from mezo_jax.variants._told import told
 
 
@@ -32,6 +33,8 @@ def conservative(
   `mezo_jax.mezo`; the state has :math:`g_j` of the chosen point: 0, or negated.
   """
   directions = as_directions(directions)
+  learning_rate = _arguments.rate(
+      'learning_rate', learning_rate, groups=False)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(
       eps, key=key, directions=directions, num_samples=n,
@@ -40,11 +43,16 @@ def conservative(
 
   def make(state, memory, params, given):
     del memory
+    part = given.get('part')
+    if part is not None and check_part(part)[1] > 1:
+      raise ValueError(
+          f'part={part} evaluates some of the directions, and conservative '
+          'tries the step of all of them.')
     seen = estimate.update(None, state, params, **given)[1]
     value_fn = given.pop('value_fn')
     batch = _values.accepted(value_fn, given)
     made = state.count - state.total_notfinite  # what a schedule counts
-    rate = learning_rate(made) if callable(learning_rate) else learning_rate
+    rate = _arguments.at(learning_rate, made)
     kind, z = directions.plain(params, directions.keys(
         state.key, state.count, n))
     z = z.after(seen.value)

@@ -14,12 +14,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _values
+from mezo_jax import _arguments, _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import told
 
 
@@ -40,6 +41,7 @@ def forward_grad(
     ValueError: as `mezo_jax.mezo`.
   """
   directions = as_directions(directions)
+  _arguments.boolean('equal_parts', equal_parts)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(1.0, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)

@@ -10,15 +10,17 @@ AdaMeZO (arXiv:2605.00650), with a window of h.
 from collections.abc import Callable
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _arguments, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import direction, mapped
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -55,11 +57,12 @@ def momentum_by_history(
     ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
   """
   directions = as_directions(directions)
+  _arguments.number('beta', beta, least=0, below=1)
 
   def fn(params, kind, keys, scale, g):
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
-    coefs = jnp.where(jnp.isnan(g), 0.0, g) * (beta**age / n)[:, None]
+    coefs = jnp.where(jnp.isnan(g), 0.0, g) * (_powers(beta, age) / n)[:, None]
     return direction(params, Displacement(keys, scale * coefs.ravel()), kind,
                      dtype=jnp.float32)
 
@@ -107,12 +110,15 @@ def adam_by_history(
     ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
   """
   directions = as_directions(directions)
+  _arguments.number('b1', b1, least=0, below=1)
+  _arguments.number('b2', b2, least=0, below=1)
+  _arguments.number('adam_eps', adam_eps, least=0)
 
   def fn(params, kind, keys, scale, g):
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
     def weights(beta):
-      there = jnp.where(jnp.isnan(g[:, 0]), 0.0, beta**age)
+      there = jnp.where(jnp.isnan(g[:, 0]), 0.0, _powers(beta, age))
       return there / jnp.maximum(jnp.sum(there), 1e-30)
     w1, w2 = weights(b1), weights(b2)
     g = jnp.where(jnp.isnan(g), 0.0, g) / n
@@ -133,14 +139,17 @@ def adam_by_history(
       stochastic_rounding=stochastic_rounding)
 
 
+def _powers(beta, age: jax.Array) -> jax.Array:
+  """Returns ``beta**age``, where dtypes may not be promoted, too."""
+  return lax.pow(jnp.broadcast_to(jnp.asarray(beta), age.shape), age)
+
+
 def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
                 options: dict) -> optax.GradientTransformationExtraArgs:
   """The estimate that ``fn(params, directions, keys [h * n], coefs [h * n] of
   z, projected_grad [h, n])`` makes of the last steps, the oldest first; NaN
   where there was none or it was skipped."""
-  if not isinstance(window, int) or window < 1:
-    raise ValueError('window must be a Python integer of at least 1, got '
-                     f'{window!r}.')
+  _arguments.whole('window', window)
   check_one_eps(eps)
   estimate = spsa(eps, key=key, directions=directions, **options)
 

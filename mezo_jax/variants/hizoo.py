@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _paths, _values, sharding
+from mezo_jax import _arguments, _paths, _values, sharding
 from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
 from mezo_jax._estimate import estimate
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import mapped
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -68,12 +69,14 @@ def hizoo(
   """
   check_one_eps(eps)
   directions = as_directions(directions)
-  if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha < 1:
-    raise ValueError(f'alpha must be from 0 to below 1, got {alpha!r}.')
-  n = 1 if num_samples is None else num_samples
+  _arguments.number('alpha', alpha, least=0, below=1)
+  eps = _arguments.rate('eps', eps, above=0, groups=False)
+  n = 1 if num_samples is None else _arguments.whole('num_samples', num_samples)
   plain = lambda kind: spsa(
       eps, key=key, directions=kind, num_samples=n, over=over,
       micro_batches=micro_batches, equal_parts=equal_parts, dtype=jnp.float32)
+
+  plain(directions)  # refuses options that cannot be used
 
   def init_fn(params):
     state = plain(directions).init(params)
@@ -96,7 +99,7 @@ def hizoo(
     given = {} if value is None else dict(value=value)
     told = projected_grad
     if told is not None:
-      told = jnp.asarray(told, jnp.float32)
+      told = _arguments.array('projected_grad', told).astype(jnp.float32)
       if told.shape != (2 * n,):
         raise ValueError(
             f'projected_grad must have the shape [{2 * n}], first g of each '
@@ -124,7 +127,7 @@ def hizoo(
         jax.tree.map(after, scales, squares))
 
   def _losses(value_fn, params, state, kind, extra_args):
-    epsilon = eps(state.count) if callable(eps) else eps
+    epsilon = _arguments.at(eps, state.count)
     plain_kind, z = kind.plain(params, kind.keys(state.key, state.count, n))
     losses = estimate(
         value_fn, params, z, epsilon, plain_kind, signs=(1.0, -1.0, 0.0),

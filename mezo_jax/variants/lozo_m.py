@@ -17,8 +17,9 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _compiler, _lowrank, _paths, sharding
+from mezo_jax import _arguments, _compiler, _lowrank, _paths, sharding
 from mezo_jax._displacement import Displacement, of_leaves
+from mezo_jax._kinds import as_directions
 from mezo_jax._lowrank import LazyLowRank
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import zeros
@@ -30,7 +31,7 @@ from mezo_jax.variants._told import check_one_eps, Remembering
 def lozo_m(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9,
-    directions: LazyLowRank = LazyLowRank(rank=2, every=50),
+    directions: LazyLowRank | str = LazyLowRank(rank=2, every=50),
     weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
     **options) -> optax.GradientTransformationExtraArgs:
   r"""MeZO along `LazyLowRank` directions, with momentum of their factor.
@@ -55,6 +56,8 @@ def lozo_m(
       of eps.
   """
   check_one_eps(eps)
+  directions = as_directions(directions)
+  _arguments.number('beta', beta, least=0, below=1)
   if not isinstance(directions, LazyLowRank) or isinstance(directions, SubZero):
     raise ValueError('lozo_m needs directions=mezo_jax.LazyLowRank(...), got '
                      f'{directions!r}.')

@@ -35,13 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _noise, _paths, _values, sharding
+from mezo_jax import _arguments, _noise, _paths, _values, sharding
 from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import mapped, perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import Remembering
 
 _PART = 2**20  # elements that are scored at once
@@ -50,7 +51,7 @@ _PART = 2**20  # elements that are scored at once
 def saliency(value_fns: Sequence[Callable], params, key, *,
              share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
              alpha: float = 1.0, beta: float = 0.0,
-             directions: Directions = Normal()):
+             directions: Directions | str = Normal()):
   r"""Which weights of each row matter most: a mask for `mazo`.
 
   Args:
@@ -74,6 +75,19 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
       directions that are not normal, of whose squares :math:`\hat H` is made,
       or that have a mask of elements; for `Codes`.
   """
+  if callable(value_fns) or not isinstance(value_fns, Sequence) or not (
+      value_fns):
+    raise ValueError('value_fns must be a sequence of functions, one for each '
+                     f'task, got {value_fns!r}.')
+  for value_fn in value_fns:
+    _arguments.function('each of value_fns', value_fn)
+  _arguments.tree('params', params)
+  _arguments.whole('num_samples', num_samples)
+  _arguments.number('eps', eps, above=0)
+  _arguments.number('alpha', alpha)
+  _arguments.number('beta', beta)
+  _arguments.number('share', share)
+  directions = as_directions(directions)
   if type(directions) is not Normal:
     raise ValueError('saliency needs directions=mezo_jax.Normal(...), got '
                      f'{directions!r}.')
@@ -187,11 +201,15 @@ def mazo(
   """
   directions = as_directions(directions)
   if directions.mask is not None:
-    raise ValueError('mazo has the mask of saliency, which directions with '
-                     'one of their own were to be given to.')
+    raise ValueError('mazo has the mask of saliency: give a mask of your own '
+                     'to the directions of saliency instead.')
+  if mask is None or isinstance(mask, str) or callable(mask):
+    raise ValueError('mask must be a tree of bools, such as saliency returns, '
+                     f'got {mask!r}.')
   at = lambda mask: spsa(
       eps, key=key, dtype=jnp.float32,
       directions=dataclasses.replace(directions, mask=mask), **options)
+  at(mask)  # refuses options that cannot be used
   leaves, tree = jax.tree.flatten(mask)
   is_array = [bool(jnp.ndim(m)) for m in leaves]
 
@@ -217,6 +235,7 @@ def mazo(
 def no_scores(params, directions: Directions | str = Normal()):
   """A mask of the kind of `saliency`'s that chooses no element of matrices, to
   stand in its place until a state is restored or scores are made."""
+  _arguments.tree('params', params)
   directions = as_directions(directions)
   stacks = jax.tree.unflatten(
       _paths.structure(params), _paths.stacked(params, directions.stacked))

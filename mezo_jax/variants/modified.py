@@ -19,12 +19,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _noise, _paths, _values, sharding
+from mezo_jax import _arguments, _noise, _paths, _values, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import Remembering
 
 _LEAST = 1e-2  # of the layers' root mean square: no norm is taken for less
@@ -56,6 +57,10 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
     that z/d is as long as z. None is less than a hundredth of their root mean
     square.
   """
+  _arguments.function('value_fn', value_fn)
+  _arguments.tree('params', params)
+  _arguments.whole('num_samples', num_samples)
+  _arguments.number('eps', eps, above=0)
   directions = as_directions(directions)
   layers, count = _layers(params, directions.stacked)
   keys = _noise.step_keys(_noise.as_key(key), 0, num_samples)
@@ -77,12 +82,14 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
 
 def no_norms(params, directions: Directions | str = Normal()):
   """Ones in the place of norms, until a state is restored or they are made."""
+  _arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
 
 
 def param_norms(params, directions: Directions | str = Normal()):
   """The norm of each layer's parameters, else as `grad_norms`."""
+  _arguments.tree('params', params)
   directions = as_directions(directions)
   layers, count = _layers(params, directions.stacked)
 
@@ -143,6 +150,10 @@ def _modified(back, learning_rate, eps, key, norms, directions, weight_decay,
   at = lambda scales: spsa(
       eps, key=key, dtype=jnp.float32,
       directions=dataclasses.replace(directions, scales=scales), **options)
+  at(None)  # refuses options that cannot be used
+  _arguments.tree('norms', norms)
+  for d in jax.tree.leaves(norms):
+    _arguments.array('norms', d)
 
   def init_fn(params):
     own = jax.tree.map(lambda d: jnp.asarray(d, jnp.float32), norms)

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _values
+from mezo_jax import _arguments, _noise, _values
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
 from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 
 MECHANISMS = ('gaussian', 'laplace')
 
@@ -75,18 +76,23 @@ def private(
     ValueError: for an option out of range; in ``update`` without ``noise_key``,
       and for a ``value_fn`` that returns a scalar.
   """
-  if mechanism not in MECHANISMS:
+  if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
     raise ValueError(
         f'mechanism must be one of {MECHANISMS}, got {mechanism!r}.')
+  for name, value in (('clip', clip), ('batch_size', batch_size),
+                      ('noise_multiplier', noise_multiplier)):
+    _arguments.number(name, value)
   if not (clip > 0 and noise_multiplier >= 0 and batch_size > 0):
     raise ValueError(
         'clip and batch_size must be positive and noise_multiplier not '
         f'negative, got {clip}, {batch_size} and {noise_multiplier}.')
-  if mechanism == 'laplace' and (num_samples or 1) > 1:
+  if mechanism == 'laplace' and num_samples not in (None, 1):
     raise ValueError("mechanism 'laplace' needs num_samples of 1.")
   if isinstance(eps, Mapping):
     raise ValueError('private takes one eps, no groups.')
-  directions, n = as_directions(directions), num_samples or 1
+  eps = _arguments.rate('eps', eps, above=0, groups=False)
+  directions = as_directions(directions)
+  n = 1 if num_samples is None else _arguments.whole('num_samples', num_samples)
   estimate = spsa(eps, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)
 
@@ -94,14 +100,15 @@ def private(
     """g [n]."""
     keys = directions.keys(state.key, state.count, n)
     kind, z = directions.plain(params, keys)
-    epsilon = eps(state.count) if callable(eps) else eps
+    epsilon = _arguments.at(eps, state.count)
     batch = _values.accepted(value_fn, extra_args)
 
     def rows_at(point):  # one forward pass is in memory at a time
       at = lambda part: _rows(perturbed(value_fn, kind)(params, point, **part))
       if (micro_batches or 1) == 1:
         return at(batch)
-      parts = lax.map(at, _values.split_batch(batch, micro_batches))
+      rows, with_rows = _values.split_batch(batch, micro_batches)
+      parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
     values, there = lax.map(rows_at, Displacement(
@@ -111,7 +118,7 @@ def private(
     d = (plus - minus) / (2 * epsilon)  # [n, B]
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
     length = jnp.sqrt(jnp.sum(d**2, 0))
-    d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))
+    d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
     scale = clip * noise_multiplier
     return (jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)) / batch_size
 
@@ -122,6 +129,7 @@ def private(
         raise ValueError(
             'private needs the secret key of its noise, a new one for each '
             'step: tx.update(..., noise_key=...); see mezo_jax.privacy.')
+      _arguments.check_names(value_fn, noise_key=noise_key)
       projected_grad = released(state, params, value_fn, noise_key, extra_args)
       value_fn, extra_args = None, {}
     return estimate.update(
@@ -142,13 +150,16 @@ def _rows(out) -> tuple[jax.Array, jax.Array]:
   """
   _values.sums(out)  # refuses what is no loss
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
+  values = jnp.asarray(values)
   if not jnp.ndim(values):
     raise ValueError(
         'private clips what each row adds: value_fn must return the rows\' '
         'values [B], or (values, weights) with weight 0 for rows that are not '
         'there, and returned a scalar.')
-  there = weights[0] > 0 if weights else jnp.ones(values.shape, bool)
-  return values.astype(jnp.promote_types(jnp.float32, values.dtype)), there
+  there = jnp.ones(values.shape, bool)
+  if weights:
+    there = jnp.asarray(weights[0]) > 0
+  return values.astype(_values.wide(values.dtype)), there
 
 
 def noise(key, n: int, mechanism: str) -> jax.Array:
@@ -158,8 +169,8 @@ def noise(key, n: int, mechanism: str) -> jax.Array:
   of `jax.random` have 23 bits: its normal draws end at 5.4, and in thousands of
   steps what lies beyond is likelier than any delta.
   """
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(key, impl='threefry2x32')
+  if not _noise.is_typed(key):
+    key = _noise.as_key(key, 'noise_key')
   high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
       jnp.float32)
   u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)

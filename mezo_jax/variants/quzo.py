@@ -23,9 +23,9 @@ import optax
 from mezo_jax import _paths
 from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
+from mezo_jax._kinds import as_directions
 from mezo_jax._lowrank import LowRank
 from mezo_jax._mezo import mezo
-from mezo_jax._spsa import as_directions
 
 
 def quzo(

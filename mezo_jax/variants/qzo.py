@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _paths
+from mezo_jax import _arguments, _paths
 from mezo_jax._codes import FACTORS
 from mezo_jax._directions import Directions, Normal
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import told
 
 
@@ -51,8 +52,7 @@ def qzo(
   Raises:
     ValueError: as `mezo_jax.spsa`; for a clip that is not positive.
   """
-  if isinstance(clip, (int, float)) and not clip > 0:
-    raise ValueError(f'clip must be positive, got {clip!r}.')
+  _arguments.number('clip', clip, above=0)
   directions = as_directions(directions)
   estimate = spsa(eps, key=key, directions=directions, num_samples=num_samples,
                   dtype=jnp.float32, **options)

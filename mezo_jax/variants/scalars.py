@@ -4,20 +4,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _arguments, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._estimate import Combine, two_sided
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import descent, mezo
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import Remembering, told
 
 
 def _sign(losses, eps):
-  value, g = two_sided.fn(losses, eps)
+  value, g = two_sided.apply(losses, eps)
   return value, jnp.sign(g)
 
 
-_SIGN = Combine(two_sided.signs, _sign)
+_SIGN = Combine(two_sided.signs, _sign, by_direction=True)
 
 
 def sign(learning_rate, eps=1e-3, **options
@@ -62,6 +63,8 @@ def scalar_adam(
     **options: of `mezo_jax.spsa`.
   """
   directions = as_directions(directions)
+  _arguments.number('b2', b2, least=0, below=1)
+  _arguments.number('adam_eps', adam_eps, least=0)
   estimate = spsa(eps, key=key, directions=directions, dtype=jnp.float32,
                   **options)
 
@@ -78,8 +81,8 @@ def scalar_adam(
     v, weight = keep(jnp.mean(g**2), v), keep(1.0, weight)
     length = jnp.sqrt(v / jnp.maximum(weight, 1e-30)) + adam_eps
     return jax.tree.map(
-        lambda u: u if u.dtype == jax.dtypes.float0 else (
-            u / length).astype(u.dtype), updates), Remembering(new, (v, weight))
+        lambda u: (u / length).astype(u.dtype), updates), Remembering(
+            new, (v, weight))
 
   return descent(
       optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,

@@ -16,11 +16,11 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _paths
+from mezo_jax import _arguments, _paths
 from mezo_jax._codes import is_codes
 from mezo_jax._directions import Directions, Normal
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import mezo
-from mezo_jax._spsa import as_directions
 
 
 def smallest(params, share: float = 0.25, *, stacked=None):
@@ -38,6 +38,8 @@ def smallest(params, share: float = 0.25, *, stacked=None):
   Raises:
     ValueError: for a share that is not above 0 and at most 1.
   """
+  _arguments.tree('params', params)
+  _arguments.number('share', share)
   if not 0 < share <= 1:
     raise ValueError(f'share must be above 0 and at most 1, got {share!r}.')
 
@@ -78,5 +80,6 @@ def sparse_mezo(
     directions: what z is before it is masked.
     **options: of `mezo_jax.mezo`, ``key`` among them.
   """
+  _arguments.tree('limits', limits)
   return mezo(learning_rate, eps, directions=dataclasses.replace(
       as_directions(directions), limits=limits), **options)

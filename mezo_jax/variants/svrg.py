@@ -24,17 +24,17 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mezo_jax import sharding
+from mezo_jax import _arguments, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._displacement import Displacement
+from mezo_jax._kinds import as_directions
 from mezo_jax._mezo import rounding
 from mezo_jax._pending import pending, Rule
 from mezo_jax._perturb import direction
 from mezo_jax._skip import skip_not_finite
-from mezo_jax._spsa import as_directions, spsa
+from mezo_jax._spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -90,11 +90,16 @@ def svrg(
   """
   check_one_eps(eps)
   directions = as_directions(directions)
-  if not isinstance(every, (int, np.integer)) or every < 2:
-    raise ValueError('every must be a Python integer of at least 2, got '
-                     f'{every!r}.')
-  if isinstance(anneal, (int, float)) and anneal < 1:
-    raise ValueError(f'anneal must be at least 1, got {anneal!r}.')
+  learning_rate, anchor_learning_rate = (
+      _arguments.rate(name, rate, groups=False) for name, rate in (
+          ('learning_rate', learning_rate),
+          ('anchor_learning_rate', anchor_learning_rate)))
+  _arguments.whole('every', every, 2)
+  _arguments.number('anneal', anneal, least=1)
+  _arguments.whole('anneal_every', anneal_every)
+  _arguments.boolean('stored_anchor', stored_anchor)
+  if rows is not None:
+    _arguments.whole('rows', rows)
   of_parts = lambda parts: spsa(
       eps, key=key, directions=directions, micro_batches=parts, **options)
   plain = of_parts(None)
@@ -118,7 +123,7 @@ def svrg(
         updates, state, params, value=here.value,
         projected_grad=here.projected_grad - there)
 
-  rate_of = lambda rate, count: rate(count) if callable(rate) else rate
+  rate_of = _arguments.at
 
   def coefs(is_anchor, g, value, count, memory):
     """Of the step's z and of the anchor's; what is remembered."""
@@ -207,7 +212,7 @@ def _stored(plain, of_parts, rows, every: int, directions: Directions, coefs,
 
 def _annealed(memory: SvrgMemory, value, by: float, every: int) -> SvrgMemory:
   total, steps = memory.total + value, memory.steps + 1
-  due, mean = steps >= every, total / steps
+  due, mean = steps >= every, total / steps.astype(jnp.float32)
   worse = due & (mean > 1.05 * memory.before)
   return memory._replace(
       scale=jnp.where(worse, memory.scale / by, memory.scale),
