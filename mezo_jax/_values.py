@@ -18,6 +18,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from mezo_jax import sharding
+
 
 def sums(out) -> tuple[jax.Array, jax.Array]:
   """``(sum of weighted values, sum of weights)`` of what a value_fn returned.
@@ -108,7 +110,7 @@ def split_batch(batch: dict, parts: int, what: str = 'micro_batches') -> dict:
           f'{what}={parts} does not divide the leading axis of an array of '
           f'shape {jnp.shape(x)} among the arguments of value_fn; close '
           'over what is no part of a batch.')
-    return x.reshape(parts, -1, *x.shape[1:])
+    return sharding.split_rows(x, parts)
   return jax.tree.map(split, batch)
 
 

@@ -229,6 +229,34 @@ def put_batch(batch, mesh: Mesh):
           x.shape, sharding, lambda index, x=x: x[index]), batch)
 
 
+def split_rows(x, parts: int):
+  """Returns an array [B, ...] as [parts, B / parts, ...].
+
+  On Explicit mesh axes the rows of each part are split over the axes that all
+  rows were split over, as far as these divide them. (On Auto axes the compiler
+  decides.)
+  """
+  shape = (parts, x.shape[0] // parts, *x.shape[1:])
+  if not isinstance(x, jax.Array):
+    return x.reshape(shape)
+  here = jax.typeof(x).sharding
+  rows, *others = [*here.spec, *(None,) * (x.ndim - len(here.spec))]
+  if rows is None and not any(others):
+    return x.reshape(shape)
+  kept, groups = [], 1
+  for axis in rows if isinstance(rows, tuple) else (rows,) * (rows is not None):
+    groups *= here.mesh.shape[axis]
+    if shape[1] % groups:
+      break
+    kept.append(axis)
+  if len(kept) < 2:
+    kept = kept[0] if kept else None
+  else:
+    kept = tuple(kept)
+  return jax.lax.reshape(x, shape, out_sharding=here.update(
+      spec=P(None, kept, *others)))
+
+
 def _mesh_in_context():
   """The mesh that `jax.set_mesh` set, if it is one of ours."""
   mesh = jax.sharding.get_abstract_mesh()
