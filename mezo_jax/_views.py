@@ -114,11 +114,11 @@ def _resharded(eqn, ins, context):
   if not isinstance(x, Block) or is_codes(x.w):
     return None
 
-  def follow(a):
+  def follow(a):  # an array with the axes of the block, or with length 1
     names = [name if n == m > 1 else None
              for name, n, m in zip(to.spec, x.w.shape, a.shape)]
-    return jax.sharding.reshard(a, to.update(spec=jax.P(
-        *names, *(None,) * (a.ndim - len(names)))))
+    names += (None,) * (a.ndim - len(names))
+    return jax.sharding.reshard(a, to.update(spec=jax.P(*names)))
   (w,) = bind(eqn, [x.w])
   draws = dataclasses.replace(
       x.draws, streams=jax.tree.map(follow, x.draws.streams),

@@ -229,6 +229,23 @@ def put_batch(batch, mesh: Mesh):
           x.shape, sharding, lambda index, x=x: x[index]), batch)
 
 
+def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
+  """Returns an array with the type of sharding that a block has.
+
+  Args:
+    x: An array whose first axes are those of the block, of the same length or
+      of length 1; more may follow.
+    block: Where no mesh axis is Explicit, ``x`` is returned as it is.
+  """
+  here = jax.typeof(block).sharding
+  if not any(t == AxisType.Explicit for t in here.mesh.axis_types):
+    return x
+  names = [name if n == m > 1 else None
+           for name, n, m in zip(here.spec, block.shape, x.shape)]
+  names += (None,) * (x.ndim - len(names))
+  return jax.sharding.reshard(x, here.update(spec=P(*names)))
+
+
 def split_rows(x, parts: int):
   """Returns an array [B, ...] as [parts, B / parts, ...].
 
