@@ -42,7 +42,24 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
 
 
 def made_first(fn, *args):
-  """``fn(*args)``, in memory before it is used: not again for each use."""
+  """Returns ``fn(*args)``, in memory before it is used: not again for each use.
+  """
   return lax.platform_dependent(
-      *args, cpu=apart(fn),
-      default=lambda *args: lax.optimization_barrier(fn(*args)))
+      *args, cpu=apart(fn), default=lambda *args: _barrier(fn(*args)))
+
+
+def _barrier(tree):
+  """Returns the same values behind a barrier, with the same types.
+
+  One barrier would have all values vary over the manual axes that any of them
+  varies over; in `jax.shard_map` those that vary alike have one.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  alike = {}
+  for i, x in enumerate(leaves):
+    alike.setdefault(jax.typeof(x).mat, []).append(i)
+  for members in alike.values():
+    behind = lax.optimization_barrier([leaves[i] for i in members])
+    for i, x in zip(members, behind):
+      leaves[i] = x
+  return jax.tree.unflatten(structure, leaves)

@@ -267,7 +267,7 @@ def _eqn_by_parts(eqn, i: int) -> bool:
 
 
 _PASSING = ('convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy',
-            'sharding_constraint')
+            'sharding_constraint', 'reshard', 'pvary')
 _CALLS = {
     **dict.fromkeys(('jit', 'closed_call', 'remat2'), _call),
     'custom_jvp_call': _custom_jvp,

@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _arguments, _noise, _paths, _streams, _values
+from mezo_jax import _arguments, _noise, _paths, _streams, _values, sharding
 from mezo_jax._codes import Codes, is_codes
 
 _U32 = jnp.uint32
@@ -96,9 +96,10 @@ class Draws:
     return self._sum(w.astype(_values.wide(w.dtype)), w)
 
   def built(self, like: jax.Array | Codes) -> jax.Array:
-    """``sum`` in float32, in the shape of ``like``."""
+    """Returns ``sum`` in float32, in the shape and sharding of ``like``."""
     like = like.astype(jnp.float32) if is_codes(like) else like
-    return jnp.broadcast_to(self._sum(None, like), like.shape)
+    total = jnp.broadcast_to(self._sum(None, like), like.shape)
+    return sharding.split_as(total, like)
 
   def _sum(self, start, like):
     plain = lambda self, start, like: self._by_terms(start, like)

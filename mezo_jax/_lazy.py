@@ -155,6 +155,10 @@ class Context:
       tied = lambda ins: jitted(_tied(ins))
       self.functions[kind] = called, tied, jitted
     called, tied, jitted = self.functions[kind]
+    if _inner(op.eqn) and jax.sharding.get_abstract_mesh().manual_axes:
+      # Tied values vary over as many manual axes as all of them do, which a
+      # loop's carry must not.
+      tied = jitted
     # Part of a leaf would be cut out, and kept, to be handed to a function.
     return lax.platform_dependent(ins, cpu=jitted if part else called,
                                   cuda=tied, rocm=tied, default=jitted)
@@ -227,15 +231,22 @@ def evaluate(jaxpr: core.Jaxpr, consts, args, context: Context) -> list:
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:
     ins = [read(v) for v in eqn.invars]
-    outs = None
-    if not any(isinstance(x, Lazy) for x in ins):
-      outs = bind(eqn, ins)
-    elif eqn.primitive.name in RULES:
-      outs = RULES[eqn.primitive.name](eqn, ins, context)
-    if outs is None:
-      outs = otherwise(eqn, ins, context)
+    # The mesh in context may change within a program: `jax.sharding.auto_axes`
+    # and `.at[...].get(out_sharding=...)` make Explicit axes Auto for a while.
+    with eqn.ctx.manager:
+      outs = _evaluate_one(eqn, ins, context)
     env.update(zip(eqn.outvars, outs))
   return [read(v) for v in jaxpr.outvars]
+
+
+def _evaluate_one(eqn, ins, context: Context) -> list:
+  """Evaluates an operation by its rule, if a value is lazy."""
+  if not any(isinstance(x, Lazy) for x in ins):
+    return bind(eqn, ins)
+  outs = None
+  if eqn.primitive.name in RULES:
+    outs = RULES[eqn.primitive.name](eqn, ins, context)
+  return otherwise(eqn, ins, context) if outs is None else outs
 
 
 def bind(eqn, ins) -> list:

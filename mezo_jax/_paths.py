@@ -5,7 +5,10 @@ value}`` give each leaf the value of the first expression that is found in its
 path.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import functools
+import logging
+import math
 import re
 from typing import Any
 import zlib
@@ -18,7 +21,9 @@ from mezo_jax import _arguments
 from mezo_jax._codes import is_codes
 
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
-_SEVERAL = re.compile(r'(?i)(^|/)\w*(layers|blocks)/')
+_PLURAL = re.compile(r'(?i).*(layers|blocks)')
+_MATRIX = re.compile(r'(?i)(.*/)?(kernel|embedding|weight)')
+_BIAS = re.compile(r'(?i)(.*/)?(bias|b)')
 _NOT_DECAYED = re.compile(
     r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
 
@@ -74,14 +79,22 @@ def map_named(fn: Callable, tree, *rest):
       for (path, leaf), *others in zip(named_leaves(tree), *flat)])
 
 
-def locate(path: str) -> tuple[str, int | None, bool]:
+def locate(path: str, stacked: bool | None = None
+           ) -> tuple[str, int | None, bool]:
   """Splits a path into (path without layer number, layer, stacked?).
 
   The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h``
   decides: followed by a number (``layers_3``, ``layers/3``) the leaf is that
-  layer; without one its leading axis is the layer axis. ``layers/3/q/kernel``
-  of shape [a, b] is thus row 3 of ``layers/q/kernel`` of shape [L, a, b]. Any
-  other path has neither; its leaf is one block, however it is scanned.
+  layer; without one its leading axis may be the layer axis, which a name alone
+  cannot say (see `stacked`). ``layers/3/q/kernel`` of shape [a, b] is thus row
+  3 of ``layers/q/kernel`` of shape [L, a, b]. Any other path has neither; its
+  leaf is one block, however it is scanned.
+
+  Args:
+    path: Path of a leaf.
+    stacked: Whether the leaf is known to be a stack of layers. Components
+      without a number decide nothing if it is known not to be. Defaults to
+      None, which believes the name.
   """
   parts = path.split('/')
   for i, part in enumerate(parts[:-1]):
@@ -93,7 +106,8 @@ def locate(path: str) -> tuple[str, int | None, bool]:
       return '/'.join([*parts[:i], name, *parts[i + 1:]]), int(number), False
     if parts[i + 1].isdigit():
       return '/'.join(parts[:i + 1] + parts[i + 2:]), int(parts[i + 1]), False
-    return path, None, True
+    if stacked is not False:
+      return path, None, True
   return path, None, False
 
 
@@ -108,26 +122,132 @@ def layer_of(path: str) -> tuple[str, int | None]:
   return '/'.join(parts[:at + 1]), layer
 
 
-def check_paths(paths) -> None:
-  """Raises if two leaves would draw the same noise (a collision of crc32)."""
+def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
+  """Checks that no two leaves would draw the same noise.
+
+  Args:
+    leaves: (path, number of layers) of each leaf; None for what is no stack.
+
+  Raises:
+    ValueError: If two leaves have the same key: the hashes of their names are
+      equal, or one is a layer that the other, a stack, has too.
+  """
   seen = {}
-  for path in paths:
-    name, layer, _ = locate(path)
-    other = seen.setdefault((zlib.crc32(name.encode()), layer), path)
-    if other != path:
-      raise ValueError(
-          f'Parameters {other!r} and {path!r} would draw the same noise '
-          '(their names hash alike); rename one of them.')
+  for path, depth in leaves:
+    name, layer, _ = locate(path, depth is not None)
+    name = zlib.crc32(name.encode())
+    for number in (layer,) if depth is None else range(depth):
+      other = seen.setdefault((name, number), path)
+      if other != path:
+        raise ValueError(
+            f'Parameters {other!r} and {path!r} would draw the same noise '
+            '(their names hash alike, or both have the same layer); rename '
+            'one of them.')
 
 
 def stacked(params, how=None) -> list[bool]:
-  """Which leaves are stacks of layers along their first axis, each layer with
-  a key of its own: by their names (see `locate`), or as a mask says."""
+  """Returns which leaves are stacks of layers along their first axis.
+
+  Each layer of a stack has a key of its own.
+
+  Args:
+    params: The parameters.
+    how: A mask that says which leaves are stacks. Defaults to None, which
+      guesses: the names of layers are a first sign (see `locate`), and the
+      shapes under that name must be a second one (see `_is_stack`). What was
+      guessed is logged once, for each tree.
+  """
   found = named_leaves(params)
-  chosen = ([locate(path)[2] for path, _ in found] if how is None
-            else resolved(params, how, 'stacked'))
+  if how is None:
+    chosen = _guessed(found)
+  else:
+    chosen = resolved(params, how, 'stacked')
   return [bool(c) and len(shape_of(x)) > 0
           for c, (_, x) in zip(chosen, found)]
+
+
+def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
+  """Returns which leaves are stacks, by names and shapes."""
+  parts = {}  # the leaves below each component that is called layers
+  for path, x in found:
+    for part in _named_layers(path):
+      parts.setdefault(part, []).append((path.removeprefix(part + '/'), x))
+  is_stack = {part: _is_stack(part, leaves) for part, leaves in parts.items()}
+  if is_stack:
+    _log_guess(*(tuple(part for part, stack in is_stack.items() if stack == s)
+                 for s in (True, False)))
+  out = []
+  for path, _ in found:
+    # A number further up decides first: see `locate`.
+    stack = any(is_stack[part] for part in _named_layers(path))
+    out.append(stack)
+  return out
+
+
+def _named_layers(path: str) -> list[str]:
+  """Returns the beginnings of a path, up to the first layer with a number,
+  that end in a name of layers without one."""
+  parts, found = path.split('/'), []
+  for i, part in enumerate(parts[:-1]):
+    match = _LAYERS.fullmatch(part)
+    if match and (match.group(2) or parts[i + 1].isdigit()):
+      break
+    if match:
+      found.append('/'.join(parts[:i + 1]))
+  return found
+
+
+def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
+  """Returns whether shapes agree that a part of the tree is stacked layers.
+
+  All must have the same first axis, and one of them must have an axis more than
+  it would have in one layer: three axes or more, or two where it is called as
+  biases and norms are. If all have one axis, or all two, and names that say
+  nothing of how many a layer has, then ``layers`` in the plural decides. A
+  kernel of two axes, or a bias of one, is one layer's.
+
+  Args:
+    part: The path of the part of the tree.
+    leaves: The leaves below it, with their paths within it.
+  """
+  # Scalars and what cannot be trained say nothing: rates, counters, PRNG keys.
+  shapes = [(path, shape_of(x)) for path, x in leaves
+            if len(shape_of(x)) and (is_codes(x) or is_floating(x))]
+  if not shapes or len({shape[0] for _, shape in shapes}) > 1:
+    return False
+  if any(_is_of_one_layer(path, shape, shapes) for path, shape in shapes):
+    return False
+  is_vector = lambda path: bool(_NOT_DECAYED.search(path))
+  if any(len(shape) >= 3 or len(shape) == 2 and is_vector(path)
+         for path, shape in shapes):
+    return True
+  return (
+      bool(_PLURAL.fullmatch(part)) and len({len(s) for _, s in shapes}) == 1
+      and not any(_MATRIX.fullmatch(path) or is_vector(path)
+                  for path, _ in shapes))
+
+
+def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
+  """Returns whether a leaf of this name has too few axes to be a stack."""
+  if path.split('/')[-1] == 'kernel':
+    return len(shape) < 3
+  if not _BIAS.fullmatch(path):
+    return False
+  # The bias of a convolution may be [out, 1, 1]: not a number for each layer,
+  # unless the layer has an output of length 1.
+  above = path.rpartition('/')[0]
+  one_output = any(1 in other[1:] for name, other in others
+                   if name != path and name.rpartition('/')[0] == above)
+  return len(shape) == 1 or (
+      math.prod(shape[1:]) == 1 and len(others) > 1 and not one_output)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_guess(stacks: tuple[str, ...], others: tuple[str, ...]) -> None:
+  logging.getLogger(__name__).info(
+      'guessed from names and shapes: stacked layers are below %s; not stacked '
+      'in spite of their names are %s. Pass stacked= to directions to say '
+      'otherwise.', list(stacks), list(others))
 
 
 def shape_of(x) -> tuple[int, ...]:
@@ -135,20 +255,23 @@ def shape_of(x) -> tuple[int, ...]:
 
 
 def decayed(params, how=None) -> Any:
-  """Which leaves weight decay is for: matrices (of each layer), no biases and
-  norms. A tree of bools.
+  """Returns which leaves weight decay is for, as a tree of bools.
 
-  Where it is not said what is stacked, shapes say it: a part of the tree all of
-  whose leaves begin with the same length is, if one of them has three axes or
-  more, or its name is that of several layers.
+  These are matrices (of each layer), not biases and norms. A leaf is taken for
+  a stack as `stacked` does, or if its shapes alone say so: a part of the tree
+  is stacked if all of its leaves begin with the same length, and one of them
+  has three axes or more.
 
   Args:
-    params: the parameters.
-    how: which are stacked; None to guess.
+    params: The parameters.
+    how: A mask that says which are stacked. Defaults to None, which guesses.
   """
   found = named_leaves(params)
-  is_stack = ([*map(bool, resolved(params, how, 'stacked'))] if how is not None
-              else _seem_stacked(found))
+  if how is None:
+    is_stack = [a or b for a, b in zip(
+        stacked(params), _seem_stacked(found))]
+  else:
+    is_stack = [*map(bool, resolved(params, how, 'stacked'))]
   return jax.tree.unflatten(structure(params), [
       len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
       and not _NOT_DECAYED.search(path)
@@ -156,18 +279,21 @@ def decayed(params, how=None) -> Any:
 
 
 def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
-  parts = {}  # of the tree, by path: [(first length, axes)] of their leaves
-  above = lambda path: [path[:i + 1] for i, c in enumerate(path) if c == '/']
+  """Returns which leaves are in parts of the tree whose shapes look stacked."""
+  parts = {}  # the leaves of each part of the tree, by its path
+  above = lambda path: [
+      '', *(path[:i + 1] for i, c in enumerate(path) if c == '/')]
   for path, x in found:
-    for part in ['', *above(path)]:
-      shape = shape_of(x)
-      parts.setdefault(part, []).append((*shape[:1], len(shape)))
-  alike = {part for part, of in parts.items()
-           if all(n for *_, n in of) and len({x[0] for x in of}) == 1}
-  whole = {part for part in alike if max(n for _, n in parts[part]) >= 3}
-  named = lambda path: locate(path)[2] and _SEVERAL.search(path)
-  return [any(part in whole or part in alike and named(path)
-              for part in ['', *above(path)]) for path, _ in found]
+    for part in above(path):
+      parts.setdefault(part, []).append((path, shape_of(x)))
+
+  def looks_stacked(leaves):
+    shapes = [shape for _, shape in leaves]
+    return (all(shapes) and len({shape[0] for shape in shapes}) == 1
+            and max(map(len, shapes)) >= 3
+            and not any(_is_of_one_layer(*leaf, leaves) for leaf in leaves))
+  whole = {part for part, leaves in parts.items() if looks_stacked(leaves)}
+  return [any(part in whole for part in above(path)) for path, _ in found]
 
 
 # --- masks and groups -------------------------------------------------------
@@ -206,7 +332,10 @@ def selected(params, mask, takes: Callable | None = None) -> Any:
       raise ValueError(
           f'parameter {path!r} is {x.dtype}, too coarse to be perturbed: leave '
           'it out with mask=... .')
-  check_paths([path for (path, _), c in zip(found, chosen) if c is not False])
+  check_paths([
+      (path, shape_of(x)[0] if is_stack else None)
+      for (path, x), c, is_stack in zip(found, chosen, stacked(params))
+      if c is not False])
   return jax.tree.unflatten(structure(params), chosen)
 
 

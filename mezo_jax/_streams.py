@@ -47,7 +47,8 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     than 2**32 elements make necessary.
   """
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-  found = {path: _paths.locate(path) for path in leaves}
+  found = {path: _paths.locate(path, stacked)
+           for path, (_, stacked) in leaves.items()}
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
@@ -79,7 +80,10 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
 
 
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
-  """The stream of one leaf, stacked if its name says so; see `of_leaves`."""
+  """Returns the stream of one leaf, a stack if its name says so.
+
+  A name alone is believed here, for lack of the rest of the tree: see
+  `of_leaves`."""
   stacked = _paths.locate(path)[2] and bool(shape)
   return of_leaves(keys, {path: (shape, stacked)})[path]
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as linalg
 import numpy as np
 
-from mezo_jax import _compiler, _lowrank, _noise
+from mezo_jax import _compiler, _lowrank, _noise, sharding
 from mezo_jax._directions import Directions, Normal
 from mezo_jax._lowrank import LazyLowRank
 
@@ -95,7 +95,9 @@ class SubZero(LazyLowRank):
               for s in (rows, columns))
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
-    return _lowrank.product(*_compiler.made_first(factors, streams, j))
+    u, v = _compiler.made_first(factors, streams, j)
+    return _lowrank.product(
+        sharding.split_as(u, like), sharding.split_as(v, like))
 
   each = Directions.each
 

@@ -18,6 +18,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from mezo_jax import sharding
+
 
 def wide(dtype):
   """Returns float64 for float64, and float32 for any other dtype.
@@ -136,8 +138,7 @@ def split_batch(batch: dict, parts: int, what: str = 'micro_batches'
     rows = iter(rows)
     return jax.tree.unflatten(tree, [
         next(rows) if b else x for x, b in zip(leaves, is_rows)])
-  return [x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-          for x in rows], with_rows
+  return [sharding.split_rows(x, parts) for x in rows], with_rows
 
 
 def _check_rows(batch: dict, parts: int, what: str) -> None:

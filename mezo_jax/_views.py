@@ -107,6 +107,25 @@ def _put(eqn, ins, context):
           for x, out in zip(ins, outs)]
 
 
+def _resharded(eqn, ins, context):
+  """The arrays of draws follow the weights to other mesh axes or types."""
+  del context
+  (x,), to = ins, eqn.params['dst_sharding']
+  if not isinstance(x, Block) or is_codes(x.w):
+    return None
+
+  def follow(a):  # an array with the axes of the block, or with length 1
+    names = [name if n == m > 1 else None
+             for name, n, m in zip(to.spec, x.w.shape, a.shape)]
+    names += (None,) * (a.ndim - len(names))
+    return jax.sharding.reshard(a, to.update(spec=jax.P(*names)))
+  (w,) = bind(eqn, [x.w])
+  draws = dataclasses.replace(
+      x.draws, streams=jax.tree.map(follow, x.draws.streams),
+      coefs=jax.sharding.reshard(x.draws.coefs, to.update(spec=jax.P())))
+  return [x.view(w, draws)]
+
+
 def _barrier(eqn, ins, context):
   """A barrier keeps values from being moved; lazy ones are nowhere yet."""
   del eqn, context
@@ -130,6 +149,7 @@ RULES.update({
     'slice': _view(_sliced),
     'dynamic_slice': _view(_sliced),
     'gather': _view(_gathered),
+    'reshard': _resharded,
 } | dict.fromkeys(
-    ('copy', 'sharding_constraint', 'reshard', 'pvary'),
+    ('copy', 'sharding_constraint', 'pvary'),
     _view(lambda draws, shape, eqn, others: draws)))

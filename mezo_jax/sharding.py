@@ -68,8 +68,8 @@ def without_directions(mesh: Mesh) -> Mesh:
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
-               axes: str = '') -> P:
-  """Where a parameter lives; never split along the layer axis.
+               axes: str = '', stacked: bool | None = None) -> P:
+  """Returns how a parameter is split; never along the layer axis.
 
   `tensor` splits the axis that ``axes`` calls vocabulary, heads or
   feed-forward; `fsdp` the one it calls width, else the largest of the others;
@@ -82,8 +82,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
     shape: of the leaf, the layer axis included.
     mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
+    stacked: Whether the first axis is that of layers. Defaults to None, which
+      believes the path (see `mezo_jax._paths.locate`).
   """
-  first = 1 if _paths.locate(path)[2] else 0
+  first = int(_paths.locate(path)[2] if stacked is None else stacked)
   if int(np.prod(shape[first:])) < 2**16:
     return P()
   fsdp, tensor = (mesh.shape.get(a, 1) for a in ('fsdp', 'tensor'))
@@ -104,17 +106,18 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
 
 def param_shardings(params, mesh: Mesh,
                     rules: Sequence[tuple[str, P]] = ()):
-  """The tree of `NamedSharding`s of anyone's parameters.
+  """Returns the tree of `NamedSharding`s of anyone's parameters.
 
-  A leaf lies as the first rule says whose regular expression is found in its
-  path, else as `param_spec` does: large ones are split over `fsdp`.
+  A leaf is split as the first rule says whose regular expression is found in
+  its path, else as `param_spec` does: large ones are split over `fsdp`.
 
   Args:
     params: arrays or shapes, in any pytree.
     mesh: with the axes of the rules, and `fsdp` if a leaf has none.
     rules: (expression, spec). A spec that is shorter than a leaf has axes is
-      of the last ones where the first is the layers'. An axis that a mesh axis
-      does not divide stays whole.
+      of the last ones where the first is the layers' (names and shapes say
+      so: see `mezo_jax._paths.stacked`). An axis that a mesh axis does not
+      divide stays whole.
 
   Raises:
     InputError: for a rule that no leaf has, that is longer than a leaf has
@@ -122,13 +125,16 @@ def param_shardings(params, mesh: Mesh,
   """
   unused = {pattern for pattern, _ in rules}
 
-  def place(path, x):
+  def place(path, x, is_stack):
     for pattern, spec in rules:
       if re.search(pattern, path):
         unused.discard(pattern)
-        return NamedSharding(mesh, _fitted(spec, path, x.shape, mesh))
-    return NamedSharding(mesh, param_spec(path, x.shape, mesh))
-  out = _paths.map_named(place, params)
+        return NamedSharding(mesh, _fitted(spec, path, x.shape, mesh, is_stack))
+    return NamedSharding(
+        mesh, param_spec(path, x.shape, mesh, stacked=is_stack))
+  stacks = jax.tree.unflatten(
+      _paths.structure(params), _paths.stacked(params))
+  out = _paths.map_named(place, params, stacks)
   if unused:
     raise InputError(
         f'rules {sorted(unused)} are found in no path; paths are such as '
@@ -136,10 +142,11 @@ def param_shardings(params, mesh: Mesh,
   return out
 
 
-def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """A rule's spec, of one leaf."""
+def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh,
+            is_stack: bool) -> P:
+  """Returns a rule's spec for one leaf."""
   parts = [*spec]
-  if _paths.locate(path)[2] and len(parts) < len(shape):
+  if is_stack and len(parts) < len(shape):
     parts = [None, *parts]  # layers are never split
   names = [p if isinstance(p, tuple) else (p,) * (p is not None) for p in parts]
   strange = {a for axes in names for a in axes} - {*mesh.axis_names}
@@ -235,6 +242,51 @@ def put_batch(batch, mesh: Mesh):
     return jax.make_array_from_callback(
         x.shape, sharding, lambda index, x=x: x[index])
   return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
+  """Returns an array with the type of sharding that a block has.
+
+  Args:
+    x: An array whose first axes are those of the block, of the same length or
+      of length 1; more may follow.
+    block: Where no mesh axis is Explicit, ``x`` is returned as it is.
+  """
+  here = jax.typeof(block).sharding
+  if not any(t == AxisType.Explicit for t in here.mesh.axis_types):
+    return x
+  names = [name if n == m > 1 else None
+           for name, n, m in zip(here.spec, block.shape, x.shape)]
+  names += (None,) * (x.ndim - len(names))
+  return jax.sharding.reshard(x, here.update(spec=P(*names)))
+
+
+def split_rows(x, parts: int):
+  """Returns an array [B, ...] as [parts, B / parts, ...].
+
+  On Explicit mesh axes the rows of each part are split over the axes that all
+  rows were split over, as far as these divide them. (On Auto axes the compiler
+  decides.)
+  """
+  shape = (parts, x.shape[0] // parts, *x.shape[1:])
+  if not isinstance(x, jax.Array):
+    return x.reshape(shape)
+  here = jax.typeof(x).sharding
+  rows, *others = [*here.spec, *(None,) * (x.ndim - len(here.spec))]
+  if rows is None and not any(others):
+    return x.reshape(shape)
+  kept, groups = [], 1
+  for axis in rows if isinstance(rows, tuple) else (rows,) * (rows is not None):
+    groups *= here.mesh.shape[axis]
+    if shape[1] % groups:
+      break
+    kept.append(axis)
+  if len(kept) < 2:
+    kept = kept[0] if kept else None
+  else:
+    kept = tuple(kept)
+  return jax.lax.reshape(x, shape, out_sharding=here.update(
+      spec=P(None, kept, *others)))
 
 
 def _mesh_in_context():

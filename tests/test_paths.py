@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _paths
+from mezo_jax import _noise, _paths, sharding
 from mezo_jax._displacement import Draws
 
 PAIR = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
@@ -181,6 +181,87 @@ def test_what_is_said_to_be_stacked_has_a_key_for_each_layer():
   plain = mezo_jax.direction(named, one, mezo_jax.Normal(stacked=False))
   apart = mezo_jax.direction(named, one)
   assert not np.any(plain['deep_layers']['w'] == apart['deep_layers']['w'])
+
+
+ONE_LAYER = {
+    'Dense': {'kernel': (32, 48), 'bias': (48,)},
+    'square Dense': {'kernel': (48, 48), 'bias': (48,)},
+    'Dense without bias': {'kernel': (32, 48)},
+    'torch': {'weight': (48, 32), 'bias': (48,)},
+    'torch without bias': {'weight': (48, 32)},
+    'torch convolution': {'weight': (48, 16, 3), 'bias': (48,)},
+    'Equinox convolution': {'weight': (48, 16, 3, 3), 'bias': (48, 1, 1)},
+    'Haiku': {'w': (48, 48), 'b': (48,)},
+    'LayerNorm': {'scale': (48,), 'bias': (48,)},
+    'embedding': {'embedding': (48, 32)},
+    'block': {'up': {'kernel': (48, 48)}, 'norm': {'scale': (48,)}},
+    'heads': {'q': {'kernel': (48, 4, 12)}, 'up': {'kernel': (48, 48)}},
+}
+STACKS = {
+    'Dense': {'kernel': (12, 48, 48), 'bias': (12, 48)},
+    'as wide as deep': {'kernel': (12, 12, 12), 'bias': (12, 12)},
+    'lone': {'w': (12, 32, 48)},
+    'norms': {'scale': (12, 48), 'bias': (12, 48)},
+    'biases': {'q': {'bias': (12, 48)}},
+    'a number a layer': {'lora_a': (12, 48, 4), 'lora_scale': (12,)},
+    'one output': {'kernel': (12, 48, 1), 'bias': (12, 1)},
+}
+is_shape = lambda x: isinstance(x, tuple)
+
+
+@pytest.mark.parametrize('name', ['h', 'block', 'Block', 'layers', 'my_layers'])
+def test_a_name_alone_makes_no_stack(name):
+  """Shapes must agree that a module called so is layers on a first axis."""
+  for kind, tree in ONE_LAYER.items():
+    tree = {name: jax.tree.map(jnp.zeros, tree, is_leaf=is_shape)}
+    assert not any(_paths.stacked(tree)), kind
+    assert {p for (p, _), d in zip(_paths.named_leaves(tree), jax.tree.leaves(
+        _paths.decayed(tree))) if d} == {p for p, x in _paths.named_leaves(
+            tree) if x.ndim > 1 and 'bias' not in p}, kind
+  for kind, tree in STACKS.items():
+    tree = {name: jax.tree.map(jnp.zeros, tree, is_leaf=is_shape)}
+    assert all(_paths.stacked(tree)), kind
+    assert not any(_paths.stacked(tree, how=False)), kind
+
+
+def test_low_rank_in_a_module_named_h():
+  tree = {'h': {'kernel': jnp.zeros((32, 48)), 'bias': jnp.zeros(48)},
+          'rest': {'blocks': {'w': jnp.zeros((3, 32, 48))},
+                   'rate': 1.0}}
+  z = mezo_jax.direction(tree, mezo_jax.Displacement(jax.random.key(0), 1.0),
+                         mezo_jax.LowRank(rank=2))
+  assert np.linalg.matrix_rank(z['h']['kernel']) == 2
+  assert [*np.linalg.matrix_rank(z['rest']['blocks']['w'])] == [2, 2, 2]
+
+
+def test_layers_below_a_module_with_such_a_name():
+  """Stacked and apart they draw the same; the outer name decides nothing."""
+  stack = {'my_block': {'layers': {'w': jnp.zeros((3, 4, 4))},
+                        'norm': {'scale': jnp.zeros(5)}}}
+  apart = {'my_block': {f'layers_{i}': {'w': jnp.zeros((4, 4))}
+                        for i in range(3)} | {'norm': {'scale': jnp.zeros(5)}}}
+  z = mezo_jax.direction(stack, STEP)['my_block']
+  for i in range(3):
+    one = mezo_jax.direction(apart, STEP)['my_block'][f'layers_{i}']
+    np.testing.assert_array_equal(one['w'], z['layers']['w'][i])
+
+
+def test_a_stack_and_a_layer_of_the_same_name_are_refused():
+  tree = {'layers': {'w': jnp.zeros((3, 4, 4))}, 'layers_1': {
+      'w': jnp.zeros((4, 4))}}
+  with pytest.raises(ValueError, match='same noise'):
+    mezo_jax.direction(tree, STEP)
+  tree['layers_3'] = tree.pop('layers_1')  # a layer that the stack has not
+  mezo_jax.direction(tree, STEP)
+
+
+def test_rules_of_a_module_with_such_a_name_are_of_all_its_axes():
+  mesh = helpers.mesh_of(2, 4)
+  tree = {'block': {'kernel': jnp.ones((512, 256)), 'bias': jnp.ones(256)}}
+  got = sharding.param_shardings(tree, mesh)['block']['kernel']
+  assert got.spec == P('fsdp')  # its largest axis, which is not layers
+  got = sharding.param_shardings(tree, mesh, [('kernel', P('data'))])
+  assert got['block']['kernel'].spec == P('data')
 
 
 # --- places ------------------------------------------------------------------
