@@ -265,7 +265,10 @@ def _parse(text: str, line: int = 0):
     _check_names([name for name, _ in pairs])
     return dict(pairs)
   try:
-    return json.loads(text, object_pairs_hook=object_of)
+    found = json.loads(text, object_pairs_hook=object_of)
+    if re.search(r'\\u[dD][89a-fA-F]', text):  # halves of a character
+      json.dumps(found, ensure_ascii=False).encode()
+    return found
   except json.JSONDecodeError as e:
     raise ValueError(
         f'line {line or e.lineno}, column {e.colno}: {e.msg}.') from e

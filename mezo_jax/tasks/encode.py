@@ -162,11 +162,12 @@ def _answer_space(task, row, answer: str, tokens: '_Tokens') -> str:
   where = f'the answer {answer!r} follows the prompt\'s end {prompt[-20:]!r}'
   if spaces > 1:
     return f'{where} after {spaces} spaces'
-  last, = tokens([before])
-  special = last[-1:] and last[-1] in tokens.tokenizer.all_special_ids
-  if not spaces and not special and _wants_space(before, word):
-    return f'{where} without a space'
-  return ''
+  if spaces or not _wants_space(before, word):
+    return ''
+  ids, = tokens([before])
+  if ids and ids[-1] in tokens.tokenizer.all_special_ids:
+    return ''  # a chat template decides what follows its tokens
+  return f'{where} without a space'
 
 
 def _mask_space(task, row, word: str, tokens: '_Tokens') -> str:
