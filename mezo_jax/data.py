@@ -35,7 +35,8 @@ def load_rows(
 
   Args:
     source: The path of a jsonl, json, csv, tsv or parquet file (never a
-      pattern), a directory of such files, or a hub id.
+      pattern); a directory with one such file of the split's name, or with
+      parquet files laid out as on the hub; or a hub id.
     subset: Configuration of the hub data set (``'sst2'`` of ``nyu-mll/glue``).
     split: Split of the hub data set or directory.
 
@@ -43,6 +44,7 @@ def load_rows(
     FileNotFoundError: if there is neither such a file nor such a data set.
     ValueError: if the file cannot be read or is empty; it names the line.
   """
+  source = os.fspath(source)
   path = Path(source)
   if source.startswith('~') and not path.exists():
     path = Path(os.path.expanduser(source))
@@ -74,6 +76,13 @@ def _load_data_set(source: str, path: Path, subset: str,
   import datasets  # slow to import, not needed for local files
   if path.is_dir():
     source = str(path)
+    guessed = [f for suffix in ('*.csv', '*.tsv', '*.jsonl')
+               for f in path.rglob(suffix)]
+    if guessed:
+      raise InputError(
+          f'the directory {path} has files such as {guessed[0].name}, whose '
+          'texts its reader would take for numbers and dates: give the file '
+          f'itself, or name it {split}{guessed[0].suffix}.')
     if re.search(r'[*?\[\]]|::|://', str(path.resolve())):
       raise InputError(
           f'the path of the directory {path} has one of the characters *?[] or '

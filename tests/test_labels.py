@@ -1,5 +1,7 @@
 """Labels: names first, as texts; numbers where no name is the same."""
 
+import copy
+
 import numpy as np
 import pytest
 from texts import byte_level, of_kind
@@ -108,6 +110,7 @@ def test_numbers_of_classes_that_the_data_name():
   names = ['entailment', 'neutral', 'contradiction']
   labels = [ClassNumber(i, name) for i, name in enumerate(names)]
   assert labels == [0, 1, 2] and [*map(str, labels)] == ['0', '1', '2']
+  assert copy.deepcopy(labels[1]).name == 'neutral'
   turned = ('neutral', 'entailment', 'contradiction')
   assert [gold(l, turned, WORDS) for l in labels] == [1, 0, 2]
   assert [gold(l, ('1', '2', '3'), WORDS) for l in labels] == [0, 1, 2]

@@ -48,8 +48,12 @@ def test_a_directory_whose_name_is_a_pattern(tmp_path):
   source = str(tmp_path / 'run[1]')
   assert data_lib.load_rows(source, split='test') == [
       {'text': 'of today', 'label': '001'}]
+  (tmp_path / 'run[1]' / 'test.csv').unlink()
   with pytest.raises(InputError, match='takes for a pattern'):
     data_lib.load_rows(source, split='train')
+  with pytest.raises(InputError, match='as test.csv.*or name it train.csv'):
+    data_lib.load_rows(str(tmp_path / 'run1'), split='train')
+  assert data_lib.load_rows(tmp_path / 'run1' / 'test.csv')
 
 
 def test_files_of_another_kind(tmp_path):
@@ -184,6 +188,7 @@ def test_local_files_need_no_cache(tmp_path, monkeypatch, suffix):
     file.write_text('a\nx\n' if suffix == '.csv' else '{"a": "x"}')
   assert data_lib.load_rows(str(file)) == [{'a': 'x'}]
   (tmp_path / 'data').mkdir()
-  (tmp_path / 'data' / 'train-1.csv').write_text('a\nx\n')
+  pyarrow.parquet.write_table(
+      pyarrow.table({'a': ['x']}), tmp_path / 'data' / 'train-1.parquet')
   with pytest.raises(InputError, match='cache /proc/none/cache cannot be'):
     data_lib.load_rows(str(tmp_path / 'data'))

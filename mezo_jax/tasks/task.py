@@ -192,9 +192,10 @@ class Task:
         found = self._read_label(row, v)
         if found:  # else `golds` says what is wrong, where labels are needed
           number, by_name = found
+          label = repr(v.name if isinstance(v, ClassNumber) and by_name else v)
           answers = (self.label_words or self.class_names) if (
               self.traits.classes) else self._choices(row)
-          means.setdefault(by_name, {}).setdefault(repr(v), answers[number])
+          means.setdefault(by_name, {}).setdefault(label, answers[number])
     if not means:
       return ''
     if len(means) > 1:
@@ -382,7 +383,7 @@ class ClassNumber(int):
 
   name: str
 
-  def __new__(cls, number: int, name: str) -> 'ClassNumber':
+  def __new__(cls, number: int, name: str = '') -> 'ClassNumber':
     self = super().__new__(cls, number)
     self.name = name
     return self
