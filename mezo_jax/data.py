@@ -303,8 +303,10 @@ def _parquet(path: Path) -> list[dict]:
   with path.open('rb') as f:  # of a path, 'name=value' would become a column
     table = pyarrow.parquet.read_table(f)
   _check_names(table.column_names)
-  about = json.loads((table.schema.metadata or {}).get(b'huggingface', '{}'))
-  features = about.get('info', {}).get('features', {})
+  features = {}
+  if table.schema.metadata and b'huggingface' in table.schema.metadata:
+    about = json.loads(table.schema.metadata[b'huggingface'])
+    features = about.get('info', {}).get('features', {})
   return _with_class_names(table.to_pylist(), {
       column: feature['names'] for column, feature in features.items()
       if isinstance(feature, dict) and feature.get('_type') == 'ClassLabel'

@@ -441,8 +441,9 @@ class _Tokens(NamedTuple):
     tokenizer puts there."""
     if len(ids) <= most:
       return ids
-    bos = self.tokenizer.bos_token_id
-    first = len(self.prefix) or int(bos is not None and ids[0] == bos)
+    first = len(self.prefix)
+    if not first and ids[0] == self.tokenizer.bos_token_id:
+      first = 1  # the text's own
     if most <= first:
       return ids[:max(most, 0)]
     return [*ids[:first], *ids[len(ids) - most + first:]]

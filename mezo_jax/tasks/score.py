@@ -118,7 +118,7 @@ class _Written(NamedTuple):
   @functools.lru_cache(maxsize=16)  # reading a vocabulary takes a second
   def of(cls, tokenizer, stop: str) -> '_Written':
     ids = sorted(set(tokenizer.get_vocab().values()))
-    plain = [i for i in ids if i not in tokenizer.all_special_ids]
+    plain = sorted({*ids} - {*tokenizer.all_special_ids})
     words = [tokenizer(text, add_special_tokens=False, padding=False,
                        truncation=False)['input_ids'] for text in ('a', '0')]
     anchor = next((w for w in words if w and set(w) <= set(plain)), plain[:1])
@@ -150,16 +150,18 @@ class _Written(NamedTuple):
   def answer(self, row: list[int]) -> str:
     """Returns the answer in a row of generated tokens."""
     end = next((i for i, t in enumerate(row) if t in self.ends), len(row))
-    # The token that ends a row may have a part of the answer before its stop.
-    has_stop = end < len(row) and row[end] != self.tokenizer.eos_token_id
-    row = [t for t in row[:end + has_stop] if t in self.known]
-    if self.stop:
-      stops = lambda n: self.stop in self.read([row[:n]])[0]
-      if stops(len(row)):  # the fewest tokens that have it
-        n = bisect.bisect_left(range(1, len(row) + 1), True, key=stops) + 1
-        row = row[:n]
+    if end < len(row) and row[end] != self.tokenizer.eos_token_id:
+      # The token that stops may have a part of the answer before its stop.
+      end += 1
+    row = [t for t in row[:end] if t in self.known]
+    if not self.stop:
+      text, = self.read([row], skip_special=True)
+      return text.strip()
+    stops = lambda n: self.stop in self.read([row[:n]])[0]
+    if stops(len(row)):  # what comes after the token that completes it goes
+      row = row[:bisect.bisect_left(range(len(row)), True, key=stops)]
     text, = self.read([row], skip_special=True)
-    return text.partition(self.stop)[0].strip() if self.stop else text.strip()
+    return text.partition(self.stop)[0].strip()
 
 
 def make_loss_fn(model, data: Encoded, task: Task,

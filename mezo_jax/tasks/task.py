@@ -409,10 +409,12 @@ def _integer(value) -> int | None:
   for anything else, and above nine digits."""
   if isinstance(value, (bool, np.bool_)):
     return int(value)
-  texts = [str(int(value))] if isinstance(value, ClassNumber) else (
-      _texts_of(value))
-  fits = texts and re.fullmatch(r'\d{1,9}', texts[-1])
-  return int(texts[-1]) if fits else None
+  if isinstance(value, ClassNumber):
+    return int(value)
+  texts = _texts_of(value)
+  if not texts or not re.fullmatch(r'\d{1,9}', texts[-1]):
+    return None
+  return int(texts[-1])
 
 
 def _short(row: dict) -> str:
