@@ -1,7 +1,13 @@
 """Rows in, batches out: files and hub data sets, splits, buckets, order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import csv
+import io
+import json
+import os
 from pathlib import Path
+import re
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -9,51 +15,309 @@ import numpy as np
 from mezo_jax import quickstart
 from mezo_jax.errors import first_line, InputError, MissingError
 from mezo_jax.tasks import Task
-from mezo_jax.tasks.encode import after_tokens, encode, Encoded
-
-_FORMATS = {'.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.tsv': 'csv',
-            '.parquet': 'parquet'}
+from mezo_jax.tasks.encode import (
+  after_tokens,
+  encode,
+  Encoded,
+  space_warnings,
+)
+from mezo_jax.tasks.task import ClassNumber
 
 
 def load_rows(
     source: str, subset: str = '', split: str = 'train') -> list[dict]:
-  """Rows of a local file or of a data set on the Hugging Face hub.
+  """Reads the rows of a local file or of a data set on the Hugging Face hub.
+
+  A local file is read as it is, without a cache. All columns of csv and tsv
+  files are texts: ``00501``, ``1e3``, ``True``, ``NA`` and dates stay what is
+  written there. Values of jsonl and parquet files have the types that the file
+  gives them.
 
   Args:
-    source: a jsonl, csv, tsv or parquet file, or a hub id.
-    subset: configuration of the hub data set (``'sst2'`` of ``nyu-mll/glue``).
-    split: split of the hub data set.
+    source: The path of a jsonl, json, csv, tsv or parquet file (never a
+      pattern); a directory with one such file of the split's name, or with
+      parquet files laid out as on the hub; or a hub id.
+    subset: Configuration of the hub data set (``'sst2'`` of ``nyu-mll/glue``).
+    split: Split of the hub data set or directory.
 
   Raises:
     FileNotFoundError: if there is neither such a file nor such a data set.
-    ValueError: if the file cannot be read or is empty.
+    ValueError: if the file cannot be read or is empty; it names the line.
   """
-  import datasets  # slow to import, not needed by the quickstart
-  path = Path(source).expanduser()
-  if path.suffix in _FORMATS:
-    if not path.is_file():
-      raise MissingError(f'no data file {path}.')
-    kind = _FORMATS[path.suffix]
-    # What pandas would take for no value is a text like any other.
-    options = dict(keep_default_na=False) if kind == 'csv' else {}
-    options |= {'delimiter': '\t'} if path.suffix == '.tsv' else {}
-    try:
-      data = [*datasets.load_dataset(
-          kind, data_files=str(path), split='train', **options)]
-    except Exception as e:
-      cause = e.__cause__ or e
+  source = os.fspath(source)
+  path = Path(source)
+  if source.startswith('~') and not path.exists():
+    path = Path(os.path.expanduser(source))
+  read = _READERS.get(path.suffix.lower())
+  if path.is_dir() and not subset:  # it may have a file of the split's name
+    named = [path / f'{split}{suffix}' for suffix in _READERS]
+    found = [file for file in named if file.is_file()]
+    if len(found) == 1:
+      path, = found
+      read = _READERS[path.suffix]
+  if path.is_file():
+    if not read:
       raise InputError(
-          f'{path} is not a readable {kind} file: {first_line(cause)}') from e
+          f'{path} is not a .jsonl, .json, .csv, .tsv or .parquet file: '
+          'convert or rename it.')
+    rows = _read_file(path, read)
+  elif read and not path.is_dir():
+    raise MissingError(f'no data file {path}.')
+  else:
+    rows = _load_data_set(source, path, subset, split)
+  if not rows:
+    raise InputError(f'{source} has no rows.')
+  return rows
+
+
+def _load_data_set(source: str, path: Path, subset: str,
+                   split: str) -> list[dict]:
+  """Reads a hub data set, or a directory that is laid out like one."""
+  import datasets  # slow to import, not needed for local files
+  if path.is_dir():
+    source = str(path)
+    guessed = [f for suffix in ('*.csv', '*.tsv', '*.jsonl')
+               for f in path.rglob(suffix)]
+    if guessed:
+      raise InputError(
+          f'the directory {path} has files such as {guessed[0].name}, whose '
+          'texts its reader would take for numbers and dates: give the file '
+          f'itself, or name it {split}{guessed[0].suffix}.')
+    if re.search(r'[*?\[\]]|::|://', str(path.resolve())):
+      raise InputError(
+          f'the path of the directory {path} has one of the characters *?[] or '
+          '::, which its reader takes for a pattern: rename it, or give the '
+          'file itself.')
+  try:
+    data = datasets.load_dataset(source, subset or None, split=split)
+    rows = [dict(row) for row in data]
+  except Exception as e:
+    _check_caches(source, e)
+    raise MissingError(
+        f'{source!r} is no local .jsonl, .csv, .tsv or .parquet file, and '
+        f'the hub gave no such data set: {first_line(e)}') from e
+  return _with_class_names(rows, {
+      column: feature.names for column, feature in data.features.items()
+      if isinstance(feature, datasets.ClassLabel) and feature.names})
+
+
+def _check_caches(source: str, error: Exception) -> None:
+  """Raises InputError if data could not be loaded and a cache that they go
+  through cannot be written."""
+  from datasets import config
+  from huggingface_hub import constants
+  for cache in (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE):
+    try:
+      os.makedirs(cache, exist_ok=True)
+      with tempfile.TemporaryFile(dir=cache):
+        pass
+    except OSError as e:
+      raise InputError(
+          f'{source!r} could not be loaded ({first_line(error)}), and the '
+          f'cache {cache} cannot be written ({e.strerror}): set HF_HOME to a '
+          'directory that can.') from error
+
+
+def _with_class_names(rows: list[dict],
+                      names: dict[str, list[str]]) -> list[dict]:
+  """Returns rows whose class numbers know the names of their classes.
+
+  Args:
+    rows: Changed in place.
+    names: The names of the classes of each column that has numbers of classes.
+  """
+  for column, of_column in names.items():
+    for row in rows:
+      number = row[column]
+      if number is not None and 0 <= number < len(of_column):
+        row[column] = ClassNumber(number, of_column[number])
+  return rows
+
+
+# --- local files ------------------------------------------------------------
+
+
+def _read_file(path: Path, read: Callable) -> list[dict]:
+  """Reads a file; where that fails, the error says which one it is."""
+  try:
+    return read(path)
+  except OSError as e:
+    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
+  except Exception as e:
+    kind = path.suffix.lower()[1:].replace('jsonl', 'json')
+    raise InputError(
+        f'{path} is not a readable {kind} file: {first_line(e)}') from e
+
+
+def _text_of(path: Path) -> str:
+  """Returns the text of a file in UTF-8, with or without a byte order mark."""
+  data = path.read_bytes()
+  try:
+    text = data.decode('utf-8-sig')
+  except UnicodeDecodeError as e:
+    line = data[:e.start].count(b'\n') + 1
+    raise ValueError(
+        f'line {line} is not UTF-8 (byte 0x{data[e.start]:02x}); save the file '
+        'as UTF-8, uncompressed.') from e
+  if '\0' in text:
+    line = text[:text.index('\0')].count('\n') + 1
+    raise ValueError(f'line {line} has a NUL character; save the file as UTF-8 '
+                     'text.')
+  return text
+
+
+def _csv(path: Path) -> list[dict]:
+  """Reads a csv file: a text with a comma, line break or quotation mark in it
+  stands in quotation marks, which are doubled within."""
+  return _table(_cells(_text_of(path), ','), ',')
+
+
+def _tsv(path: Path) -> list[dict]:
+  """Reads a tsv file, in which a quotation mark is a letter like any other.
+
+  There are two exceptions. Lines that lack tabs may continue a text in
+  quotation marks. And a program that quotes may have written the file: then
+  each cell with a quotation mark is in quotation marks, and the marks within
+  are doubled, or all of the header is in quotation marks.
+  """
+  text = _text_of(path)
+  ends = '\n' if '\n' in text else '\r'
+  lines = [line.removesuffix('\r') for line in text.split(ends)]
+  rows = [(number, line.split('\t'))
+          for number, line in enumerate(lines, 1) if line]
+  if any(len(row) != len(rows[0][1]) for _, row in rows):
+    try:
+      return _table(_cells(text, '\t'), '\t')
+    except ValueError:  # then it is not quoted
+      return _table(rows, '\t')
+  marked = [cell for _, row in rows for cell in row if '"' in cell]
+  if marked and all(re.fullmatch(r'"([^"]|"")*"', c) for c in marked) and (
+      all(cell[:1] == '"' for cell in rows[0][1])
+      or any('""' in cell[1:-1] for cell in marked)):
+    rows = _cells(text, '\t')
+  return _table(rows, '\t')
+
+
+def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+  """Yields (number of its first line, cells) of each row of a quoted table."""
+  csv.field_size_limit(max(len(text), csv.field_size_limit()))
+  reader = csv.reader(
+      io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
+  while True:
+    line = reader.line_num + 1
+    try:
+      row = next(reader)
+    except StopIteration:
+      return
+    except csv.Error as e:
+      raise ValueError(
+          f'the quotation marks of the row that begins in line {line} do not '
+          f'match ({e}); a text with a quotation mark in it is written '
+          '"like ""this"""') from e
+    if row:
+      yield line, row
+
+
+def _table(rows: Iterable[tuple[int, list[str]]], delimiter: str) -> list[dict]:
+  """Makes rows of cells, of which the first are the names of the columns."""
+  rows = iter(rows)
+  _, names = next(rows, (1, []))
+  if len(names) == 1:
+    other = next((c for c in ',;\t|' if c != delimiter and c in names[0]), None)
+    if other:
+      raise ValueError(
+          f'its first line, {names[0]!r}, has {other!r} between the columns '
+          f'and not {delimiter!r}; save it with that, or as .jsonl.')
+  _check_names(names)
+  out = []
+  for line, cells in rows:
+    if len(cells) != len(names):
+      hint = '; a text with a comma in it needs quotation marks' if (
+          delimiter == ',') else ''
+      raise ValueError(
+          f'the row in line {line} has {len(cells)} cells for {len(names)} '
+          f'columns{hint}.')
+    out.append({name: cell for name, cell in zip(names, cells) if name})
+  return out
+
+
+def _check_names(names: Sequence[str]) -> None:
+  twice = [name for name in names if name and names.count(name) > 1]
+  if twice:
+    raise ValueError(f'two columns have the name {twice[0]!r}.')
+
+
+def _json(path: Path) -> list[dict]:
+  """Reads one object a line, a list of objects, or an object of columns."""
+  text = _text_of(path)
+  if text.lstrip()[:1] == '[':
+    rows = _parse(text)
   else:
     try:
-      data = datasets.load_dataset(source, subset or None, split=split)
-    except Exception as e:
-      raise MissingError(
-          f'{source!r} is no local .jsonl, .csv, .tsv or .parquet file, and '
-          f'the hub gave no such data set: {first_line(e)}') from e
-  if not len(data):
-    raise InputError(f'{source} has no rows.')
-  return [dict(row) for row in data]
+      rows = [_parse(line, number)
+              for number, line in enumerate(text.split('\n'), 1)
+              if line.strip()]
+    except ValueError:
+      rows = _rows_of_columns(text)
+      if rows is None:
+        raise
+  for number, row in enumerate(rows, 1):
+    if not isinstance(row, dict):
+      raise ValueError(f'row {number} is not an object but {str(row)[:80]!r}.')
+  names = dict.fromkeys(name for row in rows for name in row)
+  return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _parse(text: str, line: int = 0):
+  """Returns a JSON value; errors name its line in the file, if it is one."""
+  def object_of(pairs):
+    _check_names([name for name, _ in pairs])
+    return dict(pairs)
+  try:
+    found = json.loads(text, object_pairs_hook=object_of)
+    if re.search(r'\\u[dD][89a-fA-F]', text):  # halves of a character
+      json.dumps(found, ensure_ascii=False).encode()
+    return found
+  except json.JSONDecodeError as e:
+    raise ValueError(
+        f'line {line or e.lineno}, column {e.colno}: {e.msg}.') from e
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'line {line}: {first_line(e)}' if line else str(e)) from e
+
+
+def _rows_of_columns(text: str) -> list[dict] | None:
+  """Returns the rows of an object of equally long lists; None for another."""
+  try:
+    found = _parse(text)
+  except ValueError:
+    return None
+  columns = [*found.values()] if isinstance(found, dict) else []
+  if not columns or not all(isinstance(c, list) for c in columns) or (
+      len({len(c) for c in columns}) > 1):
+    return None
+  return [dict(zip(found, cells)) for cells in zip(*columns)]
+
+
+def _parquet(path: Path) -> list[dict]:
+  import pyarrow.parquet  # slow to import
+  with path.open('rb') as f:  # of a path, 'name=value' would become a column
+    table = pyarrow.parquet.read_table(f)
+  _check_names(table.column_names)
+  features = {}
+  if table.schema.metadata and b'huggingface' in table.schema.metadata:
+    about = json.loads(table.schema.metadata[b'huggingface'])
+    features = about.get('info', {}).get('features', {})
+  return _with_class_names(table.to_pylist(), {
+      column: feature['names'] for column, feature in features.items()
+      if isinstance(feature, dict) and feature.get('_type') == 'ClassLabel'
+      and feature.get('names') and column in table.column_names})
+
+
+_READERS = {'.jsonl': _json, '.json': _json, '.csv': _csv, '.tsv': _tsv,
+            '.parquet': _parquet}
+
+
+# --- splits -----------------------------------------------------------------
 
 
 def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
@@ -196,6 +460,12 @@ def encode_rows(
   Raises:
     InputError: if rows, task and tokenizer do not fit each other.
   """
+  labels = task.reading([*rows.train, *rows.dev, *rows.test])
+  if untold:  # what is reported must not depend on such rows
+    labels = task.reading([*rows.dev, *rows.test])
+  for text in (labels, *space_warnings(task, rows.dev, tokenizer)):
+    if text:
+      say(text)
   demos = {'test': demonstrations(
       task, rows.pool, num_demos, len(rows.test))} if num_demos else {}
 

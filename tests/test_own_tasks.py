@@ -62,7 +62,7 @@ AB = X | {'choices': ['bad', 'good']}
     ({}, dict(text='a'), r"no column 'label' but \['text'\]; set "
      '--config.task.label_column'),
     *(({}, X | {'label': l}, f'label {l!r} is neither an integer below 2 .*'
-       r'nor one of the names \(\); set --config.task.label_words')
+       r"nor one of the names \('bad', 'good'\).*; set --config.task.label_w")
       for l in (2, -1, 'x', None, 0.5)),
     *((MC, AB | {'label': l}, r"is neither one of the choices \['bad', 'good'"
        r'\] nor the number of one; set --config.task.label_column')

@@ -12,9 +12,10 @@ case of label words, the normaliser of p is common to all and cancels in the
 loss and in every comparison: C logits at the end of the prompt then do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
+import unicodedata
 
 import numpy as np
 
@@ -82,7 +83,12 @@ class Encoded(NamedTuple):
 def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
            gold_only: bool = False, prompts: Sequence[str] | None = None,
            write_out: bool = False, causal: bool = True) -> Encoded:
-  """Tokenises rows; over-long prompts keep their end (and the BOS token).
+  """Tokenises rows; over-long prompts keep their end and what the tokenizer
+  puts before it.
+
+  What a tokenizer adds after a text (an end token, where one was saved with
+  ``add_eos_token``) is left out where a model is to continue the text or an
+  answer follows it; masked models and new heads read it, as they were trained.
 
   Args:
     task: how a row reads.
@@ -120,6 +126,89 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
                          gold_only, write_out)
 
 
+def space_warnings(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+  """Returns warnings of answers that follow their prompt without a space, or
+  after two, where the tokenizer tells the difference.
+
+  Args:
+    task: how a row reads.
+    rows: of which the first few are looked at.
+    tokenizer: a transformers tokenizer.
+  """
+  if task.traits.new_head or task.traits.generates:
+    return []
+  find = _mask_space if task.masked else _answer_space
+  tokens = _Tokens.of(tokenizer)
+  for row in rows[:32]:
+    for answer in task.candidates(row):
+      problem = find(task, row, answer, tokens)
+      if problem:
+        field = 'task.label_words' if task.traits.words else 'task.answer'
+        return [f'warning: {problem}; if that is not meant, change '
+                f'--config.{field} or the end of task.template.']
+  return []
+
+
+def _answer_space(task, row, answer: str, tokens: '_Tokens') -> str:
+  """Returns what is wrong with the space before an answer; '' for nothing."""
+  prompt = task.prompt(row).lstrip(' ')
+  before, word = prompt.rstrip(' '), answer.lstrip(' ')
+  if not before or not word:
+    return ''
+  spaces = len(prompt) - len(before) + len(answer) - len(word)
+  right, = tokens([f'{before} {word}'])
+  if tokens([prompt + answer]) == [right]:
+    return ''
+  where = f'the answer {answer!r} follows the prompt\'s end {prompt[-20:]!r}'
+  if spaces > 1:
+    return f'{where} after {spaces} spaces'
+  if spaces or not _wants_space(before, word):
+    return ''
+  ids, = tokens([before])
+  if ids and ids[-1] in tokens.tokenizer.all_special_ids:
+    return ''  # a chat template decides what follows its tokens
+  return f'{where} without a space'
+
+
+def _mask_space(task, row, word: str, tokens: '_Tokens') -> str:
+  """Returns what is wrong with the space of a masked model's label word.
+
+  The token of a word in a text often begins with its space, which therefore
+  belongs to the word even where the template has a space before the mask.
+  """
+  mask = tokens.tokenizer.mask_token
+  before = task.prompt(row, mask='\0').partition('\0')[0]
+  end = before.rstrip(' ')
+  bare, spaced = tokens([word, f' {word}'])
+  if not end or not word or bare == spaced or len(spaced) != 1 or (
+      not _wants_space(end, word)):
+    return ''
+  with_space, without = tokens([f'{end} {mask}', f'{end}{mask}'])
+  if end != before and with_space != without:
+    return ''  # the space is read before the mask, as a token of its own
+  return (f'the label word {word!r} is read without a space after {end[-20:]!r}'
+          f', and {" " + word!r} is another token')
+
+
+def _wants_space(before: str, word: str) -> bool:
+  """Returns whether a writer would put a space between the two."""
+  last, first = before[-1], word[0]
+  if last.isspace() or not first.isalnum() or last in _OPENING or (
+      last in '"\'' and before.count(last) % 2):
+    return False
+  return not any(unicodedata.name(c, '').startswith(_WITHOUT_SPACES)
+                 for c in (last, first))
+
+
+# After these characters a word follows at once.
+_OPENING = '([{<«“‘„‚/\\-–—_@#$^~*+=|&'
+# Beginnings of the names of characters of scripts that write no spaces, and of
+# their punctuation.
+_WITHOUT_SPACES = ('CJK', 'HIRAGANA', 'KATAKANA', 'THAI', 'LAO', 'KHMER',
+                   'MYANMAR', 'TIBETAN', 'IDEOGRAPHIC', 'FULLWIDTH',
+                   'HALFWIDTH', 'LEFT CORNER', 'RIGHT CORNER', 'BOPOMOFO')
+
+
 def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
   """The same rows with these tokens, of a soft prompt, before each prompt."""
   if not ids:
@@ -148,21 +237,41 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
         raise InputError(
             f'task.limits names column {column!r}, the data have '
             f'{sorted(row)}; set --config.task.limits.')
-      ids = tokenizer(row[column], add_special_tokens=False)['input_ids']
-      if len(ids) > most:
-        rows[r] = row | {column: tokenizer.decode(ids[:most])}
+      text = str(row[column])
+      short = _first_tokens(text, most, tokenizer)
+      if short != text:
+        rows[r] = row | {column: short}
         cut.add(r)
   return rows, cut
 
 
+def _first_tokens(text: str, most: int, tokenizer) -> str:
+  """Returns the longest beginning of a text that has ``most`` tokens at most.
+  """
+  exact = tokenizer.is_fast  # others do not know where a token ends
+  found = tokenizer(text, add_special_tokens=False, padding=False,
+                    truncation=False, return_offsets_mapping=exact)
+  ids = found['input_ids']
+  if len(ids) <= most:
+    return text
+  if not exact:
+    return tokenizer.decode(ids[:most], clean_up_tokenization_spaces=False)
+  spans = found['offset_mapping']
+  n = most
+  while n and spans[n][0] < spans[n - 1][1]:  # both are of one character
+    n -= 1
+  return text[:spans[n - 1][1]] if n else ''
+
+
 def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
                     write_out):
-  tokens = _tokenise(tokenizer)
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
+  texts = [text.lstrip(' ') for text in texts]
   if task.traits.generates:  # as where the answer is generated
     max_length -= task.max_new_tokens
-  texts = [text.lstrip(' ') for text in texts]
+    texts = [text.rstrip(' ') for text in texts]
+  tokens = _Tokens.of(tokenizer, texts)
   bare = tokens(text.rstrip(' ') for text in texts)
   flat = iter(tokens(text + a for text, some in zip(texts, answers)
                      for a in some))
@@ -174,15 +283,15 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
           f'two of the candidates {some} are the same tokens to this '
           'tokenizer; choose others with --config.task.label_words or choices.')
     numbers = [max(1, len(ids) - len(bare[r])) for ids in full]
-    if not bare[r]:  # nothing to condition the first token on
-      full = [[_start(tokenizer), *ids] for ids in full]
+    start = tokens.before(bare[r])
+    full = [[*start, *ids] for ids in full]
     prompt = os.path.commonprefix(
         [ids[:len(ids) - n] for ids, n in zip(full, numbers)])
     over = max(map(len, full)) - max_length
     rest = [ids[len(prompt):] for ids in full]
     if over > 0:
       cut.add(r)
-      prompt = _keep_end(prompt, len(prompt) - over, tokenizer.bos_token_id)
+      prompt = tokens.keep_end(prompt, len(prompt) - over)
     if not prompt:
       raise InputError(
           f'the answers of row {r} alone are {max(map(len, rest))} tokens, and '
@@ -207,9 +316,11 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
     raise InputError(
         f'{task.max_new_tokens} new tokens leave no room for a prompt in '
         f'{max_length}; lower --config.task.max_new_tokens.')
-  prompts = _tokenise(tokenizer)(text.strip(' ') for text in texts)
+  texts = [text.strip(' ') for text in texts]
+  tokens = _Tokens.of(tokenizer, texts)
+  prompts = [[*tokens.before(ids), *ids] for ids in tokens(texts)]
   cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
-  prompts = [_keep_end(ids, most, tokenizer.bos_token_id) for ids in prompts]
+  prompts = [tokens.keep_end(ids, most) for ids in prompts]
   for row in rows:
     task.references(row)
   return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
@@ -217,7 +328,8 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
 
 
 def _for_mask(task, rows, texts, tokenizer, max_length, cut):
-  words = _tokenise(tokenizer, special=False)(task.label_words)
+  tokens = _Tokens.of(tokenizer, texts)
+  words = tokens(task.label_words)
   if any(len(ids) != 1 for ids in words) or (
       len({ids[0] for ids in words}) < len(words)) or (
           tokenizer.unk_token_id in (ids[0] for ids in words)):
@@ -226,13 +338,13 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
         'all different, to this tokenizer, as a masked model needs; choose '
         'others with --config.task.label_words.')
   mask, prompts, at = tokenizer.mask_token_id, [], []
-  for r, ids in enumerate(_tokenise(tokenizer)(texts)):
+  for r, ids in enumerate(map(tokens.around, tokens(texts))):
     if len(ids) > max_length:
       cut.add(r)
-      if max_length < 3:
+      if max_length < len(tokens.prefix) + 1 + len(tokens.suffix):
         raise InputError(f'{max_length} tokens have no room for a text and its '
                          'mask; raise --config.data.max_length.')
-      ids = _keep_mask(ids, max_length, mask)
+      ids = tokens.keep_mask(ids, max_length)
     prompts.append(ids)
     at.append(ids.index(mask))
   return Encoded(
@@ -247,11 +359,19 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
     raise InputError(
         f'the template {task.template!r} must have one {{sep}} at most, and '
         'the data no NUL characters.')
-  found = [tokenizer(*pair) for pair in pairs]
-  cut |= {r for r, f in enumerate(found) if len(f['input_ids']) > max_length}
+  # All that the tokenizer adds stays: transformers' classes for sequence
+  # classification read such texts, an end token of a causal model included.
+  whole = [tokenizer(*pair, padding=False, truncation=False)['input_ids']
+           for pair in pairs]
+  cut |= {r for r, ids in enumerate(whole) if len(ids) > max_length}
   # The longer text loses its end; special tokens stay.
-  found = [tokenizer(*pair, truncation='longest_first', max_length=max_length,
-                     return_token_type_ids=not causal) for pair in pairs]
+  side, tokenizer.truncation_side = tokenizer.truncation_side, 'right'
+  try:
+    found = [tokenizer(*pair, padding=False, truncation='longest_first',
+                       max_length=max_length, return_token_type_ids=not causal)
+             for pair in pairs]
+  finally:
+    tokenizer.truncation_side = side
   prompts = [list(f['input_ids']) for f in found]
   at = [len(ids) - 1 if causal else 0 for ids in prompts]
   types = None if causal else [list(f['token_type_ids']) for f in found]
@@ -261,37 +381,90 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
       types=types)
 
 
-def _tokenise(tokenizer, special=True):
-  def tokens(texts):
+class _Tokens(NamedTuple):
+  """A tokenizer that adds nothing by itself, and what it would have added."""
+
+  tokenizer: Any
+  prefix: list[int]  # that it puts before a text
+  suffix: list[int]  # that it puts after a text
+
+  @classmethod
+  def of(cls, tokenizer, texts: Sequence[str] = ()) -> '_Tokens':
+    """Finds out what a tokenizer adds, by its answer to a short text.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      texts: tried too, if the tokenizer makes nothing of common words.
+    """
+    bare = cls(tokenizer, [], [])
+    for text in ('a', 'the', '0', '.', *texts):
+      ids, = bare([text])
+      if not ids:
+        continue
+      whole, = bare([text], special=True)
+      for at in range(len(whole) - len(ids) + 1):
+        if whole[at:at + len(ids)] == ids:
+          return cls(tokenizer, whole[:at], whole[at + len(ids):])
+    return bare
+
+  def __call__(self, texts: Iterable[str],
+               special: bool = False) -> list[list[int]]:
+    """Returns the token ids of each text, without what the tokenizer adds.
+
+    Truncation and padding that were saved in the tokenizer's file are off, and
+    so is the warning for texts above its ``model_max_length``: `encode` cuts.
+    """
     texts = list(texts)
-    return tokenizer(texts, add_special_tokens=special)['input_ids'] if (
-        texts) else []
-  return tokens
+    if not texts:
+      return []
+    return self.tokenizer(
+        texts, add_special_tokens=special, padding=False, truncation=False,
+        verbose=False)['input_ids']
+
+  def before(self, ids: list[int]) -> list[int]:
+    """Returns what stands before a text: what the tokenizer adds, unless the
+    text begins with it, and for an empty text one token in any case."""
+    if self.prefix:
+      doubled = ids[:len(self.prefix)] == self.prefix
+      return [] if doubled else self.prefix
+    return [] if ids else [_start(self.tokenizer)]
+
+  def around(self, ids: list[int]) -> list[int]:
+    """Returns a text with all that the tokenizer adds, but nothing twice."""
+    n = len(self.suffix)
+    after = [] if n and ids[-n:] == self.suffix else self.suffix
+    before = self.before(ids) if self.prefix else []
+    return [*before, *ids, *after]
+
+  def keep_end(self, ids: list[int], most: int) -> list[int]:
+    """Cuts a prompt to ``most`` tokens: its beginning is lost, but not what the
+    tokenizer puts there."""
+    if len(ids) <= most:
+      return ids
+    first = len(self.prefix)
+    if not first and ids[0] == self.tokenizer.bos_token_id:
+      first = 1  # the text's own
+    if most <= first:
+      return ids[:max(most, 0)]
+    return [*ids[:first], *ids[len(ids) - most + first:]]
+
+  def keep_mask(self, ids: list[int], most: int) -> list[int]:
+    """Cuts the text before the mask, as far as that will do, else after it."""
+    over, first = len(ids) - most, len(self.prefix)
+    at = ids.index(self.tokenizer.mask_token_id)
+    before = min(over, max(at - first, 0))
+    ids = [*ids[:first], *ids[first + before:]]
+    over -= before
+    end = len(ids) - len(self.suffix)
+    return [*ids[:end - over], *ids[end:]]
 
 
 def _start(tokenizer) -> int:
-  """What stands before a text that has nothing before it."""
+  """Returns what stands before a text that has nothing before it."""
   for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
     if token is not None:
       return token
   return 0
-
-
-def _keep_end(ids: list[int], most: int, bos: int | None) -> list[int]:
-  if len(ids) <= most:
-    return ids
-  if bos is not None and ids[0] == bos and most > 0:
-    return [bos, *ids[len(ids) - most + 1:]]
-  return ids[len(ids) - most:] if most > 0 else []
-
-
-def _keep_mask(ids: list[int], most: int, mask: int) -> list[int]:
-  """Cuts the text before the mask, as far as that will do, else after it."""
-  over, at = len(ids) - most, ids.index(mask)
-  before = min(over, max(at - 1, 0))  # the first token is special
-  ids = [ids[0], *ids[1 + before:]]
-  over -= before
-  return ids if not over else [*ids[:len(ids) - 1 - over], ids[-1]]
 
 
 # --- batches ----------------------------------------------------------------

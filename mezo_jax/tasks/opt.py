@@ -5,16 +5,21 @@ Rows are those of the data sets on the hub, or of a local file with the same
 columns. ``label`` of the SuperGLUE tasks is what SuperGLUE has.
 """
 
+from mezo_jax.errors import InputError
 from mezo_jax.tasks.task import Task
 
 _SUPER_GLUE = 'aps/super_glue'
 
 
 def _boolq(row):
-  question = row['question']
+  question, answer = row['question'], str(row['answer']).strip().lower()
   question += '' if question.endswith('?') else '?'
+  labels = {'true': 0, '1': 0, 'false': 1, '0': 1}
+  if answer not in labels:
+    raise InputError(f"task 'boolq': the answer {row['answer']!r} is neither "
+                     'true nor false.')
   return row | {'question': question[:1].upper() + question[1:],
-                'label': 0 if row['answer'] else 1}
+                'label': labels[answer]}
 
 
 def _wsc(row):
@@ -34,6 +39,10 @@ def _copa(row):
 
 def _record(row):
   """The candidates are the whole query with each entity in the blank."""
+  for column in ('entities', 'answers'):
+    if not isinstance(row[column], (list, tuple)):
+      raise InputError(f"task 'record': column {column!r} is not a list but "
+                       f'{row[column]!r}; take a jsonl or parquet file.')
   entities = list(dict.fromkeys(row['entities']))
   answers = [a for a in row['answers'] if a in entities]
   if not answers:
@@ -45,6 +54,9 @@ def _record(row):
 
 
 def _drop(row):
+  if not isinstance(row['answers_spans'], dict):
+    raise InputError("task 'drop': column 'answers_spans' is not an object but "
+                     f"{row['answers_spans']!r}; take a jsonl or parquet file.")
   return row | {'question': row['question'].strip(),
                 'answers': list(row['answers_spans']['spans'])}
 

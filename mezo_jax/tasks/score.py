@@ -23,8 +23,10 @@ What Python must compute runs on the host inside the step, through
 process (on several hosts only the others work).
 """
 
+import bisect
 from collections.abc import Callable
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +81,7 @@ def scores(sums, counts):
 
 
 def generate(model, params, batch: dict, task: Task, tokenizer) -> jax.Array:
-  """int32 [rows, max_new_tokens]: greedy continuations up to a stop."""
+  """Continues prompts greedily up to a stop: int32 [rows, max_new_tokens]."""
   return models.generate(
       model, params, batch['input_ids'], batch['attention_mask'],
       max_new_tokens=task.max_new_tokens,
@@ -87,20 +89,79 @@ def generate(model, params, batch: dict, task: Task, tokenizer) -> jax.Array:
 
 
 def stop_ids(task: Task, tokenizer) -> tuple[int, ...]:
-  """The tokens that end an answer: the last of ``task.stop``, and the end."""
-  last = tokenizer(task.stop, add_special_tokens=False)['input_ids'][-1:]
-  end = tokenizer.eos_token_id
-  return (*last, *([] if end is None else [end]))
+  """Returns the tokens that end an answer: every token of the vocabulary with
+  ``task.stop`` in its text, and the end token.
+
+  Where no single token has all of ``task.stop`` in it, a row goes on to its
+  end token or to ``max_new_tokens``, and `texts` cuts the answer.
+  """
+  return tuple(sorted(_Written.of(tokenizer, task.stop).ends))
 
 
 def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
-  """The answers in generated tokens, without the stop and outer white space."""
-  stops, out = set(stop_ids(task, tokenizer)), []
-  for row in np.asarray(tokens).tolist():
-    end = next((i for i, t in enumerate(row) if t in stops), len(row))
-    out.append(tokenizer.decode(
-        row[:end], skip_special_tokens=True).strip())
-  return out
+  """Returns the answers in generated tokens [R, N]: each row's text before its
+  first ``task.stop`` or end token, without outer white space."""
+  written = _Written.of(tokenizer, task.stop)
+  return [written.answer(row) for row in np.asarray(tokens).tolist()]
+
+
+class _Written(NamedTuple):
+  """What tokens read as where a text goes on, and which of them end it."""
+
+  tokenizer: Any
+  stop: str
+  anchor: list[int]  # tokens of a text that others follow
+  known: frozenset[int]  # a model may have more tokens than its tokenizer
+  ends: frozenset[int]
+
+  @classmethod
+  @functools.lru_cache(maxsize=16)  # reading a vocabulary takes a second
+  def of(cls, tokenizer, stop: str) -> '_Written':
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    plain = sorted({*ids} - {*tokenizer.all_special_ids})
+    words = [tokenizer(text, add_special_tokens=False, padding=False,
+                       truncation=False)['input_ids'] for text in ('a', '0')]
+    anchor = next((w for w in words if w and set(w) <= set(plain)), plain[:1])
+    found = cls(tokenizer, stop, anchor, frozenset(ids), frozenset())
+    end = tokenizer.eos_token_id
+    ends = set() if end is None else {end}
+    if stop:
+      ends |= {i for i, text in zip(ids, found.read([i] for i in ids))
+               if stop in text}
+    return found._replace(ends=frozenset(ends))
+
+  def read(self, rows, skip_special: bool = False) -> list[str]:
+    """Returns the text that each row of tokens adds to one before it.
+
+    A tokenizer of words leaves out the space before the first token that it
+    decodes, and a stop text may begin with one: so there is a token before.
+    """
+    rows = [[*self.anchor, *row] for row in rows]
+    if self.tokenizer.is_fast:  # all at once
+      found = self.tokenizer.backend_tokenizer.decode_batch(
+          [self.anchor, *rows], skip_special_tokens=skip_special)
+    else:
+      found = [self.tokenizer.decode(
+          row, skip_special_tokens=skip_special,
+          clean_up_tokenization_spaces=False) for row in [self.anchor, *rows]]
+    before, *found = found
+    return [text[len(before):] for text in found]
+
+  def answer(self, row: list[int]) -> str:
+    """Returns the answer in a row of generated tokens."""
+    end = next((i for i, t in enumerate(row) if t in self.ends), len(row))
+    if end < len(row) and row[end] != self.tokenizer.eos_token_id:
+      # The token that stops may have a part of the answer before its stop.
+      end += 1
+    row = [t for t in row[:end] if t in self.known]
+    if not self.stop:
+      text, = self.read([row], skip_special=True)
+      return text.strip()
+    stops = lambda n: self.stop in self.read([row[:n]])[0]
+    if stops(len(row)):  # what comes after the token that completes it goes
+      row = row[:bisect.bisect_left(range(len(row)), True, key=stops)]
+    text, = self.read([row], skip_special=True)
+    return text.partition(self.stop)[0].strip()
 
 
 def make_loss_fn(model, data: Encoded, task: Task,

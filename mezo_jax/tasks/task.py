@@ -20,11 +20,15 @@ import functools
 import re
 import string
 
+import numpy as np
+
 from mezo_jax.errors import InputError
 
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
 METRICS = (*_OF_CHOICES, *_OF_TEXTS)
+_TRUTH = {'true': True, 'false': False}
+_ANSWERS = {'yes': True, 'no': False}
 _LONGEST = 1_000_000  # characters of a text: seconds to make tokens of
 
 
@@ -58,7 +62,10 @@ class Task:
   # Classes: answers by class, with their leading space.
   label_words: tuple[str, ...] = ()
   label_column: str = 'label'
-  label_names: tuple[str, ...] = ()  # where the column holds names
+  label_names: tuple[str, ...] = ()  # of classes; () for their label words
+  # What a label is: 'name' or 'number'; '' for a name where one is the same
+  # text, else a number from 0.
+  label_is: str = ''
   # Multiple choice: columns of one choice each, or one column with a list.
   choices: tuple[str, ...] = ('choices',)
   answer: str = ' {choice}'  # a candidate, columns and its choice in braces
@@ -139,25 +146,100 @@ class Task:
           f'the data have no column {self.label_column!r} but {sorted(row)}; '
           'set --config.task.label_column.')
     value = row[self.label_column]
+    several = value if isinstance(value, (list, tuple)) and not (
+        self.traits.classes) else [value]
+    found = [self._read_label(row, v) for v in several]
+    if found and None not in found:
+      return tuple(number for number, _ in found)
     if not self.traits.classes:
-      choices = self._choices(row)
-      several = value if isinstance(value, (list, tuple)) else [value]
-      golds = tuple(choices.index(v) if v in choices else _integer(v)
-                    for v in several)
-      if golds and all(g is not None and g < len(choices) for g in golds):
-        return golds
       raise InputError(
           f'{self.label_column} {value!r} is neither one of the choices '
-          f'{choices} nor the number of one; set --config.task.label_column.')
-    number = self.num_classes
-    if value in self.label_names:
-      return (self.label_names.index(value),)
-    if _integer(value) is not None and _integer(value) < number:
-      return (_integer(value),)
+          f'{self._choices(row)} nor the number of one; set '
+          '--config.task.label_column.')
+    hint = ''
+    if str(value) == '-1':
+      hint = ' (-1 often marks rows without a label: take another split)'
+    elif not self.label_is and dataclasses.replace(
+        self, label_is='number')._read_label(row, value):
+      hint = (' (these names are numbers or truth values themselves, so it is '
+              'not taken for the number of a class unless you set '
+              '--config.task.label_is=number)')
     raise InputError(
-        f'label {value!r} is neither an integer below {number} (the number of '
-        f'label words) nor one of the names {tuple(self.label_names)}; set '
-        '--config.task.label_words or label_names.')
+        f'label {value!r} is neither an integer below {self.num_classes} (the '
+        f'number of label words) nor one of the names {self.class_names}'
+        f'{hint}; set --config.task.label_words or label_names.')
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """The texts that a label of a class is compared with: ``label_names``, or
+    where there are none the label words without white space around them."""
+    names = self.label_names or [word.strip() for word in self.label_words]
+    names = tuple(map(str, names))
+    return names if len(set(names)) == len(names) else ()
+
+  def reading(self, rows: Sequence[dict]) -> str:
+    """Returns a line on how the labels of these rows are read; '' if there are
+    none.
+
+    Raises:
+      InputError: if some labels can be read as names only and some as numbers
+        only: one of the two is chance.
+    """
+    means = {}  # whether labels are names: what each of them stands for
+    for row in rows if not self.traits.generates else ():
+      value = row.get(self.label_column)
+      for v in value if isinstance(value, (list, tuple)) else [value]:
+        found = self._read_label(row, v)
+        if found:  # else `golds` says what is wrong, where labels are needed
+          number, by_name = found
+          label = repr(v.name if isinstance(v, ClassNumber) and by_name else v)
+          answers = (self.label_words or self.class_names) if (
+              self.traits.classes) else self._choices(row)
+          means.setdefault(by_name, {}).setdefault(label, answers[number])
+    if not means:
+      return ''
+    if len(means) > 1:
+      (name, of_name), *_ = means[True].items()
+      (number, of_number), *_ = means[False].items()
+      raise InputError(
+          f'some labels in column {self.label_column!r} are names and some are '
+          f'numbers: {name} is the name of {of_name!r}, and {number} can only '
+          f'be the number of {of_number!r}, counted from 0; set '
+          '--config.task.label_is=name or number, or task.label_names.')
+    by_name, shown = means.popitem()
+    if not self.traits.classes:
+      what = 'the text of a choice' if by_name else 'the number of a choice'
+      return (f'labels: column {self.label_column!r} is read as {what}'
+              f'{"" if by_name else ", counted from 0"}')
+    pairs = [f'{label} is {word!r}' for label, word in [*shown.items()][:8]]
+    return (f'labels: column {self.label_column!r} is read as '
+            f'{"names" if by_name else "numbers, counted from 0"}: '
+            f'{", ".join(pairs)}{", ..." if len(shown) > 8 else ""}')
+
+  def _read_label(self, row: dict, value) -> tuple[int, bool] | None:
+    """Returns the class or choice that a label stands for, and whether the
+    label is its name; None if it is neither a name nor a number of one."""
+    names = self.class_names if self.traits.classes else self._choices(row)
+    count = self.num_classes if self.traits.classes else len(names)
+    if self.label_is != 'number':
+      for text in _texts_of(value):
+        if text in names:
+          return names.index(text), True
+    if self.traits.classes and isinstance(value, str):  # as JSON's true is
+      value = _TRUTH.get(value.strip().lower(), value)
+    number = _integer(value)
+    if self.label_is == 'name' or number is None or number >= count:
+      return None
+    if self.traits.classes and names and not (
+        self.label_is or isinstance(value, ClassNumber)):
+      # With names ('1', '2', '3') a label 0 is a mistake, with ('True',
+      # 'False') a label 1 must not become 'False', nor true 'no' with ('yes',
+      # 'no').
+      known = _TRUTH | (_ANSWERS if isinstance(value, (bool, np.bool_)) else {})
+      name = names[number].lower()
+      if _integer(known.get(name, name)) not in (None, number):
+        return None
+    return number, False
 
   @property
   def num_classes(self) -> int:
@@ -265,6 +347,15 @@ def check(task: Task) -> None:
        f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
       (not (kind.words or task.masked) or len(task.label_words) >= 2,
        'task.label_words needs two or more'),
+      (task.label_is in ('', 'name', 'number'),
+       f"task.label_is {task.label_is!r} is not one of 'name' and 'number'"),
+      (not kind.classes or not task.label_names
+       or len(task.label_names) == task.num_classes,
+       f'task.label_names has {len(task.label_names)} names and '
+       f'task.label_words {len(task.label_words)} words: give one of each for '
+       'each class'),
+      (len({str(n) for n in task.label_names}) == len(task.label_names),
+       f'task.label_names {task.label_names} has a name twice'),
       (not kind.new_head or task.num_classes >= 2,
        "kind 'head' needs two or more names in task.label_names"),
       (not task.masked or kind.words,
@@ -283,9 +374,47 @@ def check(task: Task) -> None:
         'every row would have the same prompt.')
 
 
+class ClassNumber(int):
+  """The number of a class in a data set that names its classes.
+
+  Where labels are compared with names it counts as its name. Everything else
+  sees the integer that the data set holds.
+  """
+
+  name: str
+
+  def __new__(cls, number: int, name: str = '') -> 'ClassNumber':
+    self = super().__new__(cls, number)
+    self.name = name
+    return self
+
+
+def _texts_of(value) -> tuple[str, ...]:
+  """Returns the texts that a label may have among the declared names."""
+  if isinstance(value, ClassNumber):
+    return (value.name,)
+  if isinstance(value, np.generic):
+    value = value.item()
+  if value is None:
+    return ()
+  if isinstance(value, bool):  # as Python and csv files, and as JSON has it
+    return str(value), str(value).lower()
+  if isinstance(value, float) and value.is_integer():
+    return str(value), str(int(value))
+  return str(value), str(value).strip()
+
+
 def _integer(value) -> int | None:
-  return int(value) if re.fullmatch(r'\d+', str(value)) else (
-      int(value) if isinstance(value, bool) else None)
+  """Returns a truth value, an integer or the text of one as an integer; None
+  for anything else, and above nine digits."""
+  if isinstance(value, (bool, np.bool_)):
+    return int(value)
+  if isinstance(value, ClassNumber):
+    return int(value)
+  texts = _texts_of(value)
+  if not texts or not re.fullmatch(r'\d{1,9}', texts[-1]):
+    return None
+  return int(texts[-1])
 
 
 def _short(row: dict) -> str:
