@@ -81,7 +81,8 @@ class Encoded(NamedTuple):
 
 def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
            gold_only: bool = False, prompts: Sequence[str] | None = None,
-           write_out: bool = False, causal: bool = True) -> Encoded:
+           write_out: bool = False, causal: bool = True,
+           needs_gold: bool = True) -> Encoded:
   """Tokenises rows; over-long prompts keep their end (and the BOS token).
 
   Args:
@@ -93,6 +94,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
     prompts: used instead of the task's own; may be empty texts.
     write_out: lay candidates out even where label words of one token would do.
     causal: whether the model reads from left to right.
+    needs_gold: Whether each row must have a right answer. If not, one without
+      has ``golds`` of ().
 
   Raises:
     ValueError: for no rows, a row that does not fit the task, answers that do
@@ -110,14 +113,20 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   for r, text in enumerate(prompts):
     if own and not text.strip():
       raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
-  if task.traits.new_head:
-    return _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
-  if task.masked:
-    return _for_mask(task, rows, prompts, tokenizer, max_length, cut)
   if task.traits.generates and not gold_only:
+    for row in rows:
+      if needs_gold or task.has_gold(row):
+        task.references(row)
     return _for_generation(task, rows, prompts, tokenizer, max_length, cut)
+  golds = [(0,) if gold_only else task.golds(row) if (
+      needs_gold or task.has_gold(row)) else () for row in rows]
+  if task.traits.new_head:
+    return _for_head(task, rows, prompts, tokenizer, max_length, causal, cut,
+                     golds)
+  if task.masked:
+    return _for_mask(task, rows, prompts, tokenizer, max_length, cut, golds)
   return _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
-                         gold_only, write_out)
+                         golds, gold_only, write_out)
 
 
 def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
@@ -155,8 +164,8 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
   return rows, cut
 
 
-def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
-                    write_out):
+def _for_candidates(task, rows, texts, tokenizer, max_length, cut, golds,
+                    gold_only, write_out):
   tokens = _tokenise(tokenizer)
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
@@ -190,7 +199,6 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     prompts.append(prompt)
     candidates.append(rest)
     scored.append(numbers)
-  golds = [(0,) if gold_only else task.golds(row) for row in rows]
   one = {tuple(map(tuple, some)) for some in candidates}
   if len(one) == 1 and not (write_out or gold_only) and all(
       len(ids) == 1 for ids in candidates[0]):
@@ -210,13 +218,11 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
   prompts = _tokenise(tokenizer)(text.strip(' ') for text in texts)
   cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
   prompts = [_keep_end(ids, most, tokenizer.bos_token_id) for ids in prompts]
-  for row in rows:
-    task.references(row)
   return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
                  [()] * len(rows), len(cut), generates=True)
 
 
-def _for_mask(task, rows, texts, tokenizer, max_length, cut):
+def _for_mask(task, rows, texts, tokenizer, max_length, cut, golds):
   words = _tokenise(tokenizer, special=False)(task.label_words)
   if any(len(ids) != 1 for ids in words) or (
       len({ids[0] for ids in words}) < len(words)) or (
@@ -237,11 +243,11 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
     at.append(ids.index(mask))
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      [task.golds(row) for row in rows], len(cut), np.array(at, np.int32),
+      golds, len(cut), np.array(at, np.int32),
       np.array(words, np.int32)[:, 0])
 
 
-def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
+def _for_head(task, rows, texts, tokenizer, max_length, causal, cut, golds):
   pairs = [text.split('\0') for text in texts]
   if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) > 2:
     raise InputError(
@@ -257,7 +263,7 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
   types = None if causal else [list(f['token_type_ids']) for f in found]
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      [task.golds(row) for row in rows], len(cut), np.array(at, np.int32),
+      golds, len(cut), np.array(at, np.int32),
       types=types)
 
 
@@ -359,8 +365,9 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
     batch['attention_mask'][i, here] = 1
     if data.generates:
       continue
-    batch['gold'][i, list(data.golds[r])] = True
-    batch['label'][i] = data.golds[r][0]
+    if data.golds[r]:
+      batch['gold'][i, list(data.golds[r])] = True
+      batch['label'][i] = data.golds[r][0]
     if data.types is not None:
       batch['token_type_ids'][i, :n] = data.types[r]
     if not laid_out:
