@@ -60,19 +60,21 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
   return f'config has no field {path!r}. {_WHERE}'
 
 
-def unknown_argument(message: str) -> str:
-  """Returns `unknown` for the message of a config class that was called with a
-  keyword that it does not have, and '' for any other message."""
+def failure(error: Exception) -> str:
+  """Returns a sentence about a config that did not load."""
+  if isinstance(error, IndexError):
+    return ('the command line changes a task, --config.also[N], that the '
+            f'config does not have. {_WHERE}')
+  message = ' '.join(str(error.args[-1]).split())
   found = re.search(
       r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'",
       message)
-  if not found:
-    return ''
   groups = {config_lib.Train.__name__: ''} | {
       hint.__name__: f'{name}.' for name, hint in typing.get_type_hints(
           config_lib.Train).items() if dataclasses.is_dataclass(hint)}
-  group, name = found.groups()
-  return unknown(groups[group] + name) if group in groups else ''
+  if found and found.group(1) in groups:
+    return unknown(groups[found.group(1)] + found.group(2))
+  return f'{message}. {_WHERE}'
 
 
 def given(argv: Sequence[str]) -> list[str]:

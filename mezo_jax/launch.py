@@ -62,13 +62,8 @@ def _parse(configs: Path, argv: list[str]) -> list[str]:
     return rest
   except InputError as e:
     sys.exit(f'train.py: {e}')
-  except (KeyError, OSError, TypeError) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    meant = fields.unknown_argument(what)
-    if meant:
-      sys.exit(f'train.py: {meant}')
-    sys.exit(f'train.py: {what}. The fields of a config and their types are in '
-             'mezo_jax/config.py.')
+  except (IndexError, KeyError, OSError, TypeError) as e:
+    sys.exit(f'train.py: {fields.failure(e)}')
 
 
 def _config_first(configs: Path, argv: list[str]) -> list[str]:

@@ -161,13 +161,8 @@ def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
     config.steps  # a file that did not load raises here
     fields.check_is_config(config)
     return config
-  except (KeyError, OSError, TypeError, flags.Error) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    meant = fields.unknown_argument(what)
-    if meant:
-      raise InputError(meant) from e
-    raise InputError(f'{what}. The fields of a config and their types are in '
-                     'mezo_jax/config.py.') from e
+  except (IndexError, KeyError, OSError, TypeError, flags.Error) as e:
+    raise InputError(fields.failure(e)) from e
 
 
 def read_mesh(text: str, n: int) -> dict[str, int]:

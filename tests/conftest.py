@@ -53,7 +53,8 @@ _SMALL = tuple(f'test_{name}' for name in (
     'parts', 'paths', 'peft', 'peft_parity', 'pending', 'perturb', 'plan',
     'preemption', 'private', 'properties', 'quantised', 'quzo', 'qzo', 'replay',
     'replicas', 'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train',
-    'trainable', 'trunk', 'variants', 'wrappers'))
+    'trainable', 'trunk', 'variants', 'wrappers',
+    'flags', 'own_data', 'reported'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',

@@ -101,6 +101,7 @@ def get_config():
     ('zzz=1', "config has no field 'zzz'. The fields"),
     ('objective.x=1', "no field 'objective.x'"),
     ('also[0].wieght=1', r"no field 'also\[0\].wieght'"),
+    ('also[0].weight=1', r'a task, --config.also.N., that the config does not'),
     ('model=gpt2', 'set one of its fields, --config.model.name'),
     ('task.row=f', 'in a config file'), ('also=rte', 'in a config file'),
     ('steps=many', 'steps=many: invalid literal'),
@@ -196,7 +197,8 @@ def test_fields_that_do_apply():
     ([], 'quickstart'), (['--config.steps=3'], 'quickstart'),
     (['--config.data.train=quickstart'], 'quickstart'),
     (['--config.data.train', 'quickstart'], 'quickstart'),
-    (['--config.data.train=x.csv'], 'own'), (['-config.data.train=x.csv'], 'own'),
+    (['--config.data.train=x.csv'], 'own'),
+    (['-config.data.train=x.csv'], 'own'),
     (['--config.data.train', 'x.csv'], 'own'),
     (['--config.task.hub=nyu-mll/glue'], 'own')])
 def test_the_default_config(given, name):
@@ -208,7 +210,7 @@ def test_the_default_config(given, name):
 @pytest.mark.parametrize('flag', [
     ['--config=x.py'], ['--config', 'x.py'], ['-config=x.py']])
 def test_the_config_s_file_comes_first(flag):
-  argv = launch._config_first(
-      conftest.ROOT, ['train.py', '--config.data.train=a', *flag, '--workdir=w'])
+  argv = launch._config_first(conftest.ROOT, [
+      'train.py', '--config.data.train=a', *flag, '--workdir=w'])
   assert argv[1].endswith('config=x.py') and argv[2:] == [
       '--config.data.train=a', '--workdir=w']
