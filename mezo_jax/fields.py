@@ -53,7 +53,8 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
                 lambda name: name in close,
                 lambda name: name in wanted.split('_')
                 or wanted in name.split('_')):
-    found = [p for p in known if meant(last[p])][:3]
+    found = [p for p in known if meant(last[p])]
+    found = sorted(found, key=lambda p: p.count('.') != path.count('.'))[:3]
     if found:
       return (f'config has no field {path!r}; did you mean '
               f'{" or ".join(found)}? {_WHERE}')
@@ -104,8 +105,9 @@ def check_names(argv: Sequence[str]) -> None:
 
 
 def check_is_config(config) -> None:
-  """Raises InputError for what is not a config: what the get_config of a file
-  returned."""
+  """Raises InputError for what the get_config of a file returned, if it is not
+  a config, and OSError if the file did not load."""
+  getattr(config, 'steps', None)  # of a file that did not load it raises
   if not isinstance(config, config_lib.Train):
     raise InputError(
         f'get_config of the config file returned a {type(config).__name__} and '

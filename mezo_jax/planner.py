@@ -157,10 +157,8 @@ def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
   fields.check_names(argv)
   try:
     values(argv)
-    config = values.config
-    config.steps  # a file that did not load raises here
-    fields.check_is_config(config)
-    return config
+    fields.check_is_config(values.config)
+    return values.config
   except (IndexError, KeyError, OSError, TypeError, flags.Error) as e:
     raise InputError(fields.failure(e)) from e
 

@@ -159,7 +159,6 @@ def test_rows_that_look_like_a_mistake(own, tmp_path):
   one, = warnings(own)
   assert '100 of 160 test rows have the prompt of a train row' in one
   own.method = 'private'  # nothing of its train rows is told
-  own.data.batch_size = 4
   assert not [text for text in warnings(own) if 'train row' in text]
 
 

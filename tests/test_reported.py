@@ -44,7 +44,7 @@ def taste(predictions, examples):
 
 def config_of(model, kind, **changes):
   config = runs.small_config(model, 'x.jsonl', steps=4, eval_every=1,
-                             data__batch_size=4, spsa__eps=1e-1)
+                             spsa__eps=1e-1, data__num_test=20)
   config.task = dataclasses.replace(TASKS[kind])
   return runs.changed(config, **changes)
 
@@ -69,15 +69,16 @@ def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
   """Of the same rows the two are one number, whatever is trained."""
   config = config_of(tiny_dir, kind, objective=objective, **changes)
-  built = build.build(config, say=lambda text: None, rows=data_lib.Rows(
-      ROWS, ROWS, ROWS, ROWS))
+  built = build.build(
+      config, say=lambda text: None, rows=data_lib.Rows(ROWS, ROWS, ROWS, ROWS),
+      mesh=build.make_mesh(config, jax.devices()[:1]))
   params, rows = built.params, built.splits.train
   ask = evaluate.make_evaluators(
       config, built.model, built.splits, built.tokenizer, built.mesh)
   length = int(rows.lengths.max())
   batch = batch_of(rows, np.arange(len(ROWS)), length, len(ROWS))
-  want = jax.jit(lambda params: _values.mean(built.loss_fn(params, batch)))(
-      params)
+  want = jax.jit(lambda params, batch: _values.mean(built.loss_fn(
+      params, batch)))(params, batch)
   metric = config_lib.metric(config)
   for report in (ask.dev(params), ask.test(params), *ask.both(params)):
     np.testing.assert_allclose(report['loss'], want, rtol=2e-5)
@@ -92,6 +93,22 @@ def test_the_loss_of_rows_is_what_steps_minimise(
   other = kind != 'generation' and (
       objective != 'cross_entropy' or config.calibration)
   assert ('cross_entropy' in report) == bool(other)
+
+
+def test_a_label_that_no_row_has(tiny_dir):
+  """A head has as many classes as names, whatever labels rows have."""
+  rows = [row | {'label': 0} for row in ROWS]
+  config = config_of(tiny_dir, 'head', objective='accuracy')
+  config.task.label_names = ('bad', 'good', 'fair')
+  built = build.build(config, rows=data_lib.Rows(rows, rows, rows, rows),
+                      say=lambda text: None)
+  assert built.splits.train.width == built.splits.dev.width == 3
+  ask = evaluate.make_evaluators(
+      config, built.model, built.splits, built.tokenizer, built.mesh)
+  report = ask.dev(built.params)
+  batch = batch_of(built.splits.train, np.arange(12), 8, 12)
+  values, _ = jax.jit(built.loss_fn)(built.params, batch)
+  assert report['accuracy'] == -np.mean(values) < 1
 
 
 @pytest.mark.parametrize('kind,objective,metric,want', [

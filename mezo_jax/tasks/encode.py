@@ -51,6 +51,7 @@ class Encoded(NamedTuple):
   types: list[list[int]] | None = None  # [R] token types of the prompts
   generates: bool = False  # prompts to be continued: padded on the left
   trunk: Kept | None = None  # see `mezo_jax.trunk`
+  classes: int = 0  # C of a new head, which names more than occur in rows
 
   @property
   def lengths(self) -> np.ndarray:
@@ -70,6 +71,8 @@ class Encoded(NamedTuple):
     """C, candidates of a row at most."""
     if self.token_ids is not None:
       return len(self.token_ids)
+    if self.classes:
+      return self.classes
     return max(1, *(len(c) for c in self.candidates),
                *(1 + max(g) for g in self.golds if g))
 
@@ -113,20 +116,22 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   for r, text in enumerate(prompts):
     if own and not text.strip():
       raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
-  if task.traits.generates and not gold_only:
-    for row in rows:
-      if needs_gold or task.has_gold(row):
-        task.references(row)
-    return _for_generation(task, rows, prompts, tokenizer, max_length, cut)
-  golds = [(0,) if gold_only else task.golds(row) if (
-      needs_gold or task.has_gold(row)) else () for row in rows]
   if task.traits.new_head:
-    return _for_head(task, rows, prompts, tokenizer, max_length, causal, cut,
-                     golds)
-  if task.masked:
-    return _for_mask(task, rows, prompts, tokenizer, max_length, cut, golds)
-  return _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
-                         golds, gold_only, write_out)
+    found = _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
+  elif task.masked:
+    found = _for_mask(task, rows, prompts, tokenizer, max_length, cut)
+  elif task.traits.generates and not gold_only:
+    found = _for_generation(task, rows, prompts, tokenizer, max_length, cut)
+  else:
+    found = _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
+                            gold_only, write_out)
+  if gold_only and found.read_at is None:
+    return found._replace(golds=[(0,)] * len(rows))
+  # Right answers of generated texts are not numbers, but must be there.
+  golds_of = task.references if found.generates else task.golds
+  golds = [golds_of(row) if needs_gold or task.has_gold(row) else ()
+           for row in rows]
+  return found if found.generates else found._replace(golds=golds)
 
 
 def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
@@ -164,8 +169,8 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
   return rows, cut
 
 
-def _for_candidates(task, rows, texts, tokenizer, max_length, cut, golds,
-                    gold_only, write_out):
+def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
+                    write_out):
   tokens = _tokenise(tokenizer)
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
@@ -199,6 +204,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, golds,
     prompts.append(prompt)
     candidates.append(rest)
     scored.append(numbers)
+  golds = [()] * len(rows)  # `encode` knows them
   one = {tuple(map(tuple, some)) for some in candidates}
   if len(one) == 1 and not (write_out or gold_only) and all(
       len(ids) == 1 for ids in candidates[0]):
@@ -222,7 +228,7 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
                  [()] * len(rows), len(cut), generates=True)
 
 
-def _for_mask(task, rows, texts, tokenizer, max_length, cut, golds):
+def _for_mask(task, rows, texts, tokenizer, max_length, cut):
   words = _tokenise(tokenizer, special=False)(task.label_words)
   if any(len(ids) != 1 for ids in words) or (
       len({ids[0] for ids in words}) < len(words)) or (
@@ -243,11 +249,11 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut, golds):
     at.append(ids.index(mask))
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      golds, len(cut), np.array(at, np.int32),
+      [()] * len(rows), len(cut), np.array(at, np.int32),
       np.array(words, np.int32)[:, 0])
 
 
-def _for_head(task, rows, texts, tokenizer, max_length, causal, cut, golds):
+def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
   pairs = [text.split('\0') for text in texts]
   if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) > 2:
     raise InputError(
@@ -263,8 +269,8 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut, golds):
   types = None if causal else [list(f['token_type_ids']) for f in found]
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      golds, len(cut), np.array(at, np.int32),
-      types=types)
+      [()] * len(rows), len(cut), np.array(at, np.int32), types=types,
+      classes=task.num_classes)
 
 
 def _tokenise(tokenizer, special=True):

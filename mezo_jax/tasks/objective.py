@@ -5,6 +5,7 @@ What they compute is in `mezo_jax.tasks.score`.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import inspect
 
 import numpy as np
@@ -35,8 +36,8 @@ def check(task: Task, objective: str | Callable) -> None:
     raise InputError(
         f'objective {what} does not fit a task of kind {task.kind!r}'
         f'{" with a {mask}" if task.masked else ""}; choose one of '
-        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)} or, in '
-        'a config file, a function of (predictions, examples).')
+        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)} or a '
+        'function of (predictions, examples), in a config file.')
   if callable(objective) and not _takes_two(objective):
     raise InputError(
         f'objective {name(objective)} must be a function of two arguments, '
@@ -106,11 +107,9 @@ def value(function: Callable, predictions: Sequence,
   Raises:
     InputError: if it is not one number.
   """
-  found = function(predictions, examples)
-  try:
-    array = np.asarray(found, float)
-  except (TypeError, ValueError):
-    array = None
+  found, array = function(predictions, examples), None
+  with contextlib.suppress(TypeError, ValueError):
+    array = None if found is None else np.asarray(found, float)
   if array is None or array.size != 1:
     raise InputError(
         f'objective {name(function)} returned {str(found)[:100]} for '
