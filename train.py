@@ -2,6 +2,7 @@
 what that is compared with (--config.method).
 
   python train.py                                   the quickstart
+  python train.py --config.data.train=FILE ...      data of your own
   python train.py --config=configs/NAME.py --config.FIELD=VALUE --workdir=DIR
 
 Run the same command again to resume a run that was stopped.
