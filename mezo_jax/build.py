@@ -156,6 +156,11 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   needs_gold = (objectives.needs_gold(objective) or method.probe
                 or method.demonstrations)
   say(split_words(config, rows))
+  if method.steps and config.method != 'private' and (
+      len(rows.train) < config.data.batch_size):
+    raise InputError(
+        f'{len(rows.train)} training rows do not fill a batch of '
+        f'{config.data.batch_size}; lower --config.data.batch_size.')
   gold_only = {
       'train': objectives.gold_only(objective),
       # With demonstrations the dev rows are not used: the cheapest form.
@@ -177,7 +182,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       lm_loss=objectives.gold_only(objective) and (
           method.steps or not task.traits.generates),
       needs_gold=needs_gold, say=say)
-  most = max((token for split in (splits.train, splits.dev, splits.test)
+  most = max((token for split in (splits.train, splits.dev, splits.test,
+                                  *splits.gold.values())
               for part in (*split.prompts, *(
                   answer for row in split.candidates for answer in row))
               for token in part), default=0)
@@ -195,8 +201,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
 
 
 def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
-  """Returns how the rows of a run are split: ``rows of x.csv: 230: 150 train,
-  30 dev, 50 test``."""
+  """Returns how the rows of a run are split: ``data: 230 rows of x.csv: 138
+  train, 46 dev, 46 test``."""
   d, task = config.data, config.task
   source = d.train or task.hub
   held_out = d.test or ('' if d.train else task.hub)

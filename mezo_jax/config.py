@@ -305,7 +305,8 @@ def _of_this_version(saved: dict) -> dict:
 
 
 def check_same_run(config: Train, saved: dict) -> None:
-  """Raises ValueError if a saved run's settings differ where they may not.
+  """Raises InputError if a saved run's settings differ where they may not; it
+  names each field with its value then and now.
 
   Step counts, the mesh and how often to evaluate may; but with a decaying
   learning rate the number of steps shapes every update, and in private training
@@ -325,6 +326,9 @@ def check_same_run(config: Train, saved: dict) -> None:
     if isinstance(new, dict):
       for name in (n for n in new if n in old):  # others are of a new version
         compare(new[name], old[name], f'{path}.{name}'.lstrip('.'))
+    elif path == 'also' and isinstance(old, list) and len(new) == len(old):
+      for i, (task, before) in enumerate(zip(new, old)):
+        compare(task, before, f'also[{i}]')
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 

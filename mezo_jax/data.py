@@ -146,7 +146,7 @@ def share_out(rows: int, num_train: int, num_dev: int,
     what = ' and '.join(f'data.num_{name}' for name in shared)
     if not given:
       raise InputError(
-          f'the data have {rows} row{"s" if rows > 1 else ""}, which is too '
+          f'the data have {rows} row{"s" if rows != 1 else ""}, which is too '
           f'few for one each of {", ".join(shared)}: give more rows.')
     raise InputError(
         f'the data have {rows} rows, which leaves none for {what} beside '

@@ -150,6 +150,22 @@ def warnings(config):
   return [text for text in said if text.startswith('warning: ')]
 
 
+def test_too_few_rows_for_a_batch_are_refused_before_the_model_is_read(
+    own, tmp_path, monkeypatch):
+  own.data = Data(train=write(tmp_path / 'x.jsonl', rows_of(20)), num_train=-1,
+                  num_dev=-1, num_test=-1)
+  monkeypatch.setattr(build, 'load', None)
+  with pytest.raises(InputError, match='12 training rows .* data.batch_size'):
+    build.build(own, say=lambda text: None)
+
+
+def test_demonstrations_that_there_are_too_few_rows_for(own):
+  own.method, own.num_demos = 'icl', 200
+  with pytest.raises(
+      InputError, match='150 rows for 200 .* --config.num_demos'):
+    build.build(own, say=lambda text: None)
+
+
 def test_rows_that_look_like_a_mistake(own, tmp_path):
   assert not warnings(own)
   own.data.train = write(tmp_path / 'a.jsonl', rows_of(230, lambda i: 0))

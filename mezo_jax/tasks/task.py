@@ -97,7 +97,8 @@ class Task:
 
   @property
   def main_metric(self) -> str:
-    """The name of the number that stands for the result."""
+    """The name of the first of the metrics that compare with right answers;
+    see `mezo_jax.tasks.objective.metric` for what stands for a result."""
     return self.metric or self.traits.metrics[0]
 
   def prepare(self, rows: Sequence[dict]) -> list[dict]:
