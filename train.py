@@ -2,6 +2,7 @@
 what that is compared with (--config.method).
 
   python train.py                                   the quickstart
+  python train.py --config.data.train=FILE ...      data of your own
   python train.py --config=configs/NAME.py --config.FIELD=VALUE --workdir=DIR
 
 Run the same command again to resume a run that was stopped.
@@ -55,23 +56,32 @@ def say(text: str) -> None:
 
 
 def run(config: config_lib.Train, workdir: Path,
-        place: replicas_lib.Place | None = None) -> dict:
-  """One run from start, or from where it was stopped, to its result; of a
-  replica, with its place among them."""
+        place: replicas_lib.Place | None = None, source: str = '') -> dict:
+  """Runs a config from start, or from where it was stopped, to its result.
+
+  Args:
+    config: Of the run.
+    workdir: Of the run.
+    place: Of a replica among the others.
+    source: The name of the config's file, to be reported.
+  """
   with workdir_lib.alone(workdir):
     hosts.share(workdir)
-    return run_alone(config, workdir, place)
+    return run_alone(config, workdir, place, source)
 
 
-def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
+def run_alone(config: config_lib.Train, workdir: Path, place,
+              source: str = '') -> dict:
   # Config.
   began = time.time()
   checks.check(config)
+  file = f'{source}, ' if source else ''
+  say(f'config: {file}{config_lib.in_words(config)}')
   replicas_lib.check(config, place)
   hosts.agree('the version of mezo_jax or jax', fingerprint.of_code,
               'install the same on every host')
-  hosts.agree('the config', lambda: fingerprint.of(config_lib.to_json(config)),
-              'start the same command on every host')
+  hosts.agree_on('the config', config_lib.to_json(config),
+                 'start the same command on every host')
   workdir_lib.check(config, workdir)
   method = methods.method_of(config)
 
@@ -179,7 +189,8 @@ def run_alone(config: config_lib.Train, workdir: Path, place) -> dict:
   if plan:
     say(privacy.spell(plan, config.steps))
   say(tasks.table(zero_shot, final))
-  why = 'best on dev' if methods.selects(config) else 'the last'
+  by = 'loss' if config.select == 'loss' else metric
+  why = f'best on dev by {by}' if methods.selects(config) else 'the last'
   was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
   say(f'final (step {step}, {why}): test {evaluate.spell(final)}{was}; '
       f'{config.steps} steps; see {workdir}/result.json, curves.png')

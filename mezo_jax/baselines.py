@@ -1,15 +1,18 @@
 """Linear probing, and how the probe is written into a vocabulary head."""
 
+from collections.abc import Callable
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import methods, models
 from mezo_jax.errors import InputError
-from mezo_jax.evaluate import report, run_batches, Sizes
+from mezo_jax.evaluate import choices_report, run_batches, Sizes
 from mezo_jax.tasks.encode import Encoded
+from mezo_jax.tasks.task import Task
 
 
 def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
@@ -60,8 +63,8 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
 
 
 def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
-                 metric: str = 'accuracy'):
-  """A probe of the train rows' features.
+                 task: Task, objective: str | Callable = 'cross_entropy'):
+  """Fits a probe to the train rows' features.
 
   Args:
     model: a `mezo_jax.models.Transformer`.
@@ -69,7 +72,8 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
     splits: rows whose label words are read at one position.
     sizes: of the batches, by split.
     mesh: that parameters are on.
-    metric: of the report.
+    task: The rows' task, whose metric the report has.
+    objective: Of the run; the report has its value.
 
   Returns:
     ``probe, report``: scikit-learn's model, and how right it is of the test
@@ -88,14 +92,15 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
   probe = fit_probe(
       read('train'), splits.train.labels, bias=not model.config.causal)
   scores = probe_scores(probe, read('test'), splits.test.width)
-  return probe, report(scores, splits.test.golds, metric=metric)
+  return probe, choices_report(task, objective, splits.test, scores)
 
 
 def begin(config, built, params: dict, sizes: dict):
   """``params, report`` of a run that begins with a probe, which is written into
   the parameters where they are trained."""
-  found, report = linear_probe(built.model, params, built.splits, sizes,
-                               built.mesh, config.task.main_metric)
+  found, report = linear_probe(
+      built.model, params, built.splits, sizes, built.mesh, config.task,
+      config_lib.objective(config))
   if methods.method_of(config).steps:
     params = write_probe(params, found, built.splits.train.token_ids)
   return params, report

@@ -132,7 +132,8 @@ def read_tokenizer(config: config_lib.Train):
 def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
                 model_config: models.Config, tokenizer,
                 say: Callable[[str], None]) -> data_lib.Splits:
-  """Rows as tokens, in the form that objective and evaluation need.
+  """Returns rows as tokens, in the form that objective and evaluation need, and
+  reports how many there are and what looks wrong in them.
 
   Raises:
     InputError: if data, task and model do not fit each other.
@@ -151,11 +152,21 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
         f'{"masked" if task.masked else "causal"} model and '
         f'{config.model.name} is none; choose another --config.task.template '
         '({mask} is where a masked model reads the label words).')
+  objective = config_lib.objective(config)
+  needs_gold = (objectives.needs_gold(objective) or method.probe
+                or method.demonstrations)
+  say(split_words(config, rows))
+  if method.steps and config.method != 'private' and (
+      len(rows.train) < config.data.batch_size):
+    raise InputError(
+        f'{len(rows.train)} training rows do not fill a batch of '
+        f'{config.data.batch_size}; lower --config.data.batch_size.')
   gold_only = {
-      'train': objectives.gold_only(config_lib.objective(config)),
+      'train': objectives.gold_only(objective),
       # With demonstrations the dev rows are not used: the cheapest form.
       'dev': method.demonstrations or (
-          config.select == 'loss' and task.traits.generates)}
+          config.select == 'loss' and task.traits.generates
+          and objectives.gold_only(objective))}
   first = model_config.vocab_size
   soft = range(first, first + (before if methods.part_of(config).soft else 0))
   splits = data_lib.encode_rows(
@@ -166,8 +177,13 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       num_demos=config.num_demos if method.demonstrations else 0,
       prior=bool(config.calibration),
       prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
-      untold=('train',) if config.method == 'private' else (), say=say)
-  most = max((token for split in (splits.train, splits.dev, splits.test)
+      untold=('train',) if config.method == 'private' else (),
+      # Without steps nothing is trained, and answers alone are generated.
+      lm_loss=objectives.gold_only(objective) and (
+          method.steps or not task.traits.generates),
+      needs_gold=needs_gold, say=say)
+  most = max((token for split in (splits.train, splits.dev, splits.test,
+                                  *splits.gold.values())
               for part in (*split.prompts, *(
                   answer for row in split.candidates for answer in row))
               for token in part), default=0)
@@ -175,11 +191,70 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
     raise InputError(
         f'the tokenizer of {config.model.name} gave token {most} for these '
         f'rows, and the model has {first}: they are not of one model.')
+  for text in data_warnings(config, rows):
+    say(f'warning: {text}.')
   hosts.agree(
       'the rows', lambda: fingerprint.of_rows(
           splits.train, splits.dev, splits.test),
       'bring the same data to every host')
   return splits
+
+
+def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
+  """Returns how the rows of a run are split: ``data: 230 rows of x.csv: 138
+  train, 46 dev, 46 test``."""
+  d, task = config.data, config.task
+  source = d.train or task.hub
+  held_out = d.test or ('' if d.train else task.hub)
+  train, dev, test = (len(part) for part in (rows.train, rows.dev, rows.test))
+  total = len(rows.pool) + (0 if held_out else test)
+  unused = total - train - dev - (0 if held_out else test)
+  parts = [f'{train} train', f'{dev} dev', f'{test} test']
+  if held_out:
+    parts[2] += f' (of {held_out})'
+  if unused:
+    parts.append(f'{unused} unused')
+  return f'data: {total} rows of {source}: {", ".join(parts)}'
+
+
+def data_warnings(config: config_lib.Train,
+                  rows: data_lib.Rows) -> list[str]:
+  """Returns what looks like a mistake in the rows of a run. Of private training
+  rows nothing is said."""
+  task, out = config.task, []
+  read = {'dev': rows.dev, 'test': rows.test}
+  if config.method != 'private':
+    read = {'train': rows.train} | read
+  for name, some in read.items():
+    bare = sum(not task.has_gold(row) for row in some)
+    if bare and name != 'train':
+      column = (task.answers_column if task.traits.generates
+                else task.label_column)
+      out.append(f'{bare} of {len(some)} {name} rows have no right answer in '
+                 f'column {column!r}: {task.main_metric} is not measured on '
+                 f'{name} rows')
+    if name == 'train' and task.traits.classes and not bare:
+      found = {task.golds(row)[0] for row in some}
+      absent = sorted({*range(task.num_classes)} - found)
+      if absent:
+        words = task.label_words or task.label_names
+        out.append('no train row has the label ' + ', '.join(
+            f'{c} ({words[c]!r})' for c in absent))
+  if 'train' not in read:
+    return out
+
+  def key(row):
+    text = task.prompt(row, mask='', sep='')
+    choices = [] if task.traits.classes or task.traits.generates else (
+        task.candidates(row))
+    return (text, *choices)
+  seen = {*map(key, rows.train)}
+  for name in ('dev', 'test'):
+    again = sum(key(row) in seen for row in read[name])
+    if again:
+      out.append(f'{again} of {len(read[name])} {name} rows have the prompt of '
+                 'a train row, so results on them say little about new rows')
+  return out
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:

@@ -1,11 +1,12 @@
 """Configs that cannot work, each refused in one sentence."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 import re
 
 from mezo_jax import config as config_lib
-from mezo_jax import methods
+from mezo_jax import fields, methods
 from mezo_jax.errors import InputError
 from mezo_jax.rules import QUANTISED
 from mezo_jax.tasks import objective as objectives
@@ -20,6 +21,7 @@ COMBINES = ('two_sided', 'one_sided', 'fzoo')
 
 def check(config: config_lib.Train) -> None:
   """Raises InputError, in one sentence, for a value that cannot work."""
+  fields.check(config)
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
   task_lib.check(config.task)
   of_task = config.task.traits
@@ -121,10 +123,18 @@ def check(config: config_lib.Train) -> None:
        f'objective {config_lib.objective(config)!r} is of a whole batch, no '
        "mean over rows: leave optimizer.micro_batches at 1 and spsa.over not "
        "'rows'"),
-      (min(d.num_dev, d.num_train) >= 1,
-       'data.num_train and data.num_dev must be at least 1'),
-      (d.num_test >= 1 or bool(d.test) or not d.train,
-       'data.num_test must be at least 1 where data.test is not set'),
+      *((n >= 1 or n == -1 or d.k_shot > 0,
+         f'data.num_{name} is {n} and must be at least 1, or -1 for a share of '
+         'the rows')
+        for name, n in (('train', d.num_train), ('dev', d.num_dev))),
+      (d.num_test >= 1 or d.num_test == -1 or d.num_test == 0 and (
+          bool(d.test) or not d.train),
+       f'data.num_test is {d.num_test} and must be at least 1, or -1 for a '
+       'share of the rows (0, for all, needs data.test)'),
+      (d.k_shot >= 0, f'data.k_shot is {d.k_shot} and must be at least 0'),
+      *((0 <= seed < 2**32,
+         f'data.{name} is {seed} and must be from 0 to below 2**32')
+        for name, seed in (('seed', d.seed), ('test_seed', d.test_seed))),
       (min(config.max_skipped, config.keep_checkpoints) >= 1,
        'max_skipped and keep_checkpoints must be at least 1'),
       (config.max_still >= 0 and 0 <= config.max_rise < math.inf,
@@ -162,6 +172,86 @@ def check(config: config_lib.Train) -> None:
     except re.error as e:
       raise InputError(
           f'config: {name} {text!r} is no regular expression ({e}).') from e
+
+
+def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
+  """Raises InputError for a field of the command line that changes nothing.
+
+  What a config's file sets is not looked at: the same file may be run with
+  another method, to compare. For the same reason methods without steps may be
+  given what only training reads.
+
+  Args:
+    config: As the command line has made it.
+    given: The fields that the command line sets, from `fields.given`.
+  """
+  for name in given:
+    part = re.sub(r'^also\[(-?\d+)\]\.', '', name)
+    own = config
+    if part != name:
+      also = config.also[int(re.findall(r'-?\d+', name)[0])]
+      own = dataclasses.replace(config, task=also.task, data=also.data)
+    for needs, pattern, why in _unread(own):
+      if needs and re.fullmatch(pattern, part):
+        raise InputError(
+            f'--config.{name} changes nothing {why}; leave it out.')
+
+
+def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
+  """Yields (whether they are unread, a pattern of fields, why)."""
+  method, kind = methods.method_of(config), config.task.traits
+  p, z, name = config.peft, config.spsa, config.method
+  if method.steps:
+    yield (method.backprop, r'spsa\..*',
+           f'with method {name!r}, which trains by backpropagation')
+    yield (not method.backprop, r'optimizer\.name|model\.remat',
+           f'with method {name!r}, which has no backpropagation')
+    yield (name != 'private', r'privacy\..*',
+           f"with method {name!r}: it is of method 'private'")
+    yield (z.distribution not in ('low_rank', 'lazy_low_rank', 'subzero'),
+           r'spsa\.rank', f'with spsa.distribution {z.distribution!r}')
+    yield (z.distribution not in ('lazy_low_rank', 'subzero'),
+           r'spsa\.lazy_every', f'with spsa.distribution {z.distribution!r}')
+    yield (name == 'forward_grad', r'spsa\.eps',
+           f'with method {name!r}, which takes derivatives')
+    for field, readers in _VARIANT_READERS.items():
+      yield (name not in readers, rf'variant\.{field}',
+             f'with method {name!r}: it is of {", ".join(readers)}')
+  yield (not method.demonstrations, 'num_demos',
+         f"with method {name!r}: it is of method 'icl'")
+  if method.steps or p.adapter:
+    yield (p.method != 'lora', r'peft\.(rank|alpha|rslora|targets)',
+           f'with peft.method {p.method!r}: it is of lora')
+    yield (p.method not in ('prefix', 'prompt'),
+           r'peft\.(num_tokens|init|text)',
+           f'with peft.method {p.method!r}: it is of prefix and prompt')
+    yield (not (p.method == 'last_layers' or methods.layers_apart(config)),
+           r'peft\.num_layers', 'where no last layers are set apart')
+    yield (p.method != 'prefix', r'peft\.positions',
+           f'with peft.method {p.method!r}: it is of prefix')
+  of = f'with task.kind {config.task.kind!r}'
+  yield (not kind.generates, r'task\.(answers_column|stop|max_new_tokens)', of)
+  yield (kind.generates, r'task\.(label_column|label_names)', of)
+  yield (not kind.words and not kind.new_head, r'task\.label_words', of)
+  yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)', of)
+  yield (config.data.k_shot > 0, r'data\.num_(train|dev)',
+         'where data.k_shot is set')
+  yield (config.objective != '', r'task\.objective', 'where objective is set')
+
+
+# Which methods read a field of `config.Variant`.
+_VARIANT_READERS = {
+    'every|anchor_learning_rate|anchor_rows|stored_anchor|anneal|anneal_every':
+        ('svrg',),
+    'window': ('momentum_by_history', 'adam_by_history'),
+    'b1': ('momentum_by_history', 'adam_by_history', 'lozo_m'),
+    'b2': ('adam_by_history', 'scalar_adam'),
+    'share': ('sparse_mezo', 'mazo'),
+    'num_scores': ('mazo', 'variance_modified', 'expectation_modified'),
+    'alpha|beta': ('mazo',),
+    'norm': ('variance_modified', 'expectation_modified'),
+    'clip': ('qzo',),
+    'curvature_rate': ('hizoo',)}
 
 
 def _one_of(field: str, value, known) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+from typing import Annotated
 
 from mezo_jax.errors import InputError
 from mezo_jax.tasks import objective as objectives
@@ -29,9 +30,12 @@ class Data:
   test: str = ''  # like `train`; '' takes test rows out of training data given
   test_split: str = ''  # of a hub data set; '' for the task's
   subset: str = ''  # configuration of a hub data set
+  # Rows of each split. -1 takes a share of the rows that the others leave (see
+  # `mezo_jax.data.share_out`): train 60 %, dev 20 % and at most 500, test 20 %
+  # and at most 1,000.
   num_train: int = 1000  # as the paper
   num_dev: int = 500
-  num_test: int = 1000  # at most; 0 for all
+  num_test: int = 1000  # of a test file or split: at most; 0 or -1 for all
   k_shot: int = 0  # > 0: k rows of each label for train, as many for dev
   seed: int = 0  # of the choice of train and dev rows
   test_seed: int = 0  # of the choice of test rows
@@ -158,6 +162,11 @@ class Mesh:
   direction: int = 1  # copies that share out a step's directions and signs
 
 
+# Annotations by which `mezo_jax.fields` finds how a command line sets a field.
+Objective = Annotated[str | Callable, 'a name, or in a config file a function']
+Tasks = tuple[Also, ...]
+
+
 @dataclasses.dataclass
 class Train:
   """Everything that `train.py` needs to know."""
@@ -171,13 +180,13 @@ class Train:
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
   # of (predictions, examples) to be maximised; '' for the task's own.
-  objective: str | Callable = ''
+  objective: Objective = ''
   calibration: str = ''  # 'sfc', or 'icl_sfc' with the demonstrations in it
   num_demos: int = 32  # demonstrations of in-context learning
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
-  also: tuple[Also, ...] = ()  # more tasks in the same run
+  also: Tasks = ()  # more tasks in the same run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
   variant: Variant = dataclasses.field(default_factory=Variant)
@@ -185,7 +194,10 @@ class Train:
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   seed: int = 0  # of the directions and of the order of the data
-  select: str = 'metric'  # what dev rows choose the best step by, or 'loss'
+  # What dev rows choose the best step by: 'metric', the result's main number
+  # (`metric` below: an objective that is a function chooses), or 'loss', the
+  # objective's value.
+  select: str = 'metric'
   zero_shot: bool = True  # evaluate before training, to compare with
   steps: int = 20_000
   eval_every: int = 4_000  # steps; also checkpoints
@@ -223,14 +235,42 @@ def bound(config: Train) -> dict:
 
 
 def objective(config: Train) -> str | Callable:
-  """What is trained: the config's, or the task's own."""
+  """Returns the objective: the config's, or the task's own."""
   return objectives.of(config.task, config.objective)
 
 
+def metric(config: Train) -> str:
+  """Returns the name of the number that stands for a result, by which steps
+  and runs are compared."""
+  return objectives.metric(config.task, objective(config))
+
+
+def in_words(config: Train) -> str:
+  """Returns the settings that shape a run most, for its first line."""
+  o, p = config.optimizer, config.peft
+  what = p.method or 'all parameters'
+  if p.mask:
+    what = f'{what} that match {p.mask!r}'
+  named = objective(config)
+  trained = objectives.name(named) if callable(named) else named
+  chosen = 'loss' if config.select == 'loss' else metric(config)
+  return (f'method {config.method}, objective {trained}, {what}, learning rate '
+          f'{o.learning_rate:g} ({o.schedule}), {config.steps:,} steps of '
+          f'{config.data.batch_size} rows, best step by {chosen}')
+
+
 def to_json(config: Train) -> dict:
-  """The config as plain JSON values; a function is its name."""
-  name = lambda f: f'{f.__module__}.{f.__qualname__}'
-  return json.loads(json.dumps(dataclasses.asdict(config), default=name))
+  """Returns the config as plain JSON values; a function is its name."""
+  return json.loads(json.dumps(
+      dataclasses.asdict(config), default=_name_of_function))
+
+
+def _name_of_function(f: Callable) -> str:
+  """Returns the module and name of a function, also of a method, a partial or
+  an object that can be called."""
+  f = getattr(f, 'func', f)
+  named = f if hasattr(f, '__qualname__') else type(f)
+  return f'{named.__module__}.{named.__qualname__}'
 
 
 def from_json(saved: dict) -> Train:
@@ -265,7 +305,8 @@ def _of_this_version(saved: dict) -> dict:
 
 
 def check_same_run(config: Train, saved: dict) -> None:
-  """Raises ValueError if a saved run's settings differ where they may not.
+  """Raises InputError if a saved run's settings differ where they may not; it
+  names each field with its value then and now.
 
   Step counts, the mesh and how often to evaluate may; but with a decaying
   learning rate the number of steps shapes every update, and in private training
@@ -285,6 +326,9 @@ def check_same_run(config: Train, saved: dict) -> None:
     if isinstance(new, dict):
       for name in (n for n in new if n in old):  # others are of a new version
         compare(new[name], old[name], f'{path}.{name}'.lstrip('.'))
+    elif path == 'also' and isinstance(old, list) and len(new) == len(old):
+      for i, (task, before) in enumerate(zip(new, old)):
+        compare(task, before, f'also[{i}]')
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
@@ -296,6 +340,12 @@ def check_same_run(config: Train, saved: dict) -> None:
         f'{config.steps}: its noise was made for that number, so keep it, or '
         'choose another --workdir.')
   if changed:
+    why = ''
+    if 'steps' in bound and any(c.startswith('steps ') for c in changed):
+      why = (' (steps may change only with optimizer.schedule '
+             f"'constant': {config.optimizer.schedule!r} ends with the last "
+             'step, so their number shapes every update)')
     raise InputError(
         'the working directory holds a run with other settings: '
-        f'{"; ".join(changed)}. Choose another --workdir, or delete this one.')
+        f'{"; ".join(changed)}{why}. Choose another --workdir, or delete this '
+        'one.')

@@ -330,25 +330,101 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
   are train and the next k dev.
 
   Raises:
-    ValueError: if there are too few rows.
+    InputError: if there are too few rows; it names the number to lower.
   """
   test, rest = np.split(
       np.random.RandomState(0).permutation(len(labels)), [num_test])
   order = np.sort(rest)[np.random.RandomState(seed).permutation(len(rest))]
-  if k_shot:
-    of = [order[labels[order] == c] for c in np.unique(labels)]
-    need, have = 2 * k_shot, min(map(len, of))
-    train = np.concatenate([i[:k_shot] for i in of])
-    dev = np.concatenate([i[k_shot:2 * k_shot] for i in of])
-  else:
-    need, have = num_train + num_dev, len(order)
+  if not k_shot:
+    _check_enough(len(labels), num_train, num_dev, num_test)
     train, dev = order[:num_train], order[num_train:num_train + num_dev]
-  if have < need:
-    what = 'rows of the rarest label' if k_shot else 'rows'
+    return train, dev, test
+  of = {c: order[labels[order] == c] for c in np.unique(labels)}
+  rarest = min(of, key=lambda c: len(of[c]))
+  have = len(of[rarest])
+  if have < 2 * k_shot:
+    held = f' after the {len(test)} test rows' if num_test else ''
+    lower = f'--config.data.k_shot to {have // 2}' if have > 1 else ''
+    if num_test:
+      lower += ' or --config.data.num_test' if lower else (
+          '--config.data.num_test')
     raise InputError(
-        f'the data have {have} {what} beside the {len(test)} for testing, and '
-        f'{need} are wanted; lower --config.data.num_train, num_dev or k_shot.')
+        f'label {rarest} has {have} rows{held}, and --config.data.k_shot='
+        f'{k_shot} takes {2 * k_shot} of each label for train and dev; '
+        + (f'lower {lower}.' if lower else 'give more rows.'))
+  train = np.concatenate([i[:k_shot] for i in of.values()])
+  dev = np.concatenate([i[k_shot:2 * k_shot] for i in of.values()])
   return train, dev, test
+
+
+def _check_enough(rows: int, num_train: int, num_dev: int,
+                  num_test: int) -> None:
+  """Raises InputError if the splits want more rows than there are."""
+  wanted = {'num_test': num_test, 'num_dev': num_dev, 'num_train': num_train}
+  wanted = {name: n for name, n in wanted.items() if n}
+  total = sum(wanted.values())
+  if total <= rows:
+    return
+  # What each could be if the others stay; only some can make up for it alone.
+  least = {name: rows - (total - n) for name, n in wanted.items()}
+  alone = [f'--config.data.{name} to {n}' for name, n in least.items() if n > 0]
+  numbers = ', '.join(f'{name} {n}' for name, n in reversed(wanted.items()))
+  if alone:
+    how = f'lower {" or ".join(alone)}'
+  else:
+    how = 'lower ' + ', '.join(f'--config.data.{name}' for name in wanted)
+  raise InputError(
+      f'the data have {rows} rows, and {total} are wanted: data.{numbers}; '
+      f'{how}, or set one to -1 for a share of the rows.')
+
+
+_SHARES = {'train': 3, 'dev': 1, 'test': 1}
+_MOST = {'dev': 500, 'test': 1000}  # of a share
+
+
+def share_out(rows: int, num_train: int, num_dev: int,
+              num_test: int) -> tuple[int, int, int]:
+  """Returns the numbers of train, dev and test rows, with a share of the rows
+  for each that is -1.
+
+  What the given numbers leave is divided by 3 to 1 to 1 among the others; dev
+  rows are at most 500 and test rows at most 1,000, and train rows, if they are
+  a share, take the rest.
+
+  Args:
+    rows: How many there are.
+    num_train: Train rows, or -1.
+    num_dev: Dev rows, or -1.
+    num_test: Test rows, -1, or 0 where they come from elsewhere.
+
+  Raises:
+    InputError: If nothing is left for a share.
+  """
+  numbers = {'train': num_train, 'dev': num_dev, 'test': num_test}
+  shared = [name for name, n in numbers.items() if n < 0]
+  if not shared:
+    return num_train, num_dev, num_test
+  given = {name: n for name, n in numbers.items() if n > 0}
+  left = rows - sum(given.values())
+  if left < len(shared):
+    what = ' and '.join(f'data.num_{name}' for name in shared)
+    if not given:
+      raise InputError(
+          f'the data have {rows} row{"s" if rows != 1 else ""}, which is too '
+          f'few for one each of {", ".join(shared)}: give more rows.')
+    raise InputError(
+        f'the data have {rows} rows, which leaves none for {what} beside '
+        + ' and '.join(f'data.num_{name} {n}' for name, n in given.items())
+        + '; lower ' + ' or '.join(f'--config.data.num_{name}'
+                                   for name in given) + '.')
+  parts = sum(_SHARES[name] for name in shared)
+  for name in shared:
+    share = max(left * _SHARES[name] // parts, 1)
+    numbers[name] = min(share, _MOST.get(name, share))
+  if 'train' in shared:
+    numbers['train'] = left - sum(
+        numbers[name] for name in shared if name != 'train')
+  return numbers['train'], numbers['dev'], numbers['test']
 
 
 class Rows(NamedTuple):
@@ -368,6 +444,9 @@ class Splits(NamedTuple):
   test: Encoded
   prior: dict[str, Encoded]  # candidates after a prompt without content
   buckets: dict[str, tuple[int, ...]]  # lengths that each is padded to
+  # Dev and test rows with their right answers, where answers are generated and
+  # the language-model loss is trained.
+  gold: dict[str, Encoded]
 
 
 def read_rows(source, task: Task) -> Rows:
@@ -394,19 +473,40 @@ def read_rows(source, task: Task) -> Rows:
     rows = load_rows(name, subset, d.train_split or task.train_split)
   rows = task.prepare(rows)
   held_out = d.test or ('' if d.train else task.hub)
-  labels = np.array([task.golds(r)[0] for r in rows]) if (
-      d.k_shot and not task.traits.generates) else np.zeros(len(rows), int)
-  indices = split_rows(labels, d.num_train, d.num_dev,
-                       0 if held_out else d.num_test, d.seed, d.k_shot)
+  indices = split_rows(_labels(d, task, rows),
+                       *_numbers(d, len(rows), held_out), d.seed, d.k_shot)
   train, dev, test = ([rows[i] for i in index] for index in indices)
   if held_out:
     found = task.prepare(load_rows(
         held_out, subset, d.test_split or task.test_split))
     order = np.random.RandomState(d.test_seed).permutation(len(found))
-    test = [found[i] for i in order[:d.num_test or len(found)]]
+    test = [found[i] for i in order[:d.num_test if d.num_test > 0 else None]]
   for_test = set() if held_out else set(indices[2].tolist())
   return Rows(train, dev, test,
               [r for i, r in enumerate(rows) if i not in for_test])
+
+
+def _labels(d, task: Task, rows: Sequence[dict]) -> np.ndarray:
+  """Returns the labels by which `split_rows` takes ``k_shot`` rows of each."""
+  if not d.k_shot or task.traits.generates:
+    return np.zeros(len(rows), int)
+  labels = np.array([task.golds(row)[0] for row in rows])
+  missing = {*range(task.num_classes)} - {*labels.tolist()}
+  if task.traits.classes and missing:
+    raise InputError(
+        f'no row has label {min(missing)}, and --config.data.k_shot={d.k_shot} '
+        'takes as many of each; check the data and --config.task.label_words.')
+  return labels
+
+
+def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
+  """Returns how many train, dev and test rows `split_rows` is to take."""
+  num_test = 0 if held_out else d.num_test
+  if not d.k_shot:
+    return share_out(rows, d.num_train, d.num_dev, num_test)
+  if num_test < 0:
+    num_test = min(max(rows // 5, 1), _MOST['test'])
+  return 0, 0, num_test
 
 
 def demonstrations(task: Task, pool: Sequence[dict], num: int,
@@ -437,6 +537,7 @@ def encode_rows(
     buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
     prior: bool = False, prior_after_demos: bool = False,
     soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
+    lm_loss: bool = False, needs_gold: bool = True,
     say: Callable[[str], None] = print) -> Splits:
   """The rows of a run as tokens, and the lengths that they are padded to.
 
@@ -455,6 +556,10 @@ def encode_rows(
     soft_ids: of the tokens that stand before everything.
     untold: splits that are padded to ``limit``, so that nothing tells how long
       their rows are.
+    lm_loss: Whether the language-model loss of the right answers of dev and
+      test rows is wanted, too: candidates are then laid out in full, and where
+      answers are generated the right ones are encoded in addition.
+    needs_gold: Whether each row must have a right answer.
     say: reports what was found.
 
   Raises:
@@ -479,12 +584,15 @@ def encode_rows(
       prompts = [d + p for d, p in zip(demos[name], prompts)]
     return after_tokens(
         encode(task, some, tokenizer, limit, prompts=prompts, causal=causal,
-               gold_only=name in gold_only, **kwargs), soft_ids)
+               needs_gold=needs_gold,
+               **dict(gold_only=name in gold_only) | kwargs), soft_ids)
 
   names = ('train', 'dev', 'test')
-  splits = {name: read(name) for name in names}
+  splits = {name: read(name, write_out=lm_loss) for name in names}
   if len({s.token_ids is None for s in splits.values() if s.width > 1}) > 1:
     splits = {name: read(name, write_out=True) for name in names}
+  golds = {name: read(name, gold_only=True) for name in ('dev', 'test') if (
+      lm_loss and splits[name].generates)}
   priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
       prior and splits[name].width > 1)}
   whole = limit + len(soft_ids)
@@ -506,8 +614,9 @@ def encode_rows(
       name: (most(split),) if name in untold else buckets_for(
           split, buckets, most(split))
       for name, split in (*splits.items(), *(
-          (f'prior_{name}', p) for name, p in priors.items()))}
-  return Splits(**splits, prior=priors, buckets=needed)
+          (f'prior_{name}', p) for name, p in priors.items()), *(
+              (f'gold_{name}', g) for name, g in golds.items()))}
+  return Splits(**splits, prior=priors, buckets=needed, gold=golds)
 
 
 def buckets_for(data: Encoded, buckets: Sequence[int],

@@ -13,6 +13,7 @@ from mezo_jax import (
   _paths,
   build,
   checkpoint,
+  evaluate,
   fingerprint,
   loggers,
   methods,
@@ -244,7 +245,7 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   """README.md of an exported model: base model, method, result."""
   base, note = _base(run)
   hub_id = base.count('/') == 1 and not Path(base).exists()
-  o, metric = run.optimizer, run.task.main_metric
+  o, metric = run.optimizer, result.get('metric', run.task.main_metric)
   method, z = methods.method_of(run), run.spsa
   mezo, how = not method.backprop, method.words.format(optimizer=o.name)
   kind = f'{z.distribution} {z.rank}' if z.distribution in (
@@ -278,7 +279,8 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
   if final and final.get('step') == step:
     rows, value = f'{final["count"]} test rows', metric.replace('_', ' ')
     lines += [loggers.markdown_table([
-        {rows: what, value: f'{report[key]:.1%}'} for what, report, key in (
+        {rows: what, value: evaluate.spell_number(key, report)}
+        for what, report, key in (
             ('zero-shot', zero, metric),
             ('zero-shot, calibrated', zero, f'calibrated_{metric}'),
             ('this model', final, metric)) if key in report]), '']

@@ -8,6 +8,8 @@ machine goes down, within `SILENT` seconds.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
 import secrets
@@ -114,6 +116,38 @@ def agree(what: str, digest: Callable[[], str], mend: str) -> None:
   if others.size:
     raise InputError(f'process {", ".join(map(str, others))} and process 0 '
                      f'differ in {what}: {mend}.')
+
+
+def agree_on(what: str, values: dict, mend: str) -> None:
+  """Raises InputError, on all, where a process has not the values of process 0;
+  it names those that differ.
+
+  Args:
+    what: What must be the same, in words.
+    values: A dict of JSON values, also nested, with the same keys everywhere.
+    mend: What to do where they are not the same.
+  """
+  if jax.process_count() == 1:
+    return
+
+  def leaves(values, before=''):
+    for name, value in values.items():
+      if isinstance(value, dict):
+        yield from leaves(value, f'{before}{name}.')
+      else:
+        yield before + name, json.dumps(value)
+  here = dict(leaves(values))
+  digests = [hashlib.blake2b(text.encode(), digest_size=16).digest()
+             for text in here.values()]
+  found = multihost_utils.process_allgather(
+      np.frombuffer(b''.join(digests), np.uint8).reshape(len(here), 16))
+  differs = (found != found[0]).any(-1)  # [processes, values]
+  others = np.flatnonzero(differs.any(-1))
+  if others.size:
+    names = [name for name, d in zip(here, differs.any(0)) if d]
+    mine = ', '.join(f'{name} (here {here[name]})' for name in names)
+    raise InputError(f'process {", ".join(map(str, others))} and process 0 '
+                     f'differ in {what}, {mine}: {mend}.')
 
 
 def share(directory: Path) -> None:

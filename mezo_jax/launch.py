@@ -4,17 +4,20 @@ hosts and replicas that a run is one of."""
 from collections.abc import Callable
 import functools
 from pathlib import Path
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mezo_jax import hosts, replicas
-from mezo_jax.errors import Again, in_one_sentence
+from mezo_jax import checks, fields, hosts, replicas
+from mezo_jax.errors import Again, in_one_sentence, InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
-    'Configuration file; override fields with --config.FIELD=VALUE.')
+    'Configuration file; override fields with --config.FIELD=VALUE. Default: '
+    'configs/quickstart.py, or configs/own.py where --config.data.train or '
+    '--config.task.hub names data.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<config name>.')
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -37,28 +40,55 @@ def main(run: Callable, configs: Path) -> None:
   """Does what the command line says, and exits.
 
   Args:
-    run: ``run(config, workdir, place)``, with a `mezo_jax.replicas.Place` or
-      None.
-    configs: the directory of configs, of which quickstart.py is the default.
+    run: ``run(config, workdir, place, source)``, with a
+      `mezo_jax.replicas.Place` or None, and the name of the config's file.
+    configs: The directory of the configs quickstart.py and own.py, which are
+      the defaults.
   """
   app.run(functools.partial(_start, run),
-          flags_parser=functools.partial(_parse, configs / 'quickstart.py'))
+          flags_parser=functools.partial(_parse, configs))
 
 
-def _parse(default: Path, argv: list[str]) -> list[str]:
-  """absl's parser; a config that does not load or fit gets one sentence."""
-  chosen = [a for a in argv if a.startswith('--config=')] or [
-      f'--config={default}']
-  argv = [argv[0], *chosen, *(a for a in argv[1:] if a not in chosen)]
+def _parse(configs: Path, argv: list[str]) -> list[str]:
+  """Parses flags as absl does; a config that does not load or fit ends the
+  program with one sentence."""
+  argv = _config_first(configs, argv)
   sys.argv = argv  # config_flags looks there for --config.FIELD
   try:
+    fields.check_names(argv)
     rest = app.parse_flags_with_usage(argv)
-    _CONFIG.value.steps  # a file that did not load raises here
+    fields.check_is_config(_CONFIG.value)
     return rest
-  except (KeyError, OSError, TypeError) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    sys.exit(f'train.py: {what}. The fields of a config and their types are in '
-             'mezo_jax/config.py.')
+  except InputError as e:
+    sys.exit(f'train.py: {e}')
+  except (IndexError, KeyError, OSError, TypeError) as e:
+    sys.exit(f'train.py: {fields.failure(e)}')
+
+
+def _config_first(configs: Path, argv: list[str]) -> list[str]:
+  """Returns a command line that begins with --config=FILE, which must be known
+  before the fields that change it, or with the default."""
+  chosen, rest, words = [], [], iter(argv[1:])
+  for word in words:
+    if word in ('--config', '-config'):
+      word = f'--config={next(words, "")}'
+    if re.match(r'--?config=', word):
+      chosen.append(word)
+    else:
+      rest.append(word)
+  if not chosen:
+    name = 'own' if _names_data(rest) else 'quickstart'
+    chosen = [f'--config={configs / name}.py']
+  return [argv[0], chosen[-1], *rest]
+
+
+def _names_data(argv: list[str]) -> bool:
+  """Returns whether a command line names data that are not the quickstart's."""
+  for i, word in enumerate(argv):
+    found = re.match(r'--?config\.(?:data\.train|task\.hub)(?:=(.*))?$', word)
+    if found and (found.group(1) or ''.join(argv[i + 1:i + 2])) != 'quickstart':
+      return True
+  return False
 
 
 def _start(run: Callable, argv: list[str]) -> None:
@@ -66,16 +96,20 @@ def _start(run: Callable, argv: list[str]) -> None:
     raise app.UsageError(f'unknown argument {argv[1]!r}.')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
-  name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+  file = config_flags.get_config_filename(flags.FLAGS['config'])
+  name = Path(file).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
   told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or told != (None, None, None):
     with in_one_sentence('train.py'):
       hosts.join(*told)
   with hosts.watch('train.py'), in_one_sentence('train.py'):
+    checks.check(_CONFIG.value)
+    checks.check_given(_CONFIG.value, fields.given(sys.argv))
     try:
       run(_CONFIG.value, workdir, replicas.place(
-          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value))
+          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value),
+          source=file)
     except KeyboardInterrupt:
       raise Again(f'interrupted; run it again to resume from {workdir}.'
                   ) from None

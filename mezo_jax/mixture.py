@@ -45,6 +45,10 @@ class Part(NamedTuple):
   built: build_lib.Built
   ask: evaluate.Evaluators
 
+  @property
+  def metric(self) -> str:
+    return config_lib.metric(self.config)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -54,9 +58,8 @@ class Mixture:
 
   @property
   def metric(self) -> str:
-    """By which runs and their steps are compared."""
-    return MEAN if len(self.parts) > 1 else (
-        self.parts[0].config.task.main_metric)
+    """The name of the number by which runs and their steps are compared."""
+    return MEAN if len(self.parts) > 1 else self.parts[0].metric
 
   @property
   def splits(self) -> list[data_lib.Splits]:
@@ -112,40 +115,42 @@ class Mixture:
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
   def joined(self, reports: list[dict]) -> dict:
-    """One report: of several ``mean``, ``loss`` (by weight), ``NAME/...``."""
+    """Returns one report. Of several tasks it has ``mean`` of their metrics
+    (if all are measured), ``loss``, the mean by weight, and ``NAME/...``."""
     if len(self.parts) == 1:
       return reports[0]
-    metrics = [report[part.config.task.main_metric]
-               for part, report in zip(self.parts, reports)]
-    weights = [part.weight for part in self.parts]
-    out = {MEAN: float(np.mean(metrics)), 'loss': float(np.average(
-        [report.get('loss', 0.0) for report in reports], weights=weights)),
-           'count': sum(report['count'] for report in reports)}
+    found, out = [*zip(self.parts, reports)], {}
+    if all(part.metric in report for part, report in found):
+      out[MEAN] = float(np.mean(
+          [report[part.metric] for part, report in found]))
+    if all('loss' in report for report in reports):
+      out['loss'] = float(np.average(
+          [report['loss'] for report in reports],
+          weights=[part.weight for part in self.parts]))
+    out['count'] = sum(report['count'] for report in reports)
     lost = sum(report.get('not_finite', 0) for report in reports)
     out |= {'not_finite': lost} if lost else {}
-    return out | {f'{part.name}/{name}': value
-                  for part, report in zip(self.parts, reports)
+    return out | {f'{part.name}/{name}': value for part, report in found
                   for name, value in report.items() if name != 'not_finite'}
 
   def table(self, zero_shot: dict, final: dict) -> str:
-    """A line a task, and their mean, in Markdown; nothing of one task."""
+    """Returns a line for each task, and their mean, in Markdown; '' for one
+    task."""
     if len(self.parts) == 1:
       return ''
-    percent = lambda report, name: (
-        f'{100 * report[name]:.1f}' if name in report else '')
     rows = []
     for part in self.parts:
-      metric = part.config.task.main_metric
-      of = lambda name, part=part: f'{part.name}/{name}'
+      name = f'{part.name}/{part.metric}'
       rows.append({
-          'task': part.name, 'weight': f'{part.weight:g}', 'metric': metric,
-          'zero-shot': percent(zero_shot, of(metric)),
-          'zero-shot, calibrated': percent(
-              zero_shot, of(f'calibrated_{metric}')),
-          'final': percent(final, of(metric)),
-          'test rows': final[of('count')]})
-    rows.append({'task': MEAN, 'zero-shot': percent(zero_shot, MEAN),
-                 'final': percent(final, MEAN)})
+          'task': part.name, 'weight': f'{part.weight:g}',
+          'metric': part.metric,
+          'zero-shot': evaluate.spell_value(name, zero_shot),
+          'zero-shot, calibrated': evaluate.spell_value(
+              f'{part.name}/calibrated_{part.metric}', zero_shot),
+          'final': evaluate.spell_value(name, final),
+          'test rows': final[f'{part.name}/count']})
+    rows.append({'task': MEAN, 'zero-shot': evaluate.spell_value(
+        MEAN, zero_shot), 'final': evaluate.spell_value(MEAN, final)})
     return loggers.markdown_table(rows)
 
 

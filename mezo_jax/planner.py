@@ -11,7 +11,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from mezo_jax import checks, machines, methods
+from mezo_jax import checks, fields, machines, methods
 from mezo_jax import config as config_lib
 from mezo_jax.errors import InputError
 from mezo_jax.plan import GIB, gib, good_mesh, Plan, plan, spell, spell_mesh
@@ -148,18 +148,19 @@ def main(file: str, topology: str, mesh: str | None, tokens: int | None,
 
 
 def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
-  """A config's file as train.py takes it, with ``--config.FIELD=VALUE``."""
+  """Reads a config's file as train.py takes it, with ``--config.FIELD=VALUE``.
+  """
   values = flags.FlagValues()
   argv = ['plan', f'--config={file}', *more]
   config_flags.DEFINE_config_file(
       'config', None, '', flag_values=values, sys_argv=argv)
+  fields.check_names(argv)
   try:
     values(argv)
+    fields.check_is_config(values.config)
     return values.config
-  except (KeyError, OSError, TypeError, flags.Error) as e:
-    what = ' '.join(str(e.args[-1]).split())
-    raise InputError(f'{what}. The fields of a config and their types are in '
-                     'mezo_jax/config.py.') from e
+  except (IndexError, KeyError, OSError, TypeError, flags.Error) as e:
+    raise InputError(fields.failure(e)) from e
 
 
 def read_mesh(text: str, n: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 
-from mezo_jax import loggers
+from mezo_jax import evaluate, loggers
 from mezo_jax.errors import InputError, MissingError
 from mezo_jax.methods import method_of
 from mezo_jax.workdir import read_result
@@ -101,13 +101,12 @@ def row_of(name: str, config, result: dict) -> dict:
   """One line of the table."""
   task, _, method = name.partition('/')
   metric, final = result['metric'], result['final']
-  percent = lambda report, key: (
-      f'{100 * report[key]:.1f}' if key in report else '')
   examples = result['forwards'] * config.data.batch_size + (
       result['train_rows'] if method_of(config).probe else 0)
   return dict(zip(COLUMNS, (
-      task, method, metric, percent(final, metric),
-      percent(final, f'calibrated_{metric}'), final['count'], result['steps'],
+      task, method, metric, evaluate.spell_value(metric, final),
+      evaluate.spell_value(f'calibrated_{metric}', final), final['count'],
+      result['steps'],
       examples, round(result['seconds']),
       f'{result["peak_memory"] / 2**30:.2f}')))
 

@@ -58,6 +58,7 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
   splits, model = built.splits, built.model
   of = {name: getattr(splits, name) for name in ('train', 'dev', 'test')}
   of |= {f'prior_{name}': data for name, data in splits.prior.items()}
+  of |= {f'gold_{name}': data for name, data in splits.gold.items()}
   wanted = {k: v for k, v in of.items() if not v.generates}
   if not wanted:
     return built
@@ -102,7 +103,8 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
     rest = peft.join(rest, {'embed': built.frozen['embed']})
   return built._replace(frozen=rest, splits=splits._replace(
       train=of['train'], dev=of['dev'], test=of['test'],
-      prior={name: of[f'prior_{name}'] for name in splits.prior}))
+      prior={name: of[f'prior_{name}'] for name in splits.prior},
+      gold={name: of[f'gold_{name}'] for name in splits.gold}))
 
 
 def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,

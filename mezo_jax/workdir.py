@@ -222,7 +222,7 @@ def write_result(workdir: Path, config: config_lib.Train, built: build.Built,
            'Check the weights, or try --config.model.dtype=float32.'))
   mesh, splits = built.mesh, built.splits
   result = {
-      'method': config.method, 'metric': config.task.main_metric,
+      'method': config.method, 'metric': config_lib.metric(config),
       'final': final, 'steps': 0, 'forwards': 0, **more,
       'train_rows': len(splits.train.prompts),
       'truncated': splits.test.truncated, 'peak_memory': evaluate.peak_memory(),

@@ -23,8 +23,9 @@ SMALL = ['--config.task.template={text} It was',
 
 
 def command(model, data, workdir, *more):
+  quickstart = f'--config={conftest.ROOT / "configs/quickstart.py"}'
   return [sys.executable, str(conftest.ROOT / 'train.py'),
-          *(x for x in more if x.startswith('--config=')),
+          *([x for x in more if x.startswith('--config=')] or [quickstart]),
           f'--config.model.name={model}', f'--config.data.train={data}',
           f'--workdir={workdir}', *SMALL,
           *(x for x in more if not x.startswith('--config='))]

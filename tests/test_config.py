@@ -96,7 +96,7 @@ def test_names_are_those_of_the_mathematics():
     (dict(peft__adapter='x'), 'needs peft.method, one of lora'),
     (dict(method='lp_mezo', peft__mask='q'), 'says itself what is trained'),
     (dict(peft__method='lora', peft__mask='attn/q'), 'leave it empty'),
-    (dict(optimizer__groups=(('q', 1e-3),)), 'must be of .regular')])
+    (dict(optimizer__groups=(('q', 1e-3),)), 'optimizer.groups')])
 def test_bad_settings(changes, message):
   config = config_lib.Train(task=Task(
       template='{text} It was', label_words=(' terrible', ' great')))

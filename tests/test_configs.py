@@ -9,11 +9,13 @@ import pytest
 from mezo_jax import checks, models, plan, planner, sharding
 from mezo_jax import config as config_lib
 from mezo_jax.config import Train
+from mezo_jax.tasks import Task
 
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
     'quickstart': ['', 'whole'], 'opt_f1': [None],
+    'own': ['', 'last_layer', 'lora'],
     'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo', 'sst2,quzo',
             'sst2,private'),
     'multitask': [None],
@@ -43,6 +45,9 @@ def test_every_config_loads_and_says_how_to_run_it():
     for argument in ARGUMENTS[path.stem]:
       config = found.get_config(argument) if argument else found.get_config()
       assert isinstance(config, Train)
+      if path.stem == 'own':  # the data and their task are the user's
+        config.data.train = 'x.csv'
+        config.task = Task(template='{text}', label_words=(' no', ' yes'))
       checks.check(config)
       assert config_lib.to_json(config)
     if hasattr(found, 'get_suite'):

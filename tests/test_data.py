@@ -72,9 +72,9 @@ def test_k_shot():
 
 
 def test_too_few_rows():
-  with pytest.raises(ValueError, match='have 70 rows beside the 30.*80 are'):
+  with pytest.raises(ValueError, match='have 100 rows, and 110 are wanted'):
     data_lib.split_rows(np.zeros(100), 60, 20, 30, 0)
-  with pytest.raises(ValueError, match='of the rarest label'):
+  with pytest.raises(ValueError, match='label 1 has 33 rows, .*k_shot to 16'):
     data_lib.split_rows(np.arange(100) % 3, 1, 1, 0, 0, k_shot=20)
 
 

@@ -96,17 +96,24 @@ def test_what_they_do_not_agree_on():
     hosts.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
   except InputError as e:
     print(e)
+  try:
+    hosts.agree_on('the config', {'seed': 0, 'spsa': {'eps': i, 'rank': 1}},
+                   'start the same command')
+  except InputError as e:
+    print(e)
   hosts.share(pathlib.Path('.'))
   try:
     hosts.share(pathlib.Path('.' if i != 1 else '/'))
   except InputError as e:
     print(e)'''
   found = ended(started(body, 3))
-  for said, status in found:
+  for i, (said, status) in enumerate(found):
     assert status == 0
     assert said.splitlines() == [
         'process 1, 2 and process 0 differ in the config: start the same '
-        'command.', 'process 1 does not see the working directory of process '
+        'command.', 'process 1, 2 and process 0 differ in the config, '
+        f'spsa.eps (here {i}): start the same command.',
+        'process 1 does not see the working directory of process '
         f'0, {"/" if said == found[1][0] else "."}: give one on a file system '
         'that all hosts share.']
 

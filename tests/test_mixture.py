@@ -103,7 +103,8 @@ def test_the_config_is_kept(config):
   assert config_lib.from_json(saved) == config
   config_lib.check_same_run(config, saved)
   config.also[0].weight = 2.0
-  with pytest.raises(ValueError, match='weight'):
+  with pytest.raises(
+      ValueError, match=r': also\[0\].weight was 3.0 and is now 2.0. Choose'):
     config_lib.check_same_run(config, saved)
 
 

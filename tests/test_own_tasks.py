@@ -75,7 +75,8 @@ AB = X | {'choices': ['bad', 'good']}
     *((GEN, X | {'answers': v}, "column 'answers' of the row .* is no text and "
        'no list of texts; set --config.task.answers_column')
       for v in (None, [], [1])),
-    (GEN, dict(text='a' * 999), r"row {'text': 'a{190}\.\.\. is no text"),
+    (GEN, dict(text='a' * 999, answers=5), r"row {'text': 'a{190}\.\.\. is"),
+    (GEN, dict(text='a'), r"no column 'answers' but \['text'\]; set --config"),
     ({}, dict(text=' ', label=0), 'row 0 has an empty prompt: .*label'),
     (dict(template='{text}{mask}'), X, 'has a {mask}, and this tokenizer no '
      'mask token.*--config.task.template or model'),

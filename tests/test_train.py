@@ -191,7 +191,7 @@ def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize('argument,message', [
-    ('--config.optimizer.lr=1', 'train.py: Field lr not found'),
+    ('--config.optimizer.lr=1', 'did you mean optimizer.learning_rate?'),
     ('--config.steps=many', "invalid literal for int() with base 10: 'many'"),
     ('--config=configs/none.py', 'none.py'), ('stray', "argument 'stray'"),
     ('--config.data.train=/none.jsonl', 'train.py: no data file'),

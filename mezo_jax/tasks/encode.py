@@ -52,6 +52,7 @@ class Encoded(NamedTuple):
   types: list[list[int]] | None = None  # [R] token types of the prompts
   generates: bool = False  # prompts to be continued: padded on the left
   trunk: Kept | None = None  # see `mezo_jax.trunk`
+  classes: int = 0  # C of a new head, which names more than occur in rows
 
   @property
   def lengths(self) -> np.ndarray:
@@ -71,6 +72,8 @@ class Encoded(NamedTuple):
     """C, candidates of a row at most."""
     if self.token_ids is not None:
       return len(self.token_ids)
+    if self.classes:
+      return self.classes
     return max(1, *(len(c) for c in self.candidates),
                *(1 + max(g) for g in self.golds if g))
 
@@ -82,7 +85,8 @@ class Encoded(NamedTuple):
 
 def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
            gold_only: bool = False, prompts: Sequence[str] | None = None,
-           write_out: bool = False, causal: bool = True) -> Encoded:
+           write_out: bool = False, causal: bool = True,
+           needs_gold: bool = True) -> Encoded:
   """Tokenises rows; over-long prompts keep their end and what the tokenizer
   puts before it.
 
@@ -99,6 +103,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
     prompts: used instead of the task's own; may be empty texts.
     write_out: lay candidates out even where label words of one token would do.
     causal: whether the model reads from left to right.
+    needs_gold: Whether each row must have a right answer. If not, one without
+      has ``golds`` of ().
 
   Raises:
     ValueError: for no rows, a row that does not fit the task, answers that do
@@ -117,13 +123,21 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
     if own and not text.strip():
       raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
   if task.traits.new_head:
-    return _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
-  if task.masked:
-    return _for_mask(task, rows, prompts, tokenizer, max_length, cut)
-  if task.traits.generates and not gold_only:
-    return _for_generation(task, rows, prompts, tokenizer, max_length, cut)
-  return _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
-                         gold_only, write_out)
+    found = _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
+  elif task.masked:
+    found = _for_mask(task, rows, prompts, tokenizer, max_length, cut)
+  elif task.traits.generates and not gold_only:
+    found = _for_generation(task, rows, prompts, tokenizer, max_length, cut)
+  else:
+    found = _for_candidates(task, rows, prompts, tokenizer, max_length, cut,
+                            gold_only, write_out)
+  if gold_only and found.read_at is None:
+    return found._replace(golds=[(0,)] * len(rows))
+  # Right answers of generated texts are not numbers, but must be there.
+  golds_of = task.references if found.generates else task.golds
+  golds = [golds_of(row) if needs_gold or task.has_gold(row) else ()
+           for row in rows]
+  return found if found.generates else found._replace(golds=golds)
 
 
 def space_warnings(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
@@ -299,7 +313,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     prompts.append(prompt)
     candidates.append(rest)
     scored.append(numbers)
-  golds = [(0,) if gold_only else task.golds(row) for row in rows]
+  golds = [()] * len(rows)  # `encode` knows them
   one = {tuple(map(tuple, some)) for some in candidates}
   if len(one) == 1 and not (write_out or gold_only) and all(
       len(ids) == 1 for ids in candidates[0]):
@@ -321,8 +335,6 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
   prompts = [[*tokens.before(ids), *ids] for ids in tokens(texts)]
   cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
   prompts = [tokens.keep_end(ids, most) for ids in prompts]
-  for row in rows:
-    task.references(row)
   return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
                  [()] * len(rows), len(cut), generates=True)
 
@@ -349,7 +361,7 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
     at.append(ids.index(mask))
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      [task.golds(row) for row in rows], len(cut), np.array(at, np.int32),
+      [()] * len(rows), len(cut), np.array(at, np.int32),
       np.array(words, np.int32)[:, 0])
 
 
@@ -377,8 +389,8 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
   types = None if causal else [list(f['token_type_ids']) for f in found]
   return Encoded(
       rows, prompts, [[]] * len(rows), [[]] * len(rows),
-      [task.golds(row) for row in rows], len(cut), np.array(at, np.int32),
-      types=types)
+      [()] * len(rows), len(cut), np.array(at, np.int32), types=types,
+      classes=task.num_classes)
 
 
 class _Tokens(NamedTuple):
@@ -532,8 +544,9 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
     batch['attention_mask'][i, here] = 1
     if data.generates:
       continue
-    batch['gold'][i, list(data.golds[r])] = True
-    batch['label'][i] = data.golds[r][0]
+    if data.golds[r]:
+      batch['gold'][i, list(data.golds[r])] = True
+      batch['label'][i] = data.golds[r][0]
     if data.types is not None:
       batch['token_type_ids'][i, :n] = data.types[r]
     if not laid_out:

@@ -240,7 +240,7 @@ def make_loss_fn(model, data: Encoded, task: Task,
     def of_texts(tokens, examples):
       answers = texts(tokens, task, tokenizer)
       if measure is None:
-        return objective(answers, examples)
+        return objectives.value(objective, answers, examples)
       return [measure(a, task.references(e))
               for a, e in zip(answers, examples)]
     return on_host(
@@ -248,7 +248,8 @@ def make_loss_fn(model, data: Encoded, task: Task,
         functools.partial(generate, model, task=task, tokenizer=tokenizer),
         lambda batch: batch['weight'].shape if measure else ())
   if callable(objective):
-    return on_host(lambda p, rows: objective(p.tolist(), rows),
+    return on_host(lambda p, rows: objectives.value(
+        objective, p.tolist(), rows),
                    lambda params, batch: predict(params, batch)[0],
                    lambda batch: ())
   return dict(cross_entropy=cross_entropy, lm=lm, accuracy=accuracy,

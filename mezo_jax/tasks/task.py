@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import re
 import string
+from typing import Annotated
 
 import numpy as np
 
@@ -52,6 +53,12 @@ KINDS = {
     'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
+# Annotations by which `mezo_jax.fields` finds how a command line sets a field.
+TextOrNone = Annotated[str | None, 'a text, or None']
+RowFunction = Annotated[
+    Callable[[dict], dict | None] | None, 'set in a config file']
+
+
 @dataclasses.dataclass
 class Task:
   """A task; see `mezo_jax.tasks.task` and docs/tasks.md for examples."""
@@ -76,11 +83,11 @@ class Task:
   # How it is measured and trained.
   metric: str = ''  # '' for accuracy, or f1 where the answer is generated
   objective: str = ''  # '' for cross_entropy over classes, else lm
-  calibration: str | None = None  # prompt without content, for SFC
+  calibration: TextOrNone = None  # prompt without content, for SFC
   limits: tuple[tuple[str, int], ...] = ()  # (column, tokens): cut its tail
   strip: bool = True  # white space around text columns
   # Changes a row before anything else; None of it leaves the row out.
-  row: Callable[[dict], dict | None] | None = None
+  row: RowFunction = None
   # Where the data are, if the run's config names none.
   hub: str = ''
   subset: str = ''
@@ -97,7 +104,8 @@ class Task:
 
   @property
   def main_metric(self) -> str:
-    """The name of the number that stands for the result."""
+    """The name of the first of the metrics that compare with right answers;
+    see `mezo_jax.tasks.objective.metric` for what stands for a result."""
     return self.metric or self.traits.metrics[0]
 
   def prepare(self, rows: Sequence[dict]) -> list[dict]:
@@ -245,13 +253,26 @@ class Task:
   def num_classes(self) -> int:
     return len(self.label_words or self.label_names)
 
+  def has_gold(self, row: dict) -> bool:
+    """Returns whether a row has a right answer at all."""
+    column = (self.answers_column if self.traits.generates else
+              self.label_column)
+    value = row.get(column)
+    return not (value is None or isinstance(value, str | list | tuple)
+                and not value)
+
   def references(self, row: dict) -> list[str]:
-    """The acceptable texts of a generated answer; the first is trained on.
+    """Returns the acceptable texts of a generated answer; the first is trained
+    on.
 
     Raises:
       ValueError: if the row has none.
     """
-    value = row.get(self.answers_column)
+    if self.answers_column not in row:
+      raise InputError(
+          f'the data have no column {self.answers_column!r} but {sorted(row)}; '
+          'set --config.task.answers_column.')
+    value = row[self.answers_column]
     if isinstance(value, dict):  # SQuAD's and DROP's own form
       value = value.get('text', value.get('spans'))
     texts = [value] if isinstance(value, str) else value

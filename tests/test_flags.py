@@ -1,0 +1,216 @@
+"""A config's fields from the command line: names, types, the default file."""
+
+import typing
+
+import conftest
+import pytest
+from runs import changed
+
+from mezo_jax import checks, fields, launch, planner
+from mezo_jax import config as config_lib
+from mezo_jax.config import Also, Data
+from mezo_jax.errors import InputError
+from mezo_jax.tasks import Task
+
+OWN = str(conftest.ROOT / 'configs/own.py')
+VALUES = {  # by annotation, without what `Annotated` adds: (text, value), ...
+    str: [('a b', 'a b'), ('', ''), ('3', '3'), ("it's", "it's")],
+    int: [('3', 3), ('-1', -1), ('20_000', 20_000)],
+    float: [('1e-2', 0.01), ('3', 3.0)],
+    bool: [('True', True), ('false', False)],
+    tuple[int, ...]: [('(8,16)', (8, 16)), ('8,16', (8, 16)), ('8', (8,)),
+                      ('()', ())],
+    tuple[str, ...]: [("(' a', ' b')", (' a', ' b')), ("' a',' b'", (
+        ' a', ' b')), ('a', ('a',))],
+    tuple[tuple[str, int], ...]: [("(('text', 40),)", (('text', 40),))],
+    tuple[tuple[str, float, float], ...]: [
+        ("(('lora_a$', 1e-4, 1e-3),)", (('lora_a$', 1e-4, 1e-3),))],
+    tuple[Also, ...]: [('()', ())],
+    str | None: [('a b', 'a b'), ('', ''), ('None', None)],
+    config_lib.Objective: [('accuracy', 'accuracy'), ('', '')],
+    'row': [('None', None)]}
+
+
+def _leaf(config, path):
+  for name in path.split('.'):
+    config = getattr(config, name)
+  return config
+
+
+def _hint(path):
+  cls = config_lib.Train
+  for name in path.split('.'):
+    cls = typing.get_type_hints(cls)[name]
+  return cls
+
+
+def _examples(path):
+  hint = _hint(path)
+  if path == 'task.row':
+    return VALUES['row']
+  if path == 'objective':
+    return VALUES[config_lib.Objective]
+  return VALUES[hint]
+
+
+def test_every_field_is_set_on_the_command_line():
+  """With each of the values that its type documents."""
+  paths = [*fields.leaves()]
+  assert len(paths) > 100
+  assert {'objective', 'task.row', 'task.calibration', 'also', 'spsa.eps',
+          'mesh.fsdp', 'model.remat'} <= {*paths}
+  for number in range(max(len(_examples(path)) for path in paths)):
+    given = {path: _examples(path)[min(number, len(_examples(path)) - 1)]
+             for path in paths}
+    config = planner.read_config(
+        OWN, [f'--config.{path}={text}' for path, (text, _) in given.items()])
+    for path, (text, value) in given.items():
+      found = _leaf(config, path)
+      assert found == value and type(found) is type(value), (path, text, found)
+    fields.check(config)
+
+
+def test_a_function_of_the_file_gives_way_to_a_name(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text('''
+from mezo_jax.config import *
+from mezo_jax.tasks import Task
+def get_config():
+  return Train(objective=lambda p, e: 1.0, task=Task(calibration='x'),
+               also=(Also('b', Task(), Data()),))
+''')
+  assert callable(planner.read_config(str(path)).objective)
+  config = planner.read_config(str(path), [
+      '--config.objective=f1', '--config.task.calibration=None',
+      '--config.also[0].weight=2', '--config.also[0].data.num_train=7',
+      '--config.model.remat'])
+  assert (config.objective, config.task.calibration) == ('f1', None)
+  assert (config.also[0].weight, config.also[0].data.num_train) == (2.0, 7)
+  assert config.model.remat
+
+
+@pytest.mark.parametrize('argument,message', [
+    ('optimizer.lr=1', "no field 'optimizer.lr'; did you mean optimizer.learn"),
+    ('learning_rate=1', 'did you mean optimizer.learning_rate'),
+    ('spsa.learning_rate=1', 'did you mean optimizer.learning_rate'),
+    ('eps=1', r'did you mean spsa.eps\?'), ('train=x', 'mean data.train'),
+    ('optimizer.shedule=x', r'did you mean optimizer.schedule\?'),
+    ('model.nmae=x', r'did you mean model.name'),
+    ('data.num_tset=5', 'did you mean data.num_test'),
+    ('objectives=x', 'did you mean objective or task.objective'),
+    ('zzz=1', "config has no field 'zzz'. The fields"),
+    ('objective.x=1', "no field 'objective.x'"),
+    ('also[0].wieght=1', r"no field 'also\[0\].wieght'"),
+    ('also[0].weight=1', r'a task, --config.also.N., that the config does not'),
+    ('model=gpt2', 'set one of its fields, --config.model.name'),
+    ('task.row=f', 'in a config file'), ('also=rte', 'in a config file'),
+    ('steps=many', 'steps=many: invalid literal'),
+    ('spsa.eps=small', 'spsa.eps=small')])
+def test_what_cannot_be_set(argument, message):
+  with pytest.raises(InputError, match=message):
+    planner.read_config(OWN, [f'--config.{argument}'])
+
+
+@pytest.mark.parametrize('body,message', [
+    ('return Train(optimizer=Optimizer(lr=1))',
+     "no field 'optimizer.lr'; did you mean optimizer.learning_rate"),
+    ('return Train(step=1)', 'did you mean steps'),
+    ('return {}', 'returned a dict and must return'),
+    ('pass', 'returned a NoneType and must return')])
+def test_what_a_config_file_gets_wrong(tmp_path, body, message):
+  path = tmp_path / 'c.py'
+  path.write_text('from mezo_jax.config import *\n'
+                  f'def get_config():\n  {body}\n')
+  with pytest.raises(InputError, match=message):
+    planner.read_config(str(path))
+
+
+def _fine():
+  return config_lib.Train(task=Task(
+      template='{text} It was', label_words=(' terrible', ' great')))
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(steps='5'), "steps is '5' and must be an integer"),
+    (dict(steps=True), 'must be an integer'),
+    (dict(data__buckets=('a', 'b')), 'data.buckets .* must be a tuple'),
+    (dict(data__buckets=16), 'data.buckets is 16 and must be a tuple'),
+    (dict(task__label_words=(1, 2)), 'task.label_words .* must be a tuple of'),
+    (dict(task__label_words='ab'), 'must be a tuple of texts'),
+    (dict(task__calibration=3), 'must be a text or None'),
+    (dict(task__row='f'), 'must be a function or None'),
+    (dict(objective=3), 'objective is 3 and must be a text or a function'),
+    (dict(spsa__eps='1e-3'), 'spsa.eps .* must be a number'),
+    (dict(model__remat=1), 'model.remat is 1 and must be True or False'),
+    (dict(model='gpt2'), "model is 'gpt2' and must be Model"),
+    (dict(also=(Data(),)), 'also .* must be a tuple'),
+    (dict(objective=lambda p: 0), 'a function of two arguments')])
+def test_values_of_another_type(changes, message):
+  checks.check(_fine())
+  with pytest.raises(InputError, match=message):
+    checks.check(changed(_fine(), **changes))
+
+
+def test_a_field_that_a_config_file_invents():
+  config = _fine()
+  config.optimizer.lr = 1e-4
+  with pytest.raises(InputError, match='did you mean optimizer.learning_rate'):
+    checks.check(config)
+  config = changed(_fine(), also=(Also('b', _fine().task, Data()),))
+  config.also[0].data.train_rows = 3
+  with pytest.raises(InputError, match=r"no field 'also\[0\].data.train_rows'"):
+    checks.check(config)
+
+
+@pytest.mark.parametrize('changes,given,message', [
+    (dict(method='finetune'), 'spsa.eps', 'trains by backpropagation'),
+    (dict(), 'optimizer.name', 'no backpropagation'),
+    (dict(), 'variant.every', 'it is of svrg'),
+    (dict(), 'privacy.epsilon', "of method 'private'"),
+    (dict(), 'spsa.rank', "spsa.distribution 'normal'"),
+    (dict(), 'num_demos', "of method 'icl'"),
+    (dict(), 'peft.rank', 'of lora'),
+    (dict(), 'peft.num_tokens', 'of prefix and prompt'),
+    (dict(), 'task.max_new_tokens', "task.kind 'classification'"),
+    (dict(), 'task.choices', "task.kind 'classification'"),
+    (dict(data__k_shot=4), 'data.num_train', 'data.k_shot is set')])
+def test_fields_that_change_nothing(changes, given, message):
+  config = changed(_fine(), **changes)
+  with pytest.raises(InputError, match=f'--config.{given} changes nothing .*'
+                     + message):
+    checks.check_given(config, ['steps', given])
+  checks.check_given(config, ['steps', 'optimizer.learning_rate', 'task.kind'])
+
+
+def test_fields_that_do_apply():
+  for changes, given in (
+      (dict(), 'spsa.eps'), (dict(method='finetune'), 'optimizer.name'),
+      (dict(method='svrg'), 'variant.every'),
+      (dict(peft__method='lora'), 'peft.rank'),
+      (dict(spsa__distribution='low_rank'), 'spsa.rank'),
+      (dict(method='icl'), 'num_demos'),
+      (dict(method='zero_shot'), 'spsa.eps')):  # to compare with training
+    checks.check_given(changed(_fine(), **changes), [given])
+
+
+@pytest.mark.parametrize('given,name', [
+    ([], 'quickstart'), (['--config.steps=3'], 'quickstart'),
+    (['--config.data.train=quickstart'], 'quickstart'),
+    (['--config.data.train', 'quickstart'], 'quickstart'),
+    (['--config.data.train=x.csv'], 'own'),
+    (['-config.data.train=x.csv'], 'own'),
+    (['--config.data.train', 'x.csv'], 'own'),
+    (['--config.task.hub=nyu-mll/glue'], 'own')])
+def test_the_default_config(given, name):
+  argv = launch._config_first(conftest.ROOT / 'configs', ['train.py', *given])
+  assert argv == ['train.py', f'--config={conftest.ROOT}/configs/{name}.py',
+                  *given]
+
+
+@pytest.mark.parametrize('flag', [
+    ['--config=x.py'], ['--config', 'x.py'], ['-config=x.py']])
+def test_the_config_s_file_comes_first(flag):
+  argv = launch._config_first(conftest.ROOT, [
+      'train.py', '--config.data.train=a', *flag, '--workdir=w'])
+  assert argv[1].endswith('config=x.py') and argv[2:] == [
+      '--config.data.train=a', '--workdir=w']
