@@ -46,7 +46,7 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
-    'arguments', 'files', 'float16', 'gguf',
+    'files', 'float16', 'gguf', 'model_arguments',
     'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
     'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
     'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
