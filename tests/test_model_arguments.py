@@ -156,12 +156,11 @@ def test_a_cache_that_is_full():
 IDS, MASK = np.arange(10).reshape(2, 5), np.array([[0, 1, 1, 1, 1], [1] * 5])
 
 
-@pytest.mark.parametrize('kind', [
-    np.int64, np.uint8, np.int32, jnp.asarray, np.ndarray.tolist,
-    lambda x: tuple(map(tuple, x))])
-@pytest.mark.parametrize('of_mask', [
-    np.int64, bool, np.float32, np.ndarray.tolist, jnp.asarray,
-    lambda x: jnp.asarray(x, bool)])
+@pytest.mark.parametrize('kind,of_mask', [
+    (np.int64, np.int64), (np.uint8, bool), (np.int32, np.float32),
+    (jnp.asarray, lambda x: jnp.asarray(x, bool)),
+    (np.ndarray.tolist, np.ndarray.tolist),
+    (lambda x: tuple(map(tuple, x)), jnp.asarray)])
 def test_arrays_of_any_kind(kind, of_mask):
   model, params = tiny()
   want, tokens = expected()
