@@ -65,6 +65,7 @@ _FLAT_ROPES = [
          rope_theta=50.0),
     dict(rope_type='proportional', factor=2.0, rope_theta=50.0),
     dict(rope_type='default', rope_theta=50.0, partial_rotary_factor=0.5),
+    dict(full_attention=dict(rope_type='linear', factor=3.0, rope_theta=50.0)),
 ]
 # Values to try, where not one more, the other, or a half of it.
 _VALUES = {
@@ -109,6 +110,7 @@ _VALUES = {
     'type_vocab_size': [3],
     'use_bidirectional_attention': [True],
 }
+# Values of which torch makes an error, and we need not.
 _TORCH_REFUSES = ('layer_types', 'num_key_value_heads', 'return_dict')
 # Fields that no class declares, but that torch's code or older code reads.
 _MORE = {

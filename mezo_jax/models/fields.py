@@ -260,6 +260,8 @@ def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
   original = f.maybe_size('original_max_position_embeddings')
   inside = scaling or parameters or {}
   _check_dict(f, where, inside)
+  if any(isinstance(value, dict) for value in inside.values()):
+    f.refuse(where, inside, 'one dictionary for all layers')
   if original is not None and inside.get('rope_type', inside.get(
       'type')) == 'llama3':
     inside = inside | {'original_max_position_embeddings': original}

@@ -129,7 +129,9 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
 
 def load_config(name_or_dir: str | os.PathLike,
                 revision: str | None = None) -> Config:
-  """The `Config` of a model without its weights; arguments as for `load`.
+  """Returns the `Config` of a model without its weights.
+
+  The arguments are those of `load`.
 
   The names in the model's files decide whether it has a head. Where these are
   not at hand, as for a hub id, ``architectures`` in its config decides. A head
@@ -156,10 +158,14 @@ def load_config(name_or_dir: str | os.PathLike,
 
 
 def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
-  """The `Config` of a ``config.json``, which it keeps for `save`.
+  """Returns the `Config` of a ``config.json``, which it keeps for `save`.
+
+  Fields are read as transformers reads them; see docs/families.md. A warning
+  names the fields that neither it nor this reader knows.
 
   Raises:
-    ValueError: for a family, or a choice within one, that is not supported.
+    ValueError: For a family, or a choice within one, that is not supported; it
+      names the field.
   """
   if not isinstance(hf, dict):
     raise InputError(f'{path} is no JSON object; fetch it again.')
