@@ -155,7 +155,7 @@ def test_too_few_rows_for_a_batch_are_refused_before_the_model_is_read(
   own.data = Data(train=write(tmp_path / 'x.jsonl', rows_of(20)), num_train=-1,
                   num_dev=-1, num_test=-1)
   monkeypatch.setattr(build, 'load', None)
-  with pytest.raises(InputError, match='12 training rows .* data.batch_size'):
+  with pytest.raises(InputError, match='12 training rows .*data.batch_size'):
     build.build(own, say=lambda text: None)
 
 
