@@ -320,6 +320,13 @@ def selected(params, mask, takes: Callable | None = None) -> Any:
   for path, x in found:
     if not is_codes(x) and not _is_array(x):
       raise ValueError(f'parameter {path!r} is {x!r}, which is not an array.')
+  for (path, x), c in zip(found, chosen):
+    if c is not False and not is_codes(x) and jnp.issubdtype(
+        jnp.result_type(x), jnp.complexfloating):
+      raise ValueError(
+          f'parameter {path!r} is {jnp.result_type(x)}, and directions are '
+          'real: leave it out with mask=..., or train its real and imaginary '
+          'parts.')
   chosen = [takes(x) and c for (_, x), c in zip(found, chosen)]
   if found and not any(c is not False for c in chosen):
     shown = ', '.join(path for path, _ in found[:5])

@@ -134,9 +134,12 @@ def test_jit_can_be_disabled(name):
     'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
 def test_strict_modes(name):
   """Warnings as errors, no implicit promotion of dtypes or ranks, no leaks."""
-  params = {'w': jnp.ones((12, 8)), 'half': jnp.ones((8, 8), jnp.bfloat16)}
-  value_fn = lambda p: jnp.mean(jnp.square(jnp.dot(
-      (X @ p['w'][4:8]).astype(jnp.bfloat16), p['half']).astype(jnp.float32)))
+  params = {'w': jnp.sin(jnp.arange(96.0)).reshape(12, 8),
+            'half': jnp.ones((8, 8), jnp.bfloat16)}
+  def value_fn(p):
+    x = X @ p['w'][4:8]
+    y = jnp.dot(x.astype(jnp.bfloat16), p['half']).astype(jnp.float32)
+    return jnp.mean(jnp.square(x)) + jnp.mean(jnp.square(y))
   tx = ROWS[name](1e-3, key=0)
   state = tx.init(params)
   more = dict(noise_key=KEY) if name == 'private' else {}
@@ -646,7 +649,10 @@ def test_a_step_needs_an_estimator():
     mezo_jax.make_step(tx, None)(PARAMS, tx.init(PARAMS), ())
 
 
-def test_leaves_that_are_not_arrays_are_named():
-  for bad in ('text', jnp.tanh):
+def test_leaves_that_cannot_be_trained_are_named():
+  """Text, functions, and complex numbers, which would be left alone."""
+  for bad in ('text', jnp.tanh, jnp.ones(3, jnp.complex64)):
     with pytest.raises(ValueError, match='act'):
       mezo_jax.mezo(1e-3, key=0).init(PARAMS | {'act': bad})
+  tx = mezo_jax.mezo(1e-3, key=0, directions=mezo_jax.Normal(mask='^[wb]$'))
+  tx.init(PARAMS | {'act': jnp.ones(3, jnp.complex64)})
