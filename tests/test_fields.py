@@ -124,7 +124,7 @@ _MORE = {
     'rope_interleaved': True, 'rope_local_base_freq': 50.0,
     'rope_scaling': dict(type='linear', factor=3.0), 'rope_theta': 50.0,
     'scale_embeddings': True, 'sliding_window': 3, 'sliding_window_pattern': 2,
-    'torch_dtype': 'bfloat16', 'transformers_weights': 'other.safetensors',
+    'torch_dtype': 'bfloat16',
     'hidden_activation': 'relu', 'attention_bias': True, 'mlp_bias': True,
     'no_such_field': 3}
 

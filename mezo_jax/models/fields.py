@@ -30,8 +30,8 @@ _HARMLESS = frozenset('''
     output_hidden_states output_past pretraining_tp problem_type return_dict
     task_specific_params tf_legacy_loss tie_encoder_decoder
     tie_last_hidden_states tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_return_dict
+    transformers.js_config transformers_version transformers_weights
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
 
     activation_dropout attention_dropout attention_probs_dropout_prob
     attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout
@@ -64,7 +64,6 @@ _COMMON = {  # what transformers reads in every family, and the values we cover
     'pruned_heads': ({}, None),
     'quantization': (None, {}),
     'quantization_config': (None, {}),
-    'transformers_weights': None,
 }
 
 
