@@ -393,7 +393,9 @@ MODES = {
     'rows, micro-batches': dict(num_samples=4, over='rows', micro_batches=2),
     'batch, one-sided': dict(num_samples=2, over='batch',
                              combine=mezo_jax.one_sided),
-    'parts smaller than the mesh': dict(micro_batches=16)}
+    'parts smaller than the mesh': dict(micro_batches=16),
+    'many of low rank': dict(
+        num_samples=4, directions=mezo_jax.LowRank(rank=2))}
 
 
 @pytest.mark.parametrize('mode', MODES)
