@@ -7,7 +7,6 @@ weights where they are used. What z is, their `Directions` say.
 from collections import OrderedDict
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ from mezo_jax._codes import Codes, is_codes
 
 _U32 = jnp.uint32
 _ROUNDED = np.uint32(0x3C6EF372)  # tells keys of bits from those of draws
-SMALL = 2**16  # elements; below, a weight is built wherever that is
 _AT_ONCE = 2**20  # elements of terms that are made at once
 
 
@@ -253,25 +251,6 @@ def stack(several: list[Draws]) -> Draws:
       coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
 
 
-def small_leaves(sizes: list[tuple[Any, int]], total: int) -> set:
-  """Returns the names of the smallest leaves, together 2 % of all elements.
-
-  They are most of the leaves of a model whose layers are not stacked, and one
-  by one they would be most of its program: those of a shape are drawn together.
-
-  Args:
-    sizes: (name, number of elements) of the leaves that are not stacked.
-    total: The number of elements of all leaves.
-  """
-  left, found = total // 50, set()
-  for name, size in sorted(sizes, key=lambda x: x[1]):
-    left -= size
-    if left < 0 or size >= SMALL:
-      break
-    found.add(name)
-  return found
-
-
 def of_leaves(params, displacement: Displacement, directions
               ) -> list[tuple[str, Any, Draws | None]]:
   """Paths, leaves and their draws; None where z is 0.
@@ -288,13 +267,9 @@ def of_leaves(params, displacement: Displacement, directions
   shapes = {
       path: (_paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
           leaves, used, stacks) if use is not False}
-  together = small_leaves([
-      (path, math.prod(shape)) for path, (shape, is_stack) in shapes.items()
-      if not is_stack], sum(math.prod(shape) for shape, _ in shapes.values()))
-  streams = _streams.of_leaves(keys, shapes, together)
+  streams = _streams.of_leaves(keys, shapes)
   others = directions.of_columns(keys)
-  columns = {} if others is None else (
-      _streams.of_leaves(others, shapes, together))
+  columns = {} if others is None else _streams.of_leaves(others, shapes)
 
   limits = _of_each('limits', directions.limits, leaves)
   scales = _of_each('scales', directions.scales, leaves)

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 
 from mezo_jax import _compiler
 from mezo_jax._codes import Codes
-from mezo_jax._displacement import Draws, SMALL
+from mezo_jax._displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
+SMALL = 2**16  # elements; below, a weight is built wherever that is
 
 
 @functools.partial(

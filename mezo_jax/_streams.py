@@ -4,7 +4,6 @@ A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
 where the elements of the new block lie among the draws of the leaf.
 """
 
-from collections.abc import Collection
 import contextlib
 import contextvars
 import dataclasses
@@ -32,8 +31,8 @@ def stacks_begin_at(layer: int | jax.Array):
     _first.reset(token)
 
 
-def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]],
-              together: Collection[str] = ()) -> dict[str, Stream]:
+def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
+              ) -> dict[str, Stream]:
   """Returns the streams of whole leaves.
 
   All keys are derived in a few operations, however many leaves there are.
@@ -41,8 +40,6 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]],
   Args:
     keys: Typed keys [n], one for each direction.
     leaves: Shapes, and whether they are stacks of layers, by path.
-    together: Paths of leaves whose draws are stacked before they are used, so
-      that each needs no kernel for its key (see `_compiler.entries`).
 
   Returns:
     Streams by path: an axis of keys for a stacked leaf (its first), none for
@@ -78,11 +75,9 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]],
   out = {}
   for name, table in tables.items():
     mine = [path for path in leaves if rows[path][0] == name]
-    words = {path: table[rows[path][1]] for path in mine if path in together}
-    apart = [path for path in mine if path not in together]
-    words.update(zip(apart, _compiler.entries(
-        table, [rows[path][1] for path in apart])))
-    out.update((path, _whole(x, leaves[path][0])) for path, x in words.items())
+    words = _compiler.entries(table, [rows[path][1] for path in mine])
+    out.update((path, _whole(x, leaves[path][0]))
+               for path, x in zip(mine, words))
   return {path: out[path] for path in leaves}
 
 
