@@ -4,6 +4,7 @@ import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
+import numpy as np
 
 
 def apart(fn):
@@ -17,6 +18,46 @@ def apart(fn):
     with set_xla_metadata(inlineable='false'):
       return jitted(*args)
   return called
+
+
+def apart_on_cpu(fn, *args):
+  """Returns ``fn(*args)``; XLA:CPU does not inline the function."""
+  if not _is_traced(args):
+    return fn(*args)
+  return lax.platform_dependent(*args, cpu=apart(fn), default=fn)
+
+
+def entries(x: jax.Array, indices) -> list[jax.Array]:
+  """Returns the entries ``x[i]`` of the first axis.
+
+  The time that XLA:CPU takes to compile a program is that of its distinct
+  kernels, 10 ms each however small they are; equal ones are compiled once. A
+  static slice is fused with its use, and then the uses of all entries differ in
+  an index: in a model of many layers, the noise of each weight. A function that
+  is not inlined takes its index from outside, behind a barrier that keeps it
+  from being propagated into it, so all entries share a kernel.
+
+  Args:
+    x: An array.
+    indices: Python integers.
+  """
+  if not _is_traced(x):
+    return [x[i] for i in indices]
+  return lax.platform_dependent(
+      x, cpu=lambda x: [
+          _entry(x, lax.optimization_barrier(np.int32(i))) for i in indices],
+      default=lambda x: [x[i] for i in indices])
+
+
+@apart
+def _entry(x, i):
+  out = lax.dynamic_slice(x, [i, *[np.int32(0)] * (x.ndim - 1)],
+                          (1, *x.shape[1:]), allow_negative_indices=False)
+  return out.reshape(x.shape[1:])
+
+
+def _is_traced(tree) -> bool:
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:

@@ -104,8 +104,10 @@ class Draws:
   def _sum(self, start, like):
     plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
-    if self.streams[0].scale is not None:
-      at_once = None  # terms are scaled one by one
+    if self.streams[0].scale is not None or sharding.is_explicit(like):
+      # Terms are scaled one by one; and a product of factors would be whole on
+      # each device where shardings are part of types.
+      at_once = None
     total = plain(self, start, like) if at_once is None else (
         lax.platform_dependent(self, start, like, default=plain,
                                tpu=lambda self, start, like: at_once(

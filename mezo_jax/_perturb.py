@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from mezo_jax import (
   _arguments,
+  _compiler,
   _noise,
   _paths,
   _products,  # noqa: F401  its rule is registered
@@ -108,8 +109,10 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
     if len(members) == 1:
       out[members[0]] = fn(one[0].w, one[0].draws)
       continue
-    together = fn(jnp.stack([x.w for x in one]), stack([x.draws for x in one]))
-    for i, x in zip(members, together):
+    together = _compiler.apart_on_cpu(
+        fn, jnp.stack([x.w for x in one]), stack([x.draws for x in one]))
+    for i, x in zip(members, _compiler.entries(
+        together, range(len(members)))):
       out[i] = x
   return out
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _groups, _paths
+from mezo_jax import _compiler, _groups, _paths
 from mezo_jax._noise import Stream
 
 _U32 = jnp.uint32
@@ -33,13 +33,13 @@ def stacks_begin_at(layer: int | jax.Array):
 
 def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
               ) -> dict[str, Stream]:
-  """The streams of whole leaves.
+  """Returns the streams of whole leaves.
 
   All keys are derived in a few operations, however many leaves there are.
 
   Args:
-    keys: typed keys [n], one a direction.
-    leaves: shapes, and whether they are stacks of layers, by path.
+    keys: Typed keys [n], one for each direction.
+    leaves: Shapes, and whether they are stacks of layers, by path.
 
   Returns:
     Streams by path: an axis of keys for a stacked leaf (its first), none for
@@ -60,23 +60,25 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     parents = own[np.array([by_name[p] for p in numbered])]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  row = {path: i for i, path in enumerate(numbered)}
-  stacks = {}  # [names, layers, n] of each number of layers
-  own_data = jax.random.key_data(own)
-
-  def words_of(path, shape, stacked):
-    if path in row:
-      return of_layer[row[path]]
-    if not stacked:
-      return own_data[by_name[path]]
-    if shape[0] not in stacks:
+  tables = {'own': jax.random.key_data(own)}  # [entries, (layers,) n, 2]
+  if numbered:
+    tables['numbered'] = of_layer
+  rows = {path: ('numbered', i) for i, path in enumerate(numbered)}
+  for path, (shape, stacked) in leaves.items():
+    if path in rows:
+      continue
+    rows[path] = shape[0] if stacked else 'own', by_name[path]
+    if stacked and shape[0] not in tables:
       layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
-      stacks[shape[0]] = jax.random.key_data(
-          jax.vmap(lambda k: fold(k, layers))(own))
-    return stacks[shape[0]][by_name[path]]
-
-  return {path: _whole(words_of(path, *of), of[0])
-          for path, of in leaves.items()}
+      tables[shape[0]] = jax.random.key_data(
+          jax.vmap(lambda k, layers=layers: fold(k, layers))(own))
+  out = {}
+  for name, table in tables.items():
+    mine = [path for path in leaves if rows[path][0] == name]
+    words = _compiler.entries(table, [rows[path][1] for path in mine])
+    out.update((path, _whole(x, leaves[path][0]))
+               for path, x in zip(mine, words))
+  return {path: out[path] for path in leaves}
 
 
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:

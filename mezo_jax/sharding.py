@@ -244,6 +244,11 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(put, batch)
 
 
+def is_explicit(x) -> bool:
+  """Returns whether an array's sharding is part of its type here."""
+  return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
   """Returns an array with the type of sharding that a block has.
 
@@ -252,9 +257,9 @@ def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
       of length 1; more may follow.
     block: Where no mesh axis is Explicit, ``x`` is returned as it is.
   """
-  here = jax.typeof(block).sharding
-  if not any(t == AxisType.Explicit for t in here.mesh.axis_types):
+  if not is_explicit(block):
     return x
+  here = jax.typeof(block).sharding
   names = [name if n == m > 1 else None
            for name, n, m in zip(here.spec, block.shape, x.shape)]
   names += (None,) * (x.ndim - len(names))

@@ -60,6 +60,7 @@ _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',
     'test_embedding_rows_only',
+    'test_equal_layers_share_the_kernels_of_their_noise',
     'test_memory_is_that_of_inference',
     'test_memory_is_that_of_quantised_inference',
     'test_memory_stays_at_inference',

@@ -1,6 +1,7 @@
 """Any layout of a model: the forward's memory and a layer, or a warning."""
 
 import functools
+import re
 import warnings
 
 from flax import linen as nn
@@ -206,6 +207,27 @@ def test_the_program_of_an_unrolled_model_grows_slowly():
   lines = len(jax.jit(lambda p: mezo_jax.perturbed(apply)(p, STEP)).lower(
       shapes).as_text().splitlines())
   assert lines < 60 * LAYERS + 600
+
+
+def test_equal_layers_share_the_kernels_of_their_noise():
+  """XLA:CPU compiles each distinct kernel, so more layers add none."""
+  def kernels(layers):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    params = {f'layers_{i}': {'kernel': shape(32, 32), 'bias': shape(32)}
+              for i in range(layers)} | {'embed': shape(400, 32)}
+    tx = mezo_jax.mezo(1e-3, key=0)
+    def update(params, state):
+      updates, state = tx.update(
+          None, state, params, projected_grad=jnp.ones(1))
+      return optax.apply_updates(params, updates), state
+    text = jax.jit(update, donate_argnums=(0, 1)).lower(
+        params, jax.eval_shape(tx.init, params)).compile().as_text()
+    bodies = [part.split('\n', 1)[1] for part in text.split('\n\n')
+              if part.startswith('%fused')]
+    assert len(bodies) > layers
+    return len({re.sub(r', metadata=\{[^}]*\}|%[\w.\-]+', '', body)
+                for body in bodies})
+  assert kernels(12) <= kernels(6) + 3
 
 
 # --- what cannot stay lazy ---------------------------------------------------

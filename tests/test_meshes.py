@@ -7,6 +7,7 @@ from flax import linen as nn
 from flax import nnx
 import helpers
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -293,3 +294,150 @@ def test_explicit_axes(directions):
       ends.append((float(value), jax.device_get(params)))
   np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=2e-6)
   helpers.assert_bitwise(ends[0][1], ends[1][1])
+
+
+# --- Explicit axes, and shard_map, for every kind of directions ---------------
+
+ALL_KINDS = [
+    mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.Sphere(),
+    mezo_jax.LowRank(rank=2), mezo_jax.LazyLowRank(rank=2, every=3),
+    mezo_jax.SubZero(rank=2, every=3)]
+E, A = AxisType.Explicit, AxisType.Auto
+SMALL_IDS = np.arange(16 * 6).reshape(16, 6) % 64
+ROWS = np.random.default_rng(1).normal(size=(16, 32)).astype(np.float32)
+
+
+def axes_of(*types):
+  return jax.make_mesh((2, 4), ('dp', 'tp'), axis_types=types)
+
+
+def estimated(loss_fn, params, batch, mesh=None, specs=None, **options):
+  """(value, projected_grad, updates, their specs) of one estimate."""
+  tx = mezo_jax.spsa(1e-2, key=0, **options)
+  estimate = jax.jit(lambda p, x: tx.update(
+      None, tx.init(p), p, value_fn=loss_fn, x=x))
+  if mesh is None:
+    updates, state = estimate(params, batch)
+    return state.value, state.projected_grad, updates, None
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, jax.tree.map(
+        lambda s: jax.NamedSharding(mesh, s), specs,
+        is_leaf=lambda s: isinstance(s, P)))
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, P('dp')))
+    traced = estimate.trace(params, batch)
+    updates, state = traced.lower().compile()(params, batch)
+    kept = [x.sharding.spec for x in traced.jaxpr.out_avals[:len(
+        jax.tree.leaves(params))]] == [
+            jax.typeof(x).sharding.spec for x in jax.tree.leaves(params)]
+  return jax.device_get((
+      state.value, state.projected_grad, updates)) + (kept,)
+
+
+def assert_same_estimate(got, want):
+  np.testing.assert_allclose(got[0], want[0], rtol=2e-4, atol=1e-4)
+  np.testing.assert_allclose(got[1], want[1], rtol=5e-3, atol=2e-2)
+  assert got[3]  # updates are split as the parameters are
+
+
+def explicitly(*spec):
+  """The ``out_sharding`` of these axes, where they are Explicit."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if E not in mesh.axis_types:
+    return {}
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  return dict(out_sharding=P(*(
+      a if kinds.get(a) == E else None for a in spec)))
+
+
+def embedding_and_tied_head(params, x):
+  h = params['embed'].at[x].get(**explicitly('dp'))
+  for i in range(2):
+    w = params['layers']['w'][i]
+    h = jnp.tanh(jnp.einsum('btd,df->btf', h, w, **explicitly('dp')))
+  return jnp.tanh(jnp.einsum(
+      'btd,vd->btv', h, params['embed'], **explicitly('dp'))).sum((1, 2))
+
+
+def scanned(params, x):
+  def layer(h, w):
+    return jnp.tanh(jnp.einsum('bd,df->bf', h, w, **explicitly('dp'))), None
+  return lax.scan(layer, x, params['layers']['w'])[0].sum(-1)
+
+
+def tree_of(seed=0):
+  rng = np.random.default_rng(seed)
+  return {'embed': rng.normal(size=(64, 32)).astype(np.float32),
+          'layers': {'w': (rng.normal(size=(2, 32, 32)) / 6).astype(
+              np.float32)}}
+
+
+SPECS = [{'embed': P('tp'), 'layers': {'w': P(None, None, 'tp')}},
+         {'embed': P('dp', 'tp'), 'layers': {'w': P(None, 'tp')}}]
+
+
+@pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
+def test_an_embedding_read_with_out_sharding(kind):
+  """`.at[ids].get(out_sharding=...)` makes axes Auto for a while; so may
+  `nnx.Embed` and `jax.sharding.auto_axes`."""
+  params = tree_of()
+  want = estimated(embedding_and_tied_head, params, SMALL_IDS, directions=kind)
+  for types, specs in (((E, E), SPECS[0]), ((E, A), SPECS[1])):
+    got = estimated(embedding_and_tied_head, params, SMALL_IDS,
+                    axes_of(*types), specs, directions=kind)
+    assert_same_estimate(got, want)
+
+
+MODES = {
+    'micro-batches': dict(micro_batches=2),
+    'rows': dict(num_samples=2, over='rows'),
+    'rows, micro-batches': dict(num_samples=4, over='rows', micro_batches=2),
+    'batch, one-sided': dict(num_samples=2, over='batch',
+                             combine=mezo_jax.one_sided),
+    'parts smaller than the mesh': dict(micro_batches=16),
+    'many of low rank': dict(
+        num_samples=4, directions=mezo_jax.LowRank(rank=2))}
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_explicit_axes_split_batches_as_auto_axes_do(mode):
+  params = tree_of()
+  loss = scanned if '16' not in str(MODES[mode]) else (
+      lambda p, x: jnp.tanh(jnp.einsum('bd,vd->bv', x, p['embed'])).sum(-1))
+  want = estimated(loss, params, ROWS, **MODES[mode])
+  specs = {'embed': P(), 'layers': {'w': P(None, None, 'tp')}}
+  got = estimated(loss, params, ROWS, axes_of(E, E), specs, **MODES[mode])
+  assert_same_estimate(got, want)
+
+
+@pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
+def test_a_loss_with_shard_map_inside(kind):
+  """On all axes of a mesh, and with one of them left to the compiler."""
+  params = tree_of()
+  mesh = axes_of(A, A)
+
+  def plain(p, x):
+    w = p['layers']['w']
+    return jnp.tanh(jnp.tanh(x @ w[0]) @ w[1].T).sum(-1).mean()
+
+  def local(w, x):  # a part of the columns of both
+    part = jnp.tanh(x @ w[0]) @ w[1].T
+    return jnp.tanh(lax.psum(part, 'tp')).sum(-1)
+  full = lambda p, x: jax.shard_map(
+      local, mesh=mesh, in_specs=(P(None, None, 'tp'), P('dp')),
+      out_specs=P('dp'))(p['layers']['w'], x).mean()
+  partial = lambda p, x: jax.shard_map(
+      local, mesh=mesh, in_specs=(P(None, None, 'tp'), P()), out_specs=P(),
+      axis_names={'tp'})(p['layers']['w'], x).mean()
+  unchecked = lambda p, x: jax.shard_map(
+      lambda w, x: lax.psum(jnp.tanh(x @ w[0]).sum(-1), 'tp'), mesh=mesh,
+      in_specs=(P(None, None, 'tp'), P('dp')), out_specs=P('dp'),
+      check_vma=False)(p['layers']['w'], x).mean()
+  specs = {'embed': P(), 'layers': {'w': P(None, None, 'tp')}}
+  want = estimated(plain, params, ROWS, directions=kind)
+  for loss in (full, partial):
+    assert_same_estimate(
+        estimated(loss, params, ROWS, mesh, specs, directions=kind), want)
+  want = estimated(lambda p, x: jnp.tanh(x @ p['layers']['w'][0]).sum(
+      -1).mean(), params, ROWS, directions=kind)
+  assert_same_estimate(
+      estimated(unchecked, params, ROWS, mesh, specs, directions=kind), want)
