@@ -260,7 +260,7 @@ def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
     if parts == 1:
       total, weight = together(z, rows)
     else:
-      some = lambda x: x.reshape(parts, n // parts, *x.shape[1:])
+      some = lambda x: sharding.split_rows(x, parts)
       total, weight = lax.map(
           lambda part: together(*part), jax.tree.map(some, (z, rows)))
       total, weight = (x.reshape(n, -1) for x in (total, weight))
