@@ -7,10 +7,8 @@ values of a prefix, or a soft prompt.
 
 import collections
 import json
-import math
 import os
 from pathlib import Path
-import re
 
 from flax.traverse_util import unflatten_dict
 import jax.numpy as jnp
@@ -24,12 +22,10 @@ from mezo_jax.models.layers import apply_rope, Config, rope_tables
 from mezo_jax.models.save import new_directory, on_host
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import prefix_length, Transformer
-from mezo_jax.peft import lora
+from mezo_jax.peft import fields, lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
-_POSITIONS = 'prefix_positions'  # our own field
-_PLACES = ('zero', 'after', 'jump')
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
@@ -68,11 +64,12 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     tensors, about = _prefix_tensors(model, params['layers']['attn'])
   else:
     tensors, about = _lora_tensors(c, params)
-  ours = _POSITIONS in about or (
+  ours = fields.POSITIONS in about or (
       about['peft_type'] != 'LORA' and not c.causal)
-  about |= {'base_model_name_or_path': str(base), 'inference_mode': True,
-            'task_type': 'MEZO_JAX' if ours else (
-                'CAUSAL_LM' if c.causal and c.head else None)}
+  about |= {'base_model_name_or_path': str(base) or None,
+            'inference_mode': True,
+            'task_type': 'MEZO_JAX' if ours else _task_type(
+                about['peft_type'], c)}
   with new_directory(directory) as (part, first):
     if first:
       save_file(tensors, part / _FILE, {'format': 'pt'})
@@ -83,6 +80,14 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
       if card is not None:
         (part / 'README.md').write_text(card)
   return Path(directory)
+
+
+def _task_type(peft_type: str, c: Config) -> str | None:
+  """Returns the class by which PEFT applies an adapter to a model."""
+  if c.causal and c.head:
+    return 'CAUSAL_LM'
+  # Without a task PEFT loads a prefix or a prompt and then ignores it.
+  return None if peft_type == 'LORA' else 'FEATURE_EXTRACTION'
 
 
 def _host(x) -> np.ndarray:
@@ -119,16 +124,17 @@ def load(directory: str | os.PathLike, model: Transformer):
   m, width = found.shape if found.ndim == 2 else (0, 0)
   of = {'prefix': 2 * c.num_layers * c.num_kv_heads * c.head_width,
         'prompt': c.embed_width or c.width}[kind]
-  if not m or width != of or about.get('prefix_projection'):
+  if not m or width != of:
     raise InputError(
         f'{directory} does not fit the model: prompt_embeddings are '
-        f'{found.shape}, not (tokens, {of}), or made by a projection.')
+        f'{found.shape}, not (tokens, {of}).')
+  _check_virtual(kind, about, c, m, directory)
   found = jnp.asarray(found, jnp.float32)
   if kind == 'prompt':
     return model, {'prompt': {'embedding': found}}, kind
   k, v = jnp.moveaxis(found.reshape(
       m, c.num_layers, 2, c.num_kv_heads, c.head_width), (1, 2), (1, 0))
-  return model.clone(prefix_positions=about.get(_POSITIONS, 'after')), {
+  return model.clone(prefix_positions=about.get(fields.POSITIONS, 'after')), {
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
@@ -155,25 +161,8 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  alphas = about.get('alpha_pattern') or {}
-  number = lambda x: type(x) in (int, float) and math.isfinite(x)
-  for field, fits in (
-      ('lora_alpha', number(about.get('lora_alpha', 8))),
-      ('alpha_pattern', isinstance(alphas, dict) and all(
-          _is_expression(k) and number(v) for k, v in alphas.items())),
-      (_POSITIONS, about.get(_POSITIONS, 'after') in _PLACES)):
-    if not fits:
-      raise InputError(f'{directory}/adapter_config.json: {field} is '
-                       f'{about[field]!r}, which no version writes.')
+  fields.check(about, directory / 'adapter_config.json')
   return _KINDS[name], about
-
-
-def _is_expression(text: str) -> bool:
-  try:
-    re.compile(text)
-    return True
-  except re.error:
-    return False
 
 
 # --- prefixes ---------------------------------------------------------------
@@ -191,7 +180,7 @@ def _prefix_tensors(model: Transformer, attn: dict):
   if positions == 'zero' and c.rope:
     k, positions = _turned(c, k, m), 'after'  # M further on, as the tokens are
   both = np.stack([k, v])  # [2, L, M, K, H]
-  own = {} if positions == 'after' else {_POSITIONS: positions}
+  own = {} if positions == 'after' else {fields.POSITIONS: positions}
   return {'prompt_embeddings': np.ascontiguousarray(
       np.moveaxis(both, 2, 0).swapaxes(1, 2).reshape(m, -1))}, _virtual(
           'PREFIX_TUNING', c, m) | {
@@ -208,6 +197,27 @@ def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
   return np.stack([apply_rope(k[None], *rope_tables(
       (l and c.local_rope) or c.rope, c.head_width, at))[0]
                    for k, l in zip(k_LxMxKxH, local)])
+
+
+def _check_virtual(kind: str, about: dict, c: Config, m: int,
+                   directory) -> None:
+  """Raises InputError where PEFT would read a prefix or prompt otherwise."""
+  sizes = {'num_virtual_tokens': m}
+  if kind == 'prompt':
+    sizes['token_dim'] = c.embed_width or c.width
+  else:
+    sizes |= {'token_dim': c.num_kv_heads * c.head_width,
+              'num_attention_heads': c.num_kv_heads,
+              'num_layers': c.num_layers}
+  # PEFT reads the adapter for no other tasks; without one it ignores it.
+  tasks = ['CAUSAL_LM', 'MEZO_JAX'] if c.head else [
+      'FEATURE_EXTRACTION', 'MEZO_JAX', None]
+  for name, fits in (*((name, [size]) for name, size in sizes.items()),
+                     ('task_type', tasks)):
+    if name in about and about[name] not in fits:
+      raise InputError(
+          f'{directory}/adapter_config.json: {name} is {about[name]!r} and '
+          f'must be {" or ".join(map(repr, fits))} for this model.')
 
 
 # --- LoRA -------------------------------------------------------------------
@@ -304,23 +314,13 @@ def _short(name: str, modules: dict) -> str:
 
 def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
   """Our leaves of PEFT's tensors; layers without an adapter get zeros."""
-  if about.get('use_dora') or about.get('bias', 'none') != 'none':
-    raise InputError(f'{directory} has DoRA or trained biases, which are not '
-                     'supported.')
   left, out = dict(tensors), {}
   for name, rows in _modules(c).items():
     layers = range(c.num_layers if rows[0].stacked else 1)
     found = []
     for l in layers:
-      at = _TOP + name.format(l=l)
-      a, b = (left.pop(f'{at}.lora_{x}.weight', None) for x in 'AB')
-      if a is None or b is None:
-        found.append(None)
-        continue
-      if not (a.ndim == b.ndim == 2 and a.size):
-        raise InputError(f'{directory} does not fit the model: '
-                         f'{name.format(l=l)} has A {a.shape} and B {b.shape}.')
-      found.append((a, b, _scale(about, name.format(l=l), len(a))))
+      module = name.format(l=l)
+      found.append(_pair(about, left, module, directory))
     if not any(found):
       continue
     rank = max(len(x[0]) for x in found if x)
@@ -354,11 +354,41 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
   return unflatten_dict(out, sep='/')
 
 
+def _pair(about: dict, left: dict, module: str, directory):
+  """Takes a module's matrices out of the tensors that are left.
+
+  Returns:
+    ``(A, B, scale)``, or None where the module has no adapter.
+  """
+  a, b = (left.pop(f'{_TOP}{module}.lora_{x}.weight', None) for x in 'AB')
+  wanted = fields.targets(about, module)
+  if a is None and b is None:
+    if wanted and about.get('init_lora_weights') is False:
+      raise InputError(
+          f'{directory} has no tensors for {module}, which target_modules '
+          'names, and with init_lora_weights false PEFT would draw them at '
+          'random: name the modules that have an adapter.')
+    return None
+  if not wanted:
+    raise InputError(
+        f'{directory} has tensors for {module}, to which its fields '
+        'target_modules, exclude_modules, layers_to_transform and '
+        'layers_pattern give no adapter: PEFT would ignore them.')
+  if a is None or b is None:
+    raise InputError(f'{directory} has only one of the two matrices of '
+                     f'{module}.')
+  if not (a.ndim == b.ndim == 2 and a.size):
+    raise InputError(f'{directory} does not fit the model: {module} has A '
+                     f'{a.shape} and B {b.shape}.')
+  if len(a) != fields.rank(about, module):
+    raise InputError(
+        f'{directory} does not fit its adapter_config.json: by r and '
+        f'rank_pattern {module} has rank {fields.rank(about, module)}, and its '
+        f'matrices have {len(a)}.')
+  return a, b, _scale(about, module, len(a))
+
+
 def _scale(about: dict, module: str, rank: int) -> float:
-  """alpha / r, or alpha / sqrt(r), of a module."""
-  alpha = about.get('lora_alpha', 8)
-  for pattern, value in (about.get('alpha_pattern') or {}).items():
-    if re.match(rf'(.*\.)?({pattern})$', module):
-      alpha = value
-      break
-  return alpha / (rank ** 0.5 if about.get('use_rslora') else rank)
+  """Returns what PEFT multiplies the product of a module's matrices by."""
+  root = rank ** 0.5 if about.get('use_rslora') else rank
+  return fields.alpha(about, module) / root
