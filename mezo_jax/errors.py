@@ -7,6 +7,9 @@ keeps its traceback.
 from collections.abc import Iterator
 import contextlib
 import errno
+import os
+from pathlib import Path
+import re
 import sys
 
 _OF_THE_DISK = frozenset(
@@ -37,6 +40,23 @@ class Again(Stopped):
 
 class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
+
+
+def local(path: str | os.PathLike) -> Path:
+  """Returns the local path that a user names; ``~`` is the home directory.
+
+  Raises:
+    InputError: for an address, or a name that not all libraries can open.
+  """
+  text = os.fspath(path)
+  if re.match(r'\w+:/', text):
+    raise InputError(f'{text} is an address; give a local directory or file.')
+  bad = [c for c in ('\\', '\0') if c in text]
+  if bad or text != text.encode('utf-8', 'replace').decode():
+    raise InputError(
+        f'{text!r} has a character that checkpoints cannot have in their path '
+        '(a backslash, or one that is not UTF-8): choose another name.')
+  return Path(text).expanduser()
 
 
 def first_line(error) -> str:

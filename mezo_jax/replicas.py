@@ -85,7 +85,6 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
   for part in (told, *told['also']):  # machines may have their own paths
     for field in ('train', 'test'):
       part['data'].pop(field)
-  told['model'].pop('name')
   run = fingerprint.of(dict(
       config=told, weights=weights, ends=ends, code=fingerprint.of_code(),
       rows=fingerprint.of_rows(*(s.train for s in splits))))

@@ -46,14 +46,15 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
-    'backprop', 'baselines', 'bodies', 'build', 'common', 'data', 'distributed',
-    'estimate', 'evaluate', 'exchange', 'export', 'families', 'generate',
-    'guards', 'hub', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
-    'mixture', 'models', 'modified', 'not_finite', 'objective', 'package',
-    'parts', 'paths', 'peft', 'peft_fields', 'peft_parity', 'pending',
-    'perturb', 'plan', 'preemption', 'private', 'properties', 'quantised',
-    'quzo', 'qzo', 'replay', 'replicas', 'scores', 'sharding', 'spsa', 'subspaces',
-    'suite', 'train', 'trainable', 'trunk', 'variants', 'wrappers'))
+    'backprop', 'baselines', 'bodies', 'build', 'classifier_files', 'common',
+    'data', 'distributed', 'estimate', 'evaluate', 'exchange', 'export',
+    'families', 'generate', 'guards', 'hub', 'layouts', 'lowrank', 'mazo',
+    'meshes', 'methods', 'mixture', 'models', 'modified', 'not_finite',
+    'objective', 'package', 'parts', 'paths', 'peft', 'peft_fields',
+    'peft_parity', 'pending', 'perturb', 'plan', 'preemption', 'private',
+    'properties', 'quantised', 'quzo', 'qzo', 'replay', 'replicas',
+    'scores', 'sharding', 'spsa', 'subspaces', 'suite', 'train',
+    'trainable', 'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',

@@ -6,26 +6,35 @@ values of a prefix, or a soft prompt.
 """
 
 import collections
+import dataclasses
 import json
 import os
 from pathlib import Path
 
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
 from mezo_jax.errors import InputError, MissingError
-from mezo_jax.models import hub
+from mezo_jax.models import classifier, hub
 from mezo_jax.models.layers import apply_rope, Config, rope_tables
-from mezo_jax.models.save import new_directory, on_host
+from mezo_jax.models.save import (
+  new_directory,
+  num_classes,
+  on_host,
+  save_tokenizer,
+)
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import prefix_length, Transformer
 from mezo_jax.peft import fields, lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
+# Modules of transformers' classes that the classification head is; 'score' of
+# causal models.
+_HEADS = {'bert': ['classifier', 'pooler'], 'roberta': ['classifier']}
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
@@ -54,7 +63,13 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     FileExistsError: if the directory is there and not empty.
     ValueError: for no adapters.
   """
-  c = model.config
+  c, classes = model.config, num_classes(params)
+  if classes:
+    classifier.check(c)
+    if 'prompt' in params or prefix_length(params):
+      raise InputError('a prefix or a prompt with a classification head has no '
+                       'equal in PEFT: only LoRA can be saved with one.')
+    c = dataclasses.replace(c, head=True)  # PEFT sees the class with a head
   if 'prompt' in params:
     rows = _host(params['prompt']['embedding'])
     tensors, about = {'prompt_embeddings': rows}, _virtual(
@@ -64,30 +79,43 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     tensors, about = _prefix_tensors(model, params['layers']['attn'])
   else:
     tensors, about = _lora_tensors(c, params)
-  ours = fields.POSITIONS in about or (
-      about['peft_type'] != 'LORA' and not c.causal)
   about |= {'base_model_name_or_path': str(base) or None,
             'inference_mode': True,
-            'task_type': 'MEZO_JAX' if ours else _task_type(
-                about['peft_type'], c)}
+            'task_type': _task_type(about, c, classes)}
+  if classes:
+    tensors |= _head_tensors(c, params, classes)
+    about['modules_to_save'] = _HEADS.get(c.family, ['score'])
   with new_directory(directory) as (part, first):
     if first:
       save_file(tensors, part / _FILE, {'format': 'pt'})
       (part / 'adapter_config.json').write_text(
           json.dumps(about, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
-        tokenizer.save_pretrained(part)
+        save_tokenizer(part, tokenizer)
       if card is not None:
         (part / 'README.md').write_text(card)
   return Path(directory)
 
 
-def _task_type(peft_type: str, c: Config) -> str | None:
-  """Returns the class by which PEFT applies an adapter to a model."""
+def _task_type(about: dict, c: Config, classes: int) -> str | None:
+  """Returns the task for which PEFT applies an adapter as we do; one that PEFT
+  does not know, and refuses, where there is none."""
+  lora = about['peft_type'] == 'LORA'
+  if fields.POSITIONS in about or not (lora or c.causal):
+    return 'MEZO_JAX'
+  if classes:
+    return 'SEQ_CLS'
   if c.causal and c.head:
     return 'CAUSAL_LM'
   # Without a task PEFT loads a prefix or a prompt and then ignores it.
-  return None if peft_type == 'LORA' else 'FEATURE_EXTRACTION'
+  return None if lora else 'FEATURE_EXTRACTION'
+
+
+def _head_tensors(c: Config, params: dict, classes: int) -> dict:
+  """Returns PEFT's tensors of a classification head."""
+  flat = flatten_dict(params, sep='/')
+  return {_TOP + row.name: np.ascontiguousarray(row.write(
+      _host(flat[row.path]))) for row in classifier.head(c, classes)}
 
 
 def _host(x) -> np.ndarray:
@@ -138,6 +166,21 @@ def load(directory: str | os.PathLike, model: Transformer):
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
+def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
+  """Returns the two files of an adapter.
+
+  Raises:
+    FileNotFoundError: if one is missing.
+  """
+  found = Path(directory) / 'adapter_config.json', Path(directory) / _FILE
+  for file in found:
+    if not file.is_file():
+      raise MissingError(
+          f'{directory} has no {file.name}: it is not a directory that PEFT '
+          'wrote with safetensors.')
+  return found
+
+
 def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   """``kind, about``: 'lora', 'prefix' or 'prompt', and the adapter's config.
 
@@ -146,13 +189,9 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
     ValueError: for another kind of adapter, or a config that is not JSON.
   """
   directory = Path(directory)
-  for name in ('adapter_config.json', _FILE):
-    if not (directory / name).is_file():
-      raise MissingError(
-          f'{directory} has no {name}: it is not a directory that PEFT wrote '
-          'with safetensors.')
+  config_file, _ = files_of(directory)
   try:
-    about = json.loads((directory / 'adapter_config.json').read_text())
+    about = json.loads(config_file.read_text())
   except ValueError as e:
     raise InputError(f'{directory}/adapter_config.json cannot be read '
                      f'({e}).') from e
