@@ -75,7 +75,11 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     return share(workdir, directory, run, step)
   _check_merged(run, merged)
   whole = not (methods.part_of(run).pattern or run.peft.mask)
-  model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
+  try:
+    model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
+  except MissingError as e:
+    raise MissingError(
+        f'{e} If the base model was moved, --base says where it is.') from e
   _check_base(run, model, tokenizer, None if whole else (shapes, frozen),
               workdir_lib.read_inputs(workdir), workdir)
   opt_state = build.init_state(tx, shapes, mesh, abstract=True)

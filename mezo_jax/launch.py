@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mezo_jax import hosts, replicas
-from mezo_jax.errors import Again, in_one_sentence
+from mezo_jax.errors import Again, in_one_sentence, local
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -67,7 +67,8 @@ def _start(run: Callable, argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
-  workdir = Path(_WORKDIR.value or f'runs/{name}')
+  with in_one_sentence('train.py'):
+    workdir = local(_WORKDIR.value or f'runs/{name}')
   told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or told != (None, None, None):
     with in_one_sentence('train.py'):

@@ -10,7 +10,7 @@ import jax
 from mezo_jax import config as config_lib
 from mezo_jax import exchange, fingerprint, mirror
 from mezo_jax.data import Splits
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, local
 from mezo_jax.replay import Log
 
 
@@ -97,7 +97,7 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
         config.spsa.num_samples, place.timeout)
   else:
     found = exchange.over_files(
-        Path(place.through), run, *place.part, config.spsa.num_samples,
+        local(place.through), run, *place.part, config.spsa.num_samples,
         place.timeout)
   before = log.end
   found.catch_up(log, lambda step: folds and (

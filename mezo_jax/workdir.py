@@ -25,7 +25,7 @@ from mezo_jax import (
   replay,
 )
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError, MissingError, Stopped
+from mezo_jax.errors import InputError, local, MissingError, Stopped
 from mezo_jax.step import field
 
 LOG = 'steps.log'
@@ -39,6 +39,7 @@ def alone(workdir: Path) -> Iterator[None]:
   Raises:
     InputError: if another run is at work there, or if it cannot be written to.
   """
+  local(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise InputError(f'{workdir} cannot be written to; give another --workdir.')

@@ -47,7 +47,7 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
     'backprop', 'baselines', 'bodies', 'build', 'classifier_files', 'common',
-    'data', 'distributed', 'estimate', 'evaluate', 'exchange', 'export',
+    'data', 'disk', 'distributed', 'estimate', 'evaluate', 'exchange', 'export',
     'families', 'generate', 'guards', 'hub', 'layouts', 'lowrank', 'mazo',
     'meshes', 'methods', 'mixture', 'models', 'modified', 'not_finite',
     'objective', 'package', 'parts', 'paths', 'peft', 'peft_fields',

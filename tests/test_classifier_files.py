@@ -48,7 +48,8 @@ def theirs(model):
 
 
 @pytest.mark.parametrize('family,switch', [
-    *((family, [*switches][0]) for family, (_, _, switches) in FAMILIES.items()),
+    *((family, [*switches][0])
+      for family, (_, _, switches) in FAMILIES.items()),
     ('llama', 'tied head'), ('opt', '350M'), ('bert', 'untied head')])
 def test_transformers_loads_a_head(family, switch, tmp_path):
   model, params = with_head(family, switch, tmp_path / 'base')
