@@ -10,7 +10,7 @@ import sys
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mezo_jax import planner, suite
+from mezo_jax import hosts, planner, suite
 from mezo_jax.errors import in_one_sentence
 from mezo_jax.export import export, rebuild
 
@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
   if options.command == 'plan':
     sys.exit(planner.main(options.config, options.topology, options.mesh,
                        options.tokens, options.rest))
+  if options.command in ('export', 'replay'):
+    hosts.check_devices()
   if options.command == 'export':
     found = export(options.workdir, options.directory, options.step,
                    options.merged, options.log, options.base)

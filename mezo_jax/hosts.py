@@ -34,6 +34,20 @@ _LEFT = 0xFFFFFFFF  # sent instead of the number of a process that died
 _FAILED = 1 << 31  # added to it if running again would not help
 
 
+def check_devices() -> None:
+  """Raises InputError if JAX finds no device of the platform that it is asked
+  for."""
+  try:
+    jax.devices()
+  except Exception as e:  # of many types, an AssertionError among them
+    platforms = jax.config.jax_platforms
+    asked = f' of JAX_PLATFORMS={platforms}' if platforms else ''
+    raise InputError(
+        f'JAX finds no device{asked} ({first_line(e)[:300]}). Install JAX for '
+        'that kind of device and see that its driver works, or set '
+        'JAX_PLATFORMS=cpu.') from e
+
+
 # --- joining ----------------------------------------------------------------
 
 

@@ -73,6 +73,8 @@ def _start(run: Callable, argv: list[str]) -> None:
   if _DISTRIBUTED.value or told != (None, None, None):
     with in_one_sentence('train.py'):
       hosts.join(*told)
+  with in_one_sentence('train.py'):
+    hosts.check_devices()
   with hosts.watch('train.py'), in_one_sentence('train.py'):
     try:
       run(_CONFIG.value, workdir, replicas.place(

@@ -5,13 +5,15 @@ import shutil
 
 import conftest
 import helpers
+import jax
 from orbax.checkpoint import v1 as ocp
 import pytest
 from runs import records, small_config
 
 from mezo_jax import __main__ as command_line
 from mezo_jax import config as config_lib
-from mezo_jax import models
+from mezo_jax import export as export_lib
+from mezo_jax import models, peft
 from mezo_jax.errors import InputError
 from mezo_jax.export import card, export, rebuild
 import train
@@ -200,3 +202,32 @@ def test_where_it_is_written(tiny_dir, tmp_path, reviews_file, monkeypatch):
   for name in ('gs://bucket/x', 's3:/x', 'a\\b', 'a\udcffb'):
     with pytest.raises(InputError, match='address|character'):
       export(tmp_path / 'run[1]', name)
+
+
+def test_adapters_of_a_gguf_file_say_how_to_load_them(
+    tiny_dir, tmp_path, monkeypatch):
+  """PEFT cannot load the file, so its name is no base."""
+  model, params = models.load(tiny_dir, progress=False)
+  whole = peft.join(params, peft.lora.init(params, jax.random.key(0), rank=2))
+  config = small_config('/secretplace/tiny.gguf', 'rows.jsonl',
+                        peft__method='lora')
+  said = []
+  out = export_lib._write(
+      tmp_path / 'out', config, model, whole, None, 2, {}, False, said.append)
+  about = json.loads((out / 'adapter_config.json').read_text())
+  assert about['base_model_name_or_path'] is None
+  assert 'PEFT cannot load the GGUF file' in said[0]
+  card_text = (out / 'README.md').read_text()
+  assert 'secretplace' not in card_text
+  pytest.importorskip('torch')
+  pytest.importorskip('peft')
+  code = card_text.split('```python\n')[1].split('```')[0]
+  # The file's content is that of the directory.
+  load = models.load
+  monkeypatch.setattr(models, 'load', lambda name: load(
+      tiny_dir, progress=False))
+  monkeypatch.setattr(models, 'load_tokenizer', lambda name: None)
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(code.replace("'DIR'", repr(str(out))), names)
+  assert names['model'].peft_config['default'].r == 2

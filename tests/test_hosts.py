@@ -10,6 +10,7 @@ import threading
 import time
 
 import helpers
+import jax
 import pytest
 
 from mezo_jax import hosts
@@ -170,6 +171,21 @@ def test_a_port_that_somebody_else_has():
     port = server.getsockname()[1]
     with pytest.raises(InputError, match=f'cannot listen at port {port}'):
       hosts.join(f'127.0.0.1:{port}', 2, 0)
+
+
+@pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'cdua', 'cpu,foo'])
+def test_devices_that_are_not_there(platforms):
+  """In one sentence; each of these is another error of JAX."""
+  if platforms in ('cuda', 'tpu') and any(
+      d.platform != 'cpu' for d in jax.devices()):
+    pytest.skip('they are there')
+  found = subprocess.run(
+      [sys.executable, '-m', 'mezo_jax', 'export', 'nowhere', 'out'], text=True,
+      env=os.environ | {'JAX_PLATFORMS': platforms}, capture_output=True)
+  last = found.stderr.splitlines()[-1]
+  assert found.returncode == 1 and 'Traceback' not in found.stderr
+  assert last.startswith('python -m mezo_jax: JAX finds no device')
+  assert platforms in last
 
 
 @pytest.mark.parametrize('i,count', [(0, 2), (1, 2)])
