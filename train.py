@@ -133,7 +133,8 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
         config, tasks, params, mesh, say))
   secret = plan and privacy.secret(
       workdir, new=not (workdir / 'config.json').exists())
-  workdir_lib.check_inputs(workdir, config, weights, tasks.splits, secret)
+  workdir_lib.check_inputs(
+      workdir, config, weights, built, tasks.splits, secret)
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   others = place and replicas_lib.join(

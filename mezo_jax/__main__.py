@@ -10,7 +10,7 @@ import sys
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mezo_jax import planner, suite
+from mezo_jax import hosts, planner, suite
 from mezo_jax.errors import in_one_sentence
 from mezo_jax.export import export, rebuild
 
@@ -28,11 +28,15 @@ def main(argv=None) -> None:
                    help='LoRA added to the weights: a whole model')
   sub.add_argument('--log', action='store_true',
                    help='no weights but the steps that make them again')
+  sub.add_argument('--base', help='where the base model is now; default: where '
+                   'it was during the run')
   sub = commands.add_parser(
       'replay', help="the model that a log's steps make of the base model")
   sub.add_argument('--base', required=True, help='directory or hub id')
   sub.add_argument('--log', required=True, help='such as RUN/steps.log')
   sub.add_argument('--out', required=True, help='directory to make')
+  sub.add_argument('--adapter', help='directory of the adapter that the run '
+                   'began with, if it began with one')
   sub.add_argument('--until', type=int, help='the last step; default: all')
   sub.add_argument('--merged', action='store_true',
                    help='LoRA added to the weights: a whole model')
@@ -72,14 +76,16 @@ def run(options: argparse.Namespace) -> None:
   if options.command == 'plan':
     sys.exit(planner.main(options.config, options.topology, options.mesh,
                        options.tokens, options.rest))
+  if options.command in ('export', 'replay'):
+    hosts.check_devices()
   if options.command == 'export':
     found = export(options.workdir, options.directory, options.step,
-                   options.merged, options.log)
+                   options.merged, options.log, options.base)
     print(f'wrote {found}')
     return
   if options.command == 'replay':
     found = rebuild(options.base, options.log, options.out, options.until,
-                    options.merged)
+                    options.merged, adapter=options.adapter)
     print(f'wrote {found}')
     return
   table, failed = suite.run(

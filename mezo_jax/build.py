@@ -6,6 +6,8 @@ costs no waiting for weights. The functions that it calls serve others too.
 
 from collections.abc import Callable
 import os
+from pathlib import Path
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax import trainable as trainable_lib
 from mezo_jax.errors import InputError
+from mezo_jax.models import classifier
 from mezo_jax.tasks import head, score
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import batch_of, Encoded
@@ -119,6 +122,15 @@ def model_name(config: config_lib.Train) -> str | os.PathLike:
   return quickstart.model_path() if name == 'quickstart' else name
 
 
+def plain_name(config: config_lib.Train) -> str:
+  """Returns the model's name as others may see it: the id of a hub's model, or
+  the last part of a local path."""
+  name = config.model.name
+  local = Path(name).expanduser()
+  hub_id = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name)
+  return name if hub_id and not local.exists() else local.resolve().name
+
+
 def read_config(config: config_lib.Train) -> models.Config:
   return models.load_config(model_name(config), config.model.revision or None)
 
@@ -146,6 +158,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
         f'head that a task of kind {task.kind!r} needs; take a model that was '
         'saved with its head, or --config.task.kind=head with '
         'task.label_names.')
+  if task.traits.new_head:
+    _check_head(config, model_config)
   if not task.traits.new_head and task.masked == model_config.causal:
     raise InputError(
         f'the prompt {task.template!r} is for a '
@@ -255,6 +269,16 @@ def data_warnings(config: config_lib.Train,
       out.append(f'{again} of {len(read[name])} {name} rows have the prompt of '
                  'a train row, so results on them say little about new rows')
   return out
+
+
+def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
+  """Raises InputError for a classification head that could not be exported."""
+  classifier.check(model_config)
+  if methods.adapts(config) and not methods.part_of(config).added:
+    raise InputError(
+        f"a task of kind 'head' with peft.method {config.peft.method!r} has no "
+        'equal in PEFT and could not be exported: take '
+        "--config.peft.method=lora, or a task with label words.")
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:

@@ -1,12 +1,19 @@
 """Checkpoints of a run, kept by orbax: the newest, and the best on dev."""
 
 from collections.abc import Iterator, Sequence
+import contextlib
+import errno
 import functools
+import glob
+import logging
+import os
 from pathlib import Path
 import shutil
 import tempfile
 from typing import Any
 
+from etils import epath
+from etils.epath import gpath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
@@ -14,7 +21,26 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mezo_jax import fingerprint
-from mezo_jax.errors import first_line, InputError, MissingError
+from mezo_jax.errors import first_line, InputError, MissingError, of_the_disk
+
+
+@epath.register_path_cls
+class _Directory(gpath.PosixGPath):
+  """A directory whose name may have the characters of a pattern.
+
+  orbax searches directories by ``path.glob('...*')``, for which etils takes the
+  path itself as a pattern too.
+  """
+
+  def glob(self, pattern: str) -> Iterator['_Directory']:
+    for name in glob.glob(pattern, root_dir=os.fspath(self)):
+      yield self / name
+
+
+# orbax logs an error with its traceback in each thread that it passes, and
+# raises it all the same.
+logging.getLogger('absl').addFilter(lambda record: not (
+    record.levelno >= logging.ERROR and 'orbax' in record.pathname))
 
 
 class Damaged(InputError):
@@ -40,7 +66,7 @@ class Checkpoints:
     best = policies.BestN(
         n=1, get_metric_fn=order, keep_checkpoints_without_metrics=False)
     open_ = functools.partial(
-        ocp.training.Checkpointer, directory.absolute(),
+        ocp.training.Checkpointer, _Directory(directory.absolute()),
         cleanup_tmp_directories=clean,
         preservation_policy=policies.AnyPreservationPolicy(
             [policies.LatestN(keep), best]))
@@ -48,6 +74,7 @@ class Checkpoints:
     try:
       self._checkpointer = open_()
     except Exception as e:
+      _raise_of_the_disk(e, self._directory, _REFUSED | _FULL)
       damaged = [*_unreadable(self._directory)]
       if not damaged or not clean:
         raise Damaged(
@@ -73,9 +100,20 @@ class Checkpoints:
         lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
     told = {'state': fingerprint.of_weights(state), 'metrics': metrics,
             'leaves': fingerprint.of_leaves(state)}
-    self._checkpointer.save_async(
-        step, state, metrics=metrics, force=True, custom_metadata=told | {
-            'check': fingerprint.of(told)})
+    with self._writing():
+      self._checkpointer.save_async(
+          step, state, metrics=metrics, force=True, custom_metadata=told | {
+              'check': fingerprint.of(told)})
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Raises OSError for what the disk refuses, in whichever thread of orbax
+    that was."""
+    try:
+      yield
+    except Exception as e:
+      _raise_of_the_disk(e, self._directory)
+      raise
 
   def latest_step(self) -> int | None:
     latest = self._checkpointer.latest
@@ -124,6 +162,7 @@ class Checkpoints:
     try:
       state = self._checkpointer.load(step, like_data)
     except Exception as e:
+      _raise_of_the_disk(e, self._path(step), _REFUSED)
       # Of an earlier version nothing tells the one from the other.
       raise (self._damaged(step, e) if told else other) from e
     if told.get('state') not in (None, fingerprint.of_weights(jax.tree.map(
@@ -137,6 +176,7 @@ class Checkpoints:
       about = self._checkpointer.metadata(step)
       told = dict(about.custom_metadata or {})
     except Exception as e:
+      _raise_of_the_disk(e, self._path(step), _REFUSED)
       raise self._damaged(step, e) from e
     if told and (told.pop('check', '') != fingerprint.of(told)
                  or told.get('metrics') != about.metrics):
@@ -152,14 +192,22 @@ class Checkpoints:
         'train.py puts it aside and goes on without it.')
 
   def set_aside(self, step: int) -> Path:
-    """Moves a checkpoint out of the way; where to."""
+    """Moves a checkpoint out of the way and returns where to."""
     self.wait()
     to, = self._move([self._path(step)])
     self._checkpointer.reload()
     return to
 
+  def was_set_aside(self, step: int) -> bool:
+    """Returns whether a checkpoint of this step was set aside before."""
+    return (self._aside / str(step)).exists()
+
+  @property
+  def _aside(self) -> Path:
+    return self._directory.parent / 'damaged'
+
   def _move(self, paths: Sequence[Path]) -> list[Path]:
-    moved = [self._directory.parent / 'damaged' / path.name for path in paths]
+    moved = [self._aside / path.name for path in paths]
     _meet('looked')  # another process may still read them
     if jax.process_index() == 0:
       for path, to in zip(paths, moved):
@@ -170,10 +218,26 @@ class Checkpoints:
     return moved
 
   def wait(self) -> None:
-    self._checkpointer.wait()
+    with self._writing():
+      self._checkpointer.wait()
 
   def close(self) -> None:
-    self._checkpointer.close()
+    with self._writing():
+      self._checkpointer.close()
+
+
+# Errors that are no sign of a damaged checkpoint.
+_REFUSED = frozenset({errno.EACCES, errno.EPERM})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+def _raise_of_the_disk(e: Exception, path: Path,
+                       codes: frozenset[int] | None = None) -> None:
+  """Raises OSError if an exception of orbax means that the system refused to
+  read or write, with one of these codes."""
+  code = of_the_disk(e)
+  if code is not None and (codes is None or code in codes):
+    raise OSError(code, os.strerror(code), str(path)) from e
 
 
 def _meet(name: str) -> None:

@@ -219,10 +219,13 @@ class Train:
   max_rise: float = 10.0
 
 
-# Fields that may differ between the runs that share a working directory.
-_FREE = ('model.offload', 'steps', 'eval_every', 'checkpoint_every',
-         'keep_checkpoints', 'eval_batch_size', 'eval_batch_tokens', 'mesh',
-         'max_skipped', 'max_still', 'max_rise', 'trunk_memory')
+# Fields that may differ between the runs that share a working directory. A
+# model may have been moved: its files are compared instead of its name.
+_FREE = (
+    'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
+    'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
+    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_still', 'max_rise',
+    'trunk_memory')
 
 
 def bound(config: Train) -> dict:

@@ -7,12 +7,18 @@ keeps its traceback.
 from collections.abc import Iterator
 import contextlib
 import errno
+import os
+from pathlib import Path
+import re
 import sys
 
 _OF_THE_DISK = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
      errno.EFBIG, errno.EIO, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
      errno.ENAMETOOLONG})
+# Those of them whose text nothing else has.
+_IN_TEXT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+            errno.EIO)
 
 
 AGAIN = 75  # the exit status: EX_TEMPFAIL of sysexits.h, "try again"
@@ -39,9 +45,48 @@ class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 
 
+def local(path: str | os.PathLike) -> Path:
+  """Returns the local path that a user names; ``~`` is the home directory.
+
+  Raises:
+    InputError: for an address, or a name that not all libraries can open.
+  """
+  text = os.fspath(path)
+  if re.match(r'\w+:/', text):
+    raise InputError(f'{text} is an address; give a local directory or file.')
+  bad = [c for c in ('\\', '\0') if c in text]
+  if bad or text != text.encode('utf-8', 'replace').decode():
+    raise InputError(
+        f'{text!r} has a character that checkpoints cannot have in their path '
+        '(a backslash, or one that is not UTF-8): choose another name.')
+  return Path(text).expanduser()
+
+
 def first_line(error) -> str:
   """What an error of another library says, to be put into a sentence."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def of_the_disk(e: BaseException) -> int | None:
+  """Returns the number of the system's error if an exception comes from a disk
+  that is full, read-only, forbidden or broken, else None.
+
+  Libraries in C++ report such errors as text, so that is searched too.
+  """
+  seen, left = set(), [e]
+  while left:
+    e = left.pop()
+    if e is None or id(e) in seen:
+      continue
+    seen.add(id(e))
+    if isinstance(e, OSError) and e.errno in _OF_THE_DISK:
+      return e.errno
+    if not isinstance(e, InputError):
+      for code in _IN_TEXT:
+        if os.strerror(code) in str(e):
+          return code
+    left += [e.__cause__, *getattr(e, 'exceptions', ())]
+  return None
 
 
 @contextlib.contextmanager
@@ -56,8 +101,9 @@ def in_one_sentence(program: str) -> Iterator[None]:
     sys.exit(AGAIN)
   except InputError as e:
     sys.exit(f'{program}: {e}')
-  except OSError as e:
-    if e.errno not in _OF_THE_DISK:
+  except Exception as e:
+    code = of_the_disk(e)
+    if code is None:
       raise
-    where = f' {e.filename}' if e.filename else ''
-    sys.exit(f'{program}: the system refuses{where}: {e.strerror}.')
+    where = f' {e.filename}' if getattr(e, 'filename', None) else ''
+    sys.exit(f'{program}: the system refuses{where}: {os.strerror(code)}.')

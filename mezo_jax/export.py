@@ -27,47 +27,63 @@ from mezo_jax import (
 )
 from mezo_jax import config as config_lib
 from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import ExistsError, InputError, MissingError
+from mezo_jax.errors import InputError, local, MissingError
+from mezo_jax.models.save import check_new
 from mezo_jax.step import make_step
+
+_QUICKSTART = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # the file is made of it
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike,
-           step: int | None = None, merged: bool = False,
-           log: bool = False) -> Path:
+           step: int | None = None, merged: bool = False, log: bool = False,
+           base: str | os.PathLike | None = None,
+           say: Callable[[str], None] = print) -> Path:
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
   Args:
-    workdir: of a run of ``train.py``.
-    directory: to make; it must not hold anything yet.
-    step: of the checkpoint; None for the one that is best on dev rows, of a
-      private run the last.
-    merged: add LoRA to the weights and write a whole model.
-    log: write the steps and the card alone, 4 bytes a step and direction, from
+    workdir: The working directory of a run of ``train.py``.
+    directory: The directory to make. It must not hold anything yet.
+    step: The step of the checkpoint. Defaults to the one that is best on dev
+      rows, of a private run to the last.
+    merged: Adds LoRA to the weights and writes a whole model.
+    log: Writes the steps and the card alone, 4 bytes a step and direction, from
       which `rebuild` makes the weights.
+    base: Where the base model is now, a directory or a hub id. Defaults to
+      where it was during the run.
+    say: Reports what the user should know of the files.
 
   Returns:
-    The directory: ``transformers`` loads it, and `mezo_jax.models.load`. Of
-    LoRA, a prefix or a soft prompt the adapters alone: ``peft`` loads them on
-    the base model, and `mezo_jax.peft.load`.
+    The directory, which ``transformers`` and `mezo_jax.models.load` load. It
+    has the class for sequence classification if the run trained a
+    classification head. Of LoRA or a prefix it has the adapters alone:
+    ``peft`` loads them on the base model, and so does `mezo_jax.peft.load`.
 
   Raises:
     FileNotFoundError: if the run, or a checkpoint of that step, is not there.
     FileExistsError: if ``directory`` is not empty.
-    ValueError: if the run's config or the checkpoint cannot be read, or a
-      parameter is not finite.
+    ValueError: if the run's config or the checkpoint cannot be read, the base
+      model changed since the run began, or a parameter is not finite.
   """
-  workdir, directory = Path(workdir), Path(directory)
+  workdir, directory = local(workdir), local(directory)
   run = workdir_lib.read_config(workdir)
-  _check_new(directory)
-  # The run may still be at it: nothing of its directory is touched.
+  if base is not None:
+    run.model.name, run.model.revision = str(base), ''
+  check_new(directory)
+  # The run may not have ended yet, so nothing in its directory is changed.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   if log:
     step = _chosen(run, checkpoints) if step is None else step
     checkpoints.close()
     return share(workdir, directory, run, step)
-  _check_exportable(run, workdir, merged)
+  _check_merged(run, merged)
   whole = not (methods.part_of(run).pattern or run.peft.mask)
-  model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
+  try:
+    model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
+  except MissingError as e:
+    raise MissingError(
+        f'{e} If the base model was moved, --base says where it is.') from e
+  _check_base(run, model, tokenizer, None if whole else (shapes, frozen),
+              workdir_lib.read_inputs(workdir), workdir)
   opt_state = build.init_state(tx, shapes, mesh, abstract=True)
   if step is None:
     step = _chosen(run, checkpoints)
@@ -79,36 +95,40 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
-                step, workdir_lib.read_result(workdir), merged)
+                step, workdir_lib.read_result(workdir), merged, say)
 
 
 def rebuild(base: str | os.PathLike, log: str | os.PathLike,
             directory: str | os.PathLike, until: int | None = None,
-            merged: bool = False,
-            say: Callable[[str], None] = print) -> Path:
-  """Makes the steps of a log again, and writes the model that they give.
+            merged: bool = False, say: Callable[[str], None] = print,
+            adapter: str | os.PathLike | None = None) -> Path:
+  """Replays the steps of a log, and writes the model that they give.
 
   Neither data nor forward passes are needed, but the weights that the run began
   with.
 
   Args:
-    base: the model, a directory or a hub id.
-    log: of a run, or as `share` wrote it.
-    directory: to make; it must not hold anything yet.
-    until: the last step to make; None for all.
-    merged: add LoRA to the weights and write a whole model.
-    say: reports what is found.
+    base: The base model, a directory or a hub id.
+    log: The log of a run, or one that `share` wrote.
+    directory: The directory to make. It must not hold anything yet.
+    until: The last step to replay. Defaults to the last of the log.
+    merged: Adds LoRA to the weights and writes a whole model.
+    say: Reports what is found.
+    adapter: The directory of the adapter that the run began with, if it began
+      with one. Defaults to the one that the log names.
 
   Raises:
-    InputError: if the log is not a whole one, if ``base`` is not what the run
-      began with, or if more than the log is needed.
+    InputError: if the log is not whole, if ``base`` is not what the run began
+      with, or if more than the log is needed.
   """
-  log, directory = Path(log), Path(directory)
-  _check_new(directory)
+  log, directory = local(log), local(directory)
+  check_new(directory)
   recorded = replay.read(log)
   run = _config_of(log, recorded.header)
   run.model.name, run.model.revision = str(base), ''
-  _check_exportable(run, log, merged)
+  if adapter is not None:
+    run.peft.adapter = str(adapter)
+  _check_merged(run, merged)
   steps = recorded.steps
   if steps.first != 1:
     raise InputError(
@@ -126,13 +146,7 @@ def rebuild(base: str | os.PathLike, log: str | os.PathLike,
     say(f'warning: the last {recorded.damaged} bytes of {log} are damaged: it '
         f'is whole up to step {steps.last}.')
   model, tokenizer, params, frozen, tx, mesh = _parts(run)
-  found = fingerprint.of_weights(
-      peft.join(params, frozen), methods.made(run))
-  if found != recorded.header['weights']:
-    raise InputError(
-        f'{base} in {run.model.dtype} is not what the run of {log} began with '
-        f'({found}, not {recorded.header["weights"]}): give the model that its '
-        'model card names.')
+  _check_base(run, model, tokenizer, (params, frozen), recorded.header, log)
   steps, began = steps.until(until or steps.last), time.time()
   step = make_step(tx, None, mesh=mesh)
   params, state = step.flush(*replay.rebuild(
@@ -140,7 +154,7 @@ def rebuild(base: str | os.PathLike, log: str | os.PathLike,
   jax.block_until_ready(params)
   say(f'made {steps.last} steps again in {time.time() - began:.1f} s')
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
-                steps.last, {}, merged)
+                steps.last, {}, merged, say)
 
 
 def _config_of(log: Path, header: dict) -> config_lib.Train:
@@ -153,13 +167,38 @@ def _config_of(log: Path, header: dict) -> config_lib.Train:
                      f'version ({e}): it is not a log of train.py.') from e
 
 
+def _check_base(run: config_lib.Train, model, tokenizer, params,
+                recorded: dict, source: Path) -> None:
+  """Raises InputError if the base model is not the one that a run began with.
+
+  Args:
+    run: The config of the run, with the base model of now.
+    model: The base model of now.
+    tokenizer: Its tokenizer.
+    params: Two trees that together are its parameters, or None where nothing of
+      its weights is used.
+    recorded: What the run recorded of its inputs.
+    source: Where that was recorded.
+  """
+  now = workdir_lib.inputs_of(run, model.config, tokenizer)
+  if params is not None:
+    now['weights'] = fingerprint.of_weights(
+        peft.join(*params), methods.made(run))
+  what = workdir_lib.changed(recorded, now, run)
+  if what:
+    raise InputError(
+        f'{what} from what the run of {source} began with (in '
+        f'{run.model.dtype}): say with --base where that is.')
+
+
 def share(workdir: Path, directory: Path, run: config_lib.Train,
           step: int) -> Path:
   """Writes the log of a run up to ``step`` and a model card: all that there is
-  to share of a fine-tuned model with who has the base model.
+  to share of a fine-tuned model with anyone who has the base model. Neither has
+  losses or local paths.
 
   Raises:
-    InputError: if the log does not tell all.
+    InputError: if the log does not have all that is needed.
   """
   recorded = replay.read(workdir / workdir_lib.LOG)
   steps = recorded.steps.until(step)
@@ -170,29 +209,24 @@ def share(workdir: Path, directory: Path, run: config_lib.Train,
   header = dict(recorded.header)
   config = header['config']
   for data in (config['data'], *(a['data'] for a in config.get('also', ()))):
-    data.update(train='', test='')  # nobody else's business
+    data.update(train='', test='')
+  base = build.plain_name(run)
+  config['model'].update(name=base, revision='')
+  adapter = config.get('peft', {}).get('adapter')
+  if adapter:
+    config['peft']['adapter'] = local(adapter).resolve().name
   directory.mkdir(parents=True, exist_ok=True)
   replay.write_shared(directory / workdir_lib.LOG, header, steps)
+  more = ' --adapter ADAPTER' if adapter else ''
   (directory / 'README.md').write_text('\n'.join([
       card(run, step, workdir_lib.read_result(workdir)),
-      'This is no weights, but the steps that made them. With the base model:',
-      '', '```', f'python -m mezo_jax replay --base {run.model.name} --log '
-      f'{workdir_lib.LOG} --out DIR', '```', '']))
+      'These are not the weights, but the steps that made them. With the base '
+      'model:', '', '```', f'python -m mezo_jax replay --base {base} --log '
+      f'{workdir_lib.LOG}{more} --out DIR', '```', '']))
   return directory
 
 
-def _check_new(directory: Path) -> None:
-  if directory.exists() and any(directory.iterdir()):
-    raise ExistsError(
-        f'{directory} is there already and not empty; give another directory.')
-
-
-def _check_exportable(run: config_lib.Train, source: Path,
-                      merged: bool) -> None:
-  if run.task.traits.new_head:
-    raise InputError(
-        f'{source} trained a classification head, which a language model has '
-        'no place for; its checkpoints hold it, under `classifier`.')
+def _check_merged(run: config_lib.Train, merged: bool) -> None:
   if merged and not methods.part_of(run).added:
     raise InputError('only LoRA can be merged into the weights; leave --merged '
                      'out.')
@@ -204,8 +238,9 @@ def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints) -> int:
 
 
 def _parts(run: config_lib.Train, abstract: bool = False):
-  """``model, tokenizer, trained params, frozen, tx, mesh`` before training."""
-  run.model.offload = False  # what is written goes through here whole
+  """Returns ``model, tokenizer, trained params, frozen, tx, mesh`` as they were
+  before training."""
+  run.model.offload = False  # all that is written passes through here
   tokenizer, mesh = build.read_tokenizer(run), sharding.make_mesh()
   model, params = build.load(run, build.read_config(run), mesh, abstract)
   model, params = build.add(run, model, params, tokenizer, mesh)
@@ -215,21 +250,73 @@ def _parts(run: config_lib.Train, abstract: bool = False):
 
 
 def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
-           step: int, result: dict, merged: bool) -> Path:
-  """The files of a model, or of its adapters."""
+           step: int, result: dict, merged: bool,
+           say: Callable[[str], None]) -> Path:
+  """Writes the files of a model, or of its adapters."""
   about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  _check_finite(params, step)
   if methods.adapts(run) and not merged:
-    _check_finite(params, step)
-    return peft.save(directory, model, params, base=_base(run)[0], **about)
+    base = run.model.name
+    if run.model.name == 'quickstart':
+      base = _QUICKSTART
+    elif _is_gguf(run):
+      base = ''  # PEFT loads no GGUF files
+      say('note: PEFT cannot load the GGUF file that these adapters are of; '
+          f'{directory}/README.md has the lines that make a base of it.')
+    elif Path(base).expanduser().exists():
+      base = str(Path(base).expanduser().resolve())
+      say(f'note: {directory}/adapter_config.json names the base model by its '
+          f'path, {base}, for PEFT to find it. Put the id of a hub there '
+          'before you share the directory.')
+    about['card'] += _usage(run, model.config)
+    return peft.save(directory, model, params, base=base, **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)
   _check_finite(params, step)
-  models.save(directory, model, params, **about)
+  models.save(directory, model, params, labels=_labels(run), **about)
   generation = models.find(
       build.model_name(run), run.model.revision or None, weights=False
   ) / 'generation_config.json'
-  if generation.is_file() and jax.process_index() == 0:
+  if (generation.is_file() and jax.process_index() == 0
+      and not run.task.traits.new_head):
     shutil.copy(generation, directory)
   return directory
+
+
+def _labels(run: config_lib.Train) -> list[str]:
+  """Returns the names of a task's classes."""
+  task = run.task
+  if len(task.label_names) == task.num_classes:
+    return [*task.label_names]
+  return [word.strip() for word in task.label_words]
+
+
+def _is_gguf(run: config_lib.Train) -> bool:
+  return run.model.name.endswith('.gguf')
+
+
+def _usage(run: config_lib.Train, config: models.Config) -> str:
+  """Returns the Markdown of a card that says how PEFT loads these adapters."""
+  name, classes = build.plain_name(run), run.task.traits.new_head
+  if classes:
+    auto = 'AutoModelForSequenceClassification'
+  elif not config.head:
+    auto = 'AutoModel'
+  else:
+    auto = 'AutoModelForCausalLM' if config.causal else 'AutoModelForMaskedLM'
+  base = repr(name) if run.model.name != 'quickstart' else repr(_QUICKSTART)
+  lines = ['To load them:', '', '```python', 'import peft, transformers']
+  if _is_gguf(run):
+    lines += ['from mezo_jax import models',
+              f'models.save(\'base\', *models.load({name!r}),',
+              f'            tokenizer=models.load_tokenizer({name!r}))']
+    base = "'base'"
+  more = f', num_labels={run.task.num_classes}' if classes else ''
+  lines += [f'base = transformers.{auto}.from_pretrained({base}{more})']
+  if classes and config.causal:
+    lines += ["tokenizer = transformers.AutoTokenizer.from_pretrained('DIR')",
+              'base.config.pad_token_id = tokenizer.pad_token_id']
+  lines += ["model = peft.PeftModel.from_pretrained(base, 'DIR')", '```', '']
+  return '\n'.join(lines)
 
 
 def _check_finite(params: dict, step: int) -> None:
@@ -244,7 +331,7 @@ def _check_finite(params: dict, step: int) -> None:
 def card(run: config_lib.Train, step: int, result: dict) -> str:
   """README.md of an exported model: base model, method, result."""
   base, note = _base(run)
-  hub_id = base.count('/') == 1 and not Path(base).exists()
+  hub_id = base.count('/') == 1
   o, metric = run.optimizer, result.get('metric', run.task.main_metric)
   method, z = methods.method_of(run), run.spsa
   mezo, how = not method.backprop, method.words.format(optimizer=o.name)
@@ -252,7 +339,7 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
       'low_rank', 'lazy_low_rank', 'subzero') else z.distribution
   rows = ' (of rows of their own)' if z.over == 'rows' else ''
   settings = {
-      'data': run.data.train or run.task.hub,
+      'data': _data(run),
       'prompt': f'`{_cell(run.task.template)}`',
       **({'label words': ', '.join(
           f'`{_cell(w)}`' for w in run.task.label_words)} if (
@@ -290,17 +377,25 @@ def card(run: config_lib.Train, step: int, result: dict) -> str:
 
 
 def _base(run: config_lib.Train) -> tuple[str, str]:
-  """The base model's name, and a note on it."""
+  """Returns the base model's name without a local path, and a note on it."""
   if run.model.name == 'quickstart':
-    return ('HuggingFaceTB/SmolLM2-135M-Instruct',
-            ' (its weights as a Q4_1 GGUF file has them)')
-  return run.model.name, ''
+    return _QUICKSTART, ' (its weights as a Q4_1 GGUF file has them)'
+  return build.plain_name(run), ''
+
+
+def _data(run: config_lib.Train) -> str:
+  """Returns what a card says of the data: the id of a hub, or no name."""
+  train = run.data.train
+  if not train:
+    return run.task.hub
+  local_file = Path(train).suffix or Path(train).expanduser().exists()
+  return 'a local file' if local_file or train.count('/') > 1 else train
 
 
 def _trained(run: config_lib.Train) -> str:
   p = run.peft
   if p.adapter:
-    return f'{p.method}, from `{_cell(p.adapter)}`'
+    return f'{p.method}, from an adapter'
   what = methods.part_of(run).words.format(**{
       k: _cell(v) if isinstance(v, str) else v for k, v in vars(p).items()})
   return f'{what}: `{_cell(p.mask)}`' if p.mask else what

@@ -1,6 +1,7 @@
 """What weights and rows are: equal for equal ones, on any mesh."""
 
 from collections.abc import Iterable
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import sharding
+from mezo_jax import models, sharding
 from mezo_jax.tasks.encode import Encoded
 
 
@@ -39,6 +40,26 @@ def checksum(params) -> int:
 def of(values: dict) -> str:
   """32 hex digits of JSON values."""
   return _digest([json.dumps(values, sort_keys=True)])
+
+
+def of_model(config: models.Config) -> dict:
+  """Returns what a model computes with its weights: the fields of its config as
+  JSON values, so that two of different versions can be compared."""
+  fields = dataclasses.asdict(config)
+  fields.pop('source')
+  return json.loads(json.dumps(fields))
+
+
+def of_tokenizer(tokenizer) -> str:
+  """Returns 32 hex digits of a tokenizer's vocabulary and special tokens."""
+  special = sorted((name, str(token)) for name, token in
+                   tokenizer.special_tokens_map.items())
+  return _digest([sorted(tokenizer.get_vocab().items()), special])
+
+
+def of_files(*paths: Path) -> str:
+  """Returns 32 hex digits of the contents of files."""
+  return _digest(path.read_bytes() for path in paths)
 
 
 def of_code() -> str:

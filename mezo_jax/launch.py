@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mezo_jax import checks, fields, hosts, replicas
-from mezo_jax.errors import Again, in_one_sentence, InputError
+from mezo_jax.errors import Again, in_one_sentence, InputError, local
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None,
@@ -97,12 +97,14 @@ def _start(run: Callable, argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax is talkative
   file = config_flags.get_config_filename(flags.FLAGS['config'])
-  name = Path(file).stem
-  workdir = Path(_WORKDIR.value or f'runs/{name}')
+  with in_one_sentence('train.py'):
+    workdir = local(_WORKDIR.value or f'runs/{Path(file).stem}')
   told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or told != (None, None, None):
     with in_one_sentence('train.py'):
       hosts.join(*told)
+  with in_one_sentence('train.py'):
+    hosts.check_devices()
   with hosts.watch('train.py'), in_one_sentence('train.py'):
     checks.check(_CONFIG.value)
     checks.check_given(_CONFIG.value, fields.given(sys.argv))

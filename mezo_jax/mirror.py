@@ -27,10 +27,12 @@ import threading
 import time
 import zlib
 
+from mezo_jax import hosts
 from mezo_jax.errors import Again, first_line, InputError
 from mezo_jax.exchange import Entries, Exchange, open_entries
 
 RETRY = 1.0  # seconds
+UNKNOWN = 10.0  # seconds to wait for a name that no resolver knows
 _HEAD = struct.Struct('<BIIH')
 _HELLO, _HAVE, _ENTRY = range(3)
 
@@ -145,14 +147,23 @@ class Mirror:
             target=self._serve, args=(sock,), daemon=True).start()
 
   def _connect(self) -> None:
+    began = time.monotonic()
     while not self._ends.is_set():
       try:
         sock = socket.create_connection(self._address, 10.0)
-      except OSError as e:
+      except (OSError, UnicodeError) as e:
         host, port = self._address
         self._last = f'{host}:{port}: {first_line(e)}'
+        unknown = isinstance(e, (socket.gaierror, UnicodeError))
+        if unknown and time.monotonic() - began > UNKNOWN:
+          self._error = InputError(
+              f'--exchange: no host is known by the name {host!r} ({e}).')
+          with self.changed:
+            self.changed.notify_all()
+          return
       else:
         self._serve(sock)
+        began = time.monotonic()
       self._ends.wait(self._retry)
 
   def _serve(self, sock: socket.socket) -> None:
@@ -277,12 +288,10 @@ def over_sockets(address: str, directory: Path, run: str, replica: int,
     Again: if the others do not answer in time.
     InputError: if they run something else, or for an address that is none.
   """
-  host, _, port = address.rpartition(':')
-  if not host or not port.isdigit():
-    raise InputError(f'--exchange={address}: give HOST:PORT of replica 0.')
+  host, port = hosts.address('--exchange', address)
   entries = open_entries(Path(directory), run, replica, replicas, numbers)
   for e in entries:
     e.write()  # copies grow here
-  found = Mirror(entries, run, replica, (host.strip('[]'), int(port)), retry)
+  found = Mirror(entries, run, replica, (host, port), retry)
   found.begin(timeout)
   return Exchange(entries, replica, timeout, found)

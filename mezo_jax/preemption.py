@@ -1,4 +1,4 @@
-"""A run that is told to stop: SIGTERM, SIGHUP or Ctrl-C."""
+"""A run that is asked to stop by SIGTERM, SIGHUP or Ctrl-C."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -27,7 +27,8 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
       evaluated: then the process ends.
   """
   if jax.process_count() > 1:  # all processes must agree on the step
-    yield multihost_utils.reached_preemption_sync_point
+    with _as_sigterm():
+      yield multihost_utils.reached_preemption_sync_point
     return
   if threading.current_thread() is not threading.main_thread():
     yield lambda step: False  # signals are the main thread's
@@ -62,6 +63,29 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
     if log.records:
       signal.set_wakeup_fd(wakeup)
       os.close(tell)  # which ends the thread
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _as_sigterm() -> Iterator[None]:
+  """Treats SIGINT and SIGHUP as SIGTERM, which is all that JAX makes known to
+  the other processes. A second signal ends the process."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {}
+  def handle(number, frame):
+    del number, frame
+    for number in before:
+      signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+  for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+      before[number] = signal.signal(number, handle)
+  try:
+    yield
+  finally:
     for number, handler in before.items():
       signal.signal(number, handler)
 

@@ -11,7 +11,7 @@ from mezo_jax import config as config_lib
 from mezo_jax import exchange, fingerprint, mirror
 from mezo_jax._estimate import COMBINES
 from mezo_jax.data import Splits
-from mezo_jax.errors import InputError
+from mezo_jax.errors import InputError, local
 from mezo_jax.replay import Log
 
 
@@ -87,7 +87,6 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
   for part in (told, *told['also']):  # machines may have their own paths
     for field in ('train', 'test'):
       part['data'].pop(field)
-  told['model'].pop('name')
   run = fingerprint.of(dict(
       config=told, weights=weights, ends=ends, code=fingerprint.of_code(),
       rows=fingerprint.of_rows(*(s.train for s in splits))))
@@ -100,7 +99,7 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
         config.spsa.num_samples, place.timeout)
   else:
     found = exchange.over_files(
-        Path(place.through), run, *place.part, config.spsa.num_samples,
+        local(place.through), run, *place.part, config.spsa.num_samples,
         place.timeout)
   before = log.end
   found.catch_up(log, lambda step: folds and (

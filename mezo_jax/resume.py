@@ -76,7 +76,7 @@ def best(config: config_lib.Train, checkpoints: checkpoint.Checkpoints,
   or the last, which these are, where dev rows select none.
 
   Raises:
-    Stopped: if no step is any good.
+    Stopped: if no step is any good, or its checkpoint is damaged once more.
     Again: if its checkpoint is damaged: the log makes it again.
   """
   if not methods.selects(config):
@@ -94,6 +94,12 @@ def best(config: config_lib.Train, checkpoints: checkpoint.Checkpoints,
   try:
     return step, load(checkpoints, step, params, opt_state)[0]
   except checkpoint.Damaged as e:
+    before = checkpoints.was_set_aside(step)
     aside = checkpoints.set_aside(step)
     checkpoints.close()
+    if before:  # Running again would not help, and must not be asked for.
+      raise Stopped(
+          f'{e} It is now {aside}, as one of the same step was before: what is '
+          'written to this directory cannot be read. Check the disk, or choose '
+          'another --workdir.') from e
     raise Again(f'{e} It is now {aside}. Run the same command again.') from e

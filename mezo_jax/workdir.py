@@ -20,10 +20,12 @@ from mezo_jax import (
   guards,
   loggers,
   methods,
+  models,
+  peft,
   replay,
 )
 from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError, MissingError, Stopped
+from mezo_jax.errors import InputError, local, MissingError, Stopped
 from mezo_jax.step import field
 
 LOG = 'steps.log'
@@ -37,6 +39,7 @@ def alone(workdir: Path) -> Iterator[None]:
   Raises:
     InputError: if another run is at work there, or if it cannot be written to.
   """
+  local(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise InputError(f'{workdir} cannot be written to; give another --workdir.')
@@ -66,7 +69,14 @@ def check(config: config_lib.Train, workdir: Path) -> None:
   """
   config_file = workdir / 'config.json'
   if config_file.exists():
-    config_lib.check_same_run(config, loggers.read_json(config_file))
+    saved = loggers.read_json(config_file)
+    config_lib.check_same_run(config, saved)
+    name = saved.get('model', {}).get('name')
+    if name != config.model.name and 'weights' not in read_inputs(workdir):
+      raise InputError(
+          f'model.name was {name!r} and is now {config.model.name!r}, and '
+          f'{workdir} has no record of the weights by which to tell that they '
+          'are the same; choose another --workdir.')
   held = saved = checkpoint.latest_step(workdir / 'checkpoints')
   if (workdir / LOG).is_file():
     with contextlib.suppress(replay.Damaged):  # said when it is opened
@@ -82,33 +92,85 @@ def check(config: config_lib.Train, workdir: Path) -> None:
         'another --workdir.')
 
 
+def inputs_of(config: config_lib.Train, model: models.Config,
+              tokenizer) -> dict:
+  """Returns fingerprints of the files that a run begins with, its weights and
+  rows excepted.
+
+  Args:
+    config: The config of the run.
+    model: The model's, after `mezo_jax.build.add`.
+    tokenizer: The model's tokenizer.
+  """
+  found = {'model': fingerprint.of_model(model),
+           'tokenizer': fingerprint.of_tokenizer(tokenizer)}
+  if config.peft.adapter and methods.adapts(config):
+    found['adapter'] = fingerprint.of_files(
+        *peft.files_of(config.peft.adapter))
+  return found
+
+
+def changed(then: dict, now: dict, config: config_lib.Train) -> str:
+  """Returns what differs between two sets of inputs, as 'the weights of X
+  differ'; '' if nothing does. What one of them lacks, as of an earlier version,
+  is not compared."""
+  name = config.model.name
+  words = {
+      'weights': f'the weights of {name} differ',
+      'model': f'the config of {name} differs',
+      'tokenizer': f'the tokenizer of {name} differs',
+      'adapter': f'the adapter {config.peft.adapter} differs',
+      'rows': 'the rows, or their labels, differ'}
+  for key, what in words.items():
+    old, new = then.get(key), now.get(key)
+    if None in (old, new) or old == new:
+      continue
+    if key != 'model':
+      return what
+    fields = [f'{field} was {old[field]!r} and is now {value!r}'
+              for field, value in new.items()
+              if field in old and old[field] != value]
+    if fields:
+      return f'{what} ({"; ".join(fields)})'
+  return ''
+
+
+def read_inputs(workdir: Path) -> dict:
+  """Returns what a run recorded of its inputs; {} if it recorded nothing."""
+  file = workdir / 'inputs.json'
+  return loggers.read_json(file) if file.is_file() else {}
+
+
 def check_inputs(workdir: Path, config: config_lib.Train, weights: str,
-                 splits: Sequence[data.Splits], secret: bytes | None) -> None:
+                 built: build.Built, splits: Sequence[data.Splits],
+                 secret: bytes | None) -> None:
   """Notes what a run begins with; refuses to go on with something else.
 
   Args:
-    workdir: of the run.
-    config: of the run.
+    workdir: The directory of the run.
+    config: The config of the run.
     weights: `fingerprint.of_weights` before training.
-    splits: its rows, of each task.
-    secret: of a private run, whose rows must not be told.
+    built: What the run is made of.
+    splits: Its rows, of each task.
+    secret: The secret of a private run, whose rows must not become known.
 
   Raises:
-    InputError: if the weights or the rows have changed since.
+    InputError: if the model, the tokenizer, an adapter or the rows have changed
+      since.
   """
-  file = workdir / 'inputs.json'
-  now = dict(weights=weights, rows=fingerprint.of_rows(
-      *(rows for s in splits for rows in (s.train, s.dev, s.test)),
-      key=secret or b''))
-  then = loggers.read_json(file) if file.is_file() else {}
-  for name, what in (('weights', f'the weights of {config.model.name}'),
-                     ('rows', 'the rows, or their labels,')):
-    if then.get(name, now[name]) != now[name]:
-      raise InputError(
-          f'{what} are not those that the run in {workdir} began with: bring '
-          'those back, or choose another --workdir.')
-  if not then:
-    loggers.write_json(file, now)
+  now = inputs_of(config, built.model.config, built.tokenizer) | dict(
+      weights=weights, rows=fingerprint.of_rows(
+          *(rows for s in splits for rows in (s.train, s.dev, s.test)),
+          key=secret or b''))
+  then = read_inputs(workdir)
+  what = changed(then, now, config)
+  if what:
+    raise InputError(
+        f'{what} from what the run in {workdir} began with: bring that back '
+        '(--config.model.name says where the model is now), or choose another '
+        '--workdir.')
+  if now.keys() - then.keys():
+    loggers.write_json(workdir / 'inputs.json', now | then)
 
 
 def lost_best(workdir: Path, config: config_lib.Train, metric: str,
@@ -151,6 +213,8 @@ def open_log(workdir: Path, config: config_lib.Train, weights: str, opt_state,
     log, said = replay.open_log(workdir / LOG, {
         'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__,
         'device': jax.devices()[0].device_kind, 'weights': weights,
+        **{k: v for k, v in read_inputs(workdir).items() if k in (
+            'model', 'tokenizer', 'adapter')},
         'config': config_lib.to_json(config)}, numbers.size, start,
         compare=False)  # `resume` has compared what may not change
     if said:

@@ -46,16 +46,17 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # what a compiler makes of them (their memory, the bits of two), they are
 # compiled with little optimisation, by the quicker of XLA's code generators.
 _SMALL = tuple(f'test_{name}' for name in (
-    'arguments', 'backprop', 'baselines', 'bodies', 'build', 'common', 'data',
-    'distributed', 'estimate', 'evaluate', 'exchange', 'export', 'families',
-    'fields', 'files', 'flags', 'float16', 'generate', 'gguf', 'guards',
-    'hub', 'labels', 'layouts', 'lowrank', 'mazo', 'meshes', 'methods',
-    'mixture', 'model_arguments', 'models', 'modified', 'not_finite',
-    'objective', 'own_data', 'package', 'parts', 'paths', 'peft',
-    'peft_parity', 'pending', 'perturb', 'plan', 'preemption', 'private',
-    'properties', 'quantised', 'quzo', 'qzo', 'replay', 'replicas',
-    'reported', 'rows', 'scores', 'sharding', 'spsa', 'subspaces', 'suite',
-    'tokenizers', 'train', 'trainable', 'trunk', 'variants', 'wrappers'))
+    'arguments', 'backprop', 'baselines', 'bodies', 'build',
+    'classifier_files', 'common', 'data', 'disk', 'distributed', 'estimate',
+    'evaluate', 'exchange', 'export', 'families', 'fields', 'files', 'flags',
+    'float16', 'generate', 'gguf', 'guards', 'hub', 'labels', 'layouts',
+    'lowrank', 'mazo', 'meshes', 'methods', 'mixture', 'model_arguments',
+    'models', 'modified', 'not_finite', 'objective', 'own_data', 'package',
+    'parts', 'paths', 'peft', 'peft_fields', 'peft_parity', 'pending',
+    'perturb', 'plan', 'preemption', 'private', 'properties', 'quantised',
+    'quzo', 'qzo', 'replay', 'replicas', 'reported', 'rows', 'scores',
+    'sharding', 'spsa', 'subspaces', 'suite', 'tokenizers', 'train',
+    'trainable', 'trunk', 'variants', 'wrappers'))
 _AS_SHIPPED = (
     'test_directions_are_bitwise_equal_on_every_mesh',
     'test_directions_in_one_batch_share_each_product',

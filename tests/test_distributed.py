@@ -79,8 +79,8 @@ def test_a_process_that_is_killed_ends_the_other(workdirs):
   (said, status), _ = workdirs[2]
   assert status == AGAIN, said
   assert said.endswith(
-      'train.py: process 1 of 2 has ended; what it said tells why. Start all '
-      'of them again to resume.\n')
+      'train.py: process 1 of 2 exited (see its output). Restart all processes '
+      'to resume.\n')
   assert 'Traceback' not in said
 
 

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 
 import helpers
+import jax
 import pytest
 
 from mezo_jax import hosts
@@ -42,7 +44,8 @@ def started(body: str, count: int) -> list[subprocess.Popen]:
       | environment(i, count, port)) for i in range(count)]
   for p in processes:
     while (line := p.stdout.readline()) != 'there\n':
-      assert line.startswith('[Gloo]'), line + p.stdout.read()
+      assert line.startswith('[Gloo]') or ': waiting for ' in line, (
+          line + p.stdout.read())
   return processes
 
 
@@ -72,8 +75,8 @@ def test_a_process_that_dies_ends_the_others(dead):
     if i == dead:
       assert status == -signal.SIGKILL
       continue
-    text = (f'prog: process {dead} of 3 has ended; what it said tells why. '
-            'Start all of them again to resume.\n')
+    text = (f'prog: process {dead} of 3 exited (see its output). Restart all '
+            'processes to resume.\n')
     if dead:
       assert (said, status) == (text, AGAIN)
     else:  # JAX's own service has gone too, and it says and does what it will
@@ -84,7 +87,34 @@ def test_an_error_of_one_is_said_and_does_not_hang():
   (first, one), (second, two) = ended(started(
       "if i: raise InputError('no file x.')\n  time.sleep(600)", 2))
   assert (second, two) == ('prog: no file x.\n', 1)
-  assert 'process 1 of 2 has ended' in first and one == AGAIN
+  # A job must not requeue itself for what one of its processes cannot do.
+  assert (first, one) == (
+      'prog: process 1 of 2 failed (see its output).\n', 1)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):
+  processes = started('''
+  signal = __import__('signal')
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  from mezo_jax import preemption, replay
+  with preemption.watched(replay.Log(None, {}, replay.no_steps(1))) as wanted:
+    print('in the loop', flush=True)
+    for step in range(10000):
+      time.sleep(0.01 + i / 50)
+      if wanted(step):
+        print('saved', step)
+        break
+''', 2)
+  for p in processes:
+    while p.stdout.readline() != 'in the loop\n':
+      pass
+  processes[1].send_signal(number)
+  # JAX has a line of its own for a signal.
+  found = [(re.findall(r'(?m)^saved \d+$', said), status)
+           for said, status in ended(processes)]
+  assert found[0] == found[1] and len(found[0][0]) == 1, found
+  assert found[0][1] == 0
 
 
 def test_what_they_do_not_agree_on():
@@ -123,12 +153,71 @@ def test_what_they_do_not_agree_on():
     (dict(num_processes=2, process_id=0), '--coordinator must be given'),
     (dict(coordinator='a:1', num_processes=2, process_id=2), 'is 2 and must'),
     (dict(coordinator='a', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(coordinator='a:', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(coordinator=':1', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(coordinator='a:0', num_processes=2, process_id=0), '1 to 65535'),
+    (dict(coordinator='a:70000', num_processes=2, process_id=0), '1 to 65535'),
+    (dict(coordinator='a:-1', num_processes=2, process_id=0), '1 to 65535'),
+    (dict(coordinator='no-such-host.invalid:99', num_processes=2,
+          process_id=1), 'no host is known by the name'),
+    (dict(coordinator='a..b:99', num_processes=2, process_id=1),
+     'no host is known by the name'),
     (dict(), 'finds no other processes: .*--coordinator=HOST:PORT')])
-def test_what_cannot_be_joined(given, message, monkeypatch):
+def test_what_cannot_be_joined(given, message, monkeypatch, capfd):
+  monkeypatch.setattr(hosts, '_NAME', 0.5)
   for name in ('JAX_COORDINATOR_ADDRESS', 'MASTER_ADDR'):
     monkeypatch.delenv(name, raising=False)
   with pytest.raises(InputError, match=message):
     hosts.join(**given)
+  if 'known' in message:
+    assert 'waiting for ' in capfd.readouterr().err
+
+
+def test_a_port_that_somebody_else_has():
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(InputError, match=f'cannot listen at port {port}'):
+      hosts.join(f'127.0.0.1:{port}', 2, 0)
+
+
+@pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'cdua', 'cpu,foo'])
+def test_devices_that_are_not_there(platforms):
+  """In one sentence; each of these is another error of JAX."""
+  if platforms in ('cuda', 'tpu') and any(
+      d.platform != 'cpu' for d in jax.devices()):
+    pytest.skip('they are there')
+  found = subprocess.run(
+      [sys.executable, '-m', 'mezo_jax', 'export', 'nowhere', 'out'], text=True,
+      env=os.environ | {'JAX_PLATFORMS': platforms}, capture_output=True)
+  last = found.stderr.splitlines()[-1]
+  assert found.returncode == 1 and 'Traceback' not in found.stderr
+  assert last.startswith('python -m mezo_jax: JAX finds no device')
+  assert platforms in last
+
+
+@pytest.mark.parametrize('i,count', [(0, 2), (1, 2)])
+def test_others_that_do_not_come(i, count):
+  """It is said at once what is waited for, and the end is a sentence."""
+  port = helpers.free_port()
+  found = subprocess.run(
+      [sys.executable, '-c', 'from mezo_jax import hosts\n'
+       'hosts.JOIN, hosts._SAY = 2, 0.5\n'
+       f'hosts.join("127.0.0.1:{port}", {count}, {i})'], text=True,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True)
+  assert found.returncode == 1
+  first, *_, last = found.stderr.splitlines()
+  assert first.startswith(f'process {i} of {count}: waiting for ')
+  assert 'did not all come' in last and str(port) in last
+
+
+def test_processes_that_do_not_agree_on_their_number():
+  found = ended(started("""
+  from jax._src import distributed
+  import pathlib
+  distributed.global_state.num_processes += i
+  hosts.share(pathlib.Path('.'))""", 2))
+  assert all(status == 1 and 'differ in --num_processes' in said
+             for said, status in found), found
 
 
 @pytest.mark.parametrize('env', [
@@ -144,6 +233,7 @@ def test_what_the_environment_tells(env, monkeypatch):
   told = []
   monkeypatch.setattr(hosts.jax.distributed, 'initialize',
                       lambda *args, **kwargs: told.append(args))
+  monkeypatch.setattr(hosts, '_reach', lambda *args: None)
   hosts.join()
   hosts.join(process_id=1)
   assert told == [('h:7', 4, 3), ('h:7', 4, 1)]

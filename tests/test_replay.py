@@ -286,7 +286,7 @@ def test_a_log_is_shared_with_a_card(tiny_dir, reviews_file, tmp_path, capsys):
   assert {p.name for p in (tmp_path / 'shared').iterdir()} == {
       'README.md', 'steps.log'}
   card = (tmp_path / 'shared' / 'README.md').read_text()
-  assert f'python -m mezo_jax replay --base {tiny_dir} --log steps.log' in card
+  assert f'replay --base {tiny_dir.name} --log steps.log' in card
   log = tmp_path / 'shared' / 'steps.log'
   assert str(reviews_file).encode() not in log.read_bytes()
   main(['replay', f'--base={tiny_dir}', f'--log={log}',
@@ -312,7 +312,7 @@ def test_what_cannot_be_made_again_is_refused(
   train.run(config, run)
   log, out = run / 'steps.log', tmp_path / 'out'
   other = conftest.write_tiny_model(tmp_path / 'other', seed=1)
-  with pytest.raises(InputError, match='not what the run .* began with'):
+  with pytest.raises(InputError, match='differ from what the run'):
     rebuild(other, log, out)
   with pytest.raises(InputError, match='the steps 1 to 2, and --until is 3'):
     rebuild(tiny_dir, log, out, 3)
@@ -344,7 +344,7 @@ def test_inputs_that_changed_are_refused(tiny_dir, tmp_path, reviews_file):
   rows = [json.loads(line) for line in data.read_text().splitlines()]
   data.write_text('\n'.join(json.dumps(
       row | {'label': 1 - row['label']}) for row in rows))
-  with pytest.raises(InputError, match='the rows, or their labels, are not'):
+  with pytest.raises(InputError, match='the rows, or their labels, differ'):
     train.run(config, tmp_path / 'run')
   shutil.copy(reviews_file, data)
   found, params = models.load(model, progress=False)
@@ -352,7 +352,7 @@ def test_inputs_that_changed_are_refused(tiny_dir, tmp_path, reviews_file):
   shutil.rmtree(model)
   models.save(model, found, params, progress=False,
               tokenizer=models.load_tokenizer(tiny_dir))
-  with pytest.raises(InputError, match='the weights of .* are not those'):
+  with pytest.raises(InputError, match='the weights of .* differ'):
     train.run(config, tmp_path / 'run')
 
 
@@ -374,3 +374,9 @@ def test_the_best_step_is_made_again(tiny_dir, reviews_file, tmp_path, capsys):
   assert train.run(config, tmp_path)['final'] == first['final']
   assert runs.records(tmp_path) == before
   assert 'are made again from the log' in capsys.readouterr().out
+  for file in (kept / '4').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:-1])
+  # Running again did not help; a job that requeues itself must not go on.
+  with pytest.raises(Stopped, match='as one of the same step was') as e:
+    train.run(config, tmp_path)
+  assert not isinstance(e.value, Again)

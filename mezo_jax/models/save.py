@@ -1,12 +1,13 @@
 """Parameters to Hugging Face files: the inverse of `load`, from one table."""
 
+from collections.abc import Sequence
 import contextlib
 import json
 import os
 from pathlib import Path
 import shutil
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from mezo_jax._codes import is_codes
 from mezo_jax.errors import ExistsError
-from mezo_jax.models import hub
+from mezo_jax.models import classifier, hub
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import Transformer
 from mezo_jax.models.weights import EXPLICIT
@@ -26,13 +27,16 @@ _LAST = ('config.json', 'adapter_config.json')
 
 def save(directory: str | os.PathLike, model: Transformer, params, *,
          tokenizer=None, card: str | None = None,
-         max_shard_bytes: int = 2 * 2**30, progress: bool = True) -> Path:
+         labels: Sequence[str] = (), max_shard_bytes: int = 2 * 2**30,
+         progress: bool = True) -> Path:
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
 
   `mezo_jax.Codes` are written as the weights that they stand for.
   ``config.json`` is the one that the model was loaded with, with the dtype of
   ``params`` and, where it was missing or no longer fits, transformers' name of
-  the class. A model without its head is written as its base class has it.
+  the class. A model without its head is written as its base class has it; with
+  a classification head, ``params['classifier']``, as its class for sequence
+  classification, without the vocabulary's head.
   Tensors are gathered one at a time, those of a file are held by the host until
   it is written; the directory appears when all is written. On several hosts
   every process must call this, and the first one writes.
@@ -43,6 +47,8 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
     params: its parameters, in `load`'s layout, on any devices.
     tokenizer: to write beside it.
     card: the text of README.md.
+    labels: Names of the classes of a classification head. Defaults to LABEL_0,
+      LABEL_1, ..., as in transformers.
     max_shard_bytes: size of a file at most, but for a tensor larger than it.
     progress: whether to show a progress bar.
 
@@ -58,22 +64,55 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   if not config.source:
     raise ValueError('this config was not read from a config.json, which '
                      'belongs to the files; make it with models.read_config.')
-  rows = hub.table_of(config)
-  _check(params, hub.param_shapes(config))
+  classes = num_classes(params)
+  if classes:
+    rows = classifier.table(config, classes)
+    unused = {row.path for row in hub.head_of(config)}
+    params = unflatten_dict({
+        path: x for path, x in flatten_dict(params, sep='/').items()
+        if path not in unused}, sep='/')
+  else:
+    rows = hub.table_of(config)
+  _check(params, rows, config)
   with new_directory(directory) as (part, first):
     _write(part if first else None, rows, params, config, max_shard_bytes,
            progress, Path(directory).resolve().name)
     if first:
       dtype = str(params['embed']['embedding'].dtype)
       hf = {k: v for k, v in json.loads(config.source).items()
-            if k not in ('torch_dtype', EXPLICIT)} | {'dtype': dtype}
-      hf['architectures'] = _architectures(config, hf)
+            if k not in ('torch_dtype', '_name_or_path', EXPLICIT)}
+      hf['dtype'] = dtype
+      if classes:
+        names = list(labels) or [f'LABEL_{i}' for i in range(classes)]
+        hf, tokenizer = classifier.fields(hf, config, names, tokenizer)
+      else:
+        hf['architectures'] = _architectures(config, hf)
       (part / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
       if tokenizer is not None:
-        tokenizer.save_pretrained(part)
+        save_tokenizer(part, tokenizer)
       if card is not None:
         (part / 'README.md').write_text(card)
   return Path(directory).expanduser()
+
+
+def num_classes(params: dict) -> int:
+  """Returns the number of classes of the classification head, 0 for none."""
+  if 'classifier' not in params:
+    return 0
+  return params['classifier']['out']['kernel'].shape[-1]
+
+
+def save_tokenizer(part: Path, tokenizer) -> None:
+  """Writes a tokenizer without the local paths that it was loaded from."""
+  tokenizer.save_pretrained(part)
+  file = part / 'tokenizer_config.json'
+  if not file.is_file():
+    return
+  about = json.loads(file.read_text())
+  kept = {name: value for name, value in about.items() if not (
+      name.endswith(('_file', 'name_or_path')) and isinstance(value, str))}
+  if kept != about:
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + '\n')
 
 
 def _architectures(config, hf: dict) -> list[str]:
@@ -173,11 +212,13 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
     _name_files(part, files, total)
 
 
-def _check(params, shapes):
-  """One error for all leaves that are missing, unexpected or misshapen."""
-  flat = lambda tree: {path: tuple(x.shape) for path, x in flatten_dict(
-      tree, sep='/').items()}
-  have, want = flat(params), flat(shapes)
+def _check(params, rows: list[Row], config):
+  """Raises one error for all leaves that are missing, unexpected or misshapen.
+  """
+  have = {path: tuple(x.shape)
+          for path, x in flatten_dict(params, sep='/').items()}
+  layers = (config.num_layers,)
+  want = {row.path: (layers if row.stacked else ()) + row.shape for row in rows}
   problems = [
       f'{path} is {have.get(path, "missing")}, not {want.get(path, "expected")}'
       for path in sorted(have | want) if have.get(path) != want.get(path)]

@@ -7,11 +7,12 @@ are trained, for `mezo_jax.peft.split`.
 
 from mezo_jax.methods import PARTS
 from mezo_jax.peft import lora, prefix
-from mezo_jax.peft.files import describe, load, save
+from mezo_jax.peft.files import describe, files_of, load, save
 from mezo_jax.peft.layout import join_layers, split_layers, untie, untied
 from mezo_jax.peft.parts import factors, join, split
 
 TRAINED = {name: part.pattern for name, part in PARTS.items()}
 
-__all__ = ('TRAINED', 'describe', 'factors', 'join', 'join_layers', 'load',
-           'lora', 'prefix', 'save', 'split', 'split_layers', 'untie', 'untied')
+__all__ = ('TRAINED', 'describe', 'factors', 'files_of', 'join',
+           'join_layers', 'load', 'lora', 'prefix', 'save', 'split',
+           'split_layers', 'untie', 'untied')

@@ -6,30 +6,35 @@ values of a prefix, or a soft prompt.
 """
 
 import collections
+import dataclasses
 import json
-import math
 import os
 from pathlib import Path
-import re
 
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
 from mezo_jax.errors import InputError, MissingError
-from mezo_jax.models import hub
+from mezo_jax.models import classifier, hub
 from mezo_jax.models.layers import apply_rope, Config, rope_tables
-from mezo_jax.models.save import new_directory, on_host
+from mezo_jax.models.save import (
+  new_directory,
+  num_classes,
+  on_host,
+  save_tokenizer,
+)
 from mezo_jax.models.table import Row
 from mezo_jax.models.transformer import prefix_length, Transformer
-from mezo_jax.peft import lora
+from mezo_jax.peft import fields, lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
-_POSITIONS = 'prefix_positions'  # our own field
-_PLACES = ('zero', 'after', 'jump')
+# Modules of transformers' classes that the classification head is; 'score' of
+# causal models.
+_HEADS = {'bert': ['classifier', 'pooler'], 'roberta': ['classifier']}
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
@@ -58,7 +63,13 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     FileExistsError: if the directory is there and not empty.
     ValueError: for no adapters.
   """
-  c = model.config
+  c, classes = model.config, num_classes(params)
+  if classes:
+    classifier.check(c)
+    if 'prompt' in params or prefix_length(params):
+      raise InputError('a prefix or a prompt with a classification head has no '
+                       'equal in PEFT: only LoRA can be saved with one.')
+    c = dataclasses.replace(c, head=True)  # PEFT sees the class with a head
   if 'prompt' in params:
     rows = _host(params['prompt']['embedding'])
     tensors, about = {'prompt_embeddings': rows}, _virtual(
@@ -68,21 +79,43 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
     tensors, about = _prefix_tensors(model, params['layers']['attn'])
   else:
     tensors, about = _lora_tensors(c, params)
-  ours = _POSITIONS in about or (
-      about['peft_type'] != 'LORA' and not c.causal)
-  about |= {'base_model_name_or_path': str(base), 'inference_mode': True,
-            'task_type': 'MEZO_JAX' if ours else (
-                'CAUSAL_LM' if c.causal and c.head else None)}
+  about |= {'base_model_name_or_path': str(base) or None,
+            'inference_mode': True,
+            'task_type': _task_type(about, c, classes)}
+  if classes:
+    tensors |= _head_tensors(c, params, classes)
+    about['modules_to_save'] = _HEADS.get(c.family, ['score'])
   with new_directory(directory) as (part, first):
     if first:
       save_file(tensors, part / _FILE, {'format': 'pt'})
       (part / 'adapter_config.json').write_text(
           json.dumps(about, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
-        tokenizer.save_pretrained(part)
+        save_tokenizer(part, tokenizer)
       if card is not None:
         (part / 'README.md').write_text(card)
   return Path(directory).expanduser()
+
+
+def _task_type(about: dict, c: Config, classes: int) -> str | None:
+  """Returns the task for which PEFT applies an adapter as we do; one that PEFT
+  does not know, and refuses, where there is none."""
+  lora = about['peft_type'] == 'LORA'
+  if fields.POSITIONS in about or not (lora or c.causal):
+    return 'MEZO_JAX'
+  if classes:
+    return 'SEQ_CLS'
+  if c.causal and c.head:
+    return 'CAUSAL_LM'
+  # Without a task PEFT loads a prefix or a prompt and then ignores it.
+  return None if lora else 'FEATURE_EXTRACTION'
+
+
+def _head_tensors(c: Config, params: dict, classes: int) -> dict:
+  """Returns PEFT's tensors of a classification head."""
+  flat = flatten_dict(params, sep='/')
+  return {_TOP + row.name: np.ascontiguousarray(row.write(
+      _host(flat[row.path]))) for row in classifier.head(c, classes)}
 
 
 def _host(x) -> np.ndarray:
@@ -119,17 +152,33 @@ def load(directory: str | os.PathLike, model: Transformer):
   m, width = found.shape if found.ndim == 2 else (0, 0)
   of = {'prefix': 2 * c.num_layers * c.num_kv_heads * c.head_width,
         'prompt': c.embed_width or c.width}[kind]
-  if not m or width != of or about.get('prefix_projection'):
+  if not m or width != of:
     raise InputError(
         f'{directory} does not fit the model: prompt_embeddings are '
-        f'{found.shape}, not (tokens, {of}), or made by a projection.')
+        f'{found.shape}, not (tokens, {of}).')
+  _check_virtual(kind, about, c, m, directory)
   found = jnp.asarray(found, jnp.float32)
   if kind == 'prompt':
     return model, {'prompt': {'embedding': found}}, kind
   k, v = jnp.moveaxis(found.reshape(
       m, c.num_layers, 2, c.num_kv_heads, c.head_width), (1, 2), (1, 0))
-  return model.clone(prefix_positions=about.get(_POSITIONS, 'after')), {
+  return model.clone(prefix_positions=about.get(fields.POSITIONS, 'after')), {
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
+
+
+def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
+  """Returns the two files of an adapter.
+
+  Raises:
+    FileNotFoundError: if one is missing.
+  """
+  found = Path(directory) / 'adapter_config.json', Path(directory) / _FILE
+  for file in found:
+    if not file.is_file():
+      raise MissingError(
+          f'{directory} has no {file.name}: it is not a directory that PEFT '
+          'wrote with safetensors.')
+  return found
 
 
 def describe(directory: str | os.PathLike) -> tuple[str, dict]:
@@ -140,13 +189,9 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
     ValueError: for another kind of adapter, or a config that is not JSON.
   """
   directory = Path(directory)
-  for name in ('adapter_config.json', _FILE):
-    if not (directory / name).is_file():
-      raise MissingError(
-          f'{directory} has no {name}: it is not a directory that PEFT wrote '
-          'with safetensors.')
+  config_file, _ = files_of(directory)
   try:
-    about = json.loads((directory / 'adapter_config.json').read_text())
+    about = json.loads(config_file.read_text())
   except ValueError as e:
     raise InputError(f'{directory}/adapter_config.json cannot be read '
                      f'({e}).') from e
@@ -155,25 +200,8 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  alphas = about.get('alpha_pattern') or {}
-  number = lambda x: type(x) in (int, float) and math.isfinite(x)
-  for field, fits in (
-      ('lora_alpha', number(about.get('lora_alpha', 8))),
-      ('alpha_pattern', isinstance(alphas, dict) and all(
-          _is_expression(k) and number(v) for k, v in alphas.items())),
-      (_POSITIONS, about.get(_POSITIONS, 'after') in _PLACES)):
-    if not fits:
-      raise InputError(f'{directory}/adapter_config.json: {field} is '
-                       f'{about[field]!r}, which no version writes.')
+  fields.check(about, directory / 'adapter_config.json')
   return _KINDS[name], about
-
-
-def _is_expression(text: str) -> bool:
-  try:
-    re.compile(text)
-    return True
-  except re.error:
-    return False
 
 
 # --- prefixes ---------------------------------------------------------------
@@ -191,7 +219,7 @@ def _prefix_tensors(model: Transformer, attn: dict):
   if positions == 'zero' and c.rope:
     k, positions = _turned(c, k, m), 'after'  # M further on, as the tokens are
   both = np.stack([k, v])  # [2, L, M, K, H]
-  own = {} if positions == 'after' else {_POSITIONS: positions}
+  own = {} if positions == 'after' else {fields.POSITIONS: positions}
   return {'prompt_embeddings': np.ascontiguousarray(
       np.moveaxis(both, 2, 0).swapaxes(1, 2).reshape(m, -1))}, _virtual(
           'PREFIX_TUNING', c, m) | {
@@ -208,6 +236,27 @@ def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
   return np.stack([apply_rope(k[None], *rope_tables(
       (l and c.local_rope) or c.rope, c.head_width, at))[0]
                    for k, l in zip(k_LxMxKxH, local)])
+
+
+def _check_virtual(kind: str, about: dict, c: Config, m: int,
+                   directory) -> None:
+  """Raises InputError where PEFT would read a prefix or prompt otherwise."""
+  sizes = {'num_virtual_tokens': m}
+  if kind == 'prompt':
+    sizes['token_dim'] = c.embed_width or c.width
+  else:
+    sizes |= {'token_dim': c.num_kv_heads * c.head_width,
+              'num_attention_heads': c.num_kv_heads,
+              'num_layers': c.num_layers}
+  # PEFT reads the adapter for no other tasks; without one it ignores it.
+  tasks = ['CAUSAL_LM', 'MEZO_JAX'] if c.head else [
+      'FEATURE_EXTRACTION', 'MEZO_JAX', None]
+  for name, fits in (*((name, [size]) for name, size in sizes.items()),
+                     ('task_type', tasks)):
+    if name in about and about[name] not in fits:
+      raise InputError(
+          f'{directory}/adapter_config.json: {name} is {about[name]!r} and '
+          f'must be {" or ".join(map(repr, fits))} for this model.')
 
 
 # --- LoRA -------------------------------------------------------------------
@@ -304,23 +353,13 @@ def _short(name: str, modules: dict) -> str:
 
 def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
   """Our leaves of PEFT's tensors; layers without an adapter get zeros."""
-  if about.get('use_dora') or about.get('bias', 'none') != 'none':
-    raise InputError(f'{directory} has DoRA or trained biases, which are not '
-                     'supported.')
   left, out = dict(tensors), {}
   for name, rows in _modules(c).items():
     layers = range(c.num_layers if rows[0].stacked else 1)
     found = []
     for l in layers:
-      at = _TOP + name.format(l=l)
-      a, b = (left.pop(f'{at}.lora_{x}.weight', None) for x in 'AB')
-      if a is None or b is None:
-        found.append(None)
-        continue
-      if not (a.ndim == b.ndim == 2 and a.size):
-        raise InputError(f'{directory} does not fit the model: '
-                         f'{name.format(l=l)} has A {a.shape} and B {b.shape}.')
-      found.append((a, b, _scale(about, name.format(l=l), len(a))))
+      module = name.format(l=l)
+      found.append(_pair(about, left, module, directory))
     if not any(found):
       continue
     rank = max(len(x[0]) for x in found if x)
@@ -354,11 +393,41 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
   return unflatten_dict(out, sep='/')
 
 
+def _pair(about: dict, left: dict, module: str, directory):
+  """Takes a module's matrices out of the tensors that are left.
+
+  Returns:
+    ``(A, B, scale)``, or None where the module has no adapter.
+  """
+  a, b = (left.pop(f'{_TOP}{module}.lora_{x}.weight', None) for x in 'AB')
+  wanted = fields.targets(about, module)
+  if a is None and b is None:
+    if wanted and about.get('init_lora_weights') is False:
+      raise InputError(
+          f'{directory} has no tensors for {module}, which target_modules '
+          'names, and with init_lora_weights false PEFT would draw them at '
+          'random: name the modules that have an adapter.')
+    return None
+  if not wanted:
+    raise InputError(
+        f'{directory} has tensors for {module}, to which its fields '
+        'target_modules, exclude_modules, layers_to_transform and '
+        'layers_pattern give no adapter: PEFT would ignore them.')
+  if a is None or b is None:
+    raise InputError(f'{directory} has only one of the two matrices of '
+                     f'{module}.')
+  if not (a.ndim == b.ndim == 2 and a.size):
+    raise InputError(f'{directory} does not fit the model: {module} has A '
+                     f'{a.shape} and B {b.shape}.')
+  if len(a) != fields.rank(about, module):
+    raise InputError(
+        f'{directory} does not fit its adapter_config.json: by r and '
+        f'rank_pattern {module} has rank {fields.rank(about, module)}, and its '
+        f'matrices have {len(a)}.')
+  return a, b, _scale(about, module, len(a))
+
+
 def _scale(about: dict, module: str, rank: int) -> float:
-  """alpha / r, or alpha / sqrt(r), of a module."""
-  alpha = about.get('lora_alpha', 8)
-  for pattern, value in (about.get('alpha_pattern') or {}).items():
-    if re.match(rf'(.*\.)?({pattern})$', module):
-      alpha = value
-      break
-  return alpha / (rank ** 0.5 if about.get('use_rslora') else rank)
+  """Returns what PEFT multiplies the product of a module's matrices by."""
+  root = rank ** 0.5 if about.get('use_rslora') else rank
+  return fields.alpha(about, module) / root
