@@ -54,6 +54,9 @@ def test_a_directory_whose_name_is_a_pattern(tmp_path):
   with pytest.raises(InputError, match='as test.csv.*or name it train.csv'):
     data_lib.load_rows(str(tmp_path / 'run1'), split='train')
   assert data_lib.load_rows(tmp_path / 'run1' / 'test.csv')
+  (tmp_path / 'run1' / 'test.jsonl').write_text('{"text": "a"}\n')
+  with pytest.raises(InputError, match='has test.jsonl and test.csv: give'):
+    data_lib.load_rows(tmp_path / 'run1', split='test')
 
 
 def test_files_of_another_kind(tmp_path):
