@@ -6,7 +6,7 @@ import math
 import re
 
 from mezo_jax import config as config_lib
-from mezo_jax import fields, methods
+from mezo_jax import fields, methods, tasks
 from mezo_jax.errors import InputError
 from mezo_jax.rules import QUANTISED
 from mezo_jax.tasks import objective as objectives
@@ -185,6 +185,13 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
     config: As the command line has made it.
     given: The fields that the command line sets, from `fields.given`.
   """
+  task = config.task
+  if 'task.name' in given and task.name in tasks.TASKS and (
+      task.template != tasks.get(task.name).template):
+    raise InputError(
+        f'--config.task.name={task.name} gives this task a name and nothing '
+        'else; the task that is declared under it comes with a config file '
+        '(docs/tasks.md lists them).')
   for name in given:
     part = re.sub(r'^also\[(-?\d+)\]\.', '', name)
     own = config

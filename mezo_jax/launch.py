@@ -61,8 +61,9 @@ def _parse(configs: Path, argv: list[str]) -> list[str]:
     return rest
   except InputError as e:
     sys.exit(f'train.py: {e}')
-  except (IndexError, KeyError, OSError, TypeError) as e:
-    sys.exit(f'train.py: {fields.failure(e)}')
+  except Exception as e:
+    file = argv[1].partition('=')[2].partition(':')[0]
+    sys.exit(f'train.py: {fields.failure(e, file)}')
 
 
 def _config_first(configs: Path, argv: list[str]) -> list[str]:

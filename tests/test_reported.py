@@ -145,6 +145,14 @@ def test_a_function_returns_one_number(value):
         lambda p, e, number=number: number, ['a'], [{}]) == 2.0
 
 
+def test_a_function_that_fails_is_named_with_its_line():
+  def taste(predictions, examples):
+    return examples[0]['missing']
+  with pytest.raises(InputError, match="objective taste failed with KeyError: "
+                     r"'missing' \(.*test_reported.py, line \d+\)"):
+    objectives.value(taste, ['a'], [{}])
+
+
 @pytest.fixture
 def data(tmp_path):
   def write(rows, name='x.jsonl'):

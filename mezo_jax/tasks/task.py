@@ -387,19 +387,21 @@ def check(task: Task) -> None:
   kind = task.traits
   rules = [
       (bool(task.template),
-       'task.template is empty: give the prompt, with columns in braces, or '
-       'the name of a task that is declared'),
+       'task.template is empty: give the prompt, with columns in braces (a '
+       'task that is declared comes with a config file, --config=configs/...)'),
       (task.metric in ('', *METRICS),
        f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
       (not (kind.words or task.masked) or len(task.label_words) >= 2,
-       'task.label_words needs two or more'),
+       "task.label_words needs two or more, as in (' no', ' yes'), and is "
+       f'{tuple(task.label_words)}'),
       (task.label_is in ('', 'name', 'number'),
        f"task.label_is {task.label_is!r} is not one of 'name' and 'number'"),
       (not kind.classes or not task.label_names
        or len(task.label_names) == task.num_classes,
-       f'task.label_names has {len(task.label_names)} names and '
-       f'task.label_words {len(task.label_words)} words: give one of each for '
-       'each class'),
+       f'task.label_names {tuple(task.label_names)} has '
+       f'{len(task.label_names)} names and task.label_words '
+       f'{len(task.label_words)} words: give one of each for each class, as in '
+       "('no', 'yes')"),
       (len({str(n) for n in task.label_names}) == len(task.label_names),
        f'task.label_names {task.label_names} has a name twice'),
       (not kind.new_head or task.num_classes >= 2,
