@@ -120,9 +120,9 @@ def check(config: config_lib.Train) -> None:
        'optimizer.micro_batches must divide data.batch_size'),
       (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
           config.task, config_lib.objective(config)),
-       f'objective {config_lib.objective(config)!r} is of a whole batch, no '
-       "mean over rows: leave optimizer.micro_batches at 1 and spsa.over not "
-       "'rows'"),
+       f'objective {objectives.words(config_lib.objective(config))} is of a '
+       'whole batch, no mean over rows: leave optimizer.micro_batches at 1 and '
+       "spsa.over not 'rows'"),
       *((n >= 1 or n == -1 or d.k_shot > 0,
          f'data.num_{name} is {n} and must be at least 1, or -1 for a share of '
          'the rows')

@@ -1,6 +1,7 @@
 """The fields of a config: their names, their types, and how a command line
 sets them (``--config.FIELD=VALUE``)."""
 
+import collections
 import collections.abc
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -107,8 +108,10 @@ def given(argv: Sequence[str]) -> list[str]:
 
 
 def check_names(argv: Sequence[str]) -> None:
-  """Raises InputError for a field of the command line that does not exist, or
-  that holds other fields."""
+  """Raises InputError for a field of the command line that does not exist,
+  that holds other fields, or that is a tuple and given twice."""
+  times = collections.Counter(
+      match.group(1) for match in map(_FLAG.match, argv[1:]) if match)
   for path in given(argv):
     if f'--noconfig.{path}=' in ' '.join(argv):
       raise InputError(
@@ -128,6 +131,10 @@ def check_names(argv: Sequence[str]) -> None:
           f'--config.{path} has no value of its own: set one of its fields, '
           f'--config.{path}.{names[0]} for example; it has '
           f'{", ".join(names)}.')
+    # config_flags would join the two; of other fields the last one counts.
+    if times[path] > 1 and typing.get_origin(cls) is tuple:
+      raise InputError(
+          f'--config.{path} is given {times[path]} times: give it once.')
 
 
 def check_is_config(config) -> None:

@@ -185,7 +185,7 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
           built.tokenizer, say)
       found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
           built.model, splits.train, own.task, config_lib.objective(own),
-          built.tokenizer))
+          built.tokenizer, *([built.host] if built.host else ())))
     found = trunk.keep(
         own, found, directory / name if config.also else directory, say)
     ask = evaluate.make_evaluators(

@@ -117,6 +117,14 @@ def test_what_cannot_be_set(argument, message):
             'label_words' not in argument) else []), f'--config.{argument}']))
 
 
+def test_a_tuple_that_is_given_twice():
+  with pytest.raises(InputError, match='data.buckets is given 2 times'):
+    planner.read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
+                              '--config.data.buckets=16'])
+  twice = ['--config.steps=3', '--config.steps=4']
+  assert planner.read_config(OWN, twice).steps == 4
+
+
 def test_a_switch_that_is_given_a_value():
   with pytest.raises(InputError, match='--noconfig.zero_shot takes no value'):
     planner.read_config(OWN, ['--noconfig.zero_shot=1'])

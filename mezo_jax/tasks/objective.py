@@ -86,6 +86,11 @@ def name(function: Callable) -> str:
   return own if own.isidentifier() and not taken else 'objective'
 
 
+def words(objective: str | Callable) -> str:
+  """Returns the name of an objective for a message."""
+  return name(objective) if callable(objective) else repr(objective)
+
+
 def metric(task: Task, objective: str | Callable) -> str:
   """Returns the name of the number that stands for a result.
 

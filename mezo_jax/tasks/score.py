@@ -164,6 +164,32 @@ class _Written(NamedTuple):
     return text.partition(self.stop)[0].strip()
 
 
+class Host:
+  """Calls Python functions from within a step, as `jax.pure_callback` does.
+
+  An exception in such a call would leave the other devices of the step waiting
+  for this one. So the call returns NaN instead, and `check` raises the
+  exception.
+  """
+
+  def __init__(self):
+    self._error = None
+
+  def __call__(self, function: Callable, shape: jax.ShapeDtypeStruct, *args):
+    def call(*args):
+      try:
+        return function(*args)
+      except Exception as e:
+        self._error = self._error or e
+        return np.full(shape.shape, np.nan, shape.dtype)
+    return jax.pure_callback(call, shape, *args)
+
+  def check(self) -> None:
+    """Raises the first exception of a call, if there was one."""
+    if self._error:
+      raise self._error
+
+
 def make_loss_fn(model, data: Encoded, task: Task,
                  objective: str | Callable, tokenizer=None,
                  ask_host: Callable = jax.pure_callback):
