@@ -198,6 +198,13 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
     if part != name:
       also = config.also[int(re.findall(r'-?\d+', name)[0])]
       own = dataclasses.replace(config, task=also.task, data=also.data)
+    text = getattr(own.task, part.removeprefix('task.'), '')
+    if part.startswith('task.') and isinstance(text, str) and (
+        re.search(r'\\[nt]', text)):
+      raise InputError(
+          f'--config.{name} is {text!r}, with a backslash and a letter where a '
+          "line break or tab is probably meant: in bash write $'...\\n...', or "
+          'set it in a config file.')
     for needs, pattern, why in _unread(own):
       if needs and re.fullmatch(pattern, part):
         raise InputError(

@@ -263,6 +263,10 @@ def _json(path: Path) -> list[dict]:
               if line.strip()]
     except ValueError:
       rows = _rows_of_columns(text)
+      if rows is None and re.match(r'\s*\{\s*\n', text):
+        raise ValueError(
+            'its first object goes over several lines; write one object a '
+            'line, or all of them as a list, [...]') from None
       if rows is None:
         raise
   for number, row in enumerate(rows, 1):

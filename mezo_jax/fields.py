@@ -117,6 +117,10 @@ def check_names(argv: Sequence[str]) -> None:
       raise InputError(
           f'--noconfig.{path} takes no value: it sets a field to False. Write '
           f'--config.{path}=VALUE.')
+    if path.startswith('also.'):
+      raise InputError(
+          f'--config.{path} does not say which task: write '
+          f'--config.also[0].{path.removeprefix("also.")} for the first one.')
     cls = config_lib.Train
     for name in re.sub(r'\[-?\d+\]', '', path).split('.'):
       holds_fields = dataclasses.is_dataclass(cls)

@@ -20,8 +20,8 @@ def needs_label_words(config) -> list:
 def needs_derivative(config) -> list:
   name = objective.of(config.task, config.objective)
   return [(objective.differentiable(name),
-           f'objective {objective.words(name)} has no derivative: take a method '
-           'without backpropagation, or cross_entropy or lm')]
+           f'objective {objective.words(name)} has no derivative: take a '
+           'method without backpropagation, or cross_entropy or lm')]
 
 
 def needs_prompt(config) -> list:

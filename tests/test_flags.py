@@ -102,6 +102,7 @@ def get_config():
     ('objective.x=1', "no field 'objective.x'"),
     ('also[0].wieght=1', r"no field 'also\[0\].wieght'"),
     ('also[0].weight=1', r'a task, --config.also.N., that the config does not'),
+    ('also.weight=2', r'say which task: write --config.also\[0\].weight'),
     ('model=gpt2', 'set one of its fields, --config.model.name'),
     ('task.row=f', 'in a config file'), ('also=rte', 'in a config file'),
     ('steps=many', 'steps=many: invalid literal'),
@@ -123,6 +124,19 @@ def test_a_tuple_that_is_given_twice():
                               '--config.data.buckets=16'])
   twice = ['--config.steps=3', '--config.steps=4']
   assert planner.read_config(OWN, twice).steps == 4
+
+
+@pytest.mark.parametrize('changes', [
+    dict(task__template='{text}\\nIt was'), dict(task__calibration='It\\twas')])
+def test_a_backslash_where_a_line_break_is_meant(changes):
+  """A shell does not read it, as Python and the flags of tuples do."""
+  config = changed(_fine(), **changes)
+  name, = changes
+  with pytest.raises(InputError, match='with a backslash and a letter'):
+    checks.check_given(config, [name.replace('__', '.')])
+  checks.check_given(config, ['task.label_column'])
+  checks.check_given(changed(_fine(), task__template='{text}\nIt'),
+                     ['task.template'])
 
 
 def test_a_switch_that_is_given_a_value():
