@@ -172,7 +172,7 @@ def _text_of(path: Path) -> str:
 
 def _csv(path: Path) -> list[dict]:
   """Reads a csv file: a text with a comma, line break or quotation mark in it
-  stands in quotation marks, which are doubled within."""
+  is in quotation marks, which are doubled within."""
   return _table(_cells(_text_of(path), ','), ',')
 
 
@@ -520,7 +520,7 @@ def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
 
 def demonstrations(task: Task, pool: Sequence[dict], num: int,
                    count: int) -> list[str]:
-  """What stands before each of ``count`` prompts: ``num`` rows with answers.
+  """Returns the texts before ``count`` prompts: ``num`` rows with answers each.
 
   As in the paper's code each prompt has rows of its own: seeds
   ``RandomState(0).randint(0, 10000, count)``, and of each seed the first

@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
+    'coordinator', None, 'HOST:PORT of process 0, if nothing else reports it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
 _REPLICAS = flags.DEFINE_integer(
@@ -100,10 +100,10 @@ def _start(run: Callable, argv: list[str]) -> None:
   file = config_flags.get_config_filename(flags.FLAGS['config'])
   name = Path(file).stem
   workdir = Path(_WORKDIR.value or f'runs/{name}')
-  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or told != (None, None, None):
+  process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or process != (None, None, None):
     with in_one_sentence('train.py'):
-      hosts.join(*told)
+      hosts.join(*process)
   with hosts.watch('train.py'), in_one_sentence('train.py'):
     checks.check(_CONFIG.value)
     checks.check_given(_CONFIG.value, fields.given(sys.argv))

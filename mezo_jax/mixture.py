@@ -94,7 +94,7 @@ class Mixture:
       yield tokens, Of(batch, i), more
 
   def lengths(self, plan=None) -> list[str]:
-    """Of the programs that steps need."""
+    """Returns the lengths, by task, that a step is compiled for."""
     return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
             for part in self.parts
             for length in feed.lengths(part.config, part.built.splits, plan)]

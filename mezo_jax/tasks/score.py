@@ -42,7 +42,7 @@ _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
 def apply(model, params, batch: dict) -> Callable:
-  """`models.apply` to a batch's tokens, to be told what is wanted of them."""
+  """Returns `models.apply` of a batch's tokens, without its other arguments."""
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
       models.apply, model, params, batch['input_ids'],
@@ -106,7 +106,7 @@ def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
 
 
 class _Written(NamedTuple):
-  """What tokens read as where a text goes on, and which of them end it."""
+  """Reads tokens as a text that goes on, and knows which of them end it."""
 
   tokenizer: Any
   stop: str

@@ -1,4 +1,4 @@
-r"""What a task is: how a row of data reads, and what its answers are.
+r"""Declares tasks: how a row of data reads, and what its answers are.
 
 A row, a dict of columns, becomes a prompt and
 
@@ -10,7 +10,7 @@ A row, a dict of columns, becomes a prompt and
 
 A prompt with ``{mask}`` in it is one for a masked language model, which reads
 the label words there. The declarations of the papers' tasks are in `opt`,
-`roberta` and `glue` beside this file.
+`roberta` and `glue` next to this file.
 """
 
 import ast
@@ -38,7 +38,7 @@ _LONGEST = 1_000_000  # characters of a text: seconds to make tokens of
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What the tasks of one kind have in common."""
+  """Holds what the tasks of one kind have in common."""
 
   metrics: tuple[str, ...]  # that fit; the first is the default
   objective: str  # that is trained by default
@@ -303,7 +303,8 @@ class Task:
   def gold_text(self, row: dict) -> str:
     """The right answer as it follows the prompt."""
     if self.traits.generates:
-      return f' {self.references(row)[0]}{self.stop}'
+      text = self.references(row)[0]
+      return f' {text.strip() if self.strip else text}{self.stop}'
     return self.candidates(row)[self.golds(row)[0]]
 
   def _choices(self, row: dict) -> list[str]:
@@ -383,14 +384,16 @@ def check(task: Task) -> None:
   """Raises ValueError, in one sentence, for a task that cannot work."""
   if task.kind not in KINDS:
     raise InputError(
-        f'config: task.kind {task.kind!r} is none of {", ".join(KINDS)}.')
+        f'config: task.kind {task.kind!r} is not one of '
+        f'{", ".join(KINDS)}.')
   kind = task.traits
   rules = [
       (bool(task.template),
        'task.template is empty: give the prompt, with columns in braces (a '
        'task that is declared comes with a config file, --config=configs/...)'),
       (task.metric in ('', *METRICS),
-       f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
+       f'task.metric {task.metric!r} is not one of '
+       f'{", ".join(METRICS)}'),
       (not (kind.words or task.masked) or len(task.label_words) >= 2,
        "task.label_words needs two or more, as in (' no', ' yes'), and is "
        f'{tuple(task.label_words)}'),
