@@ -164,7 +164,7 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
       params, opt_state = loop(
           config, (params, opt_state), step_fn, tasks.frozen, batches, ask.dev,
           metric, checkpoints, metrics, log, progress, start, plan, stop_wanted,
-          others)
+          others, built.host)
     if others:
       others.close()
   finally:
@@ -199,7 +199,8 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
 
 
 def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
-         checkpoints, metrics, log, progress, start, plan, stop_wanted, others):
+         checkpoints, metrics, log, progress, start, plan, stop_wanted, others,
+         host):
   """The training loop. The host reads step n-1 while the device does n; steps
   of an earlier process, which the log has, are made again without losses. A
   replica waits in each step for what the others found."""
@@ -208,6 +209,7 @@ def loop(config, state, step_fn, frozen_of, batches, evaluate_dev, metric,
 
   def read(step, tokens, values):
     values = jax.device_get(values)
+    host.check()
     if plan:  # of private rows the losses are not told
       values['loss'] = np.nan
     progress.read(step, tokens, values)

@@ -49,6 +49,7 @@ class Built(NamedTuple):
   loss_fn: Callable | None = None  # value_fn(params, batch) of all parameters
   tx: optax.GradientTransformationExtraArgs | None = None
   opt_state: Any = None
+  host: score.Host | None = None  # that loss_fn calls Python functions through
 
 
 def build(config: config_lib.Train, *, abstract: bool = False,
@@ -82,13 +83,14 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   if not methods.method_of(config).steps:
     return Built(mesh, tokenizer, splits, model, params, {})
   params, frozen = trainable_lib.split(config, params)
+  host = score.Host()
   loss_fn = score.make_loss_fn(
       model, splits.train, config.task, config_lib.objective(config), tokenizer,
-      *([_host_is_silent] if abstract else ()))
+      _host_is_silent if abstract else host)
   tx = optimizer.make_optimizer(
       config, params, privacy_plan(config, splits, mesh))
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
-               init_state(tx, params, mesh))
+               init_state(tx, params, mesh), host)
 
 
 def _host_is_silent(fn, shape, found, *args):

@@ -6,7 +6,7 @@ import math
 import re
 
 from mezo_jax import config as config_lib
-from mezo_jax import fields, methods
+from mezo_jax import fields, methods, tasks
 from mezo_jax.errors import InputError
 from mezo_jax.rules import QUANTISED
 from mezo_jax.tasks import objective as objectives
@@ -120,9 +120,9 @@ def check(config: config_lib.Train) -> None:
        'optimizer.micro_batches must divide data.batch_size'),
       (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
           config.task, config_lib.objective(config)),
-       f'objective {config_lib.objective(config)!r} is of a whole batch, no '
-       "mean over rows: leave optimizer.micro_batches at 1 and spsa.over not "
-       "'rows'"),
+       f'objective {objectives.words(config_lib.objective(config))} is of a '
+       'whole batch, no mean over rows: leave optimizer.micro_batches at 1 and '
+       "spsa.over not 'rows'"),
       *((n >= 1 or n == -1 or d.k_shot > 0,
          f'data.num_{name} is {n} and must be at least 1, or -1 for a share of '
          'the rows')
@@ -185,12 +185,26 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
     config: As the command line has made it.
     given: The fields that the command line sets, from `fields.given`.
   """
+  task = config.task
+  if 'task.name' in given and task.name in tasks.TASKS and (
+      task.template != tasks.get(task.name).template):
+    raise InputError(
+        f'--config.task.name={task.name} gives this task a name and nothing '
+        'else; the task that is declared under it comes with a config file '
+        '(docs/tasks.md lists them).')
   for name in given:
     part = re.sub(r'^also\[(-?\d+)\]\.', '', name)
     own = config
     if part != name:
       also = config.also[int(re.findall(r'-?\d+', name)[0])]
       own = dataclasses.replace(config, task=also.task, data=also.data)
+    text = getattr(own.task, part.removeprefix('task.'), '')
+    if part.startswith('task.') and isinstance(text, str) and (
+        re.search(r'\\[nt]', text)):
+      raise InputError(
+          f'--config.{name} is {text!r}, with a backslash and a letter where a '
+          "line break or tab is probably meant: in bash write $'...\\n...', or "
+          'set it in a config file.')
     for needs, pattern, why in _unread(own):
       if needs and re.fullmatch(pattern, part):
         raise InputError(

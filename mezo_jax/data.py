@@ -52,7 +52,11 @@ def load_rows(
   if path.is_dir() and not subset:  # it may have a file of the split's name
     named = [path / f'{split}{suffix}' for suffix in _READERS]
     found = [file for file in named if file.is_file()]
-    if len(found) == 1:
+    if len(found) > 1:
+      raise InputError(
+          f'the directory {path} has {" and ".join(f.name for f in found)}: '
+          'give the one to read.')
+    if found:
       path, = found
       read = _READERS[path.suffix]
   if path.is_file():
@@ -168,7 +172,7 @@ def _text_of(path: Path) -> str:
 
 def _csv(path: Path) -> list[dict]:
   """Reads a csv file: a text with a comma, line break or quotation mark in it
-  stands in quotation marks, which are doubled within."""
+  is in quotation marks, which are doubled within."""
   return _table(_cells(_text_of(path), ','), ',')
 
 
@@ -259,6 +263,10 @@ def _json(path: Path) -> list[dict]:
               if line.strip()]
     except ValueError:
       rows = _rows_of_columns(text)
+      if rows is None and re.match(r'\s*\{\s*\n', text):
+        raise ValueError(
+            'its first object goes over several lines; write one object a '
+            'line, or all of them as a list, [...]') from None
       if rows is None:
         raise
   for number, row in enumerate(rows, 1):
@@ -365,7 +373,8 @@ def _check_enough(rows: int, num_train: int, num_dev: int,
   total = sum(wanted.values())
   if total <= rows:
     return
-  # What each could be if the others stay; only some can make up for it alone.
+  # The most that each could be if the others stay as they are. Some are not
+  # large enough to make up for it alone.
   least = {name: rows - (total - n) for name, n in wanted.items()}
   alone = [f'--config.data.{name} to {n}' for name, n in least.items() if n > 0]
   numbers = ', '.join(f'{name} {n}' for name, n in reversed(wanted.items()))
@@ -413,7 +422,7 @@ def share_out(rows: int, num_train: int, num_dev: int,
           f'the data have {rows} row{"s" if rows != 1 else ""}, which is too '
           f'few for one each of {", ".join(shared)}: give more rows.')
     raise InputError(
-        f'the data have {rows} rows, which leaves none for {what} beside '
+        f'the data have {rows} rows, which leaves none for {what} next to '
         + ' and '.join(f'data.num_{name} {n}' for name, n in given.items())
         + '; lower ' + ' or '.join(f'--config.data.num_{name}'
                                    for name in given) + '.')
@@ -511,7 +520,7 @@ def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
 
 def demonstrations(task: Task, pool: Sequence[dict], num: int,
                    count: int) -> list[str]:
-  """What stands before each of ``count`` prompts: ``num`` rows with answers.
+  """Returns the texts before ``count`` prompts: ``num`` rows with answers each.
 
   As in the paper's code each prompt has rows of its own: seeds
   ``RandomState(0).randint(0, 10000, count)``, and of each seed the first

@@ -1,4 +1,4 @@
-"""What a model answers, and how right it is."""
+"""Evaluates what a model answers: metrics, losses and calibration."""
 
 from collections.abc import Callable
 import functools
@@ -302,7 +302,7 @@ def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
 
 
 def sizes_of(config, splits: data_lib.Splits) -> dict[str, Sizes]:
-  """Of the batches of each split in which a run evaluates."""
+  """Returns the sizes of the evaluation batches of each split."""
   return {name: Sizes(buckets, config.eval_batch_size, config.eval_batch_tokens)
           for name, buckets in splits.buckets.items()}
 
@@ -384,8 +384,8 @@ def _lost(finite: np.ndarray) -> dict:
 
 
 def is_finite(report: dict) -> bool:
-  """Whether a report says how good a model is: with scores that are not finite
-  for some rows it does not, and is never the best."""
+  """Returns whether all scores and numbers of a report are finite. If not, it
+  does not show how good a model is, and its step is never the best."""
   return 'not_finite' not in report and all(
       np.isfinite(v) for v in report.values())
 

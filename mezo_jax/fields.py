@@ -1,12 +1,15 @@
 """The fields of a config: their names, their types, and how a command line
 sets them (``--config.FIELD=VALUE``)."""
 
+import collections
 import collections.abc
 from collections.abc import Iterator, Sequence
 import dataclasses
 import difflib
 import numbers
+import os
 import re
+import traceback
 import types
 import typing
 
@@ -19,7 +22,7 @@ from mezo_jax.errors import InputError
 from mezo_jax.tasks import task as task_lib
 
 _WHERE = 'The fields of a config and their types are in mezo_jax/config.py.'
-_FLAG = re.compile(r'--?(?:no)?config\.([^=]+)')
+_FLAG = re.compile(r'--?(?:no)?config\.([^=]*)')
 
 
 # --- names ------------------------------------------------------------------
@@ -61,12 +64,24 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
   return f'config has no field {path!r}. {_WHERE}'
 
 
-def failure(error: Exception) -> str:
-  """Returns a sentence about a config that did not load."""
-  if isinstance(error, IndexError):
+def failure(error: Exception, file: str = '') -> str:
+  """Returns a sentence about a config that did not load.
+
+  Args:
+    error: What was raised.
+    file: The config's file; what fails there for reasons of its own is reported
+      with its line.
+  """
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if file and os.path.abspath(frame.filename) == os.path.abspath(file)]
+  if isinstance(error, IndexError) and not lines:
     return ('the command line changes a task, --config.also[N], that the '
             f'config does not have. {_WHERE}')
-  message = ' '.join(str(error.args[-1]).split())
+  # A config's file raises KeyError for a variant that it does not have.
+  expected = isinstance(error, KeyError | OSError | flags.Error) or (
+      isinstance(error, TypeError) and not lines)
+  text = str(error.args[-1] if expected and error.args else error)
+  message = ' '.join(text.split())
   found = re.search(
       r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'",
       message)
@@ -75,7 +90,15 @@ def failure(error: Exception) -> str:
           config_lib.Train).items() if dataclasses.is_dataclass(hint)}
   if found and found.group(1) in groups:
     return unknown(groups[found.group(1)] + found.group(2))
-  return f'{message}. {_WHERE}'
+  if 'Traceback' in text:  # config_flags writes one into some errors
+    at = re.findall(rf'"{re.escape(file)}", line (\d+)', text)
+    text = text.strip().splitlines()[-1]
+    return f'the config {file}{", line " + at[-1] if at else ""} failed: {text}'
+  if expected:
+    return f'{message}. {_WHERE}'
+  at = f', line {lines[-1]}' if lines else ''
+  return (f'the config {file}{at} failed with {type(error).__name__}: '
+          f'{message}.')
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -85,9 +108,19 @@ def given(argv: Sequence[str]) -> list[str]:
 
 
 def check_names(argv: Sequence[str]) -> None:
-  """Raises InputError for a field of the command line that does not exist, or
-  that holds other fields."""
+  """Raises InputError for a field of the command line that does not exist,
+  that holds other fields, or that is a tuple and given twice."""
+  times = collections.Counter(
+      match.group(1) for match in map(_FLAG.match, argv[1:]) if match)
   for path in given(argv):
+    if f'--noconfig.{path}=' in ' '.join(argv):
+      raise InputError(
+          f'--noconfig.{path} takes no value: it sets a field to False. Write '
+          f'--config.{path}=VALUE.')
+    if path.startswith('also.'):
+      raise InputError(
+          f'--config.{path} does not say which task: write '
+          f'--config.also[0].{path.removeprefix("also.")} for the first one.')
     cls = config_lib.Train
     for name in re.sub(r'\[-?\d+\]', '', path).split('.'):
       holds_fields = dataclasses.is_dataclass(cls)
@@ -102,6 +135,10 @@ def check_names(argv: Sequence[str]) -> None:
           f'--config.{path} has no value of its own: set one of its fields, '
           f'--config.{path}.{names[0]} for example; it has '
           f'{", ".join(names)}.')
+    # config_flags would join the two; of other fields the last one counts.
+    if times[path] > 1 and typing.get_origin(cls) is tuple:
+      raise InputError(
+          f'--config.{path} is given {times[path]} times: give it once.')
 
 
 def check_is_config(config) -> None:

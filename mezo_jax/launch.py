@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Run on several hosts: start this on every one.')
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where nothing else tells it.')
+    'coordinator', None, 'HOST:PORT of process 0, if nothing else reports it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
 _REPLICAS = flags.DEFINE_integer(
@@ -61,8 +61,9 @@ def _parse(configs: Path, argv: list[str]) -> list[str]:
     return rest
   except InputError as e:
     sys.exit(f'train.py: {e}')
-  except (IndexError, KeyError, OSError, TypeError) as e:
-    sys.exit(f'train.py: {fields.failure(e)}')
+  except Exception as e:
+    file = argv[1].partition('=')[2].partition(':')[0]
+    sys.exit(f'train.py: {fields.failure(e, file)}')
 
 
 def _config_first(configs: Path, argv: list[str]) -> list[str]:
@@ -99,10 +100,10 @@ def _start(run: Callable, argv: list[str]) -> None:
   file = config_flags.get_config_filename(flags.FLAGS['config'])
   with in_one_sentence('train.py'):
     workdir = local(_WORKDIR.value or f'runs/{Path(file).stem}')
-  told = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or told != (None, None, None):
+  process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or process != (None, None, None):
     with in_one_sentence('train.py'):
-      hosts.join(*told)
+      hosts.join(*process)
   with in_one_sentence('train.py'):
     hosts.check_devices()
   with hosts.watch('train.py'), in_one_sentence('train.py'):

@@ -94,7 +94,7 @@ class Mixture:
       yield tokens, Of(batch, i), more
 
   def lengths(self, plan=None) -> list[str]:
-    """Of the programs that steps need."""
+    """Returns the lengths, by task, that a step is compiled for."""
     return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
             for part in self.parts
             for length in feed.lengths(part.config, part.built.splits, plan)]
@@ -185,7 +185,7 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
           built.tokenizer, say)
       found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
           built.model, splits.train, own.task, config_lib.objective(own),
-          built.tokenizer))
+          built.tokenizer, *([built.host] if built.host else ())))
     found = trunk.keep(
         own, found, directory / name if config.also else directory, say)
     ask = evaluate.make_evaluators(

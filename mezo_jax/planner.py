@@ -159,8 +159,10 @@ def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
     values(argv)
     fields.check_is_config(values.config)
     return values.config
-  except (IndexError, KeyError, OSError, TypeError, flags.Error) as e:
-    raise InputError(fields.failure(e)) from e
+  except InputError:
+    raise
+  except Exception as e:
+    raise InputError(fields.failure(e, file.partition(':')[0])) from e
 
 
 def read_mesh(text: str, n: int) -> dict[str, int]:

@@ -20,8 +20,8 @@ def needs_label_words(config) -> list:
 def needs_derivative(config) -> list:
   name = objective.of(config.task, config.objective)
   return [(objective.differentiable(name),
-           f'objective {name!r} has no derivative: take a method without '
-           'backpropagation, or cross_entropy or lm')]
+           f'objective {objective.words(name)} has no derivative: take a '
+           'method without backpropagation, or cross_entropy or lm')]
 
 
 def needs_prompt(config) -> list:
@@ -122,6 +122,7 @@ def mazo(config) -> list:
 
 def svrg(config) -> list:
   v, o = config.variant, config.optimizer
+  trained = objective.of(config.task, config.objective)
   return own_combine(
       config,
       (v.every >= 2 and v.anneal >= 1 and v.anneal_every >= 1,
@@ -136,7 +137,12 @@ def svrg(config) -> list:
        'weights are where the steps lead, or variant.stored_anchor be set'),
       (o.micro_batches == 1 and not o.weight_decay,
        "method 'svrg' needs optimizer.micro_batches of 1 (a batch is one part "
-       'of an anchor) and weight_decay of 0'))
+       'of an anchor) and weight_decay of 0'),
+      (objective.over_rows(config.task, trained)
+       or v.anchor_rows == config.data.batch_size,
+       f'objective {objective.words(trained)} is of a whole batch, and an '
+       "anchor of method 'svrg' is the mean of several: set "
+       'variant.anchor_rows to data.batch_size'))
 
 
 def needs_codes(config) -> tuple:
@@ -165,6 +171,7 @@ def qzo(config) -> list:
 
 def private(config) -> list:
   p, z = config.privacy, config.spsa
+  trained = objective.of(config.task, config.objective)
   return own_combine(
       config,
       (p.epsilon > 0 and 0 < p.delta < 1 and p.clip > 0,
@@ -174,7 +181,6 @@ def private(config) -> list:
       (p.mechanism != 'laplace' or z.num_samples == 1,
        "privacy.mechanism 'laplace' needs spsa.num_samples of 1"),
       (z.over == 'scan', "method 'private' needs spsa.over of 'scan'"),
-      (objective.over_rows(
-          config.task, objective.of(config.task, config.objective)),
+      (objective.over_rows(config.task, trained),
        "method 'private' clips what each row adds, and the objective "
-       f'{objective.of(config.task, config.objective)!r} is of a whole batch'))
+       f'{objective.words(trained)} is of a whole batch'))

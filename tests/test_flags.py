@@ -6,7 +6,7 @@ import conftest
 import pytest
 from runs import changed
 
-from mezo_jax import checks, fields, launch, planner
+from mezo_jax import checks, fields, launch, planner, tasks
 from mezo_jax import config as config_lib
 from mezo_jax.config import Also, Data
 from mezo_jax.errors import InputError
@@ -102,13 +102,56 @@ def get_config():
     ('objective.x=1', "no field 'objective.x'"),
     ('also[0].wieght=1', r"no field 'also\[0\].wieght'"),
     ('also[0].weight=1', r'a task, --config.also.N., that the config does not'),
+    ('also.weight=2', r'say which task: write --config.also\[0\].weight'),
     ('model=gpt2', 'set one of its fields, --config.model.name'),
     ('task.row=f', 'in a config file'), ('also=rte', 'in a config file'),
     ('steps=many', 'steps=many: invalid literal'),
+    ('', "config has no field ''"),
+    ('task.label_words=a,b', r"label_words needs .* is \('a,b',\)"),
+    ('task.label_names=a,b', r"label_names \('a,b',\) .* as in"),
     ('spsa.eps=small', 'spsa.eps=small')])
 def test_what_cannot_be_set(argument, message):
   with pytest.raises(InputError, match=message):
-    planner.read_config(OWN, [f'--config.{argument}'])
+    checks.check(planner.read_config(OWN, [
+        '--config.task.template={text}',
+        *(["--config.task.label_words=(' no', ' yes')"] if (
+            'label_words' not in argument) else []), f'--config.{argument}']))
+
+
+def test_a_tuple_that_is_given_twice():
+  with pytest.raises(InputError, match='data.buckets is given 2 times'):
+    planner.read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
+                              '--config.data.buckets=16'])
+  twice = ['--config.steps=3', '--config.steps=4']
+  assert planner.read_config(OWN, twice).steps == 4
+
+
+@pytest.mark.parametrize('changes', [
+    dict(task__template='{text}\\nIt was'), dict(task__calibration='It\\twas')])
+def test_a_backslash_where_a_line_break_is_meant(changes):
+  """A shell does not read it, as Python and the flags of tuples do."""
+  config = changed(_fine(), **changes)
+  name, = changes
+  with pytest.raises(InputError, match='with a backslash and a letter'):
+    checks.check_given(config, [name.replace('__', '.')])
+  checks.check_given(config, ['task.label_column'])
+  checks.check_given(changed(_fine(), task__template='{text}\nIt'),
+                     ['task.template'])
+
+
+def test_a_switch_that_is_given_a_value():
+  with pytest.raises(InputError, match='--noconfig.zero_shot takes no value'):
+    planner.read_config(OWN, ['--noconfig.zero_shot=1'])
+  assert not planner.read_config(OWN, ['--noconfig.zero_shot']).zero_shot
+
+
+def test_the_name_of_a_declared_task_is_not_the_task():
+  config = changed(_fine(), task__name='sst2')
+  with pytest.raises(InputError, match='gives this task a name and nothing'):
+    checks.check_given(config, ['task.name'])
+  checks.check_given(changed(config, task__name='mine'), ['task.name'])
+  config.task = tasks.get('sst2')
+  checks.check_given(config, ['task.name'])
 
 
 @pytest.mark.parametrize('body,message', [
@@ -116,7 +159,13 @@ def test_what_cannot_be_set(argument, message):
      "no field 'optimizer.lr'; did you mean optimizer.learning_rate"),
     ('return Train(step=1)', 'did you mean steps'),
     ('return {}', 'returned a dict and must return'),
-    ('pass', 'returned a NoneType and must return')])
+    ('pass', 'returned a NoneType and must return'),
+    ('return Train(steps=s)', r'c\.py, line 3 failed with NameError: .*s. is'),
+    ('return (]', r'failed with SyntaxError: .*line 3'),
+    ('return [][0]', 'line 3 failed with IndexError'),
+    ('return None + 1', 'line 3 failed: TypeError: unsup'),
+    ('raise KeyError("no variant x")', 'no variant x'),
+    ('assert False', 'line 3 failed with AssertionError')])
 def test_what_a_config_file_gets_wrong(tmp_path, body, message):
   path = tmp_path / 'c.py'
   path.write_text('from mezo_jax.config import *\n'

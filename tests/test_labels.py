@@ -70,12 +70,27 @@ def test_label_words_are_the_names_where_there_are_no_others():
 @pytest.mark.parametrize('value,names,words', [
     (0, ('1', '2', '3'), WORDS), (1, ('True', 'False'), AB),
     (True, (), (' Yes', ' No')), ('True', ('yes', 'no'), AB),
-    (0, (), (' 1', ' 2')), ('good', ('neg', 'pos'), AB), ('1.0', (), AB),
+    (0, (), (' 1', ' 2')), ('good', ('neg', 'pos'), AB), (1, ('01', '02'), AB),
     ('9' * 5000, (), AB), (float('nan'), (), AB), (None, ('None', 'x'), AB),
-    ('', (), AB), ('yes', ('Yes', 'No'), AB)])
+    ('', (), AB), (0, ('-1', '1'), AB), (0, ('1.0', '2.0'), AB),
+    (7, ('007', '08'), AB), (0, ('1.5', '2.5'), AB), ('1.5', (), AB),
+    (True, (' Yes', ' No'), AB), (True, ('Y', 'N'), AB), (1, ('T', 'F'), AB),
+    (True, ('on', 'off'), AB), ('yEs', ('Yes', 'YES'), AB)])
 def test_numbers_that_contradict_the_names(value, names, words):
   with pytest.raises(InputError, match='is neither an integer below'):
     gold(value, names, words)
+
+
+@pytest.mark.parametrize('value,names,number', [
+    ('yes', ('No', 'Yes'), 1), ('YES', ('yes', 'no'), 0),
+    (' positive ', ('negative', 'Positive'), 1), ('Yes', (' No', ' Yes'), 1),
+    ('TRUE', ('true', 'false'), 0), (True, ('TRUE', 'FALSE'), 0),
+    ('a', ('A', 'a'), 1), ('ham', ('ham ', 'ham'), 1),
+    ('1.0', ('1', '2'), 0), (1, ('1.0', '2.0'), 0), ('2', (1.0, 2.0), 1),
+    (1, ('-1', '+1'), 1), (-1.0, ('1', '-1'), 1), ('1.0', ('neg', 'pos'), 1),
+    ('spammy', ('spam', 'spammy'), 1)])
+def test_names_in_another_form(value, names, number):
+  assert gold(value, names) == number
 
 
 def test_what_a_label_is_can_be_set():
@@ -96,6 +111,8 @@ CHOICE = tasks.Task(kind='multiple_choice', template='{q}')
     ('true', ['True', 'true'], (1,)), (2, ['1', '2', '3'], (1,)),
     ('2', [3, 2, 1], (1,)), (4, ['3', '4', '5'], (1,)), (1, ['a', 'b'], (1,)),
     ([True, 'b'], ['True', 'b'], (0, 1)), ('00501', ['501', '00501'], (1,)),
+    ('B', ['x', 'y', 'z'], (1,)), ('c', ['x', 'y', 'z'], (2,)),
+    ('A', ['B', 'A'], (1,)), (1, ['1.0', '2.0'], (0,)), ('a', ['a', 'a'], (0,)),
     (2.0, ['1', '2'], (1,)), (1, ['10', '20'], (1,))])
 def test_choices_by_their_text(label, choices, golds):
   row = dict(q='Is water wet?', choices=choices, label=label)
@@ -131,6 +148,10 @@ def test_labels_of_two_kinds():
              dict(q='', choices=['a', 'b', 'c'], label=2)]
   with pytest.raises(InputError, match='label_is'):
     CHOICE.reading(choices)
+  with pytest.raises(InputError, match="are letters and some are names: 'A'"):
+    CHOICE.reading([dict(q='', choices=['x', 'y'], label=l) for l in 'Ax'])
+  letters = [dict(q='', choices=['x', 'y'], label=label) for label in 'AB']
+  assert 'the letter of a choice' in CHOICE.reading(letters)
   by_number = tasks.Task(
       kind='multiple_choice', template='{q}', label_is='number')
   assert 'the number of a choice' in by_number.reading(choices)
@@ -158,6 +179,22 @@ def test_a_run_says_how_labels_are_read():
 def test_names_that_cannot_be(changes):
   with pytest.raises(InputError, match='task.label_'):
     task_lib.check(of_kind(**changes))
+
+
+@pytest.mark.parametrize('value', [None, float('nan'), '', ['x'], {'x': 1}])
+def test_choices_that_are_no_text(value):
+  row = dict(q='q', label=0, a='x', b=value)
+  for task in (CHOICE, tasks.Task(kind='multiple_choice', template='{q}',
+                                  choices=('a', 'b'))):
+    with pytest.raises(InputError, match='where a choice is needed'):
+      task.candidates(row | {'choices': ['x', value]})
+
+
+def test_nan_is_no_text_and_no_label():
+  row = dict(text=float('nan'), label=np.float32('nan'))
+  assert not of_kind().has_gold(row)
+  with pytest.raises(InputError, match="column 'text' .* has nothing"):
+    of_kind().prompt(row)
 
 
 def test_a_csv_of_boolq():

@@ -47,6 +47,14 @@ def test_one_s_own_answers():
     assert task.gold_text(row) == ' one.'
 
 
+def test_white_space_around_answers():
+  row = dict(text='t', answers=' one ')
+  task = of_kind('generation', stop='.')
+  assert task.gold_text(row) == ' one.'
+  task.strip = False
+  assert task.gold_text(row) == '  one .'
+
+
 MC = dict(kind='multiple_choice')
 GEN = dict(kind='generation', max_new_tokens=1)
 AB = X | {'choices': ['bad', 'good']}
@@ -139,9 +147,9 @@ def test_other_errors_of_rows():
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(kind='choice'), "task.kind 'choice' is none of classification, "),
+    (dict(kind='choice'), "task.kind 'choice' is not one of classification, "),
     (dict(template=''), 'task.template is empty: give the prompt'),
-    (dict(metric='bleu'), "task.metric 'bleu' is none of accuracy, "),
+    (dict(metric='bleu'), "task.metric 'bleu' is not one of accuracy, "),
     (dict(label_words=(' a',)), 'task.label_words needs two or more'),
     (dict(kind='head'), "kind 'head' needs two or more names in"),
     (MC | dict(template='{mask}', label_words=(' a', ' b')),

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import _values, build, checkpoint, evaluate, mixture, suite
+from mezo_jax import (
+  _values,
+  build,
+  checkpoint,
+  checks,
+  evaluate,
+  mixture,
+  suite,
+)
 from mezo_jax import config as config_lib
 from mezo_jax import data as data_lib
 from mezo_jax.config import Also
@@ -143,6 +151,44 @@ def test_a_function_returns_one_number(value):
   for number in (2, 2.0, np.float32(2), jax.numpy.array(2.0), [2.0]):
     assert objectives.value(
         lambda p, e, number=number: number, ['a'], [{}]) == 2.0
+
+
+@pytest.mark.parametrize('changes', [
+    dict(method='svrg'), dict(method='private'), dict(method='finetune'),
+    dict(optimizer__micro_batches=2)])
+def test_a_function_that_a_method_cannot_train_is_named(changes):
+  config = runs.changed(config_lib.Train(
+      task=TASKS['words'], objective=taste), **changes)
+  with pytest.raises(InputError, match='objective taste '):
+    checks.check(config)
+
+
+def test_an_anchor_of_one_batch_can_have_any_objective():
+  checks.check(runs.changed(
+      config_lib.Train(task=TASKS['words'], objective=taste), method='svrg',
+      variant__anchor_rows=16))
+
+
+def test_a_function_that_fails_is_named_with_its_line():
+  def taste(predictions, examples):
+    return examples[0]['missing']
+  with pytest.raises(InputError, match="objective taste failed with KeyError: "
+                     r"'missing' \(.*test_reported.py, line \d+\)"):
+    objectives.value(taste, ['a'], [{}])
+
+
+def test_a_function_that_fails_in_a_step_ends_the_run(
+    tiny_dir, reviews_file, tmp_path):
+  """Also on several devices, of which one alone calls it."""
+  def taste(predictions, examples):
+    if len(examples) < 20:  # of a step, not of an evaluation
+      raise RuntimeError('no such taste')
+    return 1.0
+  config = runs.small_config(tiny_dir, reviews_file, objective=taste)
+  with pytest.raises(InputError, match='taste failed with RuntimeError'):
+    train.run(config, tmp_path / 'w')
+  steps = (tmp_path / 'w' / 'metrics.jsonl').read_text().count('"train"')
+  assert steps == 0  # nothing of it is in the log
 
 
 @pytest.fixture

@@ -54,6 +54,9 @@ def test_a_directory_whose_name_is_a_pattern(tmp_path):
   with pytest.raises(InputError, match='as test.csv.*or name it train.csv'):
     data_lib.load_rows(str(tmp_path / 'run1'), split='train')
   assert data_lib.load_rows(tmp_path / 'run1' / 'test.csv')
+  (tmp_path / 'run1' / 'test.jsonl').write_text('{"text": "a"}\n')
+  with pytest.raises(InputError, match='has test.jsonl and test.csv: give'):
+    data_lib.load_rows(tmp_path / 'run1', split='test')
 
 
 def test_files_of_another_kind(tmp_path):
@@ -142,6 +145,7 @@ def test_a_tsv_that_a_program_has_quoted(tmp_path):
     ('x.tsv', 'text\tn\na\t1\n'.encode('utf-16'), 'line 1 is not UTF-8'),
     ('x.csv', b'\x1f\x8b\x08\0', 'line 1 is not UTF-8.*uncompressed'),
     ('x.jsonl', '{"a": 1}\n{"a": \n', 'line 2, column 7'),
+    ('x.jsonl', '{\n  "a": 1\n}\n{\n  "a": 2\n}\n', 'write one object a line'),
     ('x.jsonl', '{"a": 1}\n[1]\n', 'row 2 is not an object'),
     ('x.json', '[{"a": 1},\n{"a" 1}]', 'line 2'),
     ('x.jsonl', '{"a": %s}' % ('9' * 5000), 'line 1: Exceeds the limit'),

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mezo_jax.errors import InputError
 from mezo_jax.models.transformer import (
@@ -81,7 +80,7 @@ def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
       raise InputError("init 'text' needs a text of at least one token.")
     ids, _ = known_ids(
         'token_ids', token_ids, model.config.vocab_size, (None,))
-    return jnp.asarray(np.resize(ids, num_tokens))
+    return jnp.resize(jnp.asarray(ids), num_tokens)
   if init == 'tokens':
     return jax.random.randint(
         key, (num_tokens,), 0, model.config.vocab_size, jnp.int32)

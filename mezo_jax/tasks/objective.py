@@ -7,10 +7,11 @@ What they compute is in `mezo_jax.tasks.score`.
 from collections.abc import Callable, Sequence
 import contextlib
 import inspect
+import traceback
 
 import numpy as np
 
-from mezo_jax.errors import InputError
+from mezo_jax.errors import first_line, InputError
 from mezo_jax.tasks.task import METRICS, Task
 
 OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
@@ -85,6 +86,11 @@ def name(function: Callable) -> str:
   return own if own.isidentifier() and not taken else 'objective'
 
 
+def words(objective: str | Callable) -> str:
+  """Returns the name of an objective for a message."""
+  return name(objective) if callable(objective) else repr(objective)
+
+
 def metric(task: Task, objective: str | Callable) -> str:
   """Returns the name of the number that stands for a result.
 
@@ -105,9 +111,16 @@ def value(function: Callable, predictions: Sequence,
   """Returns the value of a function of a user's as a float.
 
   Raises:
-    InputError: if it is not one number.
+    InputError: if it is not one number, or the function fails; it names the
+      line of the failure.
   """
-  found, array = function(predictions, examples), None
+  try:
+    found, array = function(predictions, examples), None
+  except Exception as e:
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    raise InputError(
+        f'objective {name(function)} failed with {type(e).__name__}: '
+        f'{first_line(e)} ({at.filename}, line {at.lineno}).') from e
   with contextlib.suppress(TypeError, ValueError):
     array = None if found is None else np.asarray(found, float)
   if array is None or array.size != 1:

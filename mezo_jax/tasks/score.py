@@ -42,7 +42,7 @@ _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
 def apply(model, params, batch: dict) -> Callable:
-  """`models.apply` to a batch's tokens, to be told what is wanted of them."""
+  """Returns `models.apply` of a batch's tokens, without its other arguments."""
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
       models.apply, model, params, batch['input_ids'],
@@ -106,7 +106,7 @@ def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
 
 
 class _Written(NamedTuple):
-  """What tokens read as where a text goes on, and which of them end it."""
+  """Reads tokens as a text that goes on, and knows which of them end it."""
 
   tokenizer: Any
   stop: str
@@ -162,6 +162,32 @@ class _Written(NamedTuple):
       row = row[:bisect.bisect_left(range(len(row)), True, key=stops)]
     text, = self.read([row], skip_special=True)
     return text.partition(self.stop)[0].strip()
+
+
+class Host:
+  """Calls Python functions from within a step, as `jax.pure_callback` does.
+
+  An exception in such a call would leave the other devices of the step waiting
+  for this one. So the call returns NaN instead, and `check` raises the
+  exception.
+  """
+
+  def __init__(self):
+    self._error = None
+
+  def __call__(self, function: Callable, shape: jax.ShapeDtypeStruct, *args):
+    def call(*args):
+      try:
+        return function(*args)
+      except Exception as e:
+        self._error = self._error or e
+        return np.full(shape.shape, np.nan, shape.dtype)
+    return jax.pure_callback(call, shape, *args)
+
+  def check(self) -> None:
+    """Raises the first exception of a call, if there was one."""
+    if self._error:
+      raise self._error
 
 
 def make_loss_fn(model, data: Encoded, task: Task,

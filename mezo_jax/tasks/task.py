@@ -1,4 +1,4 @@
-r"""What a task is: how a row of data reads, and what its answers are.
+r"""Declares tasks: how a row of data reads, and what its answers are.
 
 A row, a dict of columns, becomes a prompt and
 
@@ -10,7 +10,7 @@ A row, a dict of columns, becomes a prompt and
 
 A prompt with ``{mask}`` in it is one for a masked language model, which reads
 the label words there. The declarations of the papers' tasks are in `opt`,
-`roberta` and `glue` beside this file.
+`roberta` and `glue` next to this file.
 """
 
 import ast
@@ -29,13 +29,16 @@ _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
 METRICS = (*_OF_CHOICES, *_OF_TEXTS)
 _TRUTH = {'true': True, 'false': False}
-_ANSWERS = {'yes': True, 'no': False}
+# Pairs of names that mean true and false, too.
+_LETTERS = {'t': True, 'f': False}
+_ANSWERS = {'yes': True, 'no': False, 'y': True, 'n': False, 'on': True,
+            'off': False}
 _LONGEST = 1_000_000  # characters of a text: seconds to make tokens of
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What the tasks of one kind have in common."""
+  """Holds what the tasks of one kind have in common."""
 
   metrics: tuple[str, ...]  # that fit; the first is the default
   objective: str  # that is trained by default
@@ -193,61 +196,75 @@ class Task:
       InputError: if some labels can be read as names only and some as numbers
         only: one of the two is chance.
     """
-    means = {}  # whether labels are names: what each of them stands for
+    means = {}  # how labels are read: what each of them stands for
     for row in rows if not self.traits.generates else ():
       value = row.get(self.label_column)
       for v in value if isinstance(value, (list, tuple)) else [value]:
         found = self._read_label(row, v)
         if found:  # else `golds` says what is wrong, where labels are needed
-          number, by_name = found
-          label = repr(v.name if isinstance(v, ClassNumber) and by_name else v)
+          number, how = found
+          label = repr(
+              v.name if isinstance(v, ClassNumber) and how == 'name' else v)
           answers = (self.label_words or self.class_names) if (
               self.traits.classes) else self._choices(row)
-          means.setdefault(by_name, {}).setdefault(label, answers[number])
+          means.setdefault(how, {}).setdefault(label, answers[number])
     if not means:
       return ''
     if len(means) > 1:
-      (name, of_name), *_ = means[True].items()
-      (number, of_number), *_ = means[False].items()
+      one, other, *_ = sorted(means)
+      (label, answer), *_ = means[one].items()
+      (label_2, answer_2), *_ = means[other].items()
       raise InputError(
-          f'some labels in column {self.label_column!r} are names and some are '
-          f'numbers: {name} is the name of {of_name!r}, and {number} can only '
-          f'be the number of {of_number!r}, counted from 0; set '
+          f'some labels in column {self.label_column!r} are {one}s and some '
+          f'are {other}s: {label} is the {one} of {answer!r}, and {label_2} '
+          f'can only be the {other} of {answer_2!r}'
+          f'{", counted from 0" if other == "number" else ""}; set '
           '--config.task.label_is=name or number, or task.label_names.')
-    by_name, shown = means.popitem()
+    how, shown = means.popitem()
     if not self.traits.classes:
-      what = 'the text of a choice' if by_name else 'the number of a choice'
-      return (f'labels: column {self.label_column!r} is read as {what}'
-              f'{"" if by_name else ", counted from 0"}')
+      what = {'name': 'the text of a choice',
+              'number': 'the number of a choice, counted from 0',
+              'letter': 'the letter of a choice, A for the first'}[how]
+      return f'labels: column {self.label_column!r} is read as {what}'
     pairs = [f'{label} is {word!r}' for label, word in [*shown.items()][:8]]
     return (f'labels: column {self.label_column!r} is read as '
-            f'{"names" if by_name else "numbers, counted from 0"}: '
+            f'{"names" if how == "name" else "numbers, counted from 0"}: '
             f'{", ".join(pairs)}{", ..." if len(shown) > 8 else ""}')
 
-  def _read_label(self, row: dict, value) -> tuple[int, bool] | None:
+  def _read_label(self, row: dict, value) -> tuple[int, str] | None:
     """Returns the class or choice that a label stands for, and whether the
-    label is its name; None if it is neither a name nor a number of one."""
+    label is its 'name', 'number' or, of a choice, 'letter'; None if it is none
+    of these."""
     names = self.class_names if self.traits.classes else self._choices(row)
     count = self.num_classes if self.traits.classes else len(names)
     if self.label_is != 'number':
-      for text in _texts_of(value):
-        if text in names:
-          return names.index(text), True
+      number = _find(value, names)
+      if number is not None:
+        return number, 'name'
+    if self.label_is == 'name':
+      return None
     if self.traits.classes and isinstance(value, str):  # as JSON's true is
       value = _TRUTH.get(value.strip().lower(), value)
-    number = _integer(value)
-    if self.label_is == 'name' or number is None or number >= count:
+    number, how = _integer(value), 'number'
+    if number is None and not self.traits.classes:
+      number, how = _letter(value), 'letter'
+    if number is None or number >= count:
       return None
     if self.traits.classes and names and not (
         self.label_is or isinstance(value, ClassNumber)):
       # With names ('1', '2', '3') a label 0 is a mistake, with ('True',
       # 'False') a label 1 must not become 'False', nor true 'no' with ('yes',
       # 'no').
-      known = _TRUTH | (_ANSWERS if isinstance(value, (bool, np.bool_)) else {})
-      name = names[number].lower()
-      if _integer(known.get(name, name)) not in (None, number):
+      lower = [name.strip().lower() for name in names]
+      known = dict(_TRUTH)
+      if _LETTERS.keys() >= {*lower}:
+        known |= _LETTERS
+      if isinstance(value, (bool, np.bool_)) and _ANSWERS.keys() >= {*lower}:
+        known |= _ANSWERS
+      meant = known.get(lower[number], _number(lower[number]))
+      if meant is not None and meant != number:
         return None
-    return number, False
+    return number, how
 
   @property
   def num_classes(self) -> int:
@@ -258,7 +275,7 @@ class Task:
     column = (self.answers_column if self.traits.generates else
               self.label_column)
     value = row.get(column)
-    return not (value is None or isinstance(value, str | list | tuple)
+    return not (_is_nothing(value) or isinstance(value, str | list | tuple)
                 and not value)
 
   def references(self, row: dict) -> list[str]:
@@ -286,7 +303,8 @@ class Task:
   def gold_text(self, row: dict) -> str:
     """The right answer as it follows the prompt."""
     if self.traits.generates:
-      return f' {self.references(row)[0]}{self.stop}'
+      text = self.references(row)[0]
+      return f' {text.strip() if self.strip else text}{self.stop}'
     return self.candidates(row)[self.golds(row)[0]]
 
   def _choices(self, row: dict) -> list[str]:
@@ -296,7 +314,7 @@ class Task:
           f'the data have no column {missing[0]!r} but {sorted(row)}; set '
           '--config.task.choices.')
     if len(self.choices) > 1:
-      return [str(row[c]) for c in self.choices]
+      return [self._choice(row, c, row[c]) for c in self.choices]
     value = row[self.choices[0]]
     if isinstance(value, str):  # a list in a csv file
       try:
@@ -307,7 +325,15 @@ class Task:
       raise InputError(
           f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
           'choices; set --config.task.choices.')
-    return [str(v) for v in value]
+    return [self._choice(row, self.choices[0], v) for v in value]
+
+  def _choice(self, row: dict, column: str, value) -> str:
+    text = '' if _is_no_text(value) else str(value)
+    if not text.strip():
+      raise InputError(
+          f'column {column!r} of the row {_short(row)} has {_kind_of(value)} '
+          'where a choice is needed; fix the row or leave it out.')
+    return text
 
   def _fill(self, field: str, template: str, row: dict, **more: str) -> str:
     texts = dict(more)
@@ -319,11 +345,11 @@ class Task:
             f'the {field} {template!r} names column {name!r}, the data have '
             f'{sorted(row)}; set --config.task.{field}.')
       value = row[name]
-      if value is None or isinstance(value, (bytes, dict, list, tuple)):
-        kind = 'nothing' if value is None else f'a {type(value).__name__}'
+      if _is_no_text(value):
         raise InputError(
-            f'column {name!r} of the row {_short(row)} has {kind} where the '
-            f'{field} {template!r} needs a text; mend the row or leave it out.')
+            f'column {name!r} of the row {_short(row)} has {_kind_of(value)} '
+            f'where the {field} {template!r} needs a text; fix the row or '
+            'leave it out.')
       texts[name] = str(value).strip() if self.strip else str(value)
       if len(texts[name]) > _LONGEST:
         raise InputError(
@@ -358,23 +384,27 @@ def check(task: Task) -> None:
   """Raises ValueError, in one sentence, for a task that cannot work."""
   if task.kind not in KINDS:
     raise InputError(
-        f'config: task.kind {task.kind!r} is none of {", ".join(KINDS)}.')
+        f'config: task.kind {task.kind!r} is not one of '
+        f'{", ".join(KINDS)}.')
   kind = task.traits
   rules = [
       (bool(task.template),
-       'task.template is empty: give the prompt, with columns in braces, or '
-       'the name of a task that is declared'),
+       'task.template is empty: give the prompt, with columns in braces (a '
+       'task that is declared comes with a config file, --config=configs/...)'),
       (task.metric in ('', *METRICS),
-       f'task.metric {task.metric!r} is none of {", ".join(METRICS)}'),
+       f'task.metric {task.metric!r} is not one of '
+       f'{", ".join(METRICS)}'),
       (not (kind.words or task.masked) or len(task.label_words) >= 2,
-       'task.label_words needs two or more'),
+       "task.label_words needs two or more, as in (' no', ' yes'), and is "
+       f'{tuple(task.label_words)}'),
       (task.label_is in ('', 'name', 'number'),
        f"task.label_is {task.label_is!r} is not one of 'name' and 'number'"),
       (not kind.classes or not task.label_names
        or len(task.label_names) == task.num_classes,
-       f'task.label_names has {len(task.label_names)} names and '
-       f'task.label_words {len(task.label_words)} words: give one of each for '
-       'each class'),
+       f'task.label_names {tuple(task.label_names)} has '
+       f'{len(task.label_names)} names and task.label_words '
+       f'{len(task.label_words)} words: give one of each for each class, as in '
+       "('no', 'yes')"),
       (len({str(n) for n in task.label_names}) == len(task.label_names),
        f'task.label_names {task.label_names} has a name twice'),
       (not kind.new_head or task.num_classes >= 2,
@@ -410,6 +440,62 @@ class ClassNumber(int):
     return self
 
 
+def _is_nothing(value) -> bool:
+  """Returns whether a value is missing: None, or NaN as tables write it."""
+  return value is None or isinstance(
+      value, float | np.floating) and bool(np.isnan(value))
+
+
+def _is_no_text(value) -> bool:
+  return _is_nothing(value) or isinstance(value, (bytes, dict, list, tuple))
+
+
+def _kind_of(value) -> str:
+  if _is_nothing(value) or value == '':
+    return 'nothing'
+  return f'a {type(value).__name__}'
+
+
+def _find(value, names: Sequence[str]) -> int | None:
+  """Returns which of the names a label is, or None.
+
+  It is one with the same text. If there is none, it is the only one with the
+  same text but for the white space around it, for the case of its letters, or
+  for the way in which an integer is written (1.0 is 1).
+  """
+  texts = _texts_of(value)
+  for text in texts:
+    if text in names:
+      return names.index(text)
+  for form in (str.strip, lambda text: text.strip().casefold(),
+               _plain_number):
+    wanted = {form(text) for text in texts} - {None}
+    found = [i for i, name in enumerate(names) if form(name) in wanted]
+    if len({names[i] for i in found}) == 1:
+      return found[0]
+    if found:
+      return None
+  return None
+
+
+def _number(text: str) -> float | None:
+  """Returns the number that a text is; None for other texts."""
+  found = re.fullmatch(r'[+-]?\d{1,9}(\.\d{1,9})?', text.strip())
+  return float(text) if found else None
+
+
+def _plain_number(text: str) -> float | None:
+  """Returns the number that a text is; None for one with zeros before it,
+  which is a code (007)."""
+  return None if re.match(r'\s*[+-]?0\d', text) else _number(text)
+
+
+def _letter(value) -> int | None:
+  """Returns 0 for A or a, 1 for B or b, ...; None for anything else."""
+  text = value.strip().upper() if isinstance(value, str) else ''
+  return ord(text) - ord('A') if re.fullmatch('[A-Z]', text) else None
+
+
 def _texts_of(value) -> tuple[str, ...]:
   """Returns the texts that a label may have among the declared names."""
   if isinstance(value, ClassNumber):
@@ -433,9 +519,9 @@ def _integer(value) -> int | None:
   if isinstance(value, ClassNumber):
     return int(value)
   texts = _texts_of(value)
-  if not texts or not re.fullmatch(r'\d{1,9}', texts[-1]):
+  if not texts or not re.fullmatch(r'\d{1,9}(\.0+)?', texts[-1]):
     return None
-  return int(texts[-1])
+  return int(texts[-1].partition('.')[0])
 
 
 def _short(row: dict) -> str:
