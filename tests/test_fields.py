@@ -7,6 +7,7 @@ import json
 import warnings
 
 import helpers
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -508,3 +509,63 @@ def test_metadata_of_gguf_that_is_refused(family, name, value, tmp_path):
     gguf_config(tmp_path / 'm.gguf', family, **{
         name if value is None or name in _METADATA
         else name.replace('.', '__'): value})
+
+
+# --- what published files have in addition ----------------------------------
+
+
+@pytest.mark.parametrize('family, fields', [
+    ('opt', dict(output_projection=True)),
+    ('gpt2', dict(n_special=0, predict_special_tokens=True)),
+    ('mistral', dict(attention_bias=False)),
+    ('llama', dict(keys_to_ignore_at_inference=['past_key_values']))])
+def test_fields_of_published_files_give_no_warning(family, fields):
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    models.read_config(tiny(family) | fields)
+
+
+@pytest.mark.parametrize('family, name, shape', [
+    ('bert', 'bert.embeddings.token_type_ids', (1, 32)),
+    ('opt', 'model.decoder.version', (1,)),
+    ('gpt2', 'v_head.summary.weight', (1, 16)),
+    ('llama', 'model.layers.0.self_attn.rotary_emb.cos_cached', (32, 4))])
+def test_tensors_that_no_model_of_transformers_reads(
+    family, name, shape, tmp_path):
+  want = torch_logits(write(tmp_path, tiny(family)))
+  file = tmp_path / 'model.safetensors'
+  save_file(load_file(file) | {name: np.ones(shape, np.float32)}, file)
+  assert relative(logits(tmp_path), want) < 1e-5
+
+
+def test_an_adapter_next_to_the_weights_is_not_left_out(tmp_path):
+  """transformers adds it to the model that it names."""
+  write(tmp_path, tiny('llama'))
+  (tmp_path / 'adapter_config.json').write_text('{"peft_type": "LORA"}')
+  for read in (models.load, models.load_config):
+    with pytest.raises(ValueError, match='adapter_config.json'):
+      read(tmp_path)
+
+
+def test_an_explicit_mesh_is_refused_by_name(tmp_path):
+  if jax.device_count() < 2:
+    pytest.skip('one device splits nothing')
+  write(tmp_path, tiny('llama'))
+  for axis, size in (('fsdp', 2), ('tensor', 2), ('fsdp', 1)):
+    mesh = jax.make_mesh((size,), (axis,), devices=jax.devices()[:size],
+                         axis_types=(jax.sharding.AxisType.Explicit,))
+    if size == 1:
+      models.load(tmp_path, mesh=mesh, progress=False)
+      continue
+    with pytest.raises(ValueError, match=f"'{axis}'.*Explicit"):
+      models.load(tmp_path, mesh=mesh, progress=False)
+
+
+def test_64_bit_mode_generates_the_same(tmp_path):
+  write(tmp_path, tiny('llama'))
+  model, params = models.load(tmp_path, progress=False)
+  want = models.generate(model, params, _IDS, max_new_tokens=3)
+  with jax.enable_x64(True):
+    got = models.generate(model, params, _IDS.astype(np.int64),
+                          max_new_tokens=3)
+  np.testing.assert_array_equal(got, want)

@@ -7,7 +7,8 @@ from mezo_jax.models.layers import Config
 RENAMES = (
     (r'\.gamma$', '.weight'),  # as early checkpoints spell it
     (r'\.beta$', '.bias'))
-IGNORED = (r'position_ids$|(^|\.)pooler\.|^cls\.seq_relationship\.|'
+IGNORED = (r'embeddings\.(position|token_type)_ids$|(^|\.)pooler\.|'
+           r'^cls\.seq_relationship\.|'
            r'\.decoder\.(weight|bias)$')  # of a tied head: other names' copies
 
 

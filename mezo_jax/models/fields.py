@@ -25,10 +25,11 @@ _HARMLESS = frozenset('''
     _attn_implementation_internal _auto_class _commit_hash
     _flash_attn_2_enabled _name_or_path _num_labels architectures
     attn_implementation auto_map custom_pipelines dtype finetuning_task
-    gradient_checkpointing id2label is_llama_config label2id max_sequence_length
-    model_max_length model_type n_ctx name_or_path num_labels output_attentions
-    output_hidden_states output_past pretraining_tp problem_type return_dict
-    task_specific_params tf_legacy_loss tie_encoder_decoder
+    gradient_checkpointing id2label is_llama_config keys_to_ignore_at_inference
+    label2id max_sequence_length model_max_length model_type n_ctx n_special
+    name_or_path num_labels output_attentions output_hidden_states output_past
+    output_projection predict_special_tokens pretraining_tp problem_type
+    return_dict task_specific_params tf_legacy_loss tie_encoder_decoder
     tie_last_hidden_states tokenizer_class torch_dtype torchscript
     transformers.js_config transformers_version transformers_weights
     unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
@@ -171,7 +172,7 @@ class Fields:
     A field that transformers' class of this family has, with another value than
     its default there, may change the model, so it is refused: it is newer than
     this reader. A field that the class does not have is not read by its torch
-    code either; a warning names it.
+    code either; a warning names it, unless it is null or false.
     """
     rest = [name for name in self._values
             if name not in self._read | _HARMLESS and not _IDS.fullmatch(name)]
@@ -181,8 +182,9 @@ class Fields:
     for name in rest:
       if name in declared and self._values[name] != declared[name]:
         self.refuse(name, self._values[name], repr(declared[name]))
+    off = lambda value: value is None or value is False
     self.warn(name for name in rest if name not in declared
-              and self._values[name] is not None)
+              and not off(self._values[name]))
 
   def warn(self, names) -> None:
     """Warns of fields that neither we nor transformers read."""

@@ -61,7 +61,7 @@ _OF_CLASSIFIERS = re.compile(
     r'^(score|qa_outputs|classifier(\.dense|\.out_proj)?)\.(weight|bias)$')
 _OTHER_HEADS = re.compile(
     rf'{_OF_CLASSIFIERS.pattern}|'
-    r'^multiple_choice_head\.summary\.(weight|bias)$')
+    r'^(multiple_choice_head|v_head)\.summary\.(weight|bias)$')
 
 
 def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
@@ -75,6 +75,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       the id of a Hugging Face repository.
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
       read (see `mezo_jax.sharding.param_spec`); None for the default device.
+      These axes must not be Explicit.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
       are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
@@ -101,6 +102,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       config (all misfits are named at once).
   """
   float_dtype(dtype)  # it is one
+  _check_mesh(mesh)
   path = find(name_or_dir, revision)
   config = load_config(path)
   with contextlib.ExitStack() as stack:
@@ -144,6 +146,12 @@ def load_config(name_or_dir: str | os.PathLike,
     hf = json.loads((path / 'config.json').read_text())
   except ValueError as e:
     raise InputError(f'{path}/config.json is not JSON ({e}).') from e
+  if (path / 'adapter_config.json').is_file():
+    raise InputError(
+        f'{path} has an adapter_config.json next to config.json: transformers '
+        'adds its adapter to the model that it names. Load that model, and '
+        'the adapter with mezo_jax.peft.load; or remove adapter_config.json '
+        'if the weights of the adapter are merged already.')
   config = read_config(hf, path)
   names = weights.names(path)
   config = _with_head(config, names) if names else config
@@ -302,6 +310,7 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
   if dtype == 'codes':
     raise InputError("the shapes of dtype 'codes' are those of a GGUF file: "
                      'load it.')
+  _check_mesh(mesh)
   params = {}
   for row in table_of(config):
     shape, form = _shape(row, config), quantised.form(row, dtype)
@@ -332,6 +341,20 @@ def float_dtype(dtype):
     raise InputError(f'dtype {dtype!r} is not one of float32, bfloat16, '
                      f'float16, {", ".join(QUANTISED)}.')
   return dtype
+
+
+def _check_mesh(mesh) -> None:
+  """Raises InputError for a mesh that the layers cannot be split over."""
+  if mesh is None:
+    return
+  for name, kind in zip(mesh.axis_names, mesh.axis_types):
+    if (name in ('fsdp', 'tensor') and mesh.shape[name] > 1
+        and kind == jax.sharding.AxisType.Explicit):
+      raise InputError(
+          f'the axis {name!r} of the mesh is Explicit, and the layers of these '
+          'models leave it to the compiler how they are split: make the mesh '
+          'with mezo_jax.sharding.make_mesh, or jax.make_mesh with axis_types '
+          'that are AxisType.Auto.')
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:

@@ -288,7 +288,8 @@ class Attention(nn.Module):
           take_tokens(x, shared.wanted) for x in rope]))
       k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
     if cache is not None:
-      at = (layer, 0, shared.start, 0, 0)
+      # All must have one dtype, which jax_enable_x64 changes for some of them.
+      at = (layer, 0, shared.start.astype(layer.dtype), 0, 0)
       put = lambda all_, new: jax.lax.dynamic_update_slice(
           all_, new[None].astype(all_.dtype), at)
       cache = cache._replace(k=put(cache.k, k_BxTxKxH),

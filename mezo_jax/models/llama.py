@@ -6,7 +6,7 @@ from mezo_jax.models.layers import Config
 
 RENAMES = (  # the body of transformers' classes for question answering
     (r'^transformer\.(?=(embed_tokens|layers|norm)\.)', 'model.'),)
-IGNORED = r'rotary_emb\.inv_freq$|^lm_head\.weight$'
+IGNORED = r'rotary_emb\.(inv_freq|(cos|sin)_cached)$|^lm_head\.weight$'
 
 _QWEN = dict(vocab=151_936, ff_width=22_016, length=32_768, kv_heads=32)
 _DEFAULTS = {  # where these families differ in transformers

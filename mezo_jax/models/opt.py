@@ -6,7 +6,7 @@ from mezo_jax.models.layers import Config
 
 _OFFSET = 2  # rows 0 and 1 of the positions are for padding
 RENAMES = ()
-IGNORED = r'^lm_head\.weight$'
+IGNORED = r'^lm_head\.weight$|decoder\.version$'
 
 
 def config_from_hf(hf: dict) -> Config:
