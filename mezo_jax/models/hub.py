@@ -110,8 +110,6 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       found = list(gguf.open_file(path)[1].items())
     else:
       found = weights.open_files(path, stack)
-      config = _with_own_head(
-          _with_head(config, [name for name, _ in found]), found)
     if dtype == 'codes' and path.suffix != '.gguf':
       raise InputError(f"{path} has no codes: dtype 'codes' needs a .gguf "
                        "file; take 'int8' or 'int4'.")
