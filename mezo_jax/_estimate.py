@@ -246,11 +246,13 @@ def _displaced(value_fn: Callable, by: Displacement,
 def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
   n = z.keys.shape[0]
   rows, with_rows = _values.split_batch(batch, n, "over='rows': num_samples")
+  count = _values.rows_of_parts(rows)
 
   def of_rows(term, rows):
     def of_sign(s):
       out = at(term.times(s), with_rows(rows))
-      _values.check_parts(out, n, equal_parts, "over='rows': num_samples")
+      _values.check_parts(
+          out, n, equal_parts, "over='rows': num_samples", rows=count)
       return _values.sums(out)
     return jax.vmap(of_sign)(signs)
 

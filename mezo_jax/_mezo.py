@@ -80,8 +80,9 @@ def mezo(
       is unchanged. It pays where updates take long compared with forwards
       (short prompts) and terms of z are cheap (`LowRank`), under
       `mezo_jax.make_step`, which touches no weights in between. Needs one
-      learning rate and eps, no decay. Before weights are read:
-      ``step.flush(params, state)``.
+      learning rate and eps, no decay, and no links after it in a chain that
+      change updates: losses in between would not know of them. Before weights
+      are read: ``step.flush(params, state)``.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` is that of

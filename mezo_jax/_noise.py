@@ -102,7 +102,7 @@ def as_key(key, name: str = 'key') -> jax.Array:
         f'{name} must be a jax.random.key or an integer seed, got {found}.')
   try:
     return jax.random.key(key, impl='threefry2x32')
-  except OverflowError as e:
+  except (OverflowError, TypeError) as e:  # bools, too, if they are NumPy's
     raise ValueError(f'{name} must be a seed that jax.random.key takes, below '
                      f'2**63, got {key!r}.') from e
 

@@ -46,19 +46,22 @@ def skip_not_finite(
     count = sum(x.notfinite_count for x in _estimators(new))
     skipped = count > 0
     def keep(old, x):
-      return x if _is_estimator(x) else jnp.where(skipped, old, x)
+      return x if is_estimator(x) else jnp.where(skipped, old, x)
     def zero(u):
       return jnp.where(skipped, jnp.zeros_like(u), _compiler.rounded(u, count))
     return jax.tree.map(zero, updates), jax.tree.map(
-        keep, state, new, is_leaf=_is_estimator)
+        keep, state, new, is_leaf=is_estimator)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_estimator(x) -> bool:
-  return hasattr(x, 'notfinite_count')
+def is_estimator(x) -> bool:
+  """Returns whether something is the state of an estimator."""
+  # This wrapper of optax counts updates of its own, under the same name.
+  return hasattr(x, 'notfinite_count') and not isinstance(
+      x, optax.ApplyIfFiniteState)
 
 
 def _estimators(state) -> list:
-  return [x for x in jax.tree.leaves(state, is_leaf=_is_estimator)
-          if _is_estimator(x)]
+  return [x for x in jax.tree.leaves(state, is_leaf=is_estimator)
+          if is_estimator(x)]

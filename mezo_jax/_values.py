@@ -78,14 +78,24 @@ def mean(out) -> jax.Array:
 
 
 def check_parts(out, parts: int, equal_parts: bool,
-                what: str = 'micro_batches') -> None:
+                what: str = 'micro_batches', rows: int | None = None) -> None:
   """Refuses the mean of scalars of parts, unless that is what is wanted.
+
+  Args:
+    out: What a value_fn returned for one part.
+    parts: How many parts there are.
+    equal_parts: Whether scalars are averaged as they are.
+    what: The option that asks for parts, for the error.
+    rows: How many rows a part has, if it is known. One value for several rows
+      is a scalar too, as ``jnp.mean(..., keepdims=True)`` is.
 
   Raises:
     ValueError: if they are not known to weigh the same.
   """
-  if parts > 1 and not equal_parts and not isinstance(
-      out, (tuple, list)) and not jnp.ndim(out):
+  if parts == 1 or equal_parts or isinstance(out, (tuple, list)):
+    return
+  is_one_of_many = jnp.shape(out) == (1,) and rows is not None and rows > 1
+  if not jnp.ndim(out) or is_one_of_many:
     raise ValueError(
         f'{what}={parts} cannot average a scalar loss: how much each '
         'part weighs is not known (of a mean over tokens, parts weigh as they '
@@ -100,9 +110,10 @@ def mean_over_parts(loss: Callable, batch: dict, parts: int,
   if parts == 1:
     return mean(loss(batch))
   rows, with_rows = split_batch(batch, parts)
+  count = rows_of_parts(rows)
   def of_part(rows):
     out = loss(with_rows(rows))
-    check_parts(out, parts, equal_parts)
+    check_parts(out, parts, equal_parts, rows=count)
     return sums(out)
   total, weight = lax.map(of_part, rows)
   return jnp.sum(total) / jnp.sum(weight)
@@ -139,6 +150,11 @@ def split_batch(batch: dict, parts: int, what: str = 'micro_batches'
     return jax.tree.unflatten(tree, [
         next(rows) if b else x for x, b in zip(leaves, is_rows)])
   return [sharding.split_rows(x, parts) for x in rows], with_rows
+
+
+def rows_of_parts(rows: list) -> int | None:
+  """Returns how many rows each part of `split_batch` has, if there are any."""
+  return rows[0].shape[1] if rows else None
 
 
 def _check_rows(batch: dict, parts: int, what: str) -> None:

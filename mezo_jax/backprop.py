@@ -48,9 +48,10 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
       return jax.value_and_grad(lambda params: _values.mean(
           value_fn(params, **batch)).astype(jnp.float32))(params)
     rows, with_rows = _values.split_batch(batch, micro_batches)
+    count = _values.rows_of_parts(rows)
     def of_part(params, part):
       out = value_fn(params, **with_rows(part))
-      _values.check_parts(out, micro_batches, equal_parts)
+      _values.check_parts(out, micro_batches, equal_parts, rows=count)
       return _values.sums(out)
     def add(total, part):
       (value, weight), grads = jax.value_and_grad(

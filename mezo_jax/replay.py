@@ -40,11 +40,13 @@ import zlib
 import numpy as np
 
 from mezo_jax import _arguments
-from mezo_jax.errors import first_line, InputError, MissingError
+from mezo_jax.errors import ExistsError, first_line, InputError, MissingError
 
 FORMAT = 1  # of a log
 _ADDED = 1 << 31  # in a step's number
 _LONGEST = 1 << 20  # bytes of a header
+_OWN = ('format', 'numbers', 'first')  # entries of every header
+_OF_SHARED = ('shared', 'steps', 'added')  # and of those that are shared
 
 
 class Steps(NamedTuple):
@@ -144,6 +146,9 @@ class Log:
     """Records step number ``step``, which is the next."""
     if step != self.end + 1:
       raise ValueError(f'step {step} cannot follow step {self.end} in a log.')
+    projected_grad = _numbers(
+        'projected_grad', projected_grad, self.steps.projected_grads.shape[1])
+    value = _numbers('value', value, 1)[0]
     self._write(step, projected_grad, value)
     self.end = step
 
@@ -206,13 +211,15 @@ def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
              *, compare: bool = True) -> tuple[Log, str]:
   """Opens the log of a run that goes on, or a new one.
 
-  A log that is there keeps its header. Entries of ``header`` that it has not,
-  or has with other values, are named in the sentence that is returned: steps of
-  another learning rate or key replay to other weights.
+  A log that is there keeps its header. Entries that only one of the two headers
+  has, or that have other values in it, are named in the sentence that is
+  returned: steps of another learning rate or key replay to other weights. A
+  file that is not a log is kept under a name that ends in ``.damaged``.
 
   Args:
-    path: The file, which need not be there.
-    header: The header of a new log: JSON values.
+    path: The file, which need not be there; its directory must be.
+    header: The header of a new log: a dict of JSON values, without the names
+      that logs use themselves. An empty one is not compared.
     n: How many numbers a step has.
     start: How many steps the run has made without the log.
     compare: Whether the header is compared with that of a log that is there.
@@ -223,19 +230,28 @@ def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
 
   Raises:
     InputError: if the file is a log, but of another format or number of
-      directions.
+      directions, or if there can be no file of this path.
     ValueError: for arguments that cannot be those of a log.
   """
   path = _path(path)
-  _arguments.whole('n', n)
-  _arguments.whole('start', start, least=0)
+  n = _arguments.whole('n', n)
+  start = _arguments.whole('start', start, least=0)
   header = _json_values(header)
+  if path.is_dir():
+    raise ExistsError(f'{path} is a directory: give the path of a file.')
+  if not path.parent.is_dir():
+    raise MissingError(
+        f'{path.parent} is not a directory: make it, or choose another path.')
   recorded, said = None, ''
   if path.is_file():
     try:
       recorded = read(path)
     except Damaged as e:
       said = f'{e} Steps are recorded from step {start + 1} on'
+      if path.stat().st_size:
+        kept = path.with_name(path.name + '.damaged')
+        path.replace(kept)
+        said += f', and what was there is kept as {kept}'
     if recorded and recorded.header.get('shared'):
       raise InputError(f'{path} is a log that was shared, which cannot grow: '
                        'move it away.')
@@ -243,7 +259,7 @@ def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
       raise InputError(
           f'{path} has {recorded.steps.projected_grads.shape[1]} numbers a '
           f'step, and this run {n}: it is of another run; choose another '
-          '--workdir.')
+          'file, or another --workdir.')
     if recorded and recorded.steps.last < start:
       said = (f'{path} ends with step {recorded.steps.last}, before the '
               f'checkpoint of step {start}: steps are recorded from there on')
@@ -265,10 +281,10 @@ def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
 
 
 def _path(path) -> Path:
-  """Returns the path of a file."""
+  """Returns the path of a file, with ~ for the home directory."""
   try:
-    return Path(path)
-  except TypeError as e:
+    return Path(path).expanduser()
+  except (TypeError, RuntimeError) as e:
     raise ValueError(f'path must be that of a file, got {path!r}.') from e
 
 
@@ -281,16 +297,42 @@ def _json_values(header) -> dict:
   if not isinstance(header, dict):
     raise ValueError(f'header must be a dict of JSON values, got {header!r}.')
   try:
-    return json.loads(json.dumps(header))
+    header = json.loads(json.dumps(header))
   except (TypeError, ValueError) as e:
     raise ValueError(
         f'header must be a dict of JSON values: {first_line(e)}.') from e
+  taken = [name for name in (*_OWN, *_OF_SHARED) if name in header]
+  if taken:
+    raise ValueError(f'header has {", ".join(map(repr, taken))}, which a log '
+                     'has for itself: choose other names.')
+  return header
+
+
+def _numbers(name: str, x, n: int) -> np.ndarray:
+  """Returns n numbers of a step as float32.
+
+  Raises:
+    ValueError: if they are something else.
+  """
+  try:
+    if x is None:
+      raise ValueError
+    return np.reshape(np.asarray(x, np.float32), n)
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+        f'{name} must be {n} number{"s" if n > 1 else ""}, got {x!r}.') from e
 
 
 def _differs(path: Path, header: dict, recorded: Recorded) -> str:
   """Returns a sentence about entries of a log's header that are others now."""
-  own = recorded.header
-  names = sorted(k for k in header if k not in own or own[k] != header[k])
+  if not header:
+    return ''
+  own = {k: v for k, v in recorded.header.items() if k not in _OWN}
+  # As text two NaNs are equal; as values 1 and 1.0 are.
+  as_text = lambda x: json.dumps(x, sort_keys=True)
+  names = sorted(
+      k for k in header.keys() | own.keys() if k not in own or k not in header
+      or own[k] != header[k] and as_text(own[k]) != as_text(header[k]))
   if not names:
     return ''
   return (f'{path} has another header ({", ".join(names)} differ), which it '
@@ -312,7 +354,7 @@ def read(path: str | os.PathLike) -> Recorded:
     Damaged: if it has no header of a log.
     InputError: if it is of another format, or is a shared log and not whole.
   """
-  path = Path(path)
+  path = _path(path)
   if not path.is_file():
     raise MissingError(f'{path} is not there, or no file: give that of a log.')
   with path.open('rb') as file:

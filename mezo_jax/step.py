@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _arguments, _paths, _pending, _streams, sharding
+from mezo_jax import _arguments, _paths, _pending, _skip, _streams, sharding
 from mezo_jax._spsa import check_part
 
 
@@ -298,9 +298,31 @@ def _join(params, frozen):
 
 
 def field(state, name: str):
-  """A field of the estimator's state; a parameter may have its name too."""
-  return optax.tree.get(state, name, filtering=lambda path, _: isinstance(
-      path[-1], optax.tree_utils.NamedTupleKey))
+  """Returns a field of the estimator's state, or of what is pending.
+
+  Fields of other links may have the same names, as that of
+  `optax.apply_if_finite` has.
+
+  Returns:
+    The field, or None if there is none.
+
+  Raises:
+    ValueError: if there are several estimators.
+  """
+  is_own = lambda x: _skip.is_estimator(x) or isinstance(
+      x, _pending.PendingState)
+  found = []
+  for x in jax.tree.leaves(state, is_leaf=is_own):
+    if not is_own(x):
+      continue
+    x = getattr(x, 'spsa', x)  # of a state that remembers more
+    if hasattr(x, name):
+      found.append(getattr(x, name))
+  if len(found) > 1:
+    raise ValueError(
+        f'tx has {len(found)} estimators, and a step needs one: the first link '
+        'of the chain makes the updates, and the others work on them.')
+  return found[0] if found else None
 
 
 def _has_door(state) -> bool:

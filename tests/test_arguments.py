@@ -359,6 +359,34 @@ def test_links_that_have_updates_are_let_be():
       lambda p, z: 0.5 * p + z, PARAMS, z))
 
 
+def test_wrappers_that_count_what_is_not_finite_are_no_estimators():
+  """`optax.apply_if_finite` has fields of the same names."""
+  tx = optax.chain(mezo_jax.spsa(1e-3, key=0),
+                   optax.apply_if_finite(optax.trace(0.9), 5), optax.sgd(1e-2))
+  step = mezo_jax.make_step(tx, lambda p, b: loss(p) * b)
+  params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
+  params, state, metrics = step(params, state, jnp.float32(1.0))
+  assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
+  # Its inner state stays as it was in a step that is skipped.
+  tx = mezo_jax.skip_not_finite(tx)
+  bad = lambda p, factor: loss(p) * factor
+  state = tx.init(PARAMS)
+  _, first = tx.update(None, state, PARAMS, value_fn=bad, factor=1.0)
+  _, second = tx.update(None, first, PARAMS, value_fn=bad, factor=jnp.nan)
+  assert second[0].total_notfinite == 1
+  for a, b in zip(jax.tree.leaves(first[1:]), jax.tree.leaves(second[1:])):
+    np.testing.assert_array_equal(a, b)
+  with pytest.raises(ValueError, match='estimator'):
+    mezo_jax.skip_not_finite(
+        optax.apply_if_finite(optax.sgd(1.0), 5)).init(PARAMS)
+
+
+def test_a_step_has_one_estimator():
+  tx = optax.chain(mezo_jax.spsa(1e-3, key=0), mezo_jax.mezo(1e-2, key=0))
+  with pytest.raises(ValueError, match='estimators'):
+    mezo_jax.make_step(tx, lambda p, b: loss(p))(PARAMS, tx.init(PARAMS), ())
+
+
 def test_what_is_promised_of_chains():
   """What holds inside skip_not_finite, and what a chain without it does."""
   bad = lambda p, bad: jnp.where(bad, jnp.nan, loss(p))
@@ -586,7 +614,7 @@ TABLE = {
         **(dict(params=PARAMS) | kwargs)), dict(
             params=[None], share=[0.0, 2.0, None, 'x'], stacked=['('])),
 }
-LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}],
+LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
 TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState'}  # and no checks
 CONSTANTS = {'Rademacher', 'Sphere', 'fzoo', 'one_sided', 'two_sided'}

@@ -346,6 +346,6 @@ def test_parts_make_the_whole():
     mezo_jax.make_step(tx(4), loss_fn, part=(0, 2))(
         params, state, batch_of(1))
   for part in ((2, 2), (0, 3)):
-    with pytest.raises(ValueError, match='is none of 4 directions'):
+    with pytest.raises(ValueError, match='part'):
       mezo_jax.make_step(tx(4), loss_fn, part=part).losses(
           params, state, batch_of(1))

@@ -171,6 +171,14 @@ def test_a_loss_of_the_whole_batch_is_refused():
       None, tx.init(params), params, value_fn=value_fn, **more)
   with pytest.raises(ValueError, match='private clips what each row adds'):
     update(lambda p: jnp.sum(p), noise_key=secret_key(0))
+  # One value of all rows, and one for every two, would be clipped as rows.
+  mean = lambda p, batch: jnp.mean(value_fn(p, batch)[0], keepdims=True)
+  pairs = lambda p, batch: value_fn(p, batch)[0].reshape(-1, 2).mean(1)
+  for whole in (mean, pairs):
+    for parts in (1, 2):
+      with pytest.raises(ValueError, match='one for each row'):
+        released(made(micro_batches=parts), batch_of(np.arange(12)),
+                 value_fn=whole)
   with pytest.raises(ValueError, match='private needs the secret key'):
     update(lambda p: p * p)
   with pytest.raises(ValueError, match='clip and batch_size must be positive'):

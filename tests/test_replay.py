@@ -160,6 +160,54 @@ def test_a_log_of_another_kind_is_refused(tmp_path):
       replay.read(path)
 
 
+def test_a_file_that_is_no_log_is_kept(tmp_path):
+  path = tmp_path / 'notes.txt'
+  path.write_text('not a log')
+  log, said = replay.open_log(path, {}, 1)
+  log.close()
+  kept = tmp_path / 'notes.txt.damaged'
+  assert 'is not the log' in said and str(kept) in said
+  assert kept.read_text() == 'not a log'
+
+
+def test_paths_that_can_be_no_log_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  for path in (tmp_path, tmp_path / 'no' / 'a.log'):
+    with pytest.raises(InputError, match=str(path.parent)):
+      replay.open_log(path, {}, 1)
+  assert not [*tmp_path.parent.glob('*.part')] and not [*tmp_path.iterdir()]
+  replay.open_log('~/a.log', {}, np.int64(1))[0].close()
+  assert replay.read('~/a.log').header['numbers'] == 1
+
+
+@pytest.mark.parametrize('old, new, named', [
+    ({'lr': 0.1, 'key': 3}, {'lr': 0.1}, 'key'),
+    ({'lr': 0.1}, {'lr': 0.1, 'key': 3}, 'key'),
+    ({'a': {'b': 1}}, {'a': {'b': 2}}, 'a'),
+    ({'lr': 0.1, 'key': 3}, {'key': 3, 'lr': 0.1}, None),
+    ({'lr': 1}, {'lr': 1.0}, None),
+    ({'lr': float('nan')}, {'lr': float('nan')}, None),
+    ({'size': (1, 2)}, {'size': [1, 2]}, None)])
+def test_another_header_is_said(old, new, named, tmp_path):
+  path = tmp_path / 'a.log'
+  replay.open_log(path, old, 1)[0].close()
+  log, said = replay.open_log(path, new, 1)
+  log.close()
+  assert f'({named} differ)' in said if named else not said
+
+
+@pytest.mark.parametrize('bad', [
+    dict(projected_grad='x'), dict(projected_grad=None),
+    dict(projected_grad=[0.5, 0.5]), dict(value='x'), dict(value=None)])
+def test_only_numbers_are_recorded(bad, tmp_path):
+  log, _ = replay.open_log(tmp_path / 'a.log', {}, 1)
+  with pytest.raises(ValueError, match=[*bad][0]):
+    log.append(1, **(dict(projected_grad=[0.5]) | bad))
+  log.append(1, np.float64([0.5]), 1)
+  log.close()
+  assert replay.read(tmp_path / 'a.log').steps.last == 1
+
+
 def test_a_shared_log_is_small_and_checked(tmp_path):
   path, shared = tmp_path / 'steps.log', tmp_path / 'shared.log'
   grads, _ = written(path, steps=20_000)

@@ -150,6 +150,12 @@ def test_a_mean_over_tokens_is_the_same_in_parts():
     helpers.assert_close(got, want, rtol=1e-3)
   with pytest.raises(ValueError, match='cannot average a scalar.*equal_parts'):
     run_in(2, whole)
+  # As of jnp.mean(..., keepdims=True).
+  kept = lambda p, x, there: whole(p, x, there)[None]
+  for options in (dict(micro_batches=2), dict(num_samples=2, over='rows')):
+    with pytest.raises(ValueError, match='cannot average a scalar'):
+      tx = mezo_jax.mezo(1e-2, key=0, **options)
+      tx.update(None, tx.init(params), params, value_fn=kept, x=x, there=there)
   _, state = run_in(2, whole, equal_parts=True)
   np.testing.assert_allclose(state[0].value, 1.5, rtol=1e-6)
 

@@ -104,7 +104,8 @@ def private(
     batch = _values.accepted(value_fn, extra_args)
 
     def rows_at(point):  # one forward pass is in memory at a time
-      at = lambda part: _rows(perturbed(value_fn, kind)(params, point, **part))
+      at = lambda part: _rows(
+          perturbed(value_fn, kind)(params, point, **part), part)
       if (micro_batches or 1) == 1:
         return at(batch)
       rows, with_rows = _values.split_batch(batch, micro_batches)
@@ -142,11 +143,16 @@ def private(
       decay=decay, stochastic_rounding=stochastic_rounding)
 
 
-def _rows(out) -> tuple[jax.Array, jax.Array]:
-  """``values, whether there`` [B] of what a value_fn returned.
+def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
+  """Returns values [B], and which rows are there [B].
+
+  Args:
+    out: What a value_fn returned.
+    batch: Its arguments.
 
   Raises:
-    ValueError: if it is one number for all rows.
+    ValueError: if it is not one number for each row. A mean over rows, or a
+      value for each token, would be clipped as if it were a row.
   """
   _values.sums(out)  # refuses what is no loss
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
@@ -156,6 +162,13 @@ def _rows(out) -> tuple[jax.Array, jax.Array]:
         'private clips what each row adds: value_fn must return the rows\' '
         'values [B], or (values, weights) with weight 0 for rows that are not '
         'there, and returned a scalar.')
+  lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch)
+             if hasattr(x, 'shape') and jnp.ndim(x)}
+  if lengths and len(values) not in lengths:
+    raise ValueError(
+        f'private clips what each row adds: value_fn returned {len(values)} '
+        f'values for a batch whose arrays have {sorted(lengths)} rows; it must '
+        'return one for each row.')
   there = jnp.ones(values.shape, bool)
   if weights:
     there = jnp.asarray(weights[0]) > 0
