@@ -93,9 +93,9 @@ def _fzoo(losses, eps):
   return loss[0], (losses - loss) / std
 
 
-# Of a bias of O(eps**2), by 2n evaluations.
+# Its bias is O(eps**2); it takes 2n evaluations.
 two_sided = Combine((1.0, -1.0), _two_sided, by_direction=True)
-# Of a bias of O(eps), by n + 1 evaluations.
+# Its bias is O(eps); it takes n + 1 evaluations.
 one_sided = Combine((1.0, 0.0), _one_sided, by_direction=True)
 # FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
 # a size that does not depend on the gradient. The deviation is the sample's

@@ -98,12 +98,12 @@ class Checkpoints:
     # Key data, not keys: an array like any other, on however many processes.
     state = jax.tree.map(
         lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
-    told = {'state': fingerprint.of_weights(state), 'metrics': metrics,
-            'leaves': fingerprint.of_leaves(state)}
+    recorded = {'state': fingerprint.of_weights(state), 'metrics': metrics,
+                'leaves': fingerprint.of_leaves(state)}
+    recorded['check'] = fingerprint.of(recorded)
     with self._writing():
       self._checkpointer.save_async(
-          step, state, metrics=metrics, force=True, custom_metadata=told | {
-              'check': fingerprint.of(told)})
+          step, state, metrics=metrics, force=True, custom_metadata=recorded)
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -152,36 +152,36 @@ class Checkpoints:
       if _is_key(x) or not _is_key(like):  # a key: of an earlier version
         return x
       return jax.jit(_wrap, out_shardings=like.sharding)(x)
-    like_data, told = jax.tree.map(abstract, like), self._told(step)
+    like_data, recorded = jax.tree.map(abstract, like), self._recorded(step)
     other = InputError(
         f'checkpoint {self._path(step)} cannot be read: it is of another '
         'model, or of a version that kept another state. Choose another '
         '--workdir.')
-    if told.get('leaves') not in (None, fingerprint.of_leaves(like_data)):
+    if recorded.get('leaves') not in (None, fingerprint.of_leaves(like_data)):
       raise other
     try:
       state = self._checkpointer.load(step, like_data)
     except Exception as e:
       _raise_of_the_disk(e, self._path(step), _REFUSED)
       # Of an earlier version nothing tells the one from the other.
-      raise (self._damaged(step, e) if told else other) from e
-    if told.get('state') not in (None, fingerprint.of_weights(jax.tree.map(
+      raise (self._damaged(step, e) if recorded else other) from e
+    if recorded.get('state') not in (None, fingerprint.of_weights(jax.tree.map(
         lambda x: jax.random.key_data(x) if _is_key(x) else x, state))):
       raise self._damaged(step, 'its checksum is another')
     return jax.tree.map(restore, state, like)
 
-  def _told(self, step: int) -> dict:
+  def _recorded(self, step: int) -> dict:
     """What a checkpoint says of itself; {} of an earlier version."""
     try:
       about = self._checkpointer.metadata(step)
-      told = dict(about.custom_metadata or {})
+      recorded = dict(about.custom_metadata or {})
     except Exception as e:
       _raise_of_the_disk(e, self._path(step), _REFUSED)
       raise self._damaged(step, e) from e
-    if told and (told.pop('check', '') != fingerprint.of(told)
-                 or told.get('metrics') != about.metrics):
+    if recorded and (recorded.pop('check', '') != fingerprint.of(recorded)
+                 or recorded.get('metrics') != about.metrics):
       raise self._damaged(step, 'what it says of itself is not what was saved')
-    return told
+    return recorded
 
   def _path(self, step: int) -> Path:
     return self._directory / str(step)

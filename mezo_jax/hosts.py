@@ -217,13 +217,14 @@ def _environment() -> dict:
 # --- agreeing ---------------------------------------------------------------
 
 
-def agree(what: str, digest: Callable[[], str], mend: str) -> None:
-  """Raises InputError, on all, where a process has not what process 0 has.
+def agree(what: str, digest: Callable[[], str], fix: str) -> None:
+  """Raises InputError, on all processes, if one differs from process 0.
 
   Args:
-    what: that must be the same, in words.
-    digest: gives hexadecimal digits of it; not called in a run of one process.
-    mend: what to do where it is not.
+    what: What must be the same, in words.
+    digest: Returns hexadecimal digits of it. It is not called in a run of one
+      process.
+    fix: What to do if it is not the same.
   """
   if jax.process_count() == 1:
     return
@@ -232,17 +233,17 @@ def agree(what: str, digest: Callable[[], str], mend: str) -> None:
   others = np.flatnonzero((found != found[0]).any(-1))
   if others.size:
     raise InputError(f'process {", ".join(map(str, others))} and process 0 '
-                     f'differ in {what}: {mend}.')
+                     f'differ in {what}: {fix}.')
 
 
-def agree_on(what: str, values: dict, mend: str) -> None:
-  """Raises InputError, on all, where a process has not the values of process 0;
-  it names those that differ.
+def agree_on(what: str, values: dict, fix: str) -> None:
+  """Raises InputError, on all processes, if one has other values than process
+  0; the error names those that differ.
 
   Args:
     what: What must be the same, in words.
     values: A dict of JSON values, also nested, with the same keys everywhere.
-    mend: What to do where they are not the same.
+    fix: What to do if they are not the same.
   """
   if jax.process_count() == 1:
     return
@@ -264,7 +265,7 @@ def agree_on(what: str, values: dict, mend: str) -> None:
     names = [name for name, d in zip(here, differs.any(0)) if d]
     mine = ', '.join(f'{name} (here {here[name]})' for name in names)
     raise InputError(f'process {", ".join(map(str, others))} and process 0 '
-                     f'differ in {what}, {mine}: {mend}.')
+                     f'differ in {what}, {mine}: {fix}.')
 
 
 def share(directory: Path) -> None:

@@ -107,7 +107,7 @@ class Step:
   def __call__(self, params, state, batch, frozen=None, **more):
     if self._part is not None:
       raise ValueError('a part of the directions makes no step: call losses, '
-                       'and update with what all replicas have told.')
+                       'and update with the numbers of all replicas.')
     out = self.losses(params, state, batch, frozen, **more)
     # A whole step has three results, losses two: no walk over the state here.
     return out if len(out) == 3 else self.update(params, state, *out)
@@ -128,9 +128,9 @@ class Step:
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are placed by the program: that costs no program.
-    told = [_numbers(name, x, field(state, name).shape) for name, x in (
+    numbers = [_numbers(name, x, field(state, name).shape) for name, x in (
         ('projected_grad', projected_grad), ('value', value))]
-    return program(params, state, *told)
+    return program(params, state, *numbers)
 
   def flush(self, params, state):
     """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
@@ -174,9 +174,9 @@ class Step:
     return self._trace(self._whole, args, (params, state))
 
   def _trace_update(self, params, state):
-    told = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
-            for x in (field(state, 'projected_grad'), field(state, 'value'))]
-    return self._trace(self._update, (params, state, *told), (params, state))
+    numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
+               for x in (field(state, 'projected_grad'), field(state, 'value'))]
+    return self._trace(self._update, (params, state, *numbers), (params, state))
 
   def _trace_flush(self, params, state):
     return self._trace(self._flush, (params, state), (params, state))

@@ -159,7 +159,7 @@ def test_an_adapter_that_a_run_began_with(tiny_dir, reviews_file, tmp_path):
 
 
 def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
-  """Of the model, the data or an adapter; PEFT alone needs that of a base."""
+  """A path of the model, the data or an adapter; PEFT needs that of a base."""
   from transformers import AutoTokenizer
   place = tmp_path / 'secretplace'
   shutil.copytree(tiny_dir, place / 'base')

@@ -115,7 +115,7 @@ def own(tiny_dir, tmp_path):
 
 
 def test_the_config_for_own_data(own):
-  """It is none of the quickstart's choices."""
+  """It inherits nothing from the quickstart."""
   checks.check(own)
   o = own.optimizer
   assert (own.peft.method, own.peft.mask, o.schedule) == ('', '', 'constant')
@@ -174,7 +174,7 @@ def test_rows_that_look_like_a_mistake(own, tmp_path):
   own.data.train = own.data.test = write(tmp_path / 'b.jsonl', rows_of(160))
   one, = warnings(own)
   assert '100 of 160 test rows have the prompt of a train row' in one
-  own.method = 'private'  # nothing of its train rows is told
+  own.method = 'private'  # its train rows are not described
   assert not [text for text in warnings(own) if 'train row' in text]
 
 

@@ -75,7 +75,7 @@ CASES += [('generation', 'lm', dict(select='loss')),
 @pytest.mark.parametrize('kind,objective,changes', CASES)
 def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
-  """Of the same rows the two are one number, whatever is trained."""
+  """On the same rows the two are equal, whatever is trained."""
   config = config_of(tiny_dir, kind, objective=objective, **changes)
   built = build.build(
       config, say=lambda text: None, rows=data_lib.Rows(ROWS, ROWS, ROWS, ROWS),
