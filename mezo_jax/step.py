@@ -103,6 +103,7 @@ class Step:
 
     self._losses, self._update, self._whole = losses, update, whole
     self._flush, self._value_fn = flush, value_fn
+    self._shapes = ()  # of the numbers of an update, when it is traced
 
   def __call__(self, params, state, batch, frozen=None, **more):
     if self._part is not None:
@@ -121,15 +122,11 @@ class Step:
 
   def update(self, params, state, projected_grad, value=jnp.nan):
     """Makes the step of these projected gradients [n], without losses."""
-    _check_state(state)
-    if not _has_door(state):
-      raise ValueError('a step of backpropagation is one program: it has no '
-                       'update that could be made from recorded numbers.')
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are placed by the program: that costs no program.
-    numbers = [_numbers(name, x, field(state, name).shape) for name, x in (
-        ('projected_grad', projected_grad), ('value', value))]
+    numbers = [_numbers(name, x, shape) for name, x, shape in zip(
+        ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
     return program(params, state, *numbers)
 
   def flush(self, params, state):
@@ -174,8 +171,13 @@ class Step:
     return self._trace(self._whole, args, (params, state))
 
   def _trace_update(self, params, state):
+    _check_state(state)
+    if not _has_door(state):
+      raise ValueError('a step of backpropagation is one program: it has no '
+                       'update that could be made from recorded numbers.')
     numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
                for x in (field(state, 'projected_grad'), field(state, 'value'))]
+    self._shapes = [x.shape for x in numbers]
     return self._trace(self._update, (params, state, *numbers), (params, state))
 
   def _trace_flush(self, params, state):
