@@ -1,4 +1,4 @@
-"""How long a step of an unrolled model takes to compile, beside its gradient.
+"""Times the compilation of an unrolled model's step and of its gradient.
 
   python benchmarks/compile_time.py [LAYERS ...]
 
