@@ -54,6 +54,7 @@ _HARMLESS = frozenset('''
     remove_invalid_values repetition_penalty return_dict_in_generate
     suppress_tokens target_lookbehind temperature top_k top_p typical_p
     '''.split())
+_MOST_LAYERS = 10_000
 _IDS = re.compile(r'.*_token_(id|ids|index)')  # of special tokens
 _COMMON = {  # what transformers reads in every family, and the values we cover
     'attention_chunk_size': None,
@@ -106,8 +107,10 @@ class Fields:
   def size(self, name: str, default: int, least: int = 1) -> int:
     """Returns a whole number."""
     value = self.get(name, default)
-    if type(value) is not int or value < least:
-      self.refuse(name, value, f'a whole number from {least}')
+    # Lists of layers are built while fields are read, so this comes first.
+    most = _MOST_LAYERS if name in ('num_hidden_layers', 'n_layer') else 2**31
+    if type(value) is not int or not least <= value < most:
+      self.refuse(name, value, f'a whole number from {least} to {most}')
     return value
 
   def maybe_size(self, name: str, default: int | None = None) -> int | None:
@@ -334,7 +337,7 @@ def _rope(f: Fields, where: str, given: dict, theta: float,
 
 # --- the whole --------------------------------------------------------------
 
-_MOST = {'num_layers': 10_000}  # of all other sizes 2**31
+_MOST = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
 
 
 def check_sizes(config: Config, path) -> None:
