@@ -88,9 +88,8 @@ def check(config: config_lib.Train) -> None:
        f'optimizer.groups {o.groups} must be of (regular expression, '
        'learning_rate, eps), both positive and finite'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
-      (all(0 <= seed < 2**32 for seed in (config.seed, d.seed, d.test_seed)),
-       'seed, data.seed and data.test_seed must be at least 0 and below 2**32, '
-       'as NumPy needs them for the order of rows'),
+      (0 <= config.seed < 2**32,
+       f'seed is {config.seed} and must be from 0 to below 2**32'),
       (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
