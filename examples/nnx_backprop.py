@@ -31,8 +31,7 @@ class Model(nnx.Module):
 
 
 def loss_fn(params, batch):
-  model = nnx.merge(graphdef, params, rest, copy=True)
-  logits = model(batch['ids'])
+  logits = nnx.merge(graphdef, params, rest, copy=True)(batch['ids'])
   return optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']).mean()
 
