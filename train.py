@@ -60,9 +60,9 @@ def run(config: config_lib.Train, workdir: Path,
   """Runs a config from start, or from where it was stopped, to its result.
 
   Args:
-    config: Of the run.
-    workdir: Of the run.
-    place: Of a replica among the others.
+    config: The config of the run.
+    workdir: The working directory of the run.
+    place: The place of a replica among the others; None for a run alone.
     source: The name of the config's file, to be reported.
   """
   with workdir_lib.alone(workdir):

@@ -388,7 +388,7 @@ def test_a_step_has_one_estimator():
 
 
 def test_what_is_promised_of_chains():
-  """What holds inside skip_not_finite, and what a chain without it does."""
+  """A skipped step changes nothing inside skip_not_finite alone."""
   bad = lambda p, bad: jnp.where(bad, jnp.nan, loss(p))
   chain = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.adamw(1e-2))
   for tx, moves in ((chain, True), (mezo_jax.skip_not_finite(chain), False)):

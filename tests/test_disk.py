@@ -36,7 +36,7 @@ def disk(tmp_path):
 
 
 def said(fn, capfd) -> str:
-  """What a program says and ends with, in one line."""
+  """Returns the status and the message that a program ends with."""
   capfd.readouterr()
   with pytest.raises(SystemExit) as e, in_one_sentence('prog'):
     fn()

@@ -57,9 +57,9 @@ def test_a_step_with_lora(directions):
   np.testing.assert_allclose(lazy, built, rtol=2e-3)
   tx = mezo_jax.mezo(1e-3, directions=directions, key=0)
   step = mezo_jax.make_step(tx, loss)
-  new, _, told = step(jax.tree.map(jnp.copy, half), tx.init(half),
-                      jnp.asarray(families.IDS))
-  assert np.isfinite(told['loss'])
+  new, _, metrics = step(jax.tree.map(jnp.copy, half), tx.init(half),
+                         jnp.asarray(families.IDS))
+  assert np.isfinite(metrics['loss'])
   q = lambda p: np.asarray(p['layers']['attn']['q']['kernel'])
   assert q(new).dtype == np.float16 and (q(new) != q(half)).any()
 

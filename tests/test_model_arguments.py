@@ -1,4 +1,4 @@
-"""What the functions of `mezo_jax.models` take, and what they refuse."""
+"""Tests which arguments the functions of `mezo_jax.models` take or refuse."""
 
 import functools
 

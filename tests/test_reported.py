@@ -1,4 +1,4 @@
-"""What is trained is what is reported, and what chooses."""
+"""Tests that the objective is reported, and chooses the best step."""
 
 import dataclasses
 import json

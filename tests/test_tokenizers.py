@@ -1,4 +1,4 @@
-"""What a tokenizer adds around a text, and which of its tokens end one."""
+"""Tests of tokens that a tokenizer adds around a text, or that end one."""
 
 import numpy as np
 import pytest

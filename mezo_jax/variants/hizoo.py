@@ -97,20 +97,20 @@ def hizoo(
       old, value_fn, extra_args = old._replace(key=Displacement(
           old.key, 1.0).after(value).keys), None, {}
     given = {} if value is None else dict(value=value)
-    told = projected_grad
-    if told is not None:
-      told = _arguments.array('projected_grad', told).astype(jnp.float32)
-      if told.shape != (2 * n,):
+    numbers = projected_grad
+    if numbers is not None:
+      numbers = _arguments.array('projected_grad', numbers).astype(jnp.float32)
+      if numbers.shape != (2 * n,):
         raise ValueError(
             f'projected_grad must have the shape [{2 * n}], first g of each '
-            f'direction, then h of each, got {list(told.shape)}.')
-      there = jnp.all(jnp.isfinite(told))
-      told = jnp.where(there, told, jnp.nan)
+            f'direction, then h of each, got {list(numbers.shape)}.')
+      there = jnp.all(jnp.isfinite(numbers))
+      numbers = jnp.where(there, numbers, jnp.nan)
     updates, new = tx.update(
         updates, old._replace(projected_grad=old.projected_grad[:n]), params,
-        value_fn=value_fn, **({} if told is None else dict(
-            projected_grad=told[:n])), **given, **extra_args)
-    curved = jnp.where(there, told[n:], 0.0) / n
+        value_fn=value_fn, **({} if numbers is None else dict(
+            projected_grad=numbers[:n])), **given, **extra_args)
+    curved = jnp.where(there, numbers[n:], 0.0) / n
     shrink = jnp.where(there, alpha, 0.0)
     # Of scaled draws; with s for H^(-1/2), H z^2 is (s z)^2 / s^4.
     squares = mapped(
@@ -123,7 +123,7 @@ def hizoo(
       hessian = (1 - shrink + shrink * square / s**2) / s**2
       return jnp.minimum(jax.lax.rsqrt(hessian), jnp.float32(1e6))
     return updates, Remembering(
-        new._replace(key=state.spsa.key, projected_grad=told),
+        new._replace(key=state.spsa.key, projected_grad=numbers),
         jax.tree.map(after, scales, squares))
 
   def _losses(value_fn, params, state, kind, extra_args):
