@@ -22,30 +22,25 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from mezo_jax import (
-  _paths,
-  baselines,
+from mezo_jax import peft
+from mezo_jax.cli import launch
+from mezo_jax.core import fingerprint, multihost, paths
+from mezo_jax.distributed import replicas as replicas_lib
+from mezo_jax.runs import guards, loggers, preemption, resume
+from mezo_jax.runs import workdir as workdir_lib
+from mezo_jax.tasks import evaluate
+from mezo_jax.training import (
   build,
   checks,
-  evaluate,
-  fingerprint,
-  guards,
-  hosts,
-  launch,
-  loggers,
+  linear_probe,
   methods,
   mixture,
-  peft,
-  preemption,
   privacy,
-  resume,
   scoring,
   trainable,
 )
-from mezo_jax import config as config_lib
-from mezo_jax import replicas as replicas_lib
-from mezo_jax import workdir as workdir_lib
-from mezo_jax.step import make_step, pends
+from mezo_jax.training import config as config_lib
+from mezo_jax.transforms.step import make_step, pends
 
 flags.adopt_module_key_flags(launch)  # for --help
 
@@ -66,7 +61,7 @@ def run(config: config_lib.Train, workdir: Path,
     source: The name of the config's file, to be reported.
   """
   with workdir_lib.alone(workdir):
-    hosts.share(workdir)
+    multihost.share(workdir)
     return run_alone(config, workdir, place, source)
 
 
@@ -78,9 +73,9 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
   file = f'{source}, ' if source else ''
   say(f'config: {file}{config_lib.in_words(config)}')
   replicas_lib.check(config, place)
-  hosts.agree('the version of mezo_jax or jax', fingerprint.of_code,
+  multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
               'install the same on every host')
-  hosts.agree_on('the config', config_lib.to_json(config),
+  multihost.agree_on('the config', config_lib.to_json(config),
                  'start the same command on every host')
   workdir_lib.check(config, workdir)
   method = methods.method_of(config)
@@ -91,7 +86,7 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
   weights = fingerprint.of_weights(
       peft.join(params, built.frozen), methods.made(config))
   name = Path(build.model_name(config)).name
-  total = _paths.size_of(params) + _paths.size_of(built.frozen)
+  total = paths.size_of(params) + paths.size_of(built.frozen)
   say(f'model: {name}, {total:,} parameters in {config.model.dtype} on '
       f'{mesh.size} {jax.devices()[0].platform} device(s)')
   tasks = mixture.make(config, built, workdir / 'trunk', say)
@@ -103,14 +98,14 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
       seconds=time.time() - began)
   probed = None
   if method.probe:
-    params, probed = baselines.begin(config, built, params, ask.sizes)
+    params, probed = linear_probe.begin(config, built, params, ask.sizes)
   if not method.steps:
     final = method.result(ask, params, probed)
     result = finish(final)
     say(f'{config.method}: test {evaluate.spell(final)}; see '
         f'{workdir / "result.json"}')
     return result
-  say(f'training {_paths.size_of(params):,} of {total:,} parameters')
+  say(f'training {paths.size_of(params):,} of {total:,} parameters')
   for text in methods.warnings(config):
     say(f'warning: {text}.')
   plan = build.privacy_plan(config, built.splits, mesh)
@@ -183,7 +178,7 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
       final | {'step': step}, steps=config.steps,
       forwards=round(config.steps * methods.forwards(
           config, len(built.splits.train.prompts))),
-      trained=_paths.size_of(params), compilations=len(step_fn.compiled),
+      trained=paths.size_of(params), compilations=len(step_fn.compiled),
       metric=metric,
       **(dict(privacy=privacy.account(plan, config.steps)) if plan else {}),
       **(dict(zero_shot=zero_shot) if zero_shot else {}))

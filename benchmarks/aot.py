@@ -3,18 +3,19 @@
   pip install -e '.[plan]' && python benchmarks/aot.py
       [--cuda] [--short | --vmem]
 
-Loops over `mezo_jax.plan`: inference, MeZO steps and backprop (each layer
-rematerialised) for described devices that are not there, from abstract bfloat16
-weights, 16 rows of 256 or 32 tokens read at two label words. Nothing is run. Of
-updates that are pending (over 8 steps, where no other number is said) that part
-of the cycles is counted. Memory is all of one device: weights, inputs, outputs
-and temporaries. Cycles are the TPU compiler's own estimates times the trip
-counts of loops; they know nothing of collectives between chips. `--cuda` adds
-one A100 by the CUDA compiler (`pip install jax-cuda12-plugin jax-cuda12-pjrt
-nvidia-cuda-nvcc-cu12` of jax's version). Writes benchmarks/results/aot.md and
-.json; with `--short` aot_short.md and .json, of the cases of 32 tokens a row;
-with `--vmem` aot_vmem.md and .json, of some cases with 16, 32 and 64 MiB of a
-TPU core's own memory for a loop, by the flag that a user would set.
+Loops over `mezo_jax.planning.plan`: inference, MeZO steps and backprop (each
+layer rematerialised) for described devices that are not there, from abstract
+bfloat16 weights, 16 rows of 256 or 32 tokens read at two label words. Nothing
+is run. Of updates that are pending (over 8 steps, where no other number is
+said) that part of the cycles is counted. Memory is all of one device: weights,
+inputs, outputs and temporaries. Cycles are the TPU compiler's own estimates
+times the trip counts of loops; they know nothing of collectives between chips.
+`--cuda` adds one A100 by the CUDA compiler (`pip install jax-cuda12-plugin
+jax-cuda12-pjrt nvidia-cuda-nvcc-cu12` of jax's version). Writes
+benchmarks/results/aot.md and .json; with `--short` aot_short.md and .json, of
+the cases of 32 tokens a row; with `--vmem` aot_vmem.md and .json, of some cases
+with 16, 32 and 64 MiB of a TPU core's own memory for a loop, by the flag that a
+user would set.
 """
 
 import dataclasses
@@ -30,10 +31,12 @@ from jax.sharding import PartitionSpec as P
 from plan_models import config_of
 
 import mezo_jax
-from mezo_jax import _streams, build, compiled, machines, plan
-from mezo_jax import config as config_lib
-from mezo_jax._displacement import Draws
-from mezo_jax._kinds import KINDS
+from mezo_jax.directions import streams
+from mezo_jax.directions.by_name import KINDS
+from mezo_jax.directions.displacement import Draws
+from mezo_jax.planning import compiled, machines, plan
+from mezo_jax.training import build
+from mezo_jax.training import config as config_lib
 
 ROWS = 16
 MEZO = harness.MEZO | {
@@ -142,7 +145,7 @@ def forms() -> list[dict]:
     for kind in ('normal', 'rademacher'):
       def moved(w, seed, c, z=KINDS[kind](generator)):
         keys = jax.random.key(seed, impl='threefry2x32')[None]
-        stream = _streams.of_leaf(keys, 'w', w.shape)
+        stream = streams.of_leaf(keys, 'w', w.shape)
         return Draws((stream,), c[None], z).add(w).astype(w.dtype)
       def first(w, seed, c, x, moved=moved):
         return x @ jax.lax.optimization_barrier(moved(w, seed, c))

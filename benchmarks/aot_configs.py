@@ -3,8 +3,8 @@
   pip install -e '.[plan]' && python benchmarks/aot_configs.py
 
 The programs of configs/opt.py, opt_f1.py, roberta.py and glue.py, by
-`mezo_jax.plan`: nothing is run, and what the host computes of generated answers
-is left out. Writes benchmarks/results/aot_configs.md.
+`mezo_jax.planning.plan`: nothing is run, and what the host computes of
+generated answers is left out. Writes benchmarks/results/aot_configs.md.
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import harness
 import jax
 
-from mezo_jax import config as config_lib
-from mezo_jax import machines, plan, planner
+from mezo_jax.planning import cli, machines, plan
+from mezo_jax.training import config as config_lib
 
 ROOT = Path(__file__).parents[1]
 # Config and its argument, other model, topology, mesh, tokens.
@@ -32,7 +32,7 @@ CASES = [
 
 
 def load_config(name: str, model: str) -> config_lib.Train:
-  return planner.read_config(str(ROOT / 'configs' / name), [
+  return cli.read_config(str(ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
 
 
@@ -42,7 +42,7 @@ def main():
   table = []
   for name, other, topology, mesh, tokens in CASES:
     config = load_config(name, other)
-    found = plan.plan(config, topology, tokens=tokens, sizes=planner.read_mesh(
+    found = plan.plan(config, topology, tokens=tokens, sizes=cli.read_mesh(
         mesh, machines.size(topology)))
     update = found.programs['update']
     table.append({

@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mezo_jax
-from mezo_jax import machines, sharding
+from mezo_jax.core import sharding
+from mezo_jax.planning import machines
 
 LAYERS, WIDTH, VOCAB, ROWS, TOKENS = 12, 1024, 16_000, 16, 32
 TOPOLOGIES = ('v5p:1x1x1', 'a100:1')

@@ -31,9 +31,11 @@ import optax
 
 from configs import quickstart as quickstart_config
 import mezo_jax
-from mezo_jax import build, compiled, LowRank, trunk
-from mezo_jax.config import Data, Model, Optimizer, Train
+from mezo_jax import LowRank
+from mezo_jax.planning import compiled
 from mezo_jax.tasks import encode, score, Task
+from mezo_jax.training import build, frozen_features
+from mezo_jax.training.config import Data, Model, Optimizer, Train
 
 ROWS, SEEDS, SEARCH_SEEDS, CURVE = 16, 8, 2, 4
 
@@ -96,7 +98,7 @@ class Runs:
     config = problem.config
     built = build.build(config, say=lambda text: None)
     with tempfile.TemporaryDirectory() as folder:
-      built = trunk.keep(config, built, folder)
+      built = frozen_features.keep(config, built, folder)
     self.problem, self.frozen, self.start = problem, built.frozen, built.params
     splits, model = built.splits, built.model
     self.train, tokens = splits.train, problem.tokens

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mezo_jax
-from mezo_jax import models, peft, quickstart, suite
+from mezo_jax import models, peft
+from mezo_jax.cli import suite
+from mezo_jax.tasks import quickstart_data
 
 ROOT = Path(__file__).parents[1]
 ROWS, TOKENS, ROUNDS = 16, 32, 10
@@ -55,7 +57,7 @@ def results(workdir: Path) -> list[dict]:
 
 def times() -> list[dict]:
   """A line a method: a step / two forwards, and what noise and update take."""
-  model, params = models.load(quickstart.model_path(), dtype='float32')
+  model, params = models.load(quickstart_data.model_path(), dtype='float32')
   key = jax.random.key(0)
   loss_fn = harness.classification_loss(model)
   ids = jax.random.randint(key, (ROWS, TOKENS), 0, model.config.vocab_size)

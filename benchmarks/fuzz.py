@@ -35,19 +35,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
 import conftest  # noqa: E402
 
 import mezo_jax  # noqa: E402
-from mezo_jax import (  # noqa: E402
-  checkpoint,
+from mezo_jax import models, peft
+from mezo_jax.core.errors import InputError
+from mezo_jax.models.formats import gguf as gguf_lib
+from mezo_jax.runs import checkpoint, loggers, replay
+from mezo_jax.runs import workdir as workdir_lib
+from mezo_jax.tasks import (
   data,
-  loggers,
-  models,
-  peft,
-  replay,
+  Task,  # noqa: E402
 )
-from mezo_jax import workdir as workdir_lib  # noqa: E402
-from mezo_jax.config import to_json, Train  # noqa: E402
-from mezo_jax.errors import InputError  # noqa: E402
-from mezo_jax.models import gguf as gguf_lib  # noqa: E402
-from mezo_jax.tasks import Task  # noqa: E402
+from mezo_jax.training.config import to_json, Train
 
 WORD = re.compile(rb'-?\d+(\.\d+)?(e-?\d+)?|"[^"]*"|true|false|null')
 SECONDS, MEMORY = 20, 4 * 2**30

@@ -35,8 +35,10 @@ import optax
 import step_time
 
 import mezo_jax
-from mezo_jax import backprop, compiled, models
-from mezo_jax.workdir import read_result
+from mezo_jax import models
+from mezo_jax.planning import compiled
+from mezo_jax.runs.workdir import read_result
+from mezo_jax.transforms import backprop
 
 PROGRAMS = harness.MEZO | {'SGD': None, 'Adam': None}
 SHAPES = ('OPT-13B', 'OPT-30B', 'OPT-1.3B')

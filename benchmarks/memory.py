@@ -24,7 +24,9 @@ import optax
 import zoo
 
 import mezo_jax
-from mezo_jax import backprop, compiled, make_step, models
+from mezo_jax import make_step, models
+from mezo_jax.planning import compiled
+from mezo_jax.transforms import backprop
 
 ROWS, TOKENS = 8, 64
 SHAPES = ('OPT-125M', 'SmolLM2-135M')

@@ -25,9 +25,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import cpu_suite, quickstart  # noqa: E402
-from mezo_jax import tasks, trunk  # noqa: E402
-from mezo_jax.config import Also, Data, Variant  # noqa: E402
-from mezo_jax.workdir import read_result  # noqa: E402
+from mezo_jax import tasks
+from mezo_jax.runs.workdir import read_result
+from mezo_jax.training import frozen_features
+from mezo_jax.training.config import Also, Data, Variant
 import train  # noqa: E402
 
 SEEDS, RATES, STEPS = (0, 1, 2), (5e-4, 1e-3), 3000
@@ -63,14 +64,14 @@ def config_of(folder: Path, names, method: str, rate: float, seed: int):
 
 def share_trunks() -> None:
   """What the frozen layers give for a row is the same in all runs."""
-  kept, compute = {}, trunk._computed
+  kept, compute = {}, frozen_features._computed
 
   def computed(model, params, data, *rest):
-    rows = trunk._name('', data)
+    rows = frozen_features._name('', data)
     if rows not in kept:
       kept[rows] = compute(model, params, data, *rest)
     return kept[rows]
-  trunk._computed = computed
+  frozen_features._computed = computed
 
 
 def main():

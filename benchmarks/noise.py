@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import _noise, _streams
-from mezo_jax._kinds import KINDS
+from mezo_jax.directions import noise, streams
+from mezo_jax.directions.by_name import KINDS
 
 KEYS, DRAWS = 256, 2**22
 LEAF = (4096, 4096)
@@ -33,7 +33,7 @@ LEAF = (4096, 4096)
 def cost(directions):
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
-    stream = _streams.of_leaf(key[None], 'w', LEAF)
+    stream = streams.of_leaf(key[None], 'w', LEAF)
     return directions.of_leaf(stream, jnp.full(1, 1e-3), LEAF).add(w)
   key, w = jax.random.key(0), jnp.zeros(LEAF)
   temp = axpy.lower(w, key).compile().memory_analysis().temp_size_in_bytes
@@ -65,8 +65,8 @@ def _ns(axpy, w, key):
 def related_keys():
   """256 keys: layers of a leaf, steps of a run, single bits of one key."""
   base = jax.random.key(0)
-  layers = _streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
-  steps = jnp.stack([jax.random.key_data(_noise.direction_key(base, t))
+  layers = streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
+  steps = jnp.stack([jax.random.key_data(noise.direction_key(base, t))
                      for t in range(96)])
   bits = jnp.array([[1 << b, 0] for b in range(32)]
                    + [[0, 1 << b] for b in range(32)], jnp.uint32)
@@ -75,8 +75,8 @@ def related_keys():
 
 @jax.jit
 def words_of(key):
-  block = _noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
-  return _noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
+  block = noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
+  return noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
 
 
 def chi_score(counts):
@@ -176,7 +176,7 @@ def quality():
 def main():
   costs = [{'what': 'jax.random.normal', **cost_of_jax_random()}]
   costs += [{'what': f'{d}, {g}', **cost(KINDS[d](g))}
-            for g in _noise.GENERATORS
+            for g in noise.GENERATORS
             for d in ('normal', 'rademacher', 'low_rank')]
   rows, n = quality()
   harness.write('noise', harness.header(), [

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mezo_jax
-from mezo_jax import _noise, models
+from mezo_jax import models
+from mezo_jax.directions import noise
 from mezo_jax.tasks import encode, score, Task
 
 ROWS, TOKENS, ROUNDS = 16, 32, 9
@@ -51,7 +52,7 @@ def two_phases(model, data):
   told = mezo_jax.make_step(tx, None)  # its losses are computed here
 
   def step(params, state, batch):
-    key = _noise.direction_key(jax.random.key(0), int(state[0].count))
+    key = noise.direction_key(jax.random.key(0), int(state[0].count))
     plus, minus = np.asarray(predict(params, key, batch)).tolist()
     rows = [data.rows[r] for r in batch['row']]
     g = -(accuracy(plus, rows) - accuracy(minus, rows)) / (2 * EPS)

@@ -1,4 +1,4 @@
-"""Which slices and cards hold which models, by `mezo_jax.plan`.
+"""Which slices and cards hold which models, by `mezo_jax.planning.plan`.
 
   pip install -e '.[plan]'
   python benchmarks/plan_models.py [--cuda | --offload] [MODEL ...]
@@ -20,9 +20,9 @@ import sys
 import harness
 import jax
 
-from mezo_jax import machines, plan
-from mezo_jax.config import Data, Model, Optimizer, Train
+from mezo_jax.planning import machines, plan
 from mezo_jax.tasks import Task
+from mezo_jax.training.config import Data, Model, Optimizer, Train
 
 MODELS = ('facebook/opt-13b', 'facebook/opt-30b', 'facebook/opt-66b',
           'facebook/opt-175b', 'meta-llama/Meta-Llama-3-8B',

@@ -20,7 +20,7 @@ import harness
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import quickstart  # noqa: E402
-from mezo_jax.workdir import read_result  # noqa: E402
+from mezo_jax.runs.workdir import read_result
 import train  # noqa: E402
 
 SEEDS, BUDGETS = (0, 1), (None, 6.0)

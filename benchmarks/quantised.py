@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import quickstart  # noqa: E402
 import mezo_jax  # noqa: E402
-from mezo_jax import compiled, models, variants  # noqa: E402
-from mezo_jax.config import Peft  # noqa: E402
-from mezo_jax.workdir import read_result  # noqa: E402
+from mezo_jax import models, variants
+from mezo_jax.planning import compiled
+from mezo_jax.runs.workdir import read_result
+from mezo_jax.training.config import Peft
 import train  # noqa: E402
 
 SEEDS, STEPS = (0, 1), 4000

@@ -11,8 +11,8 @@ from pathlib import Path
 import harness
 import numpy as np
 
-from mezo_jax import suite
-from mezo_jax.workdir import read_result
+from mezo_jax.cli import suite
+from mezo_jax.runs.workdir import read_result
 
 WORKDIR = Path('runs/quickstart_suite')
 NAMES = {'mezo': 'MeZO, the last layer', 'whole': 'MeZO, all layers',

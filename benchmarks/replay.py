@@ -23,8 +23,11 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import _paths, models, peft, quickstart, replay, variants
-from mezo_jax.step import field
+from mezo_jax import models, peft, variants
+from mezo_jax.core import paths
+from mezo_jax.runs import replay
+from mezo_jax.tasks import quickstart_data
+from mezo_jax.transforms.step import field
 
 LINEAR = optax.linear_schedule(1e-3, 0.0, 2000)
 SMALL = {  # how it trains; dtype; what is trained
@@ -50,7 +53,7 @@ SMALL = {  # how it trains; dtype; what is trained
 
 def digest(tree) -> str:
   out = hashlib.sha256()
-  for path, x in _paths.named_leaves(tree):
+  for path, x in paths.named_leaves(tree):
     for array in jax.tree.leaves(x):
       out.update(path.encode() + np.asarray(array).tobytes())
   return out.hexdigest()
@@ -107,7 +110,7 @@ def small() -> list[dict]:
     if trained:
       params = peft.join(params, peft.lora.init(params, jax.random.key(4)))
     if dtype == 'int8':
-      params = _paths.map_named(lambda path, x: mezo_jax.quantize(x) if (
+      params = paths.map_named(lambda path, x: mezo_jax.quantize(x) if (
           path.endswith('kernel')) else x, params)
     host, frozen = jax.device_get(peft.split(params, trained))
     copy = lambda host=host: jax.tree.map(jnp.array, host)
@@ -119,7 +122,7 @@ def small() -> list[dict]:
 
 def real() -> list[dict]:
   model, params = models.load(
-      quickstart.model_path(), dtype='bfloat16', progress=False)
+      quickstart_data.model_path(), dtype='bfloat16', progress=False)
   host, loss_fn = jax.device_get(params), harness.classification_loss(model)
   del params
   ids = np.random.RandomState(0).randint(0, 49152, (200, 16, 32))

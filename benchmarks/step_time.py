@@ -33,8 +33,10 @@ import jax
 import numpy as np
 
 import mezo_jax
-from mezo_jax import data, loggers, models, sharding
-from mezo_jax.tasks import encode
+from mezo_jax import models
+from mezo_jax.core import sharding
+from mezo_jax.runs import loggers
+from mezo_jax.tasks import data, encode
 
 ROUNDS = 5
 SHAPES = ('OPT-125M', 'SmolLM2-135M')

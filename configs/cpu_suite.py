@@ -12,8 +12,8 @@ import dataclasses
 from pathlib import Path
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Optimizer, Peft, Spsa, Train
 from mezo_jax.tasks import Task
+from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 _DATA = Path('data')
 _MASK = 'embed|attn/(q|k|o)|mlp/(gate|up)'

@@ -14,7 +14,14 @@ measured is another method: docs/relatives.md.)
 """
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Model, Optimizer, Spsa, Train, Variant
+from mezo_jax.training.config import (
+  Data,
+  Model,
+  Optimizer,
+  Spsa,
+  Train,
+  Variant,
+)
 
 TASKS = ('mnli', 'qnli', 'sst2', 'cola')
 

@@ -10,7 +10,7 @@ best mean on dev rows.
 """
 
 from mezo_jax import tasks
-from mezo_jax.config import Also, Data, Model, Optimizer, Spsa, Train
+from mezo_jax.training.config import Also, Data, Model, Optimizer, Spsa, Train
 
 
 def get_config() -> Train:

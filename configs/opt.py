@@ -51,7 +51,7 @@ learning rates (all parameters {1e-6, 1e-7}, of SQuAD and DROP also 5e-7; LoRA
 import copy
 
 from mezo_jax import tasks
-from mezo_jax.config import (
+from mezo_jax.training.config import (
   Data,
   Model,
   Optimizer,

@@ -12,7 +12,7 @@ lets generated tokens stand num_tokens too far on: --config.peft.positions=jump.
 import dataclasses
 
 from configs import opt
-from mezo_jax.config import Train
+from mezo_jax.training.config import Train
 
 
 def get_config() -> Train:

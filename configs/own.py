@@ -18,10 +18,11 @@ run the same command again, and go on.
 60 % of the rows are for training, 20 % (at most 500) choose the best step and
 20 % (at most 1,000) are for testing, unless you give numbers (`data.num_train`,
 `num_dev`, `num_test`) or a test file (`data.test`). All other fields are in
-mezo_jax/config.py; put those that you change often into a file like this one.
+mezo_jax/training/config.py; put those that you change often into a file like
+this one.
 """
 
-from mezo_jax.config import Data, Optimizer, Peft, Spsa, Train
+from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 VARIANTS = ('', 'last_layer', 'lora')
 

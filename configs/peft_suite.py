@@ -12,7 +12,7 @@ since the first choice diverged with seed 1). They are higher than the paper's
 """
 
 from configs import quickstart
-from mezo_jax.config import Optimizer, Peft, Spsa, Train
+from mezo_jax.training.config import Optimizer, Peft, Spsa, Train
 
 STEPS = 60
 SEEDS = (0, 1)

@@ -19,8 +19,8 @@ layers, 105 million parameters (noise along v, down and the norms costs more
 than they give in so few steps): what MeZO is without anything frozen.
 """
 
-from mezo_jax.config import Data, Optimizer, Peft, Spsa, Train
 from mezo_jax.tasks import Task
+from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 
 def get_config(variant: str = '') -> Train:

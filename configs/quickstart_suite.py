@@ -10,7 +10,7 @@ two with one seed.
 """
 
 from configs import quickstart
-from mezo_jax.config import Optimizer, Train
+from mezo_jax.training.config import Optimizer, Train
 
 SEEDS = (0, 1, 2)
 

@@ -31,7 +31,7 @@ SNLI 82.7, TREC 68.6) is --config.objective=accuracy.
 import copy
 
 from mezo_jax import tasks
-from mezo_jax.config import Data, Model, Optimizer, Peft, Spsa, Train
+from mezo_jax.training.config import Data, Model, Optimizer, Peft, Spsa, Train
 
 TASKS = ('sst2', 'sst5', 'snli', 'mnli', 'rte', 'trec')
 METHODS = {

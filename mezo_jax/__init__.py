@@ -2,23 +2,24 @@
 
 import importlib
 
-from mezo_jax._codes import Codes, dequantize, quantize
-from mezo_jax._directions import Directions, Normal, Rademacher, Sphere
-from mezo_jax._displacement import Displacement
-from mezo_jax._estimate import (
+from mezo_jax.core.quantized import Codes, dequantize, quantize
+from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.low_rank import LazyLowRank, LowRank
+from mezo_jax.directions.subzero import SubZero
+from mezo_jax.perturb.api import dequantized, direction, displace, perturbed
+from mezo_jax.transforms.evaluate_points import (
   Combine,
   estimate,
   fzoo,
   one_sided,
   two_sided,
 )
-from mezo_jax._lowrank import LazyLowRank, LowRank
-from mezo_jax._mezo import mezo
-from mezo_jax._perturb import dequantized, direction, displace, perturbed
-from mezo_jax._rounding import round_stochastically
-from mezo_jax._skip import skip_not_finite
-from mezo_jax._spsa import spsa, SpsaState
-from mezo_jax._subzero import SubZero
+from mezo_jax.transforms.mezo import mezo
+from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.spsa import spsa, SpsaState
+from mezo_jax.transforms.step import make_step
+from mezo_jax.transforms.stochastic_rounding import round_stochastically
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
@@ -30,8 +31,6 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name):  # the mathematics needs no flax, the rest does
-  if name in ('models', 'variants'):
+  if name in ('models', 'peft', 'tasks', 'variants'):
     return importlib.import_module(f'mezo_jax.{name}')
-  if name == 'make_step':
-    return importlib.import_module('mezo_jax.step').make_step
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

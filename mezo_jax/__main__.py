@@ -10,9 +10,11 @@ import sys
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mezo_jax import hosts, planner, suite
-from mezo_jax.errors import in_one_sentence
-from mezo_jax.export import export, rebuild
+from mezo_jax.cli import suite
+from mezo_jax.core.errors import in_one_sentence
+from mezo_jax.distributed import hosts
+from mezo_jax.export.export import export, rebuild
+from mezo_jax.planning import cli
 
 
 def main(argv=None) -> None:
@@ -74,7 +76,7 @@ def main(argv=None) -> None:
 
 def run(options: argparse.Namespace) -> None:
   if options.command == 'plan':
-    sys.exit(planner.main(options.config, options.topology, options.mesh,
+    sys.exit(cli.main(options.config, options.topology, options.mesh,
                        options.tokens, options.rest))
   if options.command in ('export', 'replay'):
     hosts.check_devices()

@@ -28,7 +28,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 gc.set_threshold(100_000, 50, 100)
 os.environ['HF_HUB_OFFLINE'] = '1'
 
-from mezo_jax.models import llama  # noqa: E402
+from mezo_jax.models.families import llama  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

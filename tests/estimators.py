@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import backprop, variants
+from mezo_jax import variants
+from mezo_jax.transforms import backprop
 
 mezo = mezo_jax.mezo
 

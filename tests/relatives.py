@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import _noise, Displacement, make_step
+from mezo_jax import Displacement, make_step
+from mezo_jax.directions import noise
 
 KEY, RATE, EPS, STEPS = jax.random.key(7), 2e-2, 1e-2, 20
 ROWS = np.random.RandomState(0).normal(size=(32, 5))
@@ -61,7 +62,7 @@ def two_sided(theta, z, batch):
 def z_of(t, j=0):
   like = jax.tree.map(lambda x: jnp.zeros(x.shape), START)
   return flat(mezo_jax.direction(like, Displacement(
-      _noise.direction_key(KEY, t, j), 1.0)))
+      noise.direction_key(KEY, t, j), 1.0)))
 
 
 def agrees(reference, made, rate=RATE, rtol=2e-4):

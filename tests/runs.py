@@ -9,8 +9,8 @@ import time
 import conftest
 from orbax.checkpoint import v1 as ocp
 
-from mezo_jax import config as config_lib
 from mezo_jax.tasks import Task
+from mezo_jax.training import config as config_lib
 
 SMALL = ['--config.task.template={text} It was',
          "--config.task.label_words=(' terrible', ' great')",

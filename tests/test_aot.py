@@ -45,7 +45,7 @@ def test_offloaded_layers_are_on_the_chip_a_few_at_a_time():
 import dataclasses, json, sys
 import jax
 jax.config.update('jax_platforms', 'cpu')
-from mezo_jax import plan
+from mezo_jax.planning import plan
 from plan_models import config_of
 config = config_of('facebook/opt-1.3b')
 config.model.offload = True

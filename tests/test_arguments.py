@@ -15,7 +15,10 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, backprop, Displacement, replay, variants
+from mezo_jax import Displacement, variants
+from mezo_jax.directions import noise
+from mezo_jax.runs import replay
+from mezo_jax.transforms import backprop
 
 KEY = jax.random.key(0)
 PARAMS = {'w': jnp.arange(12.0).reshape(4, 3) / 10, 'b': jnp.ones(3)}
@@ -56,15 +59,15 @@ def test_seeds_are_those_of_jax(seed):
 def test_keys_of_all_kinds():
   words = np.array([3, 4], np.uint32)
   typed = jax.random.wrap_key_data(words)
-  assert _noise.as_key(words) == _noise.as_key(jnp.asarray(words)) == typed
-  assert _noise.as_key(np.zeros(4, np.uint32)).shape == ()
+  assert noise.as_key(words) == noise.as_key(jnp.asarray(words)) == typed
+  assert noise.as_key(np.zeros(4, np.uint32)).shape == ()
   many = jax.random.split(KEY, 3)
   for keys in (many, jax.random.key_data(many),
                np.asarray(jax.random.key_data(many))):
-    assert np.all(_noise.as_keys(keys) == many)
+    assert np.all(noise.as_keys(keys) == many)
   with jax.enable_x64(True):
     others = jax.random.split(jax.random.key(0, impl='rbg'), 3)
-    assert _noise.as_keys(others).shape == (3,)
+    assert noise.as_keys(others).shape == (3,)
 
 
 def test_directions_and_combines_have_names():
@@ -222,7 +225,7 @@ def test_flax_saves_the_state():
     for like in (tx.init(PARAMS), jax.jit(tx.init)(PARAMS)):
       got = serialization.from_bytes(like, saved)
       words = lambda tree: jax.tree.map(
-          lambda x: jax.random.key_data(x) if _noise.is_typed(x) else x, tree)
+          lambda x: jax.random.key_data(x) if noise.is_typed(x) else x, tree)
       helpers.assert_bitwise(words(got), words(state))
       tx.update(None, got, PARAMS, value_fn=loss)
 

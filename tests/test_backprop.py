@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mezo_jax import backprop
+from mezo_jax.transforms import backprop
 
 PARAMS = {'a': jnp.array([1.0, 2.0]), 'b': {'c': jnp.array([3.0])}}
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_train import small_config
 
 from mezo_jax import models, peft
-from mezo_jax.models import hub
+from mezo_jax.models.formats import huggingface
 from mezo_jax.tasks import Task
 import train
 
@@ -72,7 +72,7 @@ def test_files_of_a_base_class(family, switch, tied, tmp_path):
   assert set(report['missing_keys']) <= _POOLER  # which no model here uses
   assert not report['unexpected_keys']
   assert theirs.config.architectures == [type(body).__name__] == [
-      hub.ARCHITECTURES[family][1]]
+      huggingface.ARCHITECTURES[family][1]]
   for name, x in body.state_dict().items():
     if name not in _POOLER:
       assert torch.equal(x, theirs.state_dict()[name]), name

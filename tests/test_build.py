@@ -10,9 +10,11 @@ import pytest
 from runs import small_config
 
 import mezo_jax
-from mezo_jax import build, checkpoint, models, optimizer, resume
-from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
+from mezo_jax import models
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import checkpoint, resume
+from mezo_jax.training import build, optimizer
+from mezo_jax.training import config as config_lib
 
 
 def test_a_group_for_all_others_comes_last():
@@ -23,7 +25,7 @@ def test_a_group_for_all_others_comes_last():
   updates, state = tx.update(None, tx.init(params), params,
                              value_fn=lambda p: (p['a'] + p['b']).sum())
   z = mezo_jax.direction(params, mezo_jax.Displacement(
-      mezo_jax._noise.direction_key(jax.random.key(0), 0), 1.0))
+      mezo_jax.directions.noise.direction_key(jax.random.key(0), 0), 1.0))
   # l+ - l- = 2 (eps_a z_a + eps_b z_b)
   difference = 2 * (1e-1 * z['a'] + 1e-2 * z['b'])
   np.testing.assert_allclose(

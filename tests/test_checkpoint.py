@@ -9,8 +9,9 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import mezo_jax
-from mezo_jax import checkpoint, sharding
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax.core import sharding
+from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.runs import checkpoint
 
 
 @pytest.mark.parametrize('keep,left', [(1, [3, 5]), (2, [3, 4, 5])])

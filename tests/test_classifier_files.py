@@ -12,8 +12,8 @@ import pytest
 import runs
 
 from mezo_jax import models, peft
-from mezo_jax.errors import InputError
-from mezo_jax.export import export, rebuild
+from mezo_jax.core.errors import InputError
+from mezo_jax.export.export import export, rebuild
 from mezo_jax.tasks import head, Task
 import train
 

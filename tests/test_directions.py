@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _streams, Displacement, Normal, Rademacher, Sphere
+from mezo_jax import Displacement, Normal, Rademacher, Sphere
+from mezo_jax.directions import noise, streams
 
 KEY = jax.random.key(11)
 LEAVES = {'embed': (50, 8), 'layers/w': (3, 6, 5), 'h_1/s': (9,)}
@@ -39,8 +40,8 @@ DRAWS = {
 def test_words_are_what_they_were(generator):
   digest = hashlib.sha256()
   for path, shape in LEAVES.items():
-    s = _streams.of_leaf(KEY[None], path, shape)
-    digest.update(np.asarray(_noise.words(
+    s = streams.of_leaf(KEY[None], path, shape)
+    digest.update(np.asarray(noise.words(
         s, 0, jnp.zeros(shape), generator)).tobytes())
   assert digest.hexdigest() == WORDS[generator]
 
@@ -153,7 +154,7 @@ def test_a_combine_of_ones_own():
   _, state = tx.update(None, tx.init(params), params, value_fn=loss)
   for j in range(2):
     z = mezo_jax.direction(params, Displacement(
-        _noise.direction_key(jax.random.key(0), 0, j), 1.0))
+        noise.direction_key(jax.random.key(0), 0, j), 1.0))
     np.testing.assert_allclose(
         state.projected_grad[j], jnp.sum(3 * params['w'] ** 2 * z['w']),
         rtol=1e-4)

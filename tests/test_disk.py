@@ -7,9 +7,9 @@ import subprocess
 import pytest
 import runs
 
-from mezo_jax import checkpoint
-from mezo_jax.errors import in_one_sentence, InputError, local, of_the_disk
-from mezo_jax.export import export
+from mezo_jax.core.errors import in_one_sentence, InputError, local, of_the_disk
+from mezo_jax.export.export import export
+from mezo_jax.runs import checkpoint
 import train
 
 

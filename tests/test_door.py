@@ -11,7 +11,10 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _mezo, _noise, models, peft, sharding
+from mezo_jax import models, peft
+from mezo_jax.core import sharding
+from mezo_jax.directions import noise
+from mezo_jax.transforms import mezo
 
 GROUPS = {'attn/': 1e-2, '': 1e-3}
 CASES = {
@@ -116,7 +119,7 @@ def test_at_the_size_of_a_real_model():
 def test_weight_decay_is_a_sum_of_rounded_products(dtype, monkeypatch):
   """Of float32, as numpy makes it: some programs would add a product that is
   not rounded, and others, as of weights in the host's memory, would not."""
-  monkeypatch.setattr(_mezo, 'rounding', lambda *args: optax.identity())
+  monkeypatch.setattr(mezo, 'rounding', lambda *args: optax.identity())
   params = {'w': jnp.asarray(
       np.random.RandomState(0).normal(size=(400, 300)), dtype)}
   tx = mezo_jax.mezo(1.0, key=3, weight_decay=0.1, decay='w')
@@ -124,7 +127,7 @@ def test_weight_decay_is_a_sum_of_rounded_products(dtype, monkeypatch):
       None, state, params, projected_grad=jnp.array([0.7])))(
           tx.init(params), params)
   z = mezo_jax.direction(params, mezo_jax.Displacement(
-      _noise.direction_key(jax.random.key(3), 0), 1.0), dtype=jnp.float32)
+      noise.direction_key(jax.random.key(3), 0), 1.0), dtype=jnp.float32)
   want = np.float32(0.7) * np.asarray(z['w']) + (
       np.float32(0.1) * np.float32(params['w']))
   helpers.assert_bitwise(updates['w'], -want)

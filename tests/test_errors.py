@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from mezo_jax.errors import (
+from mezo_jax.core.errors import (
   AGAIN,
   Again,
   ExistsError,

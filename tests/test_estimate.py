@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, Displacement, estimate, LowRank, sharding
+from mezo_jax import Displacement, estimate, LowRank
+from mezo_jax.core import sharding
+from mezo_jax.directions import noise
 
 KEY = jax.random.key(1)
 KINDS = [LowRank(rank=4), mezo_jax.Normal(), mezo_jax.Rademacher()]
@@ -27,7 +29,7 @@ def tiny():
 
 
 def of(n):
-  return Displacement(_noise.step_keys(KEY, 0, n), jnp.ones(n))
+  return Displacement(noise.step_keys(KEY, 0, n), jnp.ones(n))
 
 
 @pytest.mark.parametrize('kind,signs', [
@@ -60,7 +62,7 @@ def test_around_a_displacement(tiny, kind, over):
   """Terms of another step, of signs in a loop: as of built weights."""
   value_fn, params, batch = tiny
   n = 3 if isinstance(kind, LowRank) else 9
-  at = Displacement(_noise.step_keys(KEY, 1, n), jnp.linspace(-1e-2, 2e-2, n))
+  at = Displacement(noise.step_keys(KEY, 1, n), jnp.linspace(-1e-2, 2e-2, n))
   tx = mezo_jax.spsa(1e-2, key=KEY, directions=kind, over=over)
   def losses(params, around=None):
     state = tx.update(

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import build, evaluate, peft
+from mezo_jax import peft
+from mezo_jax.tasks import evaluate
+from mezo_jax.training import build
 
 
 def test_reports_of_scores():

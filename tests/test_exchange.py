@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import exchange, fingerprint, mirror, replay
-from mezo_jax.errors import Again, InputError
+from mezo_jax.core import fingerprint
+from mezo_jax.core.errors import Again, InputError
+from mezo_jax.distributed import exchange, mirror
+from mezo_jax.runs import replay
 
 STEPS = 200
 X = np.random.RandomState(0).randn(64, 8).astype(np.float32)

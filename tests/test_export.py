@@ -11,11 +11,11 @@ import pytest
 from runs import records, small_config
 
 from mezo_jax import __main__ as command_line
-from mezo_jax import config as config_lib
-from mezo_jax import export as export_lib
 from mezo_jax import models, peft
-from mezo_jax.errors import InputError
-from mezo_jax.export import card, export, rebuild
+from mezo_jax.core.errors import InputError
+from mezo_jax.export.export import card, export, rebuild
+from mezo_jax.export.export import export as export_lib
+from mezo_jax.training import config as config_lib
 import train
 
 

@@ -18,7 +18,7 @@ import transformers  # noqa: E402
 
 import mezo_jax  # noqa: E402
 from mezo_jax import models  # noqa: E402
-from mezo_jax.models import hub  # noqa: E402
+from mezo_jax.models.formats import huggingface  # noqa: E402
 
 
 def relative(got, want):
@@ -151,7 +151,7 @@ def test_noise_of_stacked_and_of_single_layers(family):
   """z of layers/x [L, ...] is z of layers_0/x, layers_1/x, ..., bitwise."""
   make, settings, switches = families.FAMILIES[family]
   layers = 'n_layer' if family == 'gpt2' else 'num_hidden_layers'
-  config = hub.read_config(make(**(
+  config = huggingface.read_config(make(**(
       settings | switches[first_switch(family)] | {
           layers: 2, 'layer_types': None})).to_dict())
   shapes = models.param_shapes(config)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mezo_jax import models, peft
-from mezo_jax.models import hub
+from mezo_jax.models.formats import huggingface
 
 ONE, MANY = 'model.safetensors', 'model.safetensors.index.json'
 BIN, MANY_BIN = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
@@ -118,7 +118,7 @@ def test_a_tied_matrix_under_the_name_of_the_head(family, tmp_path):
       models.param_shapes(config))
   models.save(tmp_path, model, params, progress=False)
   tensors = load_file(tmp_path / ONE)
-  body = hub.table_of(config)[0].name
+  body = huggingface.table_of(config)[0].name
   prefix, head = body.split('.')[0] + '.', {
       'bert': 'cls.predictions.decoder.weight',
       'roberta': 'lm_head.decoder.weight'}.get(family, 'lm_head.weight')

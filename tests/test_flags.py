@@ -6,11 +6,14 @@ import conftest
 import pytest
 from runs import changed
 
-from mezo_jax import checks, fields, launch, planner, tasks
-from mezo_jax import config as config_lib
-from mezo_jax.config import Also, Data
-from mezo_jax.errors import InputError
+from mezo_jax import tasks
+from mezo_jax.cli import launch
+from mezo_jax.core.errors import InputError
+from mezo_jax.planning import cli
 from mezo_jax.tasks import Task
+from mezo_jax.training import checks, fields
+from mezo_jax.training import config as config_lib
+from mezo_jax.training.config import Also, Data
 
 OWN = str(conftest.ROOT / 'configs/own.py')
 VALUES = {  # by annotation, without what `Annotated` adds: (text, value), ...
@@ -62,7 +65,7 @@ def test_every_field_is_set_on_the_command_line():
   for number in range(max(len(_examples(path)) for path in paths)):
     given = {path: _examples(path)[min(number, len(_examples(path)) - 1)]
              for path in paths}
-    config = planner.read_config(
+    config = cli.read_config(
         OWN, [f'--config.{path}={text}' for path, (text, _) in given.items()])
     for path, (text, value) in given.items():
       found = _leaf(config, path)
@@ -73,14 +76,14 @@ def test_every_field_is_set_on_the_command_line():
 def test_a_function_of_the_file_gives_way_to_a_name(tmp_path):
   path = tmp_path / 'c.py'
   path.write_text('''
-from mezo_jax.config import *
+from mezo_jax.training.config import *
 from mezo_jax.tasks import Task
 def get_config():
   return Train(objective=lambda p, e: 1.0, task=Task(calibration='x'),
                also=(Also('b', Task(), Data()),))
 ''')
-  assert callable(planner.read_config(str(path)).objective)
-  config = planner.read_config(str(path), [
+  assert callable(cli.read_config(str(path)).objective)
+  config = cli.read_config(str(path), [
       '--config.objective=f1', '--config.task.calibration=None',
       '--config.also[0].weight=2', '--config.also[0].data.num_train=7',
       '--config.model.remat'])
@@ -112,7 +115,7 @@ def get_config():
     ('spsa.eps=small', 'spsa.eps=small')])
 def test_what_cannot_be_set(argument, message):
   with pytest.raises(InputError, match=message):
-    checks.check(planner.read_config(OWN, [
+    checks.check(cli.read_config(OWN, [
         '--config.task.template={text}',
         *(["--config.task.label_words=(' no', ' yes')"] if (
             'label_words' not in argument) else []), f'--config.{argument}']))
@@ -120,10 +123,10 @@ def test_what_cannot_be_set(argument, message):
 
 def test_a_tuple_that_is_given_twice():
   with pytest.raises(InputError, match='data.buckets is given 2 times'):
-    planner.read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
+    cli.read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
                               '--config.data.buckets=16'])
   twice = ['--config.steps=3', '--config.steps=4']
-  assert planner.read_config(OWN, twice).steps == 4
+  assert cli.read_config(OWN, twice).steps == 4
 
 
 @pytest.mark.parametrize('changes', [
@@ -141,8 +144,8 @@ def test_a_backslash_where_a_line_break_is_meant(changes):
 
 def test_a_switch_that_is_given_a_value():
   with pytest.raises(InputError, match='--noconfig.zero_shot takes no value'):
-    planner.read_config(OWN, ['--noconfig.zero_shot=1'])
-  assert not planner.read_config(OWN, ['--noconfig.zero_shot']).zero_shot
+    cli.read_config(OWN, ['--noconfig.zero_shot=1'])
+  assert not cli.read_config(OWN, ['--noconfig.zero_shot']).zero_shot
 
 
 def test_the_name_of_a_declared_task_is_not_the_task():
@@ -168,10 +171,10 @@ def test_the_name_of_a_declared_task_is_not_the_task():
     ('assert False', 'line 3 failed with AssertionError')])
 def test_what_a_config_file_gets_wrong(tmp_path, body, message):
   path = tmp_path / 'c.py'
-  path.write_text('from mezo_jax.config import *\n'
+  path.write_text('from mezo_jax.training.config import *\n'
                   f'def get_config():\n  {body}\n')
   with pytest.raises(InputError, match=message):
-    planner.read_config(str(path))
+    cli.read_config(str(path))
 
 
 def _fine():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import models, quickstart
+from mezo_jax import models
+from mezo_jax.tasks import quickstart_data
 
 
 @pytest.fixture(scope='module')
@@ -139,9 +140,9 @@ def test_what_cannot_be_generated(tiny, kwargs, message):
 
 def test_the_real_model_out_and_in_and_its_english(tmp_path):
   """SmolLM2-135M from GGUF, and from the safetensors that we write of it."""
-  if not quickstart.model_path(fetch=False):
+  if not quickstart_data.model_path(fetch=False):
     pytest.skip('the quickstart model is not in the cache')
-  path = quickstart.model_path()
+  path = quickstart_data.model_path()
   model, params = models.load(path, dtype='float32', progress=False)
   tokenizer = models.load_tokenizer(path)
   models.save(tmp_path / 'm', model, params, tokenizer=tokenizer,

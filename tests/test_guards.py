@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import config as config_lib
-from mezo_jax import guards, replay
-from mezo_jax.errors import Stopped
+from mezo_jax.core.errors import Stopped
+from mezo_jax.runs import guards, replay
+from mezo_jax.training import config as config_lib
 import train
 
 

@@ -13,14 +13,15 @@ import helpers
 import jax
 import pytest
 
-from mezo_jax import hosts
-from mezo_jax.errors import AGAIN, InputError
+from mezo_jax.core.errors import AGAIN, InputError
+from mezo_jax.distributed import hosts
 
 _RUN = '''
 import os, sys, time
 import jax
-from mezo_jax import hosts
-from mezo_jax.errors import InputError, in_one_sentence
+from mezo_jax.core import multihost
+from mezo_jax.distributed import hosts
+from mezo_jax.core.errors import InputError, in_one_sentence
 hosts.join()
 i = jax.process_index()
 with hosts.watch('prog'), in_one_sentence('prog'):
@@ -97,7 +98,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):
   processes = started('''
   signal = __import__('signal')
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  from mezo_jax import preemption, replay
+  from mezo_jax.runs import preemption, replay
   with preemption.watched(replay.Log(None, {}, replay.no_steps(1))) as wanted:
     print('in the loop', flush=True)
     for step in range(10000):
@@ -122,18 +123,18 @@ def test_what_they_do_not_agree_on():
   body = '''
   import pathlib
   try:
-    hosts.agree('the config', lambda: 'ab12', 'start the same')
-    hosts.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
+    multihost.agree('the config', lambda: 'ab12', 'start the same')
+    multihost.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
   except InputError as e:
     print(e)
   try:
-    hosts.agree_on('the config', {'seed': 0, 'spsa': {'eps': i, 'rank': 1}},
+    multihost.agree_on('the config', {'seed': 0, 'spsa': {'eps': i, 'rank': 1}},
                    'start the same command')
   except InputError as e:
     print(e)
-  hosts.share(pathlib.Path('.'))
+  multihost.share(pathlib.Path('.'))
   try:
-    hosts.share(pathlib.Path('.' if i != 1 else '/'))
+    multihost.share(pathlib.Path('.' if i != 1 else '/'))
   except InputError as e:
     print(e)'''
   found = ended(started(body, 3))
@@ -200,7 +201,7 @@ def test_others_that_do_not_come(i, count):
   """It is said at once what is waited for, and the end is a sentence."""
   port = helpers.free_port()
   found = subprocess.run(
-      [sys.executable, '-c', 'from mezo_jax import hosts\n'
+      [sys.executable, '-c', 'from mezo_jax.distributed import hosts\n'
        'hosts.JOIN, hosts._SAY = 2, 0.5\n'
        f'hosts.join("127.0.0.1:{port}", {count}, {i})'], text=True,
       env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True)
@@ -215,7 +216,7 @@ def test_processes_that_do_not_agree_on_their_number():
   from jax._src import distributed
   import pathlib
   distributed.global_state.num_processes += i
-  hosts.share(pathlib.Path('.'))""", 2))
+  multihost.share(pathlib.Path('.'))""", 2))
   assert all(status == 1 and 'differ in --num_processes' in said
              for said, status in found), found
 

@@ -7,10 +7,11 @@ import conftest
 import pytest
 import runs
 
-from mezo_jax import build, checks, models
-from mezo_jax import data as data_lib
-from mezo_jax.errors import InputError
+from mezo_jax import models
+from mezo_jax.core.errors import InputError
+from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import Task
+from mezo_jax.training import build, checks
 
 TASK = Task(template='{text} It was', label_words=(' terrible', ' great'))
 

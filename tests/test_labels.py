@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from texts import byte_level, of_kind
 
-from mezo_jax import data as data_lib
 from mezo_jax import tasks
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
+from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.tasks.task import ClassNumber
 

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _streams
-from mezo_jax._displacement import Draws
+from mezo_jax.directions import streams
+from mezo_jax.directions.displacement import Draws
 
 KEY = jax.random.key(4)
 STEP = mezo_jax.Displacement(KEY, 0.05)
@@ -367,7 +367,7 @@ def test_views_are_what_numpy_does(seed, path):
   """Random chains of rows, runs, transposes and reshapes."""
   rng = np.random.RandomState(seed)
   shape = tuple(rng.choice([1, 2, 3, 4, 6], 4))
-  s = _streams.of_leaf(KEY[None], path, shape)
+  s = streams.of_leaf(KEY[None], path, shape)
   def draw(s, shape):
     return np.asarray(Draws((s,), jnp.ones(1), mezo_jax.Normal(
         'threefry2x32')).built(jnp.zeros(shape)))
@@ -377,20 +377,20 @@ def test_views_are_what_numpy_does(seed, path):
     if op == 'take':
       axis = rng.randint(x.ndim)
       index = rng.randint(0, x.shape[axis], (2, 2)[:rng.randint(3)])
-      s, x = _streams.take(s, axis, jnp.asarray(index)), np.take(x, index, axis)
+      s, x = streams.take(s, axis, jnp.asarray(index)), np.take(x, index, axis)
     elif op == 'window':
       starts = [int(rng.randint(n)) for n in x.shape]
       steps = [int(rng.choice([1, 2])) for _ in x.shape]
       x = x[tuple(slice(a, None, b) for a, b in zip(starts, steps))]
-      s = _streams.window(s, starts, x.shape, steps)
+      s = streams.window(s, starts, x.shape, steps)
     elif op == 'transpose':
       order = [*rng.permutation(x.ndim)]
-      s, x = _streams.transpose(s, order), x.transpose(order)
+      s, x = streams.transpose(s, order), x.transpose(order)
     else:
       new = [n for n in x.shape if n > 1] + [1]
       at = rng.randint(max(len(new) - 2, 1))
       new[at:at + 2] = [new[at] * (new[at + 1] if len(new) > 1 else 1)]
-      moved = _streams.reshape(s, x.shape, tuple(new))
+      moved = streams.reshape(s, x.shape, tuple(new))
       if moved is not None:
         s, x = moved, x.reshape(new)
     if not x.ndim:

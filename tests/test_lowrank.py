@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _streams, Displacement, LazyLowRank, LowRank
+from mezo_jax import Displacement, LazyLowRank, LowRank
+from mezo_jax.directions import streams
 
 KEY = jax.random.key(5)
 
@@ -18,7 +19,7 @@ KEY = jax.random.key(5)
 def draws(shape, rank, path='w', n=1):
   keys = jax.random.split(KEY, n)
   return LowRank(rank=rank).of_leaf(
-      _streams.of_leaf(keys, path, shape), jnp.arange(1.0, n + 1), shape)
+      streams.of_leaf(keys, path, shape), jnp.arange(1.0, n + 1), shape)
 
 
 def test_draws_are_what_they_were():

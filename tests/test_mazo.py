@@ -11,7 +11,8 @@ import pytest
 import runs
 
 import mezo_jax
-from mezo_jax import _noise, Displacement, make_step, models, variants
+from mezo_jax import Displacement, make_step, models, variants
+from mezo_jax.directions import noise
 import train
 
 KEY, RATE, EPS = jax.random.key(3), 1e-2, 1e-2
@@ -43,7 +44,7 @@ def scores(n, alpha, beta, tasks=1):
   for t in range(tasks):
     grad, curve = np.zeros((4, 6)), np.zeros((4, 6))
     for j in range(n):
-      z = direction(START, _noise.direction_key(KEY, t, j))
+      z = direction(START, noise.direction_key(KEY, t, j))
       plus, minus, clean = (
           (1 + t) * loss({k: s * EPS * z[k] for k in z}) for s in (1, -1, 0))
       grad += (plus - minus) / (2 * EPS) * z['w'] / n
@@ -93,7 +94,7 @@ def test_the_rest_is_neither_perturbed_nor_moved():
   loss = lambda p: np.sum(CURVE * (p['w'] - GOAL) ** 2) / 2 + np.sum(
       (p['b'] - 1.0) ** 2)
   for t in range(20):
-    z = direction(START, _noise.direction_key(KEY, t))
+    z = direction(START, noise.direction_key(KEY, t))
     z['w'] = z['w'] * m
     at = lambda s, theta=theta, z=z: loss(
         {k: theta[k] + s * EPS * z[k] for k in z})

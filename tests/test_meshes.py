@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import checkpoint, compiled, evaluate, models, sharding
-from mezo_jax.errors import InputError
+from mezo_jax import models
+from mezo_jax.core import sharding
+from mezo_jax.core.errors import InputError
+from mezo_jax.planning import compiled
+from mezo_jax.runs import checkpoint
+from mezo_jax.tasks import evaluate
 
 MESHES = [  # data, fsdp, tensor, direction
     (1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)]

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from runs import changed, saved, small_config, train_losses
 
-from mezo_jax import checks, methods, models, peft, preemption
-from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError, Stopped
-from mezo_jax.export import export
+from mezo_jax import models, peft
+from mezo_jax.core.errors import InputError, Stopped
+from mezo_jax.export.export import export
+from mezo_jax.runs import preemption
 from mezo_jax.tasks import Task
+from mezo_jax.training import checks, methods
+from mezo_jax.training import config as config_lib
 import train
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mezo_jax import metrics
+from mezo_jax.tasks import metrics
 
 # Confusion by (label, prediction): [[2, 1, 0], [0, 2, 1], [1, 0, 3]].
 LABELS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])

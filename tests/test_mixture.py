@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import build, checks, mixture, peft, trainable
-from mezo_jax import config as config_lib
-from mezo_jax.config import Also
+from mezo_jax import peft
 from mezo_jax.tasks import Task
+from mezo_jax.training import build, checks, mixture, trainable
+from mezo_jax.training import config as config_lib
+from mezo_jax.training.config import Also
 import train
 
 

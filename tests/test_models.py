@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mezo_jax
-from mezo_jax import models, quickstart
+from mezo_jax import models
 from mezo_jax.models import transformer
+from mezo_jax.tasks import quickstart_data
 
 SWITCHES = {
     'grouped queries, tied head': dict(),
@@ -181,10 +182,10 @@ def test_the_real_model_against_torch():
   """SmolLM2-135M, where torch is installed and the file is at hand."""
   torch = pytest.importorskip('torch')
   pytest.importorskip('accelerate')  # transformers reads GGUF with it
-  if not quickstart.model_path(fetch=False):
+  if not quickstart_data.model_path(fetch=False):
     pytest.skip('the quickstart model is not in the cache')
   from transformers import AutoModelForCausalLM
-  path = quickstart.model_path()
+  path = quickstart_data.model_path()
   model, params = models.load(path, dtype='float32')
   tokenizer = models.load_tokenizer(path)
   ids = np.array(tokenizer(['The capital of France is Paris, and the'])[

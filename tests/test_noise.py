@@ -11,19 +11,14 @@ import pytest
 import scipy.special
 
 import mezo_jax
-from mezo_jax import (
-  _noise,
-  _paths,
-  _rounding,
-  _streams,
-  Displacement,
-  Normal,
-  Rademacher,
-)
-from mezo_jax._displacement import Draws
+from mezo_jax import Displacement, Normal, Rademacher
+from mezo_jax.core import paths
+from mezo_jax.directions import noise, streams
+from mezo_jax.directions.displacement import Draws
+from mezo_jax.transforms import stochastic_rounding
 
 KEY = jax.random.key(11)
-BOTH = [kind(g) for g in _noise.GENERATORS for kind in (Normal, Rademacher)]
+BOTH = [kind(g) for g in noise.GENERATORS for kind in (Normal, Rademacher)]
 THREEFRY = Normal('threefry2x32')
 
 
@@ -34,7 +29,7 @@ def z(tree, key=KEY, directions=Normal(), **kwargs):
 
 def test_it_is_what_jax_random_draws():
   leaf = jnp.zeros((5, 7, 3))
-  key = _noise.leaf_key(KEY, 'embed/table')
+  key = noise.leaf_key(KEY, 'embed/table')
   tree = {'embed': {'table': leaf}}
   helpers.assert_bitwise(
       z(tree, directions=THREEFRY)['embed']['table'],
@@ -46,7 +41,7 @@ def test_it_is_what_jax_random_draws():
 
 def test_a_layer_has_the_key_of_that_layer():
   tree = {'layers': {'w': jnp.zeros((4, 6, 5))}}
-  key = _noise.leaf_key(KEY, 'layers/w')
+  key = noise.leaf_key(KEY, 'layers/w')
   for l in range(4):
     helpers.assert_bitwise(
         z(tree, directions=THREEFRY)['layers']['w'][l],
@@ -80,7 +75,7 @@ def test_where_layers_are():
       'Dense_0/kernel': ('Dense_0/kernel', None, False),
       'head/h': ('head/h', None, False),
   }.items():
-    assert _paths.locate(path) == want
+    assert paths.locate(path) == want
 
 
 def test_linen_and_nnx_paths_agree():
@@ -111,13 +106,13 @@ def test_rows_are_random_access():
   like = jnp.zeros(shape)
   def draw(stream, like):
     return Draws((stream,), jnp.ones(1), THREEFRY).built(like)
-  whole_stream = _streams.of_leaf(KEY[None], 'embed', shape)
+  whole_stream = streams.of_leaf(KEY[None], 'embed', shape)
   whole = draw(whole_stream, like)
   index = jnp.array([[7, 0], [3, 3]])
-  rows = _streams.take(whole_stream, 0, index)
+  rows = streams.take(whole_stream, 0, index)
   got = draw(rows, like[index])
   helpers.assert_bitwise(got, whole[index])
-  inner = _streams.take(_streams.spread(rows, 2, 4), 1, jnp.array(0))
+  inner = streams.take(streams.spread(rows, 2, 4), 1, jnp.array(0))
   helpers.assert_bitwise(
       draw(inner, like[:2]), whole[index[:, 0]])
 
@@ -125,13 +120,13 @@ def test_rows_are_random_access():
 def test_counters_beyond_32_bits():
   """Row 65,000 of a leaf of 4.9e9 elements, against jax's own threefry."""
   n, row = 70_000, 65_000
-  s = jax.eval_shape(lambda: _streams.of_leaf(KEY[None], 'w', (n, n)))
+  s = jax.eval_shape(lambda: streams.of_leaf(KEY[None], 'w', (n, n)))
   assert s.lo.shape == (n, 1) and s.hi is not None
-  one = jax.jit(lambda: _streams.take(
-      _streams.of_leaf(KEY[None], 'w', (n, n)), 0, jnp.array(row)))()
-  bits = _noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
+  one = jax.jit(lambda: streams.take(
+      streams.of_leaf(KEY[None], 'w', (n, n)), 0, jnp.array(row)))()
+  bits = noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
   counter = row * n + np.arange(4)
-  key = jax.random.key_data(_noise.leaf_key(KEY, 'w'))
+  key = jax.random.key_data(noise.leaf_key(KEY, 'w'))
   count = np.concatenate([counter >> 32, counter & 0xFFFFFFFF])
   hi, lo = np.split(
       np.asarray(extend_random.threefry_2x32(key, jnp.uint32(count))), 2)
@@ -201,7 +196,7 @@ def test_hash32_streams_of_related_keys_are_independent():
   like, ones = jnp.zeros(200_000), jnp.ones(1)
   def draw(words):
     key = jax.random.wrap_key_data(jnp.uint32(words), impl='threefry2x32')
-    s = _noise.Stream(
+    s = noise.Stream(
         jax.random.key_data(key)[None, None], jnp.zeros(1, jnp.uint32), (1,))
     return np.asarray(Draws((s,), ones, Rademacher()).built(like))
   base = draw([1234567, 7654321])
@@ -214,8 +209,8 @@ def test_hash32_streams_of_related_keys_are_independent():
 def test_hash32_counters_beyond_32_bits():
   """Draws 2**32 apart, of a leaf of 4.9e9 elements, are different ones."""
   n = 70_000
-  row = jax.jit(lambda i: _noise.words(_streams.take(
-      _streams.of_leaf(KEY[None], 'w', (n, n)), 0, i), 0, jnp.zeros(n),
+  row = jax.jit(lambda i: noise.words(streams.take(
+      streams.of_leaf(KEY[None], 'w', (n, n)), 0, i), 0, jnp.zeros(n),
       'hash32'))
   later, at = divmod(2**32, n)
   first, wrapped = np.asarray(row(0))[:n - at], np.asarray(row(later))[at:]
@@ -238,8 +233,8 @@ def test_quantile_of_hash32():
 
 def test_rounding_words_are_independent_of_z():
   like = jnp.zeros(2**20)
-  s = _streams.of_leaf(KEY[None], 'w', like.shape)
-  z_words, words = (np.asarray(_noise.words(s, 0, like, g), np.float64) / 2**32
+  s = streams.of_leaf(KEY[None], 'w', like.shape)
+  z_words, words = (np.asarray(noise.words(s, 0, like, g), np.float64) / 2**32
                     for g in ('hash32', 'rounding'))
   for u in (words, z_words):
     assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / u.size)
@@ -265,7 +260,7 @@ def test_stochastic_rounding_is_unbiased(dtype, at):
   ulp = abs(float(jax.lax.nextafter(near, jnp.array(9, dtype))) - float(near))
   for share in (0.0, 0.1, 0.5, 0.93):
     x = jnp.float32(float(near) + share * ulp)
-    got = np.asarray(_rounding.stochastic_round(
+    got = np.asarray(stochastic_rounding.stochastic_round(
         jnp.full(n, x), dtype, bits).astype(jnp.float32), np.float64)
     assert len(np.unique(got)) <= 2
     tolerance = 5 * ulp * np.sqrt(share * (1 - share) / n) + 1e-3 * ulp
@@ -273,10 +268,10 @@ def test_stochastic_rounding_is_unbiased(dtype, at):
 
 
 def test_keys():
-  assert _noise.as_key(3) == _noise.as_key(jax.random.key(3))
-  assert _noise.as_key(jax.random.PRNGKey(3)) == _noise.as_key(3)
-  assert jax.random.key_impl(_noise.as_key(
+  assert noise.as_key(3) == noise.as_key(jax.random.key(3))
+  assert noise.as_key(jax.random.PRNGKey(3)) == noise.as_key(3)
+  assert jax.random.key_impl(noise.as_key(
       jax.random.key(0, impl='rbg'))) == 'threefry2x32'
   for bad in (1.5, jnp.zeros(3), jax.random.split(KEY, 2)):
     with pytest.raises(ValueError, match='key must be'):
-      _noise.as_key(bad)
+      noise.as_key(bad)

@@ -9,9 +9,10 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 from test_train import small_config
 
-from mezo_jax import checkpoint, models
-from mezo_jax.errors import Stopped
-from mezo_jax.export import export
+from mezo_jax import models
+from mezo_jax.core.errors import Stopped
+from mezo_jax.export.export import export
+from mezo_jax.runs import checkpoint
 from mezo_jax.tasks import Task
 import train
 

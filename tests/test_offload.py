@@ -15,9 +15,11 @@ import pytest
 from runs import records, small_config
 
 import mezo_jax
-from mezo_jax import checks, fingerprint, models, sharding
-from mezo_jax.errors import InputError
-from mezo_jax.export import export, rebuild
+from mezo_jax import models
+from mezo_jax.core import fingerprint, sharding
+from mezo_jax.core.errors import InputError
+from mezo_jax.export.export import export, rebuild
+from mezo_jax.training import checks
 import train
 
 FORMS = {

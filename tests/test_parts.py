@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _paths, backprop, peft
+from mezo_jax import peft
+from mezo_jax.core import paths
+from mezo_jax.transforms import backprop
 
 
 def test_split_and_join_are_inverse_and_copy_nothing():
@@ -20,7 +22,7 @@ def test_split_and_join_are_inverse_and_copy_nothing():
   assert jax.tree.structure(again) == jax.tree.structure(params)
   assert all(a is b for a, b in zip(jax.tree.leaves(again),
                                     jax.tree.leaves(params)))
-  tree = _paths.selected(params, 'norm')
+  tree = paths.selected(params, 'norm')
   assert helpers.paths(peft.split(params, tree)[0]) == helpers.paths(
       peft.split(params, 'norm')[0])
   with pytest.raises(ValueError, match="two trees have the parameter"):
@@ -80,7 +82,7 @@ def test_groups_have_their_own_eps_and_learning_rate():
   eps, rate = {'^b/': 1e-2, '': 1e-3}, {'^b/': 0.1, '': 0.5}
   tx = mezo_jax.mezo(rate, eps, key=7)
   updates, state = tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  key = mezo_jax._noise.direction_key(jax.random.key(7), 0)
+  key = mezo_jax.directions.noise.direction_key(jax.random.key(7), 0)
   z = mezo_jax.direction(params, mezo_jax.Displacement(key, 1.0))
   z = {'a': np.asarray(z['a'], np.float64),
        'c': np.asarray(z['b']['c'], np.float64)}

@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _paths, sharding
-from mezo_jax._displacement import Draws
+from mezo_jax.core import paths, sharding
+from mezo_jax.directions import noise
+from mezo_jax.directions.displacement import Draws
 
 PAIR = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
 STEP = mezo_jax.Displacement(jax.random.key(4), 0.05)
@@ -81,9 +82,9 @@ def test_weights_of_eight_bits_are_refused_where_they_are_selected():
 
 def test_a_parameter_may_be_called_value():
   params = {'attn': {n: jnp.ones((2, 2)) for n in ('query', 'key', 'value')}}
-  assert [p for p, _ in _paths.named_leaves(params)] == [
+  assert [p for p, _ in paths.named_leaves(params)] == [
       'attn/key', 'attn/query', 'attn/value']
-  chosen = _paths.selected(params, 'attn/value$')
+  chosen = paths.selected(params, 'attn/value$')
   assert chosen == {'attn': {'query': False, 'key': False, 'value': True}}
   z = mezo_jax.direction({'a': {
       'value': jnp.ones(9), 'raw_value': jnp.ones(9)}}, STEP)['a']
@@ -96,7 +97,7 @@ def test_variables_of_nnx_have_their_own_names():
     def __init__(self, rngs):
       self.query, self.value = (nnx.Linear(2, 2, rngs=rngs) for _ in range(2))
   state = nnx.split(Attention(nnx.Rngs(0)))[1]
-  assert [p for p, _ in _paths.named_leaves(state)] == [
+  assert [p for p, _ in paths.named_leaves(state)] == [
       'query/bias', 'query/kernel', 'value/bias', 'value/kernel']
 
 
@@ -132,7 +133,7 @@ def test_weight_decay_skips_biases_and_norms_of_every_family():
     tree = {last: jnp.zeros(shape)}
     for name in reversed(above):
       tree = {name: tree}
-    return jax.tree.leaves(_paths.decayed(tree))[0]
+    return jax.tree.leaves(paths.decayed(tree))[0]
   assert all(is_decayed(p, (2, 4, 4)) for p in decayed)
   assert not any(is_decayed(p, (4, 4)) for p in kept)
   assert not is_decayed('layers/anything/w', (4, 4))  # [L, d]
@@ -144,15 +145,15 @@ def test_what_is_stacked_is_told_by_shapes_or_said():
   one = jnp.zeros((4, 5))
   for name in ('block', 'layer', 'h', 'Dense_layer', 'ResBlock'):
     tree = {name: {'kernel': one, 'bias': jnp.zeros(5)}}
-    assert _paths.decayed(tree) == {name: {'kernel': True, 'bias': False}}
-  assert _paths.decayed({'block': {'w': one}}) == {'block': {'w': True}}
+    assert paths.decayed(tree) == {name: {'kernel': True, 'bias': False}}
+  assert paths.decayed({'block': {'w': one}}) == {'block': {'w': True}}
   tree = {'encoder': {'mlp': {'kernel': jnp.zeros((3, 4, 5)),
                               'offset': jnp.zeros((3, 5))}}, 'out': one}
-  assert _paths.decayed(tree) == {'encoder': {'mlp': {
+  assert paths.decayed(tree) == {'encoder': {'mlp': {
       'kernel': True, 'offset': False}}, 'out': True}
   layers = {'layers': [{'q': jnp.zeros((4, 4))}, {'q': jnp.zeros((4, 4))}]}
-  assert all(jax.tree.leaves(_paths.decayed(layers)))
-  assert not any(jax.tree.leaves(_paths.decayed({'w': one}, how='w')))
+  assert all(jax.tree.leaves(paths.decayed(layers)))
+  assert not any(jax.tree.leaves(paths.decayed({'w': one}, how='w')))
   with pytest.warns(UserWarning, match=r'guessed.*: 1 parameters have it '
                     r'\(a\), 1 do not \(b\).*decay='):
     mezo_jax.mezo(1e-2, key=0, weight_decay=0.1).init(PAIR)
@@ -171,10 +172,10 @@ def test_what_is_said_to_be_stacked_has_a_key_for_each_layer():
   one = mezo_jax.Displacement(jax.random.key(2), 1.0)
   said = mezo_jax.direction(tree, one, mezo_jax.Normal(stacked='deep'))
   named = {'deep_layers': {'w': tree['deep']['w']}}
-  key = _noise.leaf_key(one.keys, 'deep/w')
+  key = noise.leaf_key(one.keys, 'deep/w')
   for l in range(3):
     words = jax.random.key_data(jax.random.fold_in(key, l))
-    s = _noise.Stream(
+    s = noise.Stream(
         words[None, None, None], jnp.zeros((1, 1), jnp.uint32), (5, 1))
     want = Draws((s,), jnp.ones(1), mezo_jax.Normal()).built(jnp.zeros((4, 5)))
     helpers.assert_close(said['deep']['w'][l], want)
@@ -214,14 +215,14 @@ def test_a_name_alone_makes_no_stack(name):
   """Shapes must agree that a module called so is layers on a first axis."""
   for kind, tree in ONE_LAYER.items():
     tree = {name: jax.tree.map(jnp.zeros, tree, is_leaf=is_shape)}
-    assert not any(_paths.stacked(tree)), kind
-    assert {p for (p, _), d in zip(_paths.named_leaves(tree), jax.tree.leaves(
-        _paths.decayed(tree))) if d} == {p for p, x in _paths.named_leaves(
+    assert not any(paths.stacked(tree)), kind
+    assert {p for (p, _), d in zip(paths.named_leaves(tree), jax.tree.leaves(
+        paths.decayed(tree))) if d} == {p for p, x in paths.named_leaves(
             tree) if x.ndim > 1 and 'bias' not in p}, kind
   for kind, tree in STACKS.items():
     tree = {name: jax.tree.map(jnp.zeros, tree, is_leaf=is_shape)}
-    assert all(_paths.stacked(tree)), kind
-    assert not any(_paths.stacked(tree, how=False)), kind
+    assert all(paths.stacked(tree)), kind
+    assert not any(paths.stacked(tree, how=False)), kind
 
 
 def test_low_rank_in_a_module_named_h():

@@ -12,9 +12,11 @@ from runs import saved, small_config
 import test_door
 
 import mezo_jax
-from mezo_jax import LowRank, models, preemption, Rademacher, sharding
-from mezo_jax.errors import Stopped
-from mezo_jax.export import export
+from mezo_jax import LowRank, models, Rademacher
+from mezo_jax.core import sharding
+from mezo_jax.core.errors import Stopped
+from mezo_jax.export.export import export
+from mezo_jax.runs import preemption
 import train
 
 KINDS = {

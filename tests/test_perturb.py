@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, _paths, Displacement, Normal, Rademacher
+from mezo_jax import Displacement, Normal, Rademacher
+from mezo_jax.core import paths
+from mezo_jax.directions import noise
 
 KEY = jax.random.key(4)
 STEP = Displacement(KEY, 0.05)
@@ -114,7 +116,7 @@ def test_equals_built_weights(name, stack):
 
 
 def test_names_of_stacks_do_not_matter_to_the_test_above():
-  assert _paths.locate('layers/w')[2] and not _paths.locate('stack/w')[2]
+  assert paths.locate('layers/w')[2] and not paths.locate('stack/w')[2]
 
 
 @pytest.mark.parametrize('directions', [
@@ -147,7 +149,7 @@ def test_displace_against_numpy():
   params = {'layers': W, 'e': E}
   as_jax = Normal('threefry2x32')  # draws what jax.random does
   got = mezo_jax.displace(params, STEP, as_jax)
-  key = _noise.leaf_key(KEY, 'e')
+  key = noise.leaf_key(KEY, 'e')
   want = np.asarray(E) + np.float32(0.05) * np.asarray(
       jax.random.normal(key, E.shape))
   np.testing.assert_allclose(got['e'], want, rtol=1e-6)
@@ -186,7 +188,7 @@ def test_scanned_nnx_model():
   helpers.assert_close(built, lazy)
 
 
-@pytest.mark.parametrize('generator', _noise.GENERATORS)
+@pytest.mark.parametrize('generator', noise.GENERATORS)
 @pytest.mark.parametrize('cast', [False, True])
 def test_memory_stays_at_inference(generator, cast):
   """12 layers, the weights in a scan (cast as a whole first, or not): beside
@@ -219,7 +221,7 @@ def test_half_precision_is_displaced_in_float32():
   w = jnp.full((64, 64), 1.0, jnp.bfloat16)
   got = mezo_jax.displace(
       {'w': w}, Displacement(KEY, 1e-2), Normal('threefry2x32'))['w']
-  z = jax.random.normal(_noise.leaf_key(KEY, 'w'), w.shape)
+  z = jax.random.normal(noise.leaf_key(KEY, 'w'), w.shape)
   want = (w.astype(jnp.float32) + np.float32(1e-2) * z).astype(jnp.bfloat16)
   helpers.assert_bitwise(got, want)
 
@@ -238,7 +240,7 @@ def test_integer_leaves_are_left_alone():
 ])
 def test_bad_masks(mask, message):
   with pytest.raises(ValueError, match=message):
-    _paths.selected({'w': W, 'b': {'c': E}}, mask)
+    paths.selected({'w': W, 'b': {'c': E}}, mask)
 
 
 def test_an_empty_displacement_is_refused():

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import pytest
 from runs import changed, small_config
 
-from mezo_jax import compiled, machines, models, plan, planner, sharding
-from mezo_jax.config import Data, Mesh, Model, Train
-from mezo_jax.errors import InputError
+from mezo_jax import models
+from mezo_jax.core import sharding
+from mezo_jax.core.errors import InputError
+from mezo_jax.planning import cli, compiled, machines, plan
 from mezo_jax.tasks import Task
+from mezo_jax.training.config import Data, Mesh, Model, Train
 import train
 
 SMALL = dict(steps=2, eval_every=2, zero_shot=False, eval_batch_size=16)
@@ -61,7 +63,7 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
   assert mesh_of('v5p:1x1x1') == 'data=1'
   assert mesh_of('v5e:4x4') == 'fsdp=4,tensor=4'
   config = small_config(wide_dir, reviews_file, **SMALL)
-  found = plan.plan(config, 'cpu:8', sizes=planner.read_mesh(
+  found = plan.plan(config, 'cpu:8', sizes=cli.read_mesh(
       'fsdp=-1,tensor=2', 8), tokens=16, wanted=lambda name: False)
   assert found.config.mesh == Mesh(1, 4, 2, 1)
   assert mesh_of('v5e:8x8') == 'fsdp=8,tensor=8'
@@ -82,22 +84,22 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
       memory=(losses + update) / 2 / plan.GIB, slices=('1', '2', '4', '8'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tight)
   assert not first.fits
-  change, other = planner.what_fits(first)
+  change, other = cli.what_fits(first)
   assert other.fits and other.peak() < first.peak()
   refused = dataclasses.replace(first, programs={
       'losses': compiled.Program(1000.0, fits=False)})
   assert refused.peak() == 1000.0 and not refused.fits
   tiny = machines.Kind(memory=1e-6, slices=('1', '2'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tiny)
-  monkeypatch.setattr(planner, 'plan', lambda *args, **kwargs: first)
-  assert planner.what_fits(first) is None
-  words = [c.words for c in planner.changes(first)]
+  monkeypatch.setattr(cli, 'plan', lambda *args, **kwargs: first)
+  assert cli.what_fits(first) is None
+  words = [c.words for c in cli.changes(first)]
   assert any('batch' in w for w in words)
   assert words[-1].startswith('cpu:2, with the mesh')
   assert words[-2].startswith('model.offload=True')
   backprop = dataclasses.replace(first, config=dataclasses.replace(
       first.config, method='finetune'))
-  words = [c.words for c in planner.changes(backprop)]
+  words = [c.words for c in cli.changes(backprop)]
   assert words[:2] == ['model.remat=True', "method='mezo'"]
 
 
@@ -112,7 +114,7 @@ def test_the_command(wide_dir, tmp_path):
     return done.returncode, done.stdout + done.stderr
   file = tmp_path / 'config.py'
   file.write_text(
-      'from mezo_jax.config import Data, Model, Train\n'
+      'from mezo_jax.training.config import Data, Model, Train\n'
       'from mezo_jax.tasks import Task\n'
       'def get_config(name="opt-125m"):\n'
       '  return Train(model=Model(name), data=Data(train="nowhere"),\n'
@@ -135,7 +137,7 @@ def test_the_command(wide_dir, tmp_path):
       (('cpu:4', 'x=3', None), 'is no axis and size'),
       (('cpu:4', None, None, ['--config.model.nmae=x']), 'config.py')):
     with pytest.raises(InputError, match=part):
-      planner.main(str(file), *args)
+      cli.main(str(file), *args)
 
 
 @pytest.mark.parametrize('name,billions', [

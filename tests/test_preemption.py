@@ -11,14 +11,14 @@ import helpers
 import pytest
 import runs
 
-from mezo_jax import preemption
-from mezo_jax.errors import AGAIN, Again
+from mezo_jax.core.errors import AGAIN, Again
+from mezo_jax.runs import preemption
 import train
 
 _RUN = '''
 import hashlib, pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from mezo_jax import preemption, replay
+from mezo_jax.runs import preemption, replay
 preemption.GRACE = 0.3
 log, _ = replay.open_log(pathlib.Path(sys.argv[1]), {{}}, 1)
 log.append(1, 0.5, 0.7)

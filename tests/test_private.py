@@ -16,9 +16,11 @@ import runs
 from scipy import stats
 
 import mezo_jax
-from mezo_jax import _noise, Displacement, make_step, privacy, variants
-from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax import Displacement, make_step, variants
+from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.directions import noise as noise_lib
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import privacy
 from mezo_jax.variants.private import noise
 from train import run
 
@@ -84,7 +86,8 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   for t in range(20):
     rows = np.flatnonzero(np.random.RandomState(t).rand(12) < 0.6)
     z = np.stack([np.asarray(mezo_jax.direction(jnp.zeros(5), Displacement(
-        _noise.direction_key(KEY, t, j), 1.0)), np.float64) for j in range(n)])
+        noise_lib.direction_key(KEY, t, j), 1.0)), np.float64)
+                  for j in range(n)])
     losses = (ROWS[rows] @ (theta + EPS * np.stack([z, -z])).swapaxes(1, 2)
               - TRUE[rows, None]) ** 2  # [sign, row, direction]
     d = (losses[0] - losses[1]).T / (2 * EPS)
@@ -208,7 +211,7 @@ def test_all_that_is_published_does_not_give_the_noise():
   assert not any(w in x.ravel().view(np.uint32) for x in held for w in words
                  if x.dtype.itemsize == 4)
   # From the direction's key, as in the paper's code, it does not come.
-  key = _noise.direction_key(KEY, 0)
+  key = noise_lib.direction_key(KEY, 0)
   guess = one - 0.7 * CLIP / 8 * np.asarray(noise(key, 1, 'gaussian'))
   assert abs(guess - released(made(noise_multiplier=0.0), batch)) > 1e-4
 

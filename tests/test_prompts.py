@@ -18,8 +18,8 @@ from texts import (
   X,
 )
 
-from mezo_jax import data as data_lib
 from mezo_jax import tasks
+from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.tasks.encode import batch_of, encode

@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 import mezo_jax
-from mezo_jax import checkpoint, replay, sharding
-from mezo_jax.errors import InputError
+from mezo_jax.core import sharding
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import checkpoint, replay
 
 SEEN = collections.Counter()  # (what, what became of it)
 

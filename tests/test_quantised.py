@@ -10,13 +10,10 @@ import pytest
 import runs
 
 import mezo_jax
-from mezo_jax import (
-  _codes,
-  _paths,
-  export,
-  models,
-)
-from mezo_jax.models import hub, quantised, weights
+from mezo_jax import models
+from mezo_jax.core import paths, quantized
+from mezo_jax.export.export import export
+from mezo_jax.models.formats import huggingface, quantize, weights
 import train
 
 
@@ -29,8 +26,8 @@ def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
   shapes = models.param_shapes(model.config, dtype=dtype)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
       lambda x: (x.shape, x.dtype), shapes)
-  coded_ = [path for path, x in _paths.named_leaves(params)
-            if _codes.is_codes(x)]
+  coded_ = [path for path, x in paths.named_leaves(params)
+            if quantized.is_codes(x)]
   assert 'layers/attn/q/kernel' in coded_ and 'embed/embedding' in coded_
   q = floats['layers']['attn']['q']['kernel']
   helpers.assert_bitwise(
@@ -46,13 +43,13 @@ def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_parts_of_a_weight_that_begin_amid_a_scale(tiny_dir, dtype):
   """Eight devices read 8 rows each of a kernel of 64, which share scales."""
-  row = next(row for row in hub.table_of(models.load_config(tiny_dir))
+  row = next(row for row in huggingface.table_of(models.load_config(tiny_dir))
              if row.path == 'layers/mlp/down/kernel')
   mesh = helpers.mesh_of(1, 8)
   with contextlib.ExitStack() as stack:
     tensors = dict(weights.open_files(tiny_dir, stack))
-    form = quantised.form(row, dtype)
-    read = lambda spec: quantised.read(
+    form = quantize.form(row, dtype)
+    read = lambda spec: quantize.read(
         row, (3, 64, 32), form, tensors, lambda part: jax.NamedSharding(
             mesh, spec if part[1] % 8 == 0 else jax.P()))
     want, got = read(jax.P()), read(jax.P(None, 'fsdp'))

@@ -11,24 +11,18 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import (
-  _displacement,
-  _noise,
-  _paths,
-  _rounding,
-  _streams,
-  Displacement,
-  make_step,
-  models,
-  variants,
-)
+from mezo_jax import Displacement, make_step, models, variants
+from mezo_jax.core import paths
+from mezo_jax.directions import displacement, streams
+from mezo_jax.directions import noise as noise_lib
+from mezo_jax.transforms import stochastic_rounding
 
 KEY = jax.random.key(5)
 
 
 def coded(params, bits=8):
   """Matrices as codes; embeddings share scales along their last axis."""
-  return _paths.map_named(lambda path, x: mezo_jax.quantize(
+  return paths.map_named(lambda path, x: mezo_jax.quantize(
       x, bits, -1 if 'embed' in path else -2) if path.endswith(
           ('a', 'kernel', 'embedding')) else x, params)
 
@@ -133,19 +127,20 @@ def test_it_is_quzo(bits):
     up = (np.asarray(words) >> 8) * 2.0**-24
     return np.sign(x) * np.floor(np.abs(x) + up)
   def words(key):
-    return _noise.words(_streams.of_leaf(key, 'a', (32, 6)), 0,
+    return noise_lib.words(streams.of_leaf(key, 'a', (32, 6)), 0,
                         jnp.zeros((32, 6)), 'rounding')
 
   like, moved = {'a': jnp.zeros((32, 6)), 'b': jnp.zeros((6, 4))}, 0
   for t in range(20):
-    key = _noise.direction_key(KEY, t)
+    key = noise_lib.direction_key(KEY, t)
     z = mezo_jax.direction(like, Displacement(key, 1.0))
     za, zb = (np.asarray(z[k], np.float64) for k in 'ab')
-    stream = _streams.of_leaf(key[None], 'a', (32, 6))
-    first = _noise.words(
-        dataclasses.replace(stream, keys=stream.keys ^ _displacement._ROUNDED),
+    stream = streams.of_leaf(key[None], 'a', (32, 6))
+    first = noise_lib.words(
+        dataclasses.replace(stream, keys=stream.keys ^ displacement._ROUNDED),
         0, jnp.zeros((32, 6)), 'rounding')
-    second = words(_noise.direction_key(KEY, t, _rounding._SAMPLE)[None])
+    second = words(noise_lib.direction_key(
+        KEY, t, stochastic_rounding._SAMPLE)[None])
     u = rounded(eps * za / s, first)
     g = (loss(q + u, b + eps * zb) - loss(q - u, b - eps * zb)) / (2 * eps)
     new = np.clip(q - rounded(rate * g * za / s, second), low, high)
@@ -194,7 +189,7 @@ def test_both_roundings_are_independent():
   directions = mezo_jax.Normal(on_grid=True)
   c = 0.3 * float(w.scales.astype(jnp.float32).mean())
   at = mezo_jax.perturbed(lambda w: jnp.eye(256) @ w, directions)
-  key = _noise.direction_key(KEY, 0)
+  key = noise_lib.direction_key(KEY, 0)
   z = np.asarray(mezo_jax.direction(w, Displacement(key, 1.0), directions))
   plus = np.asarray(at(w, Displacement(key, c)))
   minus = np.asarray(at(w, Displacement(key, -c)))
@@ -254,8 +249,8 @@ def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   for g in pairs:
     again, fresh, _ = step.update(again, fresh, g)
   helpers.assert_bitwise(again, moved)
-  for (path, x), (_, y) in zip(_paths.named_leaves(moved),
-                               _paths.named_leaves(params)):
+  for (path, x), (_, y) in zip(paths.named_leaves(moved),
+                               paths.named_leaves(params)):
     same = [bool(jnp.all(a == b)) for a, b in zip(
         jax.tree.leaves(x), jax.tree.leaves(y))]
     trained = 'attn/q' in path or 'attn/v' in path
@@ -282,7 +277,7 @@ def test_the_mesh_changes_nothing(tiny):
     spec = jax.P(*(None,) * (x.ndim - 1), 'fsdp') if (
         x.ndim > 1 and x.shape[-1] % 4 == 0) else jax.P()
     return jax.device_put(x, jax.NamedSharding(mesh, spec))
-  split = _paths.map_named(
+  split = paths.map_named(
       lambda path, x: jax.tree.map(lambda a: place(path, a), x), params)
   step = make_step(tx, loss_fn, mesh=mesh)
   state = tx.init(split)
@@ -307,7 +302,7 @@ def test_pending_updates_are_rounded_once():
       params, state, _ = step.update(
           params, state, jnp.full(1, 0.05 * size))
     exact = sum(mezo_jax.direction(
-        jnp.zeros(w.shape), Displacement(_noise.direction_key(
+        jnp.zeros(w.shape), Displacement(noise_lib.direction_key(
             jax.random.key(0), t), -0.05 * size)) for t in range(16))
     errors[k] = float(jnp.std(
         params.astype(jnp.float32) - w.astype(jnp.float32) - exact))

@@ -8,18 +8,12 @@ import pytest
 import runs
 
 import mezo_jax
-from mezo_jax import (
-  _noise,
-  build,
-  Displacement,
-  export,
-  make_step,
-  models,
-  peft,
-  variants,
-)
-from mezo_jax.errors import InputError
+from mezo_jax import Displacement, make_step, models, peft, variants
+from mezo_jax.core.errors import InputError
+from mezo_jax.directions import noise
+from mezo_jax.export.export import export
 from mezo_jax.tasks import Task
+from mezo_jax.training import build
 import train
 
 KEY, RATE, EPS = jax.random.key(5), 5e-2, 1e-2
@@ -59,7 +53,7 @@ def test_it_is_its_papers_equations(bits):
       for j in (0, 1):
         z = np.asarray(mezo_jax.direction(
             peft.factors(params), Displacement(
-                _noise.direction_key(KEY, t, j), 1.0))['w']['factors'], float)
+                noise.direction_key(KEY, t, j), 1.0))['w']['factors'], float)
         g = (loss(want + EPS * z, t) - loss(want - EPS * z, t)) / (2 * EPS)
         clipped += abs(g) > 0.5
         move = move + np.clip(g, -0.5, 0.5) * z / 2

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import models, replay
+from mezo_jax import models
 from mezo_jax.__main__ import main
-from mezo_jax.errors import Again, in_one_sentence, InputError, Stopped
-from mezo_jax.export import export, rebuild
+from mezo_jax.core.errors import Again, in_one_sentence, InputError, Stopped
+from mezo_jax.export.export import export, rebuild
+from mezo_jax.runs import replay
 import train
 
 RNG = np.random.default_rng(0)

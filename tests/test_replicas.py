@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from runs import command, environment, small_config
 
-from mezo_jax import replay, replicas
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
+from mezo_jax.distributed import replicas
+from mezo_jax.runs import replay
 
 
 @pytest.mark.parametrize('change,match', [

@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 import runs
 
-from mezo_jax import (
-  _values,
-  build,
-  checkpoint,
-  checks,
-  evaluate,
-  mixture,
-  suite,
-)
-from mezo_jax import config as config_lib
-from mezo_jax import data as data_lib
-from mezo_jax.config import Also
-from mezo_jax.errors import InputError
-from mezo_jax.loggers import read
+from mezo_jax.cli import suite
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import checkpoint
+from mezo_jax.runs.loggers import read
+from mezo_jax.tasks import data as data_lib
+from mezo_jax.tasks import evaluate, Task
 from mezo_jax.tasks import objective as objectives
-from mezo_jax.tasks import Task
 from mezo_jax.tasks.encode import batch_of
+from mezo_jax.training import build, checks, mixture
+from mezo_jax.training import config as config_lib
+from mezo_jax.training.config import Also
+from mezo_jax.transforms import losses as losses_lib
 import train
 
 WORDS = conftest.WORDS
@@ -85,7 +80,7 @@ def test_the_loss_of_rows_is_what_steps_minimise(
       config, built.model, built.splits, built.tokenizer, built.mesh)
   length = int(rows.lengths.max())
   batch = batch_of(rows, np.arange(len(ROWS)), length, len(ROWS))
-  want = jax.jit(lambda params, batch: _values.mean(built.loss_fn(
+  want = jax.jit(lambda params, batch: losses_lib.mean(built.loss_fn(
       params, batch)))(params, batch)
   metric = config_lib.metric(config)
   for report in (ask.dev(params), ask.test(params), *ask.both(params)):

@@ -5,8 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mezo_jax import data as data_lib
-from mezo_jax.errors import InputError, MissingError
+from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.tasks import data as data_lib
 
 
 def rows_of(path, text, **kwargs):

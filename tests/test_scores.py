@@ -20,9 +20,11 @@ from families import torch_sums  # noqa: E402
 import transformers  # noqa: E402
 
 import mezo_jax  # noqa: E402
-from mezo_jax import _noise, _values, evaluate, metrics, models  # noqa: E402
-from mezo_jax.tasks import score, Task  # noqa: E402
+from mezo_jax import models  # noqa: E402
+from mezo_jax.directions import noise  # noqa: E402
+from mezo_jax.tasks import evaluate, metrics, score, Task  # noqa: E402
 from mezo_jax.tasks.encode import batch_of, encode  # noqa: E402
+from mezo_jax.transforms import losses  # noqa: E402
 
 
 def make_rows(count):
@@ -241,7 +243,7 @@ def values_of(model, params, data, batch, task, objectives, tokenizer=None):
   fns = [score.make_loss_fn(model, data, task, o, tokenizer)
          for o in objectives]
   return helpers.quick_jit(
-      lambda params, batch: [_values.mean(fn(params, batch)) for fn in fns])(
+      lambda params, batch: [losses.mean(fn(params, batch)) for fn in fns])(
           params, batch)
 
 
@@ -315,7 +317,7 @@ def test_a_function_of_predictions_in_a_step(both, tokenizer):
   step = helpers.quick_jit(lambda state, params, batch: tx.update(
       None, state, params, value_fn=loss_fn, batch=batch)[1])
   spsa = jax.block_until_ready(step(state, params, batch))[0]
-  key, wanted = _noise.direction_key(state[0].key, 0, 0), []
+  key, wanted = noise.direction_key(state[0].key, 0, 0), []
   def predict(params, batch, c):
     moved = mezo_jax.displace(
         params, mezo_jax.Displacement(key, c), directions)

@@ -12,7 +12,9 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise, models, sharding
+from mezo_jax import models
+from mezo_jax.core import sharding
+from mezo_jax.directions import noise
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
 COLLECTIVE = re.compile(r'all-gather|all-reduce|collective|all-to-all')
@@ -29,7 +31,7 @@ def place(params, mesh):
       jax.device_get(params), sharding.param_shardings(params, mesh))
 
 
-@pytest.mark.parametrize('generator', _noise.GENERATORS)
+@pytest.mark.parametrize('generator', noise.GENERATORS)
 def test_directions_are_bitwise_equal_on_every_mesh(generator):
   _, params, _ = wide_model()
   want = None

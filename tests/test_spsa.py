@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import _noise
+from mezo_jax.directions import noise
 
 PARAMS = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
 
@@ -41,7 +41,7 @@ def test_algorithm_1_in_numpy():
     step_key = jax.random.fold_in(jax.random.key(9), t)
     key = jax.random.fold_in(step_key, 0)
     z = {k: np.asarray(jax.random.normal(
-        _noise.leaf_key(key, k), v.shape), np.float64)
+        noise.leaf_key(key, k), v.shape), np.float64)
          for k, v in theta.items()}
     plus = loss({k: theta[k] + eps * z[k] for k in theta})
     minus = loss({k: theta[k] - eps * z[k] for k in theta})
@@ -107,7 +107,7 @@ def test_num_samples_is_algorithm_2():
   updates, state = tx.update(None, tx.init(PARAMS), PARAMS, value_fn=quadratic)
   total = jax.tree.map(jnp.zeros_like, PARAMS)
   for j in range(n):
-    key = _noise.direction_key(jax.random.key(1), 0, j)
+    key = noise.direction_key(jax.random.key(1), 0, j)
     plus, minus = (quadratic(mezo_jax.displace(
         PARAMS, mezo_jax.Displacement(key, c))) for c in (eps, -eps))
     g = (plus - minus) / (2 * eps)
@@ -177,7 +177,7 @@ def test_a_float64_loss_is_subtracted_in_float64():
     _, state = tx.update(None, tx.init(params), params, value_fn=loss)
     z = mezo_jax.direction(
         params, mezo_jax.Displacement(
-            _noise.direction_key(jax.random.key(0), 0), 1.0))
+            noise.direction_key(jax.random.key(0), 0), 1.0))
     assert state.projected_grad.dtype == jnp.float32
     np.testing.assert_allclose(state.projected_grad[0], jnp.sum(z['b']),
                                rtol=1e-2)

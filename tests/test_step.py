@@ -8,8 +8,10 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import backprop, peft, sharding
-from mezo_jax.step import make_step
+from mezo_jax import peft
+from mezo_jax.core import sharding
+from mezo_jax.transforms import backprop
+from mezo_jax.transforms.step import make_step
 
 X = np.arange(8, dtype=np.float32).reshape(4, 2)
 

@@ -21,7 +21,6 @@ from relatives import (
 
 import mezo_jax
 from mezo_jax import (
-  _displacement,
   Displacement,
   LazyLowRank,
   make_step,
@@ -29,6 +28,7 @@ from mezo_jax import (
   SubZero,
   variants,
 )
+from mezo_jax.directions import displacement
 
 SUB = SubZero(rank=2, every=4)
 
@@ -168,7 +168,7 @@ def test_momentum_is_projected_on_the_next_columns():
   for t in range(4):  # the fourth has no gradient, and another V
     out, state = update(state, jnp.float32(t < 3))
     moves.append(-np.asarray(out['layers']['w'], np.float64))
-  (_, x, draws), = _displacement.of_leaves(
+  (_, x, draws), = displacement.of_leaves(
       like, Displacement(lazy.keys(KEY, 3, 1), jnp.ones(1)), lazy)
   v = np.asarray(lazy.factor(draws.streams[1], x.shape, jnp.float32), float)
   for old, new, v in zip(moves[2], moves[3], v.reshape(2, 16, 3)):

@@ -11,7 +11,7 @@ def test_a_suite_makes_one_table(
     tiny_dir, reviews_file, tmp_path, monkeypatch, capsys):
   suite = tmp_path / 'suite.py'
   suite.write_text(f'''
-from mezo_jax.config import Data, Model, Train
+from mezo_jax.training.config import Data, Model, Train
 from mezo_jax.tasks import Task
 def get_suite():
   return {{f'reviews/{{m}}': Train(

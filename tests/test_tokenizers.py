@@ -13,8 +13,8 @@ from tokenizers import (
 )
 import transformers
 
-from mezo_jax import data as data_lib
 from mezo_jax import tasks
+from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import score
 from mezo_jax.tasks.encode import encode, space_warnings
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from runs import command, finish, kill_after, records, saved, small_config
 
-from mezo_jax import checkpoint, models, replay
-from mezo_jax import config as config_lib
-from mezo_jax.errors import AGAIN, InputError
+from mezo_jax import models
+from mezo_jax.core.errors import AGAIN, InputError
+from mezo_jax.runs import checkpoint, replay
+from mezo_jax.training import config as config_lib
 import train
 
 
@@ -206,7 +207,7 @@ def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
   code = '''
 from pathlib import Path
-from mezo_jax import launch
+from mezo_jax.cli import launch
 from mezo_jax.tasks import score
 import train
 def make_loss_fn(*args):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from runs import saved, small_config
 
-from mezo_jax import config as config_lib
-from mezo_jax import models, peft, trainable
-from mezo_jax.errors import InputError
-from mezo_jax.export import export
+from mezo_jax import models, peft
+from mezo_jax.core.errors import InputError
+from mezo_jax.export.export import export
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import trainable
 import train
 
 WAYS = {

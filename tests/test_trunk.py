@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from runs import records, saved, small_config
 
-from mezo_jax import build, models, peft, trunk
-from mezo_jax import config as config_lib
-from mezo_jax.errors import InputError
-from mezo_jax.export import export
+from mezo_jax import models, peft
+from mezo_jax.core.errors import InputError
+from mezo_jax.export.export import export
 from mezo_jax.tasks.encode import batch_of
+from mezo_jax.training import build, frozen_features
+from mezo_jax.training import config as config_lib
 import train
 
 LAST = dict(peft__method='last_layers', peft__num_layers=1,
@@ -95,7 +96,7 @@ def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
   """At other weights than those that the trunk was computed with, too."""
   config = small_config(tiny_dir, reviews_file, **WAYS[way])
   built = build.build(config, say=lambda text: None)
-  kept = trunk.keep(config, built, tmp_path, lambda text: None)
+  kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
   assert 'layers' in built.frozen and 'layers' not in kept.frozen
   moved = jax.tree.map(lambda x: x + 0.01, built.params)
   a, b = (of(x, x.splits.train, moved) for x in (built, kept))
@@ -191,7 +192,7 @@ def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
     other = built._replace(frozen=jax.tree.map(lambda x: x, built.frozen))
     q = other.frozen['layers']['attn']['q']
     q['kernel'] = change(q['kernel'])
-    kept = trunk.keep(config, other, tmp_path, lambda text: None)
+    kept = frozen_features.keep(config, other, tmp_path, lambda text: None)
     names.append(sorted(p.name for p in tmp_path.iterdir()))
     assert len(names[-1]) == 3  # those of other weights are gone
     assert kept.splits.train.trunk.values.shape[1] == 32
@@ -205,7 +206,7 @@ def test_a_disk_without_room(tiny_dir, reviews_file, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
   try:
     with pytest.raises(InputError, match='has no room for 0.0. GiB'):
-      trunk.keep(config, built, tmp_path / 'trunk', lambda text: None)
+      frozen_features.keep(config, built, tmp_path / 'trunk', lambda text: None)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not [*(tmp_path / 'trunk').iterdir()]
@@ -215,13 +216,13 @@ def test_the_weights_below_are_let_go(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, **LAST)
   for abstract in (False, True):
     built = build.build(config, abstract=abstract, say=lambda text: None)
-    kept = trunk.keep(config, built, tmp_path, lambda text: None)
+    kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
     assert 'layers' in built.frozen and kept.frozen.keys() == {'embed', 'norm'}
     batch = build.batch_shapes(kept.splits.train, 16, 8, built.mesh)
     assert batch['trunk'].shape == (8, 16, 32)
   all_trained = build.build(
       small_config(tiny_dir, reviews_file), say=lambda text: None)
-  assert trunk.keep(config, all_trained, tmp_path) is all_trained
+  assert frozen_features.keep(config, all_trained, tmp_path) is all_trained
 
 
 def test_answers_are_generated_by_the_whole_model(tiny_dir, reviews_file,
@@ -231,6 +232,6 @@ def test_answers_are_generated_by_the_whole_model(tiny_dir, reviews_file,
       task__answers_column='text', task__template='{label} It was',
       task__max_new_tokens=4, select='loss', **LAST)
   built = build.build(config, say=lambda text: None)
-  kept = trunk.keep(config, built, tmp_path, lambda text: None)
+  kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
   assert kept.splits.train.trunk and not kept.splits.test.trunk
   assert kept.frozen is built.frozen

@@ -27,7 +27,8 @@ from relatives import (
 )
 
 import mezo_jax
-from mezo_jax import _noise, Displacement, make_step, models, variants
+from mezo_jax import Displacement, make_step, models, variants
+from mezo_jax.directions import noise
 
 
 class Momentum:
@@ -229,7 +230,7 @@ def test_half_precision_updates_are_rounded_once(name):
           w.astype(jnp.float32) ** 2)))(w)
   g = optax.tree.get(state, 'projected_grad')
   z = mezo_jax.direction(jnp.zeros(w.shape), Displacement(
-      _noise.direction_key(KEY, 0), 1.0))
+      noise.direction_key(KEY, 0), 1.0))
   assert g[0] != 0
   want = (-1e-4 * (g[0] * z)).astype(jnp.bfloat16)
   assert np.mean(np.asarray(updates != want)) < 2e-3  # last bits of float32

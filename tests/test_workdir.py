@@ -8,8 +8,8 @@ import sys
 import pytest
 import runs
 
-from mezo_jax import workdir as workdir_lib
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import workdir as workdir_lib
 import train
 
 
@@ -23,7 +23,7 @@ def test_a_directory_is_of_one_run(tiny_dir, reviews_file, tmp_path):
 
 def test_a_dead_run_holds_no_directory(tmp_path):
   program = ('import pathlib, sys, time\n'
-             'from mezo_jax import workdir\n'
+             'from mezo_jax.runs import workdir\n'
              f'with workdir.alone(pathlib.Path({str(tmp_path)!r})):\n'
              '  print("held", flush=True)\n'
              '  time.sleep(600)\n')

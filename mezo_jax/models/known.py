@@ -3,7 +3,7 @@
 What the ``config.json`` of each says of sizes and choices.
 """
 
-from mezo_jax.models.hub import read_config
+from mezo_jax.models.formats.huggingface import read_config
 from mezo_jax.models.layers import Config
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.sharding import constrain_rows, fetched
+from mezo_jax.core.sharding import constrain_rows, fetched
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax._perturb import dequantized
+from mezo_jax.core.sharding import constrain_rows, splits_vocabulary
 from mezo_jax.models.layers import (
   activation,
   Block,
@@ -22,7 +22,7 @@ from mezo_jax.models.layers import (
   Table,
   take_tokens,
 )
-from mezo_jax.sharding import constrain_rows, splits_vocabulary
+from mezo_jax.perturb.api import dequantized
 
 _CHUNK = 4096  # rows of the vocabulary at a time
 _FEATURES = ('', 'head', 'body', 'trunk')

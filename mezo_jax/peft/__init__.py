@@ -5,11 +5,12 @@ which then has them wherever it is applied; `TRAINED` says which of all leaves
 are trained, for `mezo_jax.peft.split`.
 """
 
-from mezo_jax.methods import PARTS
+from mezo_jax.core.trees import join
 from mezo_jax.peft import lora, prefix
 from mezo_jax.peft.files import describe, files_of, load, save
+from mezo_jax.peft.kinds import PARTS
 from mezo_jax.peft.layout import join_layers, split_layers, untie, untied
-from mezo_jax.peft.parts import factors, join, split
+from mezo_jax.peft.parts import factors, split
 
 TRAINED = {name: part.pattern for name, part in PARTS.items()}
 

@@ -9,7 +9,7 @@ field of a later version of PEFT is never ignored in silence.
 import math
 import re
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 
 POSITIONS = 'prefix_positions'  # A field of our own; PEFT does not know it.
 _PLACES = ('zero', 'after', 'jump')

@@ -17,16 +17,16 @@ import numpy as np
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from mezo_jax.errors import InputError, MissingError
-from mezo_jax.models import classifier, hub
-from mezo_jax.models.layers import apply_rope, Config, rope_tables
-from mezo_jax.models.save import (
+from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.models.families.table import Row
+from mezo_jax.models.formats import classifier, huggingface
+from mezo_jax.models.formats.save import (
   new_directory,
   num_classes,
   on_host,
   save_tokenizer,
 )
-from mezo_jax.models.table import Row
+from mezo_jax.models.layers import apply_rope, Config, rope_tables
 from mezo_jax.models.transformer import prefix_length, Transformer
 from mezo_jax.peft import fields, lora
 
@@ -265,7 +265,7 @@ def _check_virtual(kind: str, about: dict, c: Config, m: int,
 def _modules(c: Config) -> dict[str, list[Row]]:
   """The rows of each matrix of the checkpoint, by its module's name."""
   out = collections.defaultdict(list)
-  for row in hub.table_of(c):
+  for row in huggingface.table_of(c):
     if row.path.endswith('/kernel'):
       out[row.name.removesuffix('.weight')].append(row)
   return {name: sorted(rows, key=lambda r: r.part)

@@ -7,7 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 from mezo_jax.models.layers import Config
 from mezo_jax.models.transformer import Transformer
 

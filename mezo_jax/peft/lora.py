@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 
-from mezo_jax import _noise, _paths
-from mezo_jax.errors import InputError
-from mezo_jax.peft.parts import join
+from mezo_jax.core import paths
+from mezo_jax.core.errors import InputError
+from mezo_jax.core.trees import join
+from mezo_jax.directions import noise
 
 
 def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
@@ -52,7 +53,7 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
     *lead, inputs, outputs = kernel.shape
     bound = inputs ** -0.5
     out[f'{path}/lora_a'] = jax.random.uniform(
-        _noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32, -bound,
+        noise.leaf_key(key, path), (*lead, inputs, rank), jnp.float32, -bound,
         bound)
     out[f'{path}/lora_b'] = jnp.zeros((*lead, rank, outputs), jnp.float32)
     out[f'{path}/lora_scale'] = jnp.full(lead, scale, jnp.float32)
@@ -62,7 +63,7 @@ def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
 def _matrices(params) -> dict[str, jax.Array]:
   """The model's matrices by the paths of their modules."""
   return {path.removesuffix('/kernel'): x
-          for path, x in _paths.named_leaves(params)
+          for path, x in paths.named_leaves(params)
           if path.endswith('/kernel') and not path.startswith('classifier/')}
 
 

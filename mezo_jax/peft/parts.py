@@ -3,14 +3,12 @@
 So that optimizer state, noise and checkpoints hold only what is trained.
 """
 
-from collections.abc import Mapping
-
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 
-from mezo_jax._codes import FACTORS, is_codes
-from mezo_jax._paths import selected
+from mezo_jax.core.paths import selected
+from mezo_jax.core.quantized import FACTORS, is_codes
 
 
 def split(params: dict, mask) -> tuple[dict, dict]:
@@ -35,30 +33,6 @@ def split(params: dict, mask) -> tuple[dict, dict]:
   part = lambda wanted: unflatten_dict(
       {path: x for path, x in leaves.items() if chosen[path] == wanted})
   return part(True), part(False)
-
-
-def join(*trees: dict) -> dict:
-  """The nested dict with the leaves of all of ``trees``, which are not copied;
-  `factors` and the `Codes` that they are of become one leaf.
-
-  Raises:
-    ValueError: if two of them have a leaf of the same path.
-  """
-  out = {}
-  for tree in trees:
-    for name, x in tree.items():
-      if name not in out:
-        out[name] = x
-      elif isinstance(x, Mapping) and isinstance(out[name], Mapping):
-        out[name] = join(out[name], x)
-      elif is_codes(out[name]) and isinstance(x, Mapping) and FACTORS in x:
-        out[name] = out[name].rescaled(x[FACTORS])
-      elif is_codes(x) and isinstance(out[name], Mapping) and (
-          FACTORS in out[name]):
-        out[name] = x.rescaled(out[name][FACTORS])
-      else:
-        raise ValueError(f'two trees have the parameter {name!r}.')
-  return out
 
 
 def factors(params: dict) -> dict:

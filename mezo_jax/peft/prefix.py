@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 from mezo_jax.models.transformer import (
   apply,
   known_ids,

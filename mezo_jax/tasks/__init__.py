@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import glue, opt, roberta
 from mezo_jax.tasks.task import Task
 

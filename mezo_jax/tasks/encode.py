@@ -19,7 +19,7 @@ import unicodedata
 
 import numpy as np
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 from mezo_jax.tasks.task import Task
 
 
@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
   token_ids: np.ndarray | None = None  # int32 [C], label words of one token
   types: list[list[int]] | None = None  # [R] token types of the prompts
   generates: bool = False  # prompts to be continued: padded on the left
-  trunk: Kept | None = None  # see `mezo_jax.trunk`
+  trunk: Kept | None = None  # see `mezo_jax.training.frozen_features`
   classes: int = 0  # C of a new head, which names more than occur in rows
 
   @property

@@ -11,7 +11,7 @@ import traceback
 
 import numpy as np
 
-from mezo_jax.errors import first_line, InputError
+from mezo_jax.core.errors import first_line, InputError
 from mezo_jax.tasks.task import METRICS, Task
 
 OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')

@@ -5,7 +5,7 @@ Rows are those of the data sets on the hub, or of a local file with the same
 columns. ``label`` of the SuperGLUE tasks is what SuperGLUE has.
 """
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 from mezo_jax.tasks.task import Task
 
 _SUPER_GLUE = 'aps/super_glue'

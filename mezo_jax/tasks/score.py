@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax import metrics, models
-from mezo_jax.tasks import head
+from mezo_jax import models
+from mezo_jax.tasks import head, metrics
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import Encoded, Form
 from mezo_jax.tasks.task import Task

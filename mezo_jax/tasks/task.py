@@ -23,7 +23,7 @@ from typing import Annotated
 
 import numpy as np
 
-from mezo_jax.errors import InputError
+from mezo_jax.core.errors import InputError
 
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
@@ -56,7 +56,8 @@ KINDS = {
     'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
-# Annotations by which `mezo_jax.fields` finds how a command line sets a field.
+# Annotations by which `mezo_jax.training.fields` finds how a command line sets
+# a field.
 TextOrNone = Annotated[str | None, 'a text, or None']
 RowFunction = Annotated[
     Callable[[dict], dict | None] | None, 'set in a config file']

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mezo_jax._spsa import SpsaState
+from mezo_jax.transforms.spsa import SpsaState
 
 
 class Remembering(NamedTuple):

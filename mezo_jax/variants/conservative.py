@@ -5,12 +5,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _values
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import check_part, spsa
+from mezo_jax.core import arguments
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.perturb.api import perturbed
+from mezo_jax.transforms import losses as losses_lib
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import check_part, spsa
 from mezo_jax.variants._told import told
 
 
@@ -33,7 +34,7 @@ def conservative(
   `mezo_jax.mezo`; the state has :math:`g_j` of the chosen point: 0, or negated.
   """
   directions = as_directions(directions)
-  learning_rate = _arguments.rate(
+  learning_rate = arguments.rate(
       'learning_rate', learning_rate, groups=False)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(
@@ -50,16 +51,16 @@ def conservative(
           'tries the step of all of them.')
     seen = estimate.update(None, state, params, **given)[1]
     value_fn = given.pop('value_fn')
-    batch = _values.accepted(value_fn, given)
+    batch = losses_lib.accepted(value_fn, given)
     made = state.count - state.total_notfinite  # what a schedule counts
-    rate = _arguments.at(learning_rate, made)
+    rate = arguments.at(learning_rate, made)
     kind, z = directions.plain(params, directions.keys(
         state.key, state.count, n))
     z = z.after(seen.value)
 
     def loss(sign):
       point = z.times(sign * rate * seen.projected_grad / n)
-      return _values.mean_over_parts(
+      return losses_lib.mean_over_parts(
           lambda part: perturbed(value_fn, kind)(params, point, **part),
           batch, micro_batches or 1, equal_parts)
     signs = jnp.array([0.0, -1.0, 1.0])  # the first of equals

@@ -14,13 +14,14 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _values
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import perturbed
+from mezo_jax.transforms import losses
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import told
 
 
@@ -41,7 +42,7 @@ def forward_grad(
     ValueError: as `mezo_jax.mezo`.
   """
   directions = as_directions(directions)
-  _arguments.boolean('equal_parts', equal_parts)
+  arguments.boolean('equal_parts', equal_parts)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(1.0, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)
@@ -49,7 +50,7 @@ def forward_grad(
   def make(state, memory, params, given):
     del memory
     value_fn = given.pop('value_fn')
-    batch = _values.accepted(value_fn, given)
+    batch = losses.accepted(value_fn, given)
     kind, z = directions.plain(params, directions.keys(
         state.key, state.count, n))
 
@@ -57,7 +58,7 @@ def forward_grad(
       def loss(c):
         at = lambda part: perturbed(value_fn, kind)(
             params, Displacement(z.keys, z.coefs * c), **part)
-        return _values.mean_over_parts(
+        return losses.mean_over_parts(
             at, batch, micro_batches or 1, equal_parts)
       return jax.jvp(loss, (jnp.float32(0.0),), (jnp.float32(1.0),))
     values, g = lax.map(derivative, z)

@@ -14,13 +14,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, sharding
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import direction, mapped
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, sharding
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import direction, mapped
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -57,7 +57,7 @@ def momentum_by_history(
     ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
   """
   directions = as_directions(directions)
-  _arguments.number('beta', beta, least=0, below=1)
+  arguments.number('beta', beta, least=0, below=1)
 
   def fn(params, kind, keys, scale, g):
     steps, n = g.shape
@@ -110,9 +110,9 @@ def adam_by_history(
     ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
   """
   directions = as_directions(directions)
-  _arguments.number('b1', b1, least=0, below=1)
-  _arguments.number('b2', b2, least=0, below=1)
-  _arguments.number('adam_eps', adam_eps, least=0)
+  arguments.number('b1', b1, least=0, below=1)
+  arguments.number('b2', b2, least=0, below=1)
+  arguments.number('adam_eps', adam_eps, least=0)
 
   def fn(params, kind, keys, scale, g):
     steps, n = g.shape
@@ -149,7 +149,7 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
   """The estimate that ``fn(params, directions, keys [h * n], coefs [h * n] of
   z, projected_grad [h, n])`` makes of the last steps, the oldest first; NaN
   where there was none or it was skipped."""
-  _arguments.whole('window', window)
+  arguments.whole('window', window)
   check_one_eps(eps)
   estimate = spsa(eps, key=key, directions=directions, **options)
 

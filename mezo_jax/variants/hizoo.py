@@ -21,15 +21,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _paths, _values, sharding
-from mezo_jax._codes import is_codes
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._estimate import estimate
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import mapped
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import mapped
+from mezo_jax.transforms import losses as losses_lib
+from mezo_jax.transforms.evaluate_points import estimate
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -69,9 +70,9 @@ def hizoo(
   """
   check_one_eps(eps)
   directions = as_directions(directions)
-  _arguments.number('alpha', alpha, least=0, below=1)
-  eps = _arguments.rate('eps', eps, above=0, groups=False)
-  n = 1 if num_samples is None else _arguments.whole('num_samples', num_samples)
+  arguments.number('alpha', alpha, least=0, below=1)
+  eps = arguments.rate('eps', eps, above=0, groups=False)
+  n = 1 if num_samples is None else arguments.whole('num_samples', num_samples)
   plain = lambda kind: spsa(
       eps, key=key, directions=kind, num_samples=n, over=over,
       micro_batches=micro_batches, equal_parts=equal_parts, dtype=jnp.float32)
@@ -80,7 +81,7 @@ def hizoo(
 
   def init_fn(params):
     state = plain(directions).init(params)
-    scales = _paths.map_named(
+    scales = paths.map_named(
         lambda path, x, used: _ones(x, used), params,
         directions.selected(params))
     return sharding.beside(Remembering(state._replace(
@@ -99,7 +100,7 @@ def hizoo(
     given = {} if value is None else dict(value=value)
     numbers = projected_grad
     if numbers is not None:
-      numbers = _arguments.array('projected_grad', numbers).astype(jnp.float32)
+      numbers = arguments.array('projected_grad', numbers).astype(jnp.float32)
       if numbers.shape != (2 * n,):
         raise ValueError(
             f'projected_grad must have the shape [{2 * n}], first g of each '
@@ -127,12 +128,12 @@ def hizoo(
         jax.tree.map(after, scales, squares))
 
   def _losses(value_fn, params, state, kind, extra_args):
-    epsilon = _arguments.at(eps, state.count)
+    epsilon = arguments.at(eps, state.count)
     plain_kind, z = kind.plain(params, kind.keys(state.key, state.count, n))
     losses = estimate(
         value_fn, params, z, epsilon, plain_kind, signs=(1.0, -1.0, 0.0),
         over=over, micro_batches=micro_batches or 1, equal_parts=equal_parts,
-        batch=_values.accepted(value_fn, extra_args))
+        batch=losses_lib.accepted(value_fn, extra_args))
     plus, minus, clean = losses.T
     value = jnp.mean(losses[:, :2])
     g = (plus - minus) / (2 * epsilon)

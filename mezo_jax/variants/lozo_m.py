@@ -17,14 +17,15 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _compiler, _lowrank, _paths, sharding
-from mezo_jax._displacement import Displacement, of_leaves
-from mezo_jax._kinds import as_directions
-from mezo_jax._lowrank import LazyLowRank
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import zeros
-from mezo_jax._spsa import spsa
-from mezo_jax._subzero import SubZero
+from mezo_jax.core import arguments, paths, sharding, xla
+from mezo_jax.directions import low_rank
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement, of_leaves
+from mezo_jax.directions.low_rank import LazyLowRank
+from mezo_jax.directions.subzero import SubZero
+from mezo_jax.perturb.api import zeros
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -57,7 +58,7 @@ def lozo_m(
   """
   check_one_eps(eps)
   directions = as_directions(directions)
-  _arguments.number('beta', beta, least=0, below=1)
+  arguments.number('beta', beta, least=0, below=1)
   if not isinstance(directions, LazyLowRank) or isinstance(directions, SubZero):
     raise ValueError('lozo_m needs directions=mezo_jax.LazyLowRank(...), got '
                      f'{directions!r}.')
@@ -73,7 +74,7 @@ def lozo_m(
         _factors(draws, x)[0] if _has(draws) else None
         for draws, (_, x) in zip(
             draws_at(params, directions.keys(state.key, 0, 1)),
-            _paths.named_leaves(params))], params)
+            paths.named_leaves(params))], params)
     return sharding.beside(Remembering(state, jax.tree.map(
         lambda u: jnp.zeros(u.shape, jnp.float32), like)), params)
 
@@ -107,16 +108,16 @@ def lozo_m(
                           precision='highest')
       moved = lax.cond(changes, projected, lambda m: m, momentum)
       # Made once: each use could join other products and sums in one operation.
-      moved = _compiler.made_first(
+      moved = xla.made_first(
           lambda there, moved, g, u, momentum: jnp.where(
               there, beta * moved + (1 - beta) * g * u, momentum),
           there, moved, g, u, momentum)
-      step = draws.coefs[0] * _lowrank.product(moved, v)  # 1 / sqrt(r)
+      step = draws.coefs[0] * low_rank.product(moved, v)  # 1 / sqrt(r)
       return jnp.where(there, _kept(draws, x, step), 0.0), moved
 
-    leaves = [x for _, x in _paths.named_leaves(params)]
+    leaves = [x for _, x in paths.named_leaves(params)]
     out = [of_leaf(*of) for of in zip(leaves, now, past, momenta)]
-    return (jax.tree.unflatten(_paths.structure(params), [u for u, _ in out]),
+    return (jax.tree.unflatten(paths.structure(params), [u for u, _ in out]),
             Remembering(new, [m for _, m in out]))
 
   return descent(
@@ -131,7 +132,7 @@ def _has(draws) -> bool:
 
 def _factors(draws, x) -> list[jax.Array]:
   """U and V of a leaf, with all of its axes and one of the rank."""
-  return [_lowrank.of_block(
+  return [low_rank.of_block(
       draws.directions.factor(s, x.shape, jnp.float32), s, x.shape)
           for s in draws.streams]
 

@@ -35,14 +35,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _arguments, _noise, _paths, _values, sharding
-from mezo_jax._codes import is_codes
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import mapped, perturbed
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions import noise
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import mapped, perturbed
+from mezo_jax.transforms import losses
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import Remembering
 
 _PART = 2**20  # elements that are scored at once
@@ -56,7 +58,7 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
 
   Args:
     value_fns: functions of the parameters, one for each task; see
-      `mezo_jax._values` for what they return.
+      `mezo_jax.transforms.losses` for what they return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     share: of each row, k over its length, above 0 and at most 1.
@@ -80,13 +82,13 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
     raise ValueError('value_fns must be a sequence of functions, one for each '
                      f'task, got {value_fns!r}.')
   for value_fn in value_fns:
-    _arguments.function('each of value_fns', value_fn)
-  _arguments.tree('params', params)
-  _arguments.whole('num_samples', num_samples)
-  _arguments.number('eps', eps, above=0)
-  _arguments.number('alpha', alpha)
-  _arguments.number('beta', beta)
-  _arguments.number('share', share)
+    arguments.function('each of value_fns', value_fn)
+  arguments.tree('params', params)
+  arguments.whole('num_samples', num_samples)
+  arguments.number('eps', eps, above=0)
+  arguments.number('alpha', alpha)
+  arguments.number('beta', beta)
+  arguments.number('share', share)
   directions = as_directions(directions)
   if type(directions) is not Normal:
     raise ValueError('saliency needs directions=mezo_jax.Normal(...), got '
@@ -99,8 +101,8 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
   if not 0 < share <= 1 or num_samples < 1:
     raise ValueError('share must be above 0 and at most 1, and num_samples at '
                      f'least 1, got {share!r} and {num_samples!r}.')
-  key, n = _noise.as_key(key), num_samples
-  keys = jnp.stack([_noise.direction_key(key, t, j)
+  key, n = noise.as_key(key), num_samples
+  keys = jnp.stack([noise.direction_key(key, t, j)
                     for t in range(len(value_fns)) for j in range(n)])
 
   @jax.jit
@@ -108,7 +110,7 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
     """g, h: [tasks, n]."""
     found = []
     for t, value_fn in enumerate(value_fns):
-      at = lambda point, f=value_fn: _values.mean(
+      at = lambda point, f=value_fn: losses.mean(
           perturbed(f, directions)(params, point))
       mine = keys[t * n:(t + 1) * n]
       both = lax.map(at, Displacement(
@@ -166,7 +168,7 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
 
   chosen = masks(params, *scalars(params))
   stacks = jax.tree.unflatten(
-      _paths.structure(params), _paths.stacked(params, directions.stacked))
+      paths.structure(params), paths.stacked(params, directions.stacked))
   return jax.tree.map(
       lambda m, x, used, stack: m if used is not False and (
           x.ndim - stack >= 2) else used is not False,
@@ -217,7 +219,7 @@ def mazo(
     return sharding.beside(Remembering(
         at(mask).init(params),
         [_beside(m, x) for m, a, (_, x) in zip(
-            leaves, is_array, _paths.named_leaves(params)) if a]), params)
+            leaves, is_array, paths.named_leaves(params)) if a]), params)
 
   def update_fn(updates, state, params=None, **extra_args):
     arrays = iter(state.memory)
@@ -235,10 +237,10 @@ def mazo(
 def no_scores(params, directions: Directions | str = Normal()):
   """A mask of the kind of `saliency`'s that chooses no element of matrices, to
   stand in its place until a state is restored or scores are made."""
-  _arguments.tree('params', params)
+  arguments.tree('params', params)
   directions = as_directions(directions)
   stacks = jax.tree.unflatten(
-      _paths.structure(params), _paths.stacked(params, directions.stacked))
+      paths.structure(params), paths.stacked(params, directions.stacked))
   return jax.tree.map(
       lambda x, used, stack: np.broadcast_to(False, x.shape) if (
           used is not False and x.ndim - stack >= 2) else used is not False,

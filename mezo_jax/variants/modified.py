@@ -19,13 +19,15 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _noise, _paths, _values, sharding
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.directions import noise
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import perturbed
+from mezo_jax.transforms import losses
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import Remembering
 
 _LEAST = 1e-2  # of the layers' root mean square: no norm is taken for less
@@ -44,7 +46,8 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
   component of its path. 2 n evaluations for each.
 
   Args:
-    value_fn: a function of the parameters; see `mezo_jax._values` for what it
+    value_fn: a function of the parameters; see `mezo_jax.transforms.losses` for
+    what it
       returns.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
@@ -57,20 +60,20 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
     that z/d is as long as z. None is less than a hundredth of their root mean
     square.
   """
-  _arguments.function('value_fn', value_fn)
-  _arguments.tree('params', params)
-  _arguments.whole('num_samples', num_samples)
-  _arguments.number('eps', eps, above=0)
+  arguments.function('value_fn', value_fn)
+  arguments.tree('params', params)
+  arguments.whole('num_samples', num_samples)
+  arguments.number('eps', eps, above=0)
   directions = as_directions(directions)
   layers, count = _layers(params, directions.stacked)
-  keys = _noise.step_keys(_noise.as_key(key), 0, num_samples)
+  keys = noise.step_keys(noise.as_key(key), 0, num_samples)
 
   @jax.jit
   def squares(params):
     def of_layer(layer):
       only = _tree(params, [(of == layer).astype(jnp.float32) for of in layers])
       at = perturbed(value_fn, dataclasses.replace(directions, scales=only))
-      loss = lambda key, c: _values.mean(at(params, Displacement(key, c)))
+      loss = lambda key, c: losses.mean(at(params, Displacement(key, c)))
       def of_key(key):
         plus, minus = lax.map(lambda c: loss(key, c), jnp.array([eps, -eps]))
         return ((plus - minus) / (2 * eps)) ** 2
@@ -82,22 +85,22 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
 
 def no_norms(params, directions: Directions | str = Normal()):
   """Ones in the place of norms, until a state is restored or they are made."""
-  _arguments.tree('params', params)
+  arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
 
 
 def param_norms(params, directions: Directions | str = Normal()):
   """The norm of each layer's parameters, else as `grad_norms`."""
-  _arguments.tree('params', params)
+  arguments.tree('params', params)
   directions = as_directions(directions)
   layers, count = _layers(params, directions.stacked)
 
   @jax.jit
   def squares(params):
     total = jnp.zeros(count)
-    for (_, x), of in zip(_paths.named_leaves(params), layers):
-      if _paths.is_floating(x):
+    for (_, x), of in zip(paths.named_leaves(params), layers):
+      if paths.is_floating(x):
         x = x.astype(jnp.float32)
         total = total.at[of].add(
             jnp.sum(x**2, tuple(range(of.ndim, x.ndim))))
@@ -151,9 +154,9 @@ def _modified(back, learning_rate, eps, key, norms, directions, weight_decay,
       eps, key=key, dtype=jnp.float32,
       directions=dataclasses.replace(directions, scales=scales), **options)
   at(None)  # refuses options that cannot be used
-  _arguments.tree('norms', norms)
+  arguments.tree('norms', norms)
   for d in jax.tree.leaves(norms):
-    _arguments.array('norms', d)
+    arguments.array('norms', d)
 
   def init_fn(params):
     own = jax.tree.map(lambda d: jnp.asarray(d, jnp.float32), norms)
@@ -192,12 +195,12 @@ def _layers(params, stacked) -> tuple[list, int]:
   seen = {}
   number = lambda name: seen.setdefault(name, len(seen))
   out = []
-  for (path, x), stack in zip(_paths.named_leaves(params),
-                              _paths.stacked(params, stacked)):
-    part, layer = _paths.layer_of(path)
+  for (path, x), stack in zip(paths.named_leaves(params),
+                              paths.stacked(params, stacked)):
+    part, layer = paths.layer_of(path)
     if stack:
       out.append(jnp.array([
-          number((part, i)) for i in range(_paths.shape_of(x)[0])]))
+          number((part, i)) for i in range(paths.shape_of(x)[0])]))
     else:
       out.append(jnp.array(number((part, layer))))
   return out, len(seen)
@@ -208,8 +211,8 @@ def _in_units(params, squares, layers, directions: Directions):
   used = [jnp.any(jnp.asarray(m)) for m in jax.tree.leaves(
       directions.selected(params))]
   size = jnp.zeros(len(squares))
-  for (_, x), of, there in zip(_paths.named_leaves(params), layers, used):
-    shape = _paths.shape_of(x)
+  for (_, x), of, there in zip(paths.named_leaves(params), layers, used):
+    shape = paths.shape_of(x)
     each = jnp.prod(jnp.array(shape[of.ndim:], jnp.float32))
     size = size.at[of].add(there * each)
   mean = jnp.sum(squares * (size > 0)) / jnp.maximum(jnp.sum(size > 0), 1)
@@ -219,4 +222,4 @@ def _in_units(params, squares, layers, directions: Directions):
 
 
 def _tree(params, leaves):
-  return jax.tree.unflatten(_paths.structure(params), leaves)
+  return jax.tree.unflatten(paths.structure(params), leaves)

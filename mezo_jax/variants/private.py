@@ -12,7 +12,8 @@ number, of which the sum is released with noise:
 DPZero (Zhang et al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et
 al., 2024, arXiv:2401.04343). The sum over the rows of a Poisson sample, B the
 number that is expected of them, changes by at most C when a row is added or
-removed: what :math:`\sigma` must be for a budget, `mezo_jax.privacy` says.
+removed: what :math:`\sigma` must be for a budget, `mezo_jax.training.privacy`
+says.
 """
 
 from collections.abc import Mapping
@@ -23,13 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mezo_jax import _arguments, _noise, _values
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._perturb import perturbed
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, dtypes
+from mezo_jax.directions import noise as noise_lib
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import perturbed
+from mezo_jax.transforms import losses
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 
 MECHANISMS = ('gaussian', 'laplace')
 
@@ -81,7 +84,7 @@ def private(
         f'mechanism must be one of {MECHANISMS}, got {mechanism!r}.')
   for name, value in (('clip', clip), ('batch_size', batch_size),
                       ('noise_multiplier', noise_multiplier)):
-    _arguments.number(name, value)
+    arguments.number(name, value)
   if not (clip > 0 and noise_multiplier >= 0 and batch_size > 0):
     raise ValueError(
         'clip and batch_size must be positive and noise_multiplier not '
@@ -90,9 +93,9 @@ def private(
     raise ValueError("mechanism 'laplace' needs num_samples of 1.")
   if isinstance(eps, Mapping):
     raise ValueError('private takes one eps, no groups.')
-  eps = _arguments.rate('eps', eps, above=0, groups=False)
+  eps = arguments.rate('eps', eps, above=0, groups=False)
   directions = as_directions(directions)
-  n = 1 if num_samples is None else _arguments.whole('num_samples', num_samples)
+  n = 1 if num_samples is None else arguments.whole('num_samples', num_samples)
   estimate = spsa(eps, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)
 
@@ -100,15 +103,15 @@ def private(
     """g [n]."""
     keys = directions.keys(state.key, state.count, n)
     kind, z = directions.plain(params, keys)
-    epsilon = _arguments.at(eps, state.count)
-    batch = _values.accepted(value_fn, extra_args)
+    epsilon = arguments.at(eps, state.count)
+    batch = losses.accepted(value_fn, extra_args)
 
     def rows_at(point):  # one forward pass is in memory at a time
       at = lambda part: _rows(
           perturbed(value_fn, kind)(params, point, **part), part)
       if (micro_batches or 1) == 1:
         return at(batch)
-      rows, with_rows = _values.split_batch(batch, micro_batches)
+      rows, with_rows = losses.split_batch(batch, micro_batches)
       parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
@@ -129,8 +132,9 @@ def private(
       if noise_key is None:
         raise ValueError(
             'private needs the secret key of its noise, a new one for each '
-            'step: tx.update(..., noise_key=...); see mezo_jax.privacy.')
-      _arguments.check_names(value_fn, noise_key=noise_key)
+            'step: tx.update(..., noise_key=...); see '
+            'mezo_jax.training.privacy.')
+      arguments.check_names(value_fn, noise_key=noise_key)
       projected_grad = released(state, params, value_fn, noise_key, extra_args)
       value_fn, extra_args = None, {}
     return estimate.update(
@@ -154,7 +158,7 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
     ValueError: if it is not one number for each row. A mean over rows, or a
       value for each token, would be clipped as if it were a row.
   """
-  _values.sums(out)  # refuses what is no loss
+  losses.sums(out)  # refuses what is no loss
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
   values = jnp.asarray(values)
   if not jnp.ndim(values):
@@ -172,7 +176,7 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
   there = jnp.ones(values.shape, bool)
   if weights:
     there = jnp.asarray(weights[0]) > 0
-  return values.astype(_values.wide(values.dtype)), there
+  return values.astype(dtypes.wide(values.dtype)), there
 
 
 def noise(key, n: int, mechanism: str) -> jax.Array:
@@ -182,8 +186,8 @@ def noise(key, n: int, mechanism: str) -> jax.Array:
   of `jax.random` have 23 bits: its normal draws end at 5.4, and in thousands of
   steps what lies beyond is likelier than any delta.
   """
-  if not _noise.is_typed(key):
-    key = _noise.as_key(key, 'noise_key')
+  if not noise_lib.is_typed(key):
+    key = noise_lib.as_key(key, 'noise_key')
   high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
       jnp.float32)
   u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)

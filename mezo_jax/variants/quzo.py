@@ -20,12 +20,12 @@ import dataclasses
 
 import optax
 
-from mezo_jax import _paths
-from mezo_jax._codes import is_codes
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._kinds import as_directions
-from mezo_jax._lowrank import LowRank
-from mezo_jax._mezo import mezo
+from mezo_jax.core import paths
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.low_rank import LowRank
+from mezo_jax.transforms.mezo import mezo
 
 
 def quzo(
@@ -59,7 +59,7 @@ def quzo(
       directions, on_grid=True), **options)
 
   def init_fn(params):
-    if not any(is_codes(x) for _, x in _paths.named_leaves(params)):
+    if not any(is_codes(x) for _, x in paths.named_leaves(params)):
       raise ValueError('quzo needs weights that are mezo_jax.Codes: see '
                        "mezo_jax.quantize and models.load(..., dtype='int8').")
     return tx.init(params)

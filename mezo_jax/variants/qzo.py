@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _paths
-from mezo_jax._codes import FACTORS
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, paths
+from mezo_jax.core.quantized import FACTORS
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.transforms.mezo import descent
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import told
 
 
@@ -52,7 +52,7 @@ def qzo(
   Raises:
     ValueError: as `mezo_jax.spsa`; for a clip that is not positive.
   """
-  _arguments.number('clip', clip, above=0)
+  arguments.number('clip', clip, above=0)
   directions = as_directions(directions)
   estimate = spsa(eps, key=key, directions=directions, num_samples=num_samples,
                   dtype=jnp.float32, **options)
@@ -68,7 +68,7 @@ def qzo(
 
   def update_fn(updates, state, params=None, **extra_args):
     updates, state = tx.update(updates, state, params, **extra_args)
-    return _paths.map_named(
+    return paths.map_named(
         lambda path, u, x: jnp.maximum(u, -x) if path.endswith(FACTORS) else u,
         updates, params), state
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, sharding
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._estimate import Combine, two_sided
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import descent, mezo
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, sharding
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.transforms.evaluate_points import Combine, two_sided
+from mezo_jax.transforms.mezo import descent, mezo
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import Remembering, told
 
 
@@ -63,8 +63,8 @@ def scalar_adam(
     **options: of `mezo_jax.spsa`.
   """
   directions = as_directions(directions)
-  _arguments.number('b2', b2, least=0, below=1)
-  _arguments.number('adam_eps', adam_eps, least=0)
+  arguments.number('b2', b2, least=0, below=1)
+  arguments.number('adam_eps', adam_eps, least=0)
   estimate = spsa(eps, key=key, directions=directions, dtype=jnp.float32,
                   **options)
 

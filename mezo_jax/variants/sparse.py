@@ -16,11 +16,11 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, _paths
-from mezo_jax._codes import is_codes
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import mezo
+from mezo_jax.core import arguments, paths
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.transforms.mezo import mezo
 
 
 def smallest(params, share: float = 0.25, *, stacked=None):
@@ -38,8 +38,8 @@ def smallest(params, share: float = 0.25, *, stacked=None):
   Raises:
     ValueError: for a share that is not above 0 and at most 1.
   """
-  _arguments.tree('params', params)
-  _arguments.number('share', share)
+  arguments.tree('params', params)
+  arguments.number('share', share)
   if not 0 < share <= 1:
     raise ValueError(f'share must be above 0 and at most 1, got {share!r}.')
 
@@ -49,7 +49,7 @@ def smallest(params, share: float = 0.25, *, stacked=None):
   of_stack = jax.jit(lambda x: lax.map(of_one, x))
   of_leaf = jax.jit(of_one)
   stacks = jax.tree.unflatten(
-      _paths.structure(params), _paths.stacked(params, stacked))
+      paths.structure(params), paths.stacked(params, stacked))
 
   def limit(path, x, is_stack):
     del path
@@ -57,10 +57,10 @@ def smallest(params, share: float = 0.25, *, stacked=None):
       x = x.astype(x.dtype)
     if isinstance(x, jax.ShapeDtypeStruct):
       return jnp.zeros(x.shape[:1] if is_stack else (), x.dtype)
-    if not _paths.is_floating(x):
+    if not paths.is_floating(x):
       return jnp.zeros(())
     return (of_stack if is_stack else of_leaf)(jnp.asarray(x))
-  return _paths.map_named(limit, params, stacks)
+  return paths.map_named(limit, params, stacks)
 
 
 def sparse_mezo(
@@ -80,6 +80,6 @@ def sparse_mezo(
     directions: what z is before it is masked.
     **options: of `mezo_jax.mezo`, ``key`` among them.
   """
-  _arguments.tree('limits', limits)
+  arguments.tree('limits', limits)
   return mezo(learning_rate, eps, directions=dataclasses.replace(
       as_directions(directions), limits=limits), **options)

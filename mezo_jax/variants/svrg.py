@@ -15,8 +15,9 @@ and between, on a batch, with one and the same z at both points,
 
 The paper keeps a copy of :math:`\bar\theta`, as ``stored_anchor`` does. Without
 it the weights themselves are the anchor: the q steps after it are pending
-(`mezo_jax._pending`), a sum of as many z that losses are taken around, so two
-points cost the memory of one, and the anchor is exact in every precision.
+(`mezo_jax.transforms.accumulate`), a sum of as many z that losses are taken
+around, so two points cost the memory of one, and the anchor is exact in every
+precision.
 """
 
 from typing import NamedTuple
@@ -26,15 +27,15 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax import _arguments, sharding
-from mezo_jax._directions import Directions, Normal
-from mezo_jax._displacement import Displacement
-from mezo_jax._kinds import as_directions
-from mezo_jax._mezo import rounding
-from mezo_jax._pending import pending, Rule
-from mezo_jax._perturb import direction
-from mezo_jax._skip import skip_not_finite
-from mezo_jax._spsa import spsa
+from mezo_jax.core import arguments, sharding
+from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.perturb.api import direction
+from mezo_jax.transforms.accumulate import pending, Rule
+from mezo_jax.transforms.mezo import rounding
+from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -91,15 +92,15 @@ def svrg(
   check_one_eps(eps)
   directions = as_directions(directions)
   learning_rate, anchor_learning_rate = (
-      _arguments.rate(name, rate, groups=False) for name, rate in (
+      arguments.rate(name, rate, groups=False) for name, rate in (
           ('learning_rate', learning_rate),
           ('anchor_learning_rate', anchor_learning_rate)))
-  _arguments.whole('every', every, 2)
-  _arguments.number('anneal', anneal, least=1)
-  _arguments.whole('anneal_every', anneal_every)
-  _arguments.boolean('stored_anchor', stored_anchor)
+  arguments.whole('every', every, 2)
+  arguments.number('anneal', anneal, least=1)
+  arguments.whole('anneal_every', anneal_every)
+  arguments.boolean('stored_anchor', stored_anchor)
   if rows is not None:
-    _arguments.whole('rows', rows)
+    arguments.whole('rows', rows)
   of_parts = lambda parts: spsa(
       eps, key=key, directions=directions, micro_batches=parts, **options)
   plain = of_parts(None)
@@ -123,7 +124,7 @@ def svrg(
         updates, state, params, value=here.value,
         projected_grad=here.projected_grad - there)
 
-  rate_of = _arguments.at
+  rate_of = arguments.at
 
   def coefs(is_anchor, g, value, count, memory):
     """Of the step's z and of the anchor's; what is remembered."""

@@ -1,0 +1,123 @@
+"""What weights and rows are: equal for equal ones, on any mesh."""
+
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+import re
+
+import jax
+import jax.numpy as jnp
+
+from mezo_jax.core import sharding
+
+
+def of_weights(params, but: str | None = None) -> str:
+  """32 hex digits of a tree's paths, shapes, dtypes and elements.
+
+  One pass over the weights, where they are, without a copy. It tells what is
+  another model by accident, not one that somebody made to look like this one.
+
+  Args:
+    params: the tree.
+    but: an expression for paths that do not count.
+  """
+  leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
+            if but is None or not re.search(but, jax.tree_util.keystr(
+                path, simple=True, separator='/'))]
+  sums = jax.device_get(_checksums([x for _, x in leaves]))
+  return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
+                 for (path, x), total in zip(leaves, sums))
+
+
+def checksum(params) -> int:
+  """32 bits of `of_weights`."""
+  return int(of_weights(params)[:8], 16)
+
+
+def of(values: dict) -> str:
+  """32 hex digits of JSON values."""
+  return _digest([json.dumps(values, sort_keys=True)])
+
+
+def of_model(config) -> dict:
+  """Returns what a model computes with its weights: the fields of its config as
+  JSON values, so that two of different versions can be compared."""
+  fields = dataclasses.asdict(config)
+  fields.pop('source')
+  return json.loads(json.dumps(fields))
+
+
+def of_tokenizer(tokenizer) -> str:
+  """Returns 32 hex digits of a tokenizer's vocabulary and special tokens."""
+  special = sorted((name, str(token)) for name, token in
+                   tokenizer.special_tokens_map.items())
+  return _digest([sorted(tokenizer.get_vocab().items()), special])
+
+
+def of_files(*paths: Path) -> str:
+  """Returns 32 hex digits of the contents of files."""
+  return _digest(path.read_bytes() for path in paths)
+
+
+def of_code() -> str:
+  """32 hex digits of this package's files, and of jax's version."""
+  files = sorted(Path(__file__).parents[1].rglob('*.py'))
+  return _digest([jax.__version__, *(f.read_bytes() for f in files)])
+
+
+def of_leaves(tree) -> str:
+  """32 hex digits of a tree's paths, shapes and dtypes."""
+  return _digest((jax.tree_util.keystr(path, simple=True), x.shape,
+                  str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree))
+
+
+def of_rows(*data, key: bytes = b'') -> str:
+  """32 hex digits of rows as tokens, with their right answers.
+
+  Args:
+    *data: Encoded rows, as `mezo_jax.tasks.encode` returns them.
+    key: without which nobody can tell what rows they are of.
+  """
+  return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
+                 key)
+
+
+def _digest(parts: Iterable, key: bytes = b'') -> str:
+  digest = hashlib.blake2b(digest_size=16, key=key)
+  for part in parts:
+    digest.update(repr(part).encode())
+  return digest.hexdigest()
+
+
+@jax.jit
+def _checksums(leaves: list) -> list:
+  return [*map(_checksum, leaves)]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  """uint32; differs, but for one in 2**32, where an element does, or two are
+  exchanged."""
+  if not sharding.is_on_host(x):
+    return _sum(x, 0)
+  def add(layer, total):  # one is on the device at a time
+    return total + _sum(sharding.fetched(
+        jax.lax.dynamic_slice_in_dim(x, layer, 1)), layer)
+  return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
+
+
+def _sum(x: jax.Array, first) -> jax.Array:
+  """Of the rows of an array from number ``first`` on."""
+  if x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4):
+    x = x.astype(jnp.int8)
+  words = jax.lax.bitcast_convert_type(
+      x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  ).astype(jnp.uint32)
+  for axis, n in enumerate(x.shape):
+    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    if axis == 0:
+      at = at + jnp.asarray(first).astype(jnp.uint32)
+    words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)
+    words ^= words >> 15
+  return jnp.sum(words, dtype=jnp.uint32)

@@ -1,0 +1,102 @@
+"""What the processes of a run must have in common.
+
+Each function raises the same error on all processes, so that none waits for
+another that has left.
+"""
+
+from collections.abc import Callable
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+import secrets
+import time
+
+import jax
+from jax._src import distributed
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mezo_jax.core.errors import InputError
+
+
+def agree(what: str, digest: Callable[[], str], fix: str) -> None:
+  """Raises InputError, on all processes, if one differs from process 0.
+
+  Args:
+    what: What must be the same, in words.
+    digest: Returns hexadecimal digits of it. It is not called in a run of one
+      process.
+    fix: What to do if it is not the same.
+  """
+  if jax.process_count() == 1:
+    return
+  found = multihost_utils.process_allgather(
+      np.frombuffer(bytes.fromhex(digest()), np.uint8))
+  others = np.flatnonzero((found != found[0]).any(-1))
+  if others.size:
+    raise InputError(f'process {", ".join(map(str, others))} and process 0 '
+                     f'differ in {what}: {fix}.')
+
+
+def agree_on(what: str, values: dict, fix: str) -> None:
+  """Raises InputError, on all processes, if one has other values than process
+  0; the error names those that differ.
+
+  Args:
+    what: What must be the same, in words.
+    values: A dict of JSON values, also nested, with the same keys everywhere.
+    fix: What to do if they are not the same.
+  """
+  if jax.process_count() == 1:
+    return
+
+  def leaves(values, before=''):
+    for name, value in values.items():
+      if isinstance(value, dict):
+        yield from leaves(value, f'{before}{name}.')
+      else:
+        yield before + name, json.dumps(value)
+  here = dict(leaves(values))
+  digests = [hashlib.blake2b(text.encode(), digest_size=16).digest()
+             for text in here.values()]
+  found = multihost_utils.process_allgather(
+      np.frombuffer(b''.join(digests), np.uint8).reshape(len(here), 16))
+  differs = (found != found[0]).any(-1)  # [processes, values]
+  others = np.flatnonzero(differs.any(-1))
+  if others.size:
+    names = [name for name, d in zip(here, differs.any(0)) if d]
+    mine = ', '.join(f'{name} (here {here[name]})' for name in names)
+    raise InputError(f'process {", ".join(map(str, others))} and process 0 '
+                     f'differ in {what}, {mine}: {fix}.')
+
+
+def share(directory: Path) -> None:
+  """Raises InputError, on all, where a process sees another directory."""
+  if jax.process_count() == 1:
+    return
+  # JAX takes process 0's number where they differ.
+  agree('--num_processes',
+        lambda: f'{distributed.global_state.num_processes:08x}',
+        'start all with the same number')
+  file, token = directory / '.shared', np.frombuffer(
+      secrets.token_bytes(16), np.uint8)
+  token = np.asarray(multihost_utils.broadcast_one_to_all(token)).tobytes()
+  if jax.process_index() == 0:
+    file.write_bytes(token)
+  multihost_utils.sync_global_devices('written')
+  seen = False
+  for _ in range(20):  # a file system may take a moment to show it
+    with contextlib.suppress(OSError):
+      seen = file.read_bytes() == token
+    if seen:
+      break
+    time.sleep(0.5)
+  found = multihost_utils.process_allgather(np.array(seen))
+  if jax.process_index() == 0:
+    file.unlink(missing_ok=True)
+  if not found.all():
+    others = ', '.join(map(str, np.flatnonzero(~found)))
+    raise InputError(
+        f'process {others} does not see the working directory of process 0, '
+        f'{directory}: give one on a file system that all hosts share.')

@@ -1,0 +1,23 @@
+"""The kinds of directions, by the names that configs have for them."""
+
+from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.low_rank import LazyLowRank, LowRank
+from mezo_jax.directions.subzero import SubZero
+
+KINDS = {
+    'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
+    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
+
+
+def as_directions(directions: Directions | str) -> Directions:
+  """Returns directions, which may be given by name.
+
+  Raises:
+    ValueError: for an unknown name, or something else.
+  """
+  if isinstance(directions, Directions):
+    return directions
+  if not isinstance(directions, str) or directions not in KINDS:
+    raise ValueError(f'directions must be one of {tuple(KINDS)}, or such as '
+                     f'mezo_jax.Normal(), got {directions!r}.')
+  return KINDS[directions]()

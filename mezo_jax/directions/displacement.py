@@ -1,0 +1,348 @@
+r"""Σ c·z(key) as a pytree, and each leaf's share of it: `Draws`.
+
+`Draws` are one leaf's share of a displacement, or a view of it, to be added to
+weights where they are used. What z is, their `Directions` say.
+"""
+
+from collections import OrderedDict
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax.core import arguments, dtypes, paths, sharding
+from mezo_jax.core.quantized import Codes, is_codes
+from mezo_jax.directions import noise
+from mezo_jax.directions import streams as streams_lib
+
+_U32 = jnp.uint32
+_ROUNDED = np.uint32(0x3C6EF372)  # tells keys of bits from those of draws
+_AT_ONCE = 2**20  # elements of terms that are made at once
+
+
+class Displacement(NamedTuple):
+  r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
+
+  It is never stored: a pytree of two arrays, to be scanned, joined, kept or
+  sent. A single key and number are n = 1.
+  """
+
+  keys: jax.Array  # typed keys [n]
+  # float32 [n]; or {regular expression: [n]}, by the first that is found in a
+  # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
+  coefs: jax.Array | OrderedDict
+
+  def times(self, factors) -> 'Displacement':
+    """With each term multiplied by a factor [n], or an OrderedDict of them."""
+    return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
+
+  def joined(self, other: 'Displacement') -> 'Displacement':
+    """The sum of both."""
+    return jax.tree.map(lambda a, b: jnp.concatenate(
+        [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
+
+  def after(self, value: jax.Array) -> 'Displacement':
+    """With keys that depend on ``value`` for the compiler: it would otherwise
+    find the same z in what came before and keep it, as large as the model."""
+    words = jax.random.key_data(self.keys)
+    words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
+    return self._replace(keys=jax.random.wrap_key_data(
+        words, impl=jax.random.key_impl(self.keys)))
+
+
+# --- of leaves --------------------------------------------------------------
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('streams', 'coefs'), meta_fields=('directions',))
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
+
+  A view (rows by index, a run, a transpose, a reshape) is of the same draws:
+  see `mezo_jax.directions.streams`. The methods that make one return None where
+  they cannot.
+  """
+
+  # Of a block: of its elements; or of its rows and its columns.
+  streams: tuple[noise.Stream, ...]
+  coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
+  directions: Any  # `Directions`, bare
+
+  @property
+  def is_everywhere(self) -> bool:
+    """Whether no element of z is 0, or scaled, by what is said of it."""
+    first = self.streams[0]
+    return first.there is None and first.most is None and first.scale is None
+
+  def nonzero(self, w: jax.Array) -> jax.Array | None:
+    """Where z is not 0 beside weights w; None for everywhere."""
+    there, most = self.streams[0].there, self.streams[0].most
+    if most is None:
+      return there
+    small = jnp.abs(w) <= most.astype(w.dtype)
+    return small if there is None else there & small
+
+  def add(self, w: jax.Array | Codes) -> jax.Array:
+    """``w + sum`` in float32 (float64 for float64 weights)."""
+    if is_codes(w):
+      if self.directions.on_grid and len(self.coefs):
+        steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
+        return w.at(w.integers() + steps)
+      w = w.astype(jnp.float32)
+    return self._sum(w.astype(dtypes.wide(w.dtype)), w)
+
+  def built(self, like: jax.Array | Codes) -> jax.Array:
+    """Returns ``sum`` in float32, in the shape and sharding of ``like``."""
+    like = like.astype(jnp.float32) if is_codes(like) else like
+    total = jnp.broadcast_to(self._sum(None, like), like.shape)
+    return sharding.split_as(total, like)
+
+  def _sum(self, start, like):
+    plain = lambda self, start, like: self._by_terms(start, like)
+    at_once = self.directions.at_once(self.coefs)
+    if self.streams[0].scale is not None or sharding.is_explicit(like):
+      # Terms are scaled one by one; and a product of factors would be whole on
+      # each device where shardings are part of types.
+      at_once = None
+    total = plain(self, start, like) if at_once is None else (
+        lax.platform_dependent(self, start, like, default=plain,
+                               tpu=lambda self, start, like: at_once(
+                                   self.streams, self.coefs, start, like)))
+    nonzero = self.nonzero(like)
+    if nonzero is None:
+      return total
+    return jnp.where(nonzero, total, 0 if start is None else start)
+
+  def _bits(self, like) -> jax.Array:
+    """Words of the keys of the first term, independent of what it draws."""
+    s = self.streams[0]
+    return noise.words(
+        dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
+
+  def term(self, j, like):
+    """``coefs[j] * z_j`` in float32."""
+    return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
+
+  def _scaled(self, c, z):
+    scale = self.streams[0].scale
+    return c * z if scale is None else c * z * scale
+
+  def _by_terms(self, start, like):
+    n = self.coefs.shape[0]
+    if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
+      terms = map(self._scaled, self.coefs,
+                  self.directions.each(self.streams, n, like))
+      return sum(terms, next(terms) if start is None else start)
+    term = lambda j: self.term(j, like)
+    first, total = (1, term(0)) if start is None else (0, start)
+    if n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
+      total = total + jnp.sum(self._each_term(first, like), 0)
+    else:
+      total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
+    return total
+
+  def _each_term(self, first: int, like) -> jax.Array:
+    """Those of directions ``first`` on, along a new axis; no key is looked up,
+    which TPUs are slow at."""
+    def one(keys, cores, c):
+      streams = [dataclasses.replace(
+          s, keys=key[..., None, :],
+          core=None if core is None else core[..., None, :, :])
+                 for s, key, core in zip(self.streams, keys, cores)]
+      return dataclasses.replace(
+          self, streams=tuple(streams), coefs=c[None]).term(0, like)
+    rest = functools.partial(lax.slice_in_dim, start_index=first,
+                             limit_index=None)
+    return jax.vmap(one, (-2, -3, 0))(
+        [rest(s.keys, axis=-2) for s in self.streams],
+        [None if s.core is None else rest(s.core, axis=-3)
+         for s in self.streams], rest(self.coefs, axis=0))
+
+  def on(self, move) -> 'Draws | None':
+    """With each stream moved, if it can be."""
+    streams = tuple(map(move, self.streams))
+    if any(s is None for s in streams):
+      return None
+    return dataclasses.replace(self, streams=streams)
+
+  def take(self, axis, index):
+    return self.on(lambda s: streams_lib.take(s, axis, index))
+
+  def window(self, starts, sizes, steps):
+    return self.on(lambda s: streams_lib.window(s, starts, sizes, steps))
+
+  def transpose(self, order):
+    return self.on(lambda s: streams_lib.transpose(s, order))
+
+  def reshape(self, old, new):
+    return self.on(lambda s: streams_lib.reshape(s, old, new))
+
+  def where(self, there) -> 'Draws':
+    """Zero elsewhere."""
+    if self.streams[0].there is not None:
+      there = there & self.streams[0].there
+    return self._first(there=there)
+
+  def below(self, most) -> 'Draws':
+    """Zero where \\|w\\| is more."""
+    return self._first(most=most)
+
+  def scaled(self, by) -> 'Draws':
+    """Multiplied by a number, or by an array that broadcasts with the block."""
+    if not by.ndim or by.size == 1:
+      return dataclasses.replace(self, coefs=self.coefs * by.reshape(()))
+    return self._first(scale=by.astype(jnp.float32))
+
+  def _first(self, **changes):
+    first, *rest = self.streams
+    return dataclasses.replace(self, streams=(
+        dataclasses.replace(first, **changes), *rest))
+
+  def rows(self, length):
+    """Of each entry of the first axis: ``along, of_row``, a list of arrays to
+    scan over, and a function from those of one entry to its draws."""
+    arrays, tree = jax.tree.flatten(self.on(
+        lambda s: streams_lib.spread(s, 0, length)).streams)
+    varies = [a.shape[0] == length for a in arrays]
+    shared = [a[0] for a, v in zip(arrays, varies) if not v]
+
+    def of_row(along):
+      along, rest = iter(along), iter(shared)
+      streams = jax.tree.unflatten(
+          tree, [next(along if v else rest) for v in varies])
+      return dataclasses.replace(self, streams=tuple(
+          dataclasses.replace(s, strides=s.strides[1:]) for s in streams))
+
+    return [a for a, v in zip(arrays, varies) if v], of_row
+
+  def keys(self) -> list:
+    return [s.keys for s in self.streams]
+
+  def tied(self, keys) -> 'Draws':
+    """With the same keys, as the compiler is to see them."""
+    return dataclasses.replace(self, streams=tuple(
+        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
+
+  def lies(self) -> list[int]:
+    """The block's axes in the order in which the leaf has them."""
+    steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
+    return sorted(range(len(steps)), key=lambda a: (
+        any(steps[a]), *(-step for step in steps[a])))
+
+  def is_stack(self) -> bool:
+    """Whether a leaf has a key for each entry of its first axis."""
+    keys = self.streams[0].keys
+    return keys.ndim > 2 and keys.shape[0] > 1
+
+
+def stack(several: list[Draws]) -> Draws:
+  """The draws of blocks of one shape as those of one, with a new first axis."""
+  streams, coefs = jax.tree.map(
+      lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
+  streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
+                  for s in streams)
+  axes = len(streams[0].strides) - 1
+  return dataclasses.replace(
+      several[0], streams=streams,
+      coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
+
+
+def of_leaves(params, displacement: Displacement, directions
+              ) -> list[tuple[str, Any, Draws | None]]:
+  """Paths, leaves and their draws; None where z is 0.
+
+  Raises:
+    ValueError: for what is no displacement, or a mask that does not fit.
+  """
+  keys, coefs = _arrays(displacement)
+  directions, z = directions.plain(params, keys)
+  keys, coefs = z.times(coefs)
+  leaves = paths.named_leaves(params)
+  used = jax.tree.leaves(directions.selected(params))
+  stacks = paths.stacked(params, directions.stacked)
+  shapes = {
+      path: (paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
+          leaves, used, stacks) if use is not False}
+  streams = streams_lib.of_leaves(keys, shapes)
+  others = directions.of_columns(keys)
+  columns = {} if others is None else streams_lib.of_leaves(others, shapes)
+
+  limits = _of_each('limits', directions.limits, leaves)
+  scales = _of_each('scales', directions.scales, leaves)
+
+  def draws(path, x, use, limit, scale):
+    if use is False:
+      return None
+    c = coefs
+    if isinstance(c, OrderedDict):
+      c = c[paths.group_of(path, c)]
+    out = directions.of_leaf(
+        streams[path], c, paths.shape_of(x), columns.get(path))
+    if use is not True:
+      out = out.where(use)
+    if limit is not None:
+      out = out.below(_of_block(limit, x))
+    return out if scale is None else out.scaled(_of_block(scale, x))
+
+  return [(path, x, draws(path, x, use, limit, scale))
+          for (path, x), use, limit, scale in zip(
+              leaves, used, limits, scales)]
+
+
+def _of_each(name: str, values, leaves: list) -> list:
+  """Of each leaf its value, of a number or a tree of them."""
+  if values is None or isinstance(values, (int, float, np.generic)):
+    return [values] * len(leaves)
+  values = jax.tree.leaves(values)
+  for value in values:
+    arguments.array(name, value)
+  if len(values) != len(leaves):
+    raise ValueError(f'{name} are of {len(values)} leaves, and the params have '
+                     f'{len(leaves)}.')
+  return values
+
+
+def _of_block(value, x) -> jax.Array:
+  """A number, or an array [L] or of all elements, with the axes of a leaf."""
+  value, axes = jnp.asarray(value), len(paths.shape_of(x))
+  return value.reshape(value.shape + (1,) * (axes - value.ndim))
+
+
+def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
+  """Keys and coefficients [n]."""
+  if not isinstance(displacement, Displacement):
+    raise ValueError(
+        'displacement must be a mezo_jax.Displacement(keys, coefs), got a '
+        f'{type(displacement).__name__}.')
+  if type(displacement.coefs) is dict:
+    raise ValueError('coefs of groups must be a collections.OrderedDict: their '
+                     'order counts, and JAX sorts the keys of a dict.')
+  keys = noise.as_keys(displacement.keys)
+  coefs = jax.tree.map(
+      lambda c: arguments.array(
+          'coefs of a displacement', c).astype(jnp.float32).reshape(-1),
+      displacement.coefs)
+  sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
+  if not keys.shape[0] or sizes != {keys.shape[0]}:
+    raise ValueError(
+        f'a displacement needs at least one key and a coefficient for each, '
+        f'got {keys.shape[0]} and {sorted(sizes)}.')
+  return keys, coefs
+
+
+def norm(params, key: jax.Array, directions) -> tuple[jax.Array, int]:
+  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
+  squares, size = [], 0
+  for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
+    if draws is not None:
+      x = jnp.asarray(x) if not is_codes(x) else x.astype(jnp.float32)
+      squares.append(jnp.sum(jnp.square(draws.built(x))))
+      there = draws.nonzero(x)
+      size += x.size if there is None else jnp.sum(there)
+  return jnp.sqrt(sum(squares)), size

@@ -1,0 +1,242 @@
+r"""Directions whose matrices are products of two narrow ones.
+
+.. math:: z = \frac{1}{\sqrt r} U V^\top, \qquad U \in \{\pm 1\}^{m \times r},
+          \quad V \in \{\pm 1\}^{k \times r}
+
+Elements have mean 0 and variance 1 and are uncorrelated, :math:`E[zz^\top] =
+I`, as those of every other kind. A product with perturbed weights is then
+
+.. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top,
+
+which builds nothing of the size of W. Elementwise, with the r signs of a row of
+U and of V in the bits of one word each, :math:`z_{ij} = (r - 2\,
+\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r`: three operations an element, and
+no matrix product, so an update is added in one pass and in place, too.
+
+Source: factors in place of z, Chen et al., 2024 (LOZO, arXiv:2410.07698) and
+Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax.core import xla
+from mezo_jax.directions import noise
+from mezo_jax.directions import streams as streams_lib
+from mezo_jax.directions.base import Directions, Rademacher
+from mezo_jax.directions.displacement import Draws
+
+_WORD = 32
+_WINDOWS = np.uint32(0x56565656)  # tells keys of windows from those of steps
+_MANY = 3  # terms, of which a TPU adds more sooner by a matrix product
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Directions):
+  r"""Matrices of rank r: :math:`UV^\top / \sqrt r` of factors of signs.
+
+  A leaf (or layer) of more than two axes is the matrix whose rows and columns
+  are as equal in number as a cut between its axes can make them. Vectors, and
+  matrices with fewer than 2r rows or columns, are drawn whole, as signs.
+
+  Products with weights build none; a convolution, what a loop uses whole, and
+  anything inside `jax.shard_map` or on Explicit mesh axes is built, as of other
+  directions.
+
+  Attributes:
+    rank: r. For each forward ranks 4 and 16 learned as well as full normal
+      draws on one task and slightly less on another, 1 and 2 less on one; for
+      each second 4 and 16 learned more on both (benchmarks/README.md, 8 seeds).
+    generator, mask, stacked: see `Directions`.
+
+  Raises:
+    ValueError: for a rank below 1, or an unknown generator.
+  """
+
+  _: dataclasses.KW_ONLY
+  rank: int = 16
+
+  unrolled: ClassVar[int] = 32
+  least: ClassVar[int] = 2  # times the rank: rows (columns) of what has factors
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.rank, int) or isinstance(
+        self.rank, bool) or self.rank < 1:
+      raise ValueError(f'rank must be an integer of at least 1, got '
+                       f'{self.rank!r}.')
+
+  def of_leaf(self, stream, coefs, shape, columns=None):
+    signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
+    layers = int(signs.is_stack())
+    cut = self._cut(shape[layers:])
+    if cut is None:
+      return signs
+    # Row i has words i * w, ..., the w that r bits need; the columns' follow.
+    words, cut = -(-self.rank // _WORD), layers + cut
+    zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
+    strides = lambda first, last: tuple(
+        words * math.prod(shape[a + 1:last])
+        if first <= a < last and shape[a] > 1 else 0
+        for a in range(len(shape)))
+    rows = noise.Stream(stream.keys, zero, strides(layers, cut))
+    columns = noise.Stream(
+        (columns or stream).keys,
+        zero + np.uint32(words * math.prod(shape[layers:cut])),
+        strides(cut, len(shape)))
+    return Draws((rows, columns), coefs / np.float32(math.sqrt(self.rank)),
+                 self.bare())
+
+  def _cut(self, shape) -> int | None:
+    """Number of the axes that count rows; None for what is drawn whole."""
+    sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
+    cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
+    least = self.least * self.rank
+    return cut if len(shape) > 1 and least <= min(sizes(cut)) else None
+
+  def z(self, streams, j, like):
+    """Times the root of the rank, which is in the coefficients."""
+    return self.each([noise.only(s, j) for s in streams], 1, like)[0]
+
+  def each(self, streams, n, like):
+    parts = [*map(len, self._bits(1))]
+    def words(s, i, bits):  # [n, *axes], of all terms
+      s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
+          dataclasses.replace(s, keys=key[..., None, :]), 0, like,
+          self.generator)
+      return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
+    # Few words, each of many elements: a loop would make them for each.
+    made = xla.made_first(lambda streams: [
+        [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
+                                streams)
+    apart = lambda j: sum(
+        lax.population_count(rows[j] ^ columns[j]).astype(jnp.int32)
+        for rows, columns in made)
+    return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
+
+  def at_once(self, coefs):
+    if coefs.ndim > 1 or len(coefs) < _MANY:
+      return None
+    return self._by_product
+
+  def _by_product(self, streams, coefs, start, like):
+    """The same sum by a matrix product, of which adding it to weights and
+    rounding them is the end to a TPU: one pass, whatever n is. Coefficients are
+    two bfloat16 each, 16 bits, beside factors that are exact."""
+    axes = [counted(s, like.shape) for s in streams]
+    u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
+    high = coefs.astype(jnp.bfloat16)
+    low = (coefs - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    of = np.concatenate([np.repeat((0, 1), len(b) // 2) for b in self._bits(2)])
+    u = u * jnp.stack([high, low], -1)[:, of]
+    n, r = like.ndim, like.ndim + 1  # names of axes that are none of like's
+    there = sorted({*axes[0], *axes[1]})
+    total = jnp.einsum(
+        u, [*axes[0], n, r], v, [*axes[1], n, r], there,
+        preferred_element_type=jnp.float32)
+    total = total.reshape([m if a in there else 1
+                           for a, m in enumerate(like.shape)])
+    return total if start is None else start + total
+
+  def _bits(self, times: int) -> list[np.ndarray]:
+    """Those of each word that are signs, so many times."""
+    return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
+                    times) for at in range(0, self.rank, _WORD)]
+
+  def factor(self, stream: noise.Stream, shape, dtype,
+             times: int = 1) -> jax.Array:
+    """U or V of a block, of all n directions: 1 and -1, [*axes, n, rank].
+
+    Args:
+      stream: of its rows or its columns.
+      shape: of the block; axes that the stream does not count are left out.
+      dtype: of the result.
+      times: repeat the rank's columns, those of each word together.
+    """
+    axes, n = counted(stream, shape), stream.keys.shape[-2]
+    kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
+    every = noise.Stream(stream.keys[..., None, :], stream.lo[..., None],
+                          (*stream.strides, 0))
+    like = jnp.zeros((*kept, n))
+    bits = []
+    for word, few in enumerate(self._bits(times)):
+      moved = streams_lib.moved(every, word)
+      words = noise.words(moved, 0, like, self.generator)
+      words = jnp.broadcast_to(words, like.shape)
+      few = few.reshape((1,) * words.ndim + few.shape)  # ranks may be strict
+      bits.append((words[..., None] >> few) & np.uint32(1))
+    signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
+    return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLowRank(LowRank):
+  r"""`LowRank` with the same V for some steps on end, and a new U each step.
+
+  .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
+
+  All steps of a window together change a matrix by one of rank r. What is drawn
+  whole is drawn anew each step. Of the two words of a direction's key one is
+  the step's and one the window's, from which alone V comes: z is a function of
+  its key as every other.
+
+  Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
+  without the root, which learning rates there make up for.
+
+  Attributes:
+    every: :math:`\nu`, steps.
+    rank, generator, mask, stacked, limits: see `LowRank`.
+
+  Raises:
+    ValueError: as `LowRank`; for ``every`` below 1.
+  """
+
+  _: dataclasses.KW_ONLY
+  every: int = 50
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.every, int) or isinstance(
+        self.every, bool) or self.every < 1:
+      raise ValueError('every must be an integer of at least 1, got '
+                       f'{self.every!r}.')
+
+  def keys(self, key, count, n):
+    step = jax.random.key_data(noise.step_keys(key, count, n))
+    window = jax.random.key_data(noise.step_keys(
+        jax.random.fold_in(key, _WINDOWS), count // self.every, n))
+    return self._typed(step[:, 0], window[:, 1])
+
+  def of_columns(self, keys):
+    words = jax.random.key_data(keys)[:, 1]
+    return self._typed(jnp.full_like(words, _WINDOWS), words)
+
+  def _typed(self, first, second):
+    return jax.random.wrap_key_data(
+        jnp.stack([first, second], -1), impl='threefry2x32')
+
+
+def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """``sum_b rows[..., b] * columns[..., b]``, of axes that broadcast: element
+  by element, so it fuses into what adds it to weights and is in no memory."""
+  return sum(rows[..., b] * columns[..., b] for b in range(rows.shape[-1]))
+
+
+def of_block(factor: jax.Array, stream: noise.Stream, shape) -> jax.Array:
+  """A factor of one direction, [*axes, 1, rank], with all axes of a block."""
+  axes = counted(stream, shape)
+  return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
+                        factor.shape[-1])
+
+
+def counted(stream: noise.Stream, shape) -> list[int]:
+  """The axes of a block along which a stream has words of its own."""
+  arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
+  return [a for a, n in enumerate(shape) if n > 1 and (
+      stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]

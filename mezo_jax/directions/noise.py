@@ -1,0 +1,284 @@
+r"""The direction z(key): made on demand, any part of it, never stored.
+
+One leaf of the parameters has one stream of draws,
+
+.. math:: z_{leaf}[i] = f(\text{bits}(k_{leaf}, i)), \qquad
+          k_{leaf} = \text{fold\_in}(key, \text{crc32}(path)),
+
+where ``i`` is the row-major index of the element and ``bits`` a counter-based
+generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
+alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
+same noise (see `mezo_jax.core.paths.locate`). With the generator
+'threefry2x32', bit for bit,
+
+  ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
+  ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
+
+'hash32', the default, is a cheaper one of ours (benchmarks/results/noise.md).
+Nothing else enters: not the dtype, the sharding, the mesh, the siblings, their
+order, nor the batch. The draws are written out in elementwise integer and
+float32 operations: they fuse into whatever consumes them, need no temporary of
+a leaf's size, are partitioned without communication and can be indexed.
+
+Source: SPSA directions, Spall (1992); "z is never stored but regenerated",
+Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
+"""
+
+import dataclasses
+import functools
+import sys
+import zlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax.core import paths
+
+GENERATORS = ('threefry2x32', 'hash32')
+_U32 = jnp.uint32
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('keys', 'lo', 'hi', 'there', 'most', 'scale', 'core'),
+    meta_fields=('strides',))
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Where the draws of a block lie: an affine view into those of a leaf.
+
+  Element i of a block of ``len(strides)`` axes is draw number
+  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays have the
+  block's axes, of its length or of length 1 (then they are broadcast), so that
+  a row, a run, a transpose or a reshape of a leaf is a stream again: see
+  `mezo_jax.directions.streams`. Those of all n keys of a displacement are held
+  at once.
+  """
+
+  keys: jax.Array  # uint32 [*axes, n, 2]
+  lo: jax.Array  # uint32 [*axes]
+  strides: tuple[int, ...]  # below 2**32
+  hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
+  there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
+  most: jax.Array | None = None  # [*axes]: z is 0 where |w| is more
+  scale: jax.Array | None = None  # float32 [*axes], what z is multiplied by
+  core: jax.Array | None = None  # float32 [*axes, n, r, r], of `SubZero`
+
+
+# --- keys -------------------------------------------------------------------
+
+
+def as_key(key, name: str = 'key') -> jax.Array:
+  """Returns a typed threefry key.
+
+  Args:
+    key: A typed key of any implementation, the data of a raw one, or a seed
+      that `jax.random.key` takes, of which it makes the same key.
+    name: The argument's name, for the error.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  if is_typed(key):
+    if key.shape:
+      raise ValueError(f'{name} must be one key, got an array of {key.shape}.')
+    if jax.random.key_impl(key) == 'threefry2x32':
+      return key
+    return _wrap(jax.random.bits(key, (2,), jnp.uint32))
+  if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32:
+    if key.shape == (2,):
+      return _wrap(jnp.asarray(key))
+    if key.shape == (4,):  # of jax.random.PRNGKey where 'rbg' is the default
+      return as_key(jax.random.wrap_key_data(jnp.asarray(key), impl='rbg'))
+  try:  # jax takes bools for seeds, too
+    is_seed = not np.shape(key) and jnp.result_type(key).kind in 'iub'
+  except (TypeError, ValueError):
+    is_seed = False
+  except OverflowError:  # a Python integer that is decided about below
+    is_seed = True
+  if not is_seed:
+    found = f'{key.dtype}{[*key.shape]}' if hasattr(key, 'dtype') else repr(key)
+    raise ValueError(
+        f'{name} must be a jax.random.key or an integer seed, got {found}.')
+  try:
+    return jax.random.key(key, impl='threefry2x32')
+  except (OverflowError, TypeError) as e:  # bools, too, if they are NumPy's
+    raise ValueError(f'{name} must be a seed that jax.random.key takes, below '
+                     f'2**63, got {key!r}.') from e
+
+
+def check_key(key, name: str = 'key') -> None:
+  """Raises ValueError for something that `as_key` does not take.
+
+  Nothing is computed for a seed: devices may not be set up yet.
+  """
+  if not isinstance(key, (int, np.integer)):
+    as_key(key, name)
+
+
+def is_typed(key) -> bool:
+  """Returns whether something is an array of typed PRNG keys."""
+  return hasattr(key, 'dtype') and jnp.issubdtype(
+      key.dtype, jax.dtypes.prng_key)
+
+
+def state_key(key) -> jax.Array:
+  """Returns a copy of a key for an optimizer's state, which may be donated.
+
+  `flax.serialization` cannot save typed keys until someone registers how. In
+  programs that import it, this does, so that it saves states: a key as its
+  data.
+  """
+  flax = sys.modules.get('flax.serialization')
+  if flax is not None:
+    with jax.ensure_compile_time_eval():  # its type, not that of a tracer
+      kind = type(jax.random.key(0, impl='threefry2x32'))
+    if not flax.is_serializable(kind):
+      flax.register_serialization_state(
+          kind, jax.random.key_data,
+          lambda like, data: jax.random.wrap_key_data(
+              jnp.asarray(data), impl=jax.random.key_impl(like)))
+  return jnp.copy(as_key(key))
+
+
+def _wrap(words: jax.Array) -> jax.Array:
+  return jax.random.wrap_key_data(words, impl='threefry2x32')
+
+
+def as_keys(keys) -> jax.Array:
+  """Returns typed threefry keys [n].
+
+  Args:
+    keys: An array of typed keys [n], the data of raw ones [n, 2], or one key as
+      `as_key` takes it.
+  """
+  if is_typed(keys) and keys.ndim == 1:
+    if jax.random.key_impl(keys) == 'threefry2x32':
+      return keys
+    return _wrap(jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(keys))
+  if isinstance(keys, (jax.Array, np.ndarray)) and keys.dtype == np.uint32 and (
+      keys.ndim == 2 and keys.shape[1] == 2):
+    return _wrap(jnp.asarray(keys))
+  return as_key(keys, 'the keys of a displacement')[None]
+
+
+def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
+  """The key of direction number ``sample`` of step number ``count``."""
+  return jax.random.fold_in(jax.random.fold_in(key, count), sample)
+
+
+def step_keys(key: jax.Array, count, n: int) -> jax.Array:
+  """The keys [n] of the directions of step number ``count``."""
+  return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+  """The key of one leaf; of one layer where the path has a layer number."""
+  name, layer, _ = paths.locate(path)
+  key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+  return key if layer is None else jax.random.fold_in(key, layer)
+
+
+def only(s: Stream, j: int | jax.Array) -> Stream:
+  """The stream of direction j alone."""
+  take = lax.index_in_dim if isinstance(j, int) else lax.dynamic_index_in_dim
+  return dataclasses.replace(s, keys=take(s.keys, j, -2))
+
+
+# --- words ----------------------------------------------------------------
+
+
+def words(s: Stream, j: int | jax.Array, like: jax.Array,
+          generator: str) -> jax.Array:
+  """A uint32 word for each element of a block.
+
+  Args:
+    s: the stream of the block.
+    j: which of its directions.
+    like: gives the shape of the block and, where mesh axes are Explicit, its
+      sharding.
+    generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
+      enough for `stochastic_round`.
+  """
+  return _words(
+      only(s, j).keys[..., 0, :], s.lo, s.hi, strides=s.strides,
+      shape=like.shape, place=_explicit(like, s.strides), generator=generator)
+
+
+# Blocks of one shape are traced once. XLA sees what it would without `jit`.
+@functools.partial(jax.jit, inline=True, static_argnames=(
+    'strides', 'shape', 'place', 'generator'))
+def _words(key, lo, hi, *, strides, shape, place, generator):
+  index_shape = tuple(n if step else 1 for n, step in zip(
+      shape, strides, strict=True))
+
+  # Counters start from lo plus a word of the key: XLA would share one index, as
+  # large as a layer, between the layers, and keep it.
+  def lo_plus(word):
+    total = lo + word
+    for axis, step in enumerate(strides):
+      if step:
+        total = total + _U32(step) * lax.broadcasted_iota(
+            jnp.uint32, index_shape, axis, out_sharding=place)
+    return total
+
+  k0, k1 = key[..., 0], key[..., 1]
+  if hi is None:
+    hi = jnp.zeros((), jnp.uint32)
+  else:
+    hi = hi + (lo_plus(_U32(0)) < lo).astype(jnp.uint32)
+  fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
+        'rounding': _rounding}[generator]
+  return fn(k0, k1, hi, lo_plus)
+
+
+def _explicit(like: jax.Array,
+              strides: tuple) -> jax.sharding.NamedSharding | None:
+  """The sharding of a block's counted axes, if it is part of its type."""
+  sharding = jax.typeof(like).sharding
+  if not any(t == jax.sharding.AxisType.Explicit
+             for t in sharding.mesh.axis_types):
+    return None
+  return sharding.update(spec=jax.P(*(
+      name if step else None for name, step in zip(sharding.spec, strides))))
+
+
+def _threefry2x32(k0, k1, hi, lo_plus):
+  """Threefry-2x32, 20 rounds, unrolled: jax's own is a loop on CPU, which
+  does not fuse and needs four temporaries of the leaf's size."""
+  ks = (k0, k1, k0 ^ k1 ^ _U32(0x1BD11BDA))
+  x0, x1 = hi + k0, lo_plus(k1)
+  for i in range(5):
+    for r in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+      x0 = x0 + x1
+      x1 = x0 ^ ((x1 << r) | (x1 >> (32 - r)))
+    x0, x1 = x0 + ks[(i + 1) % 3], x1 + ks[(i + 2) % 3] + _U32(i + 1)
+  return x0 ^ x1
+
+
+def _hash32(k0, k1, hi, lo_plus):
+  """Keyed rounds of 32-bit finalisers over a Weyl sequence of the counter.
+
+  Far cheaper than threefry. The sum at the end makes a key's draws a random
+  function of the counter and not a permutation, which would lack repetitions.
+  Not cryptographic; its statistics are tested (benchmarks/noise.py), not
+  proven.
+  """
+  weyl = lo_plus(k0 * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + lo * G
+  x = _finalise(weyl, 0x7FEB352D, 0x846CA68B)
+  x = x ^ (k1 + hi * _U32(0x85EBCA6B))
+  x = _finalise((x ^ (x >> 17)) * _U32(0xED5AD4BB), 0xAC4C1B51, 0x31848BAB)
+  return x + weyl
+
+
+def _rounding(k0, k1, hi, lo_plus):
+  """One keyed finaliser."""
+  return _finalise(lo_plus(k0) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
+
+
+def _finalise(x, m0, m1):
+  """A bijection of 32-bit words in which each bit comes to matter to each."""
+  x = (x ^ (x >> 16)) * _U32(m0)
+  x = (x ^ (x >> 15)) * _U32(m1)
+  return x ^ (x >> 16)

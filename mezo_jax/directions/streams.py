@@ -1,0 +1,247 @@
+"""Random access to a leaf's draws: the stream of a leaf, and views of it.
+
+A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
+where the elements of the new block lie among the draws of the leaf.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax.core import paths, quantized, xla
+from mezo_jax.directions.noise import Stream
+
+_U32 = jnp.uint32
+_first = contextvars.ContextVar('_first', default=np.uint32(0))
+
+
+@contextlib.contextmanager
+def stacks_begin_at(layer: int | jax.Array):
+  """Where stacked leaves are parts of stacks, from this layer on."""
+  token = _first.set(jnp.asarray(layer).astype(jnp.uint32))
+  try:
+    yield
+  finally:
+    _first.reset(token)
+
+
+def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
+              ) -> dict[str, Stream]:
+  """Returns the streams of whole leaves.
+
+  All keys are derived in a few operations, however many leaves there are.
+
+  Args:
+    keys: Typed keys [n], one for each direction.
+    leaves: Shapes, and whether they are stacks of layers, by path.
+
+  Returns:
+    Streams by path: an axis of keys for a stacked leaf (its first), none for
+    any other; and an array of first counters along those first axes that more
+    than 2**32 elements make necessary.
+  """
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+  found = {path: paths.locate(path, stacked)
+           for path, (_, stacked) in leaves.items()}
+  hashes = {path: np.uint32(zlib.crc32(name.encode()))
+            for path, (name, _, _) in found.items()}
+  rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
+  own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
+  by_name = {path: rank[h] for path, h in hashes.items()}
+  numbered = [p for p, (_, layer, _) in found.items() if layer is not None]
+  if numbered:
+    layers = jnp.asarray([found[p][1] for p in numbered], jnp.uint32)
+    parents = own[np.array([by_name[p] for p in numbered])]
+    of_layer = jax.random.key_data(jax.vmap(
+        jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
+  tables = {'own': jax.random.key_data(own)}  # [entries, (layers,) n, 2]
+  if numbered:
+    tables['numbered'] = of_layer
+  rows = {path: ('numbered', i) for i, path in enumerate(numbered)}
+  for path, (shape, stacked) in leaves.items():
+    if path in rows:
+      continue
+    rows[path] = shape[0] if stacked else 'own', by_name[path]
+    if stacked and shape[0] not in tables:
+      layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
+      tables[shape[0]] = jax.random.key_data(
+          jax.vmap(lambda k, layers=layers: fold(k, layers))(own))
+  out = {}
+  for name, table in tables.items():
+    mine = [path for path in leaves if rows[path][0] == name]
+    words = xla.entries(table, [rows[path][1] for path in mine])
+    out.update((path, _whole(x, leaves[path][0]))
+               for path, x in zip(mine, words))
+  return {path: out[path] for path in leaves}
+
+
+def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
+  """Returns the stream of one leaf, a stack if its name says so.
+
+  A name alone is believed here, for lack of the rest of the tree: see
+  `of_leaves`."""
+  stacked = paths.locate(path)[2] and bool(shape)
+  return of_leaves(keys, {path: (shape, stacked)})[path]
+
+
+def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
+  """The stream of a leaf from the words of its keys, [(layers,) n, 2]."""
+  inner, first = len(shape), words.ndim - 2
+  words = words.reshape(words.shape[:first] + (1,) * (inner - first)
+                        + words.shape[first:])
+  strides = [0] * first + [
+      math.prod(shape[a + 1:]) if shape[a] > 1 else 0
+      for a in range(first, inner)]
+  zero = jnp.zeros(words.shape[:-2], jnp.uint32)
+  wide = math.prod(shape[first:]) > 2**32
+  s = Stream(words, zero, tuple(strides), zero if wide else None)
+  axis = first
+  while math.prod(shape[axis:]) > 2**32:
+    s, axis = spread(s, axis, shape[axis]), axis + 1
+  return s
+
+
+def _map(fn, s: Stream, **changes) -> Stream:
+  return dataclasses.replace(jax.tree.map(fn, s), **changes)
+
+
+def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
+  """Adds ``index * step`` to the counters (in 64 bits if need be)."""
+  index = index.astype(jnp.uint32)
+  if s.hi is None:
+    return dataclasses.replace(s, lo=s.lo + index * _U32(step))
+  hi, low = _mul_wide(index, step)
+  lo = s.lo + low
+  return dataclasses.replace(
+      s, lo=lo, hi=s.hi + hi + (lo < s.lo).astype(jnp.uint32))
+
+
+def moved(s: Stream, steps: int) -> Stream:
+  """With all counters so many on."""
+  return dataclasses.replace(s, lo=s.lo + _U32(steps)) if steps else s
+
+
+def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+  """(high, low) words of the 64-bit product of uint32 ``a`` and an int."""
+  if b >= 2**32:
+    hi, lo = _mul_wide(a, b % 2**32)
+    return hi + a * _U32(b >> 32), lo
+  b0, b1, mask = _U32(b & 0xFFFF), _U32(b >> 16), _U32(0xFFFF)
+  a0, a1 = a & mask, a >> 16
+  mid = a1 * b0 + ((a0 * b0) >> 16)
+  low_mid = (mid & mask) + a0 * b1
+  return a1 * b1 + (mid >> 16) + (low_mid >> 16), a * _U32(b)
+
+
+def take(s: Stream, axis: int, index: jax.Array) -> Stream:
+  """The entries ``index`` of an axis, in whose place the index's axes stand.
+
+  Args:
+    s: of the block.
+    axis: of the block.
+    index: integers within the axis.
+  """
+  def of(x):
+    if x.shape[axis] > 1:
+      return jnp.take(x, index, axis=axis, mode='clip')
+    return x.reshape(
+        x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:])
+  step, after = s.strides[axis], len(s.strides) - axis - 1
+  taken = _map(of, s, strides=(
+      s.strides[:axis] + (0,) * index.ndim + s.strides[axis + 1:]))
+  if not step:
+    return taken
+  return _moved(taken, index.reshape(index.shape + (1,) * after), step)
+
+
+def spread(s: Stream, axis: int, size: int) -> Stream:
+  """The same view, with an entry of its arrays for each of the axis's."""
+  if s.lo.shape[axis] == size:
+    return s
+  index = jnp.arange(size, dtype=jnp.uint32)
+  index = index.reshape((-1,) + (1,) * (len(s.strides) - axis - 1))
+  step = s.strides[axis]
+  s = dataclasses.replace(s, strides=tuple(
+      0 if a == axis else x for a, x in enumerate(s.strides)))
+  return _moved(s, index, step)
+
+
+def window(s: Stream, starts, sizes, steps) -> Stream:
+  """A run along each axis: ``x[start:start + size * step:step]``."""
+  for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
+    at_start = isinstance(start, int) and start == 0
+    def of(x, axis=axis, start=start, size=size, step=step, whole=at_start):
+      if x.shape[axis] == 1 or whole and x.shape[axis] == size:
+        return x
+      return jnp.take(x, start + step * jnp.arange(size), axis=axis,
+                      mode='clip')
+    move = s.strides[axis]
+    s = _map(of, s, strides=tuple(
+        x * step if a == axis else x for a, x in enumerate(s.strides)))
+    if move and not at_start:
+      s = _moved(s, jnp.asarray(start), move)
+  return s
+
+
+def transpose(s: Stream, order) -> Stream:
+  """Axis ``order[a]`` as axis a."""
+  own = len(order)
+  return _map(
+      lambda x: x.transpose(*order, *range(own, x.ndim)), s,
+      strides=tuple(s.strides[a] for a in order))
+
+
+def reshape(s: Stream, old: tuple[int, ...],
+            new: tuple[int, ...]) -> Stream | None:
+  """A row-major reshape, or None where its draws do not lie evenly."""
+  out = _reshape(s, old, new)
+  of_elements = {name: x for name in ('there', 'scale')
+                 if (x := getattr(s, name)) is not None}
+  if out or not of_elements:
+    return out
+  out = _reshape(dataclasses.replace(s, **dict.fromkeys(of_elements)), old, new)
+  return out and dataclasses.replace(out, **{
+      name: jnp.broadcast_to(x, old).reshape(new)
+      for name, x in of_elements.items()})
+
+
+def _reshape(s, old, new):
+  if 0 in old:
+    return None
+  groups = quantized.axis_groups(old, new)
+  spread_axes = {a for x in jax.tree.leaves(s) for a in range(len(old))
+                 if x.shape[a] > 1}
+  strides, sizes = [], []  # sizes: of the arrays' new axes, None for merged
+  for was, will in groups:
+    step = [s.strides[a] for a in was]
+    if not spread_axes & set(was):
+      if any(x != y * old[b] for x, y, b in zip(step, step[1:], was[1:])):
+        return None
+      last = step[-1] if step else 0
+      strides += [last * math.prod(new[b + 1:will[-1] + 1])
+                  if new[b] > 1 else 0 for b in will]
+      sizes += [False] * len(will)
+    elif any(step):
+      if len(was) > 1 or len(will) > 1:
+        return None
+      strides, sizes = [*strides, *step], [*sizes, True]
+    else:
+      strides, sizes = strides + [0] * len(will), sizes + [True] * len(will)
+  whole = {a for was, will in groups for a in was if spread_axes & set(was)}
+
+  def of(x):
+    rest = x.shape[len(old):]
+    if all(x.shape[a] == 1 for a in whole):
+      return x.reshape((1,) * len(new) + rest)
+    x = jnp.broadcast_to(x, tuple(
+        old[a] if a in whole else 1 for a in range(len(old))) + rest)
+    return x.reshape(tuple(
+        n if keep else 1 for n, keep in zip(new, sizes)) + rest)
+
+  return _map(of, s, strides=tuple(strides))

@@ -1,0 +1,364 @@
+"""Reads the fields of a ``config.json`` as transformers reads them.
+
+Every field of a file ends in one of four ways: it is read, it must have a value
+that we cover (any other is refused), it is known to leave logits as they are,
+or neither we nor transformers know it, which a warning says.
+"""
+
+import dataclasses
+import math
+import re
+import warnings
+
+from mezo_jax.core.errors import InputError
+from mezo_jax.models.layers import Config, Rope
+
+ACTIVATIONS = {  # Hugging Face's names: those of one function have one value.
+    'relu': 'relu', 'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu',
+    'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+    'gelu_accurate': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
+    'gelu_python_tanh': 'gelu_tanh'}
+
+# Fields that no forward pass in evaluation depends on, in any family.
+_HARMLESS = frozenset('''
+    _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal _auto_class _commit_hash
+    _flash_attn_2_enabled _name_or_path _num_labels architectures
+    attn_implementation auto_map custom_pipelines dtype finetuning_task
+    gradient_checkpointing id2label is_llama_config keys_to_ignore_at_inference
+    label2id max_sequence_length model_max_length model_type n_ctx n_special
+    name_or_path num_labels output_attentions output_hidden_states output_past
+    output_projection predict_special_tokens pretraining_tp problem_type
+    return_dict task_specific_params tf_legacy_loss tie_encoder_decoder
+    tie_last_hidden_states tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version transformers_weights
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
+
+    activation_dropout attention_dropout attention_probs_dropout_prob
+    attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout
+    hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
+    resid_pdrop
+
+    chunk_size_feed_forward cross_attention_hidden_size directionality
+    is_decoder pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type reorder_and_upcast_attn summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids
+    begin_suppress_tokens cache_implementation diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff exponential_decay_length_penalty length_penalty
+    max_length max_new_tokens min_length no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores penalty_alpha prefix
+    remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    '''.split())
+_MOST_LAYERS = 10_000
+_IDS = re.compile(r'.*_token_(id|ids|index)')  # of special tokens
+_COMMON = {  # what transformers reads in every family, and the values we cover
+    'attention_chunk_size': None,
+    'compression_config': (None, {}),
+    'configuration_files': (None, []),
+    'fusion_config': (None, {}),
+    'is_encoder_decoder': False,
+    'per_layer_config': (None, {}),
+    'pruned_heads': ({}, None),
+    'quantization': (None, {}),
+    'quantization_config': (None, {}),
+}
+
+
+class Fields:
+  """The fields of a ``config.json``, and which of them were read.
+
+  A field that is missing has the default that transformers gives it in this
+  family; one that is null is not missing.
+
+  Attributes:
+    family: The file's ``model_type``.
+  """
+
+  def __init__(self, hf: dict, aliases: dict[str, str] | None = None):
+    """Takes a config and refuses what no family of ours covers.
+
+    Args:
+      hf: The dict of ``config.json``.
+      aliases: {other name of a field: its name}.
+    """
+    aliases = aliases or {}
+    self.family = hf['model_type']
+    named = {k: v for k, v in hf.items() if k not in aliases}
+    # transformers sets aliases last, so they win.
+    self._values = named | {aliases[k]: v for k, v in hf.items()
+                            if k in aliases}
+    self._read = set()
+    self.only(**_COMMON)
+
+  def get(self, name: str, default=None):
+    """Returns the value of a field, or ``default`` if the file lacks it."""
+    self._read.add(name)
+    return self._values.get(name, default)
+
+  def ignore(self, *names: str) -> None:
+    """Marks fields that this family's logits do not depend on."""
+    self._read.update(names)
+
+  def size(self, name: str, default: int, least: int = 1) -> int:
+    """Returns a whole number."""
+    value = self.get(name, default)
+    # Lists of layers are built while fields are read, so this comes first.
+    most = _MOST_LAYERS if name in ('num_hidden_layers', 'n_layer') else 2**31
+    if type(value) is not int or not least <= value < most:
+      self.refuse(name, value, f'a whole number from {least} to {most}')
+    return value
+
+  def maybe_size(self, name: str, default: int | None = None) -> int | None:
+    """Returns a whole number, or None for null."""
+    value = self.get(name, default)
+    return None if value is None else self.size(name, value)
+
+  def head_size(self, width: int, name: str, default: int) -> int:
+    """Returns the width of a head, where ``name`` heads share the model's."""
+    heads = self.size(name, default)
+    if width % heads:
+      self.refuse(name, heads, f'a divisor of {width}, the width,')
+    return width // heads
+
+  def number(self, name: str, default: float) -> float:
+    """Returns a positive number."""
+    value = self.get(name, default)
+    if not _is_positive(value):
+      self.refuse(name, value, 'a positive number')
+    return value
+
+  def maybe_number(self, name: str, default: float | None) -> float | None:
+    """Returns a positive number, or None for null."""
+    value = self.get(name, default)
+    return None if value is None else self.number(name, value)
+
+  def flag(self, name: str, default: bool) -> bool:
+    """Returns true or false."""
+    value = self.get(name, default)
+    if type(value) is not bool:
+      self.refuse(name, value, 'true or false')
+    return value
+
+  def activation(self, name: str, default: str) -> str:
+    """Returns our name of an activation."""
+    value = self.get(name, default)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+      self.refuse(name, value, ', '.join(ACTIVATIONS))
+    return ACTIVATIONS[value]
+
+  def only(self, **supported) -> None:
+    """Refuses fields whose value is not the one (or of those) that we cover.
+
+    Args:
+      **supported: The value, or a tuple of values; the first is that of a
+        missing field.
+    """
+    for name, values in supported.items():
+      values = values if isinstance(values, tuple) else (values,)
+      value = self.get(name, values[0])
+      if value not in values:
+        self.refuse(name, value, ' or '.join(map(repr, values)))
+
+  def refuse(self, name: str, value, supported: str) -> None:
+    """Raises InputError with the field, its value and what we cover."""
+    raise InputError(f'{self.family} with {name}={_short(value)} is not '
+                     f'supported; only {supported} is.')
+
+  def check_rest(self) -> None:
+    """Refuses or reports the fields that nobody has read.
+
+    A field that transformers' class of this family has, with another value than
+    its default there, may change the model, so it is refused: it is newer than
+    this reader. A field that the class does not have is not read by its torch
+    code either; a warning names it, unless it is null or false.
+    """
+    rest = [name for name in self._values
+            if name not in self._read | _HARMLESS and not _IDS.fullmatch(name)]
+    if not rest:
+      return
+    declared = _declared(self.family)
+    for name in rest:
+      if name in declared and self._values[name] != declared[name]:
+        self.refuse(name, self._values[name], repr(declared[name]))
+    off = lambda value: value is None or value is False
+    self.warn(name for name in rest if name not in declared
+              and not off(self._values[name]))
+
+  def warn(self, names) -> None:
+    """Warns of fields that neither we nor transformers read."""
+    names = ', '.join(sorted(names))
+    if names:
+      warnings.warn(
+          f'the config of this {self.family} has fields that its model code in '
+          f'transformers does not read, and they are ignored here too: {names}',
+          stacklevel=4)
+
+
+def _is_positive(value) -> bool:
+  return (isinstance(value, int | float) and not isinstance(value, bool)
+          and 0 < value < math.inf)
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) < 80 else f'{text[:76]} ...'
+
+
+def _declared(family: str) -> dict:
+  """Returns {field: default} of transformers' config class, {} without it."""
+  try:  # slow to import, and wanted for unusual files alone
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    fields = dataclasses.fields(CONFIG_MAPPING[family])
+  except (ImportError, KeyError, TypeError):
+    return {}
+  return {f.name: None if f.default is dataclasses.MISSING else f.default
+          for f in fields}
+
+
+# --- layers with a window ---------------------------------------------------
+
+_IS_LOCAL = {'full_attention': False, 'attention': False,
+             'sliding_attention': True}
+
+
+def read_local_layers(f: Fields, layers: int,
+                      default: tuple[bool, ...]) -> tuple[bool, ...]:
+  """Returns which layers have a window, from ``layer_types``."""
+  kinds = f.get('layer_types')
+  if kinds is None:
+    return default
+  if not isinstance(kinds, list) or len(kinds) != layers or not all(
+      isinstance(kind, str) and kind in _IS_LOCAL for kind in kinds):
+    f.refuse('layer_types', kinds, f'a list of {layers} (num_hidden_layers) '
+             "of 'full_attention' and 'sliding_attention'")
+  return tuple(_IS_LOCAL[kind] for kind in kinds)
+
+
+# --- rotary positions -------------------------------------------------------
+
+_ROPE_KEYS = {  # of each kind, and those that may be missing
+    'default': (), 'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
+               'original_max_position_embeddings')}
+
+
+def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
+  """Reads rotary positions that all layers share.
+
+  As in transformers, ``rope_scaling`` wins over ``rope_parameters`` (they are
+  two names of one dictionary), and a theta within it over ``rope_theta``.
+
+  Args:
+    f: The fields of the file.
+    max_length: Positions of the model.
+    theta: Base of the frequencies where the file does not say it.
+  """
+  scaling, parameters = f.get('rope_scaling'), f.get('rope_parameters')
+  where = 'rope_scaling' if scaling else 'rope_parameters'
+  # Outside of the dictionary it wins, which transformers has for Phi 3.
+  original = f.maybe_size('original_max_position_embeddings')
+  inside = scaling or parameters or {}
+  _check_dict(f, where, inside)
+  if any(isinstance(value, dict) for value in inside.values()):
+    f.refuse(where, inside, 'one dictionary for all layers')
+  if original is not None and inside.get('rope_type', inside.get(
+      'type')) == 'llama3':
+    inside = inside | {'original_max_position_embeddings': original}
+  return _rope(f, where, inside, f.get('rope_theta', theta), max_length)
+
+
+def read_ropes(f: Fields, max_length: int, theta: float,
+               local_theta: float) -> tuple[Rope, Rope]:
+  """Reads rotary positions of full layers, and of those with a window.
+
+  ``rope_parameters`` has a dictionary for each; the older ``rope_scaling``,
+  ``rope_theta`` and ``rope_local_base_freq`` complete them.
+  """
+  parameters, scaling = f.get('rope_parameters'), f.get('rope_scaling')
+  kinds = ('full_attention', 'sliding_attention')
+  if parameters is None:
+    parameters = {kind: {'rope_type': 'default'} for kind in kinds}
+  if not isinstance(parameters, dict) or not {*parameters} <= {*kinds}:
+    f.refuse('rope_parameters', parameters,
+             f'a dictionary for each of {" and ".join(kinds)}')
+  full, local = (parameters.get(kind) or {} for kind in kinds)
+  if scaling:
+    _check_dict(f, 'rope_scaling', scaling)
+    full = full | scaling
+  return (_rope(f, 'rope_parameters', full, f.get('rope_theta', theta),
+                max_length),
+          _rope(f, 'rope_parameters', local,
+                f.get('rope_local_base_freq', local_theta), max_length))
+
+
+def _check_dict(f: Fields, name: str, value) -> None:
+  if not isinstance(value, dict):
+    f.refuse(name, value, 'null or a dictionary')
+
+
+def _rope(f: Fields, where: str, given: dict, theta: float,
+          max_length: int) -> Rope:
+  """Reads one dictionary of rotary positions."""
+  _check_dict(f, where, given)
+  kind = given.get('rope_type', given.get('type', 'default'))
+  if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+    raise InputError(
+        f'{f.family} with rope scaling {kind!r} in {where} is not supported; '
+        f'{", ".join(map(repr, _ROPE_KEYS))} are.')
+  # A part of each head without rotation: no family of ours has it.
+  f.only(partial_rotary_factor=(None, 1))
+  if given.get('partial_rotary_factor', 1) != 1:
+    f.refuse(f'{where}.partial_rotary_factor', given['partial_rotary_factor'],
+             '1')
+  values = {'original_max_position_embeddings': max_length} | given
+  theta = given.get('rope_theta', theta)
+  if not _is_positive(theta):
+    f.refuse('rope_theta', theta, 'a positive number')
+  for name in _ROPE_KEYS[kind]:
+    if not _is_positive(values.get(name)):
+      f.refuse(f'{where}.{name}', values.get(name), 'a positive number')
+  f.warn(f'{where}.{name}' for name in given if name not in (
+      'type', 'rope_type', 'rope_theta', 'partial_rotary_factor',
+      *_ROPE_KEYS[kind]))
+  if kind == 'default':
+    return Rope(theta)
+  if kind == 'linear':
+    return Rope(theta, kind, values['factor'])
+  factor, low, high, original = (values[k] for k in _ROPE_KEYS['llama3'])
+  if not low < high:
+    f.refuse(f'{where}.high_freq_factor', high, 'more than low_freq_factor')
+  return Rope(theta, kind, factor, low, high, original)
+
+
+# --- the whole --------------------------------------------------------------
+
+_MOST = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
+
+
+def check_sizes(config: Config, path) -> None:
+  """Raises InputError for sizes that no model has, before they take memory."""
+  for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
+                'num_kv_heads', 'head_width', 'max_length'):
+    value, most = getattr(config, field), _MOST.get(field, 2**31)
+    if type(value) is not int or not 0 < value < most:
+      raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
+                       f'number from 1 to {most}.')
+  if config.num_heads % config.num_kv_heads:
+    raise InputError(
+        f'{path}: {config.num_heads} heads (num_attention_heads) cannot share '
+        f'{config.num_kv_heads} keys (num_key_value_heads) equally.')
+  if config.rope and config.head_width % 2:
+    raise InputError(f'{path}: heads of width {config.head_width} (head_dim) '
+                     'have no halves to be rotated; an even width has.')
+  ropes = [r for r in (config.rope, config.local_rope) if r]
+  for what, value in (('the epsilon of norms', config.norm_eps), *(
+      (f'{f.name} of rotary positions', getattr(r, f.name))
+      for r in ropes for f in dataclasses.fields(r) if f.name != 'kind')):
+    if not _is_positive(value):
+      raise InputError(f'{path}: {what} would be {value!r}, which is no '
+                       'positive number.')

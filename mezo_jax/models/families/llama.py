@@ -1,0 +1,113 @@
+"""Llama (1 to 3, SmolLM2, TinyLlama, Yi), Mistral and Qwen (2, 2.5, 3)."""
+
+from mezo_jax.models.families import table as t
+from mezo_jax.models.families.fields import Fields, read_local_layers, read_rope
+from mezo_jax.models.layers import Config
+
+RENAMES = (  # the body of transformers' classes for question answering
+    (r'^transformer\.(?=(embed_tokens|layers|norm)\.)', 'model.'),)
+IGNORED = r'rotary_emb\.(inv_freq|(cos|sin)_cached)$|^lm_head\.weight$'
+
+_QWEN = dict(vocab=151_936, ff_width=22_016, length=32_768, kv_heads=32)
+_DEFAULTS = {  # where these families differ in transformers
+    'llama': dict(vocab=32_000, ff_width=11_008, length=2048, kv_heads=None),
+    'mistral': dict(vocab=32_000, ff_width=14_336, length=131_072, kv_heads=8),
+    'qwen2': _QWEN, 'qwen3': _QWEN}
+
+
+def config_from_hf(hf: dict) -> Config:
+  """Reads a ``config.json`` of Hugging Face, old and new spellings.
+
+  Raises:
+    ValueError: for a choice that this family's code does not cover.
+  """
+  f = Fields(hf)
+  family = f.family
+  f.only(is_causal=True, use_mrope=(False, None),
+         rope_interleaved=(False, None))
+  width, heads = f.size('hidden_size', 4096), f.size('num_attention_heads', 32)
+  layers, default = f.size('num_hidden_layers', 32), _DEFAULTS[family]
+  length = f.size('max_position_embeddings', default['length'])
+  kv_heads = f.maybe_size('num_key_value_heads', default['kv_heads'])
+  # The other families have biases always, or never, whatever their files say.
+  bias = family in ('llama', 'qwen3') and f.flag('attention_bias', False)
+  mlp_bias = family == 'llama' and f.flag('mlp_bias', False)
+  window, local = _window(f, layers, length)
+  config = Config(
+      family=family,
+      vocab_size=f.size('vocab_size', default['vocab']),
+      width=width,
+      ff_width=f.size('intermediate_size', default['ff_width']),
+      num_layers=layers,
+      num_heads=heads,
+      num_kv_heads=heads if kv_heads is None else kv_heads,
+      head_width=f.maybe_size(
+          'head_dim', 128 if family == 'qwen3' else None) or width // heads,
+      max_length=length,
+      norm_eps=f.number('rms_norm_eps', 1e-6),
+      activation=f.activation('hidden_act', 'silu'),
+      rope=read_rope(f, length),
+      window=window,
+      local_layers=local,
+      qkv_bias=family == 'qwen2' or bias,
+      out_bias=bias,
+      mlp_bias=mlp_bias,
+      qk_norm=family == 'qwen3',
+      tied_head=f.flag('tie_word_embeddings', False))
+  f.check_rest()
+  return config
+
+
+def _window(f: Fields, layers: int,
+            length: int) -> tuple[int | None, tuple[bool, ...]]:
+  """Returns the window and which layers have it.
+
+  In a Mistral all layers have it, in a Qwen those that ``layer_types`` names,
+  or those from ``max_window_layers`` on, if ``use_sliding_window`` is true.
+  """
+  if f.family == 'llama':
+    # Its attention has none, but a cache in transformers would have it.
+    if (f.maybe_size('sliding_window') or length) < length:
+      f.refuse('sliding_window', f.get('sliding_window'), 'null')
+    f.only(use_sliding_window=(False, None),
+           layer_types=(None, ['full_attention'] * layers))
+    f.ignore('max_window_layers')
+    return None, ()
+  if f.family == 'mistral':
+    window = f.maybe_size('sliding_window', 4096)
+    kind = 'full_attention' if window is None else 'sliding_attention'
+    f.only(layer_types=(None, [kind] * layers))
+    return window, ()
+  window = f.maybe_size('sliding_window', 4096)
+  if not f.flag('use_sliding_window', False):
+    window = None
+  first = f.size('max_window_layers', 28, 0)
+  local = read_local_layers(f, layers, tuple(
+      window is not None and i >= first for i in range(layers)))
+  if not any(local):
+    return None, ()
+  if window is None:
+    f.refuse('layer_types', f.get('layer_types'), 'full_attention, where '
+             'use_sliding_window is false or sliding_window is null,')
+  return window, () if all(local) else local
+
+
+def table(c: Config) -> list[t.Row]:
+  """Every parameter: our path and shape, the checkpoint's name and layout."""
+  layer = 'model.layers.{l}.'
+  attn, mlp = layer + 'self_attn.', layer + 'mlp.'
+  rows = [
+      *t.embedding('embed', 'model.embed_tokens', c.vocab_size, c.width),
+      *t.norm('layers/attn_norm', layer + 'input_layernorm', c.width, False),
+      *t.attention(c, *(f'{attn}{x}_proj' for x in 'qkvo')),
+      *t.norm('layers/mlp_norm', layer + 'post_attention_layernorm', c.width,
+              False),
+      *t.mlp(c, mlp + 'up_proj', mlp + 'down_proj', mlp + 'gate_proj'),
+      *t.norm('norm', 'model.norm', c.width, False)]
+  if c.qk_norm:
+    rows += [
+        *t.norm('layers/attn/q_norm', attn + 'q_norm', c.head_width, False),
+        *t.norm('layers/attn/k_norm', attn + 'k_norm', c.head_width, False)]
+  if not c.tied_head:
+    rows += t.embedding('lm_head', 'lm_head', c.vocab_size, c.width)
+  return rows

@@ -1,0 +1,87 @@
+"""The files of a model with a classification head, as transformers'
+``...ForSequenceClassification`` classes have them."""
+
+import copy
+
+from mezo_jax.core.errors import InputError
+from mezo_jax.models.families import table as t
+from mezo_jax.models.formats import huggingface
+from mezo_jax.models.layers import Config
+
+
+def check(config: Config) -> None:
+  """Raises InputError for a model whose class in transformers reads its head
+  from other features than ours."""
+  if config.family == 'opt' and config.embed_width:
+    raise InputError(
+        'a classification head of this OPT has no equal in transformers, which '
+        'reads it after the projection to the width of the embedding (as of '
+        'OPT-350M): take another model, or a task with label words.')
+
+
+def architecture(config: Config) -> str:
+  """Returns the name of transformers' class."""
+  base = huggingface.ARCHITECTURES[config.family][1]
+  return f'{base.removesuffix("Model")}ForSequenceClassification'
+
+
+def head(config: Config, num_classes: int) -> list[t.Row]:
+  """Returns the rows of the parameters of `mezo_jax.tasks.head`."""
+  width, hidden = ('d', config.width), ('e', config.width)
+  classes = ('c', num_classes)
+  if config.causal:
+    return t.linear('classifier/out', 'score', width, classes, False)
+  dense, out = {
+      'bert': ('bert.pooler.dense', 'classifier'),
+      'roberta': ('classifier.dense', 'classifier.out_proj'),
+  }[config.family]
+  return [*t.linear('classifier/dense', dense, width, hidden, True),
+          *t.linear('classifier/out', out, width, classes, True)]
+
+
+def table(config: Config, num_classes: int) -> list[t.Row]:
+  """Returns the rows of the body and of the classification head."""
+  check(config)
+  unused = {row.path for row in huggingface.head_of(config)}
+  body = [row for row in huggingface.FAMILIES[config.family].table(config)
+          if row.path not in unused]
+  return [*body, *head(config, num_classes)]
+
+
+def fields(hf: dict, config: Config, labels: list[str],
+           tokenizer) -> tuple[dict, object]:
+  """Returns ``hf, tokenizer`` with what the class needs to give our logits.
+
+  A causal model's class reads the last token that is not ``pad_token_id``, so
+  that must be the token with which the tokenizer pads.
+
+  Args:
+    hf: The contents of config.json.
+    config: The same, as ours.
+    labels: The names of the classes.
+    tokenizer: The model's, or None. It is not changed.
+  """
+  hf = {k: v for k, v in hf.items()
+        if k not in ('num_labels', '_num_labels', 'problem_type')}
+  hf |= {'architectures': [architecture(config)],
+         'id2label': {str(i): name for i, name in enumerate(labels)},
+         'label2id': {name: i for i, name in enumerate(labels)}}
+  if not config.causal or tokenizer is None:
+    return hf, tokenizer
+  tokenizer = copy.deepcopy(tokenizer)
+  tokenizer.padding_side = 'right'
+  if tokenizer.pad_token is None:
+    tokenizer.pad_token = _padding(tokenizer)
+  pad = tokenizer.pad_token_id
+  if pad is not None and pad < config.vocab_size:
+    hf['pad_token_id'] = pad
+  return hf, tokenizer
+
+
+def _padding(tokenizer) -> str | None:
+  """Returns a special token that does not end the tokenizer's texts."""
+  last = tokenizer('a')['input_ids'][-1:]
+  for token in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):
+    if token and tokenizer.convert_tokens_to_ids(token) not in last:
+      return token
+  return None

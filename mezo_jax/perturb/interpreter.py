@@ -1,0 +1,288 @@
+"""Weights that are displaced where they are consumed, and not before.
+
+`evaluate` runs a jaxpr in which some values are lazy:
+
+* a `Block` is (a view of) a parameter leaf, ``w`` beside its `Draws`: rows by
+  index, runs, transposes, reshapes and casts of it are blocks again, and a scan
+  over its first axis hands each iteration one row of it;
+* an `Expression` is what an operation makes of lazy values alone (a
+  concatenation, a product with a scale, LoRA's A @ B): it waits too.
+
+An operation in which a lazy value meets anything else consumes it: there it is
+built. Where layers are not scanned, each such operation is a function of its
+own to the compiler, so that what is built in it is gone when it is done.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+import jax.numpy as jnp
+
+from mezo_jax.core import xla
+from mezo_jax.core.quantized import Codes
+from mezo_jax.directions.displacement import Draws
+
+RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
+# Programs of one operation, whose arguments have no names.
+_NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
+SMALL = 2**16  # elements; below, a weight is built wherever that is
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('w', 'draws'), meta_fields=('casts', 'leaf'))
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
+
+  w: jax.Array | Codes
+  draws: Draws  # of the same view
+  casts: tuple = ()  # dtypes that the program has cast the weights to since
+  leaf: str | None = None  # path of the leaf that this is all of; '' if part
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.w.shape
+
+  def view(self, w: jax.Array | Codes, draws: Draws) -> 'Block':
+    leaf = self.leaf if w.size == self.w.size else ''
+    return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
+
+  def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
+    """The block with its axes in the order of the leaf, and the order that
+    they have here: a transpose must not be built before it is read."""
+    lies = self.draws.lies()
+    block = self.transpose(lies)
+    return block, tuple(lies.index(a) for a in range(len(lies)))
+
+  def transpose(self, order) -> 'Block':
+    return self.view(self.w.transpose(order), self.draws.transpose(order))
+
+  def build(self) -> jax.Array:
+    """The weights, displaced and cast."""
+    w = self.draws.add(self.w).astype(self.w.dtype)
+    for dtype in self.casts:
+      w = w.astype(dtype)
+    return w
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('args',), meta_fields=('op', 'index', 'shape'))
+@dataclasses.dataclass(frozen=True)
+class Expression:
+  """Result number ``index`` of an operation on lazy values (and scalars)."""
+
+  args: tuple
+  op: 'Operation'
+  index: int
+  shape: tuple[int, ...]
+
+
+Lazy = Block | Expression
+
+
+class Operation:
+  """An equation's operation; equal to others that do the same."""
+
+  def __init__(self, eqn):
+    self.eqn = eqn
+    inputs = tuple((v.aval, str(v.val) if isinstance(v, core.Literal) else '')
+                   for v in eqn.invars)
+    self._key = (eqn.primitive, inputs, *sorted(
+        eqn.params.items(), key=lambda item: item[0]))
+    try:
+      self._hash = hash(self._key)
+    except TypeError:  # a parameter that is a list, an array, ...
+      self._key, self._hash = id(self), id(self)
+
+  def __hash__(self):
+    return self._hash
+
+  def __eq__(self, other):
+    return isinstance(other, Operation) and self._key == other._key
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """How an evaluation goes."""
+
+  total: int  # elements of all leaves
+  apart: bool = True  # consume in functions apart: not so within a layer
+  functions: dict = dataclasses.field(default_factory=dict)  # by operation
+  built: dict = dataclasses.field(default_factory=dict)  # {leaf: why whole}
+
+  def force(self, x):
+    """The array that a value stands for."""
+    if isinstance(x, Expression):
+      return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
+    if not isinstance(x, Block):
+      return x
+    x, order = x.as_it_lies()
+    w = x.build()
+    if x.draws.directions.dear:
+      # A TPU would make z anew for each tile of rows that it multiplies by w.
+      w = lax.optimization_barrier(w)
+    return w.transpose(order)
+
+  def consume(self, fn: Callable, op: Operation, ins: list,
+              fn_on_cpu: Callable | None = None) -> list:
+    """``fn(ins)``, in which lazy values are built, for it alone.
+
+    Args:
+      fn: of lazy and other values; the same for all ``op`` that are equal.
+      op: what it does.
+      ins: lazy and other values; None for literals.
+      fn_on_cpu: does the same, with less memory.
+    """
+    size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
+    small = size < SMALL and 1000 * size < self.total
+    if not self.apart or small or op.eqn.effects:
+      return fn(ins)
+    part = any(map(_is_part, ins))
+    ins, orders = pack(ins)
+    kind = op, orders, fn_on_cpu is not None
+    if kind not in self.functions:
+      unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
+      called = xla.apart(unpacked(fn_on_cpu or fn))
+      jitted = jax.jit(unpacked(fn))
+      tied = lambda ins: jitted(_tied(ins))
+      self.functions[kind] = called, tied, jitted
+    called, tied, jitted = self.functions[kind]
+    if _inner(op.eqn) and jax.sharding.get_abstract_mesh().manual_axes:
+      # Tied values vary over as many manual axes as all of them do, which a
+      # loop's carry must not.
+      tied = jitted
+    # Part of a leaf would be cut out, and kept, to be handed to a function.
+    return lax.platform_dependent(ins, cpu=jitted if part else called,
+                                  cuda=tied, rocm=tied, default=jitted)
+
+  def note(self, x, why: str, stacked: bool = False) -> None:
+    """Remembers that a large leaf (or: stack of layers) is built whole."""
+    if isinstance(x, Expression):
+      for arg in x.args:
+        self.note(arg, why, stacked)
+    elif isinstance(x, Block) and x.leaf and x.w.size > max(
+        0.04 * self.total, SMALL) and (
+            not stacked or x.draws.is_stack()):
+      self.built.setdefault(x.leaf, why)
+
+
+def _is_part(x) -> bool:
+  """Whether a value is cut out of a leaf."""
+  if isinstance(x, Expression):
+    return any(map(_is_part, x.args))
+  return isinstance(x, Block) and x.leaf == ''
+
+
+def _tied(values) -> list:
+  """Blocks that are there only when what they meet is: a compiler for GPUs
+  would build those of all layers at once, too."""
+  met = [x for x in values if x is not None and not isinstance(x, Lazy)]
+  def one(x):
+    if isinstance(x, Expression):
+      return dataclasses.replace(x, args=tuple(map(one, x.args)))
+    if not isinstance(x, Block):
+      return x
+    w, keys, _ = lax.optimization_barrier((x.w, x.draws.keys(), met))
+    return dataclasses.replace(x, w=w, draws=x.draws.tied(keys))
+  return [*map(one, values)] if met else values
+
+
+def pack(values) -> tuple[list, tuple]:
+  """Values as arguments of a function that equal layers share: without names,
+  and each block as it lies; with the orders that `unpack` wants."""
+  out, orders = [], []
+  for x in values:
+    order = None
+    if isinstance(x, Block):
+      x, order = dataclasses.replace(x, leaf=None).as_it_lies()
+    elif isinstance(x, Expression):
+      args, order = pack(x.args)
+      x = dataclasses.replace(x, args=tuple(args))
+    out.append(x)
+    orders.append(order)
+  return out, tuple(orders)
+
+
+def unpack(values, orders) -> list:
+  """The inverse of `pack`, but for the names."""
+  def one(x, order):
+    if isinstance(x, Block):
+      return x.transpose(order)
+    if isinstance(x, Expression):
+      return dataclasses.replace(x, args=tuple(unpack(x.args, order)))
+    return x
+  return [*map(one, values, orders)]
+
+
+# --- evaluation -------------------------------------------------------------
+
+
+def evaluate(jaxpr: core.Jaxpr, consts, args, context: Context) -> list:
+  """Evaluates a jaxpr. Inputs may be lazy, and then so may outputs be."""
+  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+  read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+  for eqn in jaxpr.eqns:
+    ins = [read(v) for v in eqn.invars]
+    # The mesh in context may change within a program: `jax.sharding.auto_axes`
+    # and `.at[...].get(out_sharding=...)` make Explicit axes Auto for a while.
+    with eqn.ctx.manager:
+      outs = _evaluate_one(eqn, ins, context)
+    env.update(zip(eqn.outvars, outs))
+  return [read(v) for v in jaxpr.outvars]
+
+
+def _evaluate_one(eqn, ins, context: Context) -> list:
+  """Evaluates an operation by its rule, if a value is lazy."""
+  if not any(isinstance(x, Lazy) for x in ins):
+    return bind(eqn, ins)
+  outs = None
+  if eqn.primitive.name in RULES:
+    outs = RULES[eqn.primitive.name](eqn, ins, context)
+  return otherwise(eqn, ins, context) if outs is None else outs
+
+
+def bind(eqn, ins) -> list:
+  """The operation itself, on arrays."""
+  known = {v: x for v, x in zip(eqn.invars, ins)
+           if not isinstance(v, core.Literal)}
+  alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects, _NO_NAMES)
+  return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*known.values())
+
+
+def otherwise(eqn, ins, context, by_parts: Callable | None = None):
+  """What no rule is for: wait for the rest of an expression, or consume; where
+  ``by_parts`` is given, it does the same with less memory."""
+  op = Operation(eqn)
+  ins = [None if isinstance(v, core.Literal) else x
+         for v, x in zip(eqn.invars, ins)]
+  if _waits(eqn, ins):
+    return [Expression(tuple(ins), op, i, v.aval.shape)
+            for i, v in enumerate(eqn.outvars)]
+  for x in ins:
+    context.note(x, f'all of it is used at once, by {eqn.primitive.name}',
+                 stacked=not _inner(eqn))
+  return context.consume(
+      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins, by_parts)
+
+
+def _waits(eqn, ins) -> bool:
+  """Whether an operation is on weights alone and gives something as large."""
+  return (
+      all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
+      and all(math.prod(v.aval.shape) >= SMALL for v in eqn.outvars)
+      and not eqn.effects and not _inner(eqn))
+
+
+def _inner(eqn) -> bool:
+  """Whether an operation has programs of its own."""
+  return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
+             for value in eqn.params.values()
+             for x in (value if isinstance(value, tuple) else (value,)))

@@ -1,0 +1,277 @@
+"""The rules of operations that have programs of their own: calls and loops.
+
+A call is evaluated in line. A loop over stacked weights takes one layer of them
+an iteration; what each iteration uses whole is built before the loop.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.perturb.interpreter import (
+  bind,
+  Block,
+  evaluate,
+  Expression,
+  Lazy,
+  Operation,
+  RULES,
+)
+from mezo_jax.perturb.rules_indexing import gathered_axis
+
+
+def _nested(eqn):
+  p = eqn.params
+  inner = p['jaxpr'] if 'jaxpr' in p else p['call_jaxpr']
+  return getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ())
+
+
+def _call(eqn, ins, context):
+  """A nested function (jit, remat, ...), evaluated in line."""
+  jaxpr, consts = _nested(eqn)
+  return evaluate(jaxpr, consts, ins, context)
+
+
+def _forced(eqn, ins, context):
+  """An inner function's results as arrays, in line and by its own rules."""
+  jaxpr, consts = _nested(eqn)
+  in_line = lambda ins: [*map(context.force, evaluate(
+      jaxpr, consts, ins, context))]
+  by_rule = lambda ins: bind(eqn, [*map(context.force, ins)])
+  return in_line, by_rule
+
+
+def _custom_jvp(eqn, ins, context):
+  """In line; differentiated, by the rule that its author gave it."""
+  in_line, by_rule = _forced(eqn, ins, context)
+  run = jax.custom_jvp(in_line)
+  run.defjvp(lambda primals, tangents: jax.jvp(by_rule, primals, tangents))
+  return run(ins)
+
+
+def _custom_vjp(eqn, ins, context):
+  in_line, by_rule = _forced(eqn, ins, context)
+  run = jax.custom_vjp(in_line)
+  run.defvjp(lambda ins: jax.vjp(by_rule, ins),
+             lambda pullback, cotangents: pullback(cotangents))
+  return run(ins)
+
+
+# --- loops ------------------------------------------------------------------
+
+
+def _scan(eqn, ins, context):
+  """Stacked weights among ``xs`` become one layer and its key per iteration."""
+  body, (n, m) = eqn.params['jaxpr'].jaxpr, _starts(eqn.params)
+  ins, whole = [*ins], [False] * len(ins)
+  for i, x in enumerate(ins):
+    if isinstance(x, Lazy) and n <= i < m or i >= m and (
+        isinstance(x, Expression) or isinstance(x, Block) and not _rowwise(x)):
+      context.note(x, 'it is what a scan starts from' if i < m else
+                   'something is computed of all layers before a scan')
+      ins[i] = context.force(x)
+    elif isinstance(x, Lazy) and i < n and not _by_parts(body, body.invars[i]):
+      context.note(x, 'each iteration of a scan uses all of it')
+      whole[i] = True
+  if not any(whole):
+    return _scan_layers(eqn, ins, context)
+  def run(ins):
+    ins = [context.force(x) if b else x for x, b in zip(ins, whole)]
+    return _scan_layers(eqn, ins, dataclasses.replace(context, apart=False))
+  return context.consume(run, _Loop(eqn, whole), ins)
+
+
+def _starts(params) -> tuple[int, int]:
+  """Where a scan's carry and its ``xs`` begin among its operands."""
+  if 'ft_in' in params:  # from jax 0.11 on
+    consts, carry, _ = map(len, params['ft_in'].unpack())
+  else:
+    consts, carry = params['num_consts'], params['num_carry']
+  return consts, consts + carry
+
+
+class _Loop(Operation):
+  """A loop that is a function apart, by which of its weights are built."""
+
+  def __init__(self, eqn, whole):
+    super().__init__(eqn)
+    self._key = self._key, tuple(whole)
+
+
+def _scan_layers(eqn, ins, context):
+  p, body = eqn.params, eqn.params['jaxpr']
+  (n, m), length = _starts(p), p['length']
+  xs, of_row = [], []
+  for x in ins[m:]:
+    rows, remake = _rows(x, length) if isinstance(x, Block) else (x, None)
+    xs.append(rows)
+    of_row.append(remake)
+  within = dataclasses.replace(
+      context, apart=context.apart and not any(of_row))
+
+  def step(carry, rows):
+    rows = [x if remake is None else remake(x)
+            for x, remake in zip(rows, of_row)]
+    outs = evaluate(body.jaxpr, body.consts, [*ins[:n], *carry, *rows], within)
+    outs = [*map(context.force, outs)]
+    return outs[:m - n], outs[m - n:]
+
+  carry, ys = lax.scan(
+      step, ins[n:m], xs, length, p['reverse'], p['unroll'])
+  return [*carry, *ys]
+
+
+def _rowwise(x: Block) -> bool:
+  """Whether a row of a block has codes and scales of its own."""
+  return not is_codes(x.w) or all(
+      len(a) == len(x.w) for a in jax.tree.leaves(x.w))
+
+
+def _rows(x: Block, length: int):
+  """Arrays to scan over, and what makes the block of a row of them."""
+  along, draws_of = x.draws.rows(length)
+  def remake(row):
+    w, along = row
+    return dataclasses.replace(x, w=w, draws=draws_of(along), leaf=None)
+  return (x.w, along), remake
+
+
+def _while(eqn, ins, context):
+  p = eqn.params
+  cond, body = p['cond_jaxpr'], p['body_jaxpr']
+  n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
+  variables = [*cond.jaxpr.invars[:n], *body.jaxpr.invars[:m - n]]
+  whole = [isinstance(x, Lazy) and not _by_parts(
+      cond.jaxpr if i < n else body.jaxpr, v)
+           for i, (x, v) in enumerate(zip(ins, variables))]
+  for x, built in zip(ins, whole):
+    if built:
+      context.note(x, 'each iteration of a while_loop uses all of it')
+  for x in ins[m:]:
+    context.note(x, 'it is what a while_loop starts from')
+  ins = [*ins[:m], *map(context.force, ins[m:])]
+  whole += [False] * (len(ins) - m)
+
+  def run(ins):
+    ins = [context.force(x) if b else x for x, b in zip(ins, whole)]
+    within = dataclasses.replace(context, apart=False) if any(whole) else (
+        context)
+    def part(closed, consts, carry):
+      return [*map(context.force, evaluate(
+          closed.jaxpr, closed.consts, [*consts, *carry], within))]
+    return lax.while_loop(
+        lambda carry: part(cond, ins[:n], carry)[0],
+        lambda carry: part(body, ins[n:m], carry), ins[m:])
+
+  if any(whole):
+    return context.consume(run, _Loop(eqn, whole), ins)
+  return run(ins)
+
+
+def _cond(eqn, ins, context):
+  index, *operands = ins
+  def branch(closed):
+    def run(*args):
+      return [*map(context.force, evaluate(
+          closed.jaxpr, closed.consts, args, context))]
+    return run
+  branches = [branch(b) for b in eqn.params['branches']]
+  return lax.switch(index.astype(jnp.int32), branches, *operands)
+
+
+def _shard_map(eqn, ins, context):
+  """Each device's part of a leaf has that part of the leaf's noise."""
+  p = eqn.params
+  args, specs, trees = [], [], []
+  for x, spec in zip(ins, p['in_specs']):
+    tree = None
+    if isinstance(x, Expression) or isinstance(x, Block) and is_codes(x.w):
+      context.note(x, 'something is computed of it before a shard_map')
+      x = context.force(x)
+    elif isinstance(x, Block):
+      arrays, tree = jax.tree.flatten(x.draws)
+      x, spec = (x.w, arrays), (spec, [P()] * len(arrays))
+    args.append(x)
+    specs.append(spec)
+    trees.append(tree)
+
+  def body(*args):
+    local = []
+    for x, lazy, tree, spec in zip(args, ins, trees, p['in_specs']):
+      if tree is not None:
+        w, arrays = x
+        starts = [0] * w.ndim
+        for axis, names in enumerate(spec):
+          if names is not None:
+            starts[axis] = lax.axis_index(names) * w.shape[axis]
+        draws = jax.tree.unflatten(tree, arrays).window(
+            starts, w.shape, (1,) * w.ndim)
+        x = dataclasses.replace(lazy, w=w, draws=draws, leaf=None)
+      local.append(x)
+    outs = evaluate(p['jaxpr'], (), local, context)
+    return tuple(map(context.force, outs))
+
+  return [*jax.shard_map(
+      body, mesh=p['mesh'], in_specs=tuple(specs),
+      out_specs=tuple(p['out_specs']), check_vma=p['check_vma'],
+      axis_names=p['newly_manual_axes'])(*args)]
+
+
+# --- which weights a loop takes apart ---------------------------------------
+
+
+def _by_parts(jaxpr, var) -> bool:
+  """Whether each iteration consumes a part (a layer, some rows) of a constant
+  of a loop: otherwise its noise would be made anew each time."""
+  if any(v is var for v in jaxpr.outvars):
+    return False
+  for eqn in jaxpr.eqns:
+    for i, v in enumerate(eqn.invars):
+      if v is var and not _eqn_by_parts(eqn, i):
+        return False
+      if v is var and eqn.primitive.name in _PASSING:
+        if not all(_by_parts(jaxpr, out) for out in eqn.outvars):
+          return False
+  return True
+
+
+def _eqn_by_parts(eqn, i: int) -> bool:
+  """Whether operand ``i`` is passed on, or taken apart by layers or rows."""
+  name, p = eqn.primitive.name, eqn.params
+  if name in _PASSING:
+    return True
+  if name == 'gather':
+    return i == 0 and gathered_axis(eqn) is not None
+  if name in ('slice', 'dynamic_slice'):
+    return i == 0
+  if name == 'scan':
+    consts, carried = _starts(p)
+    if i >= consts:
+      return i >= carried
+    return _by_parts(p['jaxpr'].jaxpr, p['jaxpr'].jaxpr.invars[i])
+  if name == 'while':
+    n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
+    jaxpr = (p['cond_jaxpr'] if i < n else p['body_jaxpr']).jaxpr
+    return i < m and _by_parts(jaxpr, jaxpr.invars[i if i < n else i - n])
+  if name == 'cond':
+    return i > 0 and all(_by_parts(b.jaxpr, b.jaxpr.invars[i - 1])
+                         for b in p['branches'])
+  if name in _CALLS:
+    inner, _ = _nested(eqn)
+    return _by_parts(inner, inner.invars[i])
+  return False
+
+
+_PASSING = ('convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy',
+            'sharding_constraint', 'reshard', 'pvary')
+_CALLS = {
+    **dict.fromkeys(('jit', 'closed_call', 'remat2'), _call),
+    'custom_jvp_call': _custom_jvp,
+    'custom_vjp_call': _custom_vjp,
+}
+RULES.update(_CALLS, scan=_scan, cond=_cond, shard_map=_shard_map)
+RULES['while'] = _while

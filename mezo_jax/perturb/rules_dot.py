@@ -1,0 +1,176 @@
+"""The rule of matrix products, in which most weights are consumed."""
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from mezo_jax.core import dtypes
+from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions import low_rank
+from mezo_jax.perturb.interpreter import (
+  Block,
+  Lazy,
+  Operation,
+  otherwise,
+  RULES,
+)
+
+
+def _dot(eqn, ins, context):
+  if sum(isinstance(x, Lazy) for x in ins) == 1:
+    at = 0 if isinstance(ins[0], Lazy) else 1
+    if isinstance(ins[at], Block):
+      if _factors(eqn, ins, at):
+        return context.consume(
+            lambda ins: _by_factors(eqn, ins, at), _Product(eqn), ins)
+      return otherwise(eqn, ins, context, _by_parts(eqn, ins, at, context))
+  return otherwise(eqn, ins, context)
+
+
+# --- low-rank directions ----------------------------------------------------
+
+
+class _Product(Operation):
+  """A product that is a function apart, and builds no weights."""
+
+  def __init__(self, eqn):
+    super().__init__(eqn)
+    self._key = self._key, 'by factors'
+
+
+def _factors(eqn, ins, at) -> tuple | None:
+  """Of x @ (W + c z): which of the factors of z is multiplied first, and the
+  axes (of W) of both; None if z has none, or W must be built."""
+  w, x = ins[at], ins[1 - at]
+  draws = w.draws
+  if (len(draws.streams) < 2 or not draws.is_everywhere or
+      draws.coefs.ndim > 1 or in_sharded_types(w.w) or
+      not jnp.issubdtype(x.dtype, jnp.floating)):
+    return None
+  contracted = {*eqn.params['dimension_numbers'][0][at]}
+  axes = [{*low_rank.counted(s, w.shape)} for s in draws.streams]
+  mine = [contracted & a for a in axes]
+  for first in (0, 1):
+    if mine[1 - first] <= axes[first]:
+      return first, axes
+  return None
+
+
+def _by_factors(eqn, ins, at):
+  r"""``x W + c / sqrt(r) (x U) V^T``, or with V first; added in float32."""
+  p, out = eqn.params, eqn.outvars[0].aval
+  w, x = ins[at], ins[1 - at]
+  first, axes = _factors(eqn, ins, at)
+  wide = dtypes.wide(out.dtype)
+  product = lambda a, b: lax.dot_general(
+      *((a, b) if at else (b, a)), p['dimension_numbers'], p['precision'], wide)
+  clean = w.w.astype(w.w.dtype)
+  for dtype in w.casts:
+    clean = clean.astype(dtype)
+
+  # Einstein's sums, by numbers: 0, 1, ... are the axes of W.
+  n_, r_ = len(w.shape), len(w.shape) + 1  # directions, rank
+  (of_x, of_w), (batch_x, batch_w) = ((pair[1 - at], pair[at]) for pair in
+                                      p['dimension_numbers'])
+  met = dict(zip((*of_x, *batch_x), (*of_w, *batch_w)))
+  of_x_alone = [a for a in range(x.ndim) if a not in met]
+  names = {a: r_ + 1 + a for a in of_x_alone} | met
+  free = [a for a in range(n_) if a not in (*of_w, *batch_w)]
+  mine = [names[a] for a in of_x_alone]
+  result = [*batch_w, *(mine + free if at else free + mine)]
+  factors = [w.draws.directions.factor(s, w.shape, x.dtype)
+             for s in w.draws.streams]
+  subs = [[*sorted(a), n_, r_] for a in axes]
+  kept = [a for a in (*names.values(), *sorted(axes[first]))
+          if a not in of_w or a in axes[1 - first]]
+  kept = [*dict.fromkeys(kept), n_, r_]
+  sums = lambda *args, dtype=wide: jnp.einsum(
+      *args, preferred_element_type=dtype, precision=_precision(p))
+  narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
+                subs[first], kept)
+  narrow = narrow * w.draws.coefs.reshape(
+      (1,) * (narrow.ndim - 2) + (-1, 1))  # ranks may be strict
+  core = w.draws.streams[0].core
+  if core is not None:  # between the factors
+    there = [a for a in range(n_) if core.shape[a] > 1]
+    core = core.reshape([core.shape[a] for a in there] + [*core.shape[n_:]])
+    new = r_ + 1 + x.ndim
+    narrow = sums(narrow, kept, core, [*there, n_, *(
+        (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
+  narrow = narrow.astype(x.dtype)
+  there = [a for a in result if a in kept or a in axes[1 - first]]
+  # Half as many bytes; of a small term, the same relative error as of the sum.
+  added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
+               dtype=x.dtype)
+  # An axis of length 1 that neither factor has.
+  added = added.reshape([1 if a not in there else n for a, n in zip(
+      result, out.shape)])
+  return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
+
+
+def _precision(params):
+  p = params['precision']
+  return p if isinstance(p, (tuple, lax.Precision)) else None
+
+
+# --- parts of a large matrix ------------------------------------------------
+
+
+def _by_parts(eqn, ins, at, context) -> Callable | None:
+  """A product with a matrix that is a good part of the model (an embedding as
+  the head): the same product, of some of the matrix's rows at a time."""
+  p = eqn.params
+  w = ins[at]
+  contracted, batch = (pair[at] for pair in p['dimension_numbers'])
+  free = [a for a in range(len(w.shape)) if a not in (*contracted, *batch)]
+  if (not free or 8 * w.w.size <= context.total or in_sharded_types(w.w)):
+    return None
+  axis = max(free, key=lambda a: w.shape[a])
+  size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
+  parts = next((n for n in range(wanted, size) if size % n == 0), size)
+  if parts > 16 * wanted:
+    return None
+  others = len(ins[1 - at].shape) - len(contracted) - len(batch)
+  out_axis = len(batch) + (others if at else 0) + free.index(axis)
+  # Every parts-th row: runs of rows may be on different devices.
+  apart = lambda shape, axis: (
+      *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
+  whole, order = w.as_it_lies()
+  along, lies = order[axis], whole.shape
+  if whole.draws.reshape(lies, apart(lies, along)) is None or (
+      is_codes(whole.w) and whole.w.reshape(apart(lies, along)) is None):
+    return None
+
+  def run(ins):
+    (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
+    rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
+    def part(i, out):
+      i = jnp.asarray(i)  # a Python number under jax.disable_jit
+      some = rows.view(
+          rows.w.take(along + 1, i) if is_codes(rows.w) else
+          lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
+          rows.draws.take(along + 1, i))
+      built = context.force(some).transpose(order)
+      pair = [x, built] if at else [built, x]
+      return lax.dynamic_update_index_in_dim(out, lax.dot_general(
+          *pair, p['dimension_numbers'], p['precision'],
+          p['preferred_element_type']), i, out_axis + 1)
+    out = eqn.outvars[0].aval
+    return [lax.fori_loop(0, parts, part, jnp.zeros(
+        apart(out.shape, out_axis), out.dtype)).reshape(out.shape)]
+
+  return run
+
+
+def in_sharded_types(w) -> bool:
+  """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
+  its carry how it lies."""
+  w = w.codes if is_codes(w) else w
+  mesh = jax.typeof(w).sharding.mesh
+  return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(
+      jax.sharding.get_abstract_mesh().manual_axes)
+
+
+RULES['dot_general'] = _dot

@@ -1,0 +1,145 @@
+"""Devices that are not there: TPU slices and GPUs, described for a compiler.
+
+The TPU's compiler comes with ``pip install 'mezo_jax[plan]'`` (libtpu, Linux
+x86-64), the GPU's with ``pip install jax-cuda12-plugin jax-cuda12-pjrt
+nvidia-cuda-nvcc-cu12`` of jax's version; neither needs a device or a driver.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from mezo_jax.core.errors import first_line, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of device."""
+
+  memory: float = math.inf  # GiB that a program may hold
+  clock: float = math.nan  # GHz of the compiler's cycles
+  links: float = math.nan  # GB/s out of a chip to its neighbours, all together
+  slices: tuple[str, ...] = ()  # what can be had, from small to large
+
+
+_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBES = ('1x1x1', '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8',
+          '4x8x8', '8x8x8')
+_GPUS = ('1', '2', '4', '8', '16', '32', '64')
+# Memory is what the compilers allow. Clocks are those that give the published
+# peak rates with the published matrix units; links are published.
+KINDS = {
+    'v4': Kind(30.75, 1.05, 300, _CUBES),
+    'v5e': Kind(15.75, 1.5, 200, _FLAT),
+    'v5p': Kind(95.74, 1.75, 600, _CUBES),
+    'v6e': Kind(31.25, 1.75, 448, _FLAT),
+    'a100': Kind(79.25, slices=_GPUS),
+    'h100': Kind(79.1, slices=_GPUS),
+    'cpu': Kind(slices=_GPUS),
+}
+# A GpuTargetConfigProto of the published limits.
+_GPU = '''gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
+shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+shared_memory_per_block_optin: {most} threads_per_core_limit: 2048
+core_count: {cores} fpus_per_core: {fpus} block_dim_limit_x: 2147483647
+block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
+l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+cuda_compute_capability {{ major: {major} }} registers_per_core_limit: 65536
+registers_per_block_limit: 65536 thread_dim_limit_x: 1024
+thread_dim_limit_y: 1024 thread_dim_limit_z: 64 }}
+runtime_version {{ major: 12 minor: 8 }} platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"'''
+_TARGETS = {
+    'a100': _GPU.format(
+        shared=167936, most=166912, cores=108, fpus=64, l2=41943040,
+        bandwidth=2039040000000, clock=1.41, memory=85100068864, major=8,
+        name='NVIDIA A100-SXM4-80GB'),
+    'h100': _GPU.format(
+        shared=233472, most=232448, cores=132, fpus=128, l2=52428800,
+        bandwidth=3352320000000, clock=1.98, memory=84942979072, major=9,
+        name='NVIDIA H100 80GB HBM3')}
+
+
+CARDS = 8  # of a host
+
+
+def is_card(name: str) -> bool:
+  return name.partition(':')[0] in _TARGETS
+
+
+def split(name: str) -> tuple[Kind, str, str]:
+  """The kind of a topology's devices, its name, and the slice's.
+
+  Raises:
+    InputError: for a name that is none.
+  """
+  kind, _, shape = name.partition(':')
+  shape = shape or '1'
+  if kind in KINDS and re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
+    axes = KINDS[kind].slices[0].count('x')
+    if shape.count('x') == axes:
+      return KINDS[kind], kind, shape
+    if shape == '1':
+      return KINDS[kind], kind, KINDS[kind].slices[0]
+  raise InputError(
+      f'--topology={name!r} is none that is known; such are v5e:4x4, v6e:2x4, '
+      'v5p:2x2x1, v4:2x2x2 (chips in each direction of a slice), a100:8, '
+      'h100:8 (cards) and cpu:8.')
+
+
+def size(name: str) -> int:
+  """The number of devices."""
+  return math.prod(map(int, split(name)[2].split('x')))
+
+
+def larger(name: str) -> list[str]:
+  """Slices of the same kind with more devices, from small to large."""
+  kind, called, _ = split(name)
+  return [f'{called}:{shape}' for shape in kind.slices
+          if size(f'{called}:{shape}') > size(name)]
+
+
+def devices(name: str) -> list:
+  """The devices of a topology: 'v5e:4x4', 'v5p:1x1x1', 'h100:8', 'cpu:8'.
+
+  Raises:
+    InputError: for a name that is none, or a compiler that is not installed.
+  """
+  _, kind, shape = split(name)
+  n = size(name)
+  if kind == 'cpu':
+    found = jax.devices('cpu')
+    if len(found) < n:
+      raise InputError(f'--topology={name}: this process has {len(found)} CPU '
+                       f'devices; set JAX_NUM_CPU_DEVICES={n} before it.')
+    return found[:n]
+  gpu = is_card(name)
+  try:
+    if gpu:
+      return topologies.get_topology_desc(
+          platform='cuda', target_config=_TARGETS[kind],
+          topology=f'1x{-(-n // CARDS)}x{min(n, CARDS)}').devices
+    # Else libtpu looks for a machine's metadata, and for other processes.
+    for variable, value in dict(
+        TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-4',
+        TPU_WORKER_HOSTNAMES='localhost', TPU_LIBRARY_LOG_LEVEL='3',
+        ALLOW_MULTIPLE_LIBTPU_LOAD='1').items():
+      os.environ.setdefault(variable, value)
+    more = dict(chips_per_host_bounds=(1, 1, 1)) if n == 1 else {}
+    if kind == 'v4':
+      more['chip_config_name'] = 'megacore'  # a device is a chip
+    return topologies.get_topology_desc(
+        platform='tpu', topology_name=f'{kind}:{shape}', **more).devices
+  except (jax.errors.JaxRuntimeError, ImportError, NotImplementedError,
+          RuntimeError, ValueError) as e:
+    needs = ('pip install jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0} '
+             'nvidia-cuda-nvcc-cu12'.format(jax.__version__) if gpu else
+             "pip install 'mezo_jax[plan]'")
+    raise InputError(
+        f'--topology={name} cannot be compiled for ({first_line(e)}): the '
+        f'slice is none that there is, or the compiler is missing: {needs}.'
+    ) from e

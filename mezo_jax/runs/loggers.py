@@ -1,0 +1,208 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard if it is installed; and
+JSON files, curves and tables."""
+
+from collections.abc import Sequence
+import json
+import math
+from pathlib import Path
+import sys
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mezo_jax.core.errors import InputError
+
+
+class Metrics:
+  """Appends records to ``metrics.jsonl`` (on process 0) and keeps them.
+
+  A record is one JSON object a line with at least ``kind`` and ``step``, null
+  for a number that is not finite. Opened again for a resumed run, it drops what
+  came after the restored step.
+  """
+
+  def __init__(self, workdir: Path, step: int = 0):
+    path = workdir / 'metrics.jsonl'
+    self.records = [_plain(r) for r in read(path) if r['step'] <= step]
+    self._at = {(r['kind'], r['step']): r for r in self.records}
+    self._file = self._board = None
+    if jax.process_index() > 0:
+      return
+    part = path.with_suffix('.part')
+    part.write_text(''.join(json.dumps(r) + '\n' for r in self.records))
+    part.replace(path)
+    self._file = path.open('a', buffering=1)
+    try:
+      from tensorboardX import SummaryWriter
+    except ImportError:
+      return
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
+
+  def write(self, kind: str, step: int, **values) -> None:
+    record = _plain({'kind': kind, 'step': step, **values})
+    self.records.append(record)
+    self._at[kind, step] = record
+    if self._file:
+      self._file.write(json.dumps(record, allow_nan=False) + '\n')
+    if self._board:
+      for name in values:
+        if isinstance(record[name], (int, float)):
+          self._board.add_scalar(f'{kind}/{name}', record[name], step)
+
+  def of(self, kind: str) -> list[dict]:
+    return [r for r in self.records if r['kind'] == kind]
+
+  def at(self, kind: str, step: int) -> dict | None:
+    """The values of a record, NaN where a number was not finite."""
+    record = self._at.get((kind, step))
+    return record and {k: np.nan if v is None else v for k, v in record.items()
+                       if k not in ('kind', 'step')}
+
+  def close(self) -> None:
+    for sink in (self._file, self._board):
+      if sink:
+        sink.close()
+
+
+_LINES = 40  # of a run whose output is no terminal
+
+
+class Progress:
+  """A bar of the steps, without a terminal a line now and then, and a record of
+  each; without ``loss`` where that of training rows is not to be told."""
+
+  def __init__(self, metrics: Metrics, total: int, start: int,
+               loss: bool = True):
+    self._metrics, self._clock, self._loss = metrics, time.time(), loss
+    self._total, first = total, jax.process_index() == 0
+    self._lines = first and not sys.stderr.isatty()
+    self._bar = tqdm(
+        total=total, initial=start, unit='step', dynamic_ncols=True,
+        disable=not first or self._lines)
+
+  def read(self, step: int, tokens: int | None, values: dict) -> None:
+    """Takes the metrics of a step (`mezo_jax.make_step`) of so many tokens, or
+    None of one made again."""
+    seconds = time.time() - self._clock
+    self.restart()
+    told = {k: v for k, v in values.items() if not k.startswith('skipped')
+            and (k != 'loss' or self._loss)}
+    cost = {} if tokens is None else dict(tokens=tokens, seconds=seconds)
+    if not self._metrics.at('train', step):
+      self._metrics.write('train', step, **told, **cost,
+                          skipped=int(values['skipped']))
+    loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
+    size = values.get('projected_grad', values.get('grad_norm'))
+    speed = (f'{tokens / max(seconds, 1e-9):.0f} tokens/s' if cost else
+             'from the log')
+    text = f'{loss}|g| {np.abs(size).mean():.1f}, {speed}'
+    self._bar.set_postfix_str(text, refresh=False)
+    self._bar.update()
+    every = max(self._total // _LINES, 1)
+    if self._lines and (step % every == 0 or step == self._total):
+      print(f'step {step} of {self._total}: {text}', flush=True)
+
+  def restart(self) -> None:
+    """Seconds are counted from now."""
+    self._clock = time.time()
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def spell_program(batch, compiled, seconds: float) -> str:
+  """What `mezo_jax.make_step` tells of a program that it compiled."""
+  batch = getattr(batch, 'batch', batch)  # of one task of a run
+  extra = compiled.memory_analysis().temp_size_in_bytes
+  what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
+          else 'update')
+  return (f'compiled the {what} in {seconds:.0f} s; it needs '
+          f'{extra / 2**20:.0f} MiB a device beside weights and batch')
+
+
+def _plain(value):
+  """A value as JSON can hold it: lists and numbers, null for inf and NaN."""
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  value = value.tolist() if hasattr(value, 'tolist') else value  # numpy's
+  if isinstance(value, (list, tuple)):
+    return [*map(_plain, value)]
+  lost = isinstance(value, float) and not math.isfinite(value)
+  return None if lost else value
+
+
+def read(path: Path) -> list[dict]:
+  """The records of a log; a last line cut short by a crash is left out."""
+  if not path.is_file():
+    return []
+  lines = path.read_bytes().splitlines()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      if not (isinstance(record, dict) and isinstance(record.get('kind'), str)
+              and type(record.get('step')) is int):
+        raise ValueError('it has no kind and step')
+      records.append(record)
+    except ValueError as e:
+      if number == len(lines):
+        break
+      raise InputError(f'{path}, line {number} is no record of a run ({e}); '
+                       'delete the line.') from e
+  return records
+
+
+def write_json(path: Path, value) -> None:
+  """Writes a file whole or not at all, on process 0; inf and NaN as null."""
+  if jax.process_index() > 0:
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + '.part')
+  part.write_text(
+      json.dumps(_plain(value), indent=2, allow_nan=False) + '\n')
+  part.replace(path)
+
+
+def read_json(path: Path):
+  """The value that a file holds.
+
+  Raises:
+    InputError: if it is not JSON.
+  """
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    raise InputError(f'{path} is not JSON ({e}).') from e
+
+
+def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
+  """Draws loss and the dev metric against steps, with the zero-shot lines, on
+  process 0."""
+  if jax.process_index() > 0:
+    return
+  from matplotlib.figure import Figure  # slow to import
+  steps, evals = metrics.of('train'), metrics.of('dev')
+  figure = Figure(figsize=(10, 4), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  if steps and 'loss' in steps[0]:
+    left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
+              color='0.75', lw=0.8, label='training batch')
+  def draw(axes, name):
+    found = [r for r in evals if name in r]
+    axes.plot([r['step'] for r in found], [r[name] for r in found],
+              'o-', color='C0', label='dev')
+  draw(left, 'loss')
+  left.set(xlabel='step', ylabel='loss')
+  left.legend()
+  draw(right, metric)
+  for r in evals[:1]:
+    for name, label, style in ((metric, 'zero-shot', '--'), (
+        f'calibrated_{metric}', 'zero-shot, calibrated', ':')):
+      if r['step'] == 0 and name in r:
+        right.axhline(r[name], color='0.4', ls=style, label=label)
+  right.set(xlabel='step', ylabel=metric.replace('_', ' '))
+  right.legend()
+  figure.suptitle(title)
+  figure.savefig(path, dpi=110)

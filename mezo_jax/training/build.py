@@ -1,0 +1,412 @@
+"""A config becomes what a run is made of: data, model, parameters, optimizer.
+
+`build` does it in the order in which it is said here, so that a wrong column
+costs no waiting for weights. The functions that it calls serve others too.
+"""
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mezo_jax import models, peft
+from mezo_jax.core import fingerprint, multihost, paths, sharding
+from mezo_jax.core.errors import InputError
+from mezo_jax.models.formats import classifier
+from mezo_jax.tasks import data as data_lib
+from mezo_jax.tasks import head, quickstart_data, score
+from mezo_jax.tasks import objective as objectives
+from mezo_jax.tasks.encode import batch_of, Encoded
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import methods, optimizer, privacy
+from mezo_jax.training import trainable as trainable_lib
+
+
+class Built(NamedTuple):
+  """What a run is made of. Abstract, it has shapes in the place of arrays."""
+
+  mesh: jax.sharding.Mesh
+  tokenizer: Any
+  splits: data_lib.Splits
+  model: models.Transformer
+  params: dict  # those that are trained; all of a method without steps
+  frozen: dict  # the rest
+  # Of a method with steps, else None.
+  loss_fn: Callable | None = None  # value_fn(params, batch) of all parameters
+  tx: optax.GradientTransformationExtraArgs | None = None
+  opt_state: Any = None
+  host: score.Host | None = None  # that loss_fn calls Python functions through
+
+
+def build(config: config_lib.Train, *, abstract: bool = False,
+          model_config: models.Config | None = None, tokenizer=None,
+          rows: data_lib.Rows | None = None, mesh=None,
+          say: Callable[[str], None] = print) -> Built:
+  """Everything that a run needs before its first step.
+
+  Args:
+    config: of the run; see `mezo_jax.training.checks.check`.
+    abstract: give parameters and state as `jax.ShapeDtypeStruct` with
+      shardings; no weights are read.
+    model_config: of the model, instead of what its files say; for ``abstract``.
+    tokenizer: the model's, instead of that of its files.
+    rows: to train on and to test with, instead of the config's.
+    mesh: instead of the config's, of described devices for example.
+    say: reports what is found.
+
+  Raises:
+    InputError: if the config, its files and the devices do not fit each other.
+  """
+  mesh = make_mesh(config) if mesh is None else mesh
+  if model_config is None:
+    model_config = read_config(config)
+  if tokenizer is None:
+    tokenizer = read_tokenizer(config)
+  rows = data_lib.read_rows(config.data, config.task) if rows is None else rows
+  splits = encode_rows(config, rows, model_config, tokenizer, say)
+  model, params = load(config, model_config, mesh, abstract)
+  model, params = add(config, model, params, tokenizer, mesh)
+  if not methods.method_of(config).steps:
+    return Built(mesh, tokenizer, splits, model, params, {})
+  params, frozen = trainable_lib.split(config, params)
+  host = score.Host()
+  loss_fn = score.make_loss_fn(
+      model, splits.train, config.task, config_lib.objective(config), tokenizer,
+      _host_is_silent if abstract else host)
+  tx = optimizer.make_optimizer(
+      config, params, privacy_plan(config, splits, mesh))
+  return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
+               init_state(tx, params, mesh), host)
+
+
+def _host_is_silent(fn, shape, found, *args):
+  """In the place of a call to the host, which no described device has."""
+  del fn, args
+  return jnp.zeros(shape.shape, shape.dtype) + 0 * jnp.sum(found)
+
+
+# --- mesh, model and data ---------------------------------------------------
+
+
+def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
+  """The config's mesh over all devices or over these; InputError if it does
+  not fit them."""
+  sizes = config.mesh
+  mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor,
+                            sizes.direction, devices)
+  for rows in (config.data.batch_size,
+               *(a.data.batch_size for a in config.also)):
+    if rows % sharding.row_groups(mesh):
+      raise InputError(
+          f'data.batch_size {rows} does not divide over '
+          f'{sharding.row_groups(mesh)} groups of devices; make it a multiple '
+          'of that.')
+  return mesh
+
+
+def model_name(config: config_lib.Train) -> str | os.PathLike:
+  """The model to load; the quickstart's is fetched where it is missing."""
+  name = config.model.name
+  return quickstart_data.model_path() if name == 'quickstart' else name
+
+
+def plain_name(config: config_lib.Train) -> str:
+  """Returns the model's name as others may see it: the id of a hub's model, or
+  the last part of a local path."""
+  name = config.model.name
+  local = Path(name).expanduser()
+  hub_id = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name)
+  return name if hub_id and not local.exists() else local.resolve().name
+
+
+def read_config(config: config_lib.Train) -> models.Config:
+  return models.load_config(model_name(config), config.model.revision or None)
+
+
+def read_tokenizer(config: config_lib.Train):
+  return models.load_tokenizer(
+      model_name(config), config.model.revision or None,
+      config.model.bos_token or None)
+
+
+def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
+                model_config: models.Config, tokenizer,
+                say: Callable[[str], None]) -> data_lib.Splits:
+  """Returns rows as tokens, in the form that objective and evaluation need, and
+  reports how many there are and what looks wrong in them.
+
+  Raises:
+    InputError: if data, task and model do not fit each other.
+  """
+  task, method = config.task, methods.method_of(config)
+  before = trainable_lib.tokens_before(config)
+  if not task.traits.new_head and not model_config.head:
+    raise InputError(
+        f'the files of {config.model.name} are of a base class, without the '
+        f'head that a task of kind {task.kind!r} needs; take a model that was '
+        'saved with its head, or --config.task.kind=head with '
+        'task.label_names.')
+  if task.traits.new_head:
+    _check_head(config, model_config)
+  if not task.traits.new_head and task.masked == model_config.causal:
+    raise InputError(
+        f'the prompt {task.template!r} is for a '
+        f'{"masked" if task.masked else "causal"} model and '
+        f'{config.model.name} is none; choose another --config.task.template '
+        '({mask} is where a masked model reads the label words).')
+  objective = config_lib.objective(config)
+  needs_gold = (objectives.needs_gold(objective) or method.probe
+                or method.demonstrations)
+  say(split_words(config, rows))
+  if method.steps and config.method != 'private' and (
+      len(rows.train) < config.data.batch_size):
+    raise InputError(
+        f'{len(rows.train)} training rows do not fill a batch of '
+        f'{config.data.batch_size}; lower --config.data.batch_size.')
+  gold_only = {
+      'train': objectives.gold_only(objective),
+      # With demonstrations the dev rows are not used: the cheapest form.
+      'dev': method.demonstrations or (
+          config.select == 'loss' and task.traits.generates
+          and objectives.gold_only(objective))}
+  first = model_config.vocab_size
+  soft = range(first, first + (before if methods.part_of(config).soft else 0))
+  splits = data_lib.encode_rows(
+      rows, task, tokenizer, causal=model_config.causal,
+      limit=min(config.data.max_length, model_config.max_length - before),
+      buckets=config.data.buckets,
+      gold_only=[name for name, only in gold_only.items() if only],
+      num_demos=config.num_demos if method.demonstrations else 0,
+      prior=bool(config.calibration),
+      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
+      untold=('train',) if config.method == 'private' else (),
+      # Without steps nothing is trained, and answers alone are generated.
+      lm_loss=objectives.gold_only(objective) and (
+          method.steps or not task.traits.generates),
+      needs_gold=needs_gold, say=say)
+  most = max((token for split in (splits.train, splits.dev, splits.test,
+                                  *splits.gold.values())
+              for part in (*split.prompts, *(
+                  answer for row in split.candidates for answer in row))
+              for token in part), default=0)
+  if most >= first + before:
+    raise InputError(
+        f'the tokenizer of {config.model.name} gave token {most} for these '
+        f'rows, and the model has {first}: they are not of one model.')
+  for text in data_warnings(config, rows):
+    say(f'warning: {text}.')
+  multihost.agree(
+      'the rows', lambda: fingerprint.of_rows(
+          splits.train, splits.dev, splits.test),
+      'bring the same data to every host')
+  return splits
+
+
+def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
+  """Returns how the rows of a run are split: ``data: 230 rows of x.csv: 138
+  train, 46 dev, 46 test``."""
+  d, task = config.data, config.task
+  source = d.train or task.hub
+  held_out = d.test or ('' if d.train else task.hub)
+  train, dev, test = (len(part) for part in (rows.train, rows.dev, rows.test))
+  total = len(rows.pool) + (0 if held_out else test)
+  unused = total - train - dev - (0 if held_out else test)
+  parts = [f'{train} train', f'{dev} dev', f'{test} test']
+  if held_out:
+    parts[2] += f' (of {held_out})'
+  if unused:
+    parts.append(f'{unused} unused')
+  return f'data: {total} rows of {source}: {", ".join(parts)}'
+
+
+def data_warnings(config: config_lib.Train,
+                  rows: data_lib.Rows) -> list[str]:
+  """Returns what looks like a mistake in the rows of a run. Of private training
+  rows nothing is said."""
+  task, out = config.task, []
+  read = {'dev': rows.dev, 'test': rows.test}
+  if config.method != 'private':
+    read = {'train': rows.train} | read
+  for name, some in read.items():
+    bare = sum(not task.has_gold(row) for row in some)
+    if bare and name != 'train':
+      column = (task.answers_column if task.traits.generates
+                else task.label_column)
+      out.append(f'{bare} of {len(some)} {name} rows have no right answer in '
+                 f'column {column!r}: {task.main_metric} is not measured on '
+                 f'{name} rows')
+    if name == 'train' and task.traits.classes and not bare:
+      found = {task.golds(row)[0] for row in some}
+      absent = sorted({*range(task.num_classes)} - found)
+      if absent:
+        words = task.label_words or task.label_names
+        out.append('no train row has the label ' + ', '.join(
+            f'{c} ({words[c]!r})' for c in absent))
+  if 'train' not in read:
+    return out
+
+  def key(row):
+    text = task.prompt(row, mask='', sep='')
+    choices = [] if task.traits.classes or task.traits.generates else (
+        task.candidates(row))
+    return (text, *choices)
+  seen = {*map(key, rows.train)}
+  for name in ('dev', 'test'):
+    again = sum(key(row) in seen for row in read[name])
+    if again:
+      out.append(f'{again} of {len(read[name])} {name} rows have the prompt of '
+                 'a train row, so results on them say little about new rows')
+  return out
+
+
+def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
+  """Raises InputError for a classification head that could not be exported."""
+  classifier.check(model_config)
+  if methods.adapts(config) and not methods.part_of(config).added:
+    raise InputError(
+        f"a task of kind 'head' with peft.method {config.peft.method!r} has no "
+        'equal in PEFT and could not be exported: take '
+        "--config.peft.method=lora, or a task with label words.")
+
+
+def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
+  """An abstract training batch of ``rows`` rows of ``length`` tokens."""
+  batch = batch_of(data, range(rows), length, rows)
+  place = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
+  return jax.tree.map(lambda x: _shape(x, place), batch)
+
+
+# --- parameters -------------------------------------------------------------
+
+
+def load(config: config_lib.Train, model_config: models.Config, mesh,
+         abstract: bool = False):
+  """``model, params`` of the model's files, or the shapes of the latter."""
+  if abstract and config.model.dtype != 'codes':
+    model = models.Transformer(model_config)
+    params = models.param_shapes(
+        model_config, mesh, config.model.dtype, config.model.offload)
+  else:
+    model, params = models.load(
+        model_name(config), mesh, config.model.dtype,
+        revision=config.model.revision or None, offload=config.model.offload)
+    if abstract:  # what the codes are, their file alone says
+      params = jax.tree.map(lambda x: _shape(x, x.sharding), params)
+  return model.clone(remat=config.model.remat), params
+
+
+def add(config: config_lib.Train, model: models.Transformer, params: dict,
+        tokenizer, mesh):
+  """``model, params`` with what task and method add, and laid out as they need.
+
+  Args:
+    config: of the run.
+    model: from `load`.
+    params: from `load`, arrays or shapes; layers may be taken out of them.
+    tokenizer: the model's.
+    mesh: where parameters are.
+
+  Raises:
+    InputError: if what is to be added does not fit the model.
+  """
+  abstract, given = _is_abstract(params), dict(paths.named_leaves(params))
+  if config.task.traits.new_head:
+    make = lambda: head.init(
+        jax.random.key(config.seed), model.config, config.task.num_classes)
+    params = params | {'classifier': _made(
+        lambda tree: sharding.replicated(mesh), abstract, make)}
+  made = []  # the models that go with what is made
+
+  def laid_out(params):
+    found, params = trainable_lib.lay_out(config, model, params)
+    made.append(found)
+    return params
+  if abstract:
+    params = _as_before(jax.eval_shape(laid_out, params), given, mesh)
+  else:
+    params = laid_out(params)
+
+  def adapters(params):
+    found, leaves = trainable_lib.adapters(config, made[-1], params, tokenizer)
+    made.append(found)
+    return leaves
+  leaves = _made(lambda tree: sharding.param_shardings(tree, mesh), abstract,
+                 adapters, params)
+  return made[-1], peft.join(params, leaves)
+
+
+def _made(place: Callable, abstract: bool, make: Callable, *args):
+  """What ``make(*args)`` gives, laid out by ``place(tree)``; or its shapes."""
+  if not abstract:
+    tree = make(*args)
+    return sharding.place(tree, place(tree)) if tree else tree
+  tree = jax.eval_shape(make, *args)
+  return jax.tree.map(_shape, tree, jax.tree.broadcast(place(tree), tree))
+
+
+def _as_before(shapes: dict, given: dict, mesh) -> dict:
+  """Shapes of parameters that are laid out anew, each where it was before."""
+  def place(path, x):
+    for old in (path, path.removeprefix('last_'),
+                path.replace('lm_head/', 'embed/')):
+      if old in given:  # codes have several arrays
+        return jax.tree.map(
+            lambda x, old: _shape(x, old.sharding), x, given[old])
+    return _shape(x, sharding.replicated(mesh))  # a task's new head
+  return paths.map_named(place, shapes)
+
+
+def _shape(x, place) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _is_abstract(params) -> bool:
+  return isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+
+
+# --- optimizer state --------------------------------------------------------
+
+
+def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
+                 mesh) -> privacy.Plan | None:
+  """The budget of a private run's training rows; None of another run."""
+  if config.method != 'private':
+    return None
+  p = config.privacy
+  return privacy.plan(
+      p.epsilon, p.delta, p.mechanism, config.steps, len(splits.train.prompts),
+      config.data.batch_size,
+      config.optimizer.micro_batches * sharding.row_groups(mesh))
+
+
+def init_state(tx: optax.GradientTransformation, params: dict, mesh,
+               abstract: bool | None = None):
+  """The optimizer's state: what mirrors a parameter lies where it does, the
+  rest everywhere.
+
+  Args:
+    tx: the optimizer.
+    params: that it trains, arrays or shapes.
+    mesh: where they are.
+    abstract: give shapes; None to do so where ``params`` are shapes.
+  """
+  everywhere = sharding.replicated(mesh)
+  if not (_is_abstract(params) if abstract is None else abstract):
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, jax.NamedSharding) else
+        sharding.place(x, everywhere), tx.init(params))
+  known = dict(paths.named_leaves(params))
+
+  def place(path, x):
+    parts = path.split('/')
+    for i in range(len(parts)):
+      like = known.get('/'.join(parts[i:]))
+      if like is not None and like.shape == x.shape:
+        return _shape(x, like.sharding)
+    return _shape(x, everywhere)
+  return paths.map_named(place, jax.eval_shape(tx.init, params))

@@ -1,0 +1,197 @@
+r"""The tasks of a run: one, or several, of whose losses it makes the mean
+:math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t` less.
+
+A step's batch is of one task, drawn by weight from the run's seed, so that its
+loss is right on average; programs are compiled for each task and length. Dev
+rows of all choose the best step, by the mean of their metrics.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mezo_jax import peft
+from mezo_jax.core import reports
+from mezo_jax.tasks import data as data_lib
+from mezo_jax.tasks import evaluate, score
+from mezo_jax.training import build as build_lib
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import feed, frozen_features
+
+MEAN = 'mean'  # of the main metrics of several tasks
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('batch',), meta_fields=('task',))
+@dataclasses.dataclass(frozen=True)
+class Of:
+  """A batch, and the number of the task that it is of."""
+
+  batch: Any
+  task: int
+
+
+class Part(NamedTuple):
+  """One task of a run."""
+
+  name: str
+  weight: float
+  config: config_lib.Train  # as if it were alone
+  built: build_lib.Built
+  ask: evaluate.Evaluators
+
+  @property
+  def metric(self) -> str:
+    return config_lib.metric(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """The tasks of a run; `make` makes it."""
+
+  parts: tuple[Part, ...]
+
+  @property
+  def metric(self) -> str:
+    """The name of the number by which runs and their steps are compared."""
+    return MEAN if len(self.parts) > 1 else self.parts[0].metric
+
+  @property
+  def splits(self) -> list[data_lib.Splits]:
+    return [part.built.splits for part in self.parts]
+
+  def value_fn(self, params, of: Of):
+    """The rows' values of a batch, by its task's objective."""
+    return self.parts[of.task].built.loss_fn(params, of.batch)
+
+  def frozen(self, of: Of) -> dict:
+    return self.parts[of.task].built.frozen
+
+  def feed(self, config: config_lib.Train, mesh, start: int, plan=None,
+           secret: bytes | None = None) -> Iterator:
+    """Yields (tokens, `Of` a batch on the mesh, more for the step) from batch
+    number ``start`` on; of a private run with its plan and secret."""
+    if plan:
+      part, = self.parts
+      of_one = feed.private(plan, secret, part.built.splits, mesh, start)
+      drawn, sources = itertools.repeat(0), [of_one]
+    else:
+      weights = np.array([part.weight for part in self.parts])
+      drawn = np.random.RandomState(config.seed).choice(
+          len(weights), config.steps, p=weights / weights.sum())
+      sources = [
+          feed.batches(part.config, part.built.splits, mesh,
+                       int(np.sum(drawn[:start] == i)))
+          for i, part in enumerate(self.parts)]
+      drawn = drawn[start:].tolist()
+    for i in drawn:
+      tokens, batch, more = next(sources[i])
+      yield tokens, Of(batch, i), more
+
+  def lengths(self, plan=None) -> list[str]:
+    """Returns the lengths, by task, that a step is compiled for."""
+    return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
+            for part in self.parts
+            for length in feed.lengths(part.config, part.built.splits, plan)]
+
+  def ask(self, change: Callable = lambda params: params
+          ) -> evaluate.Evaluators:
+    """Functions of the trained parameters, to reports of all tasks; ``change``
+    is done to these and to the frozen ones before."""
+    def of_each(params):
+      for part in self.parts:
+        yield part, peft.join(change(params), change(part.built.frozen))
+    dev, test = (lambda params, which=which: self.joined(
+        [getattr(part.ask, which)(whole) for part, whole in of_each(params)])
+                 for which in ('dev', 'test'))
+    def both(params):
+      return tuple(map(self.joined, zip(
+          *[part.ask.both(whole) for part, whole in of_each(params)])))
+    return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
+
+  def joined(self, reports: list[dict]) -> dict:
+    """Returns one report. Of several tasks it has ``mean`` of their metrics
+    (if all are measured), ``loss``, the mean by weight, and ``NAME/...``."""
+    if len(self.parts) == 1:
+      return reports[0]
+    found, out = [*zip(self.parts, reports)], {}
+    if all(part.metric in report for part, report in found):
+      out[MEAN] = float(np.mean(
+          [report[part.metric] for part, report in found]))
+    if all('loss' in report for report in reports):
+      out['loss'] = float(np.average(
+          [report['loss'] for report in reports],
+          weights=[part.weight for part in self.parts]))
+    out['count'] = sum(report['count'] for report in reports)
+    lost = sum(report.get('not_finite', 0) for report in reports)
+    out |= {'not_finite': lost} if lost else {}
+    return out | {f'{part.name}/{name}': value for part, report in found
+                  for name, value in report.items() if name != 'not_finite'}
+
+  def table(self, zero_shot: dict, final: dict) -> str:
+    """Returns a line for each task, and their mean, in Markdown; '' for one
+    task."""
+    if len(self.parts) == 1:
+      return ''
+    rows = []
+    for part in self.parts:
+      name = f'{part.name}/{part.metric}'
+      rows.append({
+          'task': part.name, 'weight': f'{part.weight:g}',
+          'metric': part.metric,
+          'zero-shot': evaluate.spell_value(name, zero_shot),
+          'zero-shot, calibrated': evaluate.spell_value(
+              f'{part.name}/calibrated_{part.metric}', zero_shot),
+          'final': evaluate.spell_value(name, final),
+          'test rows': final[f'{part.name}/count']})
+    rows.append({'task': MEAN, 'zero-shot': evaluate.spell_value(
+        MEAN, zero_shot), 'final': evaluate.spell_value(MEAN, final)})
+    return reports.markdown_table(rows)
+
+
+def alone(config: config_lib.Train) -> list[tuple]:
+  """(name, weight, config) of each task of a run, as if it were alone."""
+  first = dataclasses.replace(config, also=())
+  return [(config.task.name or 'first', 1.0, first), *(
+      (a.name, a.weight, dataclasses.replace(first, task=a.task, data=a.data))
+      for a in config.also)]
+
+
+def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
+         say: Callable[[str], None]) -> Mixture:
+  """The tasks of a run whose first one is ``built``, with its weights.
+
+  Args:
+    config: of the run.
+    built: of its first task.
+    directory: for files of trunks.
+    say: reports what is found.
+
+  Raises:
+    InputError: if a task, its rows and the model do not fit each other.
+  """
+  parts = []
+  for i, (name, weight, own) in enumerate(alone(config)):
+    found = built
+    if i:
+      say(f'task {name}:')
+      splits = build_lib.encode_rows(
+          own, data_lib.read_rows(own.data, own.task), built.model.config,
+          built.tokenizer, say)
+      found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
+          built.model, splits.train, own.task, config_lib.objective(own),
+          built.tokenizer, *([built.host] if built.host else ())))
+    found = frozen_features.keep(
+        own, found, directory / name if config.also else directory, say)
+    ask = evaluate.make_evaluators(
+        own, found.model, found.splits, found.tokenizer, found.mesh)
+    parts.append(Part(name, weight, own, found._replace(
+        params=None, opt_state=None), ask))
+  return Mixture(tuple(parts))

@@ -1,0 +1,23 @@
+"""optax transforms: the SPSA estimator, MeZO, and what composes with them.
+
+An estimator evaluates losses at a few displacements and makes an update of the
+results. The other transforms accumulate updates, round them to half precision
+or skip those that are not finite; `make_step` compiles a chain into a step.
+"""
+
+from mezo_jax.transforms.evaluate_points import (
+    Combine,
+    estimate,
+    fzoo,
+    one_sided,
+    two_sided,
+)
+from mezo_jax.transforms.mezo import mezo
+from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.spsa import spsa, SpsaState
+from mezo_jax.transforms.step import make_step
+from mezo_jax.transforms.stochastic_rounding import round_stochastically
+
+__all__ = ('Combine', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
+           'round_stochastically', 'skip_not_finite', 'spsa', 'SpsaState',
+           'two_sided')

@@ -1,0 +1,303 @@
+r"""The losses of directions, and what they become: coefficients of z."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.directions.base import Directions
+from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.low_rank import LowRank
+from mezo_jax.perturb.api import perturbed
+from mezo_jax.transforms import losses as losses_lib
+
+# --- from losses to coefficients --------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+  r"""Turns the losses of n directions into a value and n coefficients of z.
+
+  Attributes:
+    signs: The s of the points :math:`\theta + s \epsilon z` that are evaluated
+      for each direction. The loss of s = 0, the same for all directions, is
+      evaluated once.
+    fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
+    by_direction: Whether a direction's coefficient depends on its own losses
+      alone. Only then can replicas evaluate a part of the directions each
+      (``part=``). Defaults to False, as for z-scores or ranks.
+
+  Raises:
+    ValueError: for signs that are not numbers, or a ``fn`` that cannot be
+      called.
+  """
+
+  signs: tuple[float, ...]
+  fn: Callable
+  _: dataclasses.KW_ONLY
+  by_direction: bool = False
+
+  def __post_init__(self):
+    if not isinstance(self.signs, (tuple, list)) or not self.signs:
+      raise ValueError('signs must be a tuple of numbers, such as (1.0, -1.0), '
+                       f'got {self.signs!r}.')
+    for sign in self.signs:
+      arguments.number('each of signs', sign)
+    arguments.function('fn', self.fn)
+    arguments.boolean('by_direction', self.by_direction)
+    object.__setattr__(self, 'signs', tuple(self.signs))
+
+  # No __call__: optax.inject_hyperparams takes what is callable for a schedule.
+  def apply(self, losses: jax.Array, eps) -> tuple[jax.Array, jax.Array]:
+    """Returns ``fn(losses, eps)``, whose shapes are checked.
+
+    Raises:
+      ValueError: for something else than a value and n coefficients.
+    """
+    out = self.fn(losses, eps)
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+      raise ValueError('the fn of a Combine must return (value, '
+                       f'projected_grad), got {type(out).__name__}.')
+    value, g = map(jnp.asarray, out)
+    if value.shape or g.shape != losses.shape[:1]:
+      raise ValueError(
+          'the fn of a Combine must return a value [] and projected_grad '
+          f'[{losses.shape[0]}], one for each direction, got '
+          f'{[*value.shape]} and {[*g.shape]}.')
+    return value, g
+
+
+def _two_sided(losses, eps):
+  loss_plus, loss_minus = losses.T
+  return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
+
+
+def _one_sided(losses, eps):
+  loss_plus, loss = losses.T
+  return loss[0], (loss_plus - loss) / eps
+
+
+def _fzoo(losses, eps):
+  del eps  # of the size of the differences, as their deviation is
+  losses, loss = losses.T
+  if len(losses) < 2:
+    raise ValueError('fzoo divides by the standard deviation of the losses of '
+                     'its directions: it needs num_samples of at least 2.')
+  least = jnp.finfo(jnp.float32).eps * jnp.maximum(1.0, jnp.abs(loss[0]))
+  std = jnp.maximum(jnp.std(losses, ddof=1), least)
+  return loss[0], (losses - loss) / std
+
+
+# Its bias is O(eps**2); it takes 2n evaluations.
+two_sided = Combine((1.0, -1.0), _two_sided, by_direction=True)
+# Its bias is O(eps); it takes n + 1 evaluations.
+one_sided = Combine((1.0, 0.0), _one_sided, by_direction=True)
+# FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
+# a size that does not depend on the gradient. The deviation is the sample's
+# (n - 1), and no less than the rounding of a float32 loss.
+fzoo = Combine((1.0, 0.0), _fzoo)
+COMBINES = {'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
+
+
+def as_combine(combine: Combine | str) -> Combine:
+  """Returns a combine function, which may be given by name.
+
+  Raises:
+    ValueError: for an unknown name, or something else.
+  """
+  if isinstance(combine, Combine):
+    return combine
+  if not isinstance(combine, str) or combine not in COMBINES:
+    raise ValueError(
+        f'combine must be one of {tuple(COMBINES)}, or a mezo_jax.Combine, got '
+        f'{combine!r}.')
+  return COMBINES[combine]
+
+
+# --- losses -----------------------------------------------------------------
+
+
+_ROOM = 2**24  # elements: less is never refused
+OVER = ('scan', 'batch', 'rows')
+
+
+def estimate(
+    value_fn: Callable, params, z: Displacement, eps,
+    directions: Directions | str,
+    *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
+    micro_batches: int = 1, equal_parts: bool = False,
+    batch: Mapping | None = None, around: Displacement | None = None,
+) -> jax.Array:
+  r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
+
+  Args:
+    value_fn: ``value_fn(params, **batch)``; see `mezo_jax.transforms.losses`.
+    params: :math:`\theta`.
+    z: its n terms are :math:`z_j`.
+    eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
+    directions: What z is, or its name. Plain directions, or else each
+      evaluation repeats what `Directions.plain` does once.
+    signs: s, one or more; the losses of 0 are evaluated once.
+    over: how the n directions and their signs are evaluated. 'scan': one after
+      the other; one forward pass is in memory at a time. 'batch': all in one
+      pass, each of the whole batch. 'rows': all in one pass, each of its own
+      n-th of the rows, which ``value_fn`` is called with. With `LowRank` all
+      share one product with each weight; others build n layers at a time.
+    micro_batches: parts that the batch is evaluated in, one after the other;
+      with 'rows' it must divide n.
+    equal_parts: whether scalars of parts are averaged as they are.
+    batch: keyword arguments of ``value_fn``.
+    around: a displacement of these directions from ``params`` to
+      :math:`\theta`; None for none.
+
+  Under `jax.set_mesh` of a mesh with an axis `direction`, as
+  `mezo_jax.core.sharding.make_mesh` makes it, its groups evaluate the points at
+  the same time, each its part, and exchange the losses.
+
+  Returns:
+    float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
+    rows add to the loss of the batch: the mean over n is that loss, however
+    much the rows weigh.
+
+  Raises:
+    ValueError: for an unknown ``over``; for what `mezo_jax.transforms.losses`
+    refuses; if
+      n does not divide the rows, or ``micro_batches`` n or the rows; or if
+      directions that are built would take several times the weights' memory.
+  """
+  arguments.function('value_fn', value_fn)
+  directions = as_directions(directions)
+  check_over(over)
+  check_displacement('z', z)
+  if around is not None:
+    check_displacement('around', around)
+  if over != 'scan':
+    _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
+                                      // sharding.direction_groups()))
+  n = z.keys.shape[0]
+  if around is not None and (  # all points' alike: made once
+      over == 'rows' or over == 'batch' and n > 1):
+    value_fn = _displaced(value_fn, around, directions)
+    around = None
+
+  def at(z, part):
+    point = z.times(eps)
+    if around is not None:  # one sum, so no second pass of anything
+      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
+    return perturbed(value_fn, directions)(params, point, **part)
+
+  batch = dict(batch or {})
+  if over == 'rows':
+    if sharding.direction_groups() > 1:
+      raise ValueError(
+          "over='rows' gives each row's directions to the device that has the "
+          'row: leave the mesh axis direction at 1, and split data instead.')
+    return _losses_of_rows(
+        at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
+
+  moved = np.array([s for s in signs if s], np.float32)
+  points = Displacement(
+      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
+  if 0 in signs:
+    points = Displacement(jnp.append(points.keys, z.keys[0]),
+                          jnp.append(points.coefs, 0.0))
+  def loss_at(batch, point):
+    return losses_lib.mean_over_parts(
+        lambda part: at(point, part), batch, micro_batches, equal_parts)
+  def of_all(batch, points):
+    loss = functools.partial(loss_at, batch)
+    return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
+  groups = sharding.direction_groups()
+  if groups > 1:
+    losses = _split(of_all, batch, points, groups)
+  elif over == 'batch' and n == 1:  # signs of one direction share its factors
+    losses = jax.vmap(lambda c: loss_at(batch, Displacement(
+        z.keys, c[None])))(points.coefs)
+  else:
+    losses = of_all(batch, points)
+  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
+  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
+                    for s in signs], axis=1)
+
+
+def _split(of_all: Callable, batch: dict, points: Displacement,
+           groups: int) -> jax.Array:
+  """The losses of points, each group of a mesh's `direction` axis evaluating as
+  many: the last ones again where they do not divide."""
+  n = points.coefs.shape[0]
+  index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
+  points = jax.tree.map(lambda x: lax.with_sharding_constraint(
+      x[index].reshape(groups, -1), jax.P('direction')), points)
+  losses = jax.vmap(functools.partial(of_all, batch),
+                    spmd_axis_name='direction')(points)
+  return lax.with_sharding_constraint(losses, jax.P()).ravel()[:n]
+
+
+def _displaced(value_fn: Callable, by: Displacement,
+               directions: Directions) -> Callable:
+  return lambda params, **kwargs: perturbed(value_fn, directions)(
+      params, by, **kwargs)
+
+
+def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
+  n = z.keys.shape[0]
+  rows, with_rows = losses_lib.split_batch(batch, n, "over='rows': num_samples")
+  count = losses_lib.rows_of_parts(rows)
+
+  def of_rows(term, rows):
+    def of_sign(s):
+      out = at(term.times(s), with_rows(rows))
+      losses_lib.check_parts(
+          out, n, equal_parts, "over='rows': num_samples", rows=count)
+      return losses_lib.sums(out)
+    return jax.vmap(of_sign)(signs)
+
+  # Rows, and so their directions, are split between the devices of a mesh.
+  together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
+  with sharding.rows_have_directions():
+    if parts == 1:
+      total, weight = together(z, rows)
+    else:
+      some = lambda x: sharding.split_rows(x, parts)
+      total, weight = lax.map(
+          lambda part: together(*part), jax.tree.map(some, (z, rows)))
+      total, weight = (x.reshape(n, -1) for x in (total, weight))
+  return n * total / jnp.sum(weight, 0)
+
+
+def check_displacement(name: str, displacement) -> None:
+  if not isinstance(displacement, Displacement):
+    raise ValueError(f'{name} must be a mezo_jax.Displacement, got '
+                     f'{displacement!r}.')
+
+
+def check_over(over: str) -> None:
+  if not isinstance(over, str) or over not in OVER:
+    raise ValueError(f'over must be one of {OVER}, got {over!r}.')
+
+
+def _check_room(params, directions: Directions, points: int) -> None:
+  """Refuses to build a layer for each of many points at once.
+
+  Raises:
+    ValueError: if that takes several times the memory of the weights.
+  """
+  if isinstance(directions, LowRank):
+    return
+  leaves = [x for _, x in paths.named_leaves(params)]
+  stacks = paths.stacked(params, directions.stacked)
+  layers = [x.size // x.shape[0] if is_stack else x.size
+            for x, is_stack in zip(leaves, stacks) if paths.is_floating(x)]
+  total = paths.size_of(params)
+  if points * max(layers, default=0) > max(4 * total, _ROOM):
+    raise ValueError(
+        f'{points} points at once would each build perturbed weights of their '
+        f'own, up to {points * max(layers) / total:.0f} times the memory of '
+        'the model: use directions=mezo_jax.LowRank(), which builds none, '
+        "over='scan', or fewer directions.")

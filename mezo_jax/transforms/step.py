@@ -1,0 +1,343 @@
+"""The training step: the one place where it is written."""
+
+from collections.abc import Callable
+import contextlib
+import functools
+import time
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mezo_jax.core import arguments, paths, sharding, trees
+from mezo_jax.directions import streams
+from mezo_jax.transforms import accumulate, skip_not_finite
+from mezo_jax.transforms.spsa import check_part
+
+
+def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
+              mesh: jax.sharding.Mesh | None = None,
+              on_compile: Callable | None = None,
+              part: tuple[int, int] | None = None) -> 'Step':
+  """Returns ``step(params, state, batch, frozen=None, **more) -> params, state,
+  metrics``, where ``more`` are further arguments of ``tx.update``.
+
+  A step of MeZO is two programs: the losses, one for each shape of a batch, and
+  the update, one for all, of which nothing but the projected gradients is an
+  input (the door of `mezo_jax.spsa`). So what is done to the weights later from
+  the recorded numbers is bitwise what was done to them in training. A step of
+  backpropagation is one program.
+
+  Args:
+    tx: A transformation with an estimator in it, such as `mezo_jax.mezo`.
+    value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`. A batch is any
+      tree that `jax.jit` takes, numbers among them. None for a step that only
+      ever updates.
+    mesh: The mesh that params are on; set where programs are traced.
+    on_compile: A function of (batch, program, seconds), called for each program
+      that was compiled; batch is None for the update.
+    part: For a replica, which directions it evaluates (`mezo_jax.spsa`): its
+      steps are ``g, value = step.losses(...)``, which it sends to the others,
+      and ``step.update(params, state, g, value)`` with the numbers of all.
+
+  Returns:
+    A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
+    ``value_fn`` gets ``mezo_jax.peft.join(params, frozen)``. Metrics are device
+    arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
+    ``skipped_in_a_row``.
+  """
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise ValueError('tx must be an optax.GradientTransformation such as '
+                     f'mezo_jax.mezo(...), got {tx!r}.')
+  if value_fn is not None:
+    arguments.function('value_fn', value_fn)
+  if on_compile is not None:
+    arguments.function('on_compile', on_compile)
+  if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+    raise ValueError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}.')
+  if part is not None:
+    part = check_part(part)
+  return Step(tx, value_fn, mesh, on_compile, part)
+
+
+class Step:
+  """See `make_step`. Programs are compiled when first needed, never again."""
+
+  def __init__(self, tx, value_fn, mesh, on_compile, part):
+    self.compiled = {}  # by shape of the batch; the update by None
+    self._mesh, self._on_compile, self._part = mesh, on_compile, part
+    only = {} if part is None else dict(part=part)
+
+    def run(params, state, frozen, batch, more):
+      value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
+      return tx.update(None, state, params, value_fn=value_of, batch=batch,
+                       **more, **only)
+
+    def losses(params, state, frozen, batch, more):
+      _, state = run(params, state, frozen, batch, more)
+      return field(state, 'projected_grad'), field(state, 'value')
+
+    def update(params, state, projected_grad, value):
+      moved = functools.partial(
+          _moved, tx, projected_grad=projected_grad, value=value)
+      def noted(params, state):  # no weight is read or written
+        return params, tx.update(
+            None, state, params, projected_grad=projected_grad, value=value,
+            fold=False)[1]
+      if pends(state):
+        params, state = jax.lax.cond(
+            accumulate.is_due(state), functools.partial(moved, fold=True),
+            noted, params, state)
+      else:
+        params, state = moved(params, state)
+      return params, state, _metrics(state)
+
+    def flush(params, state):
+      params, state = _moved(tx, params, state, flush=True)
+      return params, state, _metrics(state)
+
+    def whole(params, state, frozen, batch, more):
+      updates, state = run(params, state, frozen, batch, more)
+      return optax.apply_updates(params, updates), state, _metrics(state)
+
+    self._losses, self._update, self._whole = losses, update, whole
+    self._flush, self._value_fn = flush, value_fn
+    self._shapes = ()  # of the numbers of an update, when it is traced
+
+  def __call__(self, params, state, batch, frozen=None, **more):
+    if self._part is not None:
+      raise ValueError('a part of the directions makes no step: call losses, '
+                       'and update with the numbers of all replicas.')
+    out = self.losses(params, state, batch, frozen, **more)
+    # A whole step has three results, losses two: no walk over the state here.
+    return out if len(out) == 3 else self.update(params, state, *out)
+
+  def losses(self, params, state, batch, frozen=None, **more):
+    """``projected_grad, value`` of a step; nothing is donated. (Of
+    backpropagation, which is one program, the whole step.)"""
+    program = self._program(_shape((batch, more)), batch, lambda: (
+        self._trace_losses(params, state, batch, frozen, more)))
+    return program(params, state, frozen, batch, more)
+
+  def update(self, params, state, projected_grad, value=jnp.nan):
+    """Makes the step of these projected gradients [n], without losses."""
+    program = self._program(
+        None, None, lambda: self._trace_update(params, state))
+    # Numbers of the host are placed by the program: that costs no program.
+    numbers = [_numbers(name, x, shape) for name, x, shape in zip(
+        ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
+    return program(params, state, *numbers)
+
+  def flush(self, params, state):
+    """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
+    as they are where nothing ever is. Both are donated."""
+    if not pends(state):
+      return params, state
+    return self._program('flush', None, lambda: self._trace_flush(
+        params, state))(params, state)[:2]
+
+  def trace(self, params, state, batch, frozen=None, **more) -> list:
+    """The programs of a step, of arrays, or of shapes and places.
+
+    One of backprop; of MeZO the losses, the update and, where updates are
+    pending, `flush`. Each is a `jax.stages.Traced`.
+    """
+    out = [self._trace_losses(params, state, batch, frozen, more)]
+    if _has_door(state):
+      out.append(self._trace_update(params, state))
+    if pends(state):
+      out.append(self._trace_flush(params, state))
+    return out
+
+  def lower(self, params, state, batch, frozen=None, **more) -> list:
+    """Those of `trace`, lowered."""
+    return [*map(self._lower, self.trace(
+        params, state, batch, frozen, **more))]
+
+  def compile(self, params, state, batch, frozen=None, **more) -> None:
+    """Compiles what the first step would, without making it."""
+    self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
+        params, state, batch, frozen, more))
+    if _has_door(state):
+      self._program(None, None, lambda: self._trace_update(params, state))
+
+  def _trace_losses(self, params, state, batch, frozen, more):
+    _check_state(state)
+    arguments.function('value_fn', self._value_fn)
+    args = params, state, frozen, batch, more
+    if _has_door(state):
+      return self._trace(self._losses, args)
+    return self._trace(self._whole, args, (params, state))
+
+  def _trace_update(self, params, state):
+    _check_state(state)
+    if not _has_door(state):
+      raise ValueError('a step of backpropagation is one program: it has no '
+                       'update that could be made from recorded numbers.')
+    numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
+               for x in (field(state, 'projected_grad'), field(state, 'value'))]
+    self._shapes = [x.shape for x in numbers]
+    return self._trace(self._update, (params, state, *numbers), (params, state))
+
+  def _trace_flush(self, params, state):
+    return self._trace(self._flush, (params, state), (params, state))
+
+  def _trace(self, fn, args, kept=()):
+    """``kept``, the first of args, are donated, and stay where they are."""
+    out = self._mesh and sharding.replicated(self._mesh)
+    if kept:
+      out = (*jax.tree.map(_place, kept), out)
+    jitted = jax.jit(
+        fn, donate_argnums=range(len(kept)), out_shardings=out)
+    with self._on_mesh():
+      return jitted.trace(*args)
+
+  def _lower(self, traced):
+    with self._on_mesh():
+      return traced.lower()
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
+        self._mesh)
+
+  def _program(self, shape, batch, trace: Callable):
+    if shape not in self.compiled:
+      began = time.time()
+      self.compiled[shape] = self._lower(trace()).compile()
+      if self._on_compile:
+        self._on_compile(batch, self.compiled[shape], time.time() - began)
+    return self.compiled[shape]
+
+
+def _moved(tx, params, state, **how):
+  """``params, state`` after an update; weights in the host's memory go to the
+  device and back a layer at a time."""
+  def only(on_host):
+    return jax.tree.map(
+        lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
+  here = only(False) if offloads else params
+  updates, new_state = tx.update(None, state, here, **how)
+  here = optax.apply_updates(here, updates)
+  if not offloads:
+    return here, new_state
+  away = only(True)
+  depth = _depth(away, state)
+
+  def one(layer, away):
+    rows = sharding.fetched(jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
+    with streams.stacks_begin_at(layer):  # of which these are the next
+      updates, _ = tx.update(None, state, rows, **how)
+    return jax.tree.map(
+        lambda x, new: lax.dynamic_update_slice_in_dim(
+            x, sharding.to_host(new), layer, 0),
+        away, optax.apply_updates(rows, updates))
+  away = lax.fori_loop(0, depth, one, away)
+  return jax.tree.map(lambda a, b: b if a is None else a, here, away,
+                      is_leaf=lambda x: x is None), new_state
+
+
+def _depth(away, state) -> int:
+  """How many layers the stacks in the host's memory have."""
+  depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
+      paths.named_leaves(away), paths.stacked(away))}
+  shapes = {x.shape for x in jax.tree.leaves(away)}
+  if len(depths) > 1 or 0 in depths:
+    raise ValueError(
+        'only stacks of layers, all of one number, may be in the memory of the '
+        f'host; found {sorted(p for p, _ in paths.named_leaves(away))}.')
+  if any(x.shape in shapes for x in jax.tree.leaves(state)):
+    raise ValueError(
+        'weights in the memory of the host are updated a layer at a time, '
+        'which an optimizer that keeps something of their size cannot: use '
+        'mezo_jax.mezo.')
+  return depths.pop()
+
+
+def _shape(tree) -> tuple:
+  """Returns what a program that is compiled for a tree depends on."""
+  def kind(x):
+    if hasattr(x, 'shape') and hasattr(x, 'dtype'):
+      return x.shape, x.dtype, getattr(x, 'weak_type', False)
+    return type(x)  # a Python number
+  return jax.tree.structure(tree), *map(kind, jax.tree.leaves(tree))
+
+
+def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
+  """Returns numbers as a program takes them."""
+  try:
+    if x is None or isinstance(x, jax.Array) and x.shape != shape:
+      raise ValueError
+    return x if isinstance(x, jax.Array) else np.reshape(
+        np.asarray(x, np.float32), shape)
+  except (TypeError, ValueError) as e:
+    raise ValueError(f'{name} must be float32 numbers of the shape {[*shape]}, '
+                     f'got {x!r}.') from e
+
+
+def _check_state(state) -> None:
+  """Raises ValueError for the state of something that is not an estimator."""
+  if field(state, 'notfinite_count') is None:
+    raise ValueError(
+        'tx or state: a step needs an optimizer with an estimator in it, such '
+        'as mezo_jax.mezo, or chain(mezo_jax.spsa(...), adam(...)), and the '
+        'state that its init returned.')
+
+
+def _place(x):
+  """Where an array is to lie; None, for the compiler to say, off a mesh."""
+  place = getattr(x, 'sharding', None)
+  return place if isinstance(place, jax.NamedSharding) else None
+
+
+def _join(params, frozen):
+  return params if frozen is None else trees.join(params, frozen)
+
+
+def field(state, name: str):
+  """Returns a field of the estimator's state, or of what is pending.
+
+  Fields of other links may have the same names, as that of
+  `optax.apply_if_finite` has.
+
+  Returns:
+    The field, or None if there is none.
+
+  Raises:
+    ValueError: if there are several estimators.
+  """
+  is_own = lambda x: skip_not_finite.is_estimator(x) or isinstance(
+      x, accumulate.PendingState)
+  found = []
+  for x in jax.tree.leaves(state, is_leaf=is_own):
+    if not is_own(x):
+      continue
+    x = getattr(x, 'spsa', x)  # of a state that remembers more
+    if hasattr(x, name):
+      found.append(getattr(x, name))
+  if len(found) > 1:
+    raise ValueError(
+        f'tx has {len(found)} estimators, and a step needs one: the first link '
+        'of the chain makes the updates, and the others work on them.')
+  return found[0] if found else None
+
+
+def _has_door(state) -> bool:
+  return field(state, 'projected_grad') is not None
+
+
+def pends(state) -> bool:
+  """Whether updates wait to be added to the weights."""
+  return field(state, 'pending') is not None
+
+
+def _metrics(state) -> dict[str, Any]:
+  name = 'projected_grad' if _has_door(state) else 'grad_norm'
+  return {
+      'loss': field(state, 'value'), name: field(state, name),
+      'skipped': field(state, 'total_notfinite'),
+      'skipped_in_a_row': field(state, 'notfinite_count')}
