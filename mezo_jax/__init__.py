@@ -16,7 +16,7 @@ from mezo_jax.transforms.evaluate_points import (
   two_sided,
 )
 from mezo_jax.transforms.mezo import mezo
-from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa, SpsaState
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically

@@ -13,7 +13,7 @@ if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
 from mezo_jax.cli import suite
 from mezo_jax.core.errors import in_one_sentence
 from mezo_jax.distributed import hosts
-from mezo_jax.export.export import export, rebuild
+from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.planning import cli
 
 

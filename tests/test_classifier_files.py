@@ -13,7 +13,7 @@ import runs
 
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError
-from mezo_jax.export.export import export, rebuild
+from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.tasks import head, Task
 import train
 

@@ -8,7 +8,7 @@ import pytest
 import runs
 
 from mezo_jax.core.errors import in_one_sentence, InputError, local, of_the_disk
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.runs import checkpoint
 import train
 

@@ -14,7 +14,7 @@ from runs import command, records
 
 from mezo_jax import models
 from mezo_jax.core.errors import AGAIN
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 
 SETTINGS = ['--config.steps=60', '--config.eval_every=30',
             '--config.optimizer.learning_rate=1e-4', '--config.select=loss',

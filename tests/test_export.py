@@ -13,8 +13,8 @@ from runs import records, small_config
 from mezo_jax import __main__ as command_line
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError
-from mezo_jax.export.export import card, export, rebuild
-from mezo_jax.export.export import export as export_lib
+from mezo_jax.export import from_run
+from mezo_jax.export.from_run import card, export, rebuild
 from mezo_jax.training import config as config_lib
 import train
 
@@ -212,7 +212,7 @@ def test_adapters_of_a_gguf_file_say_how_to_load_them(
   config = small_config('/secretplace/tiny.gguf', 'rows.jsonl',
                         peft__method='lora')
   said = []
-  out = export_lib._write(
+  out = from_run._write(
       tmp_path / 'out', config, model, whole, None, 2, {}, False, said.append)
   about = json.loads((out / 'adapter_config.json').read_text())
   assert about['base_model_name_or_path'] is None

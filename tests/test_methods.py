@@ -12,7 +12,7 @@ from runs import changed, saved, small_config, train_losses
 
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError, Stopped
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.runs import preemption
 from mezo_jax.tasks import Task
 from mezo_jax.training import checks, methods

@@ -11,7 +11,7 @@ from test_train import small_config
 
 from mezo_jax import models
 from mezo_jax.core.errors import Stopped
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.runs import checkpoint
 from mezo_jax.tasks import Task
 import train

@@ -18,7 +18,7 @@ import mezo_jax
 from mezo_jax import models
 from mezo_jax.core import fingerprint, sharding
 from mezo_jax.core.errors import InputError
-from mezo_jax.export.export import export, rebuild
+from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.training import checks
 import train
 

@@ -15,7 +15,7 @@ import mezo_jax
 from mezo_jax import LowRank, models, Rademacher
 from mezo_jax.core import sharding
 from mezo_jax.core.errors import Stopped
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.runs import preemption
 import train
 

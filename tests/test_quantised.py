@@ -12,7 +12,7 @@ import runs
 import mezo_jax
 from mezo_jax import models
 from mezo_jax.core import paths, quantized
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.models.formats import huggingface, quantize, weights
 import train
 
@@ -71,7 +71,7 @@ def test_lora_on_codes_that_stay(tiny_dir, reviews_file, tmp_path):
       peft__rank=2, steps=2, eval_every=2, zero_shot=False)
   result = train.run(config, tmp_path / 'run')
   assert result['trained'] < 3000
-  export.export(tmp_path / 'run', tmp_path / 'merged', merged=True)
+  export(tmp_path / 'run', tmp_path / 'merged', merged=True)
   model, params = models.load(tmp_path / 'merged', progress=False)
   _, base = models.load(tiny_dir, dtype='int8', progress=False)
   floats = mezo_jax.dequantize(base)

@@ -11,7 +11,7 @@ import mezo_jax
 from mezo_jax import Displacement, make_step, models, peft, variants
 from mezo_jax.core.errors import InputError
 from mezo_jax.directions import noise
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.tasks import Task
 from mezo_jax.training import build
 import train
@@ -109,7 +109,7 @@ def test_a_run_goes_on_and_its_integers_stay(
   train.run(config(4), tmp_path / 'again')
   whole = jax.device_get(runs.saved(tmp_path / 'part')[1])
   helpers.assert_bitwise(runs.saved(tmp_path / 'again')[1], whole)
-  export.export(tmp_path / 'part', tmp_path / 'out', step=4)
+  export(tmp_path / 'part', tmp_path / 'out', step=4)
   _, exported = models.load(tmp_path / 'out', progress=False)
   _, base = models.load(tiny_dir, dtype='int8', progress=False)
   helpers.assert_close(exported, mezo_jax.dequantize(peft.join(whole, base)))

@@ -14,7 +14,7 @@ import runs
 from mezo_jax import models
 from mezo_jax.__main__ import main
 from mezo_jax.core.errors import Again, in_one_sentence, InputError, Stopped
-from mezo_jax.export.export import export, rebuild
+from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.runs import replay
 import train
 

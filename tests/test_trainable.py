@@ -10,7 +10,7 @@ from runs import saved, small_config
 
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import trainable
 import train

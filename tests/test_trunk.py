@@ -13,7 +13,7 @@ from runs import records, saved, small_config
 
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError
-from mezo_jax.export.export import export
+from mezo_jax.export.from_run import export
 from mezo_jax.tasks.encode import batch_of
 from mezo_jax.training import build, frozen_features
 from mezo_jax.training import config as config_lib

@@ -5,6 +5,6 @@ or a log. `rebuild` makes the fine-tuned weights again from a base model and
 such a log.
 """
 
-from mezo_jax.export.export import export, rebuild
+from mezo_jax.export.from_run import export, rebuild
 
 __all__ = ('export', 'rebuild')

@@ -16,7 +16,7 @@ from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.accumulate import pending, sgd
 from mezo_jax.transforms.evaluate_points import Combine, two_sided
-from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
 from mezo_jax.transforms.stochastic_rounding import (
   round_stochastically,

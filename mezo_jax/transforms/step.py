@@ -14,7 +14,7 @@ import optax
 
 from mezo_jax.core import arguments, paths, sharding, trees
 from mezo_jax.directions import streams
-from mezo_jax.transforms import accumulate, skip_not_finite
+from mezo_jax.transforms import accumulate, not_finite
 from mezo_jax.transforms.spsa import check_part
 
 
@@ -310,7 +310,7 @@ def field(state, name: str):
   Raises:
     ValueError: if there are several estimators.
   """
-  is_own = lambda x: skip_not_finite.is_estimator(x) or isinstance(
+  is_own = lambda x: not_finite.is_estimator(x) or isinstance(
       x, accumulate.PendingState)
   found = []
   for x in jax.tree.leaves(state, is_leaf=is_own):

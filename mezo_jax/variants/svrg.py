@@ -34,7 +34,7 @@ from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction
 from mezo_jax.transforms.accumulate import pending, Rule
 from mezo_jax.transforms.mezo import rounding
-from mezo_jax.transforms.skip_not_finite import skip_not_finite
+from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants._told import check_one_eps, Remembering
 
