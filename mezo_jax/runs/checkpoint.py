@@ -21,7 +21,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mezo_jax.core import fingerprint
-from mezo_jax.core.errors import first_line, InputError, MissingError, of_the_disk
+from mezo_jax.core.errors import (
+  first_line,
+  InputError,
+  MissingError,
+  of_the_disk,
+)
 
 
 @epath.register_path_cls
@@ -267,7 +272,7 @@ def _unreadable(directory: Path) -> Iterator[Path]:
         yield path
 
 
-# The only keys that there are in a state; see `mezo_jax.directions.noise.as_key`.
+# The only keys that a state has; see `mezo_jax.directions.noise.as_key`.
 _wrap = functools.partial(jax.random.wrap_key_data, impl='threefry2x32')
 
 

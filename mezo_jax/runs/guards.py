@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mezo_jax.training import config as config_lib
-from mezo_jax.runs import replay
 from mezo_jax.core.errors import Stopped
+from mezo_jax.runs import replay
+from mezo_jax.training import config as config_lib
 
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')

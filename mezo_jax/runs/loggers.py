@@ -1,7 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard if it is installed; and
 JSON files, curves and tables."""
 
-from collections.abc import Sequence
 import json
 import math
 from pathlib import Path

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 
-from mezo_jax.runs import checkpoint, guards, workdir
-from mezo_jax.training import methods
-from mezo_jax.training import config as config_lib
-from mezo_jax.transforms.stochastic_rounding import RoundingState
 from mezo_jax.core.errors import Again, InputError, MissingError, Stopped
+from mezo_jax.runs import checkpoint, guards, workdir
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import methods
+from mezo_jax.transforms.stochastic_rounding import RoundingState
 
 
 def newest(directory: Path, config: config_lib.Train, metric: str,

@@ -13,11 +13,11 @@ import numpy as np
 import mezo_jax
 from mezo_jax import models, peft
 from mezo_jax.core import fingerprint
+from mezo_jax.core.errors import InputError, local, MissingError, Stopped
 from mezo_jax.runs import checkpoint, guards, loggers, replay
 from mezo_jax.tasks import data, evaluate
 from mezo_jax.training import build, methods
 from mezo_jax.training import config as config_lib
-from mezo_jax.core.errors import InputError, local, MissingError, Stopped
 from mezo_jax.transforms.step import field
 
 LOG = 'steps.log'

@@ -1,4 +1,10 @@
-"""What a row of data becomes: prompts, answers, scores and a loss."""
+"""Turns a row of data into a prompt, answers, scores and a loss.
+
+A `Task` declares how a row reads and what its answers are; `get` returns one of
+those that are declared, by its name. The other modules read rows (`data`), make
+tokens of them (`encode`), score answers (`score`) and measure predictions
+(`metrics`, `evaluate`).
+"""
 
 import dataclasses
 

@@ -5,4 +5,8 @@ built from them, the batches, and the training loop.
 its data and its optimizer of a config.
 """
 
+from mezo_jax.core import extras
+
+extras.require(__name__, 'absl', 'flax', 'ml_collections', 'tqdm')
+
 __all__ = ()

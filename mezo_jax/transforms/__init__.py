@@ -1,8 +1,9 @@
-"""optax transforms: the SPSA estimator, MeZO, and what composes with them.
+"""Provides optax transforms: SPSA, MeZO, and what composes with them.
 
-An estimator evaluates losses at a few displacements and makes an update of the
-results. The other transforms accumulate updates, round them to half precision
-or skip those that are not finite; `make_step` compiles a chain into a step.
+`spsa` evaluates losses at a few displacements and turns them into an update;
+`mezo` is the whole optimizer. The other transforms accumulate updates, round
+them to half precision or skip those that are not finite. `make_step` compiles a
+chain of transforms into a training step.
 """
 
 from mezo_jax.transforms.evaluate_points import (
