@@ -26,6 +26,7 @@ from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa, SpsaState
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 if TYPE_CHECKING:  # __getattr__ imports them
   from mezo_jax import models as models
@@ -41,7 +42,7 @@ __all__ = (
     'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'SubZero', 'dequantize',
     'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
     'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
-    'skip_not_finite', 'spsa', 'two_sided')
+    'skip_not_finite', 'spsa', 'two_sided', 'ZerothOrderTransformation')
 __version__ = '0.2.0'
 
 _IMPORTED_WHEN_USED = {

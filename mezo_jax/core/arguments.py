@@ -33,7 +33,7 @@ def whole(name: str, value, least: int = 1) -> int:
 
 
 def number(name: str, value, *, above: float | None = None,
-           least: float | None = None, below: float | None = None):
+           least: float | None = None, below: float | None = None) -> Any:
   """Returns a real number, whose bounds are checked where it is known.
 
   Raises:
@@ -48,13 +48,14 @@ def number(name: str, value, *, above: float | None = None,
   if not known and not isinstance(value, (numbers.Real, np.generic)) or (
       isinstance(value, bool) or not _is_real(np.asarray(value).dtype)):
     raise ValueError(f'{name} must be a number, got {value!r}.')
-  if not math.isfinite(value):
+  real = np.asarray(value).item()
+  if not math.isfinite(real):
     wanted = 'finite'
-  elif above is not None and not value > above:
+  elif above is not None and not real > above:
     wanted = f'above {above}' if above else 'positive'
-  elif least is not None and value < least:
+  elif least is not None and real < least:
     wanted = f'at least {least}'
-  elif below is not None and value >= below:
+  elif below is not None and real >= below:
     wanted = f'below {below}'
   else:
     return value
@@ -133,7 +134,7 @@ def rate(name: str, value, *, above: float | None = None,
       f'{name}(step)', value(count), above=above)
 
 
-def at(value, count):
+def at(value: Any, count) -> Any:
   """Returns what `rate` has returned, at a step: a schedule is called."""
   return value(count) if callable(value) else value
 

@@ -105,5 +105,6 @@ def in_one_sentence(program: str) -> Iterator[None]:
     code = of_the_disk(e)
     if code is None:
       raise
-    where = f' {e.filename}' if getattr(e, 'filename', None) else ''
+    name = getattr(e, 'filename', None)
+    where = f' {name}' if name else ''
     sys.exit(f'{program}: the system refuses{where}: {os.strerror(code)}.')

@@ -291,7 +291,8 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
     shapes = [shape for _, shape in leaves]
     return (all(shapes) and len({shape[0] for shape in shapes}) == 1
             and max(map(len, shapes)) >= 3
-            and not any(_is_of_one_layer(*leaf, leaves) for leaf in leaves))
+            and not any(_is_of_one_layer(path, shape, leaves)
+                        for path, shape in leaves))
   whole = {part for part, leaves in parts.items() if looks_stacked(leaves)}
   return [any(part in whole for part in above(path)) for path, _ in found]
 

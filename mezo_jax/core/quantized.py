@@ -12,12 +12,16 @@ a weight is consumed. Training moves q by integers, and nothing else.
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import arguments
+
+if TYPE_CHECKING:  # in typing from Python 3.13 on
+  from typing_extensions import TypeIs
 
 QUANTISED = ('int8', 'int4', 'codes')  # names of quantised dtypes of a model
 GROUP = 32  # weights that share a scale, as GGUF has it
@@ -71,7 +75,11 @@ class Codes:
   __rmul__ = __mul__
 
   def __getitem__(self, rows):
-    return self.take(0, jnp.asarray(rows)).astype(self.dtype)
+    view = self.take(0, jnp.asarray(rows))
+    if view is None:
+      raise IndexError(
+          'rows that share a byte or a scale cannot be taken apart.')
+    return view.astype(self.dtype)
 
   # --- what it stands for ---
 
@@ -169,7 +177,9 @@ class Codes:
         packed=packed[0] if packed else None)
 
   def transpose(self, order) -> 'Codes':
-    return self.viewed(lambda part: part.transpose(order))
+    view = self.viewed(lambda part: part.transpose(order))
+    assert view is not None  # axes can always be exchanged
+    return view
 
   def reshape(self, new) -> 'Codes | None':
     return self.viewed(lambda part: part.reshape(self.shape, new))
@@ -178,7 +188,8 @@ class Codes:
     return self.viewed(lambda part: part.take(axis, index))
 
 
-def is_codes(x) -> bool:
+def is_codes(x) -> 'TypeIs[Codes]':
+  """Returns whether a leaf is a quantised weight."""
   return isinstance(x, Codes)
 
 

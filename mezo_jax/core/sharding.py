@@ -7,6 +7,7 @@ import math
 import re
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -89,7 +90,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   if int(np.prod(shape[first:])) < 2**16:
     return P()
   fsdp, tensor = (mesh.shape.get(a, 1) for a in ('fsdp', 'tensor'))
-  spec = [None] * len(shape)
+  spec: list[str | None] = [None] * len(shape)
   letters = dict(enumerate(axes, first))
   for a, letter in letters.items():
     if letter in _TENSOR and tensor > 1 and shape[a] % tensor == 0:
@@ -209,7 +210,7 @@ def beside(state, params):
   """The state, where it is on no mesh, on the one that params are on: else a
   second step compiles again, for a state that the first one has put there."""
   on_mesh = lambda x: isinstance(x, jax.Array) and not isinstance(
-      x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
+      x, Tracer) and isinstance(x.sharding, NamedSharding)
   mesh = next((x.sharding.mesh for x in jax.tree.leaves(params)
                if on_mesh(x)), None)
   if mesh is None:

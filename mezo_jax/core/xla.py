@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def _entry(x, i):
 
 
 def _is_traced(tree) -> bool:
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:

@@ -34,7 +34,7 @@ class Displacement(NamedTuple):
   keys: jax.Array  # typed keys [n]
   # float32 [n]; or {regular expression: [n]}, by the first that is found in a
   # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
-  coefs: jax.Array | OrderedDict
+  coefs: jax.typing.ArrayLike | OrderedDict[str, Any]
 
   def times(self, factors) -> 'Displacement':
     """With each term multiplied by a factor [n], or an OrderedDict of them."""
@@ -207,8 +207,8 @@ class Draws:
   def rows(self, length):
     """Of each entry of the first axis: ``along, of_row``, a list of arrays to
     scan over, and a function from those of one entry to its draws."""
-    arrays, tree = jax.tree.flatten(self.on(
-        lambda s: streams_lib.spread(s, 0, length)).streams)
+    arrays, tree = jax.tree.flatten(tuple(
+        streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
     shared = [a[0] for a, v in zip(arrays, varies) if not v]
 
@@ -336,7 +336,8 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
   return keys, coefs
 
 
-def norm(params, key: jax.Array, directions) -> tuple[jax.Array, int]:
+def norm(params, key: jax.Array, directions
+         ) -> tuple[jax.Array, jax.Array | int]:
   """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
   squares, size = [], 0
   for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):

@@ -19,7 +19,7 @@ Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import cast, ClassVar
 
 import jax
 from jax import lax
@@ -115,9 +115,9 @@ class LowRank(Directions):
     made = xla.made_first(lambda streams: [
         [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
                                 streams)
-    apart = lambda j: sum(
+    apart = lambda j: cast(jax.Array, sum(
         lax.population_count(rows[j] ^ columns[j]).astype(jnp.int32)
-        for rows, columns in made)
+        for rows, columns in made))
     return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
   def at_once(self, coefs):
@@ -225,7 +225,8 @@ class LazyLowRank(LowRank):
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
   """``sum_b rows[..., b] * columns[..., b]``, of axes that broadcast: element
   by element, so it fuses into what adds it to weights and is in no memory."""
-  return sum(rows[..., b] * columns[..., b] for b in range(rows.shape[-1]))
+  return cast(jax.Array, sum(
+      rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
 
 
 def of_block(factor: jax.Array, stream: noise.Stream, shape) -> jax.Array:

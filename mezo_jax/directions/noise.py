@@ -181,9 +181,12 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def only(s: Stream, j: int | jax.Array) -> Stream:
-  """The stream of direction j alone."""
-  take = lax.index_in_dim if isinstance(j, int) else lax.dynamic_index_in_dim
-  return dataclasses.replace(s, keys=take(s.keys, j, -2))
+  """Returns the stream of direction j alone."""
+  if isinstance(j, int):
+    keys = lax.index_in_dim(s.keys, j, -2)
+  else:
+    keys = lax.dynamic_index_in_dim(s.keys, j, -2)
+  return dataclasses.replace(s, keys=keys)
 
 
 # --- words ----------------------------------------------------------------

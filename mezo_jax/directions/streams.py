@@ -18,7 +18,8 @@ from mezo_jax.core import paths, quantized, xla
 from mezo_jax.directions.noise import Stream
 
 _U32 = jnp.uint32
-_first = contextvars.ContextVar('_first', default=np.uint32(0))
+_first: contextvars.ContextVar[np.uint32 | jax.Array] = contextvars.ContextVar(
+    '_first', default=np.uint32(0))
 
 
 @contextlib.contextmanager
@@ -55,15 +56,18 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
   own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
   numbered = [p for p, (_, layer, _) in found.items() if layer is not None]
+  of_layer = None
   if numbered:
     layers = jnp.asarray([found[p][1] for p in numbered], jnp.uint32)
     parents = own[np.array([by_name[p] for p in numbered])]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  tables = {'own': jax.random.key_data(own)}  # [entries, (layers,) n, 2]
-  if numbered:
+  # Each table is [entries, (layers,) n, 2]; those of stacks are named by depth.
+  tables: dict[str | int, jax.Array] = {'own': jax.random.key_data(own)}
+  if of_layer is not None:
     tables['numbered'] = of_layer
-  rows = {path: ('numbered', i) for i, path in enumerate(numbered)}
+  rows: dict[str, tuple[str | int, int]] = {
+      path: ('numbered', i) for i, path in enumerate(numbered)}
   for path, (shape, stacked) in leaves.items():
     if path in rows:
       continue

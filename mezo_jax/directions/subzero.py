@@ -94,6 +94,7 @@ class SubZero(LazyLowRank):
       u, v = (low_rank.of_block(
           self.factor(s, like.shape, jnp.float32), s, like.shape)
               for s in (rows, columns))
+      assert rows.core is not None  # every stream of SubZero has one
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
     u, v = xla.made_first(factors, streams, j)

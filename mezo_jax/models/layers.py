@@ -289,6 +289,7 @@ class Attention(nn.Module):
       k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
     if cache is not None:
       # All must have one dtype, which jax_enable_x64 changes for some of them.
+      assert layer is not None and shared.start is not None
       at = (layer, 0, shared.start.astype(layer.dtype), 0, 0)
       put = lambda all_, new: jax.lax.dynamic_update_slice(
           all_, new[None].astype(all_.dtype), at)

@@ -3,8 +3,12 @@
 Shapes in names are those of `mezo_jax.models.layers`.
 """
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 from flax import linen as nn
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
@@ -209,12 +213,13 @@ class Transformer(nn.Module):
       fits = at_BxS < c.max_length
       if attention_mask is not None and cache is None:
         fits |= attention_mask == 0
-      if not isinstance(fits, jax.core.Tracer) and not fits.all():
+      if not isinstance(fits, Tracer) and not fits.all():
         raise ValueError(f'a text exceeds the {c.max_length} positions of this '
                          'model.')
       inside.append(fits)
-    x_BxSxD = trunk
-    if trunk is None:
+    if trunk is not None:
+      x_BxSxD = trunk
+    else:
       x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
       for mask in inside:
         if mask is not None:
@@ -233,7 +238,8 @@ class Transformer(nn.Module):
       layers = nn.scan(
           nn.remat(Block, prevent_cse=False) if self.remat else Block,
           variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(nn.broadcast, 0, 0), length=length)
+          # flax takes a tuple, one entry for each argument.
+          in_axes=cast(Any, (nn.broadcast, 0, 0)), length=length)
       index = jnp.arange(first, first + length)
       carry, _ = layers(c, name=name)(
           carry, shared,
@@ -383,7 +389,7 @@ def known_mask(mask, rows: int, length: int) -> jax.Array:
 
 def is_known(x) -> bool:
   """Returns whether the values of an array can be read here and now."""
-  return not isinstance(x, jax.core.Tracer) and (
+  return not isinstance(x, Tracer) and (
       not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 
@@ -394,7 +400,7 @@ def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
     ValueError: if it is known not to.
   """
   most = cache.k.shape[2]
-  if isinstance(cache.length, jax.core.Tracer):
+  if isinstance(cache.length, Tracer):
     return (cache.length + tokens <= most)[None, None]
   if int(cache.length) + tokens > most:
     raise ValueError(f'the cache has {int(cache.length)} tokens and room for '
@@ -408,13 +414,13 @@ def apply(model: Transformer, params: dict, *args, **kwargs):
       {'params': params}, *args, **kwargs))(params)
 
 
-def prefix_length(params: dict) -> int:
+def prefix_length(params: Mapping[str, Any]) -> int:
   """M, the keys and values that `mezo_jax.peft.prefix` put before the texts."""
   attn = params.get('layers', {}).get('attn', {})
   return attn['prefix_k'].shape[1] if 'prefix_k' in attn else 0
 
 
-def _parts(c: Config, params: dict) -> list[tuple[str, int]]:
+def _parts(c: Config, params: Mapping[str, Any]) -> list[tuple[str, int]]:
   """The stacks of layers, in order, and how many layers each has."""
   last = jax.tree.leaves(params.get('last_layers', {}))
   k = len(last[0]) if last else 0
@@ -444,8 +450,9 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   # A continuation lies further from the prompt in the row than in its text.
   ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt
                else query_Sx1 - key_T)
-  near = (lambda x: x) if c.window is None else (
-      lambda x: x & (ago_BxSxT < c.window))
+  window = c.window
+  near = (lambda x: x) if window is None else (
+      lambda x: x & (ago_BxSxT < window))
   rope = lambda r: r and rope_tables(r, c.head_width, at_BxS)
   if c.local_layers:
     local_mask, local_rope = near(mask_BxSxT)[:, None], rope(c.local_rope)
@@ -453,7 +460,7 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
     mask_BxSxT, local_mask, local_rope = near(mask_BxSxT), None, None
   return Shared(
       jnp.broadcast_to(mask_BxSxT[:, None], (b, 1, s, t)), local_mask,
-      rope(c.rope), local_rope, None if cache is None else start), at_BxS
+      rope(c.rope), local_rope, None if cache is None else cache.length), at_BxS
 
 
 def _wanted(carry, shared: Shared, at_BxA):

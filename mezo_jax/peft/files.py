@@ -6,6 +6,7 @@ values of a prefix, or a soft prompt.
 """
 
 import collections
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -85,8 +86,8 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
   if classes:
     tensors |= _head_tensors(c, params, classes)
     about['modules_to_save'] = _HEADS.get(c.family, ['score'])
-  with new_directory(directory) as (part, first):
-    if first:
+  with new_directory(directory) as (part, _):
+    if part is not None:
       save_file(tensors, part / _FILE, {'format': 'pt'})
       (part / 'adapter_config.json').write_text(
           json.dumps(about, indent=2, sort_keys=True) + '\n')
@@ -233,9 +234,12 @@ def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
   """Rotary keys as they would be ``by`` positions further on."""
   local = c.local_layers or (False,) * c.num_layers
   at = jnp.full((1, k_LxMxKxH.shape[1]), by)
-  return np.stack([apply_rope(k[None], *rope_tables(
-      (l and c.local_rope) or c.rope, c.head_width, at))[0]
-                   for k, l in zip(k_LxMxKxH, local)])
+  turned = []
+  for k, is_local in zip(k_LxMxKxH, local):
+    rope = (is_local and c.local_rope) or c.rope
+    assert rope is not None  # asked for with rotary positions alone
+    turned.append(apply_rope(k[None], *rope_tables(rope, c.head_width, at))[0])
+  return np.stack(turned)
 
 
 def _check_virtual(kind: str, about: dict, c: Config, m: int,
@@ -324,7 +328,7 @@ def _lora_tensors(c: Config, params: dict):
           short[n]: scale * r for n, r in ranks.items() if r != rank}}
 
 
-def _fused(parts: list[dict], rows: list[Row], scale: float):
+def _fused(parts: Sequence[dict], rows: list[Row], scale: float):
   """PEFT's A [R, I] and B [O, R] of the parts of a matrix, to be scaled."""
   ranks = [x['lora_a'].shape[-1] if x else 0 for x in parts]
   inputs = next(x['lora_a'].shape[0] for x in parts if x)

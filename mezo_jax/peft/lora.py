@@ -8,6 +8,7 @@ seen by every forward pass.
 """
 
 import re
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -94,7 +95,7 @@ def unmerge(merged: dict, adapters: dict) -> dict:
 
 
 def _add(params: dict, sign: float) -> dict:
-  flat = flatten_dict(params)
+  flat: dict[tuple, Any] = flatten_dict(params)
   def sum_of(path, x):
     beside = lambda name: flat[*path[:-1], name]
     if path[-1] != 'kernel' or (*path[:-1], 'lora_a') not in flat:

@@ -3,6 +3,8 @@
 So that optimizer state, noise and checkpoints hold only what is trained.
 """
 
+from typing import Any
+
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,8 @@ def factors(params: dict) -> dict:
   Raises:
     ValueError: if there are no `Codes`.
   """
-  codes = {path: x for path, x in flatten_dict(params).items() if is_codes(x)}
+  flat: dict[tuple, Any] = flatten_dict(params)
+  codes = {path: x for path, x in flat.items() if is_codes(x)}
   if not codes:
     raise ValueError('the parameters have no mezo_jax.Codes, of which scales '
                      "could be trained: see models.load(..., dtype='int8').")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import warnings
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from mezo_jax.core import arguments, paths, xla
@@ -95,7 +96,7 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
     key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
         i in small) else i
     alike.setdefault(key, []).append(i)
-  if any(isinstance(x.w, jax.core.Tracer) for x in blocks):
+  if any(isinstance(x.w, Tracer) for x in blocks):
     fn = jax.jit(fn)  # so that leaves of one shape share a program's lines
   out = [None] * len(blocks)
   for members in alike.values():
@@ -186,7 +187,7 @@ class Unmoved:
   """
 
   def __radd__(self, key):
-    return key if isinstance(key, jax.core.Tracer) else _Sum(key)
+    return key if isinstance(key, Tracer) else _Sum(key)
 
   def tree_flatten(self):
     return (), None
@@ -211,7 +212,7 @@ class _Sum(jax.Array):
   dtype = property(lambda self: self._key.dtype)
   shape = property(lambda self: self._key.shape)
   ndim = property(lambda self: self._key.ndim)
-  weak_type = False
+  weak_type = property(lambda self: False)
 
   def astype(self, dtype):
     del dtype

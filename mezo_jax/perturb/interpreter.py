@@ -62,7 +62,9 @@ class Block:
     return block, tuple(lies.index(a) for a in range(len(lies)))
 
   def transpose(self, order) -> 'Block':
-    return self.view(self.w.transpose(order), self.draws.transpose(order))
+    draws = self.draws.transpose(order)
+    assert draws is not None  # axes can always be exchanged
+    return self.view(self.w.transpose(order), draws)
 
   def build(self) -> jax.Array:
     """The weights, displaced and cast."""

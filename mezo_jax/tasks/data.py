@@ -589,6 +589,7 @@ def encode_rows(
     elif name in demos:
       prompts = [task.prompt(r) for r in some]
     if name in demos and (not of_prior or prior_after_demos):
+      assert prompts is not None
       prompts = [d + p for d, p in zip(demos[name], prompts)]
     return after_tokens(
         encode(task, some, tokenizer, limit, prompts=prompts, causal=causal,

@@ -118,7 +118,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   if task.masked:  # a mask in the data would be read in the prompt's place
     rows = [{k: v.replace(slots['mask'], ' ') if isinstance(v, str) else v
              for k, v in row.items()} for row in rows]
-  prompts = [task.prompt(r, **slots) for r in rows] if own else list(prompts)
+  prompts = ([task.prompt(r, **slots) for r in rows] if prompts is None
+             else list(prompts))
   for r, text in enumerate(prompts):
     if own and not text.strip():
       raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
@@ -299,8 +300,8 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     numbers = [max(1, len(ids) - len(bare[r])) for ids in full]
     start = tokens.before(bare[r])
     full = [[*start, *ids] for ids in full]
-    prompt = os.path.commonprefix(
-        [ids[:len(ids) - n] for ids, n in zip(full, numbers)])
+    prompt = list(os.path.commonprefix(
+        [ids[:len(ids) - n] for ids, n in zip(full, numbers)]))
     over = max(map(len, full)) - max_length
     rest = [ids[len(prompt):] for ids in full]
     if over > 0:
@@ -550,6 +551,7 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
     if data.types is not None:
       batch['token_type_ids'][i, :n] = data.types[r]
     if not laid_out:
+      assert data.read_at is not None
       batch['answer_at'][i, 0] = data.read_at[r]
       continue
     at, a = n, 0

@@ -73,12 +73,13 @@ def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
   return run
 
 
-def answers(model, task: Task, data: Encoded, tokenizer) -> Callable:
+def answers(model, task: Task | None, data: Encoded, tokenizer) -> Callable:
   """``fn(params, batch)`` that batches of the rows are evaluated by: generated
   tokens and whether all logits were finite; or ``(sums, counts)``, see
   `mezo_jax.tasks.score.log_likelihoods`."""
   if not data.generates:
     return _likelihoods(model, data.form)
+  assert task is not None  # generated answers need their task
   return _generated(model, task.max_new_tokens,
                     score_lib.stop_ids(task, tokenizer))
 
@@ -185,15 +186,15 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
         score_lib.texts(tokens, task, tokenizer), finite)]
     out = {}
     if callable(objective):
-      value = objectives.value(objective, said, data.rows)
-      out[objectives.name(objective)] = value
+      out[objectives.name(objective)] = objectives.value(
+          objective, said, data.rows)
     if has_gold:
       out |= report_texts(said, [task.references(r) for r in data.rows])
     out['count'] = len(said)
     if right:
       out['loss'] = _lm_loss(*right(params))
     elif callable(objective):
-      out['loss'] = -value
+      out['loss'] = -out[objectives.name(objective)]
     elif objective in ('f1', 'accuracy'):
       out['loss'] = -out['f1' if objective == 'f1' else 'exact_match']
     return out | _lost(finite), None

@@ -77,9 +77,15 @@ def _model_from(package: Path) -> bytes:
 def _reviews_from(package: Path) -> bytes:
   inner = 'vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz'
   with tarfile.open(package) as outer:
-    data = outer.extractfile(inner).read()
+    data = _content(outer, inner)
   with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-    return tar.extractfile(f'hutto_ICWSM_2014/{_REVIEWS[0]}').read()
+    return _content(tar, f'hutto_ICWSM_2014/{_REVIEWS[0]}')
+
+
+def _content(archive: tarfile.TarFile, name: str) -> bytes:
+  file = archive.extractfile(name)
+  assert file is not None, f'{name} is a directory'
+  return file.read()
 
 
 def cache() -> Path:

@@ -261,12 +261,14 @@ def make_loss_fn(model, data: Encoded, task: Task,
     return loss_fn
 
   if data.generates:
-    measure = {'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
-        objective)
+    measure = None if callable(objective) else {
+        'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
+            objective)
     def of_texts(tokens, examples):
       answers = texts(tokens, task, tokenizer)
-      if measure is None:
+      if callable(objective):
         return objectives.value(objective, answers, examples)
+      assert measure is not None
       return [measure(a, task.references(e))
               for a, e in zip(answers, examples)]
     return on_host(

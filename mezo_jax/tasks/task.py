@@ -138,6 +138,7 @@ class Task:
 
   def prior(self, row: dict) -> str:
     """The prompt without content, for surface-form calibration."""
+    assert self.calibration is not None
     return self._fill('calibration', self.calibration, row)
 
   def candidates(self, row: dict) -> list[str]:
@@ -161,8 +162,9 @@ class Task:
     several = value if isinstance(value, (list, tuple)) and not (
         self.traits.classes) else [value]
     found = [self._read_label(row, v) for v in several]
-    if found and None not in found:
-      return tuple(number for number, _ in found)
+    numbers = [number for number, _ in filter(None, found)]
+    if numbers and len(numbers) == len(found):
+      return tuple(numbers)
     if not self.traits.classes:
       raise InputError(
           f'{self.label_column} {value!r} is neither one of the choices '
@@ -299,7 +301,7 @@ class Task:
       raise InputError(
           f'column {self.answers_column!r} of the row {_short(row)} is no text '
           'and no list of texts; set --config.task.answers_column.')
-    return texts
+    return list(texts)
 
   def gold_text(self, row: dict) -> str:
     """The right answer as it follows the prompt."""
@@ -314,9 +316,10 @@ class Task:
       raise InputError(
           f'the data have no column {missing[0]!r} but {sorted(row)}; set '
           '--config.task.choices.')
+    column = self.choices[0]
     if len(self.choices) > 1:
       return [self._choice(row, c, row[c]) for c in self.choices]
-    value = row[self.choices[0]]
+    value = row[column]
     if isinstance(value, str):  # a list in a csv file
       try:
         value = ast.literal_eval(value.strip())
@@ -324,9 +327,9 @@ class Task:
         value = None
     if not isinstance(value, (list, tuple)) or not value:
       raise InputError(
-          f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
+          f'column {column!r} of the row {_short(row)} is no list of '
           'choices; set --config.task.choices.')
-    return [self._choice(row, self.choices[0], v) for v in value]
+    return [self._choice(row, column, v) for v in value]
 
   def _choice(self, row: dict, column: str, value) -> str:
     text = '' if _is_no_text(value) else str(value)

@@ -18,7 +18,8 @@ from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa, SpsaState
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 __all__ = ('Combine', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
            'round_stochastically', 'skip_not_finite', 'spsa', 'SpsaState',
-           'two_sided')
+           'two_sided', 'ZerothOrderTransformation')

@@ -8,7 +8,7 @@ touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 from jax import lax
@@ -20,6 +20,7 @@ from mezo_jax.directions.base import Directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, zeros
 from mezo_jax.transforms.spsa import SpsaState
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class PendingState(NamedTuple):
@@ -55,10 +56,10 @@ def sgd(learning_rate: float | optax.Schedule) -> Rule:
   return Rule(fn)
 
 
-def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
+def pending(estimate: ZerothOrderTransformation, every: int,
             directions: Directions, rule: Rule,
             finish: optax.GradientTransformation
-            ) -> optax.GradientTransformationExtraArgs:
+            ) -> ZerothOrderTransformation:
   r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
   each ``every``-th, which is the sum of as many; with `sgd`
 
@@ -109,7 +110,8 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     slot = spsa_state.count % every
     coefs, *new = rule.fn(
         ring.pending, slot, g, after.value, ring.count, *memory)
-    new = PendingState(optax.safe_increment(ring.count), coefs), new
+    count = cast(jax.Array, optax.safe_increment(ring.count))
+    new = PendingState(count, coefs), new
     ring, memory = jax.tree.map(
         lambda x, old: jnp.where(finite, x, old), new,
         (ring, [rule.missed(slot, m) for m in memory]))
@@ -127,7 +129,7 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     added, ring, rest = out
     return added, (after, ring, rest, *memory)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)
 
 
 def is_due(state) -> jax.Array:

@@ -3,6 +3,7 @@ r"""The losses of directions, and what they become: coefficients of z."""
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 from jax import lax
@@ -201,12 +202,13 @@ def estimate(
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
 
-  moved = np.array([s for s in signs if s], np.float32)
+  coefs = cast(jax.Array, z.coefs)
+  moved = jnp.asarray(np.array([s for s in signs if s], np.float32))
   points = Displacement(
-      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
+      jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
   if 0 in signs:
     points = Displacement(jnp.append(points.keys, z.keys[0]),
-                          jnp.append(points.coefs, 0.0))
+                          jnp.append(cast(jax.Array, points.coefs), 0.0))
   def loss_at(batch, point):
     return losses_lib.mean_over_parts(
         lambda part: at(point, part), batch, micro_batches, equal_parts)
@@ -230,7 +232,7 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
            groups: int) -> jax.Array:
   """The losses of points, each group of a mesh's `direction` axis evaluating as
   many: the last ones again where they do not divide."""
-  n = points.coefs.shape[0]
+  n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
   points = jax.tree.map(lambda x: lax.with_sharding_constraint(
       x[index].reshape(groups, -1), jax.P('direction')), points)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import warnings
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -22,6 +23,7 @@ from mezo_jax.transforms.stochastic_rounding import (
   round_stochastically,
   to_nearest,
 )
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def mezo(
@@ -39,7 +41,7 @@ def mezo(
     decay=None,
     stochastic_rounding: bool = True,
     fold_every: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""Memory-efficient zeroth-order SGD.
 
   As `optax.sgd` is to `optax.trace`::
@@ -122,6 +124,7 @@ def mezo(
       equal_parts=equal_parts, dtype=jnp.float32)
   if fold_every is not None and _check_fold(
       fold_every, learning_rate, eps, weight_decay) > 1:
+    assert not isinstance(learning_rate, Mapping)  # _check_fold refuses groups
     return pending(estimate, fold_every, directions,
                    sgd(learning_rate),
                    rounding(key, directions, stochastic_rounding))
@@ -133,7 +136,7 @@ def mezo(
 def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
             directions: Directions, weight_decay=0.0, decay=None,
             stochastic_rounding: bool = True
-            ) -> optax.GradientTransformationExtraArgs:
+            ) -> ZerothOrderTransformation:
   """Adds to an estimate the other links that `mezo` has."""
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
@@ -146,7 +149,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)
 
-  never = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
+  never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   def add_decay(updates, params):
     """`optax.add_decayed_weights` of float32 products, rounded both."""
     return updates if never else jax.tree.map(
@@ -159,7 +162,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
       by_group(optax.scale_by_learning_rate, learning_rate), finish))
 
   def init_fn(params):
-    if not isinstance(weight_decay, jax.core.Tracer) and not never:
+    if not isinstance(weight_decay, Tracer) and not never:
       if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
         raise ValueError('weight_decay would move elements that the mask '
                          'leaves out: leave it at 0 with a mask of elements.')
@@ -167,7 +170,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
         _show(params, decayed(params))
     return tx.init(params)
 
-  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+  return ZerothOrderTransformation(init_fn, tx.update)
 
 
 def _wide(x):
@@ -191,7 +194,7 @@ def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
   """``fold_every``, if the rest allows it."""
   arguments.whole('fold_every', fold_every)
   arguments.number('weight_decay', weight_decay, least=0)
-  decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
+  decays = isinstance(weight_decay, Tracer) or weight_decay != 0
   if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
                          or isinstance(eps, Mapping)):
     raise ValueError('fold_every above 1 keeps coefficients of z alone: it '

@@ -14,7 +14,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from mezo_jax.transforms.evaluate_points import (
   estimate,
   two_sided,
 )
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class SpsaState(NamedTuple):
@@ -63,7 +64,7 @@ def spsa(
     micro_batches: int | None = None,
     equal_parts: bool = False,
     dtype=None,
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""Estimates the gradient by simultaneous perturbation.
 
   With n = ``num_samples`` directions the updates are
@@ -202,6 +203,7 @@ def spsa(
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
+      assert value_fn is not None  # _check_update wants one of the two
       arguments.check_names(value_fn, around=around, part=part)
       if around is not None:
         check_displacement('around', around)
@@ -228,14 +230,14 @@ def spsa(
     of_group = jax.tree.map(lambda e: mean * (_first(epsilon) / e), epsilon)
     updates = direction(params, z.times(of_group), kind, dtype=dtype)
     return updates, SpsaState(
-        count=optax.safe_increment(state.count),
+        count=cast(jax.Array, optax.safe_increment(state.count)),
         key=state.key,
         value=value,
         projected_grad=g,
         notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)
 
 
 def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:

@@ -298,7 +298,7 @@ def _join(params, frozen):
   return params if frozen is None else trees.join(params, frozen)
 
 
-def field(state, name: str):
+def field(state, name: str) -> Any:
   """Returns a field of the estimator's state, or of what is pending.
 
   Fields of other links may have the same names, as that of

@@ -1,6 +1,6 @@
 """Half-precision weights that move as far as float32 ones do."""
 
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 from jax import lax
@@ -83,7 +83,7 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
 
     return paths.map_named(finish, params, updates), RoundingState(
-        optax.safe_increment(state.count), state.key)
+        cast(jax.Array, optax.safe_increment(state.count)), state.key)
 
   return optax.GradientTransformation(init_fn, update_fn)
 

@@ -12,6 +12,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import check_part, spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import told
 
 
@@ -21,7 +22,7 @@ def conservative(
     num_samples: int | None = None, micro_batches: int | None = None,
     equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
     stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""MeZO that takes the best of three points for its step.
 
   .. math:: \theta \leftarrow \arg\min_{\theta' \in \{\theta, \theta - \eta

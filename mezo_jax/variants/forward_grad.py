@@ -22,6 +22,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import told
 
 
@@ -30,7 +31,7 @@ def forward_grad(
     directions: Directions | str = Normal(), num_samples: int | None = None,
     micro_batches: int | None = None, equal_parts: bool = False,
     weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""SGD on :math:`\frac{1}{n} \sum_j (z_j^\top \nabla \mathcal{L}) z_j`.
 
   One evaluation with its tangent a direction, which takes about as long as two

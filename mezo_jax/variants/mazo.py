@@ -31,6 +31,7 @@ import dataclasses
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -45,6 +46,7 @@ from mezo_jax.perturb.api import mapped, perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering
 
 _PART = 2**20  # elements that are scored at once
@@ -180,7 +182,7 @@ def mazo(
     eps: float | optax.Schedule | Mapping = 1e-3, *, mask,
     key: jax.Array | int, directions: Directions | str = Normal(),
     stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""MeZO of the weights that a mask of `saliency` chooses.
 
   .. math:: \theta \leftarrow \theta - \eta g\, (z \odot M), \qquad
@@ -229,7 +231,7 @@ def mazo(
     return updates, Remembering(new, state.memory)
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=dataclasses.replace(directions, mask=mask),
       stochastic_rounding=stochastic_rounding)
 
@@ -251,5 +253,5 @@ def _beside(mask, x) -> jax.Array:
   """A copy of a mask where its weights lie."""
   on_mesh = isinstance(getattr(x, 'sharding', None),
                        jax.sharding.NamedSharding) and not isinstance(
-                           x, jax.core.Tracer)
+                           x, Tracer)
   return jax.device_put(jnp.copy(mask), x.sharding if on_mesh else None)

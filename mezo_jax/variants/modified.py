@@ -28,6 +28,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering
 
 _LEAST = 1e-2  # of the layers' root mean square: no norm is taken for less
@@ -113,7 +114,7 @@ def variance_modified(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, norms, directions: Directions | str = Normal(),
     weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    **options) -> ZerothOrderTransformation:
   r"""MeZO with :math:`\hat\nabla = g\, (d \odot z)`, g along z/d.
 
   Args:
@@ -140,7 +141,7 @@ def expectation_modified(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, norms, directions: Directions | str = Normal(),
     weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    **options) -> ZerothOrderTransformation:
   r"""MeZO with :math:`\hat\nabla = g z`, g along z/d, else as
   `variance_modified`: of each layer the gradient over d."""
   return _modified(False, learning_rate, eps, key, norms, directions,
@@ -181,7 +182,7 @@ def _modified(back, learning_rate, eps, key, norms, directions, weight_decay,
     return updates, Remembering(new._replace(key=old.key), norms)
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 

@@ -17,6 +17,7 @@ says.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 from jax import lax
@@ -33,6 +34,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 MECHANISMS = ('gaussian', 'laplace')
 
@@ -44,7 +46,7 @@ def private(
     directions: Directions | str = Normal(), num_samples: int | None = None,
     micro_batches: int | None = None, weight_decay: float = 0.0, decay=None,
     stochastic_rounding: bool = True
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""MeZO whose steps tell of the rows what a privacy budget allows.
 
   ``update(None, state, params, value_fn=..., noise_key=...)``: the key of
@@ -109,15 +111,16 @@ def private(
     def rows_at(point):  # one forward pass is in memory at a time
       at = lambda part: _rows(
           perturbed(value_fn, kind)(params, point, **part), part)
-      if (micro_batches or 1) == 1:
+      if micro_batches is None or micro_batches == 1:
         return at(batch)
       rows, with_rows = losses.split_batch(batch, micro_batches)
       parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
+    coefs = cast(jax.Array, z.coefs)
     values, there = lax.map(rows_at, Displacement(
         jnp.repeat(z.keys, 2),
-        jnp.outer(z.coefs, jnp.float32([epsilon, -epsilon])).ravel()))
+        jnp.outer(coefs, jnp.float32([epsilon, -epsilon])).ravel()))
     plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
     d = (plus - minus) / (2 * epsilon)  # [n, B]
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
@@ -142,7 +145,7 @@ def private(
         projected_grad=projected_grad, **extra_args)
 
   return descent(
-      optax.GradientTransformationExtraArgs(estimate.init, update_fn),
+      ZerothOrderTransformation(estimate.init, update_fn),
       learning_rate, key=key, directions=directions, weight_decay=weight_decay,
       decay=decay, stochastic_rounding=stochastic_rounding)
 

@@ -10,6 +10,7 @@ from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.evaluate_points import Combine, two_sided
 from mezo_jax.transforms.mezo import descent, mezo
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering, told
 
 
@@ -22,7 +23,7 @@ _SIGN = Combine(two_sided.signs, _sign, by_direction=True)
 
 
 def sign(learning_rate, eps=1e-3, **options
-         ) -> optax.GradientTransformationExtraArgs:
+         ) -> ZerothOrderTransformation:
   r"""ZO-SGD-Sign: :math:`\theta \leftarrow \theta - \eta\,
   \mathrm{sign}(g) z`.
 
@@ -38,7 +39,7 @@ def scalar_adam(
     *, key: jax.Array | int, b2: float = 0.999, adam_eps: float = 1e-8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
     decay=None, stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""MEAZO: one second moment, of g, for all weights.
 
   .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_j g_j^2,
@@ -85,7 +86,7 @@ def scalar_adam(
             new, (v, weight))
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 
@@ -95,7 +96,7 @@ def one_point(
     *, key: jax.Array | int, directions: Directions | str = Normal(),
     weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
     **options
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""One evaluation a step, against that of the step before.
 
   .. math:: g_t = \frac{\mathcal{L}(\theta_t + \epsilon z_t; \mathcal{B}_t) -

@@ -21,6 +21,7 @@ from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.mezo import mezo
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def smallest(params, share: float = 0.25, *, stacked=None):
@@ -67,7 +68,7 @@ def sparse_mezo(
     learning_rate: float | optax.Schedule | Mapping,
     eps: float | optax.Schedule | Mapping = 1e-3, *, limits,
     directions: Directions | str = Normal(), **options
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""MeZO of the weights that are not above their thresholds.
 
   A weight whose last step took it past its threshold is not moved again. With

@@ -8,6 +8,7 @@ or neither we nor transformers know it, which a warning says.
 import dataclasses
 import math
 import re
+from typing import Any, NoReturn
 import warnings
 
 from mezo_jax.core.errors import InputError
@@ -95,7 +96,7 @@ class Fields:
     self._read = set()
     self.only(**_COMMON)
 
-  def get(self, name: str, default=None):
+  def get(self, name: str, default=None) -> Any:
     """Returns the value of a field, or ``default`` if the file lacks it."""
     self._read.add(name)
     return self._values.get(name, default)
@@ -164,7 +165,7 @@ class Fields:
       if value not in values:
         self.refuse(name, value, ' or '.join(map(repr, values)))
 
-  def refuse(self, name: str, value, supported: str) -> None:
+  def refuse(self, name: str, value, supported: str) -> NoReturn:
     """Raises InputError with the field, its value and what we cover."""
     raise InputError(f'{self.family} with {name}={_short(value)} is not '
                      f'supported; only {supported} is.')
@@ -337,14 +338,15 @@ def _rope(f: Fields, where: str, given: dict, theta: float,
 
 # --- the whole --------------------------------------------------------------
 
-_MOST = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
+_MOST: dict[str, int] = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
 
 
 def check_sizes(config: Config, path) -> None:
   """Raises InputError for sizes that no model has, before they take memory."""
   for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
                 'num_kv_heads', 'head_width', 'max_length'):
-    value, most = getattr(config, field), _MOST.get(field, 2**31)
+    value = getattr(config, field)
+    most = _MOST.get(field, 2**31)
     if type(value) is not int or not 0 < value < most:
       raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
                        f'number from 1 to {most}.')

@@ -335,10 +335,11 @@ def _reader(path: Path):
     all parts; ``field(name, default)`` is the value of a field.
   """
   split = _PART.fullmatch(path.name)
-  count = int(split[3]) if split else 0
-  # The first part has the fields of all.
-  paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
-           for i in range(1, count + 1)] or [path]
+  paths = [path]
+  if split:  # the first part has the fields of all
+    count = int(split[3])
+    paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
+             for i in range(1, count + 1)] or paths
   about = [p.stat() if p.is_file() else None for p in paths]
   return _opened(path, tuple(paths), tuple(
       x and (x.st_mtime_ns, x.st_size) for x in about))

@@ -4,6 +4,7 @@ Nothing here needs torch. Each device's slice of each parameter is read straight
 from the files: host memory above the result is one shard of one parameter.
 """
 
+from collections.abc import Iterable
 import contextlib
 import dataclasses
 import functools
@@ -218,21 +219,21 @@ def _prefix(config: Config) -> str:
   return f'{first}.'
 
 
-def _with_head(config: Config, names: list[str]) -> Config:
+def _with_head(config: Config, names: Iterable[str]) -> Config:
   """Returns the config of files that have tensors of these names.
 
   A head that is the embedding has no tensors of its own; such a model lacks
   its head only where the files have a classifier's instead.
   """
   rows, prefix = head_of(config), _prefix(config)
-  names = {_renamed(name, config) for name in names}
+  found = {_renamed(name, config) for name in names}
   own = {name for row in rows for name in (row.name, row.otherwise, row.copy)
          if name and not name.startswith(prefix)}
   if rows:
-    there = not own.isdisjoint(names)
+    there = not own.isdisjoint(found)
   else:
-    there = _head_name(config) in names or not any(
-        map(_OF_CLASSIFIERS.match, names))
+    there = _head_name(config) in found or not any(
+        map(_OF_CLASSIFIERS.match, found))
   return dataclasses.replace(config, head=there)
 
 
@@ -243,7 +244,7 @@ def _head_name(config: Config) -> str:
               if row.path == 'lm_head/embedding')
 
 
-def _pairs(config: Config, names: list[str]) -> list[tuple[str, str]]:
+def _pairs(config: Config, names: Iterable[str]) -> list[tuple[str, str]]:
   """Returns the tensors that a tied flag says are one, where a file has both.
   """
   # Rows of the same model with a head of its own name the second of each pair.
@@ -280,10 +281,9 @@ def _equal(a, b) -> bool:
   rows, *rest = a.get_shape()
   whole = tuple(slice(0, n) for n in rest)
   step = max(1, 2**24 // max(1, int(np.prod(rest))))
-  return all(
-      np.array_equal(*(np.asarray(x[(slice(i, min(i + step, rows)), *whole)])
-                       for x in (a, b)))
-      for i in range(0, rows, step))
+  part = lambda x, i: np.asarray(x[(slice(i, min(i + step, rows)), *whole)])
+  return all(np.array_equal(part(a, i), part(b, i))
+             for i in range(0, rows, step))
 
 
 def _renamed(name: str, config: Config) -> str:
@@ -498,8 +498,9 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
 
 
 def _here():
-  return jax.sharding.SingleDeviceSharding(
-      jax.config.jax_default_device or jax.local_devices()[0])
+  # jax adds its options to the class when it runs.
+  chosen = getattr(jax.config, 'jax_default_device')
+  return jax.sharding.SingleDeviceSharding(chosen or jax.local_devices()[0])
 
 
 def _is_offloaded(row: table.Row) -> bool:
@@ -528,6 +529,7 @@ def _read(row: table.Row, config, tensors: dict, mesh, dtype,
         out = np.empty((layers.stop - layers.start, *block.shape),
                        jnp.dtype(dtype or block.dtype))
       out[i] = block
+    assert out is not None  # no device has a part without layers
     return out
 
   return jax.make_array_from_callback(shape, place, read)

@@ -65,6 +65,7 @@ def form(row: Row, dtype, tensors: dict | None = None, layers: int = 1
     coarse = dtype == 'int4' and not row.path.endswith('/embedding')
     bits = 4 if coarse and row.shape[axis] % 2 == 0 else 8
     return Form(bits, bits == 4, axis)
+  assert tensors is not None  # codes are those of a file
   kinds = {tensors[row.name.format(l=l)].kind
            for l in range(layers if row.stacked else 1)}
   known = gguf.CODES.get(kinds.pop()) if len(kinds) == 1 else None
