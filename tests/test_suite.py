@@ -4,7 +4,7 @@ import json
 
 import conftest
 
-from mezo_jax import __main__ as command_line
+from mezo_jax.cli import commands
 
 
 def test_a_suite_makes_one_table(
@@ -29,7 +29,7 @@ get_config = lambda name: get_suite()[name]
   def run(*more):
     code = ''
     try:
-      command_line.main(['evaluate', '--suite', str(suite), '--workdir',
+      commands.main(['evaluate', '--suite', str(suite), '--workdir',
                          str(tmp_path / 'w'), *more])
     except SystemExit as e:
       code = e.code
