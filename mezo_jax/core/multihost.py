@@ -13,10 +13,10 @@ import secrets
 import time
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import InputError
 
 
@@ -77,7 +77,7 @@ def share(directory: Path) -> None:
     return
   # JAX takes process 0's number where they differ.
   agree('--num_processes',
-        lambda: f'{distributed.global_state.num_processes:08x}',
+        lambda: f'{jax_versions.distributed_state().num_processes:08x}',
         'start all with the same number')
   file, token = directory / '.shared', np.frombuffer(
       secrets.token_bytes(16), np.uint8)
