@@ -14,7 +14,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import cast, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class SpsaState(NamedTuple):
 
 
 def spsa(
-    eps: float | optax.Schedule | Mapping = 1e-3,
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
@@ -63,7 +63,7 @@ def spsa(
     over: str = 'scan',
     micro_batches: int | None = None,
     equal_parts: bool = False,
-    dtype=None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> ZerothOrderTransformation:
   r"""Estimates the gradient by simultaneous perturbation.
 
@@ -255,7 +255,7 @@ def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
   return slice(i * n // parts, (i + 1) * n // parts)
 
 
-def check_part(part) -> tuple[int, int]:
+def check_part(part: Any) -> tuple[int, int]:
   """Returns ``(i, r)``, part i of r.
 
   Raises:
