@@ -77,10 +77,10 @@ class Codes:
   def __len__(self) -> int:
     return self.shape[0]
 
-  def __mul__(self, factor: jax.typing.ArrayLike) -> jax.Array:  # weight decay
+  def __mul__(self, factor: Any) -> jax.Array:  # weight decay
     return factor * self.astype(jnp.float32)
 
-  def __rmul__(self, factor: jax.typing.ArrayLike) -> jax.Array:
+  def __rmul__(self, factor: Any) -> jax.Array:
     return self * factor
 
   def __getitem__(self, rows: Any) -> jax.Array:
