@@ -81,12 +81,13 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   collective each.
 
   Args:
-    path: of the leaf, as `mezo_jax.core.paths.named_leaves` gives it.
+    path: Path of the leaf, such as ``'layers/attn/q/kernel'``.
     shape: of the leaf, the layer axis included.
     mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
     stacked: Whether the first axis is that of layers. Defaults to None, which
-      believes the path (see `mezo_jax.core.paths.locate`).
+      believes the path: a component named ``layer[s]``, ``block[s]`` or ``h``
+      without a number means a stack.
   """
   first = int(paths.locate(path)[2] if stacked is None else stacked)
   if int(np.prod(shape[first:])) < 2**16:
@@ -118,9 +119,9 @@ def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
     params: arrays or shapes, in any pytree.
     mesh: with the axes of the rules, and `fsdp` if a leaf has none.
     rules: (expression, spec). A spec that is shorter than a leaf has axes is
-      of the last ones where the first is the layers' (names and shapes say
-      so: see `mezo_jax.core.paths.stacked`). An axis that a mesh axis does not
-      divide stays whole.
+      of the last ones where the first is the layers' (a component of the path
+      named ``layer[s]``, ``block[s]`` or ``h`` says so, and shapes that agree).
+      An axis that a mesh axis does not divide stays whole.
 
   Raises:
     InputError: for a rule that no leaf has, that is longer than a leaf has

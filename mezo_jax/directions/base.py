@@ -34,8 +34,9 @@ class Directions:
       function from params to one, or a regular expression that is searched for
       in the leaves' paths. Leaves without z are neither perturbed nor updated.
     stacked: a mask of the leaves whose first axis is that of layers, each with
-      a key of its own; None to tell by the names
-      (`mezo_jax.core.paths.locate`).
+      a key of its own. Defaults to None: leaves whose path has a component
+      named ``layer[s]``, ``block[s]`` or ``h``, without a number, and whose
+      shapes agree.
     limits: a number h, or a tree like the params of numbers, or of arrays [L]
       for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
       that it is added to, which is looked up there and stored nowhere. None for

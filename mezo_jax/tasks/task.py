@@ -66,7 +66,10 @@ RowFunction = Annotated[
 
 @dataclasses.dataclass
 class Task:
-  """A task; see `mezo_jax.tasks.task` and docs/tasks.md for examples."""
+  """Declares how rows of data become prompts and answers.
+
+  docs/tasks.md explains the fields with examples.
+  """
 
   name: str = ''  # of a task that this library declares; '' for one's own
   kind: str = 'classification'  # or 'multiple_choice', 'generation', 'head'
@@ -109,8 +112,7 @@ class Task:
 
   @property
   def main_metric(self) -> str:
-    """The name of the first of the metrics that compare with right answers;
-    see `mezo_jax.tasks.objective.metric` for what stands for a result."""
+    """The name of the first metric that compares with right answers."""
     return self.metric or self.traits.metrics[0]
 
   def prepare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

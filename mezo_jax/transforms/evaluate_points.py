@@ -146,7 +146,8 @@ def estimate(
   r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
 
   Args:
-    value_fn: ``value_fn(params, **batch)``; see `mezo_jax.transforms.losses`.
+    value_fn: ``value_fn(params, **batch)``. It returns a scalar, per-example
+      losses ``[B]`` or ``(losses, weights)``; see `mezo_jax.spsa`.
     params: :math:`\theta`.
     z: its n terms are :math:`z_j`.
     eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
@@ -166,7 +167,7 @@ def estimate(
       :math:`\theta`; None for none.
 
   Under `jax.set_mesh` of a mesh with an axis `direction`, as
-  `mezo_jax.core.sharding.make_mesh` makes it, its groups evaluate the points at
+  `mezo_jax.sharding.make_mesh` makes it, its groups evaluate the points at
   the same time, each its part, and exchange the losses.
 
   Returns:
@@ -175,9 +176,8 @@ def estimate(
     much the rows weigh.
 
   Raises:
-    ValueError: for an unknown ``over``; for what `mezo_jax.transforms.losses`
-    refuses; if
-      n does not divide the rows, or ``micro_batches`` n or the rows; or if
+    ValueError: for an unknown ``over``; for a ``value_fn`` that returns
+      something else, or losses of half precision; if n does not divide the rows, or ``micro_batches`` n or the rows; or if
       directions that are built would take several times the weights' memory.
   """
   arguments.function('value_fn', value_fn)

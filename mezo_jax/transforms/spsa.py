@@ -121,8 +121,7 @@ def spsa(
     values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
     projected gradient that is not finite gives zero updates and is counted in
     the state. Leaves that are not of floating point get zero updates. PRNG keys
-    get `mezo_jax.perturb.api.Unmoved`, with which `optax.apply_updates` leaves
-    them as they are.
+    get an update with which `optax.apply_updates` leaves them as they are.
 
     *The door*: ``update(None, state, params, projected_grad=g)``, with g [n] as
     the state of a step has it (and ``value=``, to be kept in the state), is the
@@ -134,8 +133,7 @@ def spsa(
 
     ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
     others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
-    their parts together (`mezo_jax.distributed.exchange`) and go through the
-    door. It needs a `Combine` with ``by_direction``.
+    their parts together (docs/replicas.md) and go through the door. It needs a `Combine` with ``by_direction``.
 
     ``value_fn`` cannot have arguments of these names.
 

@@ -60,8 +60,8 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
   r"""Which weights of each row matter most: a mask for `mazo`.
 
   Args:
-    value_fns: functions of the parameters, one for each task; see
-      `mezo_jax.transforms.losses` for what they return.
+    value_fns: functions of the parameters, one for each task. Each returns
+      what the ``value_fn`` of `mezo_jax.spsa` may return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     share: of each row, k over its length, above 0 and at most 1.

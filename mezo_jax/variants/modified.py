@@ -49,9 +49,8 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
   component of its path. 2 n evaluations for each.
 
   Args:
-    value_fn: a function of the parameters; see `mezo_jax.transforms.losses` for
-    what it
-      returns.
+    value_fn: a function of the parameters, which returns what the ``value_fn``
+      of `mezo_jax.spsa` may return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     num_samples: n.

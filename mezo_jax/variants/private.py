@@ -12,8 +12,7 @@ number, of which the sum is released with noise:
 DPZero (Zhang et al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et
 al., 2024, arXiv:2401.04343). The sum over the rows of a Poisson sample, B the
 number that is expected of them, changes by at most C when a row is added or
-removed: what :math:`\sigma` must be for a budget, `mezo_jax.training.privacy`
-says.
+removed: docs/relatives.md tells how to find the :math:`\sigma` for a budget.
 """
 
 from collections.abc import Mapping
