@@ -177,8 +177,9 @@ def estimate(
 
   Raises:
     ValueError: for an unknown ``over``; for a ``value_fn`` that returns
-      something else, or losses of half precision; if n does not divide the rows, or ``micro_batches`` n or the rows; or if
-      directions that are built would take several times the weights' memory.
+      something else, or losses of half precision; if n does not divide the
+      rows, or ``micro_batches`` n or the rows; or if directions that are built
+      would take several times the weights' memory.
   """
   arguments.function('value_fn', value_fn)
   directions = as_directions(directions)

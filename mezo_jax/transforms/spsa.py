@@ -133,7 +133,8 @@ def spsa(
 
     ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
     others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
-    their parts together (docs/replicas.md) and go through the door. It needs a `Combine` with ``by_direction``.
+    their parts together (docs/replicas.md) and go through the door. It needs a
+    `Combine` with ``by_direction``.
 
     ``value_fn`` cannot have arguments of these names.
 

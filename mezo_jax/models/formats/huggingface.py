@@ -69,7 +69,8 @@ def load(name_or_dir: str | os.PathLike[str],
       older checkpoints have them, ``pytorch_model*.bin``), a ``.gguf`` file, or
       the id of a Hugging Face repository.
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
-      read (see `mezo_jax.sharding.make_mesh`); None for the default device. These axes must not be Explicit.
+      read (see `mezo_jax.sharding.make_mesh`); None for the default device.
+      These axes must not be Explicit.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
       are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
