@@ -16,8 +16,8 @@ and between, on a batch, with one and the same z at both points,
 The paper keeps a copy of :math:`\bar\theta`, as ``stored_anchor`` does. Without
 it the weights themselves are the anchor: the q steps after it are pending
 (as with ``fold_every`` of `mezo_jax.mezo`), a sum of as many z that losses are
-taken around, so two points cost the memory of one, and the anchor is exact in every
-precision.
+taken around, so two points cost the memory of one, and the anchor is exact in
+every precision.
 """
 
 from typing import Any, NamedTuple
