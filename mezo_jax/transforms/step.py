@@ -77,7 +77,8 @@ class Step:
 
     def run(params, state, frozen, batch, more):
       assert value_fn is not None  # _trace_losses has asked
-      value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
+      loss_fn = value_fn
+      value_of = lambda params, batch: loss_fn(_join(params, frozen), batch)
       return tx.update(None, state, params, value_fn=value_of, batch=batch,
                        **more, **only)
 
