@@ -18,7 +18,8 @@ from mezo_jax.transforms import accumulate, not_finite
 from mezo_jax.transforms.spsa import check_part
 
 
-def make_step(tx: optax.GradientTransformation, value_fn: Callable[..., Any], *,
+def make_step(tx: optax.GradientTransformation,
+              value_fn: Callable[..., Any] | None, *,
               mesh: jax.sharding.Mesh | None = None,
               on_compile: Callable[..., Any] | None = None,
               part: tuple[int, int] | None = None) -> 'Step':
