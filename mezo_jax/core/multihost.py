@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 import secrets
 import time
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -39,7 +40,7 @@ def agree(what: str, digest: Callable[[], str], fix: str) -> None:
                      f'differ in {what}: {fix}.')
 
 
-def agree_on(what: str, values: dict, fix: str) -> None:
+def agree_on(what: str, values: dict[str, Any], fix: str) -> None:
   """Raises InputError, on all processes, if one has other values than process
   0; the error names those that differ.
 

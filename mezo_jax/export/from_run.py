@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ from mezo_jax.transforms.step import make_step
 _QUICKSTART = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # the file is made of it
 
 
-def export(workdir: str | os.PathLike, directory: str | os.PathLike,
+def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
            step: int | None = None, merged: bool = False, log: bool = False,
-           base: str | os.PathLike | None = None,
+           base: str | os.PathLike[str] | None = None,
            say: Callable[[str], None] = print) -> Path:
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
@@ -63,6 +64,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   if log:
     step = _chosen(run, checkpoints) if step is None else step
     checkpoints.close()
+    if step is None:
+      raise MissingError(f'{workdir} has no checkpoint yet.')
     return share(workdir, directory, run, step)
   _check_merged(run, merged)
   whole = not (methods.part_of(run).pattern or run.peft.mask)
@@ -88,10 +91,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
                 step, workdir_lib.read_result(workdir), merged, say)
 
 
-def rebuild(base: str | os.PathLike, log: str | os.PathLike,
-            directory: str | os.PathLike, until: int | None = None,
+def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
+            directory: str | os.PathLike[str], until: int | None = None,
             merged: bool = False, say: Callable[[str], None] = print,
-            adapter: str | os.PathLike | None = None) -> Path:
+            adapter: str | os.PathLike[str] | None = None) -> Path:
   """Replays the steps of a log, and writes the model that they give.
 
   Neither data nor forward passes are needed, but the weights that the run began
@@ -223,7 +226,8 @@ def _check_merged(run: config_lib.Train, merged: bool) -> None:
                      'out.')
 
 
-def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints) -> int:
+def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints
+            ) -> int | None:
   return (checkpoints.best_step if methods.selects(run)
           else checkpoints.latest_step)()
 
@@ -244,7 +248,8 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
            step: int, result: dict, merged: bool,
            say: Callable[[str], None]) -> Path:
   """Writes the files of a model, or of its adapters."""
-  about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  about: dict[str, Any] = dict(
+      tokenizer=tokenizer, card=card(run, step, result))
   _check_finite(params, step)
   if methods.adapts(run) and not merged:
     base = run.model.name
@@ -319,7 +324,7 @@ def _check_finite(params: dict, step: int) -> None:
           'computes nothing. Choose an earlier --step, if one was kept.')
 
 
-def card(run: config_lib.Train, step: int, result: dict) -> str:
+def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   """README.md of an exported model: base model, method, result."""
   base, note = _base(run)
   hub_id = base.count('/') == 1

@@ -1,5 +1,7 @@
 r"""ZO-SGD-Cons: a step is made only if the batch's loss says that it helps."""
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -20,8 +22,8 @@ def conservative(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
     num_samples: int | None = None, micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True, **options
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO that takes the best of three points for its step.
 

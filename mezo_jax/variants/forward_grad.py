@@ -9,6 +9,8 @@ Source: Baydin et al., 2022, "Gradients without backpropagation"; Malladi et
 al., 2023, Appendix D.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -27,10 +29,16 @@ from mezo_jax.variants._told import told
 
 
 def forward_grad(
-    learning_rate: float | optax.Schedule, *, key: jax.Array | int,
-    directions: Directions | str = Normal(), num_samples: int | None = None,
-    micro_batches: int | None = None, equal_parts: bool = False,
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
+    learning_rate: float | optax.Schedule,
+    *,
+    key: jax.Array | int,
+    directions: Directions | str = Normal(),
+    num_samples: int | None = None,
+    micro_batches: int | None = None,
+    equal_parts: bool = False,
+    weight_decay: float = 0.0,
+    decay: Any = None,
+    stochastic_rounding: bool = True,
 ) -> ZerothOrderTransformation:
   r"""SGD on :math:`\frac{1}{n} \sum_j (z_j^\top \nabla \mathcal{L}) z_j`.
 

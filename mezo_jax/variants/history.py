@@ -8,6 +8,7 @@ AdaMeZO (arXiv:2605.00650), with a window of h.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -29,7 +30,7 @@ def momentum_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9, window: int = 8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO with (heavy-ball) momentum of the last h steps.
 
@@ -75,10 +76,10 @@ def momentum_by_history(
 
 def adam_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99,
-    window: int = 8, adam_eps: float = 1e-8,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
+    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99, window: int = 8,
+    adam_eps: float = 1e-8, directions: Directions | str = Normal(),
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO with Adam's moments of the last h steps (AdaMeZO).
 

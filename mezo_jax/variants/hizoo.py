@@ -16,6 +16,7 @@ state has :math:`H^{-1/2}`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,8 @@ def hizoo(
     *, key: jax.Array | int, alpha: float = 1e-8,
     directions: Directions | str = Normal(), num_samples: int | None = None,
     over: str = 'scan', micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True
-) -> ZerothOrderTransformation:
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True) -> ZerothOrderTransformation:
   r"""MeZO along :math:`H^{-1/2} z`, of 2n + 1 evaluations a step.
 
   The direction that was evaluated is the one that is moved along: H changes

@@ -12,12 +12,11 @@ number, of which the sum is released with noise:
 DPZero (Zhang et al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et
 al., 2024, arXiv:2401.04343). The sum over the rows of a Poisson sample, B the
 number that is expected of them, changes by at most C when a row is added or
-removed: what :math:`\sigma` must be for a budget, `mezo_jax.training.privacy`
-says.
+removed: docs/relatives.md tells how to find the :math:`\sigma` for a budget.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -44,8 +43,8 @@ def private(
     *, key: jax.Array | int, clip: float, noise_multiplier: float,
     batch_size: float, mechanism: str = 'gaussian',
     directions: Directions | str = Normal(), num_samples: int | None = None,
-    micro_batches: int | None = None, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True
+    micro_batches: int | None = None, weight_decay: float = 0.0,
+    decay: Any = None, stochastic_rounding: bool = True
 ) -> ZerothOrderTransformation:
   r"""MeZO whose steps tell of the rows what a privacy budget allows.
 
@@ -182,7 +181,7 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
   return values.astype(dtypes.wide(values.dtype)), there
 
 
-def noise(key, n: int, mechanism: str) -> jax.Array:
+def noise(key: Any, n: int, mechanism: str) -> jax.Array:
   r""":math:`\xi`, float32 [n]: standard normal, or Laplace's of scale 1.
 
   Of uniform numbers u of 64 bits, of which :math:`-\ln u` goes up to 45. Those
