@@ -40,7 +40,13 @@ import zlib
 import numpy as np
 
 from mezo_jax.core import arguments
-from mezo_jax.core.errors import ExistsError, first_line, InputError, MissingError
+from mezo_jax.core.errors import (
+  Damaged,
+  ExistsError,
+  first_line,
+  InputError,
+  MissingError,
+)
 
 FORMAT = 1  # of a log
 _ADDED = 1 << 31  # in a step's number
@@ -340,10 +346,6 @@ def _differs(path: Path, header: dict, recorded: Recorded) -> str:
 
 
 # --- files ------------------------------------------------------------------
-
-
-class Damaged(InputError):
-  """A log whose header cannot be read."""
 
 
 def read(path: str | os.PathLike) -> Recorded:
