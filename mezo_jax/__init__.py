@@ -3,7 +3,7 @@
 import importlib
 
 from mezo_jax.core.quantized import Codes, dequantize, quantize
-from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
@@ -23,7 +23,7 @@ from mezo_jax.transforms.stochastic_rounding import round_stochastically
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
-    'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'SubZero', 'dequantize',
+    'Normal', 'Rademacher', 'SpsaState', 'SubZero', 'dequantize',
     'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
     'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
     'skip_not_finite', 'spsa', 'two_sided')
