@@ -8,6 +8,7 @@ import jax
 import optax
 from tqdm import tqdm
 
+import mezo_jax
 from mezo_jax import peft
 from mezo_jax.core import fingerprint, multihost, paths
 from mezo_jax.core.errors import local
@@ -71,8 +72,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
   replicas_lib.check(config, place)
-  multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
-                  'install the same on every host')
+  multihost.agree_on(
+      'the versions',
+      {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__},
+      'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
   records.check(config, workdir)
