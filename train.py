@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import mezo_jax
 from mezo_jax import peft
 from mezo_jax.cli import launch
 from mezo_jax.core import fingerprint, multihost, paths
@@ -73,8 +74,8 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
   file = f'{source}, ' if source else ''
   say(f'config: {file}{config_lib.in_words(config)}')
   replicas_lib.check(config, place)
-  multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
-              'install the same on every host')
+  versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
+  multihost.agree_on('the versions', versions, 'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
                  'start the same command on every host')
   workdir_lib.check(config, workdir)

@@ -163,9 +163,13 @@ class Codes:
   # --- views ---
 
   def viewed(self, move: Callable) -> 'Codes | None':
-    """A view; ``move`` makes that of the `Part`s it is given, or None."""
-    codes = move(Part(self.codes, self.shape, whole=True))
-    others = [None if x is None else move(Part(x, self.shape))
+    """Returns a view, or None if there is none.
+
+    Args:
+      move: Returns the view of a `GroupedArray`, or None.
+    """
+    codes = move(GroupedArray(self.codes, self.shape, whole=True))
+    others = [None if x is None else move(GroupedArray(x, self.shape))
               for x in (self.scales, self.offsets)]
     if codes is None or others[0] is None:
       return None
@@ -204,19 +208,26 @@ def pack(q, axis: int):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-  """An array with an entry for each run of a block's elements; its views have
-  the methods of `Draws`. Of ``whole`` ones no run can be divided."""
+class GroupedArray:
+  """An array with one entry for each group of consecutive elements of a block.
+
+  It has the methods of `Draws` that make views.
+
+  Attributes:
+    array: The entries. Along each axis it has as many as there are groups.
+    shape: Shape of the block.
+    whole: Whether a group must not be divided by a view.
+  """
 
   array: jax.Array
-  shape: tuple[int, ...]  # of the block
+  shape: tuple[int, ...]
   whole: bool = False
 
   def _run(self, axis) -> int:
     return self.shape[axis] // self.array.shape[axis]
 
-  def _with(self, array, shape) -> 'Part':
-    return Part(array, tuple(shape), self.whole)
+  def _with(self, array, shape) -> 'GroupedArray':
+    return GroupedArray(array, tuple(shape), self.whole)
 
   def take(self, axis, index):
     x, run = self.array, self._run(axis)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 
+import mezo_jax
 from mezo_jax.core import fingerprint
 from mezo_jax.core.errors import InputError, local
 from mezo_jax.distributed import exchange, mirror
@@ -90,7 +91,8 @@ def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
     for field in ('train', 'test'):
       part['data'].pop(field)
   run = fingerprint.of(dict(
-      config=told, weights=weights, ends=ends, code=fingerprint.of_code(),
+      config=told, weights=weights, ends=ends,
+      versions=[mezo_jax.__version__, jax.__version__],
       rows=fingerprint.of_rows(*(s.train for s in splits))))
   if re.fullmatch(r'.+:\d+', place.through) and not (
       Path(place.through).is_dir()):

@@ -66,7 +66,7 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
   """
   c, classes = model.config, num_classes(params)
   if classes:
-    classifier.check(c)
+    classifier.check_head(c)
     if 'prompt' in params or prefix_length(params):
       raise InputError('a prefix or a prompt with a classification head has no '
                        'equal in PEFT: only LoRA can be saved with one.')
@@ -201,7 +201,7 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  fields.check(about, directory / 'adapter_config.json')
+  fields.check_adapter_config(about, directory / 'adapter_config.json')
   return _KINDS[name], about
 
 

@@ -41,6 +41,7 @@ import numpy as np
 
 from mezo_jax.core import arguments
 from mezo_jax.core.errors import (
+  Damaged,
   ExistsError,
   first_line,
   InputError,
@@ -345,10 +346,6 @@ def _differs(path: Path, header: dict, recorded: Recorded) -> str:
 
 
 # --- files ------------------------------------------------------------------
-
-
-class Damaged(InputError):
-  """A log whose header cannot be read."""
 
 
 def read(path: str | os.PathLike) -> Recorded:

@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
 import optax
 
-from mezo_jax.core.errors import Again, InputError, MissingError, Stopped
+from mezo_jax.core.errors import Again, MissingError, Stopped
 from mezo_jax.runs import checkpoint, guards, workdir
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods
-from mezo_jax.transforms.stochastic_rounding import RoundingState
 
 
 def newest(directory: Path, config: config_lib.Train, metric: str,
@@ -32,43 +30,16 @@ def newest(directory: Path, config: config_lib.Train, metric: str,
   """
   checkpoints = checkpoint.Checkpoints(
       directory / 'checkpoints', config.keep_checkpoints)
-  for path in checkpoints.put_aside:
-    say(f'warning: a checkpoint was damaged and is now {path}.')
   until = workdir.lost_best(directory, config, metric, checkpoints.steps())
   for step in reversed(checkpoints.steps()):
     if until is not None and step > until:
       continue
     try:
-      return checkpoints, step, *load(checkpoints, step, params, opt_state)
+      return (checkpoints, step,
+              *checkpoints.load(step, (params, opt_state)))
     except checkpoint.Damaged as e:
       say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
   return checkpoints, 0, params, opt_state
-
-
-def load(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
-         opt_state):
-  """``params, opt_state`` of a step, in the place of these.
-
-  Also of an earlier version, whose `mezo` had no `RoundingState`: its bits were
-  of the same key and count as its directions.
-
-  Raises:
-    Damaged: if it is not what was saved.
-    InputError: if it is of another model.
-  """
-  try:
-    return checkpoints.load(step, (params, opt_state))
-  except checkpoint.Damaged:
-    raise
-  except InputError as e:
-    if not isinstance(opt_state[-1], RoundingState):
-      raise
-    try:
-      params, old = checkpoints.load(step, (params, opt_state[:-1]))
-    except InputError:
-      raise e from None
-  copies = map(jnp.copy, (old[0].count, old[0].key))  # each to be donated
-  return params, (*old, RoundingState(*copies))
 
 
 def best(config: config_lib.Train, checkpoints: checkpoint.Checkpoints,
@@ -93,7 +64,7 @@ def best(config: config_lib.Train, checkpoints: checkpoint.Checkpoints,
   if step == config.steps:
     return step, params
   try:
-    return step, load(checkpoints, step, params, opt_state)[0]
+    return step, checkpoints.load(step, (params, opt_state))[0]
   except checkpoint.Damaged as e:
     before = checkpoints.was_set_aside(step)
     aside = checkpoints.set_aside(step)
