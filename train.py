@@ -72,7 +72,8 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
   checks.check(config)
   file = f'{source}, ' if source else ''
   say(f'config: {file}{config_lib.in_words(config)}')
-  replicas_lib.check(config, place)
+  replicas_lib.check(place, config.method, ('mezo',), config.spsa.combine,
+                     config.spsa.num_samples)
   multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
               'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
@@ -133,7 +134,10 @@ def run_alone(config: config_lib.Train, workdir: Path, place,
   workdir_lib.write(workdir, config)
   log = workdir_lib.open_log(workdir, config, weights, opt_state, start, say)
   others = place and replicas_lib.join(
-      place, config, workdir, weights, tasks.splits, log, say)
+      place, config_lib.bound(config) | {'code': fingerprint.of_code()},
+      weights, tasks.splits,
+      config.spsa.num_samples, config.steps,
+      config.eval_every if config.spsa.fold_every > 1 else None, log, say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     say(f'resumed from step {log.end} of {workdir}' + (

@@ -28,11 +28,11 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
 _REPLICAS = flags.DEFINE_integer(
-    'replicas', None, 'Machines with weights of their own that share out the '
-    'directions of a step (docs/replicas.md).')
+    'replicas', None, 'Experimental: machines with weights of their own that '
+    'share out the directions of a step (docs/replicas.md).')
 _REPLICA = flags.DEFINE_integer('replica', None, 'Which one this is, from 0.')
 _EXCHANGE = flags.DEFINE_string(
-    'exchange', None, 'HOST:PORT of replica 0, or a directory that all see.')
+    'exchange', None, 'Directory that all replicas see (experimental).')
 _TIMEOUT = flags.DEFINE_float(
     'exchange_timeout', 1800.0, 'Seconds to wait for another replica.')
 
