@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -44,6 +45,7 @@ JOIN = 300  # Seconds to wait for the other processes of a run.
 _TURN = 1.0  # Seconds between two questions to the coordination service.
 _FAILED = 'mezo_jax/failed/'  # Where a process that failed leaves its number.
 _EXITED = 'exited (see its output). Restart all processes to resume.'
+_handlers = []  # Functions that C calls, which keeps no reference to them.
 
 
 def check_devices() -> None:
@@ -52,7 +54,7 @@ def check_devices() -> None:
   try:
     jax.devices()
   except Exception as e:  # of many types, an AssertionError among them
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, 'jax_platforms', None)
     asked = f' of JAX_PLATFORMS={platforms}' if platforms else ''
     raise InputError(
         f'JAX finds no device{asked} ({first_line(e)[:300]}). Install JAX for '
@@ -82,8 +84,9 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
       another number of processes. If the others do not come within `JOIN`
       seconds, the process ends with a sentence.
   """
-  arguments = dict(coordinator=coordinator, num_processes=num_processes,
-                   process_id=process_id)
+  arguments: dict[str, Any] = dict(
+      coordinator=coordinator, num_processes=num_processes,
+      process_id=process_id)
   arguments = {k: v for k, v in arguments.items() if v is not None}
   given = _environment() | arguments
   if not arguments and {*given} == {'coordinator'}:
@@ -113,7 +116,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
         '0: start all with the same number.')
 
 
-def _check_given(given: dict) -> None:
+def _check_given(given: dict[str, Any]) -> None:
   """Raises InputError for arguments of `join` that cannot work, and arranges
   for a sentence if the others do not come."""
   missing = {'coordinator', 'num_processes', 'process_id'} - {*given}
@@ -131,9 +134,9 @@ def _check_given(given: dict) -> None:
     raise InputError(
         f'--coordinator is {where!r} and must be HOST:PORT of the first '
         'process, with a port from 1 to 65535.')
-  who, why = f'process {index} of {count}', ''
   if index == 0 and 'JAX_COORDINATOR_BIND_ADDRESS' not in os.environ:
     _check_port(int(port))
+  who, why = f'process {index} of {count}', ''
   try:
     socket.getaddrinfo(host.strip('[]'), port)
   except (OSError, UnicodeError) as e:
@@ -166,8 +169,10 @@ def _check_port(port: int) -> None:
                      f'({e.strerror}); choose another port.') from e
 
 
-def _environment() -> dict:
+def _environment() -> dict[str, Any]:
+  """Returns arguments of `join` that the environment has."""
   env = os.environ
+  found: dict[str, Any]
   if 'JAX_COORDINATOR_ADDRESS' in env:
     names = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
     found = dict(coordinator=env['JAX_COORDINATOR_ADDRESS'])
@@ -201,7 +206,7 @@ def watch(program: str) -> Iterator[None]:
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     yield
     return
-  client = distributed.global_state.client
+  client: Any = distributed.global_state.client
   ending = threading.Event()
   follower = threading.Thread(
       target=_follow, args=(program, client, ending), daemon=True)
@@ -235,7 +240,7 @@ def watch(program: str) -> Iterator[None]:
     _leave(status)
 
 
-def _follow(program: str, client, ending: threading.Event) -> None:
+def _follow(program: str, client: Any, ending: threading.Event) -> None:
   """Ends this process when another one has died or failed.
 
   It returns after ``ending``; on process 0, whose service all others need in
@@ -291,7 +296,8 @@ def _status_of(e: BaseException) -> int:
 
 def _coordinator_is_gone() -> bool:
   """Returns whether nothing listens at process 0's address any more."""
-  host, _, port = distributed.global_state.coordinator_address.rpartition(':')
+  address = str(distributed.global_state.coordinator_address)
+  host, _, port = address.rpartition(':')
   try:
     socket.create_connection((host.strip('[]'), int(port)), 5.0).close()
   except OSError:
@@ -306,6 +312,8 @@ def _before_abort(act: Callable[[], object] | None) -> None:
   calls abort(). A handler of Python's signal module would run too late, after
   abort() has ended the process, so this one is called by C.
   """
-  handler = act and ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act())
-  _before_abort.handler = handler  # C keeps no reference to it.
+  handler = None
+  if act is not None:
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act())
+    _handlers.append(handler)
   ctypes.CDLL(None).signal(signal.SIGABRT, handler)

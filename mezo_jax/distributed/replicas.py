@@ -44,9 +44,9 @@ def place(replicas: int | None, replica: int | None, directory: str | None,
   Raises:
     InputError: If some are missing, or out of range.
   """
-  if (replicas, replica, directory) == (None, None, None):
+  if replicas is None and replica is None and directory is None:
     return None
-  if None in (replicas, replica, directory):
+  if replicas is None or replica is None or directory is None:
     raise InputError('replicas: --replicas, --replica and --exchange must be '
                      'given together.')
   if not 0 <= replica < replicas:
