@@ -45,6 +45,8 @@ JOIN = 300  # Seconds to wait for the other processes of a run.
 _TURN = 1.0  # Seconds between two questions to the coordination service.
 _FAILED = 'mezo_jax/failed/'  # Where a process that failed leaves its number.
 _EXITED = 'exited (see its output). Restart all processes to resume.'
+# What `live_devices` raises where a process died: ValueError in jax 0.10.0.
+_DIED = getattr(multihost_utils, 'ProcessFailureError', ValueError)
 _handlers = []  # Functions that C calls, which keeps no reference to them.
 
 
@@ -247,26 +249,26 @@ def _follow(program: str, client: Any, ending: threading.Event) -> None:
   order to leave, when they have left.
   """
   devices, gone = jax.devices(), set()
-  first, others = jax.process_index() == 0, jax.process_count() - 1
-  while not ending.is_set() or first and len(gone) < others:
+  first, count = jax.process_index() == 0, jax.process_count()
+  while not ending.is_set() or first and len(gone) < count - 1:
     try:
-      try:
-        with multihost_utils.live_devices(devices) as alive:
-          gone |= {d.process_index for d in {*devices} - {*alive}}
-          time.sleep(_TURN)
-      except multihost_utils.ProcessFailureError as e:
-        gone |= {d.process_index for d in e.failed_devices}
-      failed = client.key_value_dir_get(_FAILED)
+      with multihost_utils.live_devices(devices) as alive:
+        gone = {*range(count)} - {device.process_index for device in alive}
+        failed = client.key_value_dir_get(_FAILED)
+        # An error of one is often one of all: this process may report its own.
+        if failed and not ending.wait(3 * _TURN):
+          name, _ = failed[0]
+          number = int(name.rpartition('/')[2])
+          _report(program, number, 'failed (see its output).')
+          _leave(1)
+        if gone and not ending.is_set():
+          _report(program, min(gone), _EXITED)
+          _leave(AGAIN)
+        time.sleep(_TURN)
+    except _DIED:
+      continue  # The next turn says which.
     except jax.errors.JaxRuntimeError:
       return  # The service is gone, so JAX aborts: see `watch`.
-    # An error of one is often an error of all: this one may report its own.
-    if failed and not ending.wait(3 * _TURN):
-      name, _ = failed[0]
-      _report(program, int(name.rpartition('/')[2]), 'failed (see its output).')
-      _leave(1)
-    if gone and not ending.is_set():
-      _report(program, min(gone), _EXITED)
-      _leave(AGAIN)
 
 
 def _report(program: str, number: int, what: str) -> None:
