@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 import re
 import sys
+from typing import Any
 
 _OF_THE_DISK = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
@@ -33,6 +34,10 @@ class MissingError(InputError, FileNotFoundError):
   """A file, a model or a data set that is not there."""
 
 
+class Damaged(InputError):
+  """A file or directory that is not what was written."""
+
+
 class Stopped(InputError):
   """A run that cannot go on; nothing that was saved is lost."""
 
@@ -45,7 +50,7 @@ class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 
 
-def local(path: str | os.PathLike) -> Path:
+def local(path: str | os.PathLike[str]) -> Path:
   """Returns the local path that a user names; ``~`` is the home directory.
 
   Raises:
@@ -62,7 +67,7 @@ def local(path: str | os.PathLike) -> Path:
   return Path(text).expanduser()
 
 
-def first_line(error) -> str:
+def first_line(error: Any) -> str:
   """What an error of another library says, to be put into a sentence."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

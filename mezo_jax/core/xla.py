@@ -1,5 +1,8 @@
 """Where and when XLA makes a value: what a program alone does not tell it."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from jax import lax
 from jax.core import Tracer
@@ -10,7 +13,7 @@ import numpy as np
 from mezo_jax.core import jax_versions
 
 
-def apart(fn):
+def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
   """``fn`` as a function that XLA:CPU does not inline: it builds all that it
   can as soon as it can, but what happens in there it leaves there."""
   def alone(*args):
@@ -23,14 +26,14 @@ def apart(fn):
   return called
 
 
-def apart_on_cpu(fn, *args):
+def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
   """Returns ``fn(*args)``; XLA:CPU does not inline the function."""
   if not _is_traced(args):
     return fn(*args)
   return lax.platform_dependent(*args, cpu=apart(fn), default=fn)
 
 
-def entries(x: jax.Array, indices) -> list[jax.Array]:
+def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
   """Returns the entries ``x[i]`` of the first axis.
 
   The time that XLA:CPU takes to compile a program is that of its distinct
@@ -85,7 +88,7 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
       lax.bitcast_convert_type(x, words) ^ zero, x.dtype)
 
 
-def made_first(fn, *args):
+def made_first(fn: Callable[..., Any], *args: Any) -> Any:
   """Returns ``fn(*args)``, in memory before it is used: not again for each use.
   """
   return lax.platform_dependent(

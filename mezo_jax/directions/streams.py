@@ -4,10 +4,12 @@ A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
 where the elements of the new block lie among the draws of the leaf.
 """
 
+from collections.abc import Sequence
 import contextlib
 import contextvars
 import dataclasses
 import math
+from typing import Any
 import zlib
 
 import jax
@@ -176,7 +178,8 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
   return _moved(s, index, step)
 
 
-def window(s: Stream, starts, sizes, steps) -> Stream:
+def window(s: Stream, starts: Sequence[Any], sizes: Sequence[int],
+           steps: Sequence[int]) -> Stream:
   """A run along each axis: ``x[start:start + size * step:step]``."""
   for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
     at_start = isinstance(start, int) and start == 0
@@ -193,7 +196,7 @@ def window(s: Stream, starts, sizes, steps) -> Stream:
   return s
 
 
-def transpose(s: Stream, order) -> Stream:
+def transpose(s: Stream, order: Sequence[int]) -> Stream:
   """Axis ``order[a]`` as axis a."""
   own = len(order)
   return _map(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import functools
 import operator
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 from jax.core import Tracer
@@ -91,7 +91,8 @@ def _keep(logits, top_k: int, top_p: jax.Array | None):
 
 
 @overload
-def generate(model: Transformer, params, input_ids, attention_mask=None, *,
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *,
              max_new_tokens: int, stop_ids: int | Sequence[int] = (),
              pad_id: int = 0, temperature: float | jax.Array = 0.0,
              top_k: int = 0, top_p: float | jax.Array = 1.0,
@@ -101,7 +102,8 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
 
 
 @overload
-def generate(model: Transformer, params, input_ids, attention_mask=None, *,
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *,
              max_new_tokens: int, stop_ids: int | Sequence[int] = (),
              pad_id: int = 0, temperature: float | jax.Array = 0.0,
              top_k: int = 0, top_p: float | jax.Array = 1.0,
@@ -110,12 +112,12 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
   ...
 
 
-def generate(model: Transformer, params, input_ids, attention_mask=None, *,
-             max_new_tokens: int, stop_ids: int | Sequence[int] = (),
-             pad_id: int = 0, temperature: float | jax.Array = 0.0,
-             top_k: int = 0, top_p: float | jax.Array = 1.0,
-             key: jax.Array | int | None = None, check: bool = False
-             ) -> jax.Array | tuple[jax.Array, jax.Array]:
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *, max_new_tokens: int,
+             stop_ids: int | Sequence[int] = (), pad_id: int = 0,
+             temperature: float | jax.Array = 0.0, top_k: int = 0,
+             top_p: float | jax.Array = 1.0, key: jax.Array | int | None = None,
+             check: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Continues prompts, one token of each a step, until all have stopped.
 
   The prompts pass through the model once; then a `lax.while_loop` feeds back

@@ -70,7 +70,7 @@ def _gemma3(width, ff, layers, heads, kv_heads, vocab=262_208, head=256,
 
 
 _LONG: dict[str, Any] = dict(rope_scaling=dict(rope_type='linear', factor=8.0))
-KNOWN = {
+KNOWN: dict[str, dict[str, Any]] = {
     'facebook/opt-125m': _opt(768, 12, 12),
     'facebook/opt-350m': _opt(1024, 24, 16, word_embed_proj_dim=512,
                               do_layer_norm_before=False),

@@ -32,8 +32,9 @@ _CHUNK = 4096  # rows of the vocabulary at a time
 _FEATURES = ('', 'head', 'body', 'trunk')
 
 
-def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
-                   cap: float | None = None, chunk: int = _CHUNK):
+def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
+                   targets_BxA: jax.Array, bias_V: jax.Array | None = None,
+                   cap: float | None = None, chunk: int = _CHUNK) -> jax.Array:
   r"""log p of the targets, float32 [B, A], without logits [B, A, V].
 
   .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
@@ -87,7 +88,7 @@ class Head(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BxAxD):
+  def __call__(self, x_BxAxD: jax.Array) -> Any:
     c = self.config
     x_BxAxD = Linear(c.width, c.width, True, name='dense')(x_BxAxD)
     x_BxAxD = make_norm(c, 'norm')(activation(c, x_BxAxD))
@@ -117,9 +118,11 @@ class Transformer(nn.Module):
   prefix_positions: str = 'zero'
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None,
-               answer_at=None, token_ids=None, targets=None, cache=None,
-               shared_prompt=False, features='', trunk=None):
+  def __call__(self, input_ids: Any, attention_mask: Any = None, *,
+               token_type_ids: Any = None, answer_at: Any = None,
+               token_ids: Any = None, targets: Any = None, cache: Any = None,
+               shared_prompt: bool = False, features: str = '',
+               trunk: jax.Array | None = None) -> Any:
     """Logits, or log-likelihoods of given tokens.
 
     Args:
@@ -321,8 +324,8 @@ class Transformer(nn.Module):
     return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
 
 
-def known_ids(name: str, ids, size: int, shape: tuple, least: int = 0
-              ) -> tuple[jax.Array, jax.Array | None]:
+def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
+              least: int = 0) -> tuple[jax.Array, jax.Array | None]:
   """Checks numbers that select rows: token ids, token types, positions.
 
   jax reads the nearest row for a number that no row has, where torch raises.
@@ -367,7 +370,7 @@ def known_ids(name: str, ids, size: int, shape: tuple, least: int = 0
   return ids, None if known else (ids >= least) & (ids < size)
 
 
-def known_mask(mask, rows: int, length: int) -> jax.Array:
+def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
   """Returns an attention mask as int32 [B or 1, T].
 
   Raises:
@@ -387,7 +390,7 @@ def known_mask(mask, rows: int, length: int) -> jax.Array:
   return jnp.asarray(mask).astype(jnp.int32)
 
 
-def is_known(x) -> bool:
+def is_known(x: Any) -> bool:
   """Returns whether the values of an array can be read here and now."""
   return not isinstance(x, Tracer) and (
       not isinstance(x, jax.Array) or x.is_fully_addressable)
@@ -408,7 +411,8 @@ def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
   return None
 
 
-def apply(model: Transformer, params: dict, *args, **kwargs):
+def apply(model: Transformer, params: dict[str, Any], *args: Any, **kwargs: Any
+          ) -> Any:
   """``model.apply({'params': params}, ...)``, of quantised weights too."""
   return dequantized(lambda params: model.apply(
       {'params': params}, *args, **kwargs))(params)
@@ -472,7 +476,8 @@ def _wanted(carry, shared: Shared, at_BxA):
       mask=masks[0], local_mask=masks[1], context=x_BxSxD, wanted=at_BxA)
 
 
-def make_cache(config: Config, rows: int, length: int, dtype) -> Cache:
+def make_cache(config: Config, rows: int, length: int,
+               dtype: jax.typing.DTypeLike) -> Cache:
   """An empty cache for ``length`` tokens of each of ``rows`` texts.
 
   Args:

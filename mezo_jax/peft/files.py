@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
@@ -39,8 +40,9 @@ _HEADS = {'bert': ['classifier', 'pooler'], 'roberta': ['classifier']}
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
-def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
-         base: str = '', tokenizer=None, card: str | None = None) -> Path:
+def save(directory: str | os.PathLike[str], model: Transformer,
+         params: dict[str, Any], *, base: str = '', tokenizer: Any = None,
+         card: str | None = None) -> Path:
   """Writes the adapters in ``params`` so that PEFT loads them.
 
   LoRA of q, k and v of a GPT-2, which PEFT has as one matrix, is written as one
@@ -66,7 +68,7 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
   """
   c, classes = model.config, num_classes(params)
   if classes:
-    classifier.check(c)
+    classifier.check_head(c)
     if 'prompt' in params or prefix_length(params):
       raise InputError('a prefix or a prompt with a classification head has no '
                        'equal in PEFT: only LoRA can be saved with one.')
@@ -123,7 +125,8 @@ def _host(x) -> np.ndarray:
   return np.asarray(on_host(x), np.float32)
 
 
-def load(directory: str | os.PathLike, model: Transformer):
+def load(directory: str | os.PathLike[str], model: Transformer
+         ) -> tuple[Transformer, dict[str, Any], str]:
   """Reads a directory that `save` or PEFT wrote.
 
   Args:
@@ -167,7 +170,7 @@ def load(directory: str | os.PathLike, model: Transformer):
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
-def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
+def files_of(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
   """Returns the two files of an adapter.
 
   Raises:
@@ -182,7 +185,7 @@ def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
   return found
 
 
-def describe(directory: str | os.PathLike) -> tuple[str, dict]:
+def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
   """``kind, about``: 'lora', 'prefix' or 'prompt', and the adapter's config.
 
   Raises:
@@ -201,7 +204,7 @@ def describe(directory: str | os.PathLike) -> tuple[str, dict]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  fields.check(about, directory / 'adapter_config.json')
+  fields.check_adapter_config(about, directory / 'adapter_config.json')
   return _KINDS[name], about
 
 

@@ -13,7 +13,8 @@ from mezo_jax.core.paths import selected
 from mezo_jax.core.quantized import FACTORS, is_codes
 
 
-def split(params: dict, mask) -> tuple[dict, dict]:
+def split(params: dict[str, Any], mask: Any
+          ) -> tuple[dict[str, Any], dict[str, Any]]:
   """``trainable, frozen``: two nested dicts that share no leaf.
 
   Args:
@@ -37,7 +38,7 @@ def split(params: dict, mask) -> tuple[dict, dict]:
   return part(True), part(False)
 
 
-def factors(params: dict) -> dict:
+def factors(params: dict[str, Any]) -> dict[str, Any]:
   """A factor of 1 for each scale of the `Codes` of a nested dict, float32: all
   that a model has to train whose integers stay. `join` multiplies them.
 

@@ -16,6 +16,7 @@ and +ε in place).
 """
 
 from collections.abc import Callable
+from typing import Any
 import warnings
 
 import jax
@@ -28,6 +29,7 @@ from mezo_jax.directions import noise, streams
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement, of_leaves, stack
+from mezo_jax.perturb import rules_dot  # noqa: F401  registers its rule
 from mezo_jax.perturb.interpreter import Block, Context, SMALL
 from mezo_jax.perturb.rules_control_flow import evaluate
 
@@ -126,8 +128,8 @@ def _build(w, draws):
 # --- the eager twins --------------------------------------------------------
 
 
-def displace(params, displacement: Displacement,
-             directions: Directions | str = Normal()):
+def displace(params: Any, displacement: Displacement,
+             directions: Directions | str = Normal()) -> Any:
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
   Elementwise, so that under `jax.jit` with donated params it is in place. The
@@ -148,8 +150,9 @@ def displace(params, displacement: Displacement,
       _build, _blocks(params, displacement, directions), lambda x: x))
 
 
-def direction(params, displacement: Displacement,
-              directions: Directions | str = Normal(), *, dtype=None):
+def direction(params: Any, displacement: Displacement,
+              directions: Directions | str = Normal(), *,
+              dtype: jax.typing.DTypeLike | None = None) -> Any:
   r"""Builds :math:`\sum_j c_j z(key_j)`, zero where there is no z.
 
   Args:
@@ -167,8 +170,9 @@ def direction(params, displacement: Displacement,
                 dtype=arguments.floating('dtype', dtype))
 
 
-def mapped(fn: Callable, params, displacement: Displacement,
-           directions: Directions, *, dtype=None):
+def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
+           directions: Directions, *, dtype: jax.typing.DTypeLike | None = None
+           ) -> Any:
   """``fn(w, draws)`` of the leaves that have a z, zeros of the others."""
   return jax.tree.unflatten(paths.structure(params), _map_blocks(
       lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
@@ -186,14 +190,14 @@ class Unmoved:
   that have keys among them, such as the whole state of an NNX model.
   """
 
-  def __radd__(self, key):
+  def __radd__(self, key: Any) -> Any:
     return key if isinstance(key, Tracer) else _Sum(key)
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[()], None]:
     return (), None
 
   @classmethod
-  def tree_unflatten(cls, aux, children):
+  def tree_unflatten(cls, aux: Any, children: Any) -> 'Unmoved':
     del aux, children
     return cls()
 
@@ -219,7 +223,7 @@ class _Sum(jax.Array):
     return self._key
 
 
-def zeros(x):
+def zeros(x: Any) -> Any:
   """Returns the update of a leaf that is not trained."""
   if is_codes(x):
     return jnp.zeros(x.shape, x.dtype)
@@ -231,8 +235,8 @@ def zeros(x):
 # --- perturbed evaluation ---------------------------------------------------
 
 
-def perturbed(value_fn: Callable,
-              directions: Directions | str = Normal()) -> Callable:
+def perturbed(value_fn: Callable[..., Any],
+              directions: Directions | str = Normal()) -> Callable[..., Any]:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
   ``perturbed(f)(params, displacement, *args)`` is

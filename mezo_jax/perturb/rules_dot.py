@@ -1,6 +1,7 @@
 """The rule of matrix products, in which most weights are consumed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -167,7 +168,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
   return run
 
 
-def in_sharded_types(w) -> bool:
+def in_sharded_types(w: Any) -> bool:
   """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
   its carry how it lies."""
   w = w.codes if is_codes(w) else w

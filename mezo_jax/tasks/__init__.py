@@ -7,6 +7,7 @@ tokens of them (`encode`), score answers (`score`) and measure predictions
 """
 
 import dataclasses
+from typing import Any
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import glue, opt, roberta
@@ -16,7 +17,7 @@ TASKS = {task.name: task
          for task in (*opt.TASKS, *roberta.TASKS, *glue.TASKS)}
 
 
-def get(name: str, **changes) -> Task:
+def get(name: str, **changes: Any) -> Task:
   """A declared task, with changes.
 
   Raises:

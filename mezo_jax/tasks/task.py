@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import re
 import string
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -60,12 +60,16 @@ KINDS = {
 # a field.
 TextOrNone = Annotated[str | None, 'a text, or None']
 RowFunction = Annotated[
-    Callable[[dict], dict | None] | None, 'set in a config file']
+    Callable[[dict[str, Any]], dict[str, Any] | None] | None,
+    'set in a config file']
 
 
 @dataclasses.dataclass
 class Task:
-  """A task; see `mezo_jax.tasks.task` and docs/tasks.md for examples."""
+  """Declares how rows of data become prompts and answers.
+
+  docs/tasks.md explains the fields with examples.
+  """
 
   name: str = ''  # of a task that this library declares; '' for one's own
   kind: str = 'classification'  # or 'multiple_choice', 'generation', 'head'
@@ -108,11 +112,10 @@ class Task:
 
   @property
   def main_metric(self) -> str:
-    """The name of the first of the metrics that compare with right answers;
-    see `mezo_jax.tasks.objective.metric` for what stands for a result."""
+    """The name of the first metric that compares with right answers."""
     return self.metric or self.traits.metrics[0]
 
-  def prepare(self, rows: Sequence[dict]) -> list[dict]:
+  def prepare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as the templates see them; some tasks leave some out.
 
     Raises:
@@ -128,7 +131,7 @@ class Task:
           f'{sorted(rows[0])}.') from None
     return [row for row in found if row is not None]
 
-  def prompt(self, row: dict, **more: str) -> str:
+  def prompt(self, row: dict[str, Any], **more: str) -> str:
     """The prompt of a row.
 
     Raises:
@@ -136,19 +139,19 @@ class Task:
     """
     return self._fill('template', self.template, row, **more)
 
-  def prior(self, row: dict) -> str:
+  def prior(self, row: dict[str, Any]) -> str:
     """The prompt without content, for surface-form calibration."""
     assert self.calibration is not None
     return self._fill('calibration', self.calibration, row)
 
-  def candidates(self, row: dict) -> list[str]:
+  def candidates(self, row: dict[str, Any]) -> list[str]:
     """The answers to choose from, as they follow the prompt."""
     if self.traits.words:
       return list(self.label_words)
     return [self._fill('answer', self.answer, row, choice=choice)
             for choice in self._choices(row)]
 
-  def golds(self, row: dict) -> tuple[int, ...]:
+  def golds(self, row: dict[str, Any]) -> tuple[int, ...]:
     """The right candidates or classes: one, or several where any will do.
 
     Raises:
@@ -191,7 +194,7 @@ class Task:
     names = tuple(map(str, names))
     return names if len(set(names)) == len(names) else ()
 
-  def reading(self, rows: Sequence[dict]) -> str:
+  def reading(self, rows: Sequence[dict[str, Any]]) -> str:
     """Returns a line on how the labels of these rows are read; '' if there are
     none.
 
@@ -273,7 +276,7 @@ class Task:
   def num_classes(self) -> int:
     return len(self.label_words or self.label_names)
 
-  def has_gold(self, row: dict) -> bool:
+  def has_gold(self, row: dict[str, Any]) -> bool:
     """Returns whether a row has a right answer at all."""
     column = (self.answers_column if self.traits.generates else
               self.label_column)
@@ -281,7 +284,7 @@ class Task:
     return not (_is_nothing(value) or isinstance(value, str | list | tuple)
                 and not value)
 
-  def references(self, row: dict) -> list[str]:
+  def references(self, row: dict[str, Any]) -> list[str]:
     """Returns the acceptable texts of a generated answer; the first is trained
     on.
 
@@ -303,7 +306,7 @@ class Task:
           'and no list of texts; set --config.task.answers_column.')
     return list(texts)
 
-  def gold_text(self, row: dict) -> str:
+  def gold_text(self, row: dict[str, Any]) -> str:
     """The right answer as it follows the prompt."""
     if self.traits.generates:
       text = self.references(row)[0]

@@ -8,7 +8,7 @@ touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
-from typing import cast, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 from jax import lax
@@ -58,8 +58,7 @@ def sgd(learning_rate: float | optax.Schedule) -> Rule:
 
 def pending(estimate: ZerothOrderTransformation, every: int,
             directions: Directions, rule: Rule,
-            finish: optax.GradientTransformation
-            ) -> ZerothOrderTransformation:
+            finish: optax.GradientTransformation) -> ZerothOrderTransformation:
   r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
   each ``every``-th, which is the sum of as many; with `sgd`
 
@@ -132,7 +131,7 @@ def pending(estimate: ZerothOrderTransformation, every: int,
   return ZerothOrderTransformation(init_fn, update_fn)
 
 
-def is_due(state) -> jax.Array:
+def is_due(state: Any) -> jax.Array:
   """Whether the step that is to be made from a state adds what is pending."""
   parts = {type(x): x for x in jax.tree.leaves(
       state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
@@ -141,7 +140,7 @@ def is_due(state) -> jax.Array:
 
 
 def displacement(state: SpsaState, ring: PendingState, directions: Directions,
-                 count) -> Displacement:
+                 count: jax.Array | int) -> Displacement:
   """What is pending at step number ``count``, as terms of [k * n] keys."""
   every, n = ring.pending.shape
   first = count - count % every

@@ -4,7 +4,8 @@ Malladi et al. (2023), Algorithm 1 and Definition 2; the estimate ``g z`` is
 `mezo_jax.spsa`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 import warnings
 
 import jax
@@ -27,8 +28,8 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def mezo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3,
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
@@ -38,7 +39,7 @@ def mezo(
     micro_batches: int | None = None,
     equal_parts: bool = False,
     weight_decay: float = 0.0,
-    decay=None,
+    decay: Any = None,
     stochastic_rounding: bool = True,
     fold_every: int | None = None,
 ) -> ZerothOrderTransformation:
@@ -133,9 +134,9 @@ def mezo(
                  stochastic_rounding=stochastic_rounding)
 
 
-def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
-            directions: Directions, weight_decay=0.0, decay=None,
-            stochastic_rounding: bool = True
+def descent(estimate: optax.GradientTransformation, learning_rate: Any, *,
+            key: Any, directions: Directions, weight_decay: Any = 0.0,
+            decay: Any = None, stochastic_rounding: bool = True
             ) -> ZerothOrderTransformation:
   """Adds to an estimate the other links that `mezo` has."""
   learning_rate = arguments.rate('learning_rate', learning_rate)
@@ -178,7 +179,7 @@ def _wide(x):
   return x.astype(dtypes.wide(x.dtype)) if paths.is_floating(x) else x
 
 
-def rounding(key, directions: Directions, stochastic: bool
+def rounding(key: Any, directions: Directions, stochastic: bool
              ) -> optax.GradientTransformation:
   """Returns the last link: updates in the dtypes of the parameters."""
   if not arguments.boolean('stochastic_rounding', stochastic):
@@ -203,7 +204,8 @@ def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
   return fold_every
 
 
-def by_group(make, value) -> optax.GradientTransformation:
+def by_group(make: Callable[..., Any], value: Any
+             ) -> optax.GradientTransformation:
   """``make(value)``, or for groups of values each for its own parameters."""
   if not isinstance(value, Mapping):
     return make(value)

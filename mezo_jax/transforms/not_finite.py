@@ -1,6 +1,6 @@
 """Leaves everything as it is in a step whose loss is not finite."""
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def skip_not_finite(
-    inner: optax.GradientTransformation
-) -> ZerothOrderTransformation:
+    inner: optax.GradientTransformation) -> ZerothOrderTransformation:
   """Makes a step that an estimator within ``inner`` skips change nothing.
 
   Where a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
@@ -58,7 +57,7 @@ def skip_not_finite(
   return ZerothOrderTransformation(init_fn, update_fn)
 
 
-def is_estimator(x) -> bool:
+def is_estimator(x: Any) -> bool:
   """Returns whether something is the state of an estimator."""
   # This wrapper of optax counts updates of its own, under the same name.
   return hasattr(x, 'notfinite_count') and not isinstance(

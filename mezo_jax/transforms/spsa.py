@@ -14,7 +14,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import cast, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from mezo_jax.core import arguments, sharding
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction
 from mezo_jax.transforms import chain
 from mezo_jax.transforms import losses as losses_lib
@@ -54,7 +55,7 @@ class SpsaState(NamedTuple):
 
 
 def spsa(
-    eps: float | optax.Schedule | Mapping = 1e-3,
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
@@ -63,7 +64,7 @@ def spsa(
     over: str = 'scan',
     micro_batches: int | None = None,
     equal_parts: bool = False,
-    dtype=None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> ZerothOrderTransformation:
   r"""Estimates the gradient by simultaneous perturbation.
 
@@ -91,8 +92,8 @@ def spsa(
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
     directions: What z is: its distribution and generator, and which leaves have
-      it (`mezo_jax.Normal`, `Rademacher`, `Sphere`), or its name. The other
-      leaves get zero updates.
+      it (`mezo_jax.Normal`, `Rademacher`, ...), or its name. The other leaves
+      get zero updates.
     combine: How losses become :math:`g`: `two_sided`; `one_sided`,
       :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
       \epsilon`: n + 1 evaluations instead of 2n, with a bias of
@@ -121,8 +122,7 @@ def spsa(
     values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
     projected gradient that is not finite gives zero updates and is counted in
     the state. Leaves that are not of floating point get zero updates. PRNG keys
-    get `mezo_jax.perturb.api.Unmoved`, with which `optax.apply_updates` leaves
-    them as they are.
+    get an update with which `optax.apply_updates` leaves them as they are.
 
     *The door*: ``update(None, state, params, projected_grad=g)``, with g [n] as
     the state of a step has it (and ``value=``, to be kept in the state), is the
@@ -134,8 +134,8 @@ def spsa(
 
     ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
     others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
-    their parts together (`mezo_jax.distributed.exchange`) and go through the
-    door. It needs a `Combine` with ``by_direction``.
+    their parts together (docs/replicas.md) and go through the door. It needs a
+    `Combine` with ``by_direction``.
 
     ``value_fn`` cannot have arguments of these names.
 
@@ -199,7 +199,7 @@ def spsa(
                 projected_grad=None, around=None, part=None, **extra_args):
     _check_update(updates, state, params, value_fn, projected_grad)
     keys = directions.keys(state.key, state.count, num_samples)
-    kind, z = directions.plain(params, keys)
+    z = Displacement(keys, jnp.ones(num_samples, jnp.float32))
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
@@ -207,13 +207,12 @@ def spsa(
       arguments.check_names(value_fn, around=around, part=part)
       if around is not None:
         check_displacement('around', around)
-        around = directions.plain(params, around.keys)[1].times(around.coefs)
       mine = z if part is None else jax.tree.map(
           lambda x: x[_part(part, num_samples, combine)], z)
       losses = estimate(  # of θ ± εz
-          value_fn, params, mine, epsilon, kind, signs=combine.signs, over=over,
-          micro_batches=micro_batches, equal_parts=equal_parts, around=around,
-          batch=losses_lib.accepted(value_fn, extra_args))
+          value_fn, params, mine, epsilon, directions, signs=combine.signs,
+          over=over, micro_batches=micro_batches, equal_parts=equal_parts,
+          around=around, batch=losses_lib.accepted(value_fn, extra_args))
       value, g = combine.apply(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
       if part is not None:
@@ -228,7 +227,7 @@ def spsa(
     finite = jnp.all(jnp.isfinite(g))
     mean = jnp.where(finite, g, 0.0) / num_samples
     of_group = jax.tree.map(lambda e: mean * (_first(epsilon) / e), epsilon)
-    updates = direction(params, z.times(of_group), kind, dtype=dtype)
+    updates = direction(params, z.times(of_group), directions, dtype=dtype)
     return updates, SpsaState(
         count=cast(jax.Array, optax.safe_increment(state.count)),
         key=state.key,
@@ -255,7 +254,7 @@ def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
   return slice(i * n // parts, (i + 1) * n // parts)
 
 
-def check_part(part) -> tuple[int, int]:
+def check_part(part: Any) -> tuple[int, int]:
   """Returns ``(i, r)``, part i of r.
 
   Raises:

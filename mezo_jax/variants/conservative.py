@@ -1,5 +1,7 @@
 r"""ZO-SGD-Cons: a step is made only if the batch's loss says that it helps."""
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 from mezo_jax.core import arguments
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 from mezo_jax.transforms.mezo import descent
@@ -20,8 +23,8 @@ def conservative(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
     num_samples: int | None = None, micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True, **options
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO that takes the best of three points for its step.
 
@@ -55,14 +58,13 @@ def conservative(
     batch = losses_lib.accepted(value_fn, given)
     made = state.count - state.total_notfinite  # what a schedule counts
     rate = arguments.at(learning_rate, made)
-    kind, z = directions.plain(params, directions.keys(
-        state.key, state.count, n))
-    z = z.after(seen.value)
+    keys = directions.keys(state.key, state.count, n)
+    z = Displacement(keys, jnp.ones(n, jnp.float32)).after(seen.value)
 
     def loss(sign):
       point = z.times(sign * rate * seen.projected_grad / n)
       return losses_lib.mean_over_parts(
-          lambda part: perturbed(value_fn, kind)(params, point, **part),
+          lambda part: perturbed(value_fn, directions)(params, point, **part),
           batch, micro_batches or 1, equal_parts)
     signs = jnp.array([0.0, -1.0, 1.0])  # the first of equals
     losses = lax.map(loss, signs)

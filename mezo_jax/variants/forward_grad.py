@@ -9,6 +9,8 @@ Source: Baydin et al., 2022, "Gradients without backpropagation"; Malladi et
 al., 2023, Appendix D.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -27,10 +29,16 @@ from mezo_jax.variants._told import told
 
 
 def forward_grad(
-    learning_rate: float | optax.Schedule, *, key: jax.Array | int,
-    directions: Directions | str = Normal(), num_samples: int | None = None,
-    micro_batches: int | None = None, equal_parts: bool = False,
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
+    learning_rate: float | optax.Schedule,
+    *,
+    key: jax.Array | int,
+    directions: Directions | str = Normal(),
+    num_samples: int | None = None,
+    micro_batches: int | None = None,
+    equal_parts: bool = False,
+    weight_decay: float = 0.0,
+    decay: Any = None,
+    stochastic_rounding: bool = True,
 ) -> ZerothOrderTransformation:
   r"""SGD on :math:`\frac{1}{n} \sum_j (z_j^\top \nabla \mathcal{L}) z_j`.
 
@@ -52,17 +60,16 @@ def forward_grad(
     del memory
     value_fn = given.pop('value_fn')
     batch = losses.accepted(value_fn, given)
-    kind, z = directions.plain(params, directions.keys(
-        state.key, state.count, n))
+    keys = directions.keys(state.key, state.count, n)
 
-    def derivative(z):
+    def derivative(key):
       def loss(c):
-        at = lambda part: perturbed(value_fn, kind)(
-            params, Displacement(z.keys, z.coefs * c), **part)
+        at = lambda part: perturbed(value_fn, directions)(
+            params, Displacement(key, c), **part)
         return losses.mean_over_parts(
             at, batch, micro_batches or 1, equal_parts)
       return jax.jvp(loss, (jnp.float32(0.0),), (jnp.float32(1.0),))
-    values, g = lax.map(derivative, z)
+    values, g = lax.map(derivative, keys)
     return values[0], g
 
   return descent(

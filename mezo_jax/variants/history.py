@@ -8,6 +8,7 @@ AdaMeZO (arXiv:2605.00650), with a window of h.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -29,7 +30,7 @@ def momentum_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9, window: int = 8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO with (heavy-ball) momentum of the last h steps.
 
@@ -75,10 +76,10 @@ def momentum_by_history(
 
 def adam_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99,
-    window: int = 8, adam_eps: float = 1e-8,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
+    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99, window: int = 8,
+    adam_eps: float = 1e-8, directions: Directions | str = Normal(),
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO with Adam's moments of the last h steps (AdaMeZO).
 
@@ -169,8 +170,8 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
     steps = before.count - jnp.arange(window)[::-1]
     keys = jax.vmap(lambda t: directions.keys(before.key, t, g.shape[0]))(
         steps).reshape(-1)
-    kind, z = directions.plain(params, keys)
-    z = z.after(new.value)
-    return fn(params, kind, z.keys, z.coefs, past), Remembering(new, past)
+    z = Displacement(keys, jnp.ones(keys.shape, jnp.float32)).after(new.value)
+    return (fn(params, directions, z.keys, z.coefs, past),
+            Remembering(new, past))
 
   return ZerothOrderTransformation(init_fn, update_fn)

@@ -16,6 +16,7 @@ state has :math:`H^{-1/2}`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,8 @@ def hizoo(
     *, key: jax.Array | int, alpha: float = 1e-8,
     directions: Directions | str = Normal(), num_samples: int | None = None,
     over: str = 'scan', micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True
-) -> ZerothOrderTransformation:
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True) -> ZerothOrderTransformation:
   r"""MeZO along :math:`H^{-1/2} z`, of 2n + 1 evaluations a step.
 
   The direction that was evaluated is the one that is moved along: H changes
@@ -131,9 +131,10 @@ def hizoo(
 
   def _losses(value_fn, params, state, kind, extra_args):
     epsilon = arguments.at(eps, state.count)
-    plain_kind, z = kind.plain(params, kind.keys(state.key, state.count, n))
+    z = Displacement(kind.keys(state.key, state.count, n),
+                     jnp.ones(n, jnp.float32))
     losses = estimate(
-        value_fn, params, z, epsilon, plain_kind, signs=(1.0, -1.0, 0.0),
+        value_fn, params, z, epsilon, kind, signs=(1.0, -1.0, 0.0),
         over=over, micro_batches=micro_batches or 1, equal_parts=equal_parts,
         batch=losses_lib.accepted(value_fn, extra_args))
     plus, minus, clean = losses.T

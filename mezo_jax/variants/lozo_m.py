@@ -12,6 +12,8 @@ whole (vectors, small matrices) has no momentum. Chen et al. (2024,
 arXiv:2410.07698), Algorithm 2.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -34,8 +36,9 @@ def lozo_m(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9,
     directions: LazyLowRank | str = LazyLowRank(rank=2, every=50),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> ZerothOrderTransformation:
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO along `LazyLowRank` directions, with momentum of their factor.
 
   Args:

@@ -28,6 +28,7 @@ which still makes d smaller.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -52,15 +53,15 @@ from mezo_jax.variants._told import Remembering
 _PART = 2**20  # elements that are scored at once
 
 
-def saliency(value_fns: Sequence[Callable], params, key, *,
+def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
              share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
              alpha: float = 1.0, beta: float = 0.0,
-             directions: Directions | str = Normal()):
+             directions: Directions | str = Normal()) -> Any:
   r"""Which weights of each row matter most: a mask for `mazo`.
 
   Args:
-    value_fns: functions of the parameters, one for each task; see
-      `mezo_jax.transforms.losses` for what they return.
+    value_fns: functions of the parameters, one for each task. Each returns
+      what the ``value_fn`` of `mezo_jax.spsa` may return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     share: of each row, k over its length, above 0 and at most 1.
@@ -178,10 +179,10 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
 
 
 def mazo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3, *, mask,
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *, mask: Any,
     key: jax.Array | int, directions: Directions | str = Normal(),
-    stochastic_rounding: bool = True, **options
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO of the weights that a mask of `saliency` chooses.
 
@@ -236,7 +237,7 @@ def mazo(
       stochastic_rounding=stochastic_rounding)
 
 
-def no_scores(params, directions: Directions | str = Normal()):
+def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
   """A mask of the kind of `saliency`'s that chooses no element of matrices, to
   stand in its place until a state is restored or scores are made."""
   arguments.tree('params', params)

@@ -17,6 +17,7 @@ one seed, and moves no quantised weight.)
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import optax
 
@@ -30,9 +31,9 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def quzo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3, *,
-    directions: Directions | str = Normal(), **options
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *,
+    directions: Directions | str = Normal(), **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO of `mezo_jax.Codes`, on their grid.
 
@@ -54,8 +55,8 @@ def quzo(
   """
   directions = as_directions(directions)
   if isinstance(directions, LowRank):
-    raise ValueError('quzo rounds each element of z: take Normal, Rademacher '
-                     'or Sphere, or mezo_jax.mezo for directions of low rank.')
+    raise ValueError('quzo rounds each element of z: take Normal or '
+                     'Rademacher, or mezo_jax.mezo for directions of low rank.')
   tx = mezo(learning_rate, eps, directions=dataclasses.replace(
       directions, on_grid=True), **options)
 

@@ -13,6 +13,8 @@ optimization", of the scales themselves: ours are relative to them, so that one
 :math:`\epsilon` fits small and large ones.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,8 +33,9 @@ def qzo(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, clip: float = 100.0,
     directions: Directions | str = Normal(), num_samples: int | None = None,
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> ZerothOrderTransformation:
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO of factors that are never below 0, with bounded projected gradients.
 
   Its params are `mezo_jax.peft.factors` of a model's, and its ``value_fn`` is

@@ -1,5 +1,7 @@
 r"""Relatives that do something else with the scalars g, and nothing with z."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +24,8 @@ def _sign(losses, eps):
 _SIGN = Combine(two_sided.signs, _sign, by_direction=True)
 
 
-def sign(learning_rate, eps=1e-3, **options
+def sign(learning_rate: float | optax.Schedule,
+         eps: float | optax.Schedule = 1e-3, **options: Any
          ) -> ZerothOrderTransformation:
   r"""ZO-SGD-Sign: :math:`\theta \leftarrow \theta - \eta\,
   \mathrm{sign}(g) z`.
@@ -38,7 +41,7 @@ def scalar_adam(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, b2: float = 0.999, adam_eps: float = 1e-8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MEAZO: one second moment, of g, for all weights.
 
@@ -94,8 +97,8 @@ def scalar_adam(
 def one_point(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""One evaluation a step, against that of the step before.
 

@@ -15,12 +15,12 @@ and between, on a batch, with one and the same z at both points,
 
 The paper keeps a copy of :math:`\bar\theta`, as ``stored_anchor`` does. Without
 it the weights themselves are the anchor: the q steps after it are pending
-(`mezo_jax.transforms.accumulate`), a sum of as many z that losses are taken
-around, so two points cost the memory of one, and the anchor is exact in every
-precision.
+(as with ``fold_every`` of `mezo_jax.mezo`), a sum of as many z that losses are
+taken around, so two points cost the memory of one, and the anchor is exact in
+every precision.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -53,10 +53,10 @@ class SvrgMemory(NamedTuple):
 def svrg(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, every: int = 2,
-    anchor_learning_rate: float | optax.Schedule = 1e-3,
-    anneal: float = 1.0, anneal_every: int = 100,
-    directions: Directions | str = Normal(), rows: int | None = None,
-    stored_anchor: bool = False, stochastic_rounding: bool = True, **options
+    anchor_learning_rate: float | optax.Schedule = 1e-3, anneal: float = 1.0,
+    anneal_every: int = 100, directions: Directions | str = Normal(),
+    rows: int | None = None, stored_anchor: bool = False,
+    stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO-SVRG as a whole optimiser, which owns its two learning rates.
 

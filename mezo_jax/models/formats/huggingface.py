@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 import re
+from typing import Any
 
 from flax.traverse_util import unflatten_dict
 import jax
@@ -56,9 +57,11 @@ _OTHER_HEADS = re.compile(
     r'^(multiple_choice_head|v_head)\.summary\.(weight|bias)$')
 
 
-def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
-         progress: bool = True, revision: str | None = None,
-         offload: bool = False):
+def load(name_or_dir: str | os.PathLike[str],
+         mesh: jax.sharding.Mesh | None = None,
+         dtype: jax.typing.DTypeLike | None = None, progress: bool = True,
+         revision: str | None = None, offload: bool = False
+         ) -> tuple[transformer.Transformer, dict[str, Any]]:
   """Loads a language model.
 
   Args:
@@ -66,8 +69,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       older checkpoints have them, ``pytorch_model*.bin``), a ``.gguf`` file, or
       the id of a Hugging Face repository.
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
-      read (see `mezo_jax.core.sharding.param_spec`); None for the default
-      device. These axes must not be Explicit.
+      read (see `mezo_jax.sharding.make_mesh`); None for the default device.
+      These axes must not be Explicit.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
       are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
@@ -77,7 +80,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     progress: whether to show a progress bar.
     revision: branch, tag or commit of a Hugging Face repository.
     offload: put the layers' matrices into the host's memory, where a program
-      takes them from one layer at a time; see `mezo_jax.core.sharding.on_host`.
+      takes them from one layer at a time; see `mezo_jax.sharding.on_host`.
 
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
@@ -119,8 +122,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   return transformer.Transformer(config), unflatten_dict(params, sep='/')
 
 
-def load_config(name_or_dir: str | os.PathLike,
-                revision: str | None = None) -> Config:
+def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
+                ) -> Config:
   """Returns the `Config` of a model without its weights.
 
   The arguments are those of `load`.
@@ -155,7 +158,7 @@ def load_config(name_or_dir: str | os.PathLike,
   return config
 
 
-def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
+def read_config(hf: dict[str, Any], path: Path | str = 'config.json') -> Config:
   """Returns the `Config` of a ``config.json``, which it keeps for `save`.
 
   Fields are read as transformers reads them; see docs/families.md. A warning
@@ -192,7 +195,7 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
       of_base or names_classifier(named)))
 
 
-def names_classifier(architectures) -> bool:
+def names_classifier(architectures: Any) -> bool:
   """Returns whether a config's ``architectures`` have a classifier's head."""
   return isinstance(architectures, list) and any(
       _CLASSIFIERS.search(str(name)) for name in architectures)
@@ -292,8 +295,9 @@ def _renamed(name: str, config: Config) -> str:
   return name
 
 
-def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
-                 offload: bool = False) -> dict:
+def param_shapes(config: Config, mesh: jax.sharding.Mesh | None = None,
+                 dtype: jax.typing.DTypeLike = jnp.float32,
+                 offload: bool = False) -> dict[str, Any]:
   """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights, on
   a mesh where `load` puts them."""
   if dtype == 'codes':
@@ -311,7 +315,7 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
   return unflatten_dict(params, sep='/')
 
 
-def float_dtype(dtype):
+def float_dtype(dtype: Any) -> Any:
   """Returns the dtype that is computed with, of parameters of this dtype.
 
   Raises:
@@ -357,8 +361,9 @@ def _place(row: table.Row, shape, mesh):
       mesh, sharding.param_spec(row.path, shape, mesh, row.axes))
 
 
-def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
-                   bos_token: str | None = None):
+def load_tokenizer(name_or_dir: str | os.PathLike[str],
+                   revision: str | None = None, bos_token: str | None = None
+                   ) -> Any:
   """The tokenizer beside a model: a transformers `PreTrainedTokenizerFast`.
 
   Args:
@@ -395,7 +400,7 @@ def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
   return tokenizer
 
 
-def find(name_or_dir: str | os.PathLike, revision: str | None = None,
+def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
          weights: bool = True) -> Path:
   """A local directory or GGUF file, fetched from the hub if it is an id.
 

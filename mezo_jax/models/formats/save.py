@@ -26,8 +26,8 @@ _PART = '.part'  # what is not yet whole
 _LAST = ('config.json', 'adapter_config.json')
 
 
-def save(directory: str | os.PathLike, model: Transformer, params, *,
-         tokenizer=None, card: str | None = None,
+def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
+         tokenizer: Any = None, card: str | None = None,
          labels: Sequence[str] = (), max_shard_bytes: int = 2 * 2**30,
          progress: bool = True) -> Path:
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
@@ -96,14 +96,14 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   return Path(directory).expanduser()
 
 
-def num_classes(params: dict) -> int:
+def num_classes(params: dict[str, Any]) -> int:
   """Returns the number of classes of the classification head, 0 for none."""
   if 'classifier' not in params:
     return 0
   return params['classifier']['out']['kernel'].shape[-1]
 
 
-def save_tokenizer(part: Path, tokenizer) -> None:
+def save_tokenizer(part: Path, tokenizer: Any) -> None:
   """Writes a tokenizer without the local paths that it was loaded from."""
   tokenizer.save_pretrained(part)
   file = part / 'tokenizer_config.json'
@@ -128,7 +128,7 @@ def _architectures(config, hf: dict) -> list[str]:
   return named
 
 
-def check_new(directory: str | os.PathLike) -> Path:
+def check_new(directory: str | os.PathLike[str]) -> Path:
   """Returns the absolute path of a directory to write.
 
   '~' is the home directory, and links are followed: '.' and '..' have no name
@@ -260,7 +260,7 @@ def _grouped(rows: list[Row]) -> list[list[Row]]:
   return [sorted(group, key=lambda row: row.part) for group in groups.values()]
 
 
-def on_host(x) -> np.ndarray:
+def on_host(x: Any) -> np.ndarray:
   """A whole array, of all processes' devices."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
