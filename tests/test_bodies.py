@@ -10,8 +10,8 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from runs import small_config
 from safetensors.numpy import load_file, save_file
-from test_train import small_config
 
 from mezo_jax import models, peft
 from mezo_jax.models.formats import huggingface

@@ -29,31 +29,12 @@ CASES = {
 }
 
 
-def setup(dtype='float32', trained=None, learning_rate=1e-2, mesh=None,
-          **options):
-  """(tx, value_fn, trainable, frozen, batches), one of them with no loss."""
-  model, params, ids = helpers.tiny_model()
-  if trained:
-    params = peft.join(params, peft.lora.init(params, jax.random.key(4)))
-  params = jax.tree.map(lambda x: x.astype(dtype), params)
-  if mesh is not None:
-    params = jax.device_put(
-        jax.device_get(params), sharding.param_shardings(params, mesh))
-  def value_fn(params, batch):
-    log_p = model.apply({'params': params}, batch['ids'][:, :-1],
-                        targets=batch['ids'][:, 1:])
-    return jnp.where(batch['lost'], jnp.nan, -jnp.mean(log_p, -1))
-  batches = [{'ids': (ids + t) % 64, 'lost': jnp.full(len(ids), t == 2)}
-             for t in range(5)]
-  tx = mezo_jax.mezo(learning_rate, key=3, **options)
-  return (tx, value_fn, *peft.split(params, trained), batches)
-
-
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('name', CASES)
 def test_recorded_gradients_give_the_weights_of_training(name, devices):
   mesh = sharding.make_mesh(2, 2, 2) if devices == 8 else None
-  tx, value_fn, start, frozen, batches = setup(**CASES[name], mesh=mesh)
+  tx, value_fn, start, frozen, batches = helpers.replay_setup(
+      **CASES[name], mesh=mesh)
   step = mezo_jax.make_step(tx, value_fn, mesh=mesh)
   copy = lambda tree: jax.tree.map(jnp.copy, tree)
   put = (lambda x: x) if mesh is None else (

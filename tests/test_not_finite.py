@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
-from test_train import small_config
+from runs import small_config
 
 from mezo_jax import models
 from mezo_jax.core.errors import Stopped

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from runs import saved, small_config
-import test_door
 
 import mezo_jax
 from mezo_jax import LowRank, models, Rademacher
@@ -29,7 +28,7 @@ KINDS = {
 
 
 def setup(fold_every, dtype='float32', mesh=None, **options):
-  tx, value_fn, params, _, batches = test_door.setup(
+  tx, value_fn, params, _, batches = helpers.replay_setup(
       dtype, None, optax.linear_schedule(1e-2, 0.0, 9), mesh, eps=1e-2,
       fold_every=fold_every, **options)
   step = mezo_jax.make_step(tx, value_fn, mesh=mesh)
