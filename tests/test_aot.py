@@ -1,6 +1,6 @@
 """What the TPU compiler says of real shapes; skipped without libtpu.
 
-  pip install -e '.[plan]' && python -m pytest tests/test_aot.py
+  pip install -e '.[plan]' && python -m pytest -m tpu tests/test_aot.py
 """
 
 import ast
@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.tpu
 
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'aot.py'
 UNROLLED = SCRIPT.with_name('aot_unrolled.py')

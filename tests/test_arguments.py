@@ -85,6 +85,7 @@ def test_directions_and_combines_have_names():
   helpers.assert_bitwise(by_name, by_object)
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.parametrize('name', ['mezo', 'hizoo', 'spsa and adam'])
 def test_numbers_in_a_batch(name):
   """Python's and NumPy's, and nothing, as jax.jit takes them; in parts, too."""
@@ -115,6 +116,7 @@ def test_a_step_is_compiled_for_other_numbers_of_arguments():
   assert len(step.compiled) == 5  # float, int, an array, one argument more
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank in one pass', 'hizoo', 'lozo-m', 'svrg'])
 def test_jit_can_be_disabled(name):
@@ -132,6 +134,7 @@ def test_jit_can_be_disabled(name):
   helpers.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow_except(name=['mezo', 'private'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
     'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
@@ -214,6 +217,7 @@ def test_an_nnx_model_with_random_streams():
   assert again['drop']['rngs']['key'][...] == whole['drop']['rngs']['key'][...]
 
 
+@pytest.mark.slow
 def test_flax_saves_the_state():
   from flax import serialization
   for name in ('mezo', 'hizoo', 'mezo, pending', 'svrg', 'lozo-m',

@@ -21,6 +21,8 @@ import train
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.torch
+
 _POOLER = {'pooler.dense.weight', 'pooler.dense.bias'}
 CASES = [  # (family, switch, whether the head is the embedding)
     ('llama', 'tied head', True), ('llama', 'untied head', False),

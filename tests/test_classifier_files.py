@@ -20,6 +20,8 @@ import train
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.torch
+
 LABELS = ['bad', 'so so', 'good']
 
 

@@ -14,6 +14,10 @@ import pytest
 
 import mezo_jax
 
+# The rows of the default tier; all others are in the slow one.
+FEW = ['mezo', 'mezo, low rank', 'mezo, pending', 'hizoo', 'spsa and adam']
+pytestmark = pytest.mark.slow_except(name=FEW)
+
 quick = helpers.quick_jit
 every = pytest.mark.parametrize('name', ROWS)
 zeroth = pytest.mark.parametrize('name', ZEROTH)

@@ -29,6 +29,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_except(name=['float32'])
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('name', CASES)
 def test_recorded_gradients_give_the_weights_of_training(name, devices):
@@ -69,6 +70,7 @@ def own(tx, value_fn, params, state, frozen, batch):
   return optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 def test_at_the_size_of_a_real_model():
   """SmolLM2's shape, 135M parameters, of which each block is fused alike."""
   model = models.Transformer(helpers.tiny_config(
@@ -116,6 +118,7 @@ def test_weight_decay_is_a_sum_of_rounded_products(dtype, monkeypatch):
   helpers.assert_bitwise(updates['w'], -want)
 
 
+@pytest.mark.slow_except(name=['mezo, signs'])
 @pytest.mark.parametrize('name', [
     'mezo, signs', 'mezo, low rank', 'mezo, subzero', 'hizoo', 'lozo-m'])
 def test_what_is_added_is_the_update_as_it_is_told(name):

@@ -32,6 +32,7 @@ def of(n):
   return Displacement(noise.step_keys(KEY, 0, n), jnp.ones(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,signs', [
     *((kind, (1.0, -1.0)) for kind in KINDS), (KINDS[0], (1.0, 0.0))],
                          ids=lambda k: type(k).__name__)
@@ -53,6 +54,7 @@ def test_in_one_pass_as_one_after_the_other(tiny, kind, signs):
   np.testing.assert_allclose(by_rows, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,over', [
     (LowRank(rank=4), 'scan'), (LowRank(rank=4), 'batch'),
     (LowRank(rank=4), 'rows'), (mezo_jax.Sphere(mask='attn'), 'scan')],
@@ -75,6 +77,7 @@ def test_around_a_displacement(tiny, kind, over):
   np.testing.assert_allclose(got[1], want[1], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [2, 8])
 @pytest.mark.parametrize('over', ['batch', 'rows'])
 def test_a_mesh_changes_nothing(tiny, over, n):
@@ -91,6 +94,7 @@ def test_a_mesh_changes_nothing(tiny, over, n):
   np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_rows_in_parts(tiny):
   value_fn, params, batch = tiny
   run = lambda parts: helpers.quick_jit(lambda params, batch: estimate(
@@ -130,6 +134,7 @@ def test_the_estimate_of_rows_is_unbiased_and_as_spread_as_it_should_be():
       assert abs(squares.mean() - want) < 5 * squares.std() / np.sqrt(steps)
 
 
+@pytest.mark.slow
 def test_directions_in_one_batch_share_each_product():
   """The compiler's count of operations, of wide layers beside a forward."""
   width, layers, rows = 512, 4, 64

@@ -95,6 +95,7 @@ def want():
 # --- files ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_over_files_with_one_that_dies_and_one_that_joins_late(tmp_path, want):
   """Both end with the same weights, those of one machine to rounding."""
   shas = []
@@ -280,6 +281,7 @@ class Relay:
       sock.close()
 
 
+@pytest.mark.slow
 def test_over_sockets_that_lose_double_and_reorder(tmp_path, want):
   """200 steps; replica 1 dies on the way and joins with an empty disk."""
   port = helpers.free_port()

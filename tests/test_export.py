@@ -76,6 +76,7 @@ def changed_json(file, **changes):
   file.write_text(json.dumps(about | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', ''])
 def test_another_base_is_refused_and_a_moved_one_is_found(
     method, tiny_dir, reviews_file, tmp_path):
@@ -135,6 +136,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
     train.run(config, run)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_a_run_began_with(tiny_dir, reviews_file, tmp_path):
   """It is a part of the base, and a shared log needs to be given it."""
   config = small_config(tiny_dir, reviews_file, steps=2, eval_every=2,
@@ -158,6 +160,7 @@ def test_an_adapter_that_a_run_began_with(tiny_dir, reviews_file, tmp_path):
     rebuild(tiny_dir, log, tmp_path / 'c', adapter=adapter)
 
 
+@pytest.mark.slow
 def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
   """A path of the model, the data or an adapter; PEFT needs that of a base."""
   from transformers import AutoTokenizer
@@ -187,6 +190,7 @@ def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
   assert found == {'peft/adapter_config.json'}
 
 
+@pytest.mark.slow
 def test_where_it_is_written(tiny_dir, tmp_path, reviews_file, monkeypatch):
   """Any way to name a directory; an address is none."""
   config = small_config(tiny_dir, reviews_file, steps=2, eval_every=2)

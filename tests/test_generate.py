@@ -99,6 +99,7 @@ def test_rows_whose_logits_are_not_finite_are_told(tiny):
   assert not run(jax.tree.map(lambda x: x * jnp.nan, params))[1].any()
 
 
+@pytest.mark.slow
 def test_perturbed_generation_is_that_of_built_weights(tiny):
   model, params, ids = tiny
   step = mezo_jax.Displacement(jax.random.key(5), 0.3)
@@ -138,6 +139,7 @@ def test_what_cannot_be_generated(tiny, kwargs, message):
     models.generate(masked, params, ids, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_the_real_model_out_and_in_and_its_english(tmp_path):
   """SmolLM2-135M from GGUF, and from the safetensors that we write of it."""
   if not quickstart_data.model_path(fetch=False):

@@ -76,6 +76,7 @@ def test_a_jump_is_reported_once_and_not_again_by_a_run_that_goes_on():
   assert not said
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_stops_again(tiny_dir, reviews_file, tmp_path,
                                      monkeypatch):
   """With the same sentence, however often it is started."""
@@ -93,6 +94,7 @@ def test_a_run_stops_and_stops_again(tiny_dir, reviews_file, tmp_path,
   assert train.run(config, tmp_path)['steps'] == 60
 
 
+@pytest.mark.slow
 def test_without_a_log_too(tiny_dir, reviews_file, tmp_path, monkeypatch):
   """Backpropagation: a run that goes on knows how it began from its metrics."""
   monkeypatch.setattr(guards, 'WINDOW', 5)

@@ -42,6 +42,7 @@ print('loaded', int(up[-1].astype(np.float32).sum()))
 '''
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits memory as Linux')
 def test_loading_holds_the_result_and_one_parameter(tiny_dir, tmp_path):
   """A file of 218 MB as 109 MB of bfloat16 in 109 + 25 (one leaf) + 20 MB."""
@@ -143,6 +144,7 @@ def test_what_cannot_be_saved(tiny_dir, tmp_path):
 # --- the hub ----------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_hub_id_and_its_revisions(tiny_dir, tmp_path):
   """From the cache that HF_HOME names, offline: main, and a tag."""
   cache = tmp_path / 'hub' / 'models--someone--tiny'

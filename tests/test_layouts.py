@@ -145,6 +145,7 @@ def make_step(tx, loss):
   return step
 
 
+@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
   """A donated step of two `perturbed` forwards: no copy of the weights is ever
@@ -164,6 +165,7 @@ def test_the_forward_and_three_layers(name):
   assert step < forward + 3 * layer
 
 
+@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
 @pytest.mark.parametrize('name', MODELS)
 def test_the_value_is_that_of_built_weights(name):
   apply, shapes = MODELS[name]()
@@ -180,6 +182,7 @@ def test_the_value_is_that_of_built_weights(name):
   assert np.any(np.asarray(apply(params)) != np.asarray(near))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('spec', [P(), P(None, 'fsdp')])
 def test_an_unrolled_model_on_eight_devices(spec):
   mesh = helpers.mesh_of(2, 4)
@@ -339,6 +342,7 @@ def test_shard_map_inside_value_fn(stack, check):
   assert abs(near - f(params)) > 1e-3 * abs(near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('draw', [
     lambda p: mezo_jax.direction(p, STEP),
     lambda p: mezo_jax.displace(p, STEP),

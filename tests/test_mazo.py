@@ -128,6 +128,7 @@ def test_scores_are_those_of_each_layer_and_row():
     assert np.all(np.sum(mask, -1) == 2)
 
 
+@pytest.mark.slow
 def test_scoring_keeps_nothing_of_the_weights_size_but_the_mask():
   """135 million float32 parameters, two tasks."""
   config = helpers.tiny_config(
@@ -176,6 +177,7 @@ def test_what_is_refused():
                   directions=mezo_jax.Normal(mask='w'))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_mask_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which is that of the weights before training, and in its checkpoint."""

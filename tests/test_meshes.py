@@ -57,6 +57,7 @@ def on(mesh, model, host):
   return jax.device_put(host, wanted)
 
 
+@pytest.mark.slow_except(kind=['one normal'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_groups_share_out_the_points_of_a_step(kind, model):
   """Losses to rounding, and of equal numbers bitwise the same weights; what
@@ -88,6 +89,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model):
       want['embed']['embedding'], host['embed']['embedding'])
 
 
+@pytest.mark.slow
 def test_a_run_on_groups_is_the_run_of_one_device(model):
   model, host, ids, loss_fn = model
   runs = []
@@ -195,6 +197,7 @@ def of_nnx():
       batch) ** 2).mean(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [linen, of_nnx])
 def test_rules_place_anyone_s_parameters(make):
   """And a step is the same there, bit for bit given its numbers."""
@@ -241,6 +244,7 @@ def test_rules_that_do_not_fit_are_told():
       P(None, None), P(None, 'model'), P()]
 
 
+@pytest.mark.slow
 def test_another_mesh_is_a_restore(tmp_path):
   """Two steps on one mesh, two on another: the run of one mesh."""
   params, loss_fn = linen()
@@ -269,6 +273,7 @@ def test_another_mesh_is_a_restore(tmp_path):
                        atol=1e-6)
 
 
+@pytest.mark.slow_except(directions=[mezo_jax.Normal()])
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
 def test_explicit_axes(directions):
@@ -379,6 +384,7 @@ SPECS = [{'embed': P('tp'), 'layers': {'w': P(None, None, 'tp')}},
          {'embed': P('dp', 'tp'), 'layers': {'w': P(None, 'tp')}}]
 
 
+@pytest.mark.slow_except(kind=[mezo_jax.Rademacher()])
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_an_embedding_read_with_out_sharding(kind):
   """`.at[ids].get(out_sharding=...)` makes axes Auto for a while; so may
@@ -402,6 +408,7 @@ MODES = {
         num_samples=4, directions=mezo_jax.LowRank(rank=2))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   params = tree_of()
@@ -413,6 +420,7 @@ def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   assert_same_estimate(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_a_loss_with_shard_map_inside(kind):
   """On all axes of a mesh, and with one of them left to the compiler."""

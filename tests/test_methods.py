@@ -34,6 +34,7 @@ def moved(tiny_dir, workdir, untied=False):
   return {p for p in before if (before[p] != after[p]).any()}
 
 
+@pytest.mark.slow
 def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
                         eval_every=20, checkpoint_every=40,
@@ -62,6 +63,7 @@ def test_head_only_trains_a_head_of_its_own(tiny_dir, reviews_file, tmp_path):
   assert moved(tiny_dir, tmp_path, untied=True) == {'lm_head/embedding'}
 
 
+@pytest.mark.slow
 def test_mezo_from_the_linear_probe_on(tiny_dir, reviews_file, tmp_path):
   settings = dict(data__num_train=40)
   probe = train.run(small_config(
@@ -86,6 +88,7 @@ def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
   assert result['peak_memory'] > 1e8 and result['seconds'] > 0
 
 
+@pytest.mark.slow_except(objective=['f1'])
 @pytest.mark.parametrize('objective', [
     'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
         [p == e['label'] for p, e in zip(predictions, examples)]))])
@@ -97,6 +100,7 @@ def test_objectives_run(tiny_dir, reviews_file, tmp_path, objective):
   assert config_lib.to_json(config)['objective']
 
 
+@pytest.mark.slow
 def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
   rows = [{'question': f'{a} {b}', 'answers': [b, f'the {b}']}
           for a in conftest.WORDS[:8] for b in conftest.WORDS[8:]]
@@ -114,6 +118,7 @@ def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
   assert all(-1 <= loss <= 0 for loss in train_losses(tmp_path / 'f1'))
 
 
+@pytest.mark.slow
 def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
                         eval_every=40, optimizer__learning_rate=3e-3)
@@ -161,6 +166,7 @@ def test_the_documentation_names_them_all():
 # --- MeZO's relatives -------------------------------------------------------
 
 
+@pytest.mark.slow_except(method=['private'])
 @pytest.mark.parametrize('method,changes,forwards', [
     ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
     ('momentum_by_history', dict(variant__window=3), 6 * 2),
@@ -189,6 +195,7 @@ def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
   assert moved(tiny_dir, tmp_path)
 
 
+@pytest.mark.slow
 def test_svrg_runs_and_resumes_between_anchors(
     tiny_dir, reviews_file, tmp_path, monkeypatch):
   """Anchors of 32 of the 40 rows, at steps 1 and 5."""

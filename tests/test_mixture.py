@@ -32,6 +32,7 @@ def config(tiny_dir, reviews_file):
   return base
 
 
+@pytest.mark.slow
 def test_a_run_and_its_table(config, tmp_path, capsys):
   """Stopped after three steps and gone on with, it is bitwise the run that was
   not; each task has its metric, and their mean."""

@@ -197,6 +197,7 @@ def test_generate_within_a_program(given):
     jax.jit(lambda p: run(p, ids, MASK[:, ::-1]))(params)
 
 
+@pytest.mark.slow
 def test_draws_within_a_program():
   """A temperature and a top_p may be its arguments, and 0 among them."""
   model, params = tiny()

@@ -116,6 +116,7 @@ def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
   np.testing.assert_allclose(loss({'embed': table}), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_answer_needs_no_perturbed_vocabulary():
   """With a table of 20 MB and 8 answer tokens a row: the perturbed loss needs
   less than a fifth of it, and is what built weights give."""
@@ -178,6 +179,7 @@ def test_old_spellings_of_a_config():
       model_type='llama', rope_theta=5e5)).rope == models.Rope(5e5)
 
 
+@pytest.mark.torch
 def test_the_real_model_against_torch():
   """SmolLM2-135M, where torch is installed and the file is at hand."""
   torch = pytest.importorskip('torch')

@@ -61,6 +61,7 @@ def value(p, batch):
   return x @ p['embed'].T, p['layers']['w'][1].reshape(4, 4, 16)
 
 
+@pytest.mark.slow_except(what=['layers'], kind=KINDS[:2])
 @pytest.mark.parametrize('what', ['numbers', 'layers', 'elements'])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: type(k).__name__)
 def test_scales_multiply_the_direction(kind, what):
@@ -237,6 +238,7 @@ def test_bad_options(make, message):
     make()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_norms_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which are in its checkpoint, so weights are not looked at again."""

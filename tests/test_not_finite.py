@@ -51,6 +51,7 @@ def test_a_run_without_a_finite_evaluation_has_no_result(lost):
   assert not (workdir / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_skipped_every_step_has_no_result(
     tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, steps=2, spsa__eps=3e38)
@@ -59,6 +60,7 @@ def test_a_run_that_skipped_every_step_has_no_result(
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_move_any_more_stops(
     tiny_dir, reviews_file, tmp_path):
   """RMSNorm keeps the loss of lost weights finite, and every difference 0."""

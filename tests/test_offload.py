@@ -48,6 +48,7 @@ def placed(params, mesh, offload, dtype=jnp.float32):
   return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_fifty_steps_are_those_without(form, problem):
   """Bitwise, given the projected gradients; losses to rounding."""
@@ -122,6 +123,7 @@ def test_what_cannot_be_updated_by_layers_is_refused(problem):
         odd, tx.init(odd), np.ones(1, np.float32))
 
 
+@pytest.mark.slow
 def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
   mesh = sharding.make_mesh()
   model, params = models.load(tiny_dir, mesh, progress=False, offload=True)
@@ -142,6 +144,7 @@ def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
   np.testing.assert_array_equal(*tokens)
 
 
+@pytest.mark.slow
 def test_train_py_with_and_without(tiny_dir, reviews_file, tmp_path):
   """A run that is stopped after three of six steps, without, goes on with; its
   log makes the same weights without, bit for bit."""

@@ -13,6 +13,7 @@ import pytest
 import mezo_jax
 
 
+@pytest.mark.processes
 def test_the_mathematics_needs_jax_and_optax_only():
   """They serve Linen, NNX, Equinox and Haiku alike."""
   code = ('import sys, mezo_jax.variants; print([m for m in ("flax", '

@@ -16,6 +16,8 @@ from mezo_jax import models, peft
 torch = pytest.importorskip('torch')
 reference = pytest.importorskip('peft')
 
+pytestmark = pytest.mark.torch
+
 NOT_SAVED = {'runtime_config'}
 # Values of each field that differ from those of the adapter.
 LORA = {

@@ -48,6 +48,7 @@ def run(tx, value_fn, step, params, batches, flush_after=()):
   return params, state, log, seen
 
 
+@pytest.mark.slow_except(kind=['signs, two directions, masked'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_steps_are_those_of_updates_at_once(kind):
   """A skipped one among them; and the weights move at every fourth alone."""
@@ -67,6 +68,7 @@ def test_the_steps_are_those_of_updates_at_once(kind):
   assert state[0].total_notfinite == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 8)])
 def test_the_door_gives_the_same_weights(dtype, devices):
   mesh = sharding.make_mesh(2, 2, 2) if devices == 8 else None
@@ -85,6 +87,7 @@ def test_the_door_gives_the_same_weights(dtype, devices):
       jax.tree.leaves(end), jax.tree.leaves(params)))
 
 
+@pytest.mark.slow
 def test_a_loop_of_one_s_own_folds_too():
   made = tx, value_fn, _, params, batches = setup(
       2, directions=LowRank(rank=4))
@@ -100,6 +103,7 @@ def test_a_loop_of_one_s_own_folds_too():
   helpers.assert_close(params, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_weights_are_built_nor_copied():
   """What is pending is evaluated by factors; an update that waits is no copy
   of the weights, of which both ways of it are one program."""
@@ -135,6 +139,7 @@ def test_options_are_checked(options, message):
     mezo_jax.mezo(**dict(learning_rate=1e-3, key=0, fold_every=2) | options)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
                                             monkeypatch):
   """With updates pending: nothing is lost, and evaluation adds them."""

@@ -102,6 +102,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow_except(stack=['layers'])
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_equals_built_weights(name, stack):
@@ -131,6 +132,7 @@ def test_directions(directions):
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow_except(n=[5])
 @pytest.mark.parametrize('n', [5, 12])  # unrolled, and a loop
 def test_many_keys(n):
   keys = jax.vmap(jax.random.key)(jnp.arange(n))
@@ -166,6 +168,7 @@ def test_scanned_linen_model_is_unchanged_and_equal():
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow
 def test_scanned_nnx_model():
   from flax import nnx
 
@@ -188,6 +191,7 @@ def test_scanned_nnx_model():
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow_except(generator=['hash32'])
 @pytest.mark.parametrize('generator', noise.GENERATORS)
 @pytest.mark.parametrize('cast', [False, True])
 def test_memory_stays_at_inference(generator, cast):

@@ -29,6 +29,7 @@ def wide_dir(tmp_path_factory):
       tmp_path_factory.mktemp('wide'), hidden_size=256, intermediate_size=512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [
     dict(mesh=Mesh(1, 2, 2, 2)),
     dict(peft__method='last_layers', peft__num_layers=1),
@@ -55,6 +56,7 @@ def test_a_run_holds_what_was_planned(change, wide_dir, reviews_file, tmp_path,
   assert found.programs['evaluation'].memory > 0
 
 
+@pytest.mark.slow
 def test_a_mesh_that_splits_all(wide_dir, reviews_file):
   model = models.find_known('facebook/opt-66b')
   def mesh_of(topology, **change):
@@ -73,6 +75,7 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
   assert mesh_of('h100:8') == 'tensor=8'
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
                                               monkeypatch, capsys):
   config = small_config(wide_dir, reviews_file, **SMALL)
@@ -103,6 +106,7 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
   assert words[:2] == ['model.remat=True', "method='mezo'"]
 
 
+@pytest.mark.processes
 def test_the_command(wide_dir, tmp_path):
   """Its text and its exit status; a hub id that is known needs no network."""
   def run(*args):

@@ -104,6 +104,7 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   assert clipped and metrics['skipped'] == 0
 
 
+@pytest.mark.slow_except(mechanism=['gaussian'])
 @pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
 def test_the_noise_is_of_its_distribution(mechanism):
   """2,000 secrets: Kolmogorov and Smirnov cannot tell them apart."""
@@ -140,6 +141,7 @@ def test_its_tails_do_not_end_where_a_float_s_do(monkeypatch, mechanism, most):
 # --- what a row can do ------------------------------------------------------
 
 
+@pytest.mark.slow_except(row=[np.inf, 50.0])
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('row', [1e30, -3e38, np.inf, np.nan, 50.0])
 def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
@@ -156,6 +158,7 @@ def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
     assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
 
 
+@pytest.mark.slow
 def test_masked_weights_are_not_perturbed():
   """Rows whose loss notices it would be NaN, and count as 0."""
   blind = lambda params, batch: (jnp.where(
@@ -195,6 +198,7 @@ def test_a_loss_of_the_whole_batch_is_refused():
 # --- what is published ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_that_is_published_does_not_give_the_noise():
   """The same key, state, rows and weights, and another secret: another number.
   And the state holds neither."""
@@ -233,6 +237,7 @@ def test_replay_needs_no_secret():
 # --- the budget -------------------------------------------------------------
 
 
+@pytest.mark.slow_except(mechanism=['laplace'])
 @pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
 def test_the_account_is_the_accountants(mechanism):
   plan = privacy.plan(6.0, 1e-5, mechanism, 500, 2000, 16)
@@ -277,6 +282,7 @@ def test_rows_are_there_by_chance_each_for_itself():
   assert not np.array_equal(again, privacy.sample(b'y' * 32, 5, plan))
 
 
+@pytest.mark.processes
 def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   """train.py: killed and resumed it ends as one that was not and has the same
   secret; nothing of that is published; more steps are refused."""

@@ -57,6 +57,7 @@ def test_parts_of_a_weight_that_begin_amid_a_scale(tiny_dir, dtype):
   helpers.assert_bitwise(got, want)
 
 
+@pytest.mark.slow
 def test_text_is_generated_by_codes(tiny_dir):
   model, params = models.load(tiny_dir, dtype='int8', progress=False)
   ids = np.array([[3, 4, 5], [6, 7, 8]])

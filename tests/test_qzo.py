@@ -75,6 +75,7 @@ def test_factors_are_never_below_zero():
   assert np.all(new >= 0) and np.any(new == 0) and np.any(new > 0)
 
 
+@pytest.mark.slow_except(dtype=['int8'])
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_a_model_by_its_scales(tiny_dir, dtype):
   """Scanned layers, embedding and head: perturbed factors are a model of
@@ -94,6 +95,7 @@ def test_a_model_by_its_scales(tiny_dir, dtype):
   assert np.max(np.abs(want - value(f))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mask', ['', '^last_layers/'])
 def test_a_run_goes_on_and_its_integers_stay(
     tiny_dir, reviews_file, tmp_path, mask):
@@ -115,6 +117,7 @@ def test_a_run_goes_on_and_its_integers_stay(
   helpers.assert_close(exported, mezo_jax.dequantize(peft.join(whole, base)))
 
 
+@pytest.mark.slow
 def test_a_new_head_is_trained_beside_the_scales(
     tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(

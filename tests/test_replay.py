@@ -288,6 +288,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow_except(way=['bfloat16'])
 @pytest.mark.parametrize('way', WAYS)
 def test_a_log_gives_the_weights_of_training(
     tiny_dir, reviews_file, tmp_path, way):
@@ -327,6 +328,7 @@ def test_a_log_gives_the_weights_of_training(
   assert tensors(export(workdir, tmp_path / 'c', **options)) == want
 
 
+@pytest.mark.slow
 def test_a_log_is_shared_with_a_card(tiny_dir, reviews_file, tmp_path, capsys):
   config = runs.small_config(tiny_dir, reviews_file)
   train.run(config, tmp_path / 'run')
@@ -354,6 +356,7 @@ def test_a_log_is_shared_with_a_card(tiny_dir, reviews_file, tmp_path, capsys):
       export(tmp_path / 'short', tmp_path / 'short_model', step=2))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_again_is_refused(
     tiny_dir, reviews_file, tmp_path, capsys):
   run = tmp_path / 'run'
@@ -381,6 +384,7 @@ def test_what_cannot_be_made_again_is_refused(
   assert not out.exists()
 
 
+@pytest.mark.slow
 def test_inputs_that_changed_are_refused(tiny_dir, tmp_path, reviews_file):
   """Other labels, or another base model under a LoRA."""
   model, data = tmp_path / 'm', tmp_path / 'rows.jsonl'

@@ -33,6 +33,7 @@ def test_flags():
     replicas.place(2, 2, 'x', 1.0)
 
 
+@pytest.mark.processes
 def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
   """One is killed and its directory lost; both logs have the same numbers."""
   port = helpers.free_port()

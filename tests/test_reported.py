@@ -67,6 +67,7 @@ CASES += [('generation', 'lm', dict(select='loss')),
           ('choice', 'lm', dict(select='loss'))]
 
 
+@pytest.mark.slow_except(kind=['words'], objective=['cross_entropy', 'f1'])
 @pytest.mark.parametrize('kind,objective,changes', CASES)
 def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
@@ -172,6 +173,7 @@ def test_a_function_that_fails_is_named_with_its_line():
     objectives.value(taste, ['a'], [{}])
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_in_a_step_ends_the_run(
     tiny_dir, reviews_file, tmp_path):
   """Also on several devices, of which one alone calls it."""
@@ -201,6 +203,7 @@ def dev_rows(workdir):
   return [r for r in read(workdir / 'metrics.jsonl') if r['kind'] == 'dev']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('select', ['metric', 'loss'])
 def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
   """Against the labels: the lowest accuracy wins."""
@@ -226,6 +229,7 @@ def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
       tmp_path / 'w/checkpoints').best_step() == result['final']['step']
 
 
+@pytest.mark.slow_except(kind=['choice'])
 @pytest.mark.parametrize('kind', ['generation', 'words', 'choice', 'head'])
 def test_rows_without_right_answers(tiny_dir, data, tmp_path, capsys, kind):
   config = config_of(
@@ -249,6 +253,7 @@ def test_objectives_that_read_right_answers_say_that_there_are_none(
     build.build(config, say=lambda text: None)
 
 
+@pytest.mark.slow_except(method=['zero_shot'])
 @pytest.mark.parametrize('method', ['zero_shot', 'icl', 'linear_probe'])
 def test_a_function_is_measured_without_training(
     tiny_dir, data, tmp_path, method):
@@ -263,6 +268,7 @@ def test_a_function_is_measured_without_training(
       result['final']['taste'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_several_tasks_report_the_mean_that_is_trained(
     tiny_dir, data, tmp_path, capsys):
   """Generation has its language-model loss in it, not 0."""

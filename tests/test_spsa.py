@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_except(name=['normal', 'rademacher', 'one-sided'])
 @pytest.mark.parametrize('name', CASES)
 def test_unbiased(name):
   """The mean of 20,000 estimates is the gradient within 5 standard errors."""
@@ -287,6 +288,7 @@ def test_bad_calls():
 # --- memory -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape,most', [
     (dict(vocab_size=49152, width=576, ff_width=1536, num_layers=30,
           num_heads=9, num_kv_heads=3, head_width=64), 0.045),

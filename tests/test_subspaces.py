@@ -208,6 +208,7 @@ def test_a_skipped_step_changes_no_momentum():
   assert np.any(seen[1][0]['w'] != seen[2][0]['w'])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_inference():
   """And of U and its momentum, at a model's size."""
   config = helpers.tiny_config(

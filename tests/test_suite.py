@@ -3,8 +3,11 @@
 import json
 
 import conftest
+import pytest
 
 from mezo_jax import __main__ as command_line
+
+pytestmark = pytest.mark.processes
 
 
 def test_a_suite_makes_one_table(

@@ -29,6 +29,7 @@ def whole(tiny_dir, reviews_file, tmp_path_factory):
   return workdir, out
 
 
+@pytest.mark.processes
 def test_a_run_from_the_command_line(whole):
   workdir, out = whole
   result = json.loads((workdir / 'result.json').read_text())
@@ -52,6 +53,7 @@ def test_a_run_from_the_command_line(whole):
   assert result['final']['step'] == best['step']
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('number,status', [
     (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, AGAIN)])
 def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
@@ -97,6 +99,7 @@ def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   assert held() == before
 
 
+@pytest.mark.processes
 def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
   model = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512)
@@ -120,6 +123,7 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
 # --- in this process --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     dict(spsa__num_samples=2, spsa__distribution='sphere'),
     dict(spsa__combine='one_sided', optimizer__schedule='linear',
@@ -136,6 +140,7 @@ def test_options_run(tiny_dir, reviews_file, tmp_path, changes):
   assert result['final']['count'] == 40
 
 
+@pytest.mark.slow
 def test_a_test_file_of_its_own(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, data__test=str(reviews_file),
                         data__num_test=0)
@@ -191,6 +196,7 @@ def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('argument,message', [
     ('--config.optimizer.lr=1', 'did you mean optimizer.learning_rate?'),
     ('--config.steps=many', "invalid literal for int() with base 10: 'many'"),
@@ -203,6 +209,7 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   assert 'Traceback' not in out
 
 
+@pytest.mark.processes
 def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
   code = '''

@@ -33,6 +33,7 @@ WAYS = {
                    optimizer__groups=(('attn/q', 3e-2, 1e-2),))}
 
 
+@pytest.mark.slow_except(way=['lora'])
 @pytest.mark.parametrize('way', WAYS)
 def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
   resumes = way == 'lora'  # the same code for all
@@ -80,6 +81,7 @@ def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
       export(tmp_path / 'a', tmp_path / 'merged', merged=True)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
   first = small_config(tiny_dir, reviews_file, **WAYS['lora'])
   train.run(first, tmp_path / 'a')
@@ -116,6 +118,7 @@ def test_biases_alone(tmp_path):
         chosen)[0]} == {'bias'}
 
 
+@pytest.mark.slow
 def test_a_task_s_new_head_is_trained_with_few_parameters():
   _, params, _ = helpers.tiny_model()
   whole = peft.join(params, peft.lora.init(params, jax.random.key(0)), {

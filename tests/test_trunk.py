@@ -29,6 +29,7 @@ KINDS = {
     'local': dict(local_layers=(True, False, True), window=4)}
 
 
+@pytest.mark.slow_except(kind=['llama'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_trunk_and_top_are_the_model(kind):
   model, params, ids = helpers.tiny_model(**KINDS[kind])
@@ -90,6 +91,7 @@ def of(built, data, params):
   return values * weights
 
 
+@pytest.mark.slow_except(way=['last_layers', 'LoRA above'])
 @pytest.mark.parametrize('way', WAYS)
 def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
                                              tmp_path):
@@ -104,6 +106,7 @@ def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
   helpers.assert_close(a, b, rtol=1e-5)
 
 
+@pytest.mark.slow_except(way=['laid-out candidates'])
 @pytest.mark.parametrize('way', ['laid-out candidates', 'Adam'])
 def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
                                              tmp_path, capsys):
@@ -126,6 +129,7 @@ def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
         False, True)), rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, **WAYS['LoRA above'])
   result = train.run(config, tmp_path / 'a')
@@ -164,6 +168,7 @@ def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
         ours, theirs(torch.tensor(ids)).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('gib', [4.0, 0.0])
 def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
                                                 tmp_path):
@@ -225,6 +230,7 @@ def test_the_weights_below_are_let_go(tiny_dir, reviews_file, tmp_path):
   assert frozen_features.keep(config, all_trained, tmp_path) is all_trained
 
 
+@pytest.mark.slow
 def test_answers_are_generated_by_the_whole_model(tiny_dir, reviews_file,
                                                   tmp_path):
   config = small_config(

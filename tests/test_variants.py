@@ -168,6 +168,7 @@ RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
              Conservative, ForwardGrad, Svrg, SvrgStored]
 
 
+@pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)
 def test_it_is_its_papers_equations(relative):
   relatives.agrees(relative(), relative.made, getattr(relative, 'rate', RATE))
@@ -197,6 +198,7 @@ def test_svrg_stays_where_the_mean_gradient_is_zero():
   assert ends['svrg'] < 1e-2 * ends['mezo']
 
 
+@pytest.mark.slow
 def test_svrg_varies_less_near_its_anchor():
   """Along the same keys and batches, 40 of them, after a short step."""
   spread = {}
@@ -358,6 +360,7 @@ def test_bad_options(make, message):
     make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
                                   'conservative', 'private'])

@@ -21,6 +21,7 @@ def test_a_directory_is_of_one_run(tiny_dir, reviews_file, tmp_path):
   train.run(config, tmp_path)
 
 
+@pytest.mark.processes
 def test_a_dead_run_holds_no_directory(tmp_path):
   program = ('import pathlib, sys, time\n'
              'from mezo_jax.runs import workdir\n'

@@ -57,6 +57,7 @@ TREE_WRAPPERS = {
 }
 
 
+@pytest.mark.slow_except(name=['MultiSteps'])
 @pytest.mark.parametrize('name', TREE_WRAPPERS)
 def test_wrappers_that_want_a_tree_go_around_what_follows(name):
   """Params in the place of updates would be added to the weights where
@@ -74,6 +75,7 @@ def test_wrappers_that_want_a_tree_go_around_what_follows(name):
     helpers.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_schedule_free():
   tx = optax.contrib.schedule_free(
       mezo_jax.mezo(1e-2, key=0), learning_rate=1e-2)
