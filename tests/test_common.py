@@ -251,6 +251,7 @@ def test_masked_weights_are_neither_perturbed_nor_updated(name, kind_of_mask):
   assert np.all(params['b'] != TREE['b'])
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.parametrize('name,dtype', [
     *((n, 'bfloat16') for n in ZEROTH
       if 'adam' not in n and n not in ('one point', 'sign')),
@@ -273,6 +274,7 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
   assert share < 0.6 if 'nearest' in name else 0.6 < share < 1.4
 
 
+@pytest.mark.slow_except(name=['mezo', 'mezo, pending'])
 @every
 def test_eight_devices_do_as_one(name):
   params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
@@ -294,6 +296,7 @@ def on_eight(x):
       helpers.mesh_of(2, 4), jax.P(*[None] * (x.ndim - 1), 'fsdp')))
 
 
+@pytest.mark.slow_except(name=['mezo', 'hizoo'])
 @zeroth
 def test_the_door_gives_the_same_weights(name):
   """Float32 and bfloat16, from the recorded projected gradients alone, a
@@ -318,6 +321,7 @@ def test_the_door_gives_the_same_weights(name):
     assert get(again, 'total_notfinite') == (name != 'private')
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @zeroth
 def test_the_update_needs_no_dense_tree(name):
   """update and apply_updates in one donated jit; Adam has two moments."""

@@ -103,6 +103,7 @@ def test_rows_in_parts(tiny):
   np.testing.assert_allclose(run(2), run(1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_rows_is_unbiased_and_as_spread_as_it_should_be():
   r"""Of row losses :math:`g_i^\top w` and signs, n = B directions, d elements:
 
@@ -162,25 +163,25 @@ def test_fzoo_is_what_numpy_makes_of_the_losses():
   np.testing.assert_allclose(g, (one - 1) / one.std(ddof=1), rtol=1e-5)
   flat = mezo_jax.fzoo.fn(jnp.full((3, 2), 0.5), 1e-3)[1]
   assert not np.any(flat)  # no deviation, no step, and no division by 0
-  with pytest.raises(ValueError, match='num_samples of at least 2'):
+  with pytest.raises(ValueError, match='fzoo.*num_samples'):
     mezo_jax.fzoo.fn(losses[:1], 1e-3)
 
 
 def test_options_are_checked(tiny):
   value_fn, params, batch = tiny
-  with pytest.raises(ValueError, match="over must be one of .*'rows'"):
+  with pytest.raises(ValueError, match="over .*'all'"):
     mezo_jax.spsa(key=0, over='all')
-  with pytest.raises(ValueError, match="over must be one of .*'rows'"):
+  with pytest.raises(ValueError, match="over .*'row'"):
     estimate(value_fn, params, of(2), 1e-2, LowRank(), over='row', batch=batch)
-  with pytest.raises(ValueError, match='micro_batches=3 must divide'):
+  with pytest.raises(ValueError, match='micro_batches=3 '):
     mezo_jax.spsa(key=0, over='rows', num_samples=4, micro_batches=3)
   def update(value_fn, n, directions, **batch):
     tx = mezo_jax.spsa(key=0, over='rows', num_samples=n, directions=directions)
     return jax.eval_shape(lambda: tx.update(
         None, tx.init(params), params, value_fn=value_fn, **batch))
-  with pytest.raises(ValueError, match='over=.rows.: num_samples=3 does not'):
+  with pytest.raises(ValueError, match='num_samples=3 '):
     update(value_fn, 3, LowRank(), **batch)
-  with pytest.raises(ValueError, match="over='rows'.*scalar loss"):
+  with pytest.raises(ValueError, match="over='rows'.*scalar"):
     update(lambda p, ids: jnp.float32(0), 4, LowRank(), ids=batch['ids'])
   params = {'w': jnp.zeros((1024, 1024))}
   dot, x = lambda p, x: jnp.sum(x @ p['w'], -1), jnp.ones((64, 1024))

@@ -123,19 +123,19 @@ def test_one_program_for_prompts_of_one_shape(tiny):
 
 
 @pytest.mark.parametrize('kwargs,message', [
-    (dict(max_new_tokens=60), '12 tokens of prompt and 60 new ones exceed'),
-    (dict(max_new_tokens=0), 'give 1 or more'),
-    (dict(max_new_tokens=2, temperature=1.0), 'give a key'),
+    (dict(max_new_tokens=60), '12 .* 60 .* 64'),
+    (dict(max_new_tokens=0), 'max_new_tokens'),
+    (dict(max_new_tokens=2, temperature=1.0), 'temperature.* key'),
     (dict(max_new_tokens=2, temperature=-1.0), 'temperature -1.0'),
-    (dict(max_new_tokens=2, top_p=0.0), 'top_p 0.0 must be'),
+    (dict(max_new_tokens=2, top_p=0.0), 'top_p 0.0'),
     (dict(max_new_tokens=2, attention_mask=np.tril(np.ones((4, 12)))),
-     'pad prompts on the left')])
+     'padding.*left')])
 def test_what_cannot_be_generated(tiny, kwargs, message):
   model, params, ids = tiny
   with pytest.raises(ValueError, match=message):
     models.generate(model, params, ids, **kwargs)
   masked = models.Transformer(helpers.tiny_config(causal=False))
-  with pytest.raises(ValueError, match='cannot generate text'):
+  with pytest.raises(ValueError, match='masked model'):
     models.generate(masked, params, ids, max_new_tokens=2)
 
 

@@ -354,17 +354,18 @@ def test_sharded_weights_inside_shard_map_are_refused(draw):
   inside = lambda spec, check=True: jax.shard_map(
       draw, mesh=mesh, in_specs=({'w': spec},), out_specs={'w': spec},
       check_vma=check)({'w': jnp.ones((8, 8))})
-  with pytest.raises(ValueError, match="'w' is sharded over .'fsdp'. inside"):
+  with pytest.raises(ValueError, match="'w' .*'fsdp'.* shard_map"):
     inside(P('fsdp'))
   helpers.assert_close(inside(P()), draw({'w': jnp.ones((8, 8))})) if (
       'spsa' not in draw.__code__.co_names) else inside(P())
-  with pytest.warns(UserWarning, match='cannot be told from replicated'):
+  with pytest.warns(UserWarning, match='replicated'):
     inside(P('fsdp'), check=False)
 
 
 # --- views of draws ----------------------------------------------------------
 
 
+@pytest.mark.slow_except(seed=[0, 1])
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('path', ['w', 'layers/w'])
 def test_views_are_what_numpy_does(seed, path):

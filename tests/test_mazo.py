@@ -167,12 +167,12 @@ def test_what_is_refused():
                                              'b': True})), 'not of elements')):
     with pytest.raises(ValueError, match=message):
       variants.saliency([value_fn], START, KEY, **more)
-  with pytest.raises(ValueError, match='params have codes'):
+  with pytest.raises(ValueError, match='saliency .*codes'):
     variants.saliency([value_fn], {'w': mezo_jax.quantize(
         jnp.ones((4, 32)), 8)}, KEY)
-  with pytest.raises(ValueError, match='share must be above 0'):
+  with pytest.raises(ValueError, match='share .*0.0'):
     variants.saliency([value_fn], START, KEY, share=0.0)
-  with pytest.raises(ValueError, match='mazo has the mask of saliency'):
+  with pytest.raises(ValueError, match='mask'):
     variants.mazo(RATE, EPS, key=KEY, mask=None,
                   directions=mezo_jax.Normal(mask='w'))
 

@@ -57,7 +57,7 @@ def on(mesh, model, host):
   return jax.device_put(host, wanted)
 
 
-@pytest.mark.slow_except(kind=['one normal'])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_groups_share_out_the_points_of_a_step(kind, model):
   """Losses to rounding, and of equal numbers bitwise the same weights; what
@@ -116,7 +116,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
       1e-3, key=0, num_samples=8, over='rows',
       directions=mezo_jax.LowRank(rank=4))
   params = on(mesh, model, host)
-  with pytest.raises(ValueError, match='leave the mesh axis direction at 1'):
+  with pytest.raises(ValueError, match="over='rows'.*direction"):
     mezo_jax.make_step(tx, loss_fn, mesh=mesh).losses(
         params, tx.init(params), ids)
 
@@ -227,9 +227,9 @@ def test_rules_that_do_not_fit_are_told():
   params, _ = linen()
   mesh = mesh_of(2, 2, 2, 1)
   for rules, match in (
-      ([('nowhere', P('fsdp'))], 'found in no path; paths are such as'),
-      ([('embed', P('model'))], "mesh's axes"),
-      ([('bias', P('fsdp', 'tensor'))], 'does not fit its shape')):
+      ([('nowhere', P('fsdp'))], "'nowhere'.*embed/embedding"),
+      ([('embed', P('model'))], r"'embed/embedding', P\('model'"),
+      ([('bias', P('fsdp', 'tensor'))], "'head/bias', P")):
     with pytest.raises(InputError, match=match):
       sharding.param_shardings(params, mesh, rules)
   # Two classes do not divide over 4: that axis stays whole. A mesh of other

@@ -215,25 +215,30 @@ def test_svrg_runs_and_resumes_between_anchors(
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(method='svrg', steps=7, variant__every=2), 'multiples of'),
-    (dict(method='svrg', eval_every=2, variant__anchor_rows=4), 'anchor_rows'),
+    (dict(method='svrg', steps=7, variant__every=2), 'variant.every'),
+    (dict(method='svrg', eval_every=2, variant__anchor_rows=4),
+     'variant.anchor_rows'),
     (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
-     'weight_decay of 0'),
-    (dict(method='adam_by_history', spsa__fold_every=2), 'fold_every'),
-    (dict(method='momentum_by_history', variant__window=0), 'window'),
-    (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
-    (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
+     'weight_decay'),
+    (dict(method='adam_by_history', spsa__fold_every=2),
+     'spsa.fold_every'),
+    (dict(method='momentum_by_history', variant__window=0),
+     'variant.window'),
+    (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4),
+     'spsa.combine'),
+    (dict(method='one_point', spsa__num_samples=2), 'spsa.num_samples'),
     (dict(method='lozo_m'), 'lazy_low_rank'),
     (dict(method='hizoo', variant__curvature_rate=1.0), 'curvature_rate'),
-    (dict(method='hizoo', spsa__combine='one_sided'), 'three losses'),
-    (dict(method='variance_modified', variant__norm='both'), 'none of grad'),
-    (dict(method='mazo', model__dtype='int8'), 'is of floats'),
-    (dict(method='private', privacy__delta=0.0), 'delta between 0 and 1'),
-    (dict(method='private', privacy__mechanism='uniform'), 'none of gaussian'),
+    (dict(method='hizoo', spsa__combine='one_sided'), 'spsa.combine'),
+    (dict(method='variance_modified', variant__norm='both'), 'variant.norm'),
+    (dict(method='mazo', model__dtype='int8'), 'model.dtype'),
+    (dict(method='private', privacy__delta=0.0), 'delta'),
+    (dict(method='private', privacy__mechanism='uniform'),
+     "privacy.mechanism 'uniform'"),
     (dict(method='private', privacy__mechanism='laplace', spsa__num_samples=2),
-     'num_samples of 1'),
-    (dict(method='private', objective='f1'), 'clips what each row adds'),
-    (dict(method='forward_grad', objective='accuracy'), 'no derivative')])
+     'num_samples'),
+    (dict(method='private', objective='f1'), "objective 'f1'"),
+    (dict(method='forward_grad', objective='accuracy'), "'accuracy'")])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):
     checks.check(small_config(tiny_dir, reviews_file, **changes))

@@ -70,7 +70,7 @@ def test_matthews_of_more_rows_than_int64_has_room_for():
 @pytest.mark.parametrize('predictions, labels', [
     ([], []), ([1, 0], [1]), ([[1, 0]], [[1, 0]])])
 def test_no_rows_or_other_shapes(metric, predictions, labels):
-  with pytest.raises(ValueError, match=r'two \[R\] arrays of at least one row'):
+  with pytest.raises(ValueError, match=r'predictions and labels .*\[R\]'):
     metric(predictions, labels)
 
 
@@ -200,10 +200,10 @@ def test_drop_takes_the_best_of_the_answers(prediction, answers, want):
     'metric', [metrics.exact_match, metrics.span_f1, metrics.drop_metrics])
 @pytest.mark.parametrize('answers', [[], 'Denver', ''])
 def test_answers_have_to_be_a_list(metric, answers):
-  with pytest.raises(ValueError, match='have to be a list of at least one'):
+  with pytest.raises(ValueError, match='answers .*list'):
     metric('Denver', answers)
 
 
 def test_a_drop_answer_has_spans():
-  with pytest.raises(ValueError, match='has no spans'):
+  with pytest.raises(ValueError, match='spans'):
     metrics.drop_metrics('Denver', [['Denver'], []])

@@ -80,7 +80,7 @@ def test_scales_multiply_the_direction(kind, what):
 
 
 def test_scales_must_fit():
-  with pytest.raises(ValueError, match='scales are of 1 leaves'):
+  with pytest.raises(ValueError, match='scales'):
     mezo_jax.direction(START, Displacement(KEY, 1.0),
                        mezo_jax.Normal(scales={'b': 2.0}))
 
@@ -222,17 +222,17 @@ def test_hizoo_is_told_both_scalars():
         p, state, _ = step.update(p, state, ends[0][2][t])
     ends.append((p, optax.tree.get(state, 'memory'), seen))
   helpers.assert_bitwise(ends[0][:2], ends[1][:2])
-  with pytest.raises(ValueError, match=r'shape \[2\], first g'):
+  with pytest.raises(ValueError, match=r'projected_grad .*\[2\].*\[1\]'):
     tx.update(None, tx.init(params), params, projected_grad=jnp.zeros(1))
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: variants.hizoo(1e-3, key=0, alpha=1.0), 'alpha must be'),
+    (lambda: variants.hizoo(1e-3, key=0, alpha=1.0), 'alpha .*1.0'),
     (lambda: variants.variance_modified(
         1e-3, key=0, norms={'b': 1.0}).update(
             None, variants.variance_modified(
                 1e-3, key=0, norms={'b': 1.0}).init(START), START,
-            value_fn=value_fn, batch=batch_of(0)), 'scales are of 1 leaves')])
+            value_fn=value_fn, batch=batch_of(0)), 'scales')])
 def test_bad_options(make, message):
   with pytest.raises(ValueError, match=message):
     make()

@@ -112,13 +112,13 @@ def test_what_cannot_be_updated_by_layers_is_refused(problem):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   params = placed(host, mesh, True)
   tx = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.trace(0.9))
-  with pytest.raises(ValueError, match='keeps something of their size'):
+  with pytest.raises(ValueError, match='mezo_jax.mezo'):
     step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
     step.update(params, jax.eval_shape(tx.init, host), np.ones(1, np.float32))
   odd = params | {'embed': jax.device_put(params['embed'], sharding.on_host(
       jax.tree.map(lambda x: x.sharding, params['embed'])))}
   tx = mezo_jax.mezo(1e-3, key=0)
-  with pytest.raises(ValueError, match='only stacks of layers'):
+  with pytest.raises(ValueError, match='embed/embedding'):
     mezo_jax.make_step(tx, loss_fn, mesh=mesh).update(
         odd, tx.init(odd), np.ones(1, np.float32))
 
@@ -168,5 +168,5 @@ def test_configs_that_cannot(tiny_dir, reviews_file):
                  dict(peft__method='last_layers'), dict(method='sign'),
                  dict(spsa__distribution='sphere')):
     config = small_config(tiny_dir, reviews_file, model__offload=True, **change)
-    with pytest.raises(InputError, match='model.offload needs'):
+    with pytest.raises(InputError, match='model.offload'):
       checks.check(config)

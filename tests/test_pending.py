@@ -130,10 +130,10 @@ def test_no_weights_are_built_nor_copied():
 
 
 @pytest.mark.parametrize('options,message', [
-    (dict(fold_every=0), 'fold_every must be a Python integer of at least 1'),
-    (dict(weight_decay=0.1), 'needs weight_decay=0'),
-    (dict(eps={'a': 1e-3, '': 1e-2}), 'no groups'),
-    (dict(learning_rate={'a': 1e-3, '': 1e-2}), 'no groups')])
+    (dict(fold_every=0), 'fold_every .* 0'),
+    (dict(weight_decay=0.1), 'weight_decay'),
+    (dict(eps={'a': 1e-3, '': 1e-2}), 'fold_every'),
+    (dict(learning_rate={'a': 1e-3, '': 1e-2}), 'fold_every')])
 def test_options_are_checked(options, message):
   with pytest.raises(ValueError, match=message):
     mezo_jax.mezo(**dict(learning_rate=1e-3, key=0, fold_every=2) | options)

@@ -161,13 +161,13 @@ def test_topologies():
   assert machines.larger('v5e:8x8') == ['v5e:8x16', 'v5e:16x16']
   assert len(machines.devices('cpu:8')) == 8
   for name in ('v5e:4', 'v5p:2x2', 'tpu:2x2', 'h100:2x2', 'v5e:0x4'):
-    with pytest.raises(InputError, match='is none that is known'):
+    with pytest.raises(InputError, match=name):
       machines.split(name)
   with pytest.raises(InputError, match='JAX_NUM_CPU_DEVICES=64'):
     machines.devices('cpu:64')
   config = Train(model=Model('opt-125m', offload=True), data=Data(
       train='nowhere'), task=Task(template='{x}', label_words=(' a', ' b')))
-  with pytest.raises(InputError, match='cannot be planned for cards'):
+  with pytest.raises(InputError, match='h100'):
     plan.plan(config, 'h100:1')
 
 

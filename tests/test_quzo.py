@@ -213,13 +213,13 @@ def test_both_roundings_are_independent():
 
 def test_what_is_refused():
   floats = {'w': jnp.ones((64, 4))}
-  with pytest.raises(ValueError, match='needs weights that are mezo_jax.Codes'):
+  with pytest.raises(ValueError, match='quzo .*mezo_jax.Codes'):
     variants.quzo(1e-3, key=0).init(floats)
-  with pytest.raises(ValueError, match='quzo rounds each element of z'):
+  with pytest.raises(ValueError, match='low rank'):
     variants.quzo(1e-3, key=0, directions='low_rank')
-  with pytest.raises(ValueError, match='bits must be 8 or 4, got 3'):
+  with pytest.raises(ValueError, match='bits .*3'):
     mezo_jax.quantize(floats['w'], 3)
-  with pytest.raises(ValueError, match='an axis of even length'):
+  with pytest.raises(ValueError, match=r'4 bits .*\[5, 4\]'):
     mezo_jax.quantize(jnp.ones((5, 4)), 4)
 
 

@@ -134,11 +134,11 @@ def test_a_new_head_is_trained_beside_the_scales(
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(method='qzo'), 'needs model.dtype'),
+    (dict(method='qzo'), 'model.dtype'),
     (dict(method='qzo', model__dtype='int8', peft__method='lora'),
-     'leave peft.method out'),
+     'peft.method'),
     (dict(method='qzo', model__dtype='int8', variant__clip=0.0), 'clip'),
-    (dict(peft__method='scales'), 'no mezo_jax.Codes')])
+    (dict(peft__method='scales'), '--config.peft.*mezo_jax.Codes')])
 def test_what_is_refused(tiny_dir, reviews_file, tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
     train.run(runs.small_config(tiny_dir, reviews_file, **changes), tmp_path)

@@ -27,9 +27,9 @@ def test_what_cannot_be_shared_out_is_refused(change, match, tiny_dir,
 
 def test_flags():
   assert replicas.place(None, None, None, 1.0) is None
-  with pytest.raises(InputError, match='given together'):
+  with pytest.raises(InputError, match='--replicas'):
     replicas.place(2, None, 'x', 1.0)
-  with pytest.raises(InputError, match='below --replicas'):
+  with pytest.raises(InputError, match='--replica'):
     replicas.place(2, 2, 'x', 1.0)
 
 

@@ -162,9 +162,9 @@ def test_explicit_axis_types():
 
 
 def test_meshes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match='does not fit 8 device'):
+  with pytest.raises(ValueError, match='8 device'):
     sharding.make_mesh(3, 2)
-  with pytest.raises(ValueError, match='does not fit'):
+  with pytest.raises(ValueError, match='8 device'):
     sharding.make_mesh(-1, -1)
   assert dict(sharding.make_mesh(2, -1).shape) == {
       'direction': 1, 'data': 2, 'fsdp': 4, 'tensor': 1}

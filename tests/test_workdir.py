@@ -16,7 +16,7 @@ import train
 def test_a_directory_is_of_one_run(tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(tiny_dir, reviews_file, steps=1, eval_every=1)
   with workdir_lib.alone(tmp_path):
-    with pytest.raises(InputError, match='another run is at work in'):
+    with pytest.raises(InputError, match='another run'):
       train.run(config, tmp_path)
   train.run(config, tmp_path)
 
@@ -58,6 +58,6 @@ def test_what_is_no_directory_is_said_at_once(tmp_path, monkeypatch):
     with workdir_lib.alone(file):
       pass
   monkeypatch.setattr(os, 'access', lambda *args: False)  # root may write all
-  with pytest.raises(InputError, match='cannot be written to'):
+  with pytest.raises(InputError, match=str(tmp_path)):
     with workdir_lib.alone(tmp_path):
       pass

@@ -128,7 +128,7 @@ def test_accumulation_after_the_estimate():
 def test_updates_of_others_are_refused(wrap):
   """They would be ignored: only the last micro-batch would count."""
   tx = wrap(mezo_jax.mezo(1e-2, key=0))
-  with pytest.raises(ValueError, match='was handed some.*micro_batches'):
+  with pytest.raises(ValueError, match='micro_batches'):
     run(tx, updates=PARAMS)
 
 
@@ -138,7 +138,7 @@ def test_updates_of_others_are_refused(wrap):
         {'t': tx, 'f': optax.set_to_zero()}, {'a': 't', 'b': 'f'})])
 def test_params_with_holes_are_refused(wrap):
   """At once: with updates=None the wrapper's own error would come first."""
-  with pytest.raises(ValueError, match='MaskedNode.*pass its own mask'):
+  with pytest.raises(ValueError, match='MaskedNode.*mask'):
     wrap(mezo_jax.mezo(1e-2, key=0)).init(PARAMS)
 
 
