@@ -51,7 +51,7 @@ def test_words_that_look_like_no_value(tmp_path, ending, line):
     ('{text:>3000000000}', '{text:>3000000000}.*task.template'),
     ('{text!r}', '{text!r}.*task.template'),
     ('{text.__class__}', '{text.__class__}.*task.template'),
-    ('{0}', '{0}.*task.template'), ('{text', '{text.*task.template')])
+    ('{0}', r'\{0\}.*task.template'), ('{text', '{text.*task.template')])
 def test_templates(tiny_dir, reviews_file, template, message):
   config = runs.small_config(tiny_dir, reviews_file)
   config.task = Task(template=template, label_words=(' a', ' b'))
@@ -95,7 +95,7 @@ def test_a_config_that_is_no_object(tmp_path, tiny_dir):
   shutil.copytree(tiny_dir, path)
   for text in ('[]', '5', 'null', '{', ''):
     (path / 'config.json').write_text(text)
-    with pytest.raises(InputError, match='/m '):
+    with pytest.raises(InputError, match='/m'):
       models.load_config(path)
 
 
@@ -107,7 +107,7 @@ def test_an_index_stays_in_its_directory(tmp_path, tiny_dir, name):
   (path / 'model.safetensors').rename(path / 'away')
   (path / 'model.safetensors.index.json').write_text(
       json.dumps({'weight_map': {'a': name}}))
-  with pytest.raises(InputError, match='index.json .*../m/model.safetensors'):
+  with pytest.raises(InputError, match='index.json'):
     models.load(path, progress=False)
 
 

@@ -67,7 +67,7 @@ def test_too_few_rows_name_the_number_to_lower(tmp_path, changes, fields):
 @pytest.mark.parametrize('number', [1, 2])
 def test_one_row(tmp_path, number):
   path = write(tmp_path / 'x.jsonl', rows_of(number))
-  with pytest.raises(InputError, match=' 1 row'):
+  with pytest.raises(InputError, match=f' {number} row'):
     split(path)
 
 
