@@ -1,6 +1,12 @@
-"""MeZO for JAX: fine-tune language models with forward passes only."""
+"""MeZO for JAX: fine-tunes language models with forward passes only.
+
+The names below are the optimizer, and need jax, numpy and optax. The rooms
+`models`, `peft`, `tasks`, `training` and `variants`, and the modules `sharding`
+and `replay`, are imported when they are first used.
+"""
 
 import importlib
+from typing import Any, TYPE_CHECKING
 
 from mezo_jax.core.quantized import Codes, dequantize, quantize
 from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
@@ -20,17 +26,41 @@ from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa, SpsaState
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
+from mezo_jax.transforms.types import ZerothOrderTransformation
+
+if TYPE_CHECKING:  # __getattr__ imports them
+  from mezo_jax import models as models
+  from mezo_jax import peft as peft
+  from mezo_jax import tasks as tasks
+  from mezo_jax import training as training
+  from mezo_jax import variants as variants
+  from mezo_jax.core import sharding as sharding
+  from mezo_jax.runs import replay as replay
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
     'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'SubZero', 'dequantize',
     'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
     'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
-    'skip_not_finite', 'spsa', 'two_sided')
-__version__ = '0.1.0'
+    'skip_not_finite', 'spsa', 'two_sided', 'ZerothOrderTransformation')
+__version__ = '0.2.0'
+
+_IMPORTED_WHEN_USED = {
+    'models': 'mezo_jax.models',
+    'peft': 'mezo_jax.peft',
+    'replay': 'mezo_jax.runs.replay',
+    'sharding': 'mezo_jax.core.sharding',
+    'tasks': 'mezo_jax.tasks',
+    'training': 'mezo_jax.training',
+    'variants': 'mezo_jax.variants',
+}
 
 
-def __getattr__(name):  # the mathematics needs no flax, the rest does
-  if name in ('models', 'peft', 'tasks', 'variants'):
-    return importlib.import_module(f'mezo_jax.{name}')
+def __getattr__(name: str) -> Any:
+  if name in _IMPORTED_WHEN_USED:
+    return importlib.import_module(_IMPORTED_WHEN_USED[name])
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_IMPORTED_WHEN_USED})

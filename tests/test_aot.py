@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.as_shipped]
 
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'aot.py'
 UNROLLED = SCRIPT.with_name('aot_unrolled.py')

@@ -297,6 +297,7 @@ def on_eight(x):
 
 
 @pytest.mark.slow_except(name=['mezo', 'hizoo'])
+@pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):
   """Float32 and bfloat16, from the recorded projected gradients alone, a
@@ -322,6 +323,7 @@ def test_the_door_gives_the_same_weights(name):
 
 
 @pytest.mark.slow_except(name=['mezo'])
+@pytest.mark.as_shipped
 @zeroth
 def test_the_update_needs_no_dense_tree(name):
   """update and apply_updates in one donated jit; Adam has two moments."""

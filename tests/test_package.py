@@ -33,6 +33,42 @@ def test_public_names():
     mezo_jax.nothing  # noqa: B018
 
 
+def run(code):
+  return subprocess.run([sys.executable, '-c', code], capture_output=True,
+                        text=True, cwd=conftest.ROOT)
+
+
+def test_rooms_are_there_when_they_are_used():
+  done = run('import sys, mezo_jax\n'
+             'mezo_jax.sharding.make_mesh, mezo_jax.replay.open_log\n'
+             'assert not {"flax", "orbax"} & {*sys.modules}\n'
+             'mezo_jax.peft.lora, mezo_jax.models.load, mezo_jax.training\n'
+             'assert {"models", "replay", "variants"} <= {*dir(mezo_jax)}')
+  assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize('room', ['models', 'peft', 'training', 'planning'])
+def test_a_room_names_the_extra_that_it_needs(room):
+  """Where jax, numpy and optax alone are installed."""
+  done = run(f'import sys\nsys.modules["flax"] = None\n'
+             f'import mezo_jax.variants, mezo_jax.{room}')
+  *_, last = done.stderr.strip().splitlines()
+  assert last.startswith('ModuleNotFoundError')
+  assert 'flax' in last and 'mezo_jax[train]' in last
+
+
+def test_the_readme_s_lines_are_type_checked():
+  """CI runs pyright on the file that has them."""
+  bare = lambda line: line.split('#')[0].strip()
+  checked = {bare(line) for line in (
+      conftest.ROOT / 'tests' / 'typing_readme.py').read_text().splitlines()}
+  blocks = (conftest.ROOT / 'README.md').read_text().split('```python\n')[1:]
+  missing = [line for block in blocks for line in map(
+      bare, block.split('```')[0].splitlines()) if line not in checked and not (
+          line.startswith(('import ', 'from ', 'print(')))]
+  assert missing == []
+
+
 def test_the_readme_s_example_runs():
   text = (conftest.ROOT / 'README.md').read_text()
   code = text.split('```python\n')[1].split('```')[0]

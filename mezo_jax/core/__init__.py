@@ -1,8 +1,9 @@
-"""What every other room stands on: parameter paths, quantised weights, meshes,
-errors, and workarounds for the compiler.
+"""Holds what every other room builds on.
 
-Nothing in this room evaluates a loss or draws a random number. It imports no
-other room.
+Parameter paths and masks, quantised weights, meshes and shardings, checks of
+arguments, errors, fingerprints and workarounds for the compiler are here.
+Nothing in this room evaluates a loss or draws a random number, and it imports
+no other room.
 """
 
 from mezo_jax.core.errors import InputError

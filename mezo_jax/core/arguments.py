@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def whole(name: str, value, least: int = 1) -> int:
+def whole(name: str, value: Any, least: int = 1) -> int:
   """Returns an integer that is known while programs are traced.
 
   Raises:
@@ -32,8 +32,8 @@ def whole(name: str, value, least: int = 1) -> int:
   return int(value)
 
 
-def number(name: str, value, *, above: float | None = None,
-           least: float | None = None, below: float | None = None):
+def number(name: str, value: Any, *, above: float | None = None,
+           least: float | None = None, below: float | None = None) -> Any:
   """Returns a real number, whose bounds are checked where it is known.
 
   Raises:
@@ -48,13 +48,14 @@ def number(name: str, value, *, above: float | None = None,
   if not known and not isinstance(value, (numbers.Real, np.generic)) or (
       isinstance(value, bool) or not _is_real(np.asarray(value).dtype)):
     raise ValueError(f'{name} must be a number, got {value!r}.')
-  if not math.isfinite(value):
+  real = np.asarray(value).item()
+  if not math.isfinite(real):
     wanted = 'finite'
-  elif above is not None and not value > above:
+  elif above is not None and not real > above:
     wanted = f'above {above}' if above else 'positive'
-  elif least is not None and value < least:
+  elif least is not None and real < least:
     wanted = f'at least {least}'
-  elif below is not None and value >= below:
+  elif below is not None and real >= below:
     wanted = f'below {below}'
   else:
     return value
@@ -66,21 +67,21 @@ def _is_real(dtype) -> bool:
       dtype, jnp.integer)
 
 
-def boolean(name: str, value) -> bool:
+def boolean(name: str, value: Any) -> bool:
   """Returns a bool that is known while programs are traced."""
   if not isinstance(value, (bool, np.bool_)):
     raise ValueError(f'{name} must be True or False, got {value!r}.')
   return bool(value)
 
 
-def function(name: str, value) -> Callable:
+def function(name: str, value: Any) -> Callable[..., Any]:
   """Returns something that can be called."""
   if not callable(value):
     raise ValueError(f'{name} must be a function, got {value!r}.')
   return value
 
 
-def floating(name: str, dtype):
+def floating(name: str, dtype: Any) -> Any:
   """Returns a dtype of real floating-point numbers; None stays None."""
   if dtype is None:
     return None
@@ -93,14 +94,14 @@ def floating(name: str, dtype):
   return dtype
 
 
-def tree(name: str, value):
+def tree(name: str, value: Any) -> Any:
   """Returns parameters, if there are any."""
   if value is None:
     raise ValueError(f'{name} must be a tree of arrays, got None.')
   return value
 
 
-def rate(name: str, value, *, above: float | None = None,
+def rate(name: str, value: Any, *, above: float | None = None,
          groups: bool = True) -> Any:
   """Returns a number, a schedule, or groups ``{regular expression: either}``.
 
@@ -133,12 +134,12 @@ def rate(name: str, value, *, above: float | None = None,
       f'{name}(step)', value(count), above=above)
 
 
-def at(value, count):
+def at(value: Any, count: jax.Array | int) -> Any:
   """Returns what `rate` has returned, at a step: a schedule is called."""
   return value(count) if callable(value) else value
 
 
-def expression(name: str, pattern) -> re.Pattern:
+def expression(name: str, pattern: Any) -> re.Pattern[str]:
   """Returns a compiled regular expression.
 
   Raises:
@@ -155,7 +156,7 @@ def expression(name: str, pattern) -> re.Pattern:
     ) from e
 
 
-def check_names(value_fn: Callable, **given) -> None:
+def check_names(value_fn: Callable[..., Any], **given: Any) -> None:
   """Raises if ``value_fn`` has an argument that ``tx.update`` keeps to itself.
 
   Args:
@@ -180,7 +181,7 @@ def check_names(value_fn: Callable, **given) -> None:
           f'params, other: loss(params, {name}=other).')
 
 
-def array(name: str, value) -> jax.Array:
+def array(name: str, value: Any) -> jax.Array:
   """Returns an array of real numbers.
 
   Raises:

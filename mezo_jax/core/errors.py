@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 import re
 import sys
+from typing import Any
 
 _OF_THE_DISK = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
@@ -45,7 +46,7 @@ class ExistsError(InputError, FileExistsError):
   """A directory that is in the way."""
 
 
-def local(path: str | os.PathLike) -> Path:
+def local(path: str | os.PathLike[str]) -> Path:
   """Returns the local path that a user names; ``~`` is the home directory.
 
   Raises:
@@ -62,7 +63,7 @@ def local(path: str | os.PathLike) -> Path:
   return Path(text).expanduser()
 
 
-def first_line(error) -> str:
+def first_line(error: Any) -> str:
   """What an error of another library says, to be put into a sentence."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -105,5 +106,6 @@ def in_one_sentence(program: str) -> Iterator[None]:
     code = of_the_disk(e)
     if code is None:
       raise
-    where = f' {e.filename}' if getattr(e, 'filename', None) else ''
+    name = getattr(e, 'filename', None)
+    where = f' {name}' if name else ''
     sys.exit(f'{program}: the system refuses{where}: {os.strerror(code)}.')

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from mezo_jax.core import sharding
 
 
-def of_weights(params, but: str | None = None) -> str:
+def of_weights(params: Any, but: str | None = None) -> str:
   """32 hex digits of a tree's paths, shapes, dtypes and elements.
 
   One pass over the weights, where they are, without a copy. It tells what is
@@ -31,17 +32,17 @@ def of_weights(params, but: str | None = None) -> str:
                  for (path, x), total in zip(leaves, sums))
 
 
-def checksum(params) -> int:
+def checksum(params: Any) -> int:
   """32 bits of `of_weights`."""
   return int(of_weights(params)[:8], 16)
 
 
-def of(values: dict) -> str:
+def of(values: dict[str, Any]) -> str:
   """32 hex digits of JSON values."""
   return _digest([json.dumps(values, sort_keys=True)])
 
 
-def of_model(config) -> dict:
+def of_model(config: Any) -> dict[str, Any]:
   """Returns what a model computes with its weights: the fields of its config as
   JSON values, so that two of different versions can be compared."""
   fields = dataclasses.asdict(config)
@@ -49,7 +50,7 @@ def of_model(config) -> dict:
   return json.loads(json.dumps(fields))
 
 
-def of_tokenizer(tokenizer) -> str:
+def of_tokenizer(tokenizer: Any) -> str:
   """Returns 32 hex digits of a tokenizer's vocabulary and special tokens."""
   special = sorted((name, str(token)) for name, token in
                    tokenizer.special_tokens_map.items())
@@ -67,13 +68,13 @@ def of_code() -> str:
   return _digest([jax.__version__, *(f.read_bytes() for f in files)])
 
 
-def of_leaves(tree) -> str:
+def of_leaves(tree: Any) -> str:
   """32 hex digits of a tree's paths, shapes and dtypes."""
   return _digest((jax.tree_util.keystr(path, simple=True), x.shape,
                   str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree))
 
 
-def of_rows(*data, key: bytes = b'') -> str:
+def of_rows(*data: Any, key: bytes = b'') -> str:
   """32 hex digits of rows as tokens, with their right answers.
 
   Args:

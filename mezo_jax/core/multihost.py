@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 import secrets
 import time
+from typing import Any
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import InputError
 
 
@@ -39,7 +40,7 @@ def agree(what: str, digest: Callable[[], str], fix: str) -> None:
                      f'differ in {what}: {fix}.')
 
 
-def agree_on(what: str, values: dict, fix: str) -> None:
+def agree_on(what: str, values: dict[str, Any], fix: str) -> None:
   """Raises InputError, on all processes, if one has other values than process
   0; the error names those that differ.
 
@@ -77,7 +78,7 @@ def share(directory: Path) -> None:
     return
   # JAX takes process 0's number where they differ.
   agree('--num_processes',
-        lambda: f'{distributed.global_state.num_processes:08x}',
+        lambda: f'{jax_versions.distributed_state().num_processes:08x}',
         'start all with the same number')
   file, token = directory / '.shared', np.frombuffer(
       secrets.token_bytes(16), np.uint8)

@@ -28,7 +28,7 @@ _NOT_DECAYED = re.compile(
     r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
 
 
-def named_leaves(tree) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
   """The leaves with their paths, such as ``'layers/attn/q/kernel'``.
 
   Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name. So
@@ -55,7 +55,7 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
   return [*out.items()]
 
 
-def size_of(tree) -> int:
+def size_of(tree: Any) -> int:
   """How many numbers its leaves have; a code is one."""
   return sum(x.size for _, x in named_leaves(tree))
 
@@ -66,12 +66,12 @@ def _is_variable(node) -> bool:
              for c in type(node).__mro__)
 
 
-def structure(tree):
+def structure(tree: Any) -> Any:
   """Of the leaves that `named_leaves` names."""
   return jax.tree.structure(tree, is_leaf=is_codes)
 
 
-def map_named(fn: Callable, tree, *rest):
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """Maps ``fn(path, leaf, *others)`` over trees of one structure."""
   flat = [structure(tree).flatten_up_to(t) for t in rest]
   return jax.tree.unflatten(structure(tree), [
@@ -145,7 +145,7 @@ def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
             'one of them.')
 
 
-def stacked(params, how=None) -> list[bool]:
+def stacked(params: Any, how: Any = None) -> list[bool]:
   """Returns which leaves are stacks of layers along their first axis.
 
   Each layer of a stack has a key of its own.
@@ -250,11 +250,11 @@ def _log_guess(stacks: tuple[str, ...], others: tuple[str, ...]) -> None:
       'otherwise.', list(stacks), list(others))
 
 
-def shape_of(x) -> tuple[int, ...]:
+def shape_of(x: Any) -> tuple[int, ...]:
   return x.shape if is_codes(x) else jnp.shape(x)
 
 
-def decayed(params, how=None) -> Any:
+def decayed(params: Any, how: Any = None) -> Any:
   """Returns which leaves weight decay is for, as a tree of bools.
 
   These are matrices (of each layer), not biases and norms. A leaf is taken for
@@ -291,7 +291,8 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
     shapes = [shape for _, shape in leaves]
     return (all(shapes) and len({shape[0] for shape in shapes}) == 1
             and max(map(len, shapes)) >= 3
-            and not any(_is_of_one_layer(*leaf, leaves) for leaf in leaves))
+            and not any(_is_of_one_layer(path, shape, leaves)
+                        for path, shape in leaves))
   whole = {part for part, leaves in parts.items() if looks_stacked(leaves)}
   return [any(part in whole for part in above(path)) for path, _ in found]
 
@@ -299,7 +300,8 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
 # --- masks and groups -------------------------------------------------------
 
 
-def selected(params, mask, takes: Callable | None = None) -> Any:
+def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None
+             ) -> Any:
   """Which leaves are perturbed and updated: a tree of bools.
 
   An array of bools in place of one says which elements of its leaf are.
@@ -354,12 +356,12 @@ def _is_array(x) -> bool:
     return False
 
 
-def is_floating(x) -> bool:
+def is_floating(x: Any) -> bool:
   dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
   return jnp.issubdtype(dtype, jnp.floating)
 
 
-def resolved(params, mask, name: str = 'mask') -> list:
+def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   """Returns for each leaf what a mask says: True, False or an array of bools.
 
   Args:
@@ -395,7 +397,7 @@ def resolved(params, mask, name: str = 'mask') -> list:
   return out
 
 
-def matches(params, pattern: str) -> Any:
+def matches(params: Any, pattern: str) -> Any:
   """A tree of bools: in which paths a regular expression is found."""
   return map_named(
       lambda path, _: bool(re.search(pattern, path)), params)
@@ -415,6 +417,6 @@ def group_of(path: str, groups: Mapping[str, Any]) -> str:
       "them with '' for all others.")
 
 
-def groups_of(params, groups: Mapping[str, Any]) -> Any:
+def groups_of(params: Any, groups: Mapping[str, Any]) -> Any:
   """A tree of the groups' expressions, one for each leaf of ``params``."""
   return map_named(lambda path, _: group_of(path, groups), params)

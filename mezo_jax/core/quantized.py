@@ -9,15 +9,19 @@ views of them (a layer, rows of an embedding, a transpose) and dequantise where
 a weight is consumed. Training moves q by integers, and nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import arguments
+
+if TYPE_CHECKING:  # in typing from Python 3.13 on
+  from typing_extensions import TypeIs
 
 QUANTISED = ('int8', 'int4', 'codes')  # names of quantised dtypes of a model
 GROUP = 32  # weights that share a scale, as GGUF has it
@@ -58,20 +62,33 @@ class Codes:
       shape[self.packed] *= 2
     return tuple(shape)
 
-  ndim = property(lambda self: len(self.shape))
-  size = property(lambda self: int(np.prod(self.shape)))
-  nbytes = property(lambda self: sum(x.nbytes for x in jax.tree.leaves(self)))
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
 
-  def __len__(self):
+  @property
+  def size(self) -> int:
+    return int(np.prod(self.shape))
+
+  @property
+  def nbytes(self) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(self))
+
+  def __len__(self) -> int:
     return self.shape[0]
 
-  def __mul__(self, factor):  # weight decay
+  def __mul__(self, factor: Any) -> jax.Array:  # weight decay
     return factor * self.astype(jnp.float32)
 
-  __rmul__ = __mul__
+  def __rmul__(self, factor: Any) -> jax.Array:
+    return self * factor
 
-  def __getitem__(self, rows):
-    return self.take(0, jnp.asarray(rows)).astype(self.dtype)
+  def __getitem__(self, rows: Any) -> jax.Array:
+    view = self.take(0, jnp.asarray(rows))
+    if view is None:
+      raise IndexError(
+          'rows that share a byte or a scale cannot be taken apart.')
+    return view.astype(self.dtype)
 
   # --- what it stands for ---
 
@@ -89,7 +106,7 @@ class Codes:
     q = q.astype(jnp.int32)
     return (q ^ 8) - 8 if self.bits == 4 and self.offsets is None else q
 
-  def astype(self, dtype) -> jax.Array:
+  def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
     return self.at(self.integers()).astype(dtype)
 
   def at(self, q: jax.Array) -> jax.Array:
@@ -135,7 +152,7 @@ class Codes:
       new = (low_half | high_half << 4).astype(jnp.uint8)
     return self.still(new - self.codes)  # modulo 256, as the sum will be
 
-  def still(self, codes=None) -> 'Codes':
+  def still(self, codes: jax.Array | None = None) -> 'Codes':
     """An update that changes nothing but ``codes``."""
     out = jax.tree.map(jnp.zeros_like, self)
     return out if codes is None else dataclasses.replace(out, codes=codes)
@@ -168,21 +185,24 @@ class Codes:
         offsets=others[1] and others[1].array,
         packed=packed[0] if packed else None)
 
-  def transpose(self, order) -> 'Codes':
-    return self.viewed(lambda part: part.transpose(order))
+  def transpose(self, order: Sequence[int]) -> 'Codes':
+    view = self.viewed(lambda part: part.transpose(order))
+    assert view is not None  # axes can always be exchanged
+    return view
 
-  def reshape(self, new) -> 'Codes | None':
+  def reshape(self, new: Sequence[int]) -> 'Codes | None':
     return self.viewed(lambda part: part.reshape(self.shape, new))
 
-  def take(self, axis, index) -> 'Codes | None':
+  def take(self, axis: int, index: jax.Array) -> 'Codes | None':
     return self.viewed(lambda part: part.take(axis, index))
 
 
-def is_codes(x) -> bool:
+def is_codes(x: Any) -> 'TypeIs[Codes]':
+  """Returns whether a leaf is a quantised weight."""
   return isinstance(x, Codes)
 
 
-def pack(q, axis: int):
+def pack(q: Any, axis: int) -> Any:
   """uint8: two neighbours along an axis (counted from the end) in a byte."""
   axis += q.ndim
   pairs = (q & 15).astype(np.uint8).reshape(
@@ -207,7 +227,7 @@ class Part:
   def _with(self, array, shape) -> 'Part':
     return Part(array, tuple(shape), self.whole)
 
-  def take(self, axis, index):
+  def take(self, axis: int, index: jax.Array) -> 'Part | None':
     x, run = self.array, self._run(axis)
     shape = (*self.shape[:axis], *index.shape, *self.shape[axis + 1:])
     if self.whole and run > 1:
@@ -217,7 +237,8 @@ class Part:
           x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:]), shape)
     return self._with(jnp.take(x, index // run, axis=axis, mode='clip'), shape)
 
-  def window(self, starts, sizes, steps):
+  def window(self, starts: Sequence[Any], sizes: Sequence[int],
+             steps: Sequence[int]) -> 'Part | None':
     x = self.array
     for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
       run = self._run(axis)
@@ -236,11 +257,11 @@ class Part:
         x = jnp.take(x, at // run, axis=axis, mode='clip')
     return self._with(x, sizes)
 
-  def transpose(self, order):
+  def transpose(self, order: Sequence[int]) -> 'Part':
     return self._with(self.array.transpose(order),
                       [self.shape[a] for a in order])
 
-  def reshape(self, old, new):
+  def reshape(self, old: Sequence[int], new: Sequence[int]) -> 'Part | None':
     sizes = []
     for was, will in axis_groups(old, new):
       there = [self.array.shape[a] for a in was]
@@ -256,7 +277,7 @@ class Part:
         return None
     return self._with(self.array.reshape(sizes), new)
 
-  def where(self, there):
+  def where(self, there: jax.Array) -> 'Part':
     """Not a number elsewhere, as what a lookup finds beyond the last row."""
     if self.whole:
       return self
@@ -292,7 +313,7 @@ def quantized(w: np.ndarray, bits: int, axis: int
   return q.astype(np.int8).reshape(w.shape), scale, offset
 
 
-def quantize(w, bits: int = 8, axis: int = -2) -> Codes:
+def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
   """Returns a weight as `Codes`, with a scale for each 32 along an axis.
 
   Args:
@@ -321,14 +342,15 @@ def quantize(w, bits: int = 8, axis: int = -2) -> Codes:
       offsets is None) else jnp.asarray(offsets), bits, axis, str(w.dtype))
 
 
-def assembled(q, scales, offsets, bits, axis, dtype) -> Codes:
+def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
+              dtype: str) -> Codes:
   """Codes of integers q and what they are scaled by."""
   if bits == 8:
     return Codes(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
   return Codes(pack(q, axis), scales, offsets, 4, axis, dtype)
 
 
-def dequantize(params, dtype=None):
+def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
   """Returns params with floats in the place of `Codes`.
 
   Args:
@@ -342,7 +364,8 @@ def dequantize(params, dtype=None):
       is_leaf=is_codes)
 
 
-def axis_groups(old, new) -> list[tuple[list[int], list[int]]]:
+def axis_groups(old: Sequence[int], new: Sequence[int]
+                ) -> list[tuple[list[int], list[int]]]:
   """Returns which axes hold the same elements before and after a reshape.
 
   Returns:

@@ -1,9 +1,10 @@
 """Tables for reports."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
-def markdown_table(rows: Sequence[dict],
+def markdown_table(rows: Sequence[dict[str, Any]],
                    columns: Sequence[str] | None = None) -> str:
   """Rows as a Markdown table, without a line break at its end.
 

@@ -5,8 +5,10 @@ import contextlib
 import contextvars
 import math
 import re
+from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -20,7 +22,8 @@ _TENSOR = 'vnf'  # vocabulary, heads, feed-forward
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
-              direction: int = 1, devices=None) -> Mesh:
+              direction: int = 1, devices: Sequence[Any] | None = None
+              ) -> Mesh:
   """A mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
 
   Batches are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`,
@@ -78,18 +81,19 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   collective each.
 
   Args:
-    path: of the leaf, as `mezo_jax.core.paths.named_leaves` gives it.
+    path: Path of the leaf, such as ``'layers/attn/q/kernel'``.
     shape: of the leaf, the layer axis included.
     mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
     axes: a letter for each axis of one layer, as in `models.table.Row`.
     stacked: Whether the first axis is that of layers. Defaults to None, which
-      believes the path (see `mezo_jax.core.paths.locate`).
+      believes the path: a component named ``layer[s]``, ``block[s]`` or ``h``
+      without a number means a stack.
   """
   first = int(paths.locate(path)[2] if stacked is None else stacked)
   if int(np.prod(shape[first:])) < 2**16:
     return P()
   fsdp, tensor = (mesh.shape.get(a, 1) for a in ('fsdp', 'tensor'))
-  spec = [None] * len(shape)
+  spec: list[str | None] = [None] * len(shape)
   letters = dict(enumerate(axes, first))
   for a, letter in letters.items():
     if letter in _TENSOR and tensor > 1 and shape[a] % tensor == 0:
@@ -104,8 +108,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
   return P(*spec)
 
 
-def param_shardings(params, mesh: Mesh,
-                    rules: Sequence[tuple[str, P]] = ()):
+def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
+                    ) -> Any:
   """Returns the tree of `NamedSharding`s of anyone's parameters.
 
   A leaf is split as the first rule says whose regular expression is found in
@@ -115,9 +119,9 @@ def param_shardings(params, mesh: Mesh,
     params: arrays or shapes, in any pytree.
     mesh: with the axes of the rules, and `fsdp` if a leaf has none.
     rules: (expression, spec). A spec that is shorter than a leaf has axes is
-      of the last ones where the first is the layers' (names and shapes say
-      so: see `mezo_jax.core.paths.stacked`). An axis that a mesh axis does not
-      divide stays whole.
+      of the last ones where the first is the layers' (a component of the path
+      named ``layer[s]``, ``block[s]`` or ``h`` says so, and shapes that agree).
+      An axis that a mesh axis does not divide stays whole.
 
   Raises:
     InputError: for a rule that no leaf has, that is longer than a leaf has
@@ -159,13 +163,13 @@ def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh,
       for p, axes, n in zip(parts, names, shape)))
 
 
-def on_host(shardings):
+def on_host(shardings: Any) -> Any:
   """The same places in the memory of the host, from which a program takes a
   layer at a time; for stacks of layers that are more than devices hold."""
   return jax.tree.map(lambda s: s.with_memory_kind('pinned_host'), shardings)
 
 
-def is_on_host(x) -> bool:
+def is_on_host(x: Any) -> bool:
   """Of an array, a tracer or a shape."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return getattr(x.sharding, 'memory_kind', None) == 'pinned_host'
@@ -173,14 +177,14 @@ def is_on_host(x) -> bool:
       jax.typeof(x).memory_space == jax.memory.Space.Host)
 
 
-def fetched(tree):
+def fetched(tree: Any) -> Any:
   """With copies on the device of what is in the host's memory: of a layer,
   where it is computed with."""
   return jax.tree.map(lambda x: jax.device_put(
       x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
 
 
-def to_host(x):
+def to_host(x: Any) -> Any:
   return jax.device_put(x, jax.memory.Space.Host)
 
 
@@ -193,7 +197,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def place(tree, shardings):
+def place(tree: Any, shardings: Any) -> Any:
   """A tree of arrays that each process has made for itself, laid out anew.
 
   Typed keys too: `jax.device_put` refuses those on other processes' devices.
@@ -205,11 +209,11 @@ def _same(tree):  # one function, so that jax knows its programs again
   return tree
 
 
-def beside(state, params):
+def beside(state: Any, params: Any) -> Any:
   """The state, where it is on no mesh, on the one that params are on: else a
   second step compiles again, for a state that the first one has put there."""
   on_mesh = lambda x: isinstance(x, jax.Array) and not isinstance(
-      x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
+      x, Tracer) and isinstance(x.sharding, NamedSharding)
   mesh = next((x.sharding.mesh for x in jax.tree.leaves(params)
                if on_mesh(x)), None)
   if mesh is None:
@@ -218,7 +222,7 @@ def beside(state, params):
       lambda x: x if on_mesh(x) else place(x, replicated(mesh)), state)
 
 
-def put_batch(batch, mesh: Mesh):
+def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 
   Every process holds the whole (small) batch and hands over its own rows.
@@ -244,7 +248,7 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def is_explicit(x) -> bool:
+def is_explicit(x: Any) -> bool:
   """Returns whether an array's sharding is part of its type here."""
   return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
@@ -266,7 +270,7 @@ def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, here.update(spec=P(*names)))
 
 
-def split_rows(x, parts: int):
+def split_rows(x: Any, parts: int) -> Any:
   """Returns an array [B, ...] as [parts, B / parts, ...].
 
   On Explicit mesh axes the rows of each part are split over the axes that all
@@ -305,7 +309,7 @@ def _mesh_in_context():
 _apart = contextvars.ContextVar('_apart', default=False)
 
 
-def rows_axes():
+def rows_axes() -> tuple[str, ...] | None:
   """The mesh axes that rows are split over; None off a mesh of ours."""
   return ROWS if _mesh_in_context() else None
 

@@ -1,18 +1,19 @@
 """Nested dicts of parameters."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from mezo_jax.core.quantized import FACTORS, is_codes
 
 
-def join(*trees: dict) -> dict:
+def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
   """The nested dict with the leaves of all of ``trees``, which are not copied;
   `factors` and the `Codes` that they are of become one leaf.
 
   Raises:
     ValueError: if two of them have a leaf of the same path.
   """
-  out = {}
+  out: dict[str, Any] = {}
   for tree in trees:
     for name, x in tree.items():
       if name not in out:

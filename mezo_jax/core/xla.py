@@ -1,13 +1,19 @@
 """Where and when XLA makes a value: what a program alone does not tell it."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax.core import jax_versions
 
-def apart(fn):
+
+def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
   """``fn`` as a function that XLA:CPU does not inline: it builds all that it
   can as soon as it can, but what happens in there it leaves there."""
   def alone(*args):
@@ -20,14 +26,14 @@ def apart(fn):
   return called
 
 
-def apart_on_cpu(fn, *args):
+def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
   """Returns ``fn(*args)``; XLA:CPU does not inline the function."""
   if not _is_traced(args):
     return fn(*args)
   return lax.platform_dependent(*args, cpu=apart(fn), default=fn)
 
 
-def entries(x: jax.Array, indices) -> list[jax.Array]:
+def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
   """Returns the entries ``x[i]`` of the first axis.
 
   The time that XLA:CPU takes to compile a program is that of its distinct
@@ -57,7 +63,7 @@ def _entry(x, i):
 
 
 def _is_traced(tree) -> bool:
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
@@ -82,7 +88,7 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
       lax.bitcast_convert_type(x, words) ^ zero, x.dtype)
 
 
-def made_first(fn, *args):
+def made_first(fn: Callable[..., Any], *args: Any) -> Any:
   """Returns ``fn(*args)``, in memory before it is used: not again for each use.
   """
   return lax.platform_dependent(
@@ -98,7 +104,7 @@ def _barrier(tree):
   leaves, structure = jax.tree.flatten(tree)
   alike = {}
   for i, x in enumerate(leaves):
-    alike.setdefault(jax.typeof(x).mat, []).append(i)
+    alike.setdefault(jax_versions.manual_axis_type(x), []).append(i)
   for members in alike.values():
     behind = lax.optimization_barrier([leaves[i] for i in members])
     for i, x in zip(members, behind):

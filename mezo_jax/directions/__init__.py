@@ -1,8 +1,9 @@
-"""The directions z: how a key becomes random numbers, and their distributions.
+"""Defines the directions z: how a key becomes random numbers.
 
 A direction is a function of a key, a parameter's path, a layer and the index of
-an element. This room draws it, for a whole parameter or for a part of one; it
-never evaluates a loss.
+an element, so it can be drawn for a whole parameter or for a part of one. The
+distributions are here, and `Displacement`, the vector Σ c·z(key). Nothing in
+this room evaluates a loss.
 """
 
 from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere

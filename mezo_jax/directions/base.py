@@ -4,7 +4,7 @@ A `Directions` says all that there is to say of a direction but its key, and
 nothing else does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -34,8 +34,9 @@ class Directions:
       function from params to one, or a regular expression that is searched for
       in the leaves' paths. Leaves without z are neither perturbed nor updated.
     stacked: a mask of the leaves whose first axis is that of layers, each with
-      a key of its own; None to tell by the names
-      (`mezo_jax.core.paths.locate`).
+      a key of its own. Defaults to None: leaves whose path has a component
+      named ``layer[s]``, ``block[s]`` or ``h``, without a number, and whose
+      shapes agree.
     limits: a number h, or a tree like the params of numbers, or of arrays [L]
       for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
       that it is added to, which is looked up there and stored nowhere. None for
@@ -61,7 +62,7 @@ class Directions:
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
   dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.generator, str) or (
         self.generator not in noise.GENERATORS):
       raise ValueError(f'generator must be one of {noise.GENERATORS}, got '
@@ -81,7 +82,7 @@ class Directions:
                          f'{getattr(self, name)!r}.')
     arguments.boolean('on_grid', self.on_grid)
 
-  def keys(self, key: jax.Array, count, n: int) -> jax.Array:
+  def keys(self, key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
     """The keys [n] of the directions of step number ``count`` of a run."""
     return noise.step_keys(key, count, n)
 
@@ -93,23 +94,26 @@ class Directions:
     """float32 draws of mean 0 and variance 1 from uint32 words."""
     raise NotImplementedError
 
-  def takes(self, leaf) -> bool:
+  def takes(self, leaf: Any) -> bool:
     """Whether z has a part for a leaf of this dtype."""
     return paths.is_floating(leaf)
 
-  def of_leaf(self, stream: noise.Stream, coefs, shape,
-              columns: noise.Stream | None = None) -> 'Draws':
+  def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
+              shape: tuple[int, ...], columns: noise.Stream | None = None
+              ) -> 'Draws':
     """The draws of a leaf of this shape; ``columns`` is its stream of the keys
     `of_columns`."""
     del shape, columns
     return Draws((stream,), coefs, self.bare())
 
-  def z(self, streams, j, like: jax.Array) -> jax.Array:
+  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
+        like: jax.Array) -> jax.Array:
     """Direction j of the streams of a block, in a shape that broadcasts to
     that of ``like``."""
     return self.draw(noise.words(streams[0], j, like, self.generator))
 
-  def each(self, streams, n: int, like: jax.Array) -> list[jax.Array]:
+  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
+           ) -> list[jax.Array]:
     """`z` of directions 0 to n - 1, each in a shape that broadcasts to that of
     ``like``."""
     return [self.z(streams, j, like) for j in range(n)]
@@ -119,13 +123,14 @@ class Directions:
     that costs a TPU less than one after the other; None where there is none."""
     return None
 
-  def plain(self, params, keys) -> tuple['Directions', Displacement]:
+  def plain(self, params: Any, keys: jax.Array
+            ) -> tuple['Directions', Displacement]:
     """z(key_j) of keys [n] as the terms of a displacement, in directions whose
     elements depend on no others."""
     del params
     return self, Displacement(keys, jnp.ones(keys.shape, jnp.float32))
 
-  def selected(self, params):
+  def selected(self, params: Any) -> Any:
     """Where z is not 0: a tree of bools, or arrays of them for elements."""
     return paths.selected(params, self.mask, self.takes)
 
@@ -140,14 +145,14 @@ class Normal(Directions):
 
   dear = True
 
-  def draw(self, bits):
+  def draw(self, bits: jax.Array) -> jax.Array:
     return (_quantile if self.generator == 'hash32' else _inverse)(bits)
 
 
 class Rademacher(Directions):
   """Elements are 1 or -1, independently, with probability 1/2 each."""
 
-  def draw(self, bits):
+  def draw(self, bits: jax.Array) -> jax.Array:
     one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
     return lax.bitcast_convert_type(one, jnp.float32)
 
@@ -158,7 +163,8 @@ class Sphere(Directions):
   One more pass of noise for each key.
   """
 
-  def plain(self, params, keys):
+  def plain(self, params: Any, keys: jax.Array
+            ) -> tuple['Directions', Displacement]:
     normal = Normal(self.generator, mask=self.mask, stacked=self.stacked,
                     limits=self.limits, on_grid=self.on_grid)
     def factor(key):

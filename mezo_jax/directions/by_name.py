@@ -4,7 +4,7 @@ from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 
-KINDS = {
+KINDS: dict[str, type[Directions]] = {
     'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
     'low_rank': LowRank, 'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
 

@@ -5,6 +5,7 @@ weights where they are used. What z is, their `Directions` say.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ class Displacement(NamedTuple):
   keys: jax.Array  # typed keys [n]
   # float32 [n]; or {regular expression: [n]}, by the first that is found in a
   # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
-  coefs: jax.Array | OrderedDict
+  coefs: jax.typing.ArrayLike | OrderedDict[str, Any]
 
-  def times(self, factors) -> 'Displacement':
+  def times(self, factors: Any) -> 'Displacement':
     """With each term multiplied by a factor [n], or an OrderedDict of them."""
     return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
 
@@ -125,7 +126,7 @@ class Draws:
     return noise.words(
         dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
 
-  def term(self, j, like):
+  def term(self, j: jax.Array | int, like: jax.Array) -> jax.Array:
     """``coefs[j] * z_j`` in float32."""
     return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
 
@@ -164,36 +165,38 @@ class Draws:
         [None if s.core is None else rest(s.core, axis=-3)
          for s in self.streams], rest(self.coefs, axis=0))
 
-  def on(self, move) -> 'Draws | None':
+  def on(self, move: Callable[..., Any]) -> 'Draws | None':
     """With each stream moved, if it can be."""
     streams = tuple(map(move, self.streams))
     if any(s is None for s in streams):
       return None
     return dataclasses.replace(self, streams=streams)
 
-  def take(self, axis, index):
+  def take(self, axis: int, index: Any) -> 'Draws | None':
     return self.on(lambda s: streams_lib.take(s, axis, index))
 
-  def window(self, starts, sizes, steps):
+  def window(self, starts: Sequence[Any], sizes: Sequence[int],
+             steps: Sequence[int]) -> 'Draws | None':
     return self.on(lambda s: streams_lib.window(s, starts, sizes, steps))
 
-  def transpose(self, order):
+  def transpose(self, order: Sequence[int]) -> 'Draws | None':
     return self.on(lambda s: streams_lib.transpose(s, order))
 
-  def reshape(self, old, new):
+  def reshape(self, old: tuple[int, ...], new: tuple[int, ...]
+              ) -> 'Draws | None':
     return self.on(lambda s: streams_lib.reshape(s, old, new))
 
-  def where(self, there) -> 'Draws':
+  def where(self, there: jax.Array) -> 'Draws':
     """Zero elsewhere."""
     if self.streams[0].there is not None:
       there = there & self.streams[0].there
     return self._first(there=there)
 
-  def below(self, most) -> 'Draws':
+  def below(self, most: jax.Array) -> 'Draws':
     """Zero where \\|w\\| is more."""
     return self._first(most=most)
 
-  def scaled(self, by) -> 'Draws':
+  def scaled(self, by: jax.Array) -> 'Draws':
     """Multiplied by a number, or by an array that broadcasts with the block."""
     if not by.ndim or by.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * by.reshape(()))
@@ -204,11 +207,11 @@ class Draws:
     return dataclasses.replace(self, streams=(
         dataclasses.replace(first, **changes), *rest))
 
-  def rows(self, length):
+  def rows(self, length: int) -> tuple[list[jax.Array], Callable[..., Any]]:
     """Of each entry of the first axis: ``along, of_row``, a list of arrays to
     scan over, and a function from those of one entry to its draws."""
-    arrays, tree = jax.tree.flatten(self.on(
-        lambda s: streams_lib.spread(s, 0, length)).streams)
+    arrays, tree = jax.tree.flatten(tuple(
+        streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
     shared = [a[0] for a, v in zip(arrays, varies) if not v]
 
@@ -221,10 +224,10 @@ class Draws:
 
     return [a for a, v in zip(arrays, varies) if v], of_row
 
-  def keys(self) -> list:
+  def keys(self) -> list[Any]:
     return [s.keys for s in self.streams]
 
-  def tied(self, keys) -> 'Draws':
+  def tied(self, keys: jax.Array) -> 'Draws':
     """With the same keys, as the compiler is to see them."""
     return dataclasses.replace(self, streams=tuple(
         dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
@@ -253,7 +256,7 @@ def stack(several: list[Draws]) -> Draws:
       coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
 
 
-def of_leaves(params, displacement: Displacement, directions
+def of_leaves(params: Any, displacement: Displacement, directions: Any
               ) -> list[tuple[str, Any, Draws | None]]:
   """Paths, leaves and their draws; None where z is 0.
 
@@ -336,7 +339,8 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
   return keys, coefs
 
 
-def norm(params, key: jax.Array, directions) -> tuple[jax.Array, int]:
+def norm(params: Any, key: jax.Array, directions: Any
+         ) -> tuple[jax.Array, jax.Array | int]:
   """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
   squares, size = [], 0
   for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):

@@ -17,9 +17,10 @@ Source: factors in place of z, Chen et al., 2024 (LOZO, arXiv:2410.07698) and
 Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, cast, ClassVar
 
 import jax
 from jax import lax
@@ -65,14 +66,16 @@ class LowRank(Directions):
   unrolled: ClassVar[int] = 32
   least: ClassVar[int] = 2  # times the rank: rows (columns) of what has factors
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not isinstance(self.rank, int) or isinstance(
         self.rank, bool) or self.rank < 1:
       raise ValueError(f'rank must be an integer of at least 1, got '
                        f'{self.rank!r}.')
 
-  def of_leaf(self, stream, coefs, shape, columns=None):
+  def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
+              shape: tuple[int, ...], columns: noise.Stream | None = None
+              ) -> Draws:
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
     layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
@@ -100,11 +103,13 @@ class LowRank(Directions):
     least = self.least * self.rank
     return cut if len(shape) > 1 and least <= min(sizes(cut)) else None
 
-  def z(self, streams, j, like):
+  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
+        like: jax.Array) -> jax.Array:
     """Times the root of the rank, which is in the coefficients."""
     return self.each([noise.only(s, j) for s in streams], 1, like)[0]
 
-  def each(self, streams, n, like):
+  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
+           ) -> list[jax.Array]:
     parts = [*map(len, self._bits(1))]
     def words(s, i, bits):  # [n, *axes], of all terms
       s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
@@ -115,12 +120,12 @@ class LowRank(Directions):
     made = xla.made_first(lambda streams: [
         [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
                                 streams)
-    apart = lambda j: sum(
+    apart = lambda j: cast(jax.Array, sum(
         lax.population_count(rows[j] ^ columns[j]).astype(jnp.int32)
-        for rows, columns in made)
+        for rows, columns in made))
     return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
-  def at_once(self, coefs):
+  def at_once(self, coefs: jax.Array) -> Callable[..., Any] | None:
     if coefs.ndim > 1 or len(coefs) < _MANY:
       return None
     return self._by_product
@@ -149,8 +154,8 @@ class LowRank(Directions):
     return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
                     times) for at in range(0, self.rank, _WORD)]
 
-  def factor(self, stream: noise.Stream, shape, dtype,
-             times: int = 1) -> jax.Array:
+  def factor(self, stream: noise.Stream, shape: tuple[int, ...],
+             dtype: jax.typing.DTypeLike, times: int = 1) -> jax.Array:
     """U or V of a block, of all n directions: 1 and -1, [*axes, n, rank].
 
     Args:
@@ -200,20 +205,20 @@ class LazyLowRank(LowRank):
   _: dataclasses.KW_ONLY
   every: int = 50
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not isinstance(self.every, int) or isinstance(
         self.every, bool) or self.every < 1:
       raise ValueError('every must be an integer of at least 1, got '
                        f'{self.every!r}.')
 
-  def keys(self, key, count, n):
+  def keys(self, key: Any, count: jax.Array | int, n: int) -> jax.Array:
     step = jax.random.key_data(noise.step_keys(key, count, n))
     window = jax.random.key_data(noise.step_keys(
         jax.random.fold_in(key, _WINDOWS), count // self.every, n))
     return self._typed(step[:, 0], window[:, 1])
 
-  def of_columns(self, keys):
+  def of_columns(self, keys: jax.Array) -> jax.Array:
     words = jax.random.key_data(keys)[:, 1]
     return self._typed(jnp.full_like(words, _WINDOWS), words)
 
@@ -225,17 +230,19 @@ class LazyLowRank(LowRank):
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
   """``sum_b rows[..., b] * columns[..., b]``, of axes that broadcast: element
   by element, so it fuses into what adds it to weights and is in no memory."""
-  return sum(rows[..., b] * columns[..., b] for b in range(rows.shape[-1]))
+  return cast(jax.Array, sum(
+      rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
 
 
-def of_block(factor: jax.Array, stream: noise.Stream, shape) -> jax.Array:
+def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
+             ) -> jax.Array:
   """A factor of one direction, [*axes, 1, rank], with all axes of a block."""
   axes = counted(stream, shape)
   return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
                         factor.shape[-1])
 
 
-def counted(stream: noise.Stream, shape) -> list[int]:
+def counted(stream: noise.Stream, shape: tuple[int, ...]) -> list[int]:
   """The axes of a block along which a stream has words of its own."""
   arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
   return [a for a, n in enumerate(shape) if n > 1 and (

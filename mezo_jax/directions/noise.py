@@ -27,6 +27,7 @@ Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
 import dataclasses
 import functools
 import sys
+from typing import Any
 import zlib
 
 import jax
@@ -69,7 +70,7 @@ class Stream:
 # --- keys -------------------------------------------------------------------
 
 
-def as_key(key, name: str = 'key') -> jax.Array:
+def as_key(key: Any, name: str = 'key') -> jax.Array:
   """Returns a typed threefry key.
 
   Args:
@@ -108,7 +109,7 @@ def as_key(key, name: str = 'key') -> jax.Array:
                      f'2**63, got {key!r}.') from e
 
 
-def check_key(key, name: str = 'key') -> None:
+def check_key(key: Any, name: str = 'key') -> None:
   """Raises ValueError for something that `as_key` does not take.
 
   Nothing is computed for a seed: devices may not be set up yet.
@@ -117,13 +118,13 @@ def check_key(key, name: str = 'key') -> None:
     as_key(key, name)
 
 
-def is_typed(key) -> bool:
+def is_typed(key: Any) -> bool:
   """Returns whether something is an array of typed PRNG keys."""
   return hasattr(key, 'dtype') and jnp.issubdtype(
       key.dtype, jax.dtypes.prng_key)
 
 
-def state_key(key) -> jax.Array:
+def state_key(key: Any) -> jax.Array:
   """Returns a copy of a key for an optimizer's state, which may be donated.
 
   `flax.serialization` cannot save typed keys until someone registers how. In
@@ -146,7 +147,7 @@ def _wrap(words: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
-def as_keys(keys) -> jax.Array:
+def as_keys(keys: jax.Array) -> jax.Array:
   """Returns typed threefry keys [n].
 
   Args:
@@ -163,12 +164,13 @@ def as_keys(keys) -> jax.Array:
   return as_key(keys, 'the keys of a displacement')[None]
 
 
-def direction_key(key: jax.Array, count, sample=0) -> jax.Array:
+def direction_key(key: jax.Array, count: jax.Array | int,
+                  sample: jax.Array | int = 0) -> jax.Array:
   """The key of direction number ``sample`` of step number ``count``."""
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
-def step_keys(key: jax.Array, count, n: int) -> jax.Array:
+def step_keys(key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
   """The keys [n] of the directions of step number ``count``."""
   return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
 
@@ -181,9 +183,12 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def only(s: Stream, j: int | jax.Array) -> Stream:
-  """The stream of direction j alone."""
-  take = lax.index_in_dim if isinstance(j, int) else lax.dynamic_index_in_dim
-  return dataclasses.replace(s, keys=take(s.keys, j, -2))
+  """Returns the stream of direction j alone."""
+  if isinstance(j, int):
+    keys = lax.index_in_dim(s.keys, j, -2)
+  else:
+    keys = lax.dynamic_index_in_dim(s.keys, j, -2)
+  return dataclasses.replace(s, keys=keys)
 
 
 # --- words ----------------------------------------------------------------

@@ -4,10 +4,12 @@ A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
 where the elements of the new block lie among the draws of the leaf.
 """
 
+from collections.abc import Sequence
 import contextlib
 import contextvars
 import dataclasses
 import math
+from typing import Any
 import zlib
 
 import jax
@@ -18,7 +20,8 @@ from mezo_jax.core import paths, quantized, xla
 from mezo_jax.directions.noise import Stream
 
 _U32 = jnp.uint32
-_first = contextvars.ContextVar('_first', default=np.uint32(0))
+_first: contextvars.ContextVar[np.uint32 | jax.Array] = contextvars.ContextVar(
+    '_first', default=np.uint32(0))
 
 
 @contextlib.contextmanager
@@ -55,15 +58,18 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
   own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
   numbered = [p for p, (_, layer, _) in found.items() if layer is not None]
+  of_layer = None
   if numbered:
     layers = jnp.asarray([found[p][1] for p in numbered], jnp.uint32)
     parents = own[np.array([by_name[p] for p in numbered])]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  tables = {'own': jax.random.key_data(own)}  # [entries, (layers,) n, 2]
-  if numbered:
+  # Each table is [entries, (layers,) n, 2]; those of stacks are named by depth.
+  tables: dict[str | int, jax.Array] = {'own': jax.random.key_data(own)}
+  if of_layer is not None:
     tables['numbered'] = of_layer
-  rows = {path: ('numbered', i) for i, path in enumerate(numbered)}
+  rows: dict[str, tuple[str | int, int]] = {
+      path: ('numbered', i) for i, path in enumerate(numbered)}
   for path, (shape, stacked) in leaves.items():
     if path in rows:
       continue
@@ -172,7 +178,8 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
   return _moved(s, index, step)
 
 
-def window(s: Stream, starts, sizes, steps) -> Stream:
+def window(s: Stream, starts: Sequence[Any], sizes: Sequence[int],
+           steps: Sequence[int]) -> Stream:
   """A run along each axis: ``x[start:start + size * step:step]``."""
   for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
     at_start = isinstance(start, int) and start == 0
@@ -189,7 +196,7 @@ def window(s: Stream, starts, sizes, steps) -> Stream:
   return s
 
 
-def transpose(s: Stream, order) -> Stream:
+def transpose(s: Stream, order: Sequence[int]) -> Stream:
   """Axis ``order[a]`` as axis a."""
   own = len(order)
   return _map(

@@ -15,6 +15,7 @@ keys: with :math:`C = L_U^{-\top} Z L_V^{-1} \sqrt{mk} / r`, r by r,
 .. math:: z = U C V^\top, \qquad x (W + c z) = x W + c\, ((x U) C) V^\top.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import ClassVar
@@ -27,6 +28,7 @@ import numpy as np
 from mezo_jax.core import sharding, xla
 from mezo_jax.directions import low_rank, noise
 from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.displacement import Draws
 from mezo_jax.directions.low_rank import LazyLowRank
 
 
@@ -54,7 +56,9 @@ class SubZero(LazyLowRank):
   # Signs of so many rows are all but never dependent: r^2 / 2^(8r) pairs are.
   least: ClassVar[int] = 8
 
-  def of_leaf(self, stream, coefs, shape, columns=None):
+  def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
+              shape: tuple[int, ...], columns: noise.Stream | None = None
+              ) -> Draws:
     draws = super().of_leaf(columns or stream, coefs, shape)
     if len(draws.streams) < 2:
       return super().of_leaf(stream, coefs, shape)
@@ -88,19 +92,23 @@ class SubZero(LazyLowRank):
     return Normal(self.generator).draw(noise.words(
         every, 0, jnp.zeros((*layers, n, r, r)), self.generator))
 
-  def z(self, streams, j, like):
+  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
+        like: jax.Array) -> jax.Array:
     def factors(streams, j):
       rows, columns = (noise.only(s, j) for s in streams)
       u, v = (low_rank.of_block(
           self.factor(s, like.shape, jnp.float32), s, like.shape)
               for s in (rows, columns))
+      assert rows.core is not None  # every stream of SubZero has one
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
     u, v = xla.made_first(factors, streams, j)
     return low_rank.product(
         sharding.split_as(u, like), sharding.split_as(v, like))
 
-  each = Directions.each
+  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
+           ) -> list[jax.Array]:
+    return Directions.each(self, streams, n, like)
 
-  def at_once(self, coefs):
+  def at_once(self, coefs: jax.Array) -> None:
     return None

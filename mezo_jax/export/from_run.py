@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,16 @@ from mezo_jax.models.formats.save import check_new
 from mezo_jax.runs import checkpoint, replay, resume
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
-from mezo_jax.training import build, methods, optimizer, trainable
+from mezo_jax.training import build, methods, optimizer, records, trainable
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
 _QUICKSTART = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # the file is made of it
 
 
-def export(workdir: str | os.PathLike, directory: str | os.PathLike,
+def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
            step: int | None = None, merged: bool = False, log: bool = False,
-           base: str | os.PathLike | None = None,
+           base: str | os.PathLike[str] | None = None,
            say: Callable[[str], None] = print) -> Path:
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
@@ -54,7 +55,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
       model changed since the run began, or a parameter is not finite.
   """
   workdir, directory = local(workdir), local(directory)
-  run = workdir_lib.read_config(workdir)
+  run = records.read_config(workdir)
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
@@ -63,6 +64,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
   if log:
     step = _chosen(run, checkpoints) if step is None else step
     checkpoints.close()
+    if step is None:
+      raise MissingError(f'{workdir} has no checkpoint yet.')
     return share(workdir, directory, run, step)
   _check_merged(run, merged)
   whole = not (methods.part_of(run).pattern or run.peft.mask)
@@ -80,17 +83,18 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike,
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, opt_state = resume.load(checkpoints, step, shapes, opt_state)
+  params, opt_state = resume.load(
+      checkpoints, step, resume.TrainState(shapes, opt_state))
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 step, workdir_lib.read_result(workdir), merged, say)
 
 
-def rebuild(base: str | os.PathLike, log: str | os.PathLike,
-            directory: str | os.PathLike, until: int | None = None,
+def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
+            directory: str | os.PathLike[str], until: int | None = None,
             merged: bool = False, say: Callable[[str], None] = print,
-            adapter: str | os.PathLike | None = None) -> Path:
+            adapter: str | os.PathLike[str] | None = None) -> Path:
   """Replays the steps of a log, and writes the model that they give.
 
   Neither data nor forward passes are needed, but the weights that the run began
@@ -169,11 +173,12 @@ def _check_base(run: config_lib.Train, model, tokenizer, params,
     recorded: What the run recorded of its inputs.
     source: Where that was recorded.
   """
-  now = workdir_lib.inputs_of(run, model.config, tokenizer)
+  now = records.inputs_of(run, model.config, tokenizer)
   if params is not None:
     now['weights'] = fingerprint.of_weights(
         peft.join(*params), methods.made(run))
-  what = workdir_lib.changed(recorded, now, run)
+  what = workdir_lib.changed(
+      recorded, now, run.model.name, run.peft.adapter)
   if what:
     raise InputError(
         f'{what} from what the run of {source} began with (in '
@@ -221,7 +226,8 @@ def _check_merged(run: config_lib.Train, merged: bool) -> None:
                      'out.')
 
 
-def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints) -> int:
+def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints
+            ) -> int | None:
   return (checkpoints.best_step if methods.selects(run)
           else checkpoints.latest_step)()
 
@@ -242,7 +248,8 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
            step: int, result: dict, merged: bool,
            say: Callable[[str], None]) -> Path:
   """Writes the files of a model, or of its adapters."""
-  about = dict(tokenizer=tokenizer, card=card(run, step, result))
+  about: dict[str, Any] = dict(
+      tokenizer=tokenizer, card=card(run, step, result))
   _check_finite(params, step)
   if methods.adapts(run) and not merged:
     base = run.model.name
@@ -317,7 +324,7 @@ def _check_finite(params: dict, step: int) -> None:
           'computes nothing. Choose an earlier --step, if one was kept.')
 
 
-def card(run: config_lib.Train, step: int, result: dict) -> str:
+def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   """README.md of an exported model: base model, method, result."""
   base, note = _base(run)
   hub_id = base.count('/') == 1

@@ -1,14 +1,24 @@
-"""Language models as Flax modules, read from and written to files."""
+"""Provides language models as Flax modules, and reads and writes their files.
+
+`load` reads a Hugging Face directory, a model of the hub or a GGUF file into a
+`Transformer` and its parameters; `save` writes them. `generate` continues
+prompts. The families that are supported are tables in `families`; what a file
+looks like is known in `formats` alone.
+"""
+
+from mezo_jax.core import extras
+
+extras.require(__name__, 'flax', 'gguf', 'safetensors', 'tqdm')
 
 from mezo_jax.models.formats.huggingface import (
-           FAMILIES,
-           find,
-           float_dtype,
-           load,
-           load_config,
-           load_tokenizer,
-           param_shapes,
-           read_config,
+  FAMILIES,
+  find,
+  float_dtype,
+  load,
+  load_config,
+  load_tokenizer,
+  param_shapes,
+  read_config,
 )
 from mezo_jax.models.formats.save import save
 from mezo_jax.models.generate import generate

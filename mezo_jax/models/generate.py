@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 import functools
 import operator
+from typing import Any, Literal, overload
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,12 +90,34 @@ def _keep(logits, top_k: int, top_p: jax.Array | None):
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def generate(model: Transformer, params, input_ids, attention_mask=None, *,
+@overload
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *,
              max_new_tokens: int, stop_ids: int | Sequence[int] = (),
              pad_id: int = 0, temperature: float | jax.Array = 0.0,
              top_k: int = 0, top_p: float | jax.Array = 1.0,
-             key: jax.Array | int | None = None, check: bool = False
-             ) -> jax.Array | tuple[jax.Array, jax.Array]:
+             key: jax.Array | int | None = None, check: Literal[False] = False
+             ) -> jax.Array:
+  ...
+
+
+@overload
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *,
+             max_new_tokens: int, stop_ids: int | Sequence[int] = (),
+             pad_id: int = 0, temperature: float | jax.Array = 0.0,
+             top_k: int = 0, top_p: float | jax.Array = 1.0,
+             key: jax.Array | int | None = None, check: Literal[True]
+             ) -> tuple[jax.Array, jax.Array]:
+  ...
+
+
+def generate(model: Transformer, params: Any, input_ids: Any,
+             attention_mask: Any = None, *, max_new_tokens: int,
+             stop_ids: int | Sequence[int] = (), pad_id: int = 0,
+             temperature: float | jax.Array = 0.0, top_k: int = 0,
+             top_p: float | jax.Array = 1.0, key: jax.Array | int | None = None,
+             check: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Continues prompts, one token of each a step, until all have stopped.
 
   The prompts pass through the model once; then a `lax.while_loop` feeds back
@@ -146,8 +170,8 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
   max_new_tokens = _number('max_new_tokens', max_new_tokens)
   top_k = _number('top_k', top_k)
   pad_id = _number('pad_id', pad_id)
-  stop_ids = tuple(_number('stop_ids', x) for x in (
-      stop_ids if np.ndim(stop_ids) else [stop_ids]))
+  stops = stop_ids if isinstance(stop_ids, Sequence) else np.ravel(stop_ids)
+  stop_ids = tuple(_number('stop_ids', x) for x in stops)
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens is {max_new_tokens}; give 1 or more.')
   if not s:
@@ -158,7 +182,7 @@ def generate(model: Transformer, params, input_ids, attention_mask=None, *,
         f'{c.max_length} positions of this model.')
   if np.ndim(temperature) or np.ndim(top_p):
     raise ValueError('temperature and top_p are one number each, for all rows.')
-  given = lambda x: isinstance(x, jax.core.Tracer)  # to a program around this
+  given = lambda x: isinstance(x, Tracer)  # to a program around this
   if (not given(temperature) and not 0 <= temperature < float('inf')
       or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):
     raise ValueError(f'temperature {temperature}, top_k {top_k} and top_p '

@@ -3,6 +3,8 @@
 What the ``config.json`` of each says of sizes and choices.
 """
 
+from typing import Any
+
 from mezo_jax.models.formats.huggingface import read_config
 from mezo_jax.models.layers import Config
 
@@ -67,8 +69,8 @@ def _gemma3(width, ff, layers, heads, kv_heads, vocab=262_208, head=256,
       hidden_activation='gelu_pytorch_tanh') | more
 
 
-_LONG = dict(rope_scaling=dict(rope_type='linear', factor=8.0))
-KNOWN = {
+_LONG: dict[str, Any] = dict(rope_scaling=dict(rope_type='linear', factor=8.0))
+KNOWN: dict[str, dict[str, Any]] = {
     'facebook/opt-125m': _opt(768, 12, 12),
     'facebook/opt-350m': _opt(1024, 24, 16, word_embed_proj_dim=512,
                               do_layer_norm_before=False),

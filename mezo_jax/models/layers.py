@@ -6,7 +6,7 @@ V vocabulary, L layers, A answers.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
   plus_one: bool = False
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Any) -> Any:
     init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
     scale = fetched(self.param('scale', init, (x.shape[-1],)))
     y = x.astype(jnp.float32)
@@ -131,7 +131,7 @@ class LayerNorm(nn.Module):
   eps: float
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Any) -> Any:
     scale = fetched(self.param('scale', nn.initializers.ones, (x.shape[-1],)))
     bias = fetched(self.param('bias', nn.initializers.zeros, (x.shape[-1],)))
     y = x.astype(jnp.float32)
@@ -159,7 +159,7 @@ class Linear(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Any) -> Any:
     kernel = fetched(self.param('kernel', _init, (self.inputs, self.outputs)))
     y = x @ kernel.astype(x.dtype)
     if self.has_variable('params', 'lora_a'):
@@ -181,7 +181,7 @@ class Table(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, ids=None):
+  def __call__(self, ids: Any = None) -> Any:
     table_VxD = self.param('embedding', _init, (self.rows, self.width))
     return table_VxD if ids is None else table_VxD[ids]
 
@@ -195,7 +195,8 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope_tables(rope: Rope, head_width: int, positions_BxS):
+def rope_tables(rope: Rope, head_width: int, positions_BxS: jax.Array
+                ) -> tuple[jax.Array, jax.Array]:
   """(cos, sin), float32 [B, S, H]."""
   h = head_width
   freq = rope.theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
@@ -211,12 +212,13 @@ def rope_tables(rope: Rope, head_width: int, positions_BxS):
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def take_tokens(x_BxSxD, at_BxA):
+def take_tokens(x_BxSxD: jax.Array, at_BxA: jax.Array) -> jax.Array:
   """[B, A, D]: those tokens of each text."""
   return jnp.take_along_axis(x_BxSxD, at_BxA[..., None], 1)
 
 
-def apply_rope(x_BxSxNxH, cos_BxSxH, sin_BxSxH):
+def apply_rope(x_BxSxNxH: jax.Array, cos_BxSxH: jax.Array, sin_BxSxH: jax.Array
+               ) -> jax.Array:
   """Rotates pairs (i, i + H/2) of every head, in float32."""
   x = x_BxSxNxH.astype(jnp.float32)
   first, second = jnp.split(x, 2, -1)
@@ -225,7 +227,8 @@ def apply_rope(x_BxSxNxH, cos_BxSxH, sin_BxSxH):
   return out.astype(x_BxSxNxH.dtype)
 
 
-def attend(config: Config, q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask_Bx1xSxT):
+def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
+           v_BxTxKxH: jax.Array, mask_Bx1xSxT: jax.Array) -> jax.Array:
   r"""Attention over the keys that the mask allows, [B, S, N, H].
 
   .. math:: \mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v, \quad
@@ -264,7 +267,9 @@ class Attention(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BxSxD, of_BxTxD, cache, shared: Shared, local, layer):
+  def __call__(self, x_BxSxD: jax.Array, of_BxTxD: jax.Array, cache: Any,
+               shared: Shared, local: jax.Array | None, layer: jax.Array | None
+               ) -> Any:
     c = self.config
     b, s, _ = x_BxSxD.shape
     # Kernels are matrices: with a head axis XLA copies them all on TPU.
@@ -289,6 +294,7 @@ class Attention(nn.Module):
       k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
     if cache is not None:
       # All must have one dtype, which jax_enable_x64 changes for some of them.
+      assert layer is not None and shared.start is not None
       at = (layer, 0, shared.start.astype(layer.dtype), 0, 0)
       put = lambda all_, new: jax.lax.dynamic_update_slice(
           all_, new[None].astype(all_.dtype), at)
@@ -312,7 +318,7 @@ class MLP(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BxSxD):
+  def __call__(self, x_BxSxD: jax.Array) -> Any:
     c = self.config
     up = lambda name: Linear(
         c.width, c.ff_width, c.mlp_bias, name=name)(x_BxSxD)
@@ -327,7 +333,8 @@ class Block(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, carry, shared: Shared, local, layer):
+  def __call__(self, carry: Any, shared: Shared, local: jax.Array | None,
+               layer: jax.Array | None) -> Any:
     c = self.config
     x_BxSxD, cache = carry
     norm = lambda name: make_norm(c, name)

@@ -3,8 +3,12 @@
 Shapes in names are those of `mezo_jax.models.layers`.
 """
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 from flax import linen as nn
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,8 +32,9 @@ _CHUNK = 4096  # rows of the vocabulary at a time
 _FEATURES = ('', 'head', 'body', 'trunk')
 
 
-def log_likelihood(x_BxAxD, table_VxD, targets_BxA, bias_V=None,
-                   cap: float | None = None, chunk: int = _CHUNK):
+def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
+                   targets_BxA: jax.Array, bias_V: jax.Array | None = None,
+                   cap: float | None = None, chunk: int = _CHUNK) -> jax.Array:
   r"""log p of the targets, float32 [B, A], without logits [B, A, V].
 
   .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
@@ -83,7 +88,7 @@ class Head(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BxAxD):
+  def __call__(self, x_BxAxD: jax.Array) -> Any:
     c = self.config
     x_BxAxD = Linear(c.width, c.width, True, name='dense')(x_BxAxD)
     x_BxAxD = make_norm(c, 'norm')(activation(c, x_BxAxD))
@@ -113,9 +118,11 @@ class Transformer(nn.Module):
   prefix_positions: str = 'zero'
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None,
-               answer_at=None, token_ids=None, targets=None, cache=None,
-               shared_prompt=False, features='', trunk=None):
+  def __call__(self, input_ids: Any, attention_mask: Any = None, *,
+               token_type_ids: Any = None, answer_at: Any = None,
+               token_ids: Any = None, targets: Any = None, cache: Any = None,
+               shared_prompt: bool = False, features: str = '',
+               trunk: jax.Array | None = None) -> Any:
     """Logits, or log-likelihoods of given tokens.
 
     Args:
@@ -209,12 +216,13 @@ class Transformer(nn.Module):
       fits = at_BxS < c.max_length
       if attention_mask is not None and cache is None:
         fits |= attention_mask == 0
-      if not isinstance(fits, jax.core.Tracer) and not fits.all():
+      if not isinstance(fits, Tracer) and not fits.all():
         raise ValueError(f'a text exceeds the {c.max_length} positions of this '
                          'model.')
       inside.append(fits)
-    x_BxSxD = trunk
-    if trunk is None:
+    if trunk is not None:
+      x_BxSxD = trunk
+    else:
       x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
       for mask in inside:
         if mask is not None:
@@ -233,7 +241,8 @@ class Transformer(nn.Module):
       layers = nn.scan(
           nn.remat(Block, prevent_cse=False) if self.remat else Block,
           variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(nn.broadcast, 0, 0), length=length)
+          # flax takes a tuple, one entry for each argument.
+          in_axes=cast(Any, (nn.broadcast, 0, 0)), length=length)
       index = jnp.arange(first, first + length)
       carry, _ = layers(c, name=name)(
           carry, shared,
@@ -315,8 +324,8 @@ class Transformer(nn.Module):
     return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
 
 
-def known_ids(name: str, ids, size: int, shape: tuple, least: int = 0
-              ) -> tuple[jax.Array, jax.Array | None]:
+def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
+              least: int = 0) -> tuple[jax.Array, jax.Array | None]:
   """Checks numbers that select rows: token ids, token types, positions.
 
   jax reads the nearest row for a number that no row has, where torch raises.
@@ -361,7 +370,7 @@ def known_ids(name: str, ids, size: int, shape: tuple, least: int = 0
   return ids, None if known else (ids >= least) & (ids < size)
 
 
-def known_mask(mask, rows: int, length: int) -> jax.Array:
+def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
   """Returns an attention mask as int32 [B or 1, T].
 
   Raises:
@@ -381,9 +390,9 @@ def known_mask(mask, rows: int, length: int) -> jax.Array:
   return jnp.asarray(mask).astype(jnp.int32)
 
 
-def is_known(x) -> bool:
+def is_known(x: Any) -> bool:
   """Returns whether the values of an array can be read here and now."""
-  return not isinstance(x, jax.core.Tracer) and (
+  return not isinstance(x, Tracer) and (
       not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 
@@ -394,7 +403,7 @@ def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
     ValueError: if it is known not to.
   """
   most = cache.k.shape[2]
-  if isinstance(cache.length, jax.core.Tracer):
+  if isinstance(cache.length, Tracer):
     return (cache.length + tokens <= most)[None, None]
   if int(cache.length) + tokens > most:
     raise ValueError(f'the cache has {int(cache.length)} tokens and room for '
@@ -402,19 +411,20 @@ def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
   return None
 
 
-def apply(model: Transformer, params: dict, *args, **kwargs):
+def apply(model: Transformer, params: dict[str, Any], *args: Any, **kwargs: Any
+          ) -> Any:
   """``model.apply({'params': params}, ...)``, of quantised weights too."""
   return dequantized(lambda params: model.apply(
       {'params': params}, *args, **kwargs))(params)
 
 
-def prefix_length(params: dict) -> int:
+def prefix_length(params: Mapping[str, Any]) -> int:
   """M, the keys and values that `mezo_jax.peft.prefix` put before the texts."""
   attn = params.get('layers', {}).get('attn', {})
   return attn['prefix_k'].shape[1] if 'prefix_k' in attn else 0
 
 
-def _parts(c: Config, params: dict) -> list[tuple[str, int]]:
+def _parts(c: Config, params: Mapping[str, Any]) -> list[tuple[str, int]]:
   """The stacks of layers, in order, and how many layers each has."""
   last = jax.tree.leaves(params.get('last_layers', {}))
   k = len(last[0]) if last else 0
@@ -444,8 +454,9 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   # A continuation lies further from the prompt in the row than in its text.
   ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt
                else query_Sx1 - key_T)
-  near = (lambda x: x) if c.window is None else (
-      lambda x: x & (ago_BxSxT < c.window))
+  window = c.window
+  near = (lambda x: x) if window is None else (
+      lambda x: x & (ago_BxSxT < window))
   rope = lambda r: r and rope_tables(r, c.head_width, at_BxS)
   if c.local_layers:
     local_mask, local_rope = near(mask_BxSxT)[:, None], rope(c.local_rope)
@@ -453,7 +464,7 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
     mask_BxSxT, local_mask, local_rope = near(mask_BxSxT), None, None
   return Shared(
       jnp.broadcast_to(mask_BxSxT[:, None], (b, 1, s, t)), local_mask,
-      rope(c.rope), local_rope, None if cache is None else start), at_BxS
+      rope(c.rope), local_rope, None if cache is None else cache.length), at_BxS
 
 
 def _wanted(carry, shared: Shared, at_BxA):
@@ -465,7 +476,8 @@ def _wanted(carry, shared: Shared, at_BxA):
       mask=masks[0], local_mask=masks[1], context=x_BxSxD, wanted=at_BxA)
 
 
-def make_cache(config: Config, rows: int, length: int, dtype) -> Cache:
+def make_cache(config: Config, rows: int, length: int,
+               dtype: jax.typing.DTypeLike) -> Cache:
   """An empty cache for ``length`` tokens of each of ``rows`` texts.
 
   Args:

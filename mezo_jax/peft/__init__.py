@@ -1,9 +1,14 @@
-"""Fine-tuning with few parameters: LoRA, prefixes, soft prompts, last layers.
+"""Fine-tunes with few parameters: LoRA, prefixes, soft prompts, last layers.
 
-Each function returns leaves to `mezo_jax.peft.join` to a model's parameters,
-which then has them wherever it is applied; `TRAINED` says which of all leaves
-are trained, for `mezo_jax.peft.split`.
+`lora` and `prefix` create parameters that `join` adds to those of a model, and
+the model then uses them wherever it is applied. `TRAINED` maps the name of each
+kind to an expression for the paths of the parameters that it trains, which
+`split` takes. `load` and `save` read and write adapters as PEFT does.
 """
+
+from mezo_jax.core import extras
+
+extras.require(__name__, 'flax', 'safetensors')
 
 from mezo_jax.core.trees import join
 from mezo_jax.peft import lora, prefix

@@ -8,6 +8,7 @@ field of a later version of PEFT is never ignored in silence.
 
 import math
 import re
+from typing import Any
 
 from mezo_jax.core.errors import InputError
 
@@ -55,7 +56,7 @@ _UNUSED = {
 _PLAIN_STARTS = ('gaussian', 'eva', 'orthogonal', 'mica')
 
 
-def check(about: dict, file) -> None:
+def check(about: dict[str, Any], file: Any) -> None:
   """Raises InputError for a field that changes what an adapter computes and is
   not supported, or that has a value which PEFT does not write.
 
@@ -96,12 +97,12 @@ def _check_start(start, file) -> None:
         'plain LoRA, or merge it into its model with PEFT.')
 
 
-def rank(about: dict, module: str) -> int:
+def rank(about: dict[str, Any], module: str) -> int:
   """Returns the rank that PEFT gives to the adapter of a module."""
   return _by_pattern(about.get('rank_pattern'), module, about.get('r', 8))
 
 
-def alpha(about: dict, module: str) -> float:
+def alpha(about: dict[str, Any], module: str) -> float:
   """Returns the alpha that PEFT gives to the adapter of a module."""
   return _by_pattern(
       about.get('alpha_pattern'), module, about.get('lora_alpha', 8))
@@ -114,7 +115,7 @@ def _by_pattern(patterns: dict | None, module: str, otherwise):
   return otherwise
 
 
-def targets(about: dict, module: str) -> bool:
+def targets(about: dict[str, Any], module: str) -> bool:
   """Returns whether PEFT puts an adapter on a module, of this full name.
 
   PEFT ignores tensors of modules for which this is false.

@@ -6,10 +6,12 @@ values of a prefix, or a soft prompt.
 """
 
 import collections
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
@@ -38,8 +40,9 @@ _HEADS = {'bert': ['classifier', 'pooler'], 'roberta': ['classifier']}
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 
-def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
-         base: str = '', tokenizer=None, card: str | None = None) -> Path:
+def save(directory: str | os.PathLike[str], model: Transformer,
+         params: dict[str, Any], *, base: str = '', tokenizer: Any = None,
+         card: str | None = None) -> Path:
   """Writes the adapters in ``params`` so that PEFT loads them.
 
   LoRA of q, k and v of a GPT-2, which PEFT has as one matrix, is written as one
@@ -85,8 +88,8 @@ def save(directory: str | os.PathLike, model: Transformer, params: dict, *,
   if classes:
     tensors |= _head_tensors(c, params, classes)
     about['modules_to_save'] = _HEADS.get(c.family, ['score'])
-  with new_directory(directory) as (part, first):
-    if first:
+  with new_directory(directory) as (part, _):
+    if part is not None:
       save_file(tensors, part / _FILE, {'format': 'pt'})
       (part / 'adapter_config.json').write_text(
           json.dumps(about, indent=2, sort_keys=True) + '\n')
@@ -122,7 +125,8 @@ def _host(x) -> np.ndarray:
   return np.asarray(on_host(x), np.float32)
 
 
-def load(directory: str | os.PathLike, model: Transformer):
+def load(directory: str | os.PathLike[str], model: Transformer
+         ) -> tuple[Transformer, dict[str, Any], str]:
   """Reads a directory that `save` or PEFT wrote.
 
   Args:
@@ -166,7 +170,7 @@ def load(directory: str | os.PathLike, model: Transformer):
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
-def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
+def files_of(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
   """Returns the two files of an adapter.
 
   Raises:
@@ -181,7 +185,7 @@ def files_of(directory: str | os.PathLike) -> tuple[Path, Path]:
   return found
 
 
-def describe(directory: str | os.PathLike) -> tuple[str, dict]:
+def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
   """``kind, about``: 'lora', 'prefix' or 'prompt', and the adapter's config.
 
   Raises:
@@ -233,9 +237,12 @@ def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
   """Rotary keys as they would be ``by`` positions further on."""
   local = c.local_layers or (False,) * c.num_layers
   at = jnp.full((1, k_LxMxKxH.shape[1]), by)
-  return np.stack([apply_rope(k[None], *rope_tables(
-      (l and c.local_rope) or c.rope, c.head_width, at))[0]
-                   for k, l in zip(k_LxMxKxH, local)])
+  turned = []
+  for k, is_local in zip(k_LxMxKxH, local):
+    rope = (is_local and c.local_rope) or c.rope
+    assert rope is not None  # asked for with rotary positions alone
+    turned.append(apply_rope(k[None], *rope_tables(rope, c.head_width, at))[0])
+  return np.stack(turned)
 
 
 def _check_virtual(kind: str, about: dict, c: Config, m: int,
@@ -324,7 +331,7 @@ def _lora_tensors(c: Config, params: dict):
           short[n]: scale * r for n, r in ranks.items() if r != rank}}
 
 
-def _fused(parts: list[dict], rows: list[Row], scale: float):
+def _fused(parts: Sequence[dict], rows: list[Row], scale: float):
   """PEFT's A [R, I] and B [O, R] of the parts of a matrix, to be scaled."""
   ranks = [x['lora_a'].shape[-1] if x else 0 for x in parts]
   inputs = next(x['lora_a'].shape[0] for x in parts if x)

@@ -3,6 +3,7 @@ the last k layers, or a head that was the embedding."""
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from mezo_jax.models.layers import Config
 from mezo_jax.models.transformer import Transformer
 
 
-def split_layers(params: dict, k: int, take: bool = False) -> dict:
+def split_layers(params: dict[str, Any], k: int, take: bool = False
+                 ) -> dict[str, Any]:
   """The same parameters with the last k layers under ``last_layers``.
 
   `mezo_jax.models.Transformer` runs either layout.
@@ -50,7 +52,7 @@ def _unzip(fn, tree: dict, take: bool) -> tuple[dict, dict]:
   return one, two
 
 
-def join_layers(params: dict, take: bool = False) -> dict:
+def join_layers(params: dict[str, Any], take: bool = False) -> dict[str, Any]:
   """The inverse of `split_layers`; as they are without ``last_layers``."""
   if 'last_layers' not in params:
     return params
@@ -80,7 +82,8 @@ def untied(config: Config) -> Config:
           source | {'tie_word_embeddings': False}))
 
 
-def untie(model: Transformer, params: dict):
+def untie(model: Transformer, params: dict[str, Any]
+          ) -> tuple[Transformer, dict[str, Any]]:
   """``model, params`` with a copy of the embedding as a head of its own.
 
   The head can then be trained, or written to, without the embedding (the

@@ -8,6 +8,7 @@ seen by every forward pass.
 """
 
 import re
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -19,8 +20,9 @@ from mezo_jax.core.trees import join
 from mezo_jax.directions import noise
 
 
-def init(params: dict, key: jax.Array, *, rank: int = 8, alpha: float = 16.0,
-         targets: str = 'attn/(q|v)$', rslora: bool = False) -> dict:
+def init(params: dict[str, Any], key: jax.Array, *, rank: int = 8,
+         alpha: float = 16.0, targets: str = 'attn/(q|v)$', rslora: bool = False
+         ) -> dict[str, Any]:
   r"""Adapters of new matrices: A uniform in :math:`\pm 1/\sqrt{I}`, B zero.
 
   So the model is as it was. Adapters are float32 whatever the weights are.
@@ -71,7 +73,7 @@ def is_lora(name: str) -> bool:
   return name in ('lora_a', 'lora_b', 'lora_scale')
 
 
-def merge(params: dict) -> dict:
+def merge(params: dict[str, Any]) -> dict[str, Any]:
   r"""The plain parameters of a model with LoRA: :math:`W + s A B`.
 
   The sum is float32 and rounded once to W's dtype. ``params`` are not changed:
@@ -80,7 +82,7 @@ def merge(params: dict) -> dict:
   return _add(params, 1.0)
 
 
-def unmerge(merged: dict, adapters: dict) -> dict:
+def unmerge(merged: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
   r"""The base of merged parameters, :math:`W' - s A B`, joined with adapters.
 
   For those who have the merged weights alone; each is within one rounding of
@@ -94,7 +96,7 @@ def unmerge(merged: dict, adapters: dict) -> dict:
 
 
 def _add(params: dict, sign: float) -> dict:
-  flat = flatten_dict(params)
+  flat: dict[tuple, Any] = flatten_dict(params)
   def sum_of(path, x):
     beside = lambda name: flat[*path[:-1], name]
     if path[-1] != 'kernel' or (*path[:-1], 'lora_a') not in flat:

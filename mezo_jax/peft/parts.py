@@ -3,6 +3,8 @@
 So that optimizer state, noise and checkpoints hold only what is trained.
 """
 
+from typing import Any
+
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from mezo_jax.core.paths import selected
 from mezo_jax.core.quantized import FACTORS, is_codes
 
 
-def split(params: dict, mask) -> tuple[dict, dict]:
+def split(params: dict[str, Any], mask: Any
+          ) -> tuple[dict[str, Any], dict[str, Any]]:
   """``trainable, frozen``: two nested dicts that share no leaf.
 
   Args:
@@ -35,14 +38,15 @@ def split(params: dict, mask) -> tuple[dict, dict]:
   return part(True), part(False)
 
 
-def factors(params: dict) -> dict:
+def factors(params: dict[str, Any]) -> dict[str, Any]:
   """A factor of 1 for each scale of the `Codes` of a nested dict, float32: all
   that a model has to train whose integers stay. `join` multiplies them.
 
   Raises:
     ValueError: if there are no `Codes`.
   """
-  codes = {path: x for path, x in flatten_dict(params).items() if is_codes(x)}
+  flat: dict[tuple, Any] = flatten_dict(params)
+  codes = {path: x for path, x in flat.items() if is_codes(x)}
   if not codes:
     raise ValueError('the parameters have no mezo_jax.Codes, of which scales '
                      "could be trained: see models.load(..., dtype='int8').")

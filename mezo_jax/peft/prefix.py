@@ -8,6 +8,7 @@ V to V + M - 1, which `prepend` puts before a text.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ from mezo_jax.models.transformer import (
 INITS = ('tokens', 'normal', 'text')
 
 
-def init(model: Transformer, params: dict, key: jax.Array, *,
+def init(model: Transformer, params: dict[str, Any], key: jax.Array, *,
          num_tokens: int = 5, init: str = 'tokens',
-         token_ids: Sequence[int] = ()) -> dict:
+         token_ids: Sequence[int] = ()) -> dict[str, Any]:
   """A prefix, float32, that starts as the context of real tokens.
 
   Args:
@@ -56,9 +57,9 @@ def init(model: Transformer, params: dict, key: jax.Array, *,
   return {'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}
 
 
-def init_prompt(model: Transformer, params: dict, key: jax.Array, *,
+def init_prompt(model: Transformer, params: dict[str, Any], key: jax.Array, *,
                 num_tokens: int = 10, init: str = 'tokens',
-                token_ids: Sequence[int] = ()) -> dict:
+                token_ids: Sequence[int] = ()) -> dict[str, Any]:
   """A soft prompt, float32; arguments as for `init`."""
   ids = _ids(model, key, num_tokens, init, token_ids)
   table = params['embed']['embedding']
@@ -87,13 +88,14 @@ def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
   return None
 
 
-def soft_ids(vocab_size: int, params: dict) -> list[int]:
+def soft_ids(vocab_size: int, params: dict[str, Any]) -> list[int]:
   """The token ids of the soft prompt in ``params``; none without one."""
   rows = len(params['prompt']['embedding']) if 'prompt' in params else 0
   return list(range(vocab_size, vocab_size + rows))
 
 
-def prepend(ids: Sequence[int], input_ids, attention_mask=None):
+def prepend(ids: Sequence[int], input_ids: Any, attention_mask: Any = None
+            ) -> tuple[jax.Array, jax.Array]:
   """Puts the soft tokens ``ids`` before the texts of a batch.
 
   Args:

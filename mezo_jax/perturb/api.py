@@ -16,12 +16,14 @@ and +ε in place).
 """
 
 from collections.abc import Callable
+from typing import Any
 import warnings
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
-from mezo_jax.core import arguments, paths, xla
+from mezo_jax.core import arguments, jax_versions, paths, xla
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import noise, streams
 from mezo_jax.directions.base import Directions, Normal, Rademacher
@@ -57,7 +59,7 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
   manual = jax.sharding.get_abstract_mesh().manual_axes
   if not manual:
     return
-  varies = lambda x: jax.typeof(x).mat.varying
+  varies = lambda x: jax_versions.manual_axis_type(x).varying
   if not varies(jax.lax.axis_index(manual[0])):
     warnings.warn(
         'inside pmap, or shard_map with check_vma=False, sharded weights '
@@ -95,7 +97,7 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
     key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
         i in small) else i
     alike.setdefault(key, []).append(i)
-  if any(isinstance(x.w, jax.core.Tracer) for x in blocks):
+  if any(isinstance(x.w, Tracer) for x in blocks):
     fn = jax.jit(fn)  # so that leaves of one shape share a program's lines
   out = [None] * len(blocks)
   for members in alike.values():
@@ -125,8 +127,8 @@ def _build(w, draws):
 # --- the eager twins --------------------------------------------------------
 
 
-def displace(params, displacement: Displacement,
-             directions: Directions | str = Normal()):
+def displace(params: Any, displacement: Displacement,
+             directions: Directions | str = Normal()) -> Any:
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
   Elementwise, so that under `jax.jit` with donated params it is in place. The
@@ -147,8 +149,9 @@ def displace(params, displacement: Displacement,
       _build, _blocks(params, displacement, directions), lambda x: x))
 
 
-def direction(params, displacement: Displacement,
-              directions: Directions | str = Normal(), *, dtype=None):
+def direction(params: Any, displacement: Displacement,
+              directions: Directions | str = Normal(), *,
+              dtype: jax.typing.DTypeLike | None = None) -> Any:
   r"""Builds :math:`\sum_j c_j z(key_j)`, zero where there is no z.
 
   Args:
@@ -166,8 +169,9 @@ def direction(params, displacement: Displacement,
                 dtype=arguments.floating('dtype', dtype))
 
 
-def mapped(fn: Callable, params, displacement: Displacement,
-           directions: Directions, *, dtype=None):
+def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
+           directions: Directions, *, dtype: jax.typing.DTypeLike | None = None
+           ) -> Any:
   """``fn(w, draws)`` of the leaves that have a z, zeros of the others."""
   return jax.tree.unflatten(paths.structure(params), _map_blocks(
       lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
@@ -185,14 +189,14 @@ class Unmoved:
   that have keys among them, such as the whole state of an NNX model.
   """
 
-  def __radd__(self, key):
-    return key if isinstance(key, jax.core.Tracer) else _Sum(key)
+  def __radd__(self, key: Any) -> Any:
+    return key if isinstance(key, Tracer) else _Sum(key)
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[()], None]:
     return (), None
 
   @classmethod
-  def tree_unflatten(cls, aux, children):
+  def tree_unflatten(cls, aux: Any, children: Any) -> 'Unmoved':
     del aux, children
     return cls()
 
@@ -211,14 +215,14 @@ class _Sum(jax.Array):
   dtype = property(lambda self: self._key.dtype)
   shape = property(lambda self: self._key.shape)
   ndim = property(lambda self: self._key.ndim)
-  weak_type = False
+  weak_type = property(lambda self: False)
 
   def astype(self, dtype):
     del dtype
     return self._key
 
 
-def zeros(x):
+def zeros(x: Any) -> Any:
   """Returns the update of a leaf that is not trained."""
   if is_codes(x):
     return jnp.zeros(x.shape, x.dtype)
@@ -230,8 +234,8 @@ def zeros(x):
 # --- perturbed evaluation ---------------------------------------------------
 
 
-def perturbed(value_fn: Callable,
-              directions: Directions | str = Normal()) -> Callable:
+def perturbed(value_fn: Callable[..., Any],
+              directions: Directions | str = Normal()) -> Callable[..., Any]:
   r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
 
   ``perturbed(f)(params, displacement, *args)`` is

@@ -13,7 +13,7 @@ built. Where layers are not scanned, each such operation is a function of its
 own to the compiler, so that what is built in it is gone when it is done.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax.core import xla
+from mezo_jax.core import jax_versions, xla
 from mezo_jax.core.quantized import Codes
 from mezo_jax.directions.displacement import Draws
 
@@ -43,7 +43,8 @@ class Block:
 
   w: jax.Array | Codes
   draws: Draws  # of the same view
-  casts: tuple = ()  # dtypes that the program has cast the weights to since
+  # The dtypes that the program has cast the weights to since.
+  casts: tuple[Any, ...] = ()
   leaf: str | None = None  # path of the leaf that this is all of; '' if part
 
   @property
@@ -61,8 +62,10 @@ class Block:
     block = self.transpose(lies)
     return block, tuple(lies.index(a) for a in range(len(lies)))
 
-  def transpose(self, order) -> 'Block':
-    return self.view(self.w.transpose(order), self.draws.transpose(order))
+  def transpose(self, order: Sequence[int]) -> 'Block':
+    draws = self.draws.transpose(order)
+    assert draws is not None  # axes can always be exchanged
+    return self.view(self.w.transpose(order), draws)
 
   def build(self) -> jax.Array:
     """The weights, displaced and cast."""
@@ -79,7 +82,7 @@ class Block:
 class Expression:
   """Result number ``index`` of an operation on lazy values (and scalars)."""
 
-  args: tuple
+  args: tuple[Any, ...]
   op: 'Operation'
   index: int
   shape: tuple[int, ...]
@@ -91,7 +94,7 @@ Lazy = Block | Expression
 class Operation:
   """An equation's operation; equal to others that do the same."""
 
-  def __init__(self, eqn):
+  def __init__(self, eqn: Any) -> None:
     self.eqn = eqn
     inputs = tuple((v.aval, str(v.val) if isinstance(v, core.Literal) else '')
                    for v in eqn.invars)
@@ -102,10 +105,10 @@ class Operation:
     except TypeError:  # a parameter that is a list, an array, ...
       self._key, self._hash = id(self), id(self)
 
-  def __hash__(self):
+  def __hash__(self) -> int:
     return self._hash
 
-  def __eq__(self, other):
+  def __eq__(self, other: Any) -> bool:
     return isinstance(other, Operation) and self._key == other._key
 
 
@@ -115,10 +118,12 @@ class Context:
 
   total: int  # elements of all leaves
   apart: bool = True  # consume in functions apart: not so within a layer
-  functions: dict = dataclasses.field(default_factory=dict)  # by operation
-  built: dict = dataclasses.field(default_factory=dict)  # {leaf: why whole}
+  # By operation, order of axes and whether there is a form for CPUs.
+  functions: dict[Any, Any] = dataclasses.field(default_factory=dict)
+  # {leaf: why it is built whole}.
+  built: dict[str, str] = dataclasses.field(default_factory=dict)
 
-  def force(self, x):
+  def force(self, x: Any) -> Any:
     """The array that a value stands for."""
     if isinstance(x, Expression):
       return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
@@ -131,8 +136,8 @@ class Context:
       w = lax.optimization_barrier(w)
     return w.transpose(order)
 
-  def consume(self, fn: Callable, op: Operation, ins: list,
-              fn_on_cpu: Callable | None = None) -> list:
+  def consume(self, fn: Callable[..., Any], op: Operation, ins: list[Any],
+              fn_on_cpu: Callable[..., Any] | None = None) -> list[Any]:
     """``fn(ins)``, in which lazy values are built, for it alone.
 
     Args:
@@ -163,7 +168,7 @@ class Context:
     return lax.platform_dependent(ins, cpu=jitted if part else called,
                                   cuda=tied, rocm=tied, default=jitted)
 
-  def note(self, x, why: str, stacked: bool = False) -> None:
+  def note(self, x: Any, why: str, stacked: bool = False) -> None:
     """Remembers that a large leaf (or: stack of layers) is built whole."""
     if isinstance(x, Expression):
       for arg in x.args:
@@ -195,7 +200,7 @@ def _tied(values) -> list:
   return [*map(one, values)] if met else values
 
 
-def pack(values) -> tuple[list, tuple]:
+def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
   """Values as arguments of a function that equal layers share: without names,
   and each block as it lies; with the orders that `unpack` wants."""
   out, orders = [], []
@@ -211,7 +216,7 @@ def pack(values) -> tuple[list, tuple]:
   return out, tuple(orders)
 
 
-def unpack(values, orders) -> list:
+def unpack(values: Any, orders: Any) -> list[Any]:
   """The inverse of `pack`, but for the names."""
   def one(x, order):
     if isinstance(x, Block):
@@ -225,15 +230,14 @@ def unpack(values, orders) -> list:
 # --- evaluation -------------------------------------------------------------
 
 
-def evaluate(jaxpr: core.Jaxpr, consts, args, context: Context) -> list:
+def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Any,
+             context: Context) -> list[Any]:
   """Evaluates a jaxpr. Inputs may be lazy, and then so may outputs be."""
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:
     ins = [read(v) for v in eqn.invars]
-    # The mesh in context may change within a program: `jax.sharding.auto_axes`
-    # and `.at[...].get(out_sharding=...)` make Explicit axes Auto for a while.
-    with eqn.ctx.manager:
+    with jax_versions.context_of(eqn):
       outs = _evaluate_one(eqn, ins, context)
     env.update(zip(eqn.outvars, outs))
   return [read(v) for v in jaxpr.outvars]
@@ -249,7 +253,7 @@ def _evaluate_one(eqn, ins, context: Context) -> list:
   return otherwise(eqn, ins, context) if outs is None else outs
 
 
-def bind(eqn, ins) -> list:
+def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
   """The operation itself, on arrays."""
   known = {v: x for v, x in zip(eqn.invars, ins)
            if not isinstance(v, core.Literal)}
@@ -257,7 +261,8 @@ def bind(eqn, ins) -> list:
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*known.values())
 
 
-def otherwise(eqn, ins, context, by_parts: Callable | None = None):
+def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
+              by_parts: Callable[..., Any] | None = None) -> list[Any]:
   """What no rule is for: wait for the rest of an expression, or consume; where
   ``by_parts`` is given, it does the same with less memory."""
   op = Operation(eqn)

@@ -1,6 +1,7 @@
 """The rule of matrix products, in which most weights are consumed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -62,10 +63,13 @@ def _by_factors(eqn, ins, at):
   r"""``x W + c / sqrt(r) (x U) V^T``, or with V first; added in float32."""
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
-  first, axes = _factors(eqn, ins, at)
+  factors = _factors(eqn, ins, at)
+  assert factors is not None  # the caller has asked
+  first, axes = factors
   wide = dtypes.wide(out.dtype)
   product = lambda a, b: lax.dot_general(
-      *((a, b) if at else (b, a)), p['dimension_numbers'], p['precision'], wide)
+      a if at else b, b if at else a, p['dimension_numbers'], p['precision'],
+      wide)
   clean = w.w.astype(w.w.dtype)
   for dtype in w.casts:
     clean = clean.astype(dtype)
@@ -153,9 +157,9 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
           lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
           rows.draws.take(along + 1, i))
       built = context.force(some).transpose(order)
-      pair = [x, built] if at else [built, x]
+      lhs, rhs = (x, built) if at else (built, x)
       return lax.dynamic_update_index_in_dim(out, lax.dot_general(
-          *pair, p['dimension_numbers'], p['precision'],
+          lhs, rhs, p['dimension_numbers'], p['precision'],
           p['preferred_element_type']), i, out_axis + 1)
     out = eqn.outvars[0].aval
     return [lax.fori_loop(0, parts, part, jnp.zeros(
@@ -164,7 +168,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
   return run
 
 
-def in_sharded_types(w) -> bool:
+def in_sharded_types(w: Any) -> bool:
   """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
   its carry how it lies."""
   w = w.codes if is_codes(w) else w

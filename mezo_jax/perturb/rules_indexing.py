@@ -4,6 +4,7 @@ results are blocks again."""
 from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -72,7 +73,7 @@ def _gathered(draws, shape, eqn, others):
   return draws.transpose(rest[:at] + moved + rest[at:])
 
 
-def gathered_axis(eqn) -> tuple[int, int] | None:
+def gathered_axis(eqn: Any) -> tuple[int, int] | None:
   """(axis, where its index's axes stand) of a gather of whole entries."""
   p, shape = eqn.params, eqn.invars[0].aval.shape
   d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim

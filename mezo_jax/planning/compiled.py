@@ -9,6 +9,7 @@ from pathlib import Path
 import re
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,10 +37,12 @@ class Program:
 
   @property
   def temporaries(self) -> float:
+    assert self.memory is not None  # asked for where it is known
     return self.memory - self.weights
 
 
-def read(lowered: jax.stages.Lowered, jaxpr=None, devices: int = 1) -> Program:
+def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
+         ) -> Program:
   """Compiles, and reads what was found.
 
   A TPU's compiler refuses a program that is too large, and says by how much
@@ -66,15 +69,17 @@ def read(lowered: jax.stages.Lowered, jaxpr=None, devices: int = 1) -> Program:
     total = re.search(r'Total bytes: (\d+)', Path(reports[0]).read_text()) if (
         reports) else None
   m, text = compiled.memory_analysis(), compiled.as_text()
-  is_tpu = total and '"estimated_cycles"' in text
+  assert m is not None and text is not None  # each of our compilers has them
+  peak, count = held(m), math.nan
+  if total is not None and '"estimated_cycles"' in text:  # a TPU's
+    peak, count = int(total[1]), cycles(text)
   return Program(
-      int(total[1]) if is_tpu else held(m), weights=m.argument_size_in_bytes,
-      kept=m.alias_size_in_bytes, cycles=cycles(text) if is_tpu else math.nan,
-      flops=math.nan if jaxpr is None else flops(jaxpr) / devices,
+      peak, weights=m.argument_size_in_bytes, kept=m.alias_size_in_bytes,
+      cycles=count, flops=math.nan if jaxpr is None else flops(jaxpr) / devices,
       collectives=collectives(text), seconds=time.time() - began)
 
 
-def held(memory) -> int:
+def held(memory: Any) -> int:
   """Bytes that a program holds at its peak, of its `memory_analysis()`."""
   return (memory.argument_size_in_bytes + memory.output_size_in_bytes
           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
@@ -162,7 +167,7 @@ def _trips(line: str, condition: list[str]) -> int:
 # --- jaxprs -----------------------------------------------------------------
 
 
-def flops(jaxpr) -> float:
+def flops(jaxpr: Any) -> float:
   """Of the matrix products and convolutions of a closed jaxpr, loops counted;
   of branches the most, and of loops without a known end one turn."""
   return _flops(jaxpr.jaxpr)
@@ -171,16 +176,17 @@ def flops(jaxpr) -> float:
 def _flops(jaxpr) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
-    p, out = eqn.params, eqn.outvars[0].aval if eqn.outvars else None
+    p: dict[str, Any] = eqn.params
+    size = np.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
     if eqn.primitive.name == 'dot_general':
       (contracted, _), _ = p['dimension_numbers']
       shape = eqn.invars[0].aval.shape
-      total += 2.0 * np.prod(out.shape) * np.prod(
+      total += 2.0 * size * np.prod(
           [shape[a] for a in contracted], initial=1.0)
     elif eqn.primitive.name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval.shape
       features = kernel[p['dimension_numbers'].rhs_spec[0]]
-      total += 2.0 * np.prod(out.shape) * np.prod(kernel) / features
+      total += 2.0 * size * np.prod(kernel) / features
     inner = [_flops(x) for x in _inner(p)]
     if inner and eqn.primitive.name == 'cond':
       inner = [max(inner)]

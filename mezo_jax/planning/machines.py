@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -103,7 +104,7 @@ def larger(name: str) -> list[str]:
           if size(f'{called}:{shape}') > size(name)]
 
 
-def devices(name: str) -> list:
+def devices(name: str) -> list[Any]:
   """The devices of a topology: 'v5e:4x4', 'v5p:1x1x1', 'h100:8', 'cpu:8'.
 
   Raises:
@@ -129,7 +130,9 @@ def devices(name: str) -> list:
         TPU_WORKER_HOSTNAMES='localhost', TPU_LIBRARY_LOG_LEVEL='3',
         ALLOW_MULTIPLE_LIBTPU_LOAD='1').items():
       os.environ.setdefault(variable, value)
-    more = dict(chips_per_host_bounds=(1, 1, 1)) if n == 1 else {}
+    more: dict[str, Any] = {}
+    if n == 1:
+      more['chips_per_host_bounds'] = (1, 1, 1)
     if kind == 'v4':
       more['chip_config_name'] = 'megacore'  # a device is a chip
     return topologies.get_topology_desc(

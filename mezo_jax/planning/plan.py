@@ -149,8 +149,9 @@ def plan(config: config_lib.Train, topology: str, *,
   return Plan(config, topology, model_config, tokens, resident, on_host, found)
 
 
-def trace(config: config_lib.Train, mesh, model_config: models.Config,
-          tokens: int) -> tuple[dict[str, int], int, dict[str, tuple]]:
+def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
+          tokens: int
+          ) -> tuple[dict[str, int], int, dict[str, tuple[Any, ...]]]:
   """``resident, on_host, {name: (program, its mesh)}``; see `Plan`."""
   tokenizer = standins.tokenizer(config.task)
   built = build.build(
@@ -164,6 +165,7 @@ def trace(config: config_lib.Train, mesh, model_config: models.Config,
   programs, everywhere = {}, sharding.replicated(mesh)
 
   def forward(params, frozen, batch):
+    assert built.loss_fn is not None
     return losses.mean(built.loss_fn(peft.join(params, frozen), batch))
   def add(name, fn, *args, mesh=mesh):
     with jax.set_mesh(mesh):
@@ -188,7 +190,7 @@ def trace(config: config_lib.Train, mesh, model_config: models.Config,
   alone = sharding.without_directions(mesh)
   groups = sharding.row_groups(alone)
   rows = evaluate.rows_of_batch(
-      evaluate.sizes_of(config, splits)['dev'], tokens,
+      build.eval_sizes(config, splits)['dev'], tokens,
       len(splits.dev.prompts), groups)
   answers = evaluate.answers(
       built.model, config.task, splits.dev, tokenizer)
@@ -238,6 +240,7 @@ def good_mesh(config: config_lib.Train, model: models.Config, topology: str
     if best is None or cost < best[0]:
       best = cost, dict(
           data=data, fsdp=fsdp, tensor=tensor, direction=direction)
+  assert best is not None  # one device is a mesh
   return best[1]
 
 

@@ -2,6 +2,7 @@
 that counts."""
 
 import string
+from typing import Any
 
 from tokenizers import models as parts
 from tokenizers import pre_tokenizers, processors, Tokenizer
@@ -16,7 +17,7 @@ _COLUMNS = (  # of the tasks that this library declares
     'span1_text', 'span2_text', 'text', 'title', 'word')
 
 
-def tokenizer(task: Task):
+def tokenizer(task: Task) -> Any:
   """Of words, those of labels among them."""
   from transformers import PreTrainedTokenizerFast  # slow to import
   words = ('<s>', '<pad>', '</s>', '<unk>', '<mask>',
@@ -32,7 +33,7 @@ def tokenizer(task: Task):
       pad_token='<pad>', unk_token='<unk>', mask_token='<mask>')
 
 
-def row(task: Task) -> dict:
+def row(task: Task) -> dict[str, Any]:
   """A row as `Task.prepare` gives it, with each column that is asked for."""
   asked = [name for text in (task.template, task.answer, task.calibration or '')
            for _, name, _, _ in string.Formatter().parse(text) if name]

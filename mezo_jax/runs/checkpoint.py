@@ -21,7 +21,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mezo_jax.core import fingerprint
-from mezo_jax.core.errors import first_line, InputError, MissingError, of_the_disk
+from mezo_jax.core.errors import (
+  first_line,
+  InputError,
+  MissingError,
+  of_the_disk,
+)
 
 
 @epath.register_path_cls
@@ -198,6 +203,12 @@ class Checkpoints:
     self._checkpointer.reload()
     return to
 
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of all later steps."""
+    self.wait()
+    for later in [s for s in self.steps() if s > step]:
+      self._checkpointer.delete(later)
+
   def was_set_aside(self, step: int) -> bool:
     """Returns whether a checkpoint of this step was set aside before."""
     return (self._aside / str(step)).exists()
@@ -267,7 +278,7 @@ def _unreadable(directory: Path) -> Iterator[Path]:
         yield path
 
 
-# The only keys that there are in a state; see `mezo_jax.directions.noise.as_key`.
+# The only keys that a state has; see `mezo_jax.directions.noise.as_key`.
 _wrap = functools.partial(jax.random.wrap_key_data, impl='threefry2x32')
 
 

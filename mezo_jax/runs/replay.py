@@ -40,7 +40,12 @@ import zlib
 import numpy as np
 
 from mezo_jax.core import arguments
-from mezo_jax.core.errors import ExistsError, first_line, InputError, MissingError
+from mezo_jax.core.errors import (
+  ExistsError,
+  first_line,
+  InputError,
+  MissingError,
+)
 
 FORMAT = 1  # of a log
 _ADDED = 1 << 31  # in a step's number

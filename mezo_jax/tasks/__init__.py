@@ -1,6 +1,13 @@
-"""What a row of data becomes: prompts, answers, scores and a loss."""
+"""Turns a row of data into a prompt, answers, scores and a loss.
+
+A `Task` declares how a row reads and what its answers are; `get` returns one of
+those that are declared, by its name. The other modules read rows (`data`), make
+tokens of them (`encode`), score answers (`score`) and measure predictions
+(`metrics`, `evaluate`).
+"""
 
 import dataclasses
+from typing import Any
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import glue, opt, roberta
@@ -10,7 +17,7 @@ TASKS = {task.name: task
          for task in (*opt.TASKS, *roberta.TASKS, *glue.TASKS)}
 
 
-def get(name: str, **changes) -> Task:
+def get(name: str, **changes: Any) -> Task:
   """A declared task, with changes.
 
   Raises:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 import re
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from mezo_jax.tasks.task import ClassNumber
 
 
 def load_rows(
-    source: str, subset: str = '', split: str = 'train') -> list[dict]:
+    source: str, subset: str = '', split: str = 'train'
+) -> list[dict[str, Any]]:
   """Reads the rows of a local file or of a data set on the Hugging Face hub.
 
   A local file is read as it is, without a cache. All columns of csv and tsv
@@ -438,10 +439,11 @@ def share_out(rows: int, num_train: int, num_dev: int,
 class Rows(NamedTuple):
   """The rows of a run, as `Task.prepare` gives them."""
 
-  train: list[dict]
-  dev: list[dict]
-  test: list[dict]
-  pool: list[dict]  # all that are not for testing, to take demonstrations from
+  train: list[dict[str, Any]]
+  dev: list[dict[str, Any]]
+  test: list[dict[str, Any]]
+  # All that are not for testing, to take demonstrations from.
+  pool: list[dict[str, Any]]
 
 
 class Splits(NamedTuple):
@@ -457,7 +459,7 @@ class Splits(NamedTuple):
   gold: dict[str, Encoded]
 
 
-def read_rows(source, task: Task) -> Rows:
+def read_rows(source: Any, task: Task) -> Rows:
   """Reads, chooses and splits rows.
 
   Args:
@@ -517,7 +519,7 @@ def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
   return 0, 0, num_test
 
 
-def demonstrations(task: Task, pool: Sequence[dict], num: int,
+def demonstrations(task: Task, pool: Sequence[dict[str, Any]], num: int,
                    count: int) -> list[str]:
   """Returns the texts before ``count`` prompts: ``num`` rows with answers each.
 
@@ -541,7 +543,7 @@ def demonstrations(task: Task, pool: Sequence[dict], num: int,
 
 
 def encode_rows(
-    rows: Rows, task: Task, tokenizer, *, causal: bool, limit: int,
+    rows: Rows, task: Task, tokenizer: Any, *, causal: bool, limit: int,
     buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
     prior: bool = False, prior_after_demos: bool = False,
     soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
@@ -589,6 +591,7 @@ def encode_rows(
     elif name in demos:
       prompts = [task.prompt(r) for r in some]
     if name in demos and (not of_prior or prior_after_demos):
+      assert prompts is not None
       prompts = [d + p for d, p in zip(demos[name], prompts)]
     return after_tokens(
         encode(task, some, tokenizer, limit, prompts=prompts, causal=causal,
@@ -627,8 +630,8 @@ def encode_rows(
   return Splits(**splits, prior=priors, buckets=needed, gold=golds)
 
 
-def buckets_for(data: Encoded, buckets: Sequence[int],
-                limit: int) -> tuple[int, ...]:
+def buckets_for(data: Encoded, buckets: Sequence[int], limit: int
+                ) -> tuple[int, ...]:
   """Those of the buckets that the rows need, none above what a model takes."""
   longest = int(data.lengths.max())
   shorter = [b for b in buckets if b < longest]
@@ -644,7 +647,8 @@ def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
   raise InputError(f'{length} tokens exceed the largest bucket, {buckets[-1]}.')
 
 
-def used_buckets(lengths, buckets: tuple[int, ...], batch_size: int):
+def used_buckets(lengths: Any, buckets: tuple[int, ...], batch_size: int
+                 ) -> list[int]:
   """The buckets that `epoch` will use: as many step functions are compiled."""
   return sorted({b for b, _ in epoch(lengths, buckets, batch_size, 0, 0)})
 

@@ -41,7 +41,7 @@ class Form(NamedTuple):
 class Encoded(NamedTuple):
   """Rows as tokens: R rows, C of each row's candidates."""
 
-  rows: list[dict]  # what they came from
+  rows: list[dict[str, Any]]  # what they came from
   prompts: list[list[int]]  # [R] token ids
   candidates: list[list[list[int]]]  # [R][C] token ids after the prompt
   scored: list[list[int]]  # [R][C] number of answer tokens at their end
@@ -83,10 +83,10 @@ class Encoded(NamedTuple):
     return Form(self.read_at is not None, ids, self.width)
 
 
-def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
-           gold_only: bool = False, prompts: Sequence[str] | None = None,
-           write_out: bool = False, causal: bool = True,
-           needs_gold: bool = True) -> Encoded:
+def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
+           max_length: int, *, gold_only: bool = False,
+           prompts: Sequence[str] | None = None, write_out: bool = False,
+           causal: bool = True, needs_gold: bool = True) -> Encoded:
   """Tokenises rows; over-long prompts keep their end and what the tokenizer
   puts before it.
 
@@ -118,7 +118,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   if task.masked:  # a mask in the data would be read in the prompt's place
     rows = [{k: v.replace(slots['mask'], ' ') if isinstance(v, str) else v
              for k, v in row.items()} for row in rows]
-  prompts = [task.prompt(r, **slots) for r in rows] if own else list(prompts)
+  prompts = ([task.prompt(r, **slots) for r in rows] if prompts is None
+             else list(prompts))
   for r, text in enumerate(prompts):
     if own and not text.strip():
       raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
@@ -140,7 +141,8 @@ def encode(task: Task, rows: Sequence[dict], tokenizer, max_length: int, *,
   return found if found.generates else found._replace(golds=golds)
 
 
-def space_warnings(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
+                   ) -> list[str]:
   """Returns warnings of answers that follow their prompt without a space, or
   after two, where the tokenizer tells the difference.
 
@@ -299,8 +301,8 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     numbers = [max(1, len(ids) - len(bare[r])) for ids in full]
     start = tokens.before(bare[r])
     full = [[*start, *ids] for ids in full]
-    prompt = os.path.commonprefix(
-        [ids[:len(ids) - n] for ids, n in zip(full, numbers)])
+    prompt = list(os.path.commonprefix(
+        [ids[:len(ids) - n] for ids, n in zip(full, numbers)]))
     over = max(map(len, full)) - max_length
     rest = [ids[len(prompt):] for ids in full]
     if over > 0:
@@ -491,7 +493,8 @@ def answers_within(data: Encoded, length: int) -> int:
   return max([sum(n) for n, fit in zip(data.scored, fits) if fit], default=1)
 
 
-def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
+def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
+             ) -> dict[str, Any]:
   """Host arrays of the rows ``index``, padded to ``length`` tokens.
 
   Args:
@@ -550,6 +553,7 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int) -> dict:
     if data.types is not None:
       batch['token_type_ids'][i, :n] = data.types[r]
     if not laid_out:
+      assert data.read_at is not None
       batch['answer_at'][i, 0] = data.read_at[r]
       continue
     at, a = n, 0

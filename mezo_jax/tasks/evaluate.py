@@ -4,7 +4,7 @@ from collections.abc import Callable
 import functools
 import resource
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded, Form
 from mezo_jax.tasks.task import Task
-from mezo_jax.training import config as config_lib
 
 
 class Sizes(NamedTuple):
@@ -28,7 +27,8 @@ class Sizes(NamedTuple):
   tokens: int = 16_384  # a batch, padding included, at most
 
 
-def each_batch(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
+def each_batch(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
+               mesh: jax.sharding.Mesh) -> Callable[..., Any]:
   """``run(params)`` yields (numbers of rows, ``fn(params, batch)``), batch by
   batch, every row once.
 
@@ -58,7 +58,8 @@ def rows_of_batch(sizes: Sizes, length: int, most: int, groups: int) -> int:
   return -(-rows // groups) * groups
 
 
-def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
+def run_batches(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
+                mesh: jax.sharding.Mesh) -> Callable[..., Any]:
   """``run(params)``: the rows' values of ``fn(params, batch)``, in order."""
   batches = each_batch(fn, data, sizes, mesh)
 
@@ -73,12 +74,14 @@ def run_batches(fn: Callable, data: Encoded, sizes: Sizes, mesh) -> Callable:
   return run
 
 
-def answers(model, task: Task, data: Encoded, tokenizer) -> Callable:
+def answers(model: Any, task: Task | None, data: Encoded, tokenizer: Any
+            ) -> Callable[..., Any]:
   """``fn(params, batch)`` that batches of the rows are evaluated by: generated
   tokens and whether all logits were finite; or ``(sums, counts)``, see
   `mezo_jax.tasks.score.log_likelihoods`."""
   if not data.generates:
     return _likelihoods(model, data.form)
+  assert task is not None  # generated answers need their task
   return _generated(model, task.max_new_tokens,
                     score_lib.stop_ids(task, tokenizer))
 
@@ -98,7 +101,8 @@ def _generated(model, max_new_tokens: int, stop_ids: tuple) -> Callable:
       max_new_tokens=max_new_tokens, check=True, stop_ids=stop_ids)
 
 
-def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:
+def make_scorer(model: Any, data: Encoded, sizes: Sizes,
+                mesh: jax.sharding.Mesh) -> Callable[..., Any]:
   """``score(params) -> (sums, counts)``, float32 [R, C] over all rows; see
   `mezo_jax.tasks.score.log_likelihoods`."""
   run = run_batches(
@@ -106,11 +110,13 @@ def make_scorer(model, data: Encoded, sizes: Sizes, mesh) -> Callable:
   return lambda params: tuple(np.stack(x) for x in zip(*run(params)))
 
 
-def make_evaluator(model, task: Task, data: Encoded, tokenizer, sizes: Sizes,
-                   mesh, prior: Encoded | None = None,
+def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
+                   sizes: Sizes, mesh: jax.sharding.Mesh,
+                   prior: Encoded | None = None,
                    prior_sizes: Sizes | None = None, *,
-                   objective: str | Callable = '', gold: Encoded | None = None,
-                   gold_sizes: Sizes | None = None) -> Callable:
+                   objective: str | Callable[..., Any] = '',
+                   gold: Encoded | None = None, gold_sizes: Sizes | None = None
+                   ) -> Callable[..., Any]:
   """Returns ``evaluate(params, offsets=None) -> (report, scores)`` of ``data``.
 
   A report has the task's metrics, ``count``, and ``loss``: the value of the
@@ -185,15 +191,15 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
         score_lib.texts(tokens, task, tokenizer), finite)]
     out = {}
     if callable(objective):
-      value = objectives.value(objective, said, data.rows)
-      out[objectives.name(objective)] = value
+      out[objectives.name(objective)] = objectives.value(
+          objective, said, data.rows)
     if has_gold:
       out |= report_texts(said, [task.references(r) for r in data.rows])
     out['count'] = len(said)
     if right:
       out['loss'] = _lm_loss(*right(params))
     elif callable(objective):
-      out['loss'] = -value
+      out['loss'] = -out[objectives.name(objective)]
     elif objective in ('f1', 'accuracy'):
       out['loss'] = -out['f1' if objective == 'f1' else 'exact_match']
     return out | _lost(finite), None
@@ -205,7 +211,7 @@ def _lm_loss(sums: np.ndarray, counts: np.ndarray) -> float:
   return float(-sums.sum() / counts.sum())
 
 
-def trained_loss(objective: str | Callable, scores: np.ndarray,
+def trained_loss(objective: str | Callable[..., Any], scores: np.ndarray,
                  data: Encoded) -> float:
   """Returns the value of an objective over candidates, but for 'lm', as steps
   minimise it, of the scores [R, C] of all rows."""
@@ -221,8 +227,9 @@ def trained_loss(objective: str | Callable, scores: np.ndarray,
   raise ValueError(f'objective {objective!r} needs more than scores.')
 
 
-def choices_report(task: Task, objective: str | Callable, data: Encoded,
-                   scores: np.ndarray, loss: float | None = None) -> dict:
+def choices_report(task: Task, objective: str | Callable[..., Any],
+                   data: Encoded, scores: np.ndarray, loss: float | None = None
+                   ) -> dict[str, Any]:
   """Returns the report of scores [R, C] of candidates.
 
   The value of a function that is trained is in it, under
@@ -250,8 +257,8 @@ def choices_report(task: Task, objective: str | Callable, data: Encoded,
                 **_lost(np.isfinite(scores.max(-1)))}
 
 
-def calibrated(task: Task, objective: str | Callable, data: Encoded,
-               scores: np.ndarray, offsets: np.ndarray) -> dict:
+def calibrated(task: Task, objective: str | Callable[..., Any], data: Encoded,
+               scores: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
   """Returns what `choices_report` adds for ``scores + offsets``: the main
   metrics, as ``calibrated_``."""
   out, scores = {}, scores + offsets
@@ -280,11 +287,22 @@ class Evaluators(NamedTuple):
   sizes: dict[str, Sizes]  # of the batches of train, dev and test
 
 
-def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
-                    mesh) -> Evaluators:
-  """Returns how the dev and test rows of a run are answered and measured."""
-  task, sizes = config.task, sizes_of(config, splits)
-  objective = config_lib.objective(config)
+def make_evaluators(model: Any, task: Task, objective: str | Callable,
+                    splits: data_lib.Splits, tokenizer: Any,
+                    mesh: jax.sharding.Mesh,
+                    sizes: dict[str, Sizes]) -> Evaluators:
+  """Returns functions that evaluate the dev and test rows of a run.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows.
+    objective: What is trained; the task's own if ''.
+    splits: The rows.
+    tokenizer: Tokenizer of the model.
+    mesh: Mesh that parameters are on.
+    sizes: Shapes of the batches of each split, from `sizes_of`.
+  """
+  objective = objectives.of(task, objective)
   dev, test = (make_evaluator(
       model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
       splits.prior.get(name), sizes.get(f'prior_{name}'), objective=objective,
@@ -303,14 +321,22 @@ def make_evaluators(config, model, splits: data_lib.Splits, tokenizer,
                     lambda params: test(params)[0], both, sizes)
 
 
-def sizes_of(config, splits: data_lib.Splits) -> dict[str, Sizes]:
-  """Returns the sizes of the evaluation batches of each split."""
-  return {name: Sizes(buckets, config.eval_batch_size, config.eval_batch_tokens)
+def sizes_of(splits: data_lib.Splits, rows: int, tokens: int
+             ) -> dict[str, Sizes]:
+  """Returns the shapes of the evaluation batches of each split.
+
+  Args:
+    splits: The rows.
+    rows: Rows of a batch, at most.
+    tokens: Tokens of a batch, at most, padding included.
+  """
+  return {name: Sizes(buckets, rows, tokens)
           for name, buckets in splits.buckets.items()}
 
 
-def report(scores: np.ndarray, golds, offsets: np.ndarray | None = None,
-           metric: str = 'accuracy', loss: float | None = None) -> dict:
+def report(scores: np.ndarray, golds: Any, offsets: np.ndarray | None = None,
+           metric: str = 'accuracy', loss: float | None = None
+           ) -> dict[str, Any]:
   """Returns loss and metrics of scores [R, C].
 
   A row whose highest score is not finite has no answer: it counts as wrong,
@@ -364,7 +390,8 @@ def _accuracy(said: np.ndarray, golds) -> float:
   return float(np.mean([p in g for p, g in zip(said, golds)]))
 
 
-def report_texts(answers: list[str], references: list[list[str]]) -> dict:
+def report_texts(answers: list[str], references: list[list[str]]
+                 ) -> dict[str, Any]:
   """F1 and exact match of generated answers, the paper's (SQuAD's) and DROP's.
 
   Each is the best over the references of a row; each of these counts as one
@@ -385,7 +412,7 @@ def _lost(finite: np.ndarray) -> dict:
   return {'not_finite': lost} if lost else {}
 
 
-def is_finite(report: dict) -> bool:
+def is_finite(report: dict[str, Any]) -> bool:
   """Returns whether all scores and numbers of a report are finite. If not, it
   does not show how good a model is, and its step is never the best."""
   return 'not_finite' not in report and all(
@@ -419,7 +446,8 @@ def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return offsets
 
 
-def rank(report: dict, metric: str, select: str) -> dict | None:
+def rank(report: dict[str, Any], metric: str, select: str
+         ) -> dict[str, Any] | None:
   """Returns what checkpoints are compared by: ``score`` first, then ``loss``,
   which is the cross-entropy where there is one; None for a report that is not
   finite."""
@@ -435,7 +463,7 @@ _SHARES = ('accuracy', 'macro_f1', 'f1', 'exact_match', 'drop_f1')
 _PLAIN = ('loss', 'cross_entropy', 'matthews')
 
 
-def in_percent(name: str, report: dict) -> bool:
+def in_percent(name: str, report: dict[str, Any]) -> bool:
   """Returns whether a number of a report is a share of 1; the values of a
   user's function are not. A mean of several tasks is one if all are."""
   last = lambda name: name.rpartition('/')[2].removeprefix('calibrated_')
@@ -445,7 +473,7 @@ def in_percent(name: str, report: dict) -> bool:
   return last(name) in _SHARES
 
 
-def spell_value(name: str, report: dict) -> str:
+def spell_value(name: str, report: dict[str, Any]) -> str:
   """Returns a number of a report as a table has it: shares, and correlations,
   times 100 with one digit, others as they are; '' if it is not there."""
   if name not in report:
@@ -455,13 +483,13 @@ def spell_value(name: str, report: dict) -> str:
   return f'{report[name]:.4g}'
 
 
-def spell_number(name: str, report: dict) -> str:
+def spell_number(name: str, report: dict[str, Any]) -> str:
   """Returns a number of a report as text: ``65.5%`` or ``0.612``."""
   value = report[name]
   return f'{value:.1%}' if in_percent(name, report) else f'{value:.3f}'
 
 
-def spell(report: dict) -> str:
+def spell(report: dict[str, Any]) -> str:
   """Returns a report as text: ``accuracy 65.5%, loss 0.612``."""
   out = [f'{name.replace("_", " ")} {spell_number(name, report)}'
          for name, value in report.items() if isinstance(value, float)]

@@ -6,13 +6,15 @@ last, by one matrix without a bias. Parameters stand beside the model's, under
 ``classifier``, in float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mezo_jax.models import Config
 
 
-def init(key: jax.Array, config: Config, num_classes: int) -> dict:
+def init(key: jax.Array, config: Config, num_classes: int) -> dict[str, Any]:
   """Normal kernels of standard deviation 0.02, biases 0."""
   d, c = config.width, num_classes
   normal = lambda i, shape: 0.02 * jax.random.normal(
@@ -23,7 +25,7 @@ def init(key: jax.Array, config: Config, num_classes: int) -> dict:
           'out': {'kernel': normal(1, (d, c)), 'bias': jnp.zeros(c)}}
 
 
-def apply(classifier: dict, x: jax.Array) -> jax.Array:
+def apply(classifier: dict[str, Any], x: jax.Array) -> jax.Array:
   """float32 logits [B, C] of features x [B, D]."""
   def linear(p, x):
     return x @ p['kernel'] + p.get('bias', 0.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import inspect
 import traceback
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,14 @@ _TAKEN = (*METRICS, 'exact_match', 'loss', 'cross_entropy', 'count', 'mean',
           'not_finite', 'step', 'kind', 'epsilon', 'score')
 
 
-def of(task: Task, chosen: str | Callable = '') -> str | Callable:
+def of(task: Task, chosen: str | Callable[..., Any] = ''
+       ) -> str | Callable[..., Any]:
   """Returns the objective that was chosen, or the task's own, or the paper's:
   cross-entropy over classes, else the LM loss of the answer."""
   return chosen or task.objective or task.traits.objective
 
 
-def check(task: Task, objective: str | Callable) -> None:
+def check(task: Task, objective: str | Callable[..., Any]) -> None:
   """Raises InputError for an objective that is unknown or does not fit."""
   known = callable(objective) or objective in OBJECTIVES
   fits = not (
@@ -70,7 +72,7 @@ def differentiable(objective: str | Callable) -> bool:
   return objective in ('cross_entropy', 'lm')
 
 
-def over_rows(task: Task, objective: str | Callable) -> bool:
+def over_rows(task: Task, objective: str | Callable[..., Any]) -> bool:
   """Returns whether an objective is a mean over rows (or their tokens), so that
   parts of a batch can be averaged."""
   if task.traits.generates:
@@ -91,7 +93,7 @@ def words(objective: str | Callable) -> str:
   return name(objective) if callable(objective) else repr(objective)
 
 
-def metric(task: Task, objective: str | Callable) -> str:
+def metric(task: Task, objective: str | Callable[..., Any]) -> str:
   """Returns the name of the number that stands for a result.
 
   A function that is trained is that number. Else it is the task's metric; if
@@ -106,8 +108,8 @@ def metric(task: Task, objective: str | Callable) -> str:
   return trained.get(objective, task.main_metric)
 
 
-def value(function: Callable, predictions: Sequence,
-          examples: Sequence[dict]) -> float:
+def value(function: Callable[..., Any], predictions: Sequence[Any],
+          examples: Sequence[dict[str, Any]]) -> float:
   """Returns the value of a function of a user's as a float.
 
   Raises:

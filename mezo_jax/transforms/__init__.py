@@ -1,8 +1,9 @@
-"""optax transforms: the SPSA estimator, MeZO, and what composes with them.
+"""Provides optax transforms: SPSA, MeZO, and what composes with them.
 
-An estimator evaluates losses at a few displacements and makes an update of the
-results. The other transforms accumulate updates, round them to half precision
-or skip those that are not finite; `make_step` compiles a chain into a step.
+`spsa` evaluates losses at a few displacements and turns them into an update;
+`mezo` is the whole optimizer. The other transforms accumulate updates, round
+them to half precision or skip those that are not finite. `make_step` compiles a
+chain of transforms into a training step.
 """
 
 from mezo_jax.transforms.evaluate_points import (
@@ -17,7 +18,8 @@ from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa, SpsaState
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 __all__ = ('Combine', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
            'round_stochastically', 'skip_not_finite', 'spsa', 'SpsaState',
-           'two_sided')
+           'two_sided', 'ZerothOrderTransformation')

@@ -8,7 +8,7 @@ touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 from jax import lax
@@ -20,6 +20,7 @@ from mezo_jax.directions.base import Directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, zeros
 from mezo_jax.transforms.spsa import SpsaState
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class PendingState(NamedTuple):
@@ -55,10 +56,9 @@ def sgd(learning_rate: float | optax.Schedule) -> Rule:
   return Rule(fn)
 
 
-def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
+def pending(estimate: ZerothOrderTransformation, every: int,
             directions: Directions, rule: Rule,
-            finish: optax.GradientTransformation
-            ) -> optax.GradientTransformationExtraArgs:
+            finish: optax.GradientTransformation) -> ZerothOrderTransformation:
   r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
   each ``every``-th, which is the sum of as many; with `sgd`
 
@@ -109,7 +109,8 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     slot = spsa_state.count % every
     coefs, *new = rule.fn(
         ring.pending, slot, g, after.value, ring.count, *memory)
-    new = PendingState(optax.safe_increment(ring.count), coefs), new
+    count = cast(jax.Array, optax.safe_increment(ring.count))
+    new = PendingState(count, coefs), new
     ring, memory = jax.tree.map(
         lambda x, old: jnp.where(finite, x, old), new,
         (ring, [rule.missed(slot, m) for m in memory]))
@@ -127,10 +128,10 @@ def pending(estimate: optax.GradientTransformationExtraArgs, every: int,
     added, ring, rest = out
     return added, (after, ring, rest, *memory)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)
 
 
-def is_due(state) -> jax.Array:
+def is_due(state: Any) -> jax.Array:
   """Whether the step that is to be made from a state adds what is pending."""
   parts = {type(x): x for x in jax.tree.leaves(
       state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
@@ -139,7 +140,7 @@ def is_due(state) -> jax.Array:
 
 
 def displacement(state: SpsaState, ring: PendingState, directions: Directions,
-                 count) -> Displacement:
+                 count: jax.Array | int) -> Displacement:
   """What is pending at step number ``count``, as terms of [k * n] keys."""
   every, n = ring.pending.shape
   first = count - count % every

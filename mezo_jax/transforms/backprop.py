@@ -1,6 +1,6 @@
 """Backpropagation in SPSA's place: the baseline, with the same ``update``."""
 
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 
 from mezo_jax.core import sharding
 from mezo_jax.transforms import chain, losses
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class BackpropState(NamedTuple):
@@ -21,7 +22,7 @@ class BackpropState(NamedTuple):
 
 
 def backprop(*, micro_batches: int = 1, equal_parts: bool = False
-             ) -> optax.GradientTransformationExtraArgs:
+             ) -> ZerothOrderTransformation:
   """The gradient by differentiation, first in a chain as `mezo_jax.spsa` is.
 
   ``update(None, state, params, value_fn=..., **kwargs)`` differentiates
@@ -77,8 +78,8 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
     grads = jax.tree.map(
         lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
     return grads, BackpropState(
-        optax.safe_increment(state.count), value, norm,
+        cast(jax.Array, optax.safe_increment(state.count)), value, norm,
         jnp.where(finite, 0, state.notfinite_count + 1),
         state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)

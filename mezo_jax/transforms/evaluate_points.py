@@ -3,6 +3,7 @@ r"""The losses of directions, and what they become: coefficients of z."""
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -43,7 +44,7 @@ class Combine:
   _: dataclasses.KW_ONLY
   by_direction: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.signs, (tuple, list)) or not self.signs:
       raise ValueError('signs must be a tuple of numbers, such as (1.0, -1.0), '
                        f'got {self.signs!r}.')
@@ -54,7 +55,7 @@ class Combine:
     object.__setattr__(self, 'signs', tuple(self.signs))
 
   # No __call__: optax.inject_hyperparams takes what is callable for a schedule.
-  def apply(self, losses: jax.Array, eps) -> tuple[jax.Array, jax.Array]:
+  def apply(self, losses: jax.Array, eps: Any) -> tuple[jax.Array, jax.Array]:
     """Returns ``fn(losses, eps)``, whose shapes are checked.
 
     Raises:
@@ -95,14 +96,15 @@ def _fzoo(losses, eps):
 
 
 # Its bias is O(eps**2); it takes 2n evaluations.
-two_sided = Combine((1.0, -1.0), _two_sided, by_direction=True)
+two_sided: Combine = Combine((1.0, -1.0), _two_sided, by_direction=True)
 # Its bias is O(eps); it takes n + 1 evaluations.
-one_sided = Combine((1.0, 0.0), _one_sided, by_direction=True)
+one_sided: Combine = Combine((1.0, 0.0), _one_sided, by_direction=True)
 # FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
 # a size that does not depend on the gradient. The deviation is the sample's
 # (n - 1), and no less than the rounding of a float32 loss.
-fzoo = Combine((1.0, 0.0), _fzoo)
-COMBINES = {'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
+fzoo: Combine = Combine((1.0, 0.0), _fzoo)
+COMBINES: dict[str, Combine] = {
+    'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
 
 
 def as_combine(combine: Combine | str) -> Combine:
@@ -128,16 +130,24 @@ OVER = ('scan', 'batch', 'rows')
 
 
 def estimate(
-    value_fn: Callable, params, z: Displacement, eps,
+    value_fn: Callable[..., Any],
+    params: Any,
+    z: Displacement,
+    eps: Any,
     directions: Directions | str,
-    *, signs: tuple[float, ...] = (1.0, -1.0), over: str = 'scan',
-    micro_batches: int = 1, equal_parts: bool = False,
-    batch: Mapping | None = None, around: Displacement | None = None,
+    *,
+    signs: tuple[float, ...] = (1.0, -1.0),
+    over: str = 'scan',
+    micro_batches: int = 1,
+    equal_parts: bool = False,
+    batch: Mapping[str, Any] | None = None,
+    around: Displacement | None = None,
 ) -> jax.Array:
   r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
 
   Args:
-    value_fn: ``value_fn(params, **batch)``; see `mezo_jax.transforms.losses`.
+    value_fn: ``value_fn(params, **batch)``. It returns a scalar, per-example
+      losses ``[B]`` or ``(losses, weights)``; see `mezo_jax.spsa`.
     params: :math:`\theta`.
     z: its n terms are :math:`z_j`.
     eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
@@ -157,7 +167,7 @@ def estimate(
       :math:`\theta`; None for none.
 
   Under `jax.set_mesh` of a mesh with an axis `direction`, as
-  `mezo_jax.core.sharding.make_mesh` makes it, its groups evaluate the points at
+  `mezo_jax.sharding.make_mesh` makes it, its groups evaluate the points at
   the same time, each its part, and exchange the losses.
 
   Returns:
@@ -166,10 +176,10 @@ def estimate(
     much the rows weigh.
 
   Raises:
-    ValueError: for an unknown ``over``; for what `mezo_jax.transforms.losses`
-    refuses; if
-      n does not divide the rows, or ``micro_batches`` n or the rows; or if
-      directions that are built would take several times the weights' memory.
+    ValueError: for an unknown ``over``; for a ``value_fn`` that returns
+      something else, or losses of half precision; if n does not divide the
+      rows, or ``micro_batches`` n or the rows; or if directions that are built
+      would take several times the weights' memory.
   """
   arguments.function('value_fn', value_fn)
   directions = as_directions(directions)
@@ -201,12 +211,13 @@ def estimate(
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
 
-  moved = np.array([s for s in signs if s], np.float32)
+  coefs = cast(jax.Array, z.coefs)
+  moved = jnp.asarray(np.array([s for s in signs if s], np.float32))
   points = Displacement(
-      jnp.repeat(z.keys, len(moved)), jnp.outer(z.coefs, moved).ravel())
+      jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
   if 0 in signs:
     points = Displacement(jnp.append(points.keys, z.keys[0]),
-                          jnp.append(points.coefs, 0.0))
+                          jnp.append(cast(jax.Array, points.coefs), 0.0))
   def loss_at(batch, point):
     return losses_lib.mean_over_parts(
         lambda part: at(point, part), batch, micro_batches, equal_parts)
@@ -230,7 +241,7 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
            groups: int) -> jax.Array:
   """The losses of points, each group of a mesh's `direction` axis evaluating as
   many: the last ones again where they do not divide."""
-  n = points.coefs.shape[0]
+  n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
   points = jax.tree.map(lambda x: lax.with_sharding_constraint(
       x[index].reshape(groups, -1), jax.P('direction')), points)
@@ -271,7 +282,7 @@ def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
   return n * total / jnp.sum(weight, 0)
 
 
-def check_displacement(name: str, displacement) -> None:
+def check_displacement(name: str, displacement: Any) -> None:
   if not isinstance(displacement, Displacement):
     raise ValueError(f'{name} must be a mezo_jax.Displacement, got '
                      f'{displacement!r}.')

@@ -13,6 +13,7 @@ length. Values are float32, or float64 where they are given so.
 
 from collections.abc import Callable
 import inspect
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from mezo_jax.core import dtypes, sharding
 
 
-def sums(out) -> tuple[jax.Array, jax.Array]:
+def sums(out: Any) -> tuple[jax.Array, jax.Array]:
   """``(sum of weighted values, sum of weights)`` of what a value_fn returned.
 
   Raises:
@@ -62,13 +63,13 @@ def _is_number(x) -> bool:
     return False
 
 
-def mean(out) -> jax.Array:
+def mean(out: Any) -> jax.Array:
   """The value of a batch, from what a value_fn returned."""
   total, weight = sums(out)
   return total / weight
 
 
-def check_parts(out, parts: int, equal_parts: bool,
+def check_parts(out: Any, parts: int, equal_parts: bool,
                 what: str = 'micro_batches', rows: int | None = None) -> None:
   """Refuses the mean of scalars of parts, unless that is what is wanted.
 
@@ -95,7 +96,7 @@ def check_parts(out, parts: int, equal_parts: bool,
         'for a mean over rows.')
 
 
-def mean_over_parts(loss: Callable, batch: dict, parts: int,
+def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int,
                     equal_parts: bool) -> jax.Array:
   """Returns the value of a batch, evaluated in equal parts, one at a time."""
   if parts == 1:
@@ -110,8 +111,8 @@ def mean_over_parts(loss: Callable, batch: dict, parts: int,
   return jnp.sum(total) / jnp.sum(weight)
 
 
-def split_batch(batch: dict, parts: int, what: str = 'micro_batches'
-                ) -> tuple[list, Callable]:
+def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
+                ) -> tuple[list[Any], Callable[..., Any]]:
   """Splits the arrays of a batch along their leading axis.
 
   All arrays that have axes are batch arrays, and must have the same number of
@@ -143,7 +144,7 @@ def split_batch(batch: dict, parts: int, what: str = 'micro_batches'
   return [sharding.split_rows(x, parts) for x in rows], with_rows
 
 
-def rows_of_parts(rows: list) -> int | None:
+def rows_of_parts(rows: list[Any]) -> int | None:
   """Returns how many rows each part of `split_batch` has, if there are any."""
   return rows[0].shape[1] if rows else None
 
@@ -173,7 +174,8 @@ def _check_rows(batch: dict, parts: int, what: str) -> None:
           'batch.')
 
 
-def accepted(value_fn: Callable, extra_args: dict) -> dict:
+def accepted(value_fn: Callable[..., Any], extra_args: dict[str, Any]
+             ) -> dict[str, Any]:
   """Those of the extra arguments that ``value_fn`` takes by name."""
   try:
     taken = inspect.signature(value_fn).parameters.values()

@@ -4,10 +4,12 @@ Malladi et al. (2023), Algorithm 1 and Definition 2; the estimate ``g z`` is
 `mezo_jax.spsa`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 import warnings
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -22,11 +24,12 @@ from mezo_jax.transforms.stochastic_rounding import (
   round_stochastically,
   to_nearest,
 )
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def mezo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3,
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
@@ -36,10 +39,10 @@ def mezo(
     micro_batches: int | None = None,
     equal_parts: bool = False,
     weight_decay: float = 0.0,
-    decay=None,
+    decay: Any = None,
     stochastic_rounding: bool = True,
     fold_every: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> ZerothOrderTransformation:
   r"""Memory-efficient zeroth-order SGD.
 
   As `optax.sgd` is to `optax.trace`::
@@ -122,6 +125,7 @@ def mezo(
       equal_parts=equal_parts, dtype=jnp.float32)
   if fold_every is not None and _check_fold(
       fold_every, learning_rate, eps, weight_decay) > 1:
+    assert not isinstance(learning_rate, Mapping)  # _check_fold refuses groups
     return pending(estimate, fold_every, directions,
                    sgd(learning_rate),
                    rounding(key, directions, stochastic_rounding))
@@ -130,10 +134,10 @@ def mezo(
                  stochastic_rounding=stochastic_rounding)
 
 
-def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
-            directions: Directions, weight_decay=0.0, decay=None,
-            stochastic_rounding: bool = True
-            ) -> optax.GradientTransformationExtraArgs:
+def descent(estimate: optax.GradientTransformation, learning_rate: Any, *,
+            key: Any, directions: Directions, weight_decay: Any = 0.0,
+            decay: Any = None, stochastic_rounding: bool = True
+            ) -> ZerothOrderTransformation:
   """Adds to an estimate the other links that `mezo` has."""
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
@@ -146,7 +150,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
     return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
                         chosen)
 
-  never = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
+  never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   def add_decay(updates, params):
     """`optax.add_decayed_weights` of float32 products, rounded both."""
     return updates if never else jax.tree.map(
@@ -159,7 +163,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
       by_group(optax.scale_by_learning_rate, learning_rate), finish))
 
   def init_fn(params):
-    if not isinstance(weight_decay, jax.core.Tracer) and not never:
+    if not isinstance(weight_decay, Tracer) and not never:
       if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
         raise ValueError('weight_decay would move elements that the mask '
                          'leaves out: leave it at 0 with a mask of elements.')
@@ -167,7 +171,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate, *, key,
         _show(params, decayed(params))
     return tx.init(params)
 
-  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+  return ZerothOrderTransformation(init_fn, tx.update)
 
 
 def _wide(x):
@@ -175,7 +179,7 @@ def _wide(x):
   return x.astype(dtypes.wide(x.dtype)) if paths.is_floating(x) else x
 
 
-def rounding(key, directions: Directions, stochastic: bool
+def rounding(key: Any, directions: Directions, stochastic: bool
              ) -> optax.GradientTransformation:
   """Returns the last link: updates in the dtypes of the parameters."""
   if not arguments.boolean('stochastic_rounding', stochastic):
@@ -191,7 +195,7 @@ def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
   """``fold_every``, if the rest allows it."""
   arguments.whole('fold_every', fold_every)
   arguments.number('weight_decay', weight_decay, least=0)
-  decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
+  decays = isinstance(weight_decay, Tracer) or weight_decay != 0
   if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
                          or isinstance(eps, Mapping)):
     raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
@@ -200,7 +204,8 @@ def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
   return fold_every
 
 
-def by_group(make, value) -> optax.GradientTransformation:
+def by_group(make: Callable[..., Any], value: Any
+             ) -> optax.GradientTransformation:
   """``make(value)``, or for groups of values each for its own parameters."""
   if not isinstance(value, Mapping):
     return make(value)

@@ -1,15 +1,17 @@
 """Leaves everything as it is in a step whose loss is not finite."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from mezo_jax.core import sharding, xla
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def skip_not_finite(
-    inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+    inner: optax.GradientTransformation) -> ZerothOrderTransformation:
   """Makes a step that an estimator within ``inner`` skips change nothing.
 
   Where a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
@@ -43,7 +45,7 @@ def skip_not_finite(
 
   def update_fn(updates, state, params=None, **extra_args):
     updates, new = inner.update(updates, state, params, **extra_args)
-    count = sum(x.notfinite_count for x in _estimators(new))
+    count = cast(jax.Array, sum(x.notfinite_count for x in _estimators(new)))
     skipped = count > 0
     def keep(old, x):
       return x if is_estimator(x) else jnp.where(skipped, old, x)
@@ -52,10 +54,10 @@ def skip_not_finite(
     return jax.tree.map(zero, updates), jax.tree.map(
         keep, state, new, is_leaf=is_estimator)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)
 
 
-def is_estimator(x) -> bool:
+def is_estimator(x: Any) -> bool:
   """Returns whether something is the state of an estimator."""
   # This wrapper of optax counts updates of its own, under the same name.
   return hasattr(x, 'notfinite_count') and not isinstance(

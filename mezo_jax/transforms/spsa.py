@@ -14,7 +14,7 @@ The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from mezo_jax.transforms.evaluate_points import (
   estimate,
   two_sided,
 )
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class SpsaState(NamedTuple):
@@ -53,7 +54,7 @@ class SpsaState(NamedTuple):
 
 
 def spsa(
-    eps: float | optax.Schedule | Mapping = 1e-3,
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
     *,
     key: jax.Array | int,
     directions: Directions | str = Normal(),
@@ -62,8 +63,8 @@ def spsa(
     over: str = 'scan',
     micro_batches: int | None = None,
     equal_parts: bool = False,
-    dtype=None,
-) -> optax.GradientTransformationExtraArgs:
+    dtype: jax.typing.DTypeLike | None = None,
+) -> ZerothOrderTransformation:
   r"""Estimates the gradient by simultaneous perturbation.
 
   With n = ``num_samples`` directions the updates are
@@ -120,8 +121,7 @@ def spsa(
     values ``[B]`` or ``(values, weights)``, in float32 or float64. A value or
     projected gradient that is not finite gives zero updates and is counted in
     the state. Leaves that are not of floating point get zero updates. PRNG keys
-    get `mezo_jax.perturb.api.Unmoved`, with which `optax.apply_updates` leaves
-    them as they are.
+    get an update with which `optax.apply_updates` leaves them as they are.
 
     *The door*: ``update(None, state, params, projected_grad=g)``, with g [n] as
     the state of a step has it (and ``value=``, to be kept in the state), is the
@@ -133,8 +133,8 @@ def spsa(
 
     ``part=(i, r)`` evaluates the i-th of r equal parts of the directions; the
     others' ``projected_grad`` are NaN. It is for the losses alone: replicas put
-    their parts together (`mezo_jax.distributed.exchange`) and go through the
-    door. It needs a `Combine` with ``by_direction``.
+    their parts together (docs/replicas.md) and go through the door. It needs a
+    `Combine` with ``by_direction``.
 
     ``value_fn`` cannot have arguments of these names.
 
@@ -202,6 +202,7 @@ def spsa(
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
+      assert value_fn is not None  # _check_update wants one of the two
       arguments.check_names(value_fn, around=around, part=part)
       if around is not None:
         check_displacement('around', around)
@@ -228,14 +229,14 @@ def spsa(
     of_group = jax.tree.map(lambda e: mean * (_first(epsilon) / e), epsilon)
     updates = direction(params, z.times(of_group), kind, dtype=dtype)
     return updates, SpsaState(
-        count=optax.safe_increment(state.count),
+        count=cast(jax.Array, optax.safe_increment(state.count)),
         key=state.key,
         value=value,
         projected_grad=g,
         notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
         total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)
 
 
 def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
@@ -253,7 +254,7 @@ def _part(part: tuple[int, int], n: int, combine: Combine) -> slice:
   return slice(i * n // parts, (i + 1) * n // parts)
 
 
-def check_part(part) -> tuple[int, int]:
+def check_part(part: Any) -> tuple[int, int]:
   """Returns ``(i, r)``, part i of r.
 
   Raises:

@@ -18,9 +18,10 @@ from mezo_jax.transforms import accumulate, not_finite
 from mezo_jax.transforms.spsa import check_part
 
 
-def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
+def make_step(tx: optax.GradientTransformation,
+              value_fn: Callable[..., Any] | None, *,
               mesh: jax.sharding.Mesh | None = None,
-              on_compile: Callable | None = None,
+              on_compile: Callable[..., Any] | None = None,
               part: tuple[int, int] | None = None) -> 'Step':
   """Returns ``step(params, state, batch, frozen=None, **more) -> params, state,
   metrics``, where ``more`` are further arguments of ``tx.update``.
@@ -66,13 +67,19 @@ def make_step(tx: optax.GradientTransformation, value_fn: Callable, *,
 class Step:
   """See `make_step`. Programs are compiled when first needed, never again."""
 
-  def __init__(self, tx, value_fn, mesh, on_compile, part):
-    self.compiled = {}  # by shape of the batch; the update by None
+  def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
+               mesh: jax.sharding.Mesh | None,
+               on_compile: Callable[..., Any] | None,
+               part: tuple[int, int] | None) -> None:
+    # Programs by the shape of the batch; the update by None.
+    self.compiled: dict[Any, Any] = {}
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
     only = {} if part is None else dict(part=part)
 
     def run(params, state, frozen, batch, more):
-      value_of = lambda params, batch: value_fn(_join(params, frozen), batch)
+      assert value_fn is not None  # _trace_losses has asked
+      loss_fn = value_fn
+      value_of = lambda params, batch: loss_fn(_join(params, frozen), batch)
       return tx.update(None, state, params, value_fn=value_of, batch=batch,
                        **more, **only)
 
@@ -107,7 +114,8 @@ class Step:
     self._flush, self._value_fn = flush, value_fn
     self._shapes = ()  # of the numbers of an update, when it is traced
 
-  def __call__(self, params, state, batch, frozen=None, **more):
+  def __call__(self, params: Any, state: Any, batch: Any, frozen: Any = None,
+               **more: Any) -> tuple[Any, Any, dict[str, Any]]:
     if self._part is not None:
       raise ValueError('a part of the directions makes no step: call losses, '
                        'and update with the numbers of all replicas.')
@@ -115,14 +123,17 @@ class Step:
     # A whole step has three results, losses two: no walk over the state here.
     return out if len(out) == 3 else self.update(params, state, *out)
 
-  def losses(self, params, state, batch, frozen=None, **more):
+  def losses(self, params: Any, state: Any, batch: Any, frozen: Any = None,
+             **more: Any) -> tuple[Any, ...]:
     """``projected_grad, value`` of a step; nothing is donated. (Of
     backpropagation, which is one program, the whole step.)"""
     program = self._program(_shape((batch, more)), batch, lambda: (
         self._trace_losses(params, state, batch, frozen, more)))
     return program(params, state, frozen, batch, more)
 
-  def update(self, params, state, projected_grad, value=jnp.nan):
+  def update(self, params: Any, state: Any,
+             projected_grad: jax.typing.ArrayLike, value: Any = jnp.nan
+             ) -> tuple[Any, Any, dict[str, Any]]:
     """Makes the step of these projected gradients [n], without losses."""
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
@@ -131,7 +142,7 @@ class Step:
         ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
     return program(params, state, *numbers)
 
-  def flush(self, params, state):
+  def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
     """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
     as they are where nothing ever is. Both are donated."""
     if not pends(state):
@@ -139,7 +150,8 @@ class Step:
     return self._program('flush', None, lambda: self._trace_flush(
         params, state))(params, state)[:2]
 
-  def trace(self, params, state, batch, frozen=None, **more) -> list:
+  def trace(self, params: Any, state: Any, batch: Any, frozen: Any = None,
+            **more: Any) -> list[Any]:
     """The programs of a step, of arrays, or of shapes and places.
 
     One of backprop; of MeZO the losses, the update and, where updates are
@@ -152,12 +164,14 @@ class Step:
       out.append(self._trace_flush(params, state))
     return out
 
-  def lower(self, params, state, batch, frozen=None, **more) -> list:
+  def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
+            **more: Any) -> list[Any]:
     """Those of `trace`, lowered."""
     return [*map(self._lower, self.trace(
         params, state, batch, frozen, **more))]
 
-  def compile(self, params, state, batch, frozen=None, **more) -> None:
+  def compile(self, params: Any, state: Any, batch: Any, frozen: Any = None,
+              **more: Any) -> None:
     """Compiles what the first step would, without making it."""
     self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
@@ -298,7 +312,7 @@ def _join(params, frozen):
   return params if frozen is None else trees.join(params, frozen)
 
 
-def field(state, name: str):
+def field(state: Any, name: str) -> Any:
   """Returns a field of the estimator's state, or of what is pending.
 
   Fields of other links may have the same names, as that of
@@ -330,7 +344,7 @@ def _has_door(state) -> bool:
   return field(state, 'projected_grad') is not None
 
 
-def pends(state) -> bool:
+def pends(state: Any) -> bool:
   """Whether updates wait to be added to the weights."""
   return field(state, 'pending') is not None
 

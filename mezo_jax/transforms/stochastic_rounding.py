@@ -1,6 +1,6 @@
 """Half-precision weights that move as far as float32 ones do."""
 
-from typing import NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 from jax import lax
@@ -25,7 +25,8 @@ class RoundingState(NamedTuple):
   key: jax.Array  # shape=(), dtype=key<fry>: of the whole run
 
 
-def round_stochastically(key, mask=None) -> optax.GradientTransformation:
+def round_stochastically(key: Any, mask: Any = None
+                         ) -> optax.GradientTransformation:
   r"""Updates after which bfloat16 and float16 weights are rounded
   stochastically, so that the expectation of :math:`\theta + u` is exact.
 
@@ -83,7 +84,7 @@ def round_stochastically(key, mask=None) -> optax.GradientTransformation:
       return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
 
     return paths.map_named(finish, params, updates), RoundingState(
-        optax.safe_increment(state.count), state.key)
+        cast(jax.Array, optax.safe_increment(state.count)), state.key)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -102,7 +103,8 @@ def _cast(p, update):
   return update.astype(jnp.result_type(p))
 
 
-def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
+def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array
+                     ) -> jax.Array:
   """Rounds float32 to a narrower float so that the expectation is ``x``.
 
   Of the two neighbours of ``x`` the farther is taken with probability equal

@@ -1,8 +1,9 @@
-"""MeZO's relatives, one file each: docs/relatives.md says which to take when.
+"""Provides the variants of MeZO, one per file.
 
-Each is built of what `mezo_jax.mezo` is built of (a `Displacement`,
-`Directions`, losses, the door), and is an `optax.GradientTransformation` with
-the same ``update(None, state, params, value_fn=...)``.
+Each is built of the parts that `mezo_jax.mezo` is built of, and is an
+`optax.GradientTransformationExtraArgs` with the same
+``update(None, state, params, value_fn=...)`` and the same replay path
+(``projected_grad=``). docs/relatives.md says which to choose when.
 """
 
 from mezo_jax.variants.conservative import conservative

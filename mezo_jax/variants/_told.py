@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 
 from mezo_jax.transforms.spsa import SpsaState
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class Remembering(NamedTuple):
@@ -28,10 +28,10 @@ def check_one_eps(eps) -> None:
                      'gradient is for all: give one number or schedule.')
 
 
-def told(estimate: optax.GradientTransformationExtraArgs, make: Callable,
+def told(estimate: ZerothOrderTransformation, make: Callable,
          after: Callable | None = None,
          init: Callable = lambda state: ()
-         ) -> optax.GradientTransformationExtraArgs:
+         ) -> ZerothOrderTransformation:
   """Returns ``estimate`` with projected gradients that ``make`` makes.
 
   They become updates by the estimate's replay path (``projected_grad=``), so
@@ -65,4 +65,4 @@ def told(estimate: optax.GradientTransformationExtraArgs, make: Callable,
         projected_grad=projected_grad, **extra_args)
     return updates, Remembering(new, after(new, memory)) if after else new
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)

@@ -1,5 +1,7 @@
 r"""ZO-SGD-Cons: a step is made only if the batch's loss says that it helps."""
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import check_part, spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import told
 
 
@@ -19,9 +22,9 @@ def conservative(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
     num_samples: int | None = None, micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO that takes the best of three points for its step.
 
   .. math:: \theta \leftarrow \arg\min_{\theta' \in \{\theta, \theta - \eta

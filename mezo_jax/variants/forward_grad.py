@@ -9,6 +9,8 @@ Source: Baydin et al., 2022, "Gradients without backpropagation"; Malladi et
 al., 2023, Appendix D.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -22,15 +24,22 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import told
 
 
 def forward_grad(
-    learning_rate: float | optax.Schedule, *, key: jax.Array | int,
-    directions: Directions | str = Normal(), num_samples: int | None = None,
-    micro_batches: int | None = None, equal_parts: bool = False,
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: float | optax.Schedule,
+    *,
+    key: jax.Array | int,
+    directions: Directions | str = Normal(),
+    num_samples: int | None = None,
+    micro_batches: int | None = None,
+    equal_parts: bool = False,
+    weight_decay: float = 0.0,
+    decay: Any = None,
+    stochastic_rounding: bool = True,
+) -> ZerothOrderTransformation:
   r"""SGD on :math:`\frac{1}{n} \sum_j (z_j^\top \nabla \mathcal{L}) z_j`.
 
   One evaluation with its tangent a direction, which takes about as long as two

@@ -8,6 +8,7 @@ AdaMeZO (arXiv:2605.00650), with a window of h.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,6 +22,7 @@ from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, mapped
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -28,8 +30,8 @@ def momentum_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9, window: int = 8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO with (heavy-ball) momentum of the last h steps.
 
   .. math:: \theta \leftarrow \theta - \eta \sum_{s=t-h+1}^{t} \beta^{t-s}
@@ -74,11 +76,11 @@ def momentum_by_history(
 
 def adam_by_history(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99,
-    window: int = 8, adam_eps: float = 1e-8,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99, window: int = 8,
+    adam_eps: float = 1e-8, directions: Directions | str = Normal(),
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO with Adam's moments of the last h steps (AdaMeZO).
 
   With the step's estimate :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j} z_{s,j}`
@@ -145,7 +147,7 @@ def _powers(beta, age: jax.Array) -> jax.Array:
 
 
 def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
-                options: dict) -> optax.GradientTransformationExtraArgs:
+                options: dict) -> ZerothOrderTransformation:
   """The estimate that ``fn(params, directions, keys [h * n], coefs [h * n] of
   z, projected_grad [h, n])`` makes of the last steps, the oldest first; NaN
   where there was none or it was skipped."""
@@ -172,4 +174,4 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
     z = z.after(new.value)
     return fn(params, kind, z.keys, z.coefs, past), Remembering(new, past)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return ZerothOrderTransformation(init_fn, update_fn)

@@ -16,6 +16,7 @@ state has :math:`H^{-1/2}`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from mezo_jax.transforms import losses as losses_lib
 from mezo_jax.transforms.evaluate_points import estimate
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -39,9 +41,8 @@ def hizoo(
     *, key: jax.Array | int, alpha: float = 1e-8,
     directions: Directions | str = Normal(), num_samples: int | None = None,
     over: str = 'scan', micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True
-) -> optax.GradientTransformationExtraArgs:
+    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True) -> ZerothOrderTransformation:
   r"""MeZO along :math:`H^{-1/2} z`, of 2n + 1 evaluations a step.
 
   The direction that was evaluated is the one that is moved along: H changes
@@ -111,6 +112,7 @@ def hizoo(
         updates, old._replace(projected_grad=old.projected_grad[:n]), params,
         value_fn=value_fn, **({} if numbers is None else dict(
             projected_grad=numbers[:n])), **given, **extra_args)
+    assert numbers is not None  # update wants losses or numbers
     curved = jnp.where(there, numbers[n:], 0.0) / n
     shrink = jnp.where(there, alpha, 0.0)
     # Of scaled draws; with s for H^(-1/2), H z^2 is (s z)^2 / s^4.
@@ -142,7 +144,7 @@ def hizoo(
         jnp.isfinite(value), jnp.concatenate([g, curved]), jnp.nan)
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 

@@ -12,6 +12,8 @@ whole (vectors, small matrices) has no momentum. Chen et al. (2024,
 arXiv:2410.07698), Algorithm 2.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from mezo_jax.directions.subzero import SubZero
 from mezo_jax.perturb.api import zeros
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -33,8 +36,9 @@ def lozo_m(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, beta: float = 0.9,
     directions: LazyLowRank | str = LazyLowRank(rank=2, every=50),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO along `LazyLowRank` directions, with momentum of their factor.
 
   Args:
@@ -57,11 +61,12 @@ def lozo_m(
       of eps.
   """
   check_one_eps(eps)
-  directions = as_directions(directions)
+  kind = as_directions(directions)
   arguments.number('beta', beta, least=0, below=1)
-  if not isinstance(directions, LazyLowRank) or isinstance(directions, SubZero):
+  if not isinstance(kind, LazyLowRank) or isinstance(kind, SubZero):
     raise ValueError('lozo_m needs directions=mezo_jax.LazyLowRank(...), got '
-                     f'{directions!r}.')
+                     f'{kind!r}.')
+  directions = kind
   estimate = spsa(eps, key=key, directions=directions, num_samples=1,
                   dtype=jnp.float32, **options)
   draws_at = lambda params, keys: [
@@ -121,7 +126,7 @@ def lozo_m(
             Remembering(new, [m for _, m in out]))
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 

@@ -28,9 +28,11 @@ which still makes d smaller.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -45,20 +47,21 @@ from mezo_jax.perturb.api import mapped, perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering
 
 _PART = 2**20  # elements that are scored at once
 
 
-def saliency(value_fns: Sequence[Callable], params, key, *,
+def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
              share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
              alpha: float = 1.0, beta: float = 0.0,
-             directions: Directions | str = Normal()):
+             directions: Directions | str = Normal()) -> Any:
   r"""Which weights of each row matter most: a mask for `mazo`.
 
   Args:
-    value_fns: functions of the parameters, one for each task; see
-      `mezo_jax.transforms.losses` for what they return.
+    value_fns: functions of the parameters, one for each task. Each returns
+      what the ``value_fn`` of `mezo_jax.spsa` may return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     share: of each row, k over its length, above 0 and at most 1.
@@ -176,11 +179,11 @@ def saliency(value_fns: Sequence[Callable], params, key, *,
 
 
 def mazo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3, *, mask,
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *, mask: Any,
     key: jax.Array | int, directions: Directions | str = Normal(),
-    stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO of the weights that a mask of `saliency` chooses.
 
   .. math:: \theta \leftarrow \theta - \eta g\, (z \odot M), \qquad
@@ -229,12 +232,12 @@ def mazo(
     return updates, Remembering(new, state.memory)
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=dataclasses.replace(directions, mask=mask),
       stochastic_rounding=stochastic_rounding)
 
 
-def no_scores(params, directions: Directions | str = Normal()):
+def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
   """A mask of the kind of `saliency`'s that chooses no element of matrices, to
   stand in its place until a state is restored or scores are made."""
   arguments.tree('params', params)
@@ -251,5 +254,5 @@ def _beside(mask, x) -> jax.Array:
   """A copy of a mask where its weights lie."""
   on_mesh = isinstance(getattr(x, 'sharding', None),
                        jax.sharding.NamedSharding) and not isinstance(
-                           x, jax.core.Tracer)
+                           x, Tracer)
   return jax.device_put(jnp.copy(mask), x.sharding if on_mesh else None)

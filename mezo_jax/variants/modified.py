@@ -13,6 +13,7 @@ the gradient's norm. Malladi et al. (2023), Appendix B.3, Definitions 6 and 7.
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,13 +29,15 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering
 
 _LEAST = 1e-2  # of the layers' root mean square: no norm is taken for less
 
 
-def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
-               eps: float = 1e-3, directions: Directions | str = Normal()):
+def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
+               num_samples: int = 4, eps: float = 1e-3,
+               directions: Directions | str = Normal()) -> Any:
   r"""The norm of each layer's gradient, by forward passes.
 
   .. math:: d_\ell^2 \propto \frac{1}{n} \sum_j \left[\frac{
@@ -46,9 +49,8 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
   component of its path. 2 n evaluations for each.
 
   Args:
-    value_fn: a function of the parameters; see `mezo_jax.transforms.losses` for
-    what it
-      returns.
+    value_fn: a function of the parameters, which returns what the ``value_fn``
+      of `mezo_jax.spsa` may return.
     params: before training.
     key: of the directions; a `jax.random.key` or an integer seed.
     num_samples: n.
@@ -83,14 +85,14 @@ def grad_norms(value_fn: Callable, params, key, *, num_samples: int = 4,
   return _in_units(params, squares(params), layers, directions)
 
 
-def no_norms(params, directions: Directions | str = Normal()):
+def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
   """Ones in the place of norms, until a state is restored or they are made."""
   arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
 
 
-def param_norms(params, directions: Directions | str = Normal()):
+def param_norms(params: Any, directions: Directions | str = Normal()) -> Any:
   """The norm of each layer's parameters, else as `grad_norms`."""
   arguments.tree('params', params)
   directions = as_directions(directions)
@@ -111,9 +113,10 @@ def param_norms(params, directions: Directions | str = Normal()):
 
 def variance_modified(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, norms, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    *, key: jax.Array | int, norms: Any,
+    directions: Directions | str = Normal(), weight_decay: float = 0.0,
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO with :math:`\hat\nabla = g\, (d \odot z)`, g along z/d.
 
   Args:
@@ -138,9 +141,10 @@ def variance_modified(
 
 def expectation_modified(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, norms, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    *, key: jax.Array | int, norms: Any,
+    directions: Directions | str = Normal(), weight_decay: float = 0.0,
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO with :math:`\hat\nabla = g z`, g along z/d, else as
   `variance_modified`: of each layer the gradient over d."""
   return _modified(False, learning_rate, eps, key, norms, directions,
@@ -181,7 +185,7 @@ def _modified(back, learning_rate, eps, key, norms, directions, weight_decay,
     return updates, Remembering(new._replace(key=old.key), norms)
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 

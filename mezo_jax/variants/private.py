@@ -12,11 +12,11 @@ number, of which the sum is released with noise:
 DPZero (Zhang et al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et
 al., 2024, arXiv:2401.04343). The sum over the rows of a Poisson sample, B the
 number that is expected of them, changes by at most C when a row is added or
-removed: what :math:`\sigma` must be for a budget, `mezo_jax.training.privacy`
-says.
+removed: docs/relatives.md tells how to find the :math:`\sigma` for a budget.
 """
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -33,6 +33,7 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 MECHANISMS = ('gaussian', 'laplace')
 
@@ -42,9 +43,9 @@ def private(
     *, key: jax.Array | int, clip: float, noise_multiplier: float,
     batch_size: float, mechanism: str = 'gaussian',
     directions: Directions | str = Normal(), num_samples: int | None = None,
-    micro_batches: int | None = None, weight_decay: float = 0.0, decay=None,
-    stochastic_rounding: bool = True
-) -> optax.GradientTransformationExtraArgs:
+    micro_batches: int | None = None, weight_decay: float = 0.0,
+    decay: Any = None, stochastic_rounding: bool = True
+) -> ZerothOrderTransformation:
   r"""MeZO whose steps tell of the rows what a privacy budget allows.
 
   ``update(None, state, params, value_fn=..., noise_key=...)``: the key of
@@ -109,15 +110,16 @@ def private(
     def rows_at(point):  # one forward pass is in memory at a time
       at = lambda part: _rows(
           perturbed(value_fn, kind)(params, point, **part), part)
-      if (micro_batches or 1) == 1:
+      if micro_batches is None or micro_batches == 1:
         return at(batch)
       rows, with_rows = losses.split_batch(batch, micro_batches)
       parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
+    coefs = cast(jax.Array, z.coefs)
     values, there = lax.map(rows_at, Displacement(
         jnp.repeat(z.keys, 2),
-        jnp.outer(z.coefs, jnp.float32([epsilon, -epsilon])).ravel()))
+        jnp.outer(coefs, jnp.float32([epsilon, -epsilon])).ravel()))
     plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
     d = (plus - minus) / (2 * epsilon)  # [n, B]
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
@@ -142,7 +144,7 @@ def private(
         projected_grad=projected_grad, **extra_args)
 
   return descent(
-      optax.GradientTransformationExtraArgs(estimate.init, update_fn),
+      ZerothOrderTransformation(estimate.init, update_fn),
       learning_rate, key=key, directions=directions, weight_decay=weight_decay,
       decay=decay, stochastic_rounding=stochastic_rounding)
 
@@ -179,7 +181,7 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
   return values.astype(dtypes.wide(values.dtype)), there
 
 
-def noise(key, n: int, mechanism: str) -> jax.Array:
+def noise(key: Any, n: int, mechanism: str) -> jax.Array:
   r""":math:`\xi`, float32 [n]: standard normal, or Laplace's of scale 1.
 
   Of uniform numbers u of 64 bits, of which :math:`-\ln u` goes up to 45. Those

@@ -17,6 +17,7 @@ one seed, and moves no quantised weight.)
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import optax
 
@@ -26,13 +27,14 @@ from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.transforms.mezo import mezo
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 def quzo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3, *,
-    directions: Directions | str = Normal(), **options
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *,
+    directions: Directions | str = Normal(), **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO of `mezo_jax.Codes`, on their grid.
 
   `mezo` itself moves them on their grid too, and evaluates them beside it, at
@@ -64,4 +66,4 @@ def quzo(
                        "mezo_jax.quantize and models.load(..., dtype='int8').")
     return tx.init(params)
 
-  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+  return ZerothOrderTransformation(init_fn, tx.update)

@@ -13,6 +13,8 @@ optimization", of the scales themselves: ours are relative to them, so that one
 :math:`\epsilon` fits small and large ones.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,6 +25,7 @@ from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.mezo import descent
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import told
 
 
@@ -30,8 +33,9 @@ def qzo(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, clip: float = 100.0,
     directions: Directions | str = Normal(), num_samples: int | None = None,
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options) -> optax.GradientTransformationExtraArgs:
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO of factors that are never below 0, with bounded projected gradients.
 
   Its params are `mezo_jax.peft.factors` of a model's, and its ``value_fn`` is
@@ -72,4 +76,4 @@ def qzo(
         lambda path, u, x: jnp.maximum(u, -x) if path.endswith(FACTORS) else u,
         updates, params), state
 
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  return ZerothOrderTransformation(tx.init, update_fn)

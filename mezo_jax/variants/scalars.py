@@ -1,5 +1,7 @@
 r"""Relatives that do something else with the scalars g, and nothing with z."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +12,7 @@ from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.evaluate_points import Combine, two_sided
 from mezo_jax.transforms.mezo import descent, mezo
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import Remembering, told
 
 
@@ -21,8 +24,9 @@ def _sign(losses, eps):
 _SIGN = Combine(two_sided.signs, _sign, by_direction=True)
 
 
-def sign(learning_rate, eps=1e-3, **options
-         ) -> optax.GradientTransformationExtraArgs:
+def sign(learning_rate: float | optax.Schedule,
+         eps: float | optax.Schedule = 1e-3, **options: Any
+         ) -> ZerothOrderTransformation:
   r"""ZO-SGD-Sign: :math:`\theta \leftarrow \theta - \eta\,
   \mathrm{sign}(g) z`.
 
@@ -37,8 +41,8 @@ def scalar_adam(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, b2: float = 0.999, adam_eps: float = 1e-8,
     directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay=None, stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    decay: Any = None, stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MEAZO: one second moment, of g, for all weights.
 
   .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_j g_j^2,
@@ -85,7 +89,7 @@ def scalar_adam(
             new, (v, weight))
 
   return descent(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), learning_rate,
+      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
       key=key, directions=directions, weight_decay=weight_decay, decay=decay,
       stochastic_rounding=stochastic_rounding)
 
@@ -93,9 +97,9 @@ def scalar_adam(
 def one_point(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay=None, stochastic_rounding: bool = True,
-    **options
-) -> optax.GradientTransformationExtraArgs:
+    weight_decay: float = 0.0, decay: Any = None,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""One evaluation a step, against that of the step before.
 
   .. math:: g_t = \frac{\mathcal{L}(\theta_t + \epsilon z_t; \mathcal{B}_t) -

@@ -10,6 +10,7 @@ weights would give another mask, the trap of making it in place).
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,9 +22,10 @@ from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.transforms.mezo import mezo
+from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
-def smallest(params, share: float = 0.25, *, stacked=None):
+def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
   r"""Thresholds that so large a part of each leaf, or layer, is not above.
 
   Args:
@@ -64,10 +66,10 @@ def smallest(params, share: float = 0.25, *, stacked=None):
 
 
 def sparse_mezo(
-    learning_rate: float | optax.Schedule | Mapping,
-    eps: float | optax.Schedule | Mapping = 1e-3, *, limits,
-    directions: Directions | str = Normal(), **options
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: float | optax.Schedule | Mapping[str, Any],
+    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *, limits: Any,
+    directions: Directions | str = Normal(), **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO of the weights that are not above their thresholds.
 
   A weight whose last step took it past its threshold is not moved again. With

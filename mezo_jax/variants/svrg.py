@@ -15,12 +15,12 @@ and between, on a batch, with one and the same z at both points,
 
 The paper keeps a copy of :math:`\bar\theta`, as ``stored_anchor`` does. Without
 it the weights themselves are the anchor: the q steps after it are pending
-(`mezo_jax.transforms.accumulate`), a sum of as many z that losses are taken
-around, so two points cost the memory of one, and the anchor is exact in every
-precision.
+(as with ``fold_every`` of `mezo_jax.mezo`), a sum of as many z that losses are
+taken around, so two points cost the memory of one, and the anchor is exact in
+every precision.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -36,6 +36,7 @@ from mezo_jax.transforms.accumulate import pending, Rule
 from mezo_jax.transforms.mezo import rounding
 from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
+from mezo_jax.transforms.types import ZerothOrderTransformation
 from mezo_jax.variants._told import check_one_eps, Remembering
 
 
@@ -52,11 +53,11 @@ class SvrgMemory(NamedTuple):
 def svrg(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, every: int = 2,
-    anchor_learning_rate: float | optax.Schedule = 1e-3,
-    anneal: float = 1.0, anneal_every: int = 100,
-    directions: Directions | str = Normal(), rows: int | None = None,
-    stored_anchor: bool = False, stochastic_rounding: bool = True, **options
-) -> optax.GradientTransformationExtraArgs:
+    anchor_learning_rate: float | optax.Schedule = 1e-3, anneal: float = 1.0,
+    anneal_every: int = 100, directions: Directions | str = Normal(),
+    rows: int | None = None, stored_anchor: bool = False,
+    stochastic_rounding: bool = True, **options: Any
+) -> ZerothOrderTransformation:
   r"""MeZO-SVRG as a whole optimiser, which owns its two learning rates.
 
   Step number t is an anchor's where ``every`` divides t: hand that one
@@ -148,7 +149,7 @@ def svrg(
     return _stored(plain, of_parts, rows, every, directions, coefs,
                    rounding(key, directions, stochastic_rounding))
   return pending(
-      optax.GradientTransformationExtraArgs(plain.init, update_fn), every,
+      ZerothOrderTransformation(plain.init, update_fn), every,
       directions, Rule(fn, _no_memory, forget),
       rounding(key, directions, stochastic_rounding))
 
@@ -208,7 +209,7 @@ def _stored(plain, of_parts, rows, every: int, directions: Directions, coefs,
     return updates, Remembering(new._replace(key=old.key), (memory, anchor))
 
   return skip_not_finite(optax.chain(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), finish))
+      ZerothOrderTransformation(init_fn, update_fn), finish))
 
 
 def _annealed(memory: SvrgMemory, value, by: float, every: int) -> SvrgMemory:

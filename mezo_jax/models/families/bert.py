@@ -1,5 +1,7 @@
 """BERT and RoBERTa with their masked-LM heads: config reader and one table."""
 
+from typing import Any
+
 from mezo_jax.models.families import table as t
 from mezo_jax.models.families.fields import Fields
 from mezo_jax.models.layers import Config
@@ -12,7 +14,7 @@ IGNORED = (r'embeddings\.(position|token_type)_ids$|(^|\.)pooler\.|'
            r'\.decoder\.(weight|bias)$')  # of a tied head: other names' copies
 
 
-def config_from_hf(hf: dict) -> Config:
+def config_from_hf(hf: dict[str, Any]) -> Config:
   """Reads a ``config.json`` of Hugging Face.
 
   Raises:

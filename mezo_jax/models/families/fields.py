@@ -5,9 +5,11 @@ that we cover (any other is refused), it is known to leave logits as they are,
 or neither we nor transformers know it, which a warning says.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import math
 import re
+from typing import Any, NoReturn
 import warnings
 
 from mezo_jax.core.errors import InputError
@@ -79,7 +81,8 @@ class Fields:
     family: The file's ``model_type``.
   """
 
-  def __init__(self, hf: dict, aliases: dict[str, str] | None = None):
+  def __init__(self, hf: dict[str, Any], aliases: dict[str, str] | None = None
+               ) -> None:
     """Takes a config and refuses what no family of ours covers.
 
     Args:
@@ -87,7 +90,7 @@ class Fields:
       aliases: {other name of a field: its name}.
     """
     aliases = aliases or {}
-    self.family = hf['model_type']
+    self.family: str = hf['model_type']
     named = {k: v for k, v in hf.items() if k not in aliases}
     # transformers sets aliases last, so they win.
     self._values = named | {aliases[k]: v for k, v in hf.items()
@@ -95,7 +98,7 @@ class Fields:
     self._read = set()
     self.only(**_COMMON)
 
-  def get(self, name: str, default=None):
+  def get(self, name: str, default: Any = None) -> Any:
     """Returns the value of a field, or ``default`` if the file lacks it."""
     self._read.add(name)
     return self._values.get(name, default)
@@ -151,7 +154,7 @@ class Fields:
       self.refuse(name, value, ', '.join(ACTIVATIONS))
     return ACTIVATIONS[value]
 
-  def only(self, **supported) -> None:
+  def only(self, **supported: Any) -> None:
     """Refuses fields whose value is not the one (or of those) that we cover.
 
     Args:
@@ -164,7 +167,7 @@ class Fields:
       if value not in values:
         self.refuse(name, value, ' or '.join(map(repr, values)))
 
-  def refuse(self, name: str, value, supported: str) -> None:
+  def refuse(self, name: str, value: Any, supported: str) -> NoReturn:
     """Raises InputError with the field, its value and what we cover."""
     raise InputError(f'{self.family} with {name}={_short(value)} is not '
                      f'supported; only {supported} is.')
@@ -189,7 +192,7 @@ class Fields:
     self.warn(name for name in rest if name not in declared
               and not off(self._values[name]))
 
-  def warn(self, names) -> None:
+  def warn(self, names: Iterable[str]) -> None:
     """Warns of fields that neither we nor transformers read."""
     names = ', '.join(sorted(names))
     if names:
@@ -226,8 +229,8 @@ _IS_LOCAL = {'full_attention': False, 'attention': False,
              'sliding_attention': True}
 
 
-def read_local_layers(f: Fields, layers: int,
-                      default: tuple[bool, ...]) -> tuple[bool, ...]:
+def read_local_layers(f: Fields, layers: int, default: tuple[bool, ...]
+                      ) -> tuple[bool, ...]:
   """Returns which layers have a window, from ``layer_types``."""
   kinds = f.get('layer_types')
   if kinds is None:
@@ -272,8 +275,8 @@ def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
   return _rope(f, where, inside, f.get('rope_theta', theta), max_length)
 
 
-def read_ropes(f: Fields, max_length: int, theta: float,
-               local_theta: float) -> tuple[Rope, Rope]:
+def read_ropes(f: Fields, max_length: int, theta: float, local_theta: float
+               ) -> tuple[Rope, Rope]:
   """Reads rotary positions of full layers, and of those with a window.
 
   ``rope_parameters`` has a dictionary for each; the older ``rope_scaling``,
@@ -337,14 +340,15 @@ def _rope(f: Fields, where: str, given: dict, theta: float,
 
 # --- the whole --------------------------------------------------------------
 
-_MOST = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
+_MOST: dict[str, int] = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
 
 
-def check_sizes(config: Config, path) -> None:
+def check_sizes(config: Config, path: Any) -> None:
   """Raises InputError for sizes that no model has, before they take memory."""
   for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
                 'num_kv_heads', 'head_width', 'max_length'):
-    value, most = getattr(config, field), _MOST.get(field, 2**31)
+    value: Any = getattr(config, field)
+    most = _MOST[field] if field in _MOST else 2**31
     if type(value) is not int or not 0 < value < most:
       raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
                        f'number from 1 to {most}.')

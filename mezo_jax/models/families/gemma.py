@@ -1,5 +1,7 @@
 """Gemma 1, 2 and the text part of 3: config reader and one table."""
 
+from typing import Any
+
 from mezo_jax.models.families import llama
 from mezo_jax.models.families import table as t
 from mezo_jax.models.families.fields import (
@@ -17,7 +19,7 @@ IGNORED = (r'rotary_emb\.inv_freq$|^lm_head\.weight$|'
            r'vision_tower\.|multi_modal_projector\.')
 
 
-def config_from_hf(hf: dict) -> Config:
+def config_from_hf(hf: dict[str, Any]) -> Config:
   """Reads a ``config.json`` of Hugging Face, old and new spellings.
 
   Raises:
@@ -114,7 +116,7 @@ def _window(f: Fields, layers: int) -> tuple[int | None, tuple[bool, ...]]:
   return window, local
 
 
-def text_of_gemma3(hf: dict) -> dict:
+def text_of_gemma3(hf: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of the text part, where ``hf`` has a vision part too.
 
   The head is outside of the text part, so its flag is that of the whole.

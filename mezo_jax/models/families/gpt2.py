@@ -1,5 +1,7 @@
 """GPT-2: config reader and one table."""
 
+from typing import Any
+
 from mezo_jax.models.families import table as t
 from mezo_jax.models.families.fields import Fields
 from mezo_jax.models.layers import Config
@@ -12,7 +14,7 @@ _ALIASES = {  # transformers' attribute_map
     'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'}
 
 
-def config_from_hf(hf: dict) -> Config:
+def config_from_hf(hf: dict[str, Any]) -> Config:
   """Reads a ``config.json`` of Hugging Face.
 
   Raises:

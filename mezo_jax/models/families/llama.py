@@ -1,5 +1,7 @@
 """Llama (1 to 3, SmolLM2, TinyLlama, Yi), Mistral and Qwen (2, 2.5, 3)."""
 
+from typing import Any
+
 from mezo_jax.models.families import table as t
 from mezo_jax.models.families.fields import Fields, read_local_layers, read_rope
 from mezo_jax.models.layers import Config
@@ -15,7 +17,7 @@ _DEFAULTS = {  # where these families differ in transformers
     'qwen2': _QWEN, 'qwen3': _QWEN}
 
 
-def config_from_hf(hf: dict) -> Config:
+def config_from_hf(hf: dict[str, Any]) -> Config:
   """Reads a ``config.json`` of Hugging Face, old and new spellings.
 
   Raises:

@@ -1,5 +1,7 @@
 """OPT, 125M to 175B, and Galactica: config reader and one table."""
 
+from typing import Any
+
 from mezo_jax.models.families import table as t
 from mezo_jax.models.families.fields import Fields
 from mezo_jax.models.layers import Config
@@ -9,7 +11,7 @@ RENAMES = ()
 IGNORED = r'^lm_head\.weight$|decoder\.version$'
 
 
-def config_from_hf(hf: dict) -> Config:
+def config_from_hf(hf: dict[str, Any]) -> Config:
   """Reads a ``config.json`` of Hugging Face.
 
   Raises:

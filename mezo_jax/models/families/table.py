@@ -1,6 +1,7 @@
 """One row a parameter: where it is in a checkpoint and how it is laid out."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Row:
     *rest, last = (self.shape[i] for i in self._order())
     return (*rest, last * self.part[1])
 
-  def read(self, tensor, index: tuple[slice, ...]) -> np.ndarray:
+  def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
     """The part ``index`` of our array; nothing else of the tensor is read."""
     order = self._order()
     *rest, last = (index[i] for i in order)
@@ -63,7 +64,7 @@ class Row:
 
 
 def embedding(path: str, name: str, rows: int, width: int, letter: str = 'v',
-              **kwargs) -> list[Row]:
+              **kwargs: Any) -> list[Row]:
   """A table with a row a token ('v') or a position ('s')."""
   return [Row(f'{path}/embedding', (rows, width), f'{name}.weight',
               f'{letter} d -> {letter} d', **kwargs)]

@@ -2,6 +2,7 @@
 ``...ForSequenceClassification`` classes have them."""
 
 import copy
+from typing import Any
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.models.families import table as t
@@ -48,8 +49,8 @@ def table(config: Config, num_classes: int) -> list[t.Row]:
   return [*body, *head(config, num_classes)]
 
 
-def fields(hf: dict, config: Config, labels: list[str],
-           tokenizer) -> tuple[dict, object]:
+def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any
+           ) -> tuple[dict[str, Any], object]:
   """Returns ``hf, tokenizer`` with what the class needs to give our logits.
 
   A causal model's class reads the last token that is not ``pad_token_id``, so

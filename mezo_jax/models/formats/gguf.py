@@ -9,6 +9,7 @@ does it; any of them stands for all.
 import functools
 from pathlib import Path
 import re
+from typing import Any
 
 import gguf
 import numpy as np
@@ -68,8 +69,9 @@ _OTHER_FILES = {  # general.type
 class Tensor:
   """A tensor of a GGUF file; the rows of a slice are dequantised alone."""
 
-  def __init__(self, raw, heads: int | None):
-    self.raw, self.heads = raw, heads
+  def __init__(self, raw: Any, heads: int | None) -> None:
+    self.raw: Any = raw
+    self.heads = heads
 
   def get_shape(self) -> list[int]:
     return [int(n) for n in reversed(self.raw.shape)]
@@ -78,7 +80,7 @@ class Tensor:
   def kind(self) -> str:
     return self.raw.tensor_type.name
 
-  def __getitem__(self, index) -> np.ndarray:
+  def __getitem__(self, index: Any) -> np.ndarray:
     first, *rest = index
     w = gguf.quants.dequantize(
         self.raw.data[self._rows()[first]], self.raw.tensor_type)
@@ -107,7 +109,7 @@ class Tensor:
             (floats[..., 1] if offsets else None, 32)]
 
 
-def open_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """Opens a model.
 
   Args:
@@ -241,7 +243,7 @@ def _check(path: Path, reader, family: str, of) -> None:
     refuse('attention.sliding_window', '0')
 
 
-def tokenizer(path: Path):
+def tokenizer(path: Path) -> Any:
   """Returns the byte-level BPE tokenizer of a GGUF file.
 
   It has the file's special tokens and chat templates, and puts first and last
@@ -335,10 +337,11 @@ def _reader(path: Path):
     all parts; ``field(name, default)`` is the value of a field.
   """
   split = _PART.fullmatch(path.name)
-  count = int(split[3]) if split else 0
-  # The first part has the fields of all.
-  paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
-           for i in range(1, count + 1)] or [path]
+  paths = [path]
+  if split:  # the first part has the fields of all
+    count = int(split[3])
+    paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
+             for i in range(1, count + 1)] or paths
   about = [p.stat() if p.is_file() else None for p in paths]
   return _opened(path, tuple(paths), tuple(
       x and (x.st_mtime_ns, x.st_size) for x in about))

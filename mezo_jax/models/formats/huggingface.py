@@ -4,6 +4,7 @@ Nothing here needs torch. Each device's slice of each parameter is read straight
 from the files: host memory above the result is one shard of one parameter.
 """
 
+from collections.abc import Iterable
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import json
 import os
 from pathlib import Path
 import re
+from typing import Any
 
 from flax.traverse_util import unflatten_dict
 import jax
@@ -55,9 +57,11 @@ _OTHER_HEADS = re.compile(
     r'^(multiple_choice_head|v_head)\.summary\.(weight|bias)$')
 
 
-def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
-         progress: bool = True, revision: str | None = None,
-         offload: bool = False):
+def load(name_or_dir: str | os.PathLike[str],
+         mesh: jax.sharding.Mesh | None = None,
+         dtype: jax.typing.DTypeLike | None = None, progress: bool = True,
+         revision: str | None = None, offload: bool = False
+         ) -> tuple[transformer.Transformer, dict[str, Any]]:
   """Loads a language model.
 
   Args:
@@ -65,8 +69,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
       older checkpoints have them, ``pytorch_model*.bin``), a ``.gguf`` file, or
       the id of a Hugging Face repository.
     mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
-      read (see `mezo_jax.core.sharding.param_spec`); None for the default
-      device. These axes must not be Explicit.
+      read (see `mezo_jax.sharding.make_mesh`); None for the default device.
+      These axes must not be Explicit.
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
       are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
@@ -76,7 +80,7 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
     progress: whether to show a progress bar.
     revision: branch, tag or commit of a Hugging Face repository.
     offload: put the layers' matrices into the host's memory, where a program
-      takes them from one layer at a time; see `mezo_jax.core.sharding.on_host`.
+      takes them from one layer at a time; see `mezo_jax.sharding.on_host`.
 
   Returns:
     ``model, params``: a `Transformer` and its plain nested dict, so that
@@ -118,8 +122,8 @@ def load(name_or_dir: str | os.PathLike, mesh=None, dtype=None,
   return transformer.Transformer(config), unflatten_dict(params, sep='/')
 
 
-def load_config(name_or_dir: str | os.PathLike,
-                revision: str | None = None) -> Config:
+def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
+                ) -> Config:
   """Returns the `Config` of a model without its weights.
 
   The arguments are those of `load`.
@@ -154,7 +158,7 @@ def load_config(name_or_dir: str | os.PathLike,
   return config
 
 
-def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
+def read_config(hf: dict[str, Any], path: Path | str = 'config.json') -> Config:
   """Returns the `Config` of a ``config.json``, which it keeps for `save`.
 
   Fields are read as transformers reads them; see docs/families.md. A warning
@@ -191,7 +195,7 @@ def read_config(hf: dict, path: Path | str = 'config.json') -> Config:
       of_base or names_classifier(named)))
 
 
-def names_classifier(architectures) -> bool:
+def names_classifier(architectures: Any) -> bool:
   """Returns whether a config's ``architectures`` have a classifier's head."""
   return isinstance(architectures, list) and any(
       _CLASSIFIERS.search(str(name)) for name in architectures)
@@ -218,21 +222,21 @@ def _prefix(config: Config) -> str:
   return f'{first}.'
 
 
-def _with_head(config: Config, names: list[str]) -> Config:
+def _with_head(config: Config, names: Iterable[str]) -> Config:
   """Returns the config of files that have tensors of these names.
 
   A head that is the embedding has no tensors of its own; such a model lacks
   its head only where the files have a classifier's instead.
   """
   rows, prefix = head_of(config), _prefix(config)
-  names = {_renamed(name, config) for name in names}
+  found = {_renamed(name, config) for name in names}
   own = {name for row in rows for name in (row.name, row.otherwise, row.copy)
          if name and not name.startswith(prefix)}
   if rows:
-    there = not own.isdisjoint(names)
+    there = not own.isdisjoint(found)
   else:
-    there = _head_name(config) in names or not any(
-        map(_OF_CLASSIFIERS.match, names))
+    there = _head_name(config) in found or not any(
+        map(_OF_CLASSIFIERS.match, found))
   return dataclasses.replace(config, head=there)
 
 
@@ -243,7 +247,7 @@ def _head_name(config: Config) -> str:
               if row.path == 'lm_head/embedding')
 
 
-def _pairs(config: Config, names: list[str]) -> list[tuple[str, str]]:
+def _pairs(config: Config, names: Iterable[str]) -> list[tuple[str, str]]:
   """Returns the tensors that a tied flag says are one, where a file has both.
   """
   # Rows of the same model with a head of its own name the second of each pair.
@@ -280,10 +284,9 @@ def _equal(a, b) -> bool:
   rows, *rest = a.get_shape()
   whole = tuple(slice(0, n) for n in rest)
   step = max(1, 2**24 // max(1, int(np.prod(rest))))
-  return all(
-      np.array_equal(*(np.asarray(x[(slice(i, min(i + step, rows)), *whole)])
-                       for x in (a, b)))
-      for i in range(0, rows, step))
+  part = lambda x, i: np.asarray(x[(slice(i, min(i + step, rows)), *whole)])
+  return all(np.array_equal(part(a, i), part(b, i))
+             for i in range(0, rows, step))
 
 
 def _renamed(name: str, config: Config) -> str:
@@ -292,8 +295,9 @@ def _renamed(name: str, config: Config) -> str:
   return name
 
 
-def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
-                 offload: bool = False) -> dict:
+def param_shapes(config: Config, mesh: jax.sharding.Mesh | None = None,
+                 dtype: jax.typing.DTypeLike = jnp.float32,
+                 offload: bool = False) -> dict[str, Any]:
   """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights, on
   a mesh where `load` puts them."""
   if dtype == 'codes':
@@ -311,7 +315,7 @@ def param_shapes(config: Config, mesh=None, dtype=jnp.float32,
   return unflatten_dict(params, sep='/')
 
 
-def float_dtype(dtype):
+def float_dtype(dtype: Any) -> Any:
   """Returns the dtype that is computed with, of parameters of this dtype.
 
   Raises:
@@ -357,8 +361,9 @@ def _place(row: table.Row, shape, mesh):
       mesh, sharding.param_spec(row.path, shape, mesh, row.axes))
 
 
-def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
-                   bos_token: str | None = None):
+def load_tokenizer(name_or_dir: str | os.PathLike[str],
+                   revision: str | None = None, bos_token: str | None = None
+                   ) -> Any:
   """The tokenizer beside a model: a transformers `PreTrainedTokenizerFast`.
 
   Args:
@@ -395,7 +400,7 @@ def load_tokenizer(name_or_dir: str | os.PathLike, revision: str | None = None,
   return tokenizer
 
 
-def find(name_or_dir: str | os.PathLike, revision: str | None = None,
+def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
          weights: bool = True) -> Path:
   """A local directory or GGUF file, fetched from the hub if it is an id.
 
@@ -498,8 +503,9 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
 
 
 def _here():
-  return jax.sharding.SingleDeviceSharding(
-      jax.config.jax_default_device or jax.local_devices()[0])
+  # jax adds its options to the class when it runs.
+  chosen = getattr(jax.config, 'jax_default_device')
+  return jax.sharding.SingleDeviceSharding(chosen or jax.local_devices()[0])
 
 
 def _is_offloaded(row: table.Row) -> bool:
@@ -528,6 +534,7 @@ def _read(row: table.Row, config, tensors: dict, mesh, dtype,
         out = np.empty((layers.stop - layers.start, *block.shape),
                        jnp.dtype(dtype or block.dtype))
       out[i] = block
+    assert out is not None  # no device has a part without layers
     return out
 
   return jax.make_array_from_callback(shape, place, read)

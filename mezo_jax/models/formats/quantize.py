@@ -8,6 +8,7 @@ against, too.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ class Form:
   axis: int  # of one layer's, from the end: where weights share scales
   kept: bool = False  # the file's own codes
 
-  def parts(self, shape) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
+  def parts(self, shape: tuple[int, ...]
+            ) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
     """Shapes and dtypes of the arrays of `Codes`."""
     axis = len(shape) + self.axis
     at = lambda n: (*shape[:axis], n, *shape[axis + 1:])
@@ -41,13 +43,13 @@ class Form:
         at(n // 2), jnp.uint8), 'scales': runs}
     return out | ({'offsets': runs} if self.offsets else {})
 
-  def codes(self, arrays: dict) -> Codes:
+  def codes(self, arrays: dict[str, Any]) -> Codes:
     return Codes(bits=self.bits, packed=self.axis if self.bits == 4 else None,
                  **arrays)
 
 
-def form(row: Row, dtype, tensors: dict | None = None, layers: int = 1
-         ) -> Form | None:
+def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
+         layers: int = 1) -> Form | None:
   """How a parameter is quantised; None if it is not.
 
   Args:
@@ -65,20 +67,22 @@ def form(row: Row, dtype, tensors: dict | None = None, layers: int = 1
     coarse = dtype == 'int4' and not row.path.endswith('/embedding')
     bits = 4 if coarse and row.shape[axis] % 2 == 0 else 8
     return Form(bits, bits == 4, axis)
+  assert tensors is not None  # codes are those of a file
   kinds = {tensors[row.name.format(l=l)].kind
            for l in range(layers if row.stacked else 1)}
   known = gguf.CODES.get(kinds.pop()) if len(kinds) == 1 else None
   return known and Form(*known, axis, kept=True)
 
 
-def shapes(shape, form_: Form, place) -> Codes:
+def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> Codes:
   """A parameter as shapes; ``place(shape)`` says where an array is."""
   return form_.codes({
       name: jax.ShapeDtypeStruct(part, dtype, sharding=place(part))
       for name, (part, dtype) in form_.parts(shape).items()})
 
 
-def read(row: Row, shape, form_: Form, tensors: dict, place) -> Codes:
+def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
+         place: Any) -> Codes:
   """One parameter; each device's part of it is read and quantised alone.
 
   Args:
@@ -118,7 +122,7 @@ def read(row: Row, shape, form_: Form, tensors: dict, place) -> Codes:
   return form_.codes({name: make(name, *of) for name, of in parts.items()})
 
 
-def _layer(row: Row, tensor, index, form_: Form) -> dict[str, np.ndarray]:
+def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
   """The arrays of (a part of) one layer."""
   if not form_.kept:
     q, scales, offsets = quantized.quantized(

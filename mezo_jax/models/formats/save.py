@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -25,8 +26,8 @@ _PART = '.part'  # what is not yet whole
 _LAST = ('config.json', 'adapter_config.json')
 
 
-def save(directory: str | os.PathLike, model: Transformer, params, *,
-         tokenizer=None, card: str | None = None,
+def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
+         tokenizer: Any = None, card: str | None = None,
          labels: Sequence[str] = (), max_shard_bytes: int = 2 * 2**30,
          progress: bool = True) -> Path:
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
@@ -75,9 +76,9 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
     rows = huggingface.table_of(config)
   _check(params, rows, config)
   with new_directory(directory) as (part, first):
-    _write(part if first else None, rows, params, config, max_shard_bytes,
+    _write(part, rows, params, config, max_shard_bytes,
            progress, Path(directory).resolve().name)
-    if first:
+    if part is not None:
       dtype = str(params['embed']['embedding'].dtype)
       hf = {k: v for k, v in json.loads(config.source).items()
             if k not in ('torch_dtype', '_name_or_path', EXPLICIT)}
@@ -95,14 +96,14 @@ def save(directory: str | os.PathLike, model: Transformer, params, *,
   return Path(directory).expanduser()
 
 
-def num_classes(params: dict) -> int:
+def num_classes(params: dict[str, Any]) -> int:
   """Returns the number of classes of the classification head, 0 for none."""
   if 'classifier' not in params:
     return 0
   return params['classifier']['out']['kernel'].shape[-1]
 
 
-def save_tokenizer(part: Path, tokenizer) -> None:
+def save_tokenizer(part: Path, tokenizer: Any) -> None:
   """Writes a tokenizer without the local paths that it was loaded from."""
   tokenizer.save_pretrained(part)
   file = part / 'tokenizer_config.json'
@@ -127,7 +128,7 @@ def _architectures(config, hf: dict) -> list[str]:
   return named
 
 
-def check_new(directory: str | os.PathLike) -> Path:
+def check_new(directory: str | os.PathLike[str]) -> Path:
   """Returns the absolute path of a directory to write.
 
   '~' is the home directory, and links are followed: '.' and '..' have no name
@@ -170,19 +171,20 @@ def new_directory(directory: str | os.PathLike):
     raise problem or ExistsError(
         f'{directory} is a file, or a directory that is not empty.')
   part = None
-  if first:
-    kept = path.is_dir()
+  kept = path is not None and path.is_dir()
+  if path is not None:
     part = path / _PART if kept else path.with_name(path.name + _PART)
     shutil.rmtree(part, ignore_errors=True)  # from a run that was stopped
     part.mkdir(parents=True)
   yield part, first
-  if first and kept:
-    files = sorted(part.iterdir(), key=lambda file: file.name in _LAST)
-    for file in files:
-      file.rename(path / file.name)
-    part.rmdir()
-  elif first:
-    part.rename(path)
+  if path is not None and part is not None:
+    if kept:
+      files = sorted(part.iterdir(), key=lambda file: file.name in _LAST)
+      for file in files:
+        file.rename(path / file.name)
+      part.rmdir()
+    else:
+      part.rename(path)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {directory}')
 
@@ -216,8 +218,8 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
 def _check(params, rows: list[Row], config):
   """Raises one error for all leaves that are missing, unexpected or misshapen.
   """
-  have = {path: tuple(x.shape)
-          for path, x in flatten_dict(params, sep='/').items()}
+  leaves: dict[str, Any] = flatten_dict(params, sep='/')
+  have = {path: tuple(x.shape) for path, x in leaves.items()}
   layers = (config.num_layers,)
   want = {row.path: (layers if row.stacked else ()) + row.shape for row in rows}
   problems = [
@@ -230,9 +232,9 @@ def _check(params, rows: list[Row], config):
 
 def _tensors(rows: list[Row], params):
   """Yields (name, whole tensor on the host), layer by layer."""
-  params = flatten_dict(params, sep='/')
+  flat: dict[str, Any] = flatten_dict(params, sep='/')
   for group in _grouped(rows):
-    leaves = [params[row.path] for row in group]
+    leaves = [flat[row.path] for row in group]
     for layer in range(len(leaves[0]) if group[0].stacked else 1):
       parts = [row.write(on_host(_floats(leaf, layer if row.stacked else None)))
                for row, leaf in zip(group, leaves)]
@@ -258,7 +260,7 @@ def _grouped(rows: list[Row]) -> list[list[Row]]:
   return [sorted(group, key=lambda row: row.part) for group in groups.values()]
 
 
-def on_host(x) -> np.ndarray:
+def on_host(x: Any) -> np.ndarray:
   """A whole array, of all processes' devices."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

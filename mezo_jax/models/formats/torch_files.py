@@ -12,6 +12,7 @@ import mmap
 from pathlib import Path
 import pickle
 import struct
+from typing import Any
 import zipfile
 
 import ml_dtypes
@@ -35,7 +36,7 @@ class Tensor:
   def get_shape(self) -> list[int]:
     return list(self.array.shape)
 
-  def __getitem__(self, index) -> np.ndarray:
+  def __getitem__(self, index: Any) -> np.ndarray:
     return np.array(self.array[index])
 
 
@@ -68,7 +69,7 @@ class _Unpickler(pickle.Unpickler):
         [s * bytes_ for s in strides]))
 
 
-def open_file(file: Path, stack: contextlib.ExitStack) -> list:
+def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
   """[(name, tensor)] of a file; ``stack`` is not needed: views keep it open.
 
   Raises:

@@ -6,6 +6,7 @@ The files are chosen in the order in which transformers chooses them.
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -16,7 +17,7 @@ EXPLICIT = 'transformers_weights'  # the field of config.json that names a file
 _INDEX = '.index.json'
 
 
-def open_files(path: Path, stack: contextlib.ExitStack) -> list:
+def open_files(path: Path, stack: contextlib.ExitStack) -> list[Any]:
   """Opens the weight files of a directory.
 
   Args:
