@@ -36,6 +36,7 @@ def test_a_cache_changes_nothing(tiny):
   assert cache.length == 12
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax(tiny):
   """Frequencies of 8,000 first tokens within 5 standard errors."""
   model, params, ids = tiny

@@ -413,6 +413,7 @@ class Killed(BaseException):
   """Ends a run where it is raised, as kill -9 does."""
 
 
+@pytest.mark.slow_except(way=[{}])
 @pytest.mark.parametrize('way', [
     dict(), dict(method='finetune'),
     dict(spsa__fold_every=3, spsa__distribution='low_rank')],
@@ -453,6 +454,7 @@ def test_killed_around_an_evaluation(
   helpers.assert_bitwise(mine[1], theirs[1])
 
 
+@pytest.mark.slow
 def test_a_damaged_best_step_is_made_again(
     tiny_dir, reviews_file, tmp_path, capsys):
   """From the log; but only once, if the disk cannot be trusted."""
