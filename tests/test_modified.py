@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 import pytest
-from relatives import (
+import runs
+from variants_reference import (
   agrees,
   batch_of,
   EPS,
@@ -23,7 +24,6 @@ from relatives import (
   value_fn,
   z_of,
 )
-import runs
 
 import mezo_jax
 from mezo_jax import Displacement, make_step, variants

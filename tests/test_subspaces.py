@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from relatives import (
+from variants_reference import (
   agrees,
   EPS,
   flat,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import relatives
-from relatives import (
+import variants_reference
+from variants_reference import (
   batch_of,
   EPS,
   flat,
@@ -171,7 +171,7 @@ RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
 @pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)
 def test_it_is_its_papers_equations(relative):
-  relatives.agrees(relative(), relative.made, getattr(relative, 'rate', RATE))
+  variants_reference.agrees(relative(), relative.made, getattr(relative, 'rate', RATE))
 
 
 # --- what they claim --------------------------------------------------------
