@@ -171,7 +171,8 @@ RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
 @pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)
 def test_it_is_its_papers_equations(relative):
-  variants_reference.agrees(relative(), relative.made, getattr(relative, 'rate', RATE))
+  variants_reference.agrees(
+      relative(), relative.made, getattr(relative, 'rate', RATE))
 
 
 # --- what they claim --------------------------------------------------------
