@@ -274,7 +274,7 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
   assert share < 0.6 if 'nearest' in name else 0.6 < share < 1.4
 
 
-@pytest.mark.slow_except(name=['mezo', 'mezo, pending'])
+@pytest.mark.slow_except(name=['mezo'])
 @every
 def test_eight_devices_do_as_one(name):
   params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
@@ -296,7 +296,7 @@ def on_eight(x):
       helpers.mesh_of(2, 4), jax.P(*[None] * (x.ndim - 1), 'fsdp')))
 
 
-@pytest.mark.slow_except(name=['mezo', 'hizoo'])
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):

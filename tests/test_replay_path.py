@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow_except(name=['float32'], devices=[1])
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('name', CASES)
 def test_recorded_gradients_give_the_weights_of_training(name, devices):

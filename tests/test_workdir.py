@@ -13,6 +13,7 @@ from mezo_jax.runs import workdir as workdir_lib
 import train
 
 
+@pytest.mark.slow
 def test_a_directory_is_of_one_run(tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(tiny_dir, reviews_file, steps=1, eval_every=1)
   with workdir_lib.alone(tmp_path):
