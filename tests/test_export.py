@@ -208,6 +208,7 @@ def test_where_it_is_written(tiny_dir, tmp_path, reviews_file, monkeypatch):
       export(tmp_path / 'run[1]', name)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_gguf_file_say_how_to_load_them(
     tiny_dir, tmp_path, monkeypatch):
   """PEFT cannot load the file, so its name is no base."""

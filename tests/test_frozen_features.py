@@ -91,7 +91,7 @@ def of(built, data, params):
   return values * weights
 
 
-@pytest.mark.slow_except(way=['last_layers', 'LoRA above'])
+@pytest.mark.slow_except(way=['last_layers'])
 @pytest.mark.parametrize('way', WAYS)
 def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
                                              tmp_path):
@@ -188,6 +188,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
   helpers.assert_bitwise(saved(tmp_path / 'a')[1], saved(tmp_path / 'b')[1])
 
 
+@pytest.mark.slow
 def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, trunk_memory=0.0, **LAST)
   built = build.build(config, say=lambda text: None)
@@ -204,6 +205,7 @@ def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
   assert len({*map(tuple, names)}) == 3
 
 
+@pytest.mark.slow
 def test_a_disk_without_room(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, trunk_memory=0.0, **LAST)
   built = build.build(config, say=lambda text: None)

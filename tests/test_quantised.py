@@ -67,6 +67,7 @@ def test_text_is_generated_by_codes(tiny_dir):
   helpers.assert_bitwise(*said)
 
 
+@pytest.mark.slow
 def test_lora_on_codes_that_stay(tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(
       tiny_dir, reviews_file, model__dtype='int8', peft__method='lora',

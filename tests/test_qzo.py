@@ -75,7 +75,7 @@ def test_factors_are_never_below_zero():
   assert np.all(new >= 0) and np.any(new == 0) and np.any(new > 0)
 
 
-@pytest.mark.slow_except(dtype=['int8'])
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_a_model_by_its_scales(tiny_dir, dtype):
   """Scanned layers, embedding and head: perturbed factors are a model of

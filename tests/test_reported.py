@@ -67,7 +67,7 @@ CASES += [('generation', 'lm', dict(select='loss')),
           ('choice', 'lm', dict(select='loss'))]
 
 
-@pytest.mark.slow_except(kind=['words'], objective=['cross_entropy', 'f1'])
+@pytest.mark.slow_except(kind=['words'], objective=['cross_entropy'])
 @pytest.mark.parametrize('kind,objective,changes', CASES)
 def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
