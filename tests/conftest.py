@@ -90,6 +90,14 @@ def as_shipped():
   return _compiled_as_shipped
 
 
+def pytest_itemcollected(item):
+  """Marks as slow the cases of a test that its `slow_except` does not name."""
+  cases = item.callspec.params if hasattr(item, 'callspec') else {}
+  for marker in item.iter_markers('slow_except'):
+    if any(cases[name] not in kept for name, kept in marker.kwargs.items()):
+      item.add_marker('slow')
+
+
 def pytest_unconfigure():
   if _PROGRAMS:  # made by this process, not by one that it is a worker of
     shutil.rmtree(_PROGRAMS['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)

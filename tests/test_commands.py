@@ -62,6 +62,7 @@ def test_an_error_names_the_flag(argv, names):
   assert '\n' not in status
 
 
+@pytest.mark.processes
 def test_the_console_script_trains_with_a_config_by_name(tmp_path):
   """From an empty folder; its config is read as train.py would read it."""
   def run(*argv):
