@@ -13,7 +13,9 @@ from pathlib import Path
 import harness
 import jax
 
-from mezo_jax.planning import cli, machines, plan
+from mezo_jax.cli.command_line import read_config
+from mezo_jax.cli.commands import read_mesh
+from mezo_jax.planning import machines, plan
 from mezo_jax.training import config as config_lib
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ CASES = [
 
 
 def load_config(name: str, model: str) -> config_lib.Train:
-  return cli.read_config(str(ROOT / 'configs' / name), [
+  return read_config(str(ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
 
 
@@ -42,7 +44,7 @@ def main():
   table = []
   for name, other, topology, mesh, tokens in CASES:
     config = load_config(name, other)
-    found = plan.plan(config, topology, tokens=tokens, sizes=cli.read_mesh(
+    found = plan.plan(config, topology, tokens=tokens, sizes=read_mesh(
         mesh, machines.size(topology)))
     update = found.programs['update']
     table.append({

@@ -11,7 +11,7 @@ lets generated tokens stand num_tokens too far on: --config.peft.positions=jump.
 
 import dataclasses
 
-from configs import opt
+from mezo_jax.configs import opt
 from mezo_jax.training.config import Train
 
 

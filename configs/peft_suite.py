@@ -11,7 +11,7 @@ since the first choice diverged with seed 1). They are higher than the paper's
 (1e-4 for LoRA, 1e-2 for prefixes), which makes 20,000 steps.
 """
 
-from configs import quickstart
+from mezo_jax.configs import quickstart
 from mezo_jax.training.config import Optimizer, Peft, Spsa, Train
 
 STEPS = 60

@@ -9,7 +9,7 @@ layer, for a tenth of the steps (`adam`; its rate was not searched for), these
 two with one seed.
 """
 
-from configs import quickstart
+from mezo_jax.configs import quickstart
 from mezo_jax.training.config import Optimizer, Train
 
 SEEDS = (0, 1, 2)

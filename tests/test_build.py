@@ -108,8 +108,9 @@ def test_checkpoints_of_before_rounding_had_a_state_are_read(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
   checkpoints.save(1, (one[0], one[1][:-1]))
   checkpoints.wait()
-  again = resume.load(checkpoints, 1, params, tx.init(params))
+  like = resume.TrainState(params, tx.init(params))
+  again = resume.load(checkpoints, 1, like)
   helpers.assert_bitwise(step(*again)[0], step(*one)[0])
   with pytest.raises(InputError, match='cannot be read'):
-    resume.load(checkpoints, 1, {'other': params['w']}, tx.init(params))
+    resume.load(checkpoints, 1, like._replace(params={'other': params['w']}))
   checkpoints.close()

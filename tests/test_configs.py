@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from mezo_jax import models
+from mezo_jax.cli.command_line import read_config
 from mezo_jax.core import sharding
-from mezo_jax.planning import cli, plan
+from mezo_jax.planning import plan
 from mezo_jax.tasks import Task
 from mezo_jax.training import checks
 from mezo_jax.training import config as config_lib
@@ -67,7 +68,7 @@ def test_every_config_loads_and_says_how_to_run_it():
     ('opt.py:sst2,lora', '', 32), ('opt.py:squad,prefix', '', 64),
     ('roberta.py:sst2,16,13,prefix', '', 32)])
 def test_the_paper_s_programs_trace_with_abstract_weights(name, model, tokens):
-  config = cli.read_config(str(conftest.ROOT / 'configs' / name), [
+  config = read_config(str(conftest.ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
   *_, programs = plan.trace(config, sharding.make_mesh(fsdp=8),
                            models.find_known(config.model.name), tokens)

@@ -34,7 +34,7 @@ def test_dev_and_test_rows_share_programs(reviews_file, tmp_path):
   params = peft.join(built.params, built.frozen)
   asked = []
   for _ in range(2):  # a run after another, too
-    ask = evaluate.make_evaluators(
+    ask = build.make_evaluators(
         config, built.model, built.splits, built.tokenizer, built.mesh)
     with helpers.compilations() as seen:
       asked.append((ask.dev(params), len(seen)))

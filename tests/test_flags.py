@@ -7,9 +7,9 @@ import pytest
 from runs import changed
 
 from mezo_jax import tasks
-from mezo_jax.cli import launch
+from mezo_jax.cli import command_line
+from mezo_jax.cli.command_line import read_config
 from mezo_jax.core.errors import InputError
-from mezo_jax.planning import cli
 from mezo_jax.tasks import Task
 from mezo_jax.training import checks, fields
 from mezo_jax.training import config as config_lib
@@ -65,7 +65,7 @@ def test_every_field_is_set_on_the_command_line():
   for number in range(max(len(_examples(path)) for path in paths)):
     given = {path: _examples(path)[min(number, len(_examples(path)) - 1)]
              for path in paths}
-    config = cli.read_config(
+    config = read_config(
         OWN, [f'--config.{path}={text}' for path, (text, _) in given.items()])
     for path, (text, value) in given.items():
       found = _leaf(config, path)
@@ -82,8 +82,8 @@ def get_config():
   return Train(objective=lambda p, e: 1.0, task=Task(calibration='x'),
                also=(Also('b', Task(), Data()),))
 ''')
-  assert callable(cli.read_config(str(path)).objective)
-  config = cli.read_config(str(path), [
+  assert callable(read_config(str(path)).objective)
+  config = read_config(str(path), [
       '--config.objective=f1', '--config.task.calibration=None',
       '--config.also[0].weight=2', '--config.also[0].data.num_train=7',
       '--config.model.remat'])
@@ -115,7 +115,7 @@ def get_config():
     ('spsa.eps=small', 'spsa.eps=small')])
 def test_what_cannot_be_set(argument, message):
   with pytest.raises(InputError, match=message):
-    checks.check(cli.read_config(OWN, [
+    checks.check(read_config(OWN, [
         '--config.task.template={text}',
         *(["--config.task.label_words=(' no', ' yes')"] if (
             'label_words' not in argument) else []), f'--config.{argument}']))
@@ -123,10 +123,10 @@ def test_what_cannot_be_set(argument, message):
 
 def test_a_tuple_that_is_given_twice():
   with pytest.raises(InputError, match='data.buckets is given 2 times'):
-    cli.read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
+    read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
                               '--config.data.buckets=16'])
   twice = ['--config.steps=3', '--config.steps=4']
-  assert cli.read_config(OWN, twice).steps == 4
+  assert read_config(OWN, twice).steps == 4
 
 
 @pytest.mark.parametrize('changes', [
@@ -144,8 +144,8 @@ def test_a_backslash_where_a_line_break_is_meant(changes):
 
 def test_a_switch_that_is_given_a_value():
   with pytest.raises(InputError, match='--noconfig.zero_shot takes no value'):
-    cli.read_config(OWN, ['--noconfig.zero_shot=1'])
-  assert not cli.read_config(OWN, ['--noconfig.zero_shot']).zero_shot
+    read_config(OWN, ['--noconfig.zero_shot=1'])
+  assert not read_config(OWN, ['--noconfig.zero_shot']).zero_shot
 
 
 def test_the_name_of_a_declared_task_is_not_the_task():
@@ -174,7 +174,7 @@ def test_what_a_config_file_gets_wrong(tmp_path, body, message):
   path.write_text('from mezo_jax.training.config import *\n'
                   f'def get_config():\n  {body}\n')
   with pytest.raises(InputError, match=message):
-    cli.read_config(str(path))
+    read_config(str(path))
 
 
 def _fine():
@@ -254,15 +254,18 @@ def test_fields_that_do_apply():
     (['--config.data.train', 'x.csv'], 'own'),
     (['--config.task.hub=nyu-mll/glue'], 'own')])
 def test_the_default_config(given, name):
-  argv = launch._config_first(conftest.ROOT / 'configs', ['train.py', *given])
+  argv = command_line._config_first(
+      conftest.ROOT / 'configs', ['train.py', *given])
   assert argv == ['train.py', f'--config={conftest.ROOT}/configs/{name}.py',
                   *given]
 
 
 @pytest.mark.parametrize('flag', [
     ['--config=x.py'], ['--config', 'x.py'], ['-config=x.py']])
-def test_the_config_s_file_comes_first(flag):
-  argv = launch._config_first(conftest.ROOT, [
+def test_the_config_s_file_comes_first(flag, tmp_path, monkeypatch):
+  (tmp_path / 'x.py').touch()
+  monkeypatch.chdir(tmp_path)
+  argv = command_line._config_first(conftest.ROOT, [
       'train.py', '--config.data.train=a', *flag, '--workdir=w'])
   assert argv[1].endswith('config=x.py') and argv[2:] == [
       '--config.data.train=a', '--workdir=w']

@@ -6,19 +6,18 @@ import runs
 
 from mezo_jax.core.errors import Stopped
 from mezo_jax.runs import guards, replay
-from mezo_jax.training import config as config_lib
 import train
 
 
 def watched(losses, said, start=0, logged=0, **changes):
   """Takes the losses of steps 1, 2, ..., of which some were made before."""
-  config = runs.changed(config_lib.Train(), **changes)
+  limits = dict(max_skipped=10, max_still=100, max_rise=10.0) | changes
   steps = replay.Steps(1, np.array(losses[:logged], np.float32),
                        np.ones((logged, 1), np.float32), frozenset())
   log = replay.Log(None, {}, steps)
   records = [dict(step=i, loss=None if np.isnan(loss) else loss,
                   projected_grad=[1.0]) for i, loss in enumerate(losses, 1)]
-  watch = guards.make(config, records[:logged], log, start, said.append)
+  watch = guards.make(records[:logged], log, start, said.append, **limits)
   for step in range(start + 1, len(losses) + 1):
     watch(step, dict(loss=losses[step - 1], projected_grad=np.ones(1)))
 

@@ -192,7 +192,7 @@ def test_devices_that_are_not_there(platforms):
       env=os.environ | {'JAX_PLATFORMS': platforms}, capture_output=True)
   last = found.stderr.splitlines()[-1]
   assert found.returncode == 1 and 'Traceback' not in found.stderr
-  assert last.startswith('python -m mezo_jax: JAX finds no device')
+  assert last.startswith('mezo-jax export: JAX finds no device')
   assert platforms in last
 
 

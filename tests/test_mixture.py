@@ -61,9 +61,9 @@ def test_tasks_are_drawn_by_weight_wherever_a_run_begins(config, tmp_path):
   config.steps = 2000
   built = build.build(config, say=lambda text: None)
   mix = mixture.make(config, built, tmp_path, lambda text: None)
-  feed = mix.feed(config, built.mesh, 0)
+  feed = mix.feed(built.mesh, 0, config.steps)
   first = [next(feed) for _ in range(40)]
-  later = mix.feed(config, built.mesh, 25)
+  later = mix.feed(built.mesh, 25, config.steps)
   for tokens, of, _ in first[25:]:
     tokens_, of_, _ = next(later)
     assert (tokens, of.task) == (tokens_, of_.task)

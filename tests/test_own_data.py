@@ -6,8 +6,8 @@ import conftest
 import pytest
 import runs
 
+from mezo_jax.cli.command_line import read_config
 from mezo_jax.core.errors import InputError
-from mezo_jax.planning import cli
 from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import Task
 from mezo_jax.training import build, checks
@@ -107,7 +107,7 @@ def test_numbers_that_cannot_be(changes, message):
 def own(tiny_dir, tmp_path):
   """A config as README's command for own data makes it, of 230 rows."""
   path = write(tmp_path / 'x.jsonl', rows_of(230))
-  return cli.read_config(OWN, [
+  return read_config(OWN, [
       f'--config.model.name={tiny_dir}', f'--config.data.train={path}',
       '--config.task.template={text} It was', '--config.data.max_length=100',
       "--config.task.label_words=(' terrible', ' great')",
@@ -122,7 +122,7 @@ def test_the_config_for_own_data(own):
   assert (own.peft.method, own.peft.mask, o.schedule) == ('', '', 'constant')
   assert o.learning_rate == 1e-6
   for variant, method in (('last_layer', 'last_layers'), ('lora', 'lora')):
-    assert cli.read_config(f'{OWN}:{variant}').peft.method == method
+    assert read_config(f'{OWN}:{variant}').peft.method == method
 
 
 def test_config_and_split_are_said_first(own, tmp_path, capsys):

@@ -12,9 +12,10 @@ import pytest
 from runs import changed, small_config
 
 from mezo_jax import models
+from mezo_jax.cli import commands
 from mezo_jax.core import sharding
 from mezo_jax.core.errors import InputError
-from mezo_jax.planning import cli, compiled, machines, plan
+from mezo_jax.planning import alternatives, compiled, machines, plan
 from mezo_jax.tasks import Task
 from mezo_jax.training.config import Data, Mesh, Model, Train
 import train
@@ -63,7 +64,7 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
   assert mesh_of('v5p:1x1x1') == 'data=1'
   assert mesh_of('v5e:4x4') == 'fsdp=4,tensor=4'
   config = small_config(wide_dir, reviews_file, **SMALL)
-  found = plan.plan(config, 'cpu:8', sizes=cli.read_mesh(
+  found = plan.plan(config, 'cpu:8', sizes=commands.read_mesh(
       'fsdp=-1,tensor=2', 8), tokens=16, wanted=lambda name: False)
   assert found.config.mesh == Mesh(1, 4, 2, 1)
   assert mesh_of('v5e:8x8') == 'fsdp=8,tensor=8'
@@ -84,22 +85,22 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
       memory=(losses + update) / 2 / plan.GIB, slices=('1', '2', '4', '8'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tight)
   assert not first.fits
-  change, other = cli.what_fits(first)
+  change, other = alternatives.what_fits(first)
   assert other.fits and other.peak() < first.peak()
   refused = dataclasses.replace(first, programs={
       'losses': compiled.Program(1000.0, fits=False)})
   assert refused.peak() == 1000.0 and not refused.fits
   tiny = machines.Kind(memory=1e-6, slices=('1', '2'))
   monkeypatch.setitem(machines.KINDS, 'cpu', tiny)
-  monkeypatch.setattr(cli, 'plan', lambda *args, **kwargs: first)
-  assert cli.what_fits(first) is None
-  words = [c.words for c in cli.changes(first)]
+  monkeypatch.setattr(alternatives, 'plan', lambda *args, **kwargs: first)
+  assert alternatives.what_fits(first) is None
+  words = [c.words for c in alternatives.changes(first)]
   assert any('batch' in w for w in words)
   assert words[-1].startswith('cpu:2, with the mesh')
   assert words[-2].startswith('model.offload=True')
   backprop = dataclasses.replace(first, config=dataclasses.replace(
       first.config, method='finetune'))
-  words = [c.words for c in cli.changes(backprop)]
+  words = [c.words for c in alternatives.changes(backprop)]
   assert words[:2] == ['model.remat=True', "method='mezo'"]
 
 
@@ -130,14 +131,15 @@ def test_the_command(wide_dir, tmp_path):
     assert part in text, text
   code, text = run(f'--config={file}', '--topology=v9:2')
   assert code == 1 and 'Traceback' not in text, text
-  assert text.splitlines()[-1].startswith('python -m mezo_jax: --topology=')
+  assert text.splitlines()[-1].startswith('mezo-jax plan: --topology=')
   for args, part in (
-      (('v9:2', None, None), 'is none that is known'),
-      (('cpu:4', 'fsdp=3', None), 'is not the number of devices'),
-      (('cpu:4', 'x=3', None), 'is no axis and size'),
-      (('cpu:4', None, None, ['--config.model.nmae=x']), 'config.py')):
+      (['--topology=v9:2'], '--topology='),
+      (['--topology=cpu:4', '--mesh=fsdp=3'], '--mesh=fsdp=3'),
+      (['--topology=cpu:4', '--mesh=x=3'], '--mesh=.*x=3'),
+      (['--topology=cpu:4', '--config.model.nmae=x'], 'model.nmae'),
+      ([], '--topology')):
     with pytest.raises(InputError, match=part):
-      cli.main(str(file), *args)
+      commands.plan(['mezo-jax plan', f'--config={file}', *args])
 
 
 @pytest.mark.parametrize('name,billions', [

@@ -67,7 +67,7 @@ def test_a_second_signal_ends_it(tmp_path):
 
 @pytest.mark.parametrize('args,after', [
     (['train.py', '--workdir=run'], ' numpy'),
-    (['-m', 'mezo_jax', 'plan', '--help'], ' mezo_jax')])
+    (['-m', 'mezo_jax', 'train', '--workdir=run'], ' mezo_jax')])
 def test_ctrl_c_while_importing_has_no_traceback(args, after, tmp_path):
   args = [str(conftest.ROOT / x) if x == 'train.py' else x for x in args]
   process = subprocess.Popen(

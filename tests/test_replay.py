@@ -15,7 +15,7 @@ from mezo_jax import models
 from mezo_jax.__main__ import main
 from mezo_jax.core.errors import Again, in_one_sentence, InputError, Stopped
 from mezo_jax.export.from_run import export, rebuild
-from mezo_jax.runs import replay
+from mezo_jax.runs import checkpoint, loggers, replay
 import train
 
 RNG = np.random.default_rng(0)
@@ -405,23 +405,66 @@ def test_inputs_that_changed_are_refused(tiny_dir, tmp_path, reviews_file):
     train.run(config, tmp_path / 'run')
 
 
-def test_the_best_step_is_made_again(tiny_dir, reviews_file, tmp_path, capsys):
-  """Its checkpoint was on the way when the run was killed, or is damaged."""
+class Killed(BaseException):
+  """Ends a run where it is raised, as kill -9 does."""
+
+
+@pytest.mark.parametrize('way', [
+    dict(), dict(method='finetune'),
+    dict(spsa__fold_every=3, spsa__distribution='low_rank')],
+    ids=['mezo', 'backpropagation', 'accumulated updates'])
+def test_killed_around_an_evaluation(
+    tiny_dir, reviews_file, tmp_path, monkeypatch, way):
+  """Of the best step: before and after it is recorded, and after it is saved.
+  """
+  config = runs.small_config(
+      tiny_dir, reviews_file, checkpoint_every=2, zero_shot=False,
+      select='loss', optimizer__learning_rate=3e-2, **way)
+  result = train.run(config, tmp_path / 'whole')
+  best = result['final']['step']
+  write, save = loggers.Metrics.write, checkpoint.Checkpoints.save
+
+  def write_and_die(self, kind, step, **values):
+    if where == 'evaluated' and (kind, step) == ('dev', best):
+      raise Killed
+    write(self, kind, step, **values)
+
+  def save_and_die(self, step, *args):
+    if where == 'recorded' and step == best:
+      raise Killed
+    save(self, step, *args)
+    if where == 'saved' and step == best:
+      raise Killed
+  monkeypatch.setattr(loggers.Metrics, 'write', write_and_die)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', save_and_die)
+  for where in ('evaluated', 'recorded', 'saved'):
+    with pytest.raises(Killed):
+      train.run(config, tmp_path / 'killed')
+  where = None
+  assert train.run(config, tmp_path / 'killed')['final'] == result['final']
+  assert runs.records(tmp_path / 'killed') == runs.records(tmp_path / 'whole')
+  mine, theirs = (runs.saved(tmp_path / name, state=True)
+                  for name in ('killed', 'whole'))
+  assert mine[0] == theirs[0] == 6
+  helpers.assert_bitwise(mine[1], theirs[1])
+
+
+def test_a_damaged_best_step_is_made_again(
+    tiny_dir, reviews_file, tmp_path, capsys):
+  """From the log; but only once, if the disk cannot be trusted."""
   config = runs.small_config(
       tiny_dir, reviews_file, steps=8, eval_every=4, select='loss',
       optimizer__learning_rate=3e-2)
   first, before = train.run(config, tmp_path), runs.records(tmp_path)
   assert first['final']['step'] == 4
   kept = tmp_path / 'checkpoints'
-  shutil.rmtree(kept / '4')
-  assert train.run(config, tmp_path)['final'] == first['final']
-  assert {p.name for p in kept.iterdir() if p.name.isdigit()} == {'4', '8'}
   for file in (kept / '4').rglob('d/*'):
     file.write_bytes(file.read_bytes()[:-1])
   with pytest.raises(Again, match='checkpoints/4 is damaged.*Run the same'):
     train.run(config, tmp_path)
   assert train.run(config, tmp_path)['final'] == first['final']
   assert runs.records(tmp_path) == before
+  assert {p.name for p in kept.iterdir() if p.name.isdigit()} == {'4', '8'}
   assert 'are made again from the log' in capsys.readouterr().out
   for file in (kept / '4').rglob('d/*'):
     file.write_bytes(file.read_bytes()[:-1])

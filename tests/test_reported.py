@@ -76,7 +76,7 @@ def test_the_loss_of_rows_is_what_steps_minimise(
       config, say=lambda text: None, rows=data_lib.Rows(ROWS, ROWS, ROWS, ROWS),
       mesh=build.make_mesh(config, jax.devices()[:1]))
   params, rows = built.params, built.splits.train
-  ask = evaluate.make_evaluators(
+  ask = build.make_evaluators(
       config, built.model, built.splits, built.tokenizer, built.mesh)
   length = int(rows.lengths.max())
   batch = batch_of(rows, np.arange(len(ROWS)), length, len(ROWS))
@@ -106,7 +106,7 @@ def test_a_label_that_no_row_has(tiny_dir):
   built = build.build(config, rows=data_lib.Rows(rows, rows, rows, rows),
                       say=lambda text: None)
   assert built.splits.train.width == built.splits.dev.width == 3
-  ask = evaluate.make_evaluators(
+  ask = build.make_evaluators(
       config, built.model, built.splits, built.tokenizer, built.mesh)
   report = ask.dev(built.params)
   batch = batch_of(built.splits.train, np.arange(12), 8, 12)

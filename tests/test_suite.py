@@ -4,7 +4,7 @@ import json
 
 import conftest
 
-from mezo_jax import __main__ as command_line
+from mezo_jax.cli import commands
 
 
 def test_a_suite_makes_one_table(
@@ -15,7 +15,7 @@ from mezo_jax.training.config import Data, Model, Train
 from mezo_jax.tasks import Task
 def get_suite():
   return {{f'reviews/{{m}}': Train(
-      method=m, model=Model({str(tiny_dir)!r}), steps=4, eval_every=4,
+      method=m, model=Model({str(tiny_dir)!r}), steps=6, eval_every=4,
       task=Task(template='{{text}} It was', label_words=(' bad', ' good')),
       data=Data(train={str(reviews_file)!r}, num_dev=20, num_test=40,
                 num_train=4000 if m == 'icl' else 40, batch_size=8))
@@ -29,8 +29,8 @@ get_config = lambda name: get_suite()[name]
   def run(*more):
     code = ''
     try:
-      command_line.main(['evaluate', '--suite', str(suite), '--workdir',
-                         str(tmp_path / 'w'), *more])
+      commands.main(['evaluate', '--suite', str(suite), '--workdir',
+                         str(tmp_path / 'w'), '--config.steps=4', *more])
     except SystemExit as e:
       code = e.code
     return capsys.readouterr().out, code
@@ -44,6 +44,9 @@ get_config = lambda name: get_suite()[name]
   output, code = run('--methods', 'mezo')
   assert not code and 'running' not in output
   assert json.loads((tmp_path / 'w/table.json').read_text()) == rows
+  output, code = run('--methods', 'mezo', '--config.seed=1')
+  assert 'reviews/mezo failed' in code and 'seed was 0' in output
   for more, message in ((['--tasks', 'x'], 'has no such runs'), (
-      ['--suite', str(reviews_file) + 'x'], 'there is no suite')):
+      ['--suite', str(reviews_file) + 'x'], 'there is no suite'), (
+          ['--config.stepz=5'], 'stepz')):
     assert message in run(*more)[1]

@@ -1,120 +1,88 @@
-"""The command line of train.py: its flags, the config that they name, and the
-hosts and replicas that a run is one of."""
+"""The command `train`: the hosts and replicas that a run is one of."""
 
-from collections.abc import Callable
-import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mezo_jax.core.errors import Again, in_one_sentence, InputError, local
+from mezo_jax.cli import command_line
+from mezo_jax.core.errors import Again, in_one_sentence, local
 from mezo_jax.distributed import hosts, replicas
-from mezo_jax.training import checks, fields
+from mezo_jax.training import checks
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None,
-    'Configuration file; override fields with --config.FIELD=VALUE. Default: '
-    'configs/quickstart.py, or configs/own.py where --config.data.train or '
-    '--config.task.hub names data.')
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; default: runs/<config name>.')
-_DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Run on several hosts: start this on every one.')
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, if nothing else reports it.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Likewise; from 0.')
-_REPLICAS = flags.DEFINE_integer(
-    'replicas', None, 'Machines with weights of their own that share out the '
-    'directions of a step (docs/replicas.md).')
-_REPLICA = flags.DEFINE_integer('replica', None, 'Which one this is, from 0.')
-_EXCHANGE = flags.DEFINE_string(
-    'exchange', None, 'HOST:PORT of replica 0, or a directory that all see.')
-_TIMEOUT = flags.DEFINE_float(
-    'exchange_timeout', 1800.0, 'Seconds to wait for another replica.')
+_ABOUT = '''
+Fine-tunes a language model with forward passes only (MeZO), or evaluates what
+that is compared with (--config.method).
+
+  {0}                                 the quickstart
+  {0} --config.data.train=FILE ...    data of your own
+  {0} --config=FILE.py --config.FIELD=VALUE --workdir=DIR
+
+Run the same command again to resume a run that was stopped.'''.strip()
+_OPTIONS = {
+    'workdir': (str, 'Directory of the run. Defaults to runs/<config name>.'),
+    'distributed': (bool, 'Run on several hosts: start this on every one.'),
+    'coordinator': (
+        str, 'HOST:PORT of process 0, if nothing else reports it.'),
+    'num_processes': (
+        int, 'Number of processes, if nothing else reports it.'),
+    'process_id': (
+        int, 'Number of this process, from 0, if nothing else reports it.'),
+    'replicas': (
+        int, 'Machines with weights of their own that share out the directions '
+        'of a step (docs/replicas.md).'),
+    'replica': (int, 'Which one this is, from 0.'),
+    'exchange': (str, 'HOST:PORT of replica 0, or a directory that all see.'),
+    'exchange_timeout': (
+        float, 'Seconds to wait for another replica. Defaults to 1800.')}
 
 
-def main(run: Callable, configs: Path) -> None:
+def main(run: Callable, configs: Path = command_line.CONFIGS,
+         program: str = 'train.py', argv: Sequence[str] | None = None) -> None:
   """Does what the command line says, and exits.
 
   Args:
     run: ``run(config, workdir, place, source)``, with a
       `mezo_jax.distributed.replicas.Place` or None, and the name of the
       config's file.
-    configs: The directory of the configs quickstart.py and own.py, which are
-      the defaults.
+    configs: The directory in which a config is found by its name.
+    program: The name of the command, for help and errors.
+    argv: The arguments of the command. Defaults to those of the process.
   """
-  app.run(functools.partial(_start, run),
-          flags_parser=functools.partial(_parse, configs))
+  argv = [program, *(sys.argv[1:] if argv is None else argv)]
+
+  def parse(argv):
+    with in_one_sentence(program):
+      return command_line.parse(
+          argv, _ABOUT.format(program), _OPTIONS, configs=configs)[0]
+
+  def start(values):
+    _start(run, program, values, command_line.given(argv))
+
+  app.run(start, argv, flags_parser=parse)  # app has --pdb and the like
 
 
-def _parse(configs: Path, argv: list[str]) -> list[str]:
-  """Parses flags as absl does; a config that does not load or fit ends the
-  program with one sentence."""
-  argv = _config_first(configs, argv)
-  sys.argv = argv  # config_flags looks there for --config.FIELD
-  try:
-    fields.check_names(argv)
-    rest = app.parse_flags_with_usage(argv)
-    fields.check_is_config(_CONFIG.value)
-    return rest
-  except InputError as e:
-    sys.exit(f'train.py: {e}')
-  except Exception as e:
-    file = argv[1].partition('=')[2].partition(':')[0]
-    sys.exit(f'train.py: {fields.failure(e, file)}')
-
-
-def _config_first(configs: Path, argv: list[str]) -> list[str]:
-  """Returns a command line that begins with --config=FILE, which must be known
-  before the fields that change it, or with the default."""
-  chosen, rest, words = [], [], iter(argv[1:])
-  for word in words:
-    if word in ('--config', '-config'):
-      word = f'--config={next(words, "")}'
-    if re.match(r'--?config=', word):
-      chosen.append(word)
-    else:
-      rest.append(word)
-  if not chosen:
-    name = 'own' if _names_data(rest) else 'quickstart'
-    chosen = [f'--config={configs / name}.py']
-  return [argv[0], chosen[-1], *rest]
-
-
-def _names_data(argv: list[str]) -> bool:
-  """Returns whether a command line names data that are not the quickstart's."""
-  for i, word in enumerate(argv):
-    found = re.match(r'--?config\.(?:data\.train|task\.hub)(?:=(.*))?$', word)
-    if found and (found.group(1) or ''.join(argv[i + 1:i + 2])) != 'quickstart':
-      return True
-  return False
-
-
-def _start(run: Callable, argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}.')
+def _start(run: Callable, program: str, values: flags.FlagValues,
+           given: Sequence[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # orbax is talkative
-  file = config_flags.get_config_filename(flags.FLAGS['config'])
-  with in_one_sentence('train.py'):
-    workdir = local(_WORKDIR.value or f'runs/{Path(file).stem}')
-  process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or process != (None, None, None):
-    with in_one_sentence('train.py'):
+    logging.set_verbosity(logging.WARNING)  # orbax logs a lot
+  file = config_flags.get_config_filename(values['config'])
+  with in_one_sentence(program):
+    workdir = local(values.workdir or f'runs/{Path(file).stem}')
+    process = values.coordinator, values.num_processes, values.process_id
+    if values.distributed or process != (None, None, None):
       hosts.join(*process)
-  with in_one_sentence('train.py'):
     hosts.check_devices()
-  with hosts.watch('train.py'), in_one_sentence('train.py'):
-    checks.check(_CONFIG.value)
-    checks.check_given(_CONFIG.value, fields.given(sys.argv))
+  with hosts.watch(program), in_one_sentence(program):
+    checks.check(values.config)
+    checks.check_given(values.config, given)
+    timeout = values.exchange_timeout
     try:
-      run(_CONFIG.value, workdir, replicas.place(
-          _REPLICAS.value, _REPLICA.value, _EXCHANGE.value, _TIMEOUT.value),
-          source=file)
+      run(values.config, workdir, replicas.place(
+          values.replicas, values.replica, values.exchange,
+          1800.0 if timeout is None else timeout), source=file)
     except KeyboardInterrupt:
       raise Again(f'interrupted; run it again to resume from {workdir}.'
                   ) from None

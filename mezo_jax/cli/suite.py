@@ -1,4 +1,4 @@
-"""Many runs of ``train.py``, each a process of its own, and one table."""
+"""Many runs, each a process of its own, and one table of their results."""
 
 from collections.abc import Callable, Sequence
 import json
@@ -8,10 +8,13 @@ import runpy
 import subprocess
 import sys
 
+from mezo_jax.cli.command_line import check_names, find, read_config
 from mezo_jax.core import reports
-from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.core.errors import InputError
+from mezo_jax.runs import loggers
 from mezo_jax.runs.workdir import read_result
 from mezo_jax.tasks import evaluate
+from mezo_jax.training import config as config_lib
 from mezo_jax.training.methods import method_of
 
 COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
@@ -20,65 +23,68 @@ COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
 
 def run(suite: str | os.PathLike, workdir: str | os.PathLike,
         tasks: Sequence[str] = (), methods: Sequence[str] = (),
+        overrides: Sequence[str] = (),
         say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
-  """Runs what is not done yet of a suite and writes ``table.md`` and ``.json``.
+  """Runs what a suite has no results of yet, and writes ``table.md`` and
+  ``table.json``.
 
-  A suite is a config file whose ``get_suite()`` gives ``{'TASK/METHOD':
-  config}`` and whose ``get_config(name)`` gives one of them, so that
-  ``python train.py --config=FILE:TASK/METHOD`` is each of its runs. A run that
-  was stopped is resumed, one that is finished is read.
+  A suite is a config file whose ``get_suite()`` returns ``{'TASK/METHOD':
+  config}`` and whose ``get_config(name)`` returns one of them, so that
+  ``mezo-jax train --config=FILE:TASK/METHOD`` is each of its runs. A run that
+  was stopped is resumed, and the result of one that is finished is read.
 
   Args:
-    suite: the file.
-    workdir: of the table; each run has a directory ``TASK/METHOD`` in it.
-    tasks: those wanted; all if empty.
-    methods: those wanted; all if empty.
-    say: reports what is going on.
+    suite: The file, or the name of a suite that comes with the package.
+    workdir: The directory of the table. Each run has a directory
+      ``TASK/METHOD`` in it.
+    tasks: The tasks to run. Defaults to all.
+    methods: The methods to run. Defaults to all.
+    overrides: Fields of all runs, each as ``--config.FIELD=VALUE``.
+    say: Reports progress.
 
   Returns:
     The table's path, and the names of runs that failed.
 
   Raises:
-    FileNotFoundError: if there is no such file, or no train.py beside the
-      package or here.
-    ValueError: if it is no suite, or has no run that is wanted.
+    MissingError: if there is no such suite.
+    InputError: if it is no suite, or has no run that is wanted, or a field that
+      is overridden does not exist.
   """
-  suite, workdir = Path(suite), Path(workdir)
-  if not suite.is_file():
-    raise MissingError(f'there is no suite {suite}.')
-  found = runpy.run_path(str(suite))
+  suite, workdir = find(os.fspath(suite), 'suite'), Path(workdir)
+  check_names(['', *overrides])
+  found = runpy.run_path(suite)
   if 'get_suite' not in found or 'get_config' not in found:
     raise InputError(f'{suite} is no suite: it must define get_suite() and '
                      'get_config(name).')
-  runs = found['get_suite']()
+  runs = {name: read_config(f'{suite}:{name}', overrides)
+          for name in found['get_suite']()}
   names = [name for name in runs if _wanted(name, tasks, methods)]
   if not names:
     raise InputError(f'{suite} has no such runs; it has {", ".join(runs)}.')
-  script, failed = _train_script(), []
+  failed = []
   # Runs of one task evaluate with the same programs: compile them once.
   env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
-         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'} | os.environ
+         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+         **os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
   for name in names:
     directory = workdir / name
-    result = directory / 'result.json'
-    if not result.is_file():
+    if not _is_finished(directory, runs[name]):
       directory.mkdir(parents=True, exist_ok=True)
       log = directory / 'log.txt'
       say(f'{name}: running; see {log}')
       with log.open('a') as out:
         code = subprocess.run(
-            [sys.executable, script, f'--config={suite}:{name}',
-             f'--workdir={directory}'], stdout=out, stderr=out, env=env
-        ).returncode
-      if code or not result.is_file():
+            [sys.executable, '-m', 'mezo_jax', 'train',
+             f'--config={suite}:{name}', f'--workdir={directory}', *overrides],
+            stdout=out, stderr=out, env=env).returncode
+      if code or not read_result(directory):
         last = (log.read_text().strip().splitlines() or ['no output'])[-1]
         say(f'{name}: failed. {last}')
         failed.append(name)
         continue
-    # All that is finished, wanted or not: the table never loses a line.
-    results = {n: workdir / n / 'result.json' for n in runs}
-    rows = {n: row_of(n, runs[n], read_result(r.parent))
-            for n, r in results.items() if r.is_file()}
+    # The table has all that is finished, wanted or not.
+    rows = {n: row_of(n, runs[n], read_result(workdir / n)) for n in runs
+            if n == name or _is_finished(workdir / n, runs[n])}
     say(f'{name}: {rows[name]["metric"]} {rows[name]["score"]}')
     write_table(workdir, [*rows.values()])
   return workdir / 'table.md', failed
@@ -89,13 +95,12 @@ def _wanted(name: str, tasks, methods) -> bool:
   return task in (tasks or [task]) and method in (methods or [method])
 
 
-def _train_script() -> Path:
-  for folder in (Path(__file__).parents[2], Path.cwd()):
-    if (folder / 'train.py').is_file():
-      return folder / 'train.py'
-  raise MissingError(
-      'there is no train.py beside the package or in this directory: run this '
-      'in a clone of the repository.')
+def _is_finished(directory: Path, config: config_lib.Train) -> bool:
+  """Returns whether a directory has the result of this very config. Where it
+  has that of another, `train` continues that run or refuses."""
+  return (directory / 'result.json').is_file() and (
+      loggers.read_json(directory / 'config.json')
+      == config_lib.to_json(config))
 
 
 def row_of(name: str, config, result: dict) -> dict:

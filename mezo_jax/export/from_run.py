@@ -17,7 +17,7 @@ from mezo_jax.models.formats.save import check_new
 from mezo_jax.runs import checkpoint, replay, resume
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
-from mezo_jax.training import build, methods, optimizer, trainable
+from mezo_jax.training import build, methods, optimizer, records, trainable
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
@@ -55,7 +55,7 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
       model changed since the run began, or a parameter is not finite.
   """
   workdir, directory = local(workdir), local(directory)
-  run = workdir_lib.read_config(workdir)
+  run = records.read_config(workdir)
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
@@ -83,7 +83,8 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, opt_state = resume.load(checkpoints, step, shapes, opt_state)
+  params, opt_state = resume.load(
+      checkpoints, step, resume.TrainState(shapes, opt_state))
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
@@ -172,11 +173,12 @@ def _check_base(run: config_lib.Train, model, tokenizer, params,
     recorded: What the run recorded of its inputs.
     source: Where that was recorded.
   """
-  now = workdir_lib.inputs_of(run, model.config, tokenizer)
+  now = records.inputs_of(run, model.config, tokenizer)
   if params is not None:
     now['weights'] = fingerprint.of_weights(
         peft.join(*params), methods.made(run))
-  what = workdir_lib.changed(recorded, now, run)
+  what = workdir_lib.changed(
+      recorded, now, run.model.name, run.peft.adapter)
   if what:
     raise InputError(
         f'{what} from what the run of {source} began with (in '

@@ -190,7 +190,7 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
   alone = sharding.without_directions(mesh)
   groups = sharding.row_groups(alone)
   rows = evaluate.rows_of_batch(
-      evaluate.sizes_of(config, splits)['dev'], tokens,
+      build.eval_sizes(config, splits)['dev'], tokens,
       len(splits.dev.prompts), groups)
   answers = evaluate.answers(
       built.model, config.task, splits.dev, tokenizer)

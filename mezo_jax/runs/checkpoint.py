@@ -203,6 +203,12 @@ class Checkpoints:
     self._checkpointer.reload()
     return to
 
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of all later steps."""
+    self.wait()
+    for later in [s for s in self.steps() if s > step]:
+      self._checkpointer.delete(later)
+
   def was_set_aside(self, step: int) -> bool:
     """Returns whether a checkpoint of this step was set aside before."""
     return (self._aside / str(step)).exists()

@@ -1,7 +1,7 @@
-"""What stops a run that cannot come to anything, and what looks wrong in one.
+"""Stops a run that cannot succeed, and warns about a loss that jumps.
 
-Losses of single batches are noisy, so a run is judged by the mean of a window
-of steps against that of its first one, which a run that goes on knows from its
+Losses of single batches are noisy. So the mean loss of a window of steps is
+compared with that of the first window, which a resumed run computes from its
 metrics.
 """
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from mezo_jax.core.errors import Stopped
 from mezo_jax.runs import replay
-from mezo_jax.training import config as config_lib
 
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')
@@ -20,27 +19,32 @@ WINDOW = 100  # steps
 _SPIKE = 8.0  # standard deviations of the window before
 
 
-def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
-         start: int, say: Callable[[str], None]
-         ) -> Callable[[int, dict], None]:
-  """``watch(step, values)``, to be called with each step's metrics in turn.
+def make(records: Sequence[dict], log: replay.Log, start: int,
+         say: Callable[[str], None], *, max_skipped: int, max_still: int,
+         max_rise: float) -> Callable[[int, dict], None]:
+  """Returns ``watch(step, values)``, to be called with each step's metrics.
 
   Args:
-    config: ``max_skipped``, ``max_still`` and ``max_rise`` of it.
-    records: the metrics of earlier steps, of which those up to ``start`` are
-      looked at first.
-    log: of the run; of steps up to its end no jump is said again.
-    start: the steps that are not made again.
-    say: reports losses that jump.
+    records: The metrics of earlier steps. Those up to ``start`` are looked at
+      first.
+    log: The log of the run. A jump of the loss up to its end was reported
+      before, and is not reported again.
+    start: Number of steps that are not replayed.
+    say: Reports a loss that jumps.
+    max_skipped: Number of steps in a row whose loss is not finite that stop the
+      run.
+    max_still: Number of steps in a row whose projected gradients are 0 that
+      stop the run; 0 for no limit.
+    max_rise: Standard deviations of a step's loss by which the mean of a window
+      may be above that of the first; 0 for no limit.
 
   Returns:
-    A function that raises `Stopped` after ``max_skipped`` steps in a row whose
-    loss is not finite; after ``max_still`` whose projected gradients are 0; and
-    where the mean loss of a window is above that of the first by more than
-    ``max_rise`` standard deviations of a step's.
+    A function that raises `Stopped` where one of these limits is reached.
   """
   window, still, quiet_until = collections.deque(maxlen=WINDOW), 0, log.end
-  first, last, lowest = None, None, (np.inf, 0)  # of windows
+  # Mean and deviation of the first and the last window; the lowest mean and
+  # its step.
+  first, last, lowest = None, None, (np.inf, 0)
 
   def watch_loss(step: int, loss: float) -> None:
     nonlocal first, last, lowest, quiet_until
@@ -56,7 +60,7 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
       return
     last = mean, _ = _mean_deviation(window)
     first, lowest = first or last, min(lowest, (mean, step))
-    if config.max_rise and mean > first[0] + config.max_rise * first[1]:
+    if max_rise and mean > first[0] + max_rise * first[1]:
       raise Stopped(
           f'the loss has risen: it was {mean:.3f} in the {WINDOW} steps up to '
           f'{step}, and {first[0]:.3f} in the first {WINDOW}, with a standard '
@@ -67,15 +71,15 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
 
   def watch(step: int, values: dict) -> None:
     nonlocal still
-    if values.get('skipped_in_a_row', 0) >= config.max_skipped:
+    if values.get('skipped_in_a_row', 0) >= max_skipped:
       raise Stopped(
-          f'the last {config.max_skipped} steps, up to {step}, gave a loss '
+          f'the last {max_skipped} steps, up to {step}, gave a loss '
           'that is not finite and were skipped; the parameters are as before '
           f'them. {TRY}')
-    # NaN, which is null in records, is skipped and not still.
+    # A skipped step has NaN (null in records), which does not count as 0.
     moved = np.any(np.array(values.get('projected_grad', 1.0), float))
     still = 0 if moved else still + 1
-    if still and still == config.max_still:
+    if still and still == max_still:
       raise Stopped(
           f'the projected gradients have been 0 since step {step - still}: '
           'the weights do not move any more, and may be lost; the log has '
@@ -90,6 +94,9 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
 
 
 def _mean_deviation(losses) -> tuple[float, float]:
-  """The deviation is not below a hundredth: full batches hardly vary."""
+  """Returns the mean and the standard deviation of losses.
+
+  The deviation is at least 1 % of the mean: losses of full batches hardly vary.
+  """
   mean = float(np.mean(losses))
   return mean, max(float(np.std(losses)), 0.01 * abs(mean))

@@ -1,5 +1,7 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard if it is installed; and
-JSON files, curves and tables."""
+"""Writes metrics, progress, JSON files and curves.
+
+Metrics go to metrics.jsonl, and to TensorBoard if tensorboardX is installed.
+"""
 
 import json
 import math
@@ -17,9 +19,9 @@ from mezo_jax.core.errors import InputError
 class Metrics:
   """Appends records to ``metrics.jsonl`` (on process 0) and keeps them.
 
-  A record is one JSON object a line with at least ``kind`` and ``step``, null
-  for a number that is not finite. Opened again for a resumed run, it drops what
-  came after the restored step.
+  A record is one JSON object per line, with at least ``kind`` and ``step``. A
+  number that is not finite is null. Opened for a resumed run, it drops the
+  records after ``step``.
   """
 
   def __init__(self, workdir: Path, step: int = 0):
@@ -54,7 +56,10 @@ class Metrics:
     return [r for r in self.records if r['kind'] == kind]
 
   def at(self, kind: str, step: int) -> dict | None:
-    """The values of a record, NaN where a number was not finite."""
+    """Returns the values of a record, or None if there is no such record.
+
+    A number that was not finite is NaN.
+    """
     record = self._at.get((kind, step))
     return record and {k: np.nan if v is None else v for k, v in record.items()
                        if k not in ('kind', 'step')}
@@ -65,12 +70,15 @@ class Metrics:
         sink.close()
 
 
-_LINES = 40  # of a run whose output is no terminal
+_LINES = 40  # lines of progress of a run whose output is not a terminal
 
 
 class Progress:
-  """A bar of the steps, without a terminal a line now and then, and a record of
-  each; without ``loss`` where that of training rows is not to be told."""
+  """Shows the steps, and records each in the metrics.
+
+  On a terminal it shows a bar, otherwise it prints a line now and then. Without
+  ``loss``, the loss is neither shown nor recorded.
+  """
 
   def __init__(self, metrics: Metrics, total: int, start: int,
                loss: bool = True):
@@ -82,8 +90,13 @@ class Progress:
         disable=not first or self._lines)
 
   def read(self, step: int, tokens: int | None, values: dict) -> None:
-    """Takes the metrics of a step (`mezo_jax.make_step`) of so many tokens, or
-    None of one made again."""
+    """Shows and records a step.
+
+    Args:
+      step: Number of the step.
+      tokens: Number of tokens of its batch; None for a replayed step.
+      values: Metrics of `mezo_jax.make_step`, on the host.
+    """
     seconds = time.time() - self._clock
     self.restart()
     told = {k: v for k, v in values.items() if not k.startswith('skipped')
@@ -104,7 +117,7 @@ class Progress:
       print(f'step {step} of {self._total}: {text}', flush=True)
 
   def restart(self) -> None:
-    """Seconds are counted from now."""
+    """Counts the seconds of the next step from now."""
     self._clock = time.time()
 
   def close(self) -> None:
@@ -112,8 +125,8 @@ class Progress:
 
 
 def spell_program(batch, compiled, seconds: float) -> str:
-  """What `mezo_jax.make_step` tells of a program that it compiled."""
-  batch = getattr(batch, 'batch', batch)  # of one task of a run
+  """Returns a line about a program that `mezo_jax.make_step` compiled."""
+  batch = getattr(batch, 'batch', batch)  # `mezo_jax.training.mixture.Of`
   extra = compiled.memory_analysis().temp_size_in_bytes
   what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
           else 'update')
@@ -122,7 +135,8 @@ def spell_program(batch, compiled, seconds: float) -> str:
 
 
 def _plain(value):
-  """A value as JSON can hold it: lists and numbers, null for inf and NaN."""
+  """Returns a value as JSON can hold it: lists, numbers, None for NaN and inf.
+  """
   if isinstance(value, dict):
     return {k: _plain(v) for k, v in value.items()}
   value = value.tolist() if hasattr(value, 'tolist') else value  # numpy's
@@ -133,7 +147,12 @@ def _plain(value):
 
 
 def read(path: Path) -> list[dict]:
-  """The records of a log; a last line cut short by a crash is left out."""
+  """Returns the records of a metrics file, without a last line that a crash cut
+  short.
+
+  Raises:
+    InputError: if another line is not a record.
+  """
   if not path.is_file():
     return []
   lines = path.read_bytes().splitlines()
@@ -154,7 +173,8 @@ def read(path: Path) -> list[dict]:
 
 
 def write_json(path: Path, value) -> None:
-  """Writes a file whole or not at all, on process 0; inf and NaN as null."""
+  """Writes a JSON file on process 0, whole or not at all; NaN and inf as null.
+  """
   if jax.process_index() > 0:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +185,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-  """The value that a file holds.
+  """Returns the value that a JSON file holds.
 
   Raises:
     InputError: if it is not JSON.
@@ -177,8 +197,10 @@ def read_json(path: Path):
 
 
 def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
-  """Draws loss and the dev metric against steps, with the zero-shot lines, on
-  process 0."""
+  """Draws the loss and the dev metric against steps, on process 0.
+
+  Lines show the metric of the model before training, if it was evaluated.
+  """
   if jax.process_index() > 0:
     return
   from matplotlib.figure import Figure  # slow to import

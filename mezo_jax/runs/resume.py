@@ -1,104 +1,137 @@
-"""The state that a run goes on from, and the one that it comes to."""
+"""The state that a run resumes from, and the state that is its result."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
 from mezo_jax.core.errors import Again, InputError, MissingError, Stopped
-from mezo_jax.runs import checkpoint, guards, workdir
-from mezo_jax.training import config as config_lib
-from mezo_jax.training import methods
+from mezo_jax.runs import checkpoint, guards
 from mezo_jax.transforms.stochastic_rounding import RoundingState
 
 
-def newest(directory: Path, config: config_lib.Train, metric: str,
-           params: dict, opt_state, say: Callable[[str], None]):
-  """``checkpoints, step, params, opt_state`` of a working directory: the newest
-  that is whole (damaged ones are put aside), or an earlier one where the log
-  makes the best step again; as they are, with step 0, where there is none.
+class TrainState(NamedTuple):
+  """The arrays that training changes.
+
+  A step consumes a `TrainState`: its arrays are donated, so that the result
+  takes their memory, and they cannot be used again. So whoever makes a step
+  replaces its `TrainState` by the result, and no array of it has another name.
+
+  Attributes:
+    params: The trained parameters.
+    opt_state: The state of the optimizer.
+  """
+
+  params: Any
+  opt_state: Any
+
+
+def newest(directory: Path, keep: int, state: TrainState,
+           say: Callable[[str], None]
+           ) -> tuple[checkpoint.Checkpoints, int, TrainState]:
+  """Opens the checkpoints of a run and loads the newest that is whole.
+
+  Damaged ones are moved aside and reported.
 
   Args:
-    directory: of the run.
-    config: of the run.
-    metric: of dev rows, by which the best step is known.
-    params: as the model's files have them.
-    opt_state: before the first step.
-    say: reports what was damaged.
+    directory: Directory of the checkpoints.
+    keep: Number of the newest checkpoints that are kept.
+    state: State before the first step.
+    say: Reports what was damaged.
+
+  Returns:
+    The checkpoints, the step of the one that was loaded, and its state. Without
+    a checkpoint these are 0 and ``state``.
 
   Raises:
     InputError: if a checkpoint is of another model.
   """
-  checkpoints = checkpoint.Checkpoints(
-      directory / 'checkpoints', config.keep_checkpoints)
+  checkpoints = checkpoint.Checkpoints(directory, keep)
   for path in checkpoints.put_aside:
     say(f'warning: a checkpoint was damaged and is now {path}.')
-  until = workdir.lost_best(directory, config, metric, checkpoints.steps())
   for step in reversed(checkpoints.steps()):
-    if until is not None and step > until:
-      continue
     try:
-      return checkpoints, step, *load(checkpoints, step, params, opt_state)
+      return checkpoints, step, load(checkpoints, step, state)
     except checkpoint.Damaged as e:
       say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
-  return checkpoints, 0, params, opt_state
+  return checkpoints, 0, state
 
 
-def load(checkpoints: checkpoint.Checkpoints, step: int, params: dict,
-         opt_state):
-  """``params, opt_state`` of a step, in the place of these.
+def load(checkpoints: checkpoint.Checkpoints, step: int, like: TrainState
+         ) -> TrainState:
+  """Loads the state of a step.
 
-  Also of an earlier version, whose `mezo` had no `RoundingState`: its bits were
-  of the same key and count as its directions.
+  An earlier version had no `RoundingState` in the state of `mezo`: its bits
+  came from the key and the count of the directions.
+
+  Args:
+    checkpoints: Checkpoints of the run.
+    step: A step that has a checkpoint.
+    like: Arrays or shapes, which the result equals in shape, dtype and
+      sharding.
 
   Raises:
-    Damaged: if it is not what was saved.
-    InputError: if it is of another model.
+    Damaged: if the checkpoint is not what was saved.
+    InputError: if the checkpoint is of another model.
   """
+  # Checkpoints hold a plain tuple: the names of a NamedTuple's fields would
+  # become part of the paths in the file.
   try:
-    return checkpoints.load(step, (params, opt_state))
+    return TrainState(*checkpoints.load(step, tuple(like)))
   except checkpoint.Damaged:
     raise
   except InputError as e:
-    if not isinstance(opt_state[-1], RoundingState):
+    if not isinstance(like.opt_state[-1], RoundingState):
       raise
     try:
-      params, old = checkpoints.load(step, (params, opt_state[:-1]))
+      params, old = checkpoints.load(step, (like.params, like.opt_state[:-1]))
     except InputError:
       raise e from None
-  copies = map(jnp.copy, (old[0].count, old[0].key))  # each to be donated
-  return params, (*old, RoundingState(*copies))
+  # Copies, because each array of a state is donated by itself.
+  rounding = RoundingState(*map(jnp.copy, (old[0].count, old[0].key)))
+  return TrainState(params, (*old, rounding))
 
 
-def best(config: config_lib.Train, checkpoints: checkpoint.Checkpoints,
-         params: dict, opt_state):
-  """``step, params`` of the step that is a run's result: the best on dev rows,
-  or the last, which these are, where dev rows select none.
+def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
+         replays: bool) -> tuple[int, Any]:
+  """Returns the step that is best on dev rows, and its parameters.
+
+  Args:
+    checkpoints: Checkpoints of the run.
+    state: State after the last step.
+    steps: Number of the last step.
+    replays: Whether the log can replay every step.
 
   Raises:
-    Stopped: if no step is any good, or its checkpoint is damaged once more.
-    Again: if its checkpoint is damaged: the log makes it again.
+    Stopped: if no step has a finite evaluation, or if the checkpoint of the
+      best step is damaged once more after it was saved again.
+    Again: if the checkpoint of the best step is damaged. It is moved aside, and
+      the run that resumes replays and saves that step again.
   """
-  if not methods.selects(config):
-    return config.steps, params
-  if optax.tree.get(opt_state, 'total_notfinite') >= config.steps:
+  if optax.tree.get(state.opt_state, 'total_notfinite') >= steps:
     raise Stopped(
-        f'each of the {config.steps} steps gave a loss that is not finite and '
+        f'each of the {steps} steps gave a loss that is not finite and '
         f'was skipped: nothing was trained. {guards.TRY}')
   try:
     step = checkpoints.best_step()
   except MissingError as e:
     raise Stopped(f'{e} {guards.TRY}') from e
-  if step == config.steps:
-    return step, params
+  if step == steps:
+    return step, state.params
   try:
-    return step, load(checkpoints, step, params, opt_state)[0]
+    return step, load(checkpoints, step, state).params
   except checkpoint.Damaged as e:
-    before = checkpoints.was_set_aside(step)
+    damaged_before = checkpoints.was_set_aside(step)
+    if replays and not damaged_before:
+      # A run resumes from its newest checkpoint. Without the later ones that is
+      # one before the damaged step, which is then replayed from the log.
+      checkpoints.delete_after(step)
     aside = checkpoints.set_aside(step)
     checkpoints.close()
-    if before:  # Running again would not help, and must not be asked for.
+    if damaged_before:
+      # A job that runs itself again on status 75 must not do so for ever.
       raise Stopped(
           f'{e} It is now {aside}, as one of the same step was before: what is '
           'written to this directory cannot be read. Check the disk, or choose '

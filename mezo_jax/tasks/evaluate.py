@@ -17,7 +17,6 @@ from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded, Form
 from mezo_jax.tasks.task import Task
-from mezo_jax.training import config as config_lib
 
 
 class Sizes(NamedTuple):
@@ -288,12 +287,22 @@ class Evaluators(NamedTuple):
   sizes: dict[str, Sizes]  # of the batches of train, dev and test
 
 
-def make_evaluators(config: Any, model: Any, splits: data_lib.Splits,
-                    tokenizer: Any, mesh: jax.sharding.Mesh
+def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
+                    splits: data_lib.Splits, tokenizer: Any,
+                    mesh: jax.sharding.Mesh, sizes: dict[str, Sizes]
                     ) -> Evaluators:
-  """Returns how the dev and test rows of a run are answered and measured."""
-  task, sizes = config.task, sizes_of(config, splits)
-  objective = config_lib.objective(config)
+  """Returns functions that evaluate the dev and test rows of a run.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows.
+    objective: What is trained; the task's own if ''.
+    splits: The rows.
+    tokenizer: Tokenizer of the model.
+    mesh: Mesh that parameters are on.
+    sizes: Shapes of the batches of each split, from `sizes_of`.
+  """
+  objective = objectives.of(task, objective)
   dev, test = (make_evaluator(
       model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
       splits.prior.get(name), sizes.get(f'prior_{name}'), objective=objective,
@@ -312,9 +321,16 @@ def make_evaluators(config: Any, model: Any, splits: data_lib.Splits,
                     lambda params: test(params)[0], both, sizes)
 
 
-def sizes_of(config: Any, splits: data_lib.Splits) -> dict[str, Sizes]:
-  """Returns the sizes of the evaluation batches of each split."""
-  return {name: Sizes(buckets, config.eval_batch_size, config.eval_batch_tokens)
+def sizes_of(splits: data_lib.Splits, rows: int, tokens: int
+             ) -> dict[str, Sizes]:
+  """Returns the shapes of the evaluation batches of each split.
+
+  Args:
+    splits: The rows.
+    rows: Rows of a batch, at most.
+    tokens: Tokens of a batch, at most, padding included.
+  """
+  return {name: Sizes(buckets, rows, tokens)
           for name, buckets in splits.buckets.items()}
 
 

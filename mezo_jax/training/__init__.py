@@ -1,12 +1,14 @@
-"""A config becomes a run: the config's fields, the table of methods, what is
-built from them, the batches, and the training loop.
+"""A config becomes a run.
 
-`mezo_jax.training.config` has every field of a run. `build` makes the model,
-its data and its optimizer of a config.
+`run` trains a model as a config says, or resumes that, and returns the result.
+`config` has the fields of a config, `methods` the table of methods, `build`
+makes data, model and optimizer, and `loop` is the training loop.
 """
 
 from mezo_jax.core import extras
 
 extras.require(__name__, 'absl', 'flax', 'ml_collections', 'tqdm')
 
-__all__ = ()
+from mezo_jax.training.train import run
+
+__all__ = ('run',)

@@ -1,7 +1,7 @@
-"""A config becomes what a run is made of: data, model, parameters, optimizer.
+"""Builds the data, the model, the parameters and the optimizer of a config.
 
-`build` does it in the order in which it is said here, so that a wrong column
-costs no waiting for weights. The functions that it calls serve others too.
+`build` does this in an order in which mistakes in the data are found before the
+weights are loaded. Evaluation, export and planning use its parts.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mezo_jax.core import fingerprint, multihost, paths, sharding
 from mezo_jax.core.errors import InputError
 from mezo_jax.models.formats import classifier
 from mezo_jax.tasks import data as data_lib
-from mezo_jax.tasks import head, quickstart_data, score
+from mezo_jax.tasks import evaluate, head, quickstart_data, score
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import batch_of, Encoded
 from mezo_jax.training import config as config_lib
@@ -28,36 +28,55 @@ from mezo_jax.training import trainable as trainable_lib
 
 
 class Built(NamedTuple):
-  """What a run is made of. Abstract, it has shapes in the place of arrays."""
+  """The parts of a run. An abstract one has shapes in the place of arrays.
+
+  Attributes:
+    mesh: Devices of the run.
+    tokenizer: Tokenizer of the model.
+    splits: Rows of the first task.
+    model: The model.
+    params: Parameters that are trained; all parameters of a method that does
+      not train.
+    frozen: The other parameters.
+    loss_fn: ``loss_fn(params, batch)`` of all parameters. It and the following
+      are None for a method that does not train.
+    tx: The optimizer.
+    opt_state: State of the optimizer before the first step.
+    host: Calls Python functions for ``loss_fn``.
+  """
 
   mesh: jax.sharding.Mesh
   tokenizer: Any
   splits: data_lib.Splits
   model: models.Transformer
-  params: dict  # those that are trained; all of a method without steps
-  frozen: dict  # the rest
-  # Of a method with steps, else None.
-  loss_fn: Callable | None = None  # value_fn(params, batch) of all parameters
+  params: dict
+  frozen: dict
+  loss_fn: Callable | None = None
   tx: optax.GradientTransformationExtraArgs | None = None
   opt_state: Any = None
-  host: score.Host | None = None  # that loss_fn calls Python functions through
+  host: score.Host | None = None
+
+  def without_weights(self) -> 'Built':
+    """Returns the same parts without arrays, which others own."""
+    return self._replace(params=None, frozen=None, opt_state=None)
 
 
 def build(config: config_lib.Train, *, abstract: bool = False,
           model_config: models.Config | None = None, tokenizer=None,
           rows: data_lib.Rows | None = None, mesh=None,
           say: Callable[[str], None] = print) -> Built:
-  """Everything that a run needs before its first step.
+  """Builds everything that a run needs before its first step.
 
   Args:
-    config: of the run; see `mezo_jax.training.checks.check`.
-    abstract: give parameters and state as `jax.ShapeDtypeStruct` with
-      shardings; no weights are read.
-    model_config: of the model, instead of what its files say; for ``abstract``.
-    tokenizer: the model's, instead of that of its files.
-    rows: to train on and to test with, instead of the config's.
-    mesh: instead of the config's, of described devices for example.
-    say: reports what is found.
+    config: Config of the run, checked by `mezo_jax.training.checks.check`.
+    abstract: Whether parameters and state are `jax.ShapeDtypeStruct` with
+      shardings. Then no weights are read. Defaults to False.
+    model_config: Config of the model, for ``abstract``. Defaults to that of its
+      files.
+    tokenizer: Tokenizer of the model. Defaults to that of its files.
+    rows: Rows of all splits. Defaults to those of the config.
+    mesh: Mesh, for example of described devices. Defaults to the config's.
+    say: Reports what is found.
 
   Raises:
     InputError: if the config, its files and the devices do not fit each other.
@@ -85,7 +104,7 @@ def build(config: config_lib.Train, *, abstract: bool = False,
 
 
 def _host_is_silent(fn, shape, found, *args):
-  """In the place of a call to the host, which no described device has."""
+  """Takes the place of a call to the host, which described devices lack."""
   del fn, args
   return jnp.zeros(shape.shape, shape.dtype) + 0 * jnp.sum(found)
 
@@ -94,8 +113,11 @@ def _host_is_silent(fn, shape, found, *args):
 
 
 def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
-  """The config's mesh over all devices or over these; InputError if it does
-  not fit them."""
+  """Returns the config's mesh over some devices, or over all.
+
+  Raises:
+    InputError: if the mesh, or a batch, does not fit the devices.
+  """
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor,
                             sizes.direction, devices)
@@ -110,7 +132,8 @@ def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
 
 
 def model_name(config: config_lib.Train) -> str | os.PathLike:
-  """The model to load; the quickstart's is fetched where it is missing."""
+  """Returns the model to load. That of the quickstart is fetched if necessary.
+  """
   name = config.model.name
   return quickstart_data.model_path() if name == 'quickstart' else name
 
@@ -125,10 +148,12 @@ def plain_name(config: config_lib.Train) -> str:
 
 
 def read_config(config: config_lib.Train) -> models.Config:
+  """Reads the config of the model."""
   return models.load_config(model_name(config), config.model.revision or None)
 
 
 def read_tokenizer(config: config_lib.Train):
+  """Reads the tokenizer of the model."""
   return models.load_tokenizer(
       model_name(config), config.model.revision or None,
       config.model.bos_token or None)
@@ -137,8 +162,9 @@ def read_tokenizer(config: config_lib.Train):
 def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
                 model_config: models.Config, tokenizer,
                 say: Callable[[str], None]) -> data_lib.Splits:
-  """Returns rows as tokens, in the form that objective and evaluation need, and
-  reports how many there are and what looks wrong in them.
+  """Encodes rows in the form that objective and evaluation need.
+
+  Reports how many rows there are, and what looks wrong in them.
 
   Raises:
     InputError: if data, task and model do not fit each other.
@@ -163,7 +189,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   needs_gold = (objectives.needs_gold(objective) or method.probe
                 or method.demonstrations)
   say(split_words(config, rows))
-  if method.steps and config.method != 'private' and (
+  if method.steps and not method.private and (
       len(rows.train) < config.data.batch_size):
     raise InputError(
         f'{len(rows.train)} training rows do not fill a batch of '
@@ -184,7 +210,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       num_demos=config.num_demos if method.demonstrations else 0,
       prior=bool(config.calibration),
       prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
-      untold=('train',) if config.method == 'private' else (),
+      untold=('train',) if method.private else (),
       # Without steps nothing is trained, and answers alone are generated.
       lm_loss=objectives.gold_only(objective) and (
           method.steps or not task.traits.generates),
@@ -207,9 +233,27 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   return splits
 
 
+def eval_sizes(config: config_lib.Train, splits: data_lib.Splits
+               ) -> dict[str, evaluate.Sizes]:
+  """Returns the shapes of the evaluation batches of each split."""
+  return evaluate.sizes_of(
+      splits, config.eval_batch_size, config.eval_batch_tokens)
+
+
+def make_evaluators(config: config_lib.Train, model: models.Transformer,
+                    splits: data_lib.Splits, tokenizer, mesh
+                    ) -> evaluate.Evaluators:
+  """Returns functions that evaluate the dev and test rows of a run."""
+  return evaluate.make_evaluators(
+      model, config.task, config.objective, splits, tokenizer, mesh,
+      eval_sizes(config, splits))
+
+
 def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
-  """Returns how the rows of a run are split: ``data: 230 rows of x.csv: 138
-  train, 46 dev, 46 test``."""
+  """Returns a line about the rows of each split.
+
+  For example ``data: 230 rows of x.csv: 138 train, 46 dev, 46 test``.
+  """
   d, task = config.data, config.task
   source = d.train or task.hub
   held_out = d.test or ('' if d.train else task.hub)
@@ -226,11 +270,13 @@ def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
 
 def data_warnings(config: config_lib.Train,
                   rows: data_lib.Rows) -> list[str]:
-  """Returns what looks like a mistake in the rows of a run. Of private training
-  rows nothing is said."""
+  """Returns what looks like a mistake in the rows of a run.
+
+  Private training rows are left out.
+  """
   task, out = config.task, []
   read = {'dev': rows.dev, 'test': rows.test}
-  if config.method != 'private':
+  if not methods.method_of(config).private:
     read = {'train': rows.train} | read
   for name, some in read.items():
     bare = sum(not task.has_gold(row) for row in some)
@@ -275,7 +321,8 @@ def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
 
 
 def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
-  """An abstract training batch of ``rows`` rows of ``length`` tokens."""
+  """Returns an abstract training batch of ``rows`` rows of ``length`` tokens.
+  """
   batch = batch_of(data, range(rows), length, rows)
   place = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
   return jax.tree.map(lambda x: _shape(x, place), batch)
@@ -286,7 +333,7 @@ def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
 
 def load(config: config_lib.Train, model_config: models.Config, mesh,
          abstract: bool = False):
-  """``model, params`` of the model's files, or the shapes of the latter."""
+  """Returns the model and its parameters, or the shapes of these."""
   if abstract and config.model.dtype != 'codes':
     model = models.Transformer(model_config)
     params = models.param_shapes(
@@ -295,24 +342,26 @@ def load(config: config_lib.Train, model_config: models.Config, mesh,
     model, params = models.load(
         model_name(config), mesh, config.model.dtype,
         revision=config.model.revision or None, offload=config.model.offload)
-    if abstract:  # what the codes are, their file alone says
+    if abstract:  # only the file has the kinds of quantised weights
       params = jax.tree.map(lambda x: _shape(x, x.sharding), params)
   return model.clone(remat=config.model.remat), params
 
 
 def add(config: config_lib.Train, model: models.Transformer, params: dict,
         tokenizer, mesh):
-  """``model, params`` with what task and method add, and laid out as they need.
+  """Returns the model and its parameters with what task and method add.
+
+  They are laid out as the method needs.
 
   Args:
-    config: of the run.
-    model: from `load`.
-    params: from `load`, arrays or shapes; layers may be taken out of them.
-    tokenizer: the model's.
-    mesh: where parameters are.
+    config: Config of the run.
+    model: The model from `load`.
+    params: Arrays or shapes from `load`; layers may be taken out of this dict.
+    tokenizer: Tokenizer of the model.
+    mesh: Mesh that parameters are on.
 
   Raises:
-    InputError: if what is to be added does not fit the model.
+    InputError: if what is added does not fit the model.
   """
   abstract, given = _is_abstract(params), dict(paths.named_leaves(params))
   if config.task.traits.new_head:
@@ -320,7 +369,7 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
         jax.random.key(config.seed), model.config, config.task.num_classes)
     params = params | {'classifier': _made(
         lambda tree: sharding.replicated(mesh), abstract, make)}
-  made = []  # the models that go with what is made
+  made = []  # models, which a traced function cannot return
 
   def laid_out(params):
     found, params = trainable_lib.lay_out(config, model, params)
@@ -341,7 +390,7 @@ def add(config: config_lib.Train, model: models.Transformer, params: dict,
 
 
 def _made(place: Callable, abstract: bool, make: Callable, *args):
-  """What ``make(*args)`` gives, laid out by ``place(tree)``; or its shapes."""
+  """Returns ``make(*args)``, laid out by ``place(tree)``, or its shapes."""
   if not abstract:
     tree = make(*args)
     return sharding.place(tree, place(tree)) if tree else tree
@@ -350,7 +399,7 @@ def _made(place: Callable, abstract: bool, make: Callable, *args):
 
 
 def _as_before(shapes: dict, given: dict, mesh) -> dict:
-  """Shapes of parameters that are laid out anew, each where it was before."""
+  """Returns shapes of parameters with the shardings that they had before."""
   def place(path, x):
     for old in (path, path.removeprefix('last_'),
                 path.replace('lm_head/', 'embed/')):
@@ -374,8 +423,8 @@ def _is_abstract(params) -> bool:
 
 def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
                  mesh) -> privacy.Plan | None:
-  """The budget of a private run's training rows; None of another run."""
-  if config.method != 'private':
+  """Returns the budget of a private run's training rows, else None."""
+  if not methods.method_of(config).private:
     return None
   p = config.privacy
   return privacy.plan(
@@ -386,14 +435,16 @@ def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
 
 def init_state(tx: optax.GradientTransformation, params: dict, mesh,
                abstract: bool | None = None):
-  """The optimizer's state: what mirrors a parameter lies where it does, the
-  rest everywhere.
+  """Returns the state of the optimizer before the first step.
+
+  What mirrors a parameter has its sharding; the rest is replicated.
 
   Args:
-    tx: the optimizer.
-    params: that it trains, arrays or shapes.
-    mesh: where they are.
-    abstract: give shapes; None to do so where ``params`` are shapes.
+    tx: The optimizer.
+    params: Arrays or shapes of the parameters that it trains.
+    mesh: Mesh that they are on.
+    abstract: Whether to return shapes. Defaults to whether ``params`` are
+      shapes.
   """
   everywhere = sharding.replicated(mesh)
   if not (_is_abstract(params) if abstract is None else abstract):

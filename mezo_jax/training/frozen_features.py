@@ -1,7 +1,8 @@
-"""The layers below all that is trained, computed once for each row.
+"""Caches the activations of frozen layers.
 
-Where nothing below the last k layers is trained, what goes into them is the
-same at every step: `keep` computes it once, steps and evaluations run the rest.
+If nothing below the last k layers is trained, the input of these layers is the
+same in every step. `keep` computes it once for each row, and steps and
+evaluations run the other layers only.
 """
 
 from collections.abc import Callable
@@ -23,36 +24,39 @@ from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import evaluate, score
 from mezo_jax.tasks.encode import Encoded, Kept
 from mezo_jax.training import build as build_lib
+from mezo_jax.training import methods
 
 _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
-_FORMAT = 2  # of the files; another one is made anew
+_FORMAT = 2  # of the files; those of another format are computed again
 
 
 def is_frozen(trained) -> bool:
-  """Whether all that is trained comes after ``layers`` of a `Transformer`."""
+  """Returns whether all trained parameters come after the `layers` of a model.
+  """
   return not any(re.search(_TRUNK, path)
                  for path, _ in paths.named_leaves(trained))
 
 
 def keep(config, built: build_lib.Built, directory: str | os.PathLike,
          say: Callable[[str], None] = print) -> build_lib.Built:
-  """The same run with its rows' trunks computed, and without its weights.
+  """Returns the same run with cached activations of its frozen layers.
 
-  The rows' ``trunk`` are then there in `mezo_jax.tasks.encode.batch_of`, which
-  takes D numbers a token: in memory up to ``config.trunk_memory``, beyond in
-  files of ``directory``, which are found again if rows and weights are the
-  same. ``frozen`` keeps what steps and evaluations still read; all of it where
-  answers are generated, which takes the whole model.
+  Batches then have the activations, D numbers per token. Up to
+  ``config.trunk_memory`` they are kept in memory, else in files of
+  ``directory``, which a resumed run finds again if rows and weights are the
+  same. ``frozen`` keeps the parameters that steps and evaluations still read.
+  These are all parameters if answers are generated, which takes the whole
+  model.
 
   Args:
-    config: of the run.
-    built: with weights, or abstract: then rows have trunks of zeros.
-    directory: for files.
-    say: reports what is kept where.
+    config: Config of the run.
+    built: The run. If it is abstract, the activations are zeros.
+    directory: Directory for files.
+    say: Reports what is cached, and where.
 
   Returns:
-    ``built`` as it was where something below is trained, where
-    ``config.keep_trunk`` is off, or where all answers are generated.
+    The run, unchanged if a layer below is trained, if ``config.keep_trunk`` is
+    off, or if all answers are generated.
   """
   if not config.keep_trunk or not is_frozen(built.params):
     return built
@@ -64,7 +68,7 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
   if not wanted:
     return built
 
-  # Where to.
+  # Memory or files?
   like = jax.tree.leaves(built.params)[0]
   dtype = np.dtype(models.float_dtype(config.model.dtype))
   shape = lambda data: (int(data.lengths.sum()), model.config.width)
@@ -74,11 +78,13 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
   in_files = size > config.trunk_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
-  much = '' if config.method == 'private' else f' {size / 2**20:.0f} MiB,'
+  much = f' {size / 2**20:.0f} MiB,'
+  if methods.method_of(config).private:
+    much = ''  # it would tell how long the rows are
   say(f'trunk: all below what is trained is computed once for each of {rows} '
       f'rows,{much} and kept in {where}')
 
-  # What.
+  # Compute.
   whole = peft.join(built.params, built.frozen)
   below, rest = peft.split(built.frozen, _TRUNK)
   if abstract:
@@ -86,7 +92,7 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
             for name, data in wanted.items()}
   else:
     mark = _mark(config, model, below) if in_files else ''
-    sizes = evaluate.sizes_of(config, splits)
+    sizes = build_lib.eval_sizes(config, splits)
     kept = {}
     for name, data in wanted.items():
       file = (Path(directory) / f'{name}-{_name(mark, data)}' if in_files
@@ -97,7 +103,7 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
       kept[name], np.cumsum(data.lengths) - data.lengths))
          for name, data in wanted.items()}
 
-  # What is still read.
+  # Keep the frozen parameters that are still read.
   if len(wanted) < len(of):
     rest = built.frozen
   elif model.config.tied_head and not config.task.traits.new_head:
@@ -110,7 +116,8 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
 
 def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
               file: Path | None) -> np.ndarray:
-  """[tokens, D], in memory or of a file, which may be there already."""
+  """Returns activations [tokens, D], in memory or of a file, which may exist.
+  """
   opened = lambda: np.memmap(file, dtype, 'r', shape=shape)
   if file and _everywhere(file.exists()):
     return opened()
@@ -160,11 +167,13 @@ def _trunk(model, dtype) -> Callable:
 
 
 def _make_room(file: Path, size: int) -> None:
-  """Makes a file of so many bytes that the disk has: to write into a map of
-  more ends a process without a word.
+  """Makes a file of so many bytes and reserves the room on the disk.
+
+  Writing into a memory map for which the disk has no room kills the process
+  without a message.
 
   Raises:
-    InputError: if it has not.
+    InputError: if the disk does not have the room.
   """
   with file.open('wb') as f:
     try:
@@ -188,7 +197,7 @@ def _everywhere(here: bool) -> bool:
 
 
 def _mark(config, model, below: dict) -> str:
-  """Of the weights: equal for equal ones, on any mesh."""
+  """Returns a text that is equal for equal weights, on any mesh."""
   return repr((_FORMAT, model.config, config.model.dtype,
                fingerprint.of_weights(below)))
 

@@ -1,4 +1,4 @@
-"""Linear probing, and how the probe is written into a vocabulary head."""
+"""Fits a linear probe, and writes it into a vocabulary head."""
 
 from collections.abc import Callable
 import warnings
@@ -12,12 +12,10 @@ from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks.encode import Encoded
 from mezo_jax.tasks.evaluate import choices_report, run_batches, Sizes
 from mezo_jax.tasks.task import Task
-from mezo_jax.training import config as config_lib
-from mezo_jax.training import methods
 
 
 def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
-  """float32 [R, D]: what the label words' logits are linear in."""
+  """Returns float32 [R, D]: the inputs of the head at the label words."""
   def read(params, batch):
     return models.apply(
         model, params, batch['input_ids'], batch['attention_mask'],
@@ -26,15 +24,15 @@ def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
 
 
 def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
-  """scikit-learn's logistic regression, its penalty chosen by five folds.
+  """Fits scikit-learn's logistic regression; five folds choose the penalty.
 
-  Settings as in the paper's code: at most 5,000 iterations, tolerance 1e-4,
-  random state 0; an intercept for masked models only.
+  The settings are those of the paper's code: at most 5,000 iterations, a
+  tolerance of 1e-4, random state 0, and an intercept for masked models only.
 
   Args:
-    x: features [R, D].
-    labels: [R].
-    bias: whether there is an intercept.
+    x: Features [R, D].
+    labels: Labels [R].
+    bias: Whether to fit an intercept.
 
   Raises:
     ValueError: if there are fewer than two labels, or rows, to fit, or
@@ -68,17 +66,16 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
   """Fits a probe to the train rows' features.
 
   Args:
-    model: a `mezo_jax.models.Transformer`.
-    params: its parameters.
-    splits: rows whose label words are read at one position.
-    sizes: of the batches, by split.
-    mesh: that parameters are on.
-    task: The rows' task, whose metric the report has.
-    objective: Of the run; the report has its value.
+    model: A `mezo_jax.models.Transformer`.
+    params: Its parameters.
+    splits: Rows whose label words are read at one position.
+    sizes: Shapes of the batches, by split.
+    mesh: Mesh that parameters are on.
+    task: Task of the rows, whose metric the report has.
+    objective: Objective of the run, whose value the report has.
 
   Returns:
-    ``probe, report``: scikit-learn's model, and how right it is of the test
-    rows.
+    scikit-learn's model, and its report on the test rows.
 
   Raises:
     ValueError: for label words of several tokens, or as `fit_probe`.
@@ -96,19 +93,9 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
   return probe, choices_report(task, objective, splits.test, scores)
 
 
-def begin(config, built, params: dict, sizes: dict):
-  """``params, report`` of a run that begins with a probe, which is written into
-  the parameters where they are trained."""
-  found, report = linear_probe(
-      built.model, params, built.splits, sizes, built.mesh, config.task,
-      config_lib.objective(config))
-  if methods.method_of(config).steps:
-    params = write_probe(params, found, built.splits.train.token_ids)
-  return params, report
-
-
 def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:
-  """Scores [R, C] of a probe; classes that it never saw come last."""
+  """Returns the scores [R, C] of a probe; classes that it never saw are last.
+  """
   found = probe.decision_function(x)
   if found.ndim == 1:
     found = np.stack([-found / 2, found / 2], -1)
@@ -118,7 +105,7 @@ def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:
 
 
 def write_probe(params: dict, probe, token_ids: np.ndarray) -> dict:
-  """Parameters whose label-word logits are the probe's scores.
+  """Returns parameters whose label-word logits are the probe's scores.
 
   The rows of the label words in the head become the probe's coefficients, and
   with an intercept their biases become it.

@@ -24,6 +24,7 @@ class Method:
   variant: bool = False  # the name is one of `mezo_jax.variants`
   mixes: bool = True  # may have several tasks
   scores: bool = False  # weights are looked at before the first step
+  private: bool = False  # nothing about the training rows may be reported
   # `rules(config)`: what must hold beside what `checks.check` asks of all,
   # pairs of whether it does and what to say if not.
   rules: Callable = method_rules.none
@@ -85,7 +86,8 @@ METHODS = {
         part='scales', other_rates=True, rules=method_rules.qzo),
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
-        'only', variant=True, mixes=False, rules=method_rules.private),
+        'only', variant=True, mixes=False, private=True,
+        rules=method_rules.private),
     'zero_shot': Method(
         'no training', steps=False, mixes=False,
         result=lambda ask, params, probed: ask.both(params)[1]),

@@ -1,9 +1,10 @@
-r"""The tasks of a run: one, or several, of whose losses it makes the mean
-:math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t` less.
+r"""The tasks of a run: one, or several that are trained together.
 
-A step's batch is of one task, drawn by weight from the run's seed, so that its
-loss is right on average; programs are compiled for each task and length. Dev
-rows of all choose the best step, by the mean of their metrics.
+Several tasks minimise the weighted mean of their losses,
+:math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t`. The batch of a step is of one
+task, which the run's seed draws by weight, so the loss of a step is right on
+average. A program is compiled for each task and length. The dev rows of all
+tasks choose the best step, by the mean of their metrics.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import evaluate, score
 from mezo_jax.training import build as build_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import feed, frozen_features
+from mezo_jax.training import feed, frozen_features, methods, privacy
 
-MEAN = 'mean'  # of the main metrics of several tasks
+MEAN = 'mean'  # name of the mean of the main metrics of several tasks
 
 
 @functools.partial(
@@ -32,24 +33,30 @@ MEAN = 'mean'  # of the main metrics of several tasks
     data_fields=('batch',), meta_fields=('task',))
 @dataclasses.dataclass(frozen=True)
 class Of:
-  """A batch, and the number of the task that it is of."""
+  """A batch, and the number of its task."""
 
   batch: Any
   task: int
 
 
 class Part(NamedTuple):
-  """One task of a run."""
+  """One task of a run.
+
+  Attributes:
+    name: Name in reports.
+    weight: Weight of its loss.
+    metric: Name of the number by which steps and runs are compared.
+    drawn: How its batches are drawn.
+    built: Its rows and loss, and the frozen parameters that are still read.
+    ask: Functions that evaluate its dev and test rows.
+  """
 
   name: str
   weight: float
-  config: config_lib.Train  # as if it were alone
+  metric: str
+  drawn: feed.Drawn
   built: build_lib.Built
   ask: evaluate.Evaluators
-
-  @property
-  def metric(self) -> str:
-    return config_lib.metric(self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Mixture:
 
   @property
   def metric(self) -> str:
-    """The name of the number by which runs and their steps are compared."""
+    """Returns the name of the number by which runs and steps are compared."""
     return MEAN if len(self.parts) > 1 else self.parts[0].metric
 
   @property
@@ -68,43 +75,55 @@ class Mixture:
     return [part.built.splits for part in self.parts]
 
   def value_fn(self, params, of: Of):
-    """The rows' values of a batch, by its task's objective."""
+    """Returns the per-example losses of a batch by its task's objective."""
     return self.parts[of.task].built.loss_fn(params, of.batch)
 
   def frozen(self, of: Of) -> dict:
     return self.parts[of.task].built.frozen
 
-  def feed(self, config: config_lib.Train, mesh, start: int, plan=None,
-           secret: bytes | None = None) -> Iterator:
-    """Yields (tokens, `Of` a batch on the mesh, more for the step) from batch
-    number ``start`` on; of a private run with its plan and secret."""
+  def feed(self, mesh, start: int, steps: int, *,
+           plan: privacy.Plan | None = None, secret: bytes | None = None
+           ) -> Iterator[tuple[int, Of, dict]]:
+    """Yields ``tokens, batch, more`` from batch number ``start`` on.
+
+    Args:
+      mesh: Mesh that batches are put on.
+      start: Number of the first batch, from 0.
+      steps: Number of batches of the whole run.
+      plan: Plan of a private run.
+      secret: Secret of a private run.
+    """
     if plan:
       part, = self.parts
-      of_one = feed.private(plan, secret, part.built.splits, mesh, start)
-      drawn, sources = itertools.repeat(0), [of_one]
+      sources = [feed.private(plan, secret, part.built.splits, mesh, start)]
+      tasks = itertools.repeat(0)
     else:
       weights = np.array([part.weight for part in self.parts])
-      drawn = np.random.RandomState(config.seed).choice(
-          len(weights), config.steps, p=weights / weights.sum())
+      drawn = np.random.RandomState(self.parts[0].drawn.seed).choice(
+          len(weights), steps, p=weights / weights.sum())
       sources = [
-          feed.batches(part.config, part.built.splits, mesh,
+          feed.batches(part.drawn, part.built.splits, mesh,
                        int(np.sum(drawn[:start] == i)))
           for i, part in enumerate(self.parts)]
-      drawn = drawn[start:].tolist()
-    for i in drawn:
+      tasks = drawn[start:].tolist()
+    for i in tasks:
       tokens, batch, more = next(sources[i])
       yield tokens, Of(batch, i), more
 
-  def lengths(self, plan=None) -> list[str]:
+  def lengths(self, plan: privacy.Plan | None = None) -> list[str]:
     """Returns the lengths, by task, that a step is compiled for."""
     return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
-            for part in self.parts
-            for length in feed.lengths(part.config, part.built.splits, plan)]
+            for part in self.parts for length in feed.lengths(
+                part.built.splits, part.drawn.batch_size, plan)]
 
   def ask(self, change: Callable = lambda params: params
           ) -> evaluate.Evaluators:
-    """Functions of the trained parameters, to reports of all tasks; ``change``
-    is done to these and to the frozen ones before."""
+    """Returns functions of the trained parameters that evaluate all tasks.
+
+    Args:
+      change: A function of parameters that is applied to the trained and to the
+        frozen ones first. Defaults to the identity.
+    """
     def of_each(params):
       for part in self.parts:
         yield part, peft.join(change(params), change(part.built.frozen))
@@ -117,8 +136,11 @@ class Mixture:
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
   def joined(self, reports: list[dict]) -> dict:
-    """Returns one report. Of several tasks it has ``mean`` of their metrics
-    (if all are measured), ``loss``, the mean by weight, and ``NAME/...``."""
+    """Returns one report from the reports of the tasks.
+
+    With several tasks it has the weighted mean ``loss``, ``mean`` of their
+    metrics if all were measured, and the entries of each as ``NAME/...``.
+    """
     if len(self.parts) == 1:
       return reports[0]
     found, out = [*zip(self.parts, reports)], {}
@@ -136,8 +158,10 @@ class Mixture:
                   for name, value in report.items() if name != 'not_finite'}
 
   def table(self, zero_shot: dict, final: dict) -> str:
-    """Returns a line for each task, and their mean, in Markdown; '' for one
-    task."""
+    """Returns a Markdown table with a line for each task and for their mean.
+
+    It is '' for a single task.
+    """
     if len(self.parts) == 1:
       return ''
     rows = []
@@ -157,7 +181,7 @@ class Mixture:
 
 
 def alone(config: config_lib.Train) -> list[tuple]:
-  """(name, weight, config) of each task of a run, as if it were alone."""
+  """Returns (name, weight, config) of each task, as if it were alone."""
   first = dataclasses.replace(config, also=())
   return [(config.task.name or 'first', 1.0, first), *(
       (a.name, a.weight, dataclasses.replace(first, task=a.task, data=a.data))
@@ -166,13 +190,14 @@ def alone(config: config_lib.Train) -> list[tuple]:
 
 def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
          say: Callable[[str], None]) -> Mixture:
-  """The tasks of a run whose first one is ``built``, with its weights.
+  """Builds the tasks of a run.
 
   Args:
-    config: of the run.
-    built: of its first task.
-    directory: for files of trunks.
-    say: reports what is found.
+    config: Config of the run.
+    built: What `mezo_jax.training.build.build` made of it: the first task, and
+      the weights.
+    directory: Directory for files of cached activations.
+    say: Reports what is found.
 
   Raises:
     InputError: if a task, its rows and the model do not fit each other.
@@ -190,8 +215,13 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
           built.tokenizer, *([built.host] if built.host else ())))
     found = frozen_features.keep(
         own, found, directory / name if config.also else directory, say)
-    ask = evaluate.make_evaluators(
+    ask = build_lib.make_evaluators(
         own, found.model, found.splits, found.tokenizer, found.mesh)
-    parts.append(Part(name, weight, own, found._replace(
-        params=None, opt_state=None), ask))
+    every = methods.anchor_every(own)
+    drawn = feed.Drawn(
+        own.data.batch_size, own.seed, every,
+        methods.anchor_batches(own, len(found.splits.train.prompts))
+        if every else 0)
+    parts.append(Part(name, weight, config_lib.metric(own), drawn,
+                      found._replace(params=None, opt_state=None), ask))
   return Mixture(tuple(parts))

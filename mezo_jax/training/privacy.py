@@ -1,16 +1,16 @@
-"""What private training needs beside its transform: a secret, rows by chance,
-and an account of what is told.
+"""Keeps the budget of private training: a secret, sampling and accounting.
 
-Of each step the secret gives, by HMAC-SHA256 of its number, which rows are in
-it (each with the same probability, by itself: Poisson sampling) and the key of
-the noise. Without the secret neither can be told from another; with it, a run
-that is resumed makes the very same steps, so that nothing is told twice.
+HMAC-SHA256 of the secret and of a step's number gives the rows of the step and
+the key of its noise. Each row is in the step with the same probability,
+independently of the others (Poisson sampling). Without the secret, neither rows
+nor noise can be predicted. With it, a resumed run makes exactly the same steps,
+so nothing is released twice.
 
-The account is dp-accounting's, of Poisson-sampled Gaussian or Laplace
-mechanisms in privacy loss distributions, neighbours differing by one row that
-is added or removed. Not in it: that floating-point noise is not exact, that
-the noise of a step has a key of 64 bits, what else was tried before (learning
-rates), and the dev and test rows.
+dp-accounting computes what is spent, by privacy loss distributions of
+Poisson-sampled Gaussian or Laplace mechanisms. Neighbouring data sets differ by
+one row that is added or removed. The account does not cover that floating-point
+noise is not exact, that the noise of a step has a key of 64 bits, that other
+settings (such as learning rates) were tried before, and the dev and test rows.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numpy as np
 
 from mezo_jax.core.errors import InputError, MissingError
 
-_SHARE = 1e-3  # of delta, for a batch that has more rows than there is room for
+_SHARE = 1e-3  # share of delta for batches that exceed the capacity
 _FILE = 'secret'
 
 
@@ -35,15 +35,15 @@ class Plan:
   r"""A budget, and the noise that keeps to it.
 
   Attributes:
-    epsilon: what may be spent in all steps.
-    delta: with a probability of which more is.
+    epsilon: Epsilon of all steps together.
+    delta: Delta of all steps together.
     mechanism: 'gaussian' or 'laplace'.
-    steps: of the run.
-    rows: to train on.
-    batch_size: expected in a batch.
-    capacity: for which a batch has room; more are left out at random, which
-      delta has a part for.
-    noise_multiplier: :math:`\sigma`.
+    steps: Number of steps of the run.
+    rows: Number of training rows.
+    batch_size: Expected number of rows of a batch.
+    capacity: Largest number of rows of a batch. If more are sampled, some are
+      left out at random; a part of delta covers that.
+    noise_multiplier: :math:`\sigma`, in units of the clip.
   """
 
   epsilon: float
@@ -56,7 +56,7 @@ class Plan:
   noise_multiplier: float
 
   def spent(self, steps: int) -> float:
-    """Epsilon, at the plan's delta, of so many of its steps."""
+    """Returns the epsilon, at the plan's delta, of so many of its steps."""
     if not steps:
       return 0.0
     account = _accountant()
@@ -66,7 +66,7 @@ class Plan:
 
 
 def spell(plan: Plan, steps: int | None = None) -> str:
-  """A sentence of a plan, or of what was spent by so many of its steps."""
+  """Returns a sentence about a plan, or about what its first steps spent."""
   if steps is not None:
     return (f'privacy: {steps} steps spent epsilon {plan.spent(steps):.3f} of '
             f'{plan.epsilon:g} at delta {plan.delta:g}')
@@ -78,23 +78,23 @@ def spell(plan: Plan, steps: int | None = None) -> str:
 
 
 def account(plan: Plan, steps: int) -> dict:
-  """Of a result."""
+  """Returns what a result says about a plan and what its steps spent."""
   return dataclasses.asdict(plan) | {'spent': plan.spent(steps)}
 
 
 @functools.lru_cache
 def plan(epsilon: float, delta: float, mechanism: str, steps: int, rows: int,
          batch_size: int, multiple: int = 1) -> Plan:
-  """The least noise whose ``steps`` spend no more than (epsilon, delta).
+  """Returns the plan with the least noise that keeps (epsilon, delta).
 
   Args:
-    epsilon: of the budget.
-    delta: of the budget.
+    epsilon: Epsilon of the budget.
+    delta: Delta of the budget.
     mechanism: 'gaussian' or 'laplace'.
-    steps: of the run.
-    rows: to train on.
-    batch_size: expected in a batch.
-    multiple: that the capacity is to be of.
+    steps: Number of steps of the run.
+    rows: Number of training rows.
+    batch_size: Expected number of rows of a batch.
+    multiple: The capacity is a multiple of this number. Defaults to 1.
 
   Raises:
     MissingError: without dp-accounting.
@@ -106,7 +106,8 @@ def plan(epsilon: float, delta: float, mechanism: str, steps: int, rows: int,
                      'training rows that batches are samples of.')
   from scipy import stats  # slow to import
   rate = batch_size / rows
-  # A batch cut short costs both neighbours: delta (1 + e^epsilon) in all.
+  # A batch that is cut short costs delta for both neighbours, (1 + e^epsilon)
+  # times in all.
   most = _SHARE * delta / ((1 + math.exp(min(epsilon, 700.0))) * steps)
   capacity = int(stats.binom.isf(most, rows + 1, rate))  # a neighbour's too
   capacity = -(-max(capacity, 1) // multiple) * multiple
@@ -150,15 +151,15 @@ def _library():
 
 
 def secret(workdir: Path, new: bool) -> bytes:
-  """32 bytes of a run, that nobody else may read.
+  """Returns the secret of a run, 32 bytes that only its user may read.
 
   Args:
-    workdir: of the run; every process reads them there.
-    new: whether the run was never begun, and may have a new one.
+    workdir: Directory of the run, where every process reads the secret.
+    new: Whether the run is new, so that it may get a new secret.
 
   Raises:
-    MissingError: if a run that was begun has lost it.
-    InputError: if it is not what was written.
+    MissingError: if a run that was begun has lost its secret.
+    InputError: if the secret is not what was written.
   """
   file = workdir / _FILE
   if not file.exists() and not new:
@@ -186,7 +187,7 @@ def secret(workdir: Path, new: bool) -> bytes:
 
 
 def sample(secret: bytes, step: int, plan: Plan) -> np.ndarray:
-  """The rows of step number ``step``: each with the same probability."""
+  """Returns the rows that are sampled for a step."""
   rng = np.random.Generator(np.random.Philox(
       key=int.from_bytes(_digest(secret, 'rows', step)[:16], 'little')))
   rows = np.flatnonzero(rng.random(plan.rows) < plan.batch_size / plan.rows)
@@ -196,7 +197,7 @@ def sample(secret: bytes, step: int, plan: Plan) -> np.ndarray:
 
 
 def noise_key(secret: bytes, step: int) -> np.ndarray:
-  """uint32 [2]: the key of the noise of step number ``step``."""
+  """Returns uint32 [2]: the key of the noise of a step."""
   return np.frombuffer(_digest(secret, 'noise', step)[:8], np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""The parameters that a config trains: added, chosen and set apart."""
+"""Adds, selects and sets apart the parameters that a config trains."""
 
 import jax
 
@@ -10,8 +10,10 @@ from mezo_jax.training import methods
 
 
 def tokens_before(config: config_lib.Train) -> int:
-  """Positions that a text has less: of a soft prompt, or of a prefix if
-  positions start after it.
+  """Returns the number of positions that a text loses.
+
+  A soft prompt takes positions, and so does a prefix if positions start after
+  it.
 
   Raises:
     MissingError: if there is no such adapter as ``peft.adapter``.
@@ -30,8 +32,11 @@ def tokens_before(config: config_lib.Train) -> int:
 
 
 def lay_out(config: config_lib.Train, model: models.Transformer, params: dict):
-  """``model, params`` with what the method trains apart: a head where it is the
-  embedding, the last layers (which are taken out of ``params``)."""
+  """Returns the model and its parameters with what is trained set apart.
+
+  That is a head which was tied to the embedding, or the last layers, which are
+  taken out of ``params``.
+  """
   method, part = methods.method_of(config), methods.part_of(config)
   if not config.task.traits.new_head and (method.own_head or part.own_head):
     model, params = peft.untie(model, params)
@@ -42,8 +47,9 @@ def lay_out(config: config_lib.Train, model: models.Transformer, params: dict):
 
 def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
              tokenizer):
-  """``model, adapters``: new ones of the config's kind, or those of
-  ``peft.adapter``; {} if the config has none.
+  """Returns the model and its adapters, {} if the config has none.
+
+  The adapters are new ones of the config's kind, or those of ``peft.adapter``.
 
   Raises:
     InputError: if they do not fit the model.
@@ -69,8 +75,10 @@ def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
 
 
 def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
-  """``trainable, frozen``: what the method trains, and of that what
-  ``peft.mask`` selects; a task's new head is always trained.
+  """Splits parameters into trained and frozen ones.
+
+  Trained are those of the method that ``peft.mask`` selects. The new head of a
+  task is always trained.
 
   Raises:
     InputError: if nothing is selected, or a group is of no parameter.
@@ -116,10 +124,12 @@ def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:
 
 
 def before_training(config: config_lib.Train, params: dict) -> dict:
-  """What zero-shot means: the model, or a part of it, without adapters. With a
-  soft prompt the rows have its tokens in them, so it is the model with the
-  prompt that training starts from; and new ones that change nothing may as well
-  stay."""
+  """Returns the parameters of the untrained model: those without adapters.
+
+  Two kinds of adapters stay. With a soft prompt, rows contain its tokens, so
+  zero-shot means the prompt that training starts from. New adapters that change
+  nothing need not be removed.
+  """
   part = methods.part_of(config)
   if not part.adapter or part.soft or (
       part.added and not config.peft.adapter) or not any(

@@ -1,34 +1,16 @@
-"""The command `plan`, and what would fit where a plan does not."""
+"""Finds what would fit where a plan does not: a change of the config, of the
+mesh or of the devices."""
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
-import re
 from typing import NamedTuple
-
-from absl import flags
-import jax
-from ml_collections import config_flags
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.planning import machines
-from mezo_jax.planning.plan import (
-  GIB,
-  gib,
-  good_mesh,
-  Plan,
-  plan,
-  spell,
-  spell_mesh,
-)
-from mezo_jax.training import checks, fields, methods
+from mezo_jax.planning.plan import good_mesh, Plan, plan, spell_mesh
+from mezo_jax.training import checks, methods
 from mezo_jax.training import config as config_lib
-
-DOES_NOT_FIT = 3  # an exit status
-
-
-# --- what would fit ---------------------------------------------------------
 
 
 class Change(NamedTuple):
@@ -121,70 +103,3 @@ def what_fits(found: Plan, say: Callable[[str], None] = print
     if other.fits:
       return change, other
   return None
-
-
-# --- command line -----------------------------------------------------------
-
-
-def main(file: str, topology: str, mesh: str | None, tokens: int | None,
-         more: Sequence[str] = ()) -> int:
-  """Prints a plan and, where it does not fit, the first change that would.
-
-  Returns:
-    The exit status: 0 if it fits, else `DOES_NOT_FIT`.
-  """
-  n = machines.size(topology)
-  jax.config.update('jax_platforms', 'cpu')  # a device here is not asked
-  if topology.startswith('cpu'):
-    with contextlib.suppress(RuntimeError):  # devices are counted already
-      jax.config.update('jax_num_cpu_devices', n)
-  config = read_config(file, more)
-  found = plan(config, topology, sizes=read_mesh(mesh, n) if mesh else None,
-               tokens=tokens)
-  print(spell(found))
-  if found.fits:
-    print('It fits.')
-    return 0
-  print(f'It does not fit into {found.limit / GIB:g} GiB.')
-  other = what_fits(found)
-  if other is None:
-    print('Nothing that was tried fits.')
-  else:
-    change, found = other
-    print(f'What fits: {change.words} ({gib(found.peak())} of '
-          f'{found.limit / GIB:g} GiB a device).')
-  return DOES_NOT_FIT
-
-
-def read_config(file: str, more: Sequence[str] = ()) -> config_lib.Train:
-  """Reads a config's file as train.py takes it, with ``--config.FIELD=VALUE``.
-  """
-  values = flags.FlagValues()
-  argv = ['plan', f'--config={file}', *more]
-  config_flags.DEFINE_config_file(
-      'config', None, '', flag_values=values, sys_argv=argv)
-  fields.check_names(argv)
-  try:
-    values(argv)
-    fields.check_is_config(values.config)
-    return values.config
-  except InputError:
-    raise
-  except Exception as e:
-    raise InputError(fields.failure(e, file.partition(':')[0])) from e
-
-
-def read_mesh(text: str, n: int) -> dict[str, int]:
-  """'fsdp=4,tensor=2' over n devices; one axis may be -1, the rest."""
-  sizes = dict(data=1, fsdp=1, tensor=1, direction=1)
-  for part in text.split(','):
-    name, _, value = part.partition('=')
-    if name not in sizes or not re.fullmatch(r'-1|[1-9]\d*', value):
-      raise InputError(
-          f'--mesh={text!r}: {part!r} is no axis and size, such as fsdp=4; the '
-          f'axes are {", ".join(sizes)}.')
-    sizes[name] = int(value)
-  if math.prod(sizes.values()) != n and -1 not in sizes.values():
-    raise InputError(f'--mesh={text}: the product is not the number of devices '
-                     f'of the topology, {n}.')
-  return sizes

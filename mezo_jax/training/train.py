@@ -1,0 +1,246 @@
+"""One run, from its config to its result."""
+
+import functools
+from pathlib import Path
+import time
+
+import jax
+import optax
+from tqdm import tqdm
+
+from mezo_jax import peft
+from mezo_jax.core import fingerprint, multihost, paths
+from mezo_jax.core.errors import local
+from mezo_jax.distributed import replicas as replicas_lib
+from mezo_jax.runs import guards, loggers, preemption, resume
+from mezo_jax.runs import workdir as workdir_lib
+from mezo_jax.tasks import evaluate
+from mezo_jax.training import (
+  build,
+  checks,
+  linear_probe,
+  methods,
+  mixture,
+  privacy,
+  records,
+  scoring,
+  trainable,
+)
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import loop as loop_lib
+from mezo_jax.transforms.step import field, make_step, pends
+
+
+def run(config: config_lib.Train, workdir: Path,
+        place: 'replicas_lib.Place | None' = None, source: str = '') -> dict:
+  """Trains a model, or evaluates a baseline, as a config says.
+
+  If the run was stopped, the same call resumes it, and ends with bitwise the
+  parameters of a run that was not stopped. SIGTERM, SIGHUP and Ctrl-C stop it.
+
+  Args:
+    config: The config of the run.
+    workdir: Directory of the run's log, metrics, checkpoints and result. It is
+      made if it does not exist.
+    place: Which replica this run is (docs/replicas.md). Defaults to None, for a
+      run that is not one of several replicas.
+    source: Name of the config's file, which is reported. Defaults to '', for
+      none.
+
+  Returns:
+    The result, which ``result.json`` also holds: a dict of JSON values, in
+    which 'final' has the metrics of the test rows.
+
+  Raises:
+    InputError: if the config, its files, the devices and the directory do not
+      fit each other.
+    Stopped: if the run has no result, for example because its losses are not
+      finite.
+    Again: if the run was asked to stop. Nothing is lost.
+  """
+  workdir = local(workdir)
+  with workdir_lib.alone(workdir):
+    multihost.share(workdir)
+    return _run(config, workdir, place, source)
+
+
+def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
+  # Check: refuse what cannot work before anything is loaded.
+  began = time.time()
+  checks.check(config)
+  file = f'{source}, ' if source else ''
+  _say(f'config: {file}{config_lib.in_words(config)}')
+  replicas_lib.check(config, place)
+  multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
+                  'install the same on every host')
+  multihost.agree_on('the config', config_lib.to_json(config),
+                     'start the same command on every host')
+  records.check(config, workdir)
+  method = methods.method_of(config)
+
+  # Build: data, model, parameters and optimizer.
+  built = build.build(config, say=_say)
+  mesh, splits = built.mesh, built.splits
+  state = resume.TrainState(built.params, built.opt_state)
+  weights = fingerprint.of_weights(
+      peft.join(built.params, built.frozen), methods.made(config))
+  model_name = Path(build.model_name(config)).name
+  total = paths.size_of(built.params) + paths.size_of(built.frozen)
+  _say(f'model: {model_name}, {total:,} parameters in {config.model.dtype} on '
+       f'{mesh.size} {jax.devices()[0].platform} device(s)')
+  tasks = mixture.make(config, built, workdir / 'trunk', _say)
+  ask, metric = tasks.ask(), tasks.metric
+  # From here on `state` alone holds the parameters that steps donate, and
+  # `tasks` the frozen ones that are still read. The others are freed.
+  built = built.without_weights()
+  finish = functools.partial(records.write_result, config, workdir, splits,
+                             mesh, model=model_name)
+
+  # Baselines: a method that has no steps has its result now.
+  probed = None
+  if method.probe:
+    probe, probed = linear_probe.linear_probe(
+        built.model, state.params, splits, ask.sizes, mesh, config.task,
+        config_lib.objective(config))
+    if method.steps:  # which begin with the probe in the model's head
+      state = state._replace(params=linear_probe.write_probe(
+          state.params, probe, splits.train.token_ids))
+  if not method.steps:
+    final = method.result(ask, state.params, probed)
+    result = finish(final, seconds=time.time() - began)
+    _say(f'{config.method}: test {evaluate.spell(final)}; see '
+         f'{workdir / "result.json"}')
+    return result
+
+  # Step: compiled when a batch of a new length comes.
+  trained = paths.size_of(state.params)
+  _say(f'training {trained:,} of {total:,} parameters')
+  for text in methods.warnings(config):
+    _say(f'warning: {text}.')
+  plan = build.privacy_plan(config, splits, mesh)
+  if plan:
+    _say(privacy.spell(plan))
+  step_fn = make_step(
+      built.tx, tasks.value_fn, mesh=mesh, part=place.part if place else None,
+      on_compile=lambda *about: _say(loggers.spell_program(*about)))
+  _say('steps compile once per length: '
+       f'{", ".join(tasks.lengths(plan))} tokens')
+
+  # Inputs: a run that resumes must begin with the same as before.
+  secret = None
+  if plan:
+    secret = privacy.secret(
+        workdir, new=not (workdir / 'config.json').exists())
+  records.check_inputs(config, workdir, built.model.config, built.tokenizer,
+                       weights, tasks.splits, secret)
+  records.write_config(config, workdir)
+
+  # Zero-shot: the untrained model, with which the result is compared. It is
+  # evaluated before its weights are replaced by those of a checkpoint.
+  zero_shot, earlier = None, loggers.read(workdir / 'metrics.jsonl')
+  if config.zero_shot and not any(r['kind'] == 'zero_shot' for r in earlier):
+    untrained = functools.partial(trainable.before_training, config)
+    zero_shot = tasks.ask(untrained).both(untrained(state.params))
+
+  # Restore: the newest checkpoint. The log replays the steps after it.
+  checkpoints, start, state = resume.newest(
+      workdir / 'checkpoints', config.keep_checkpoints, state, _say)
+  if method.scores and not start:
+    state = state._replace(opt_state=optax.tree.set(
+        state.opt_state, memory=scoring.score_weights(
+            config, tasks, state.params, mesh, _say)))
+  recorded = field(state.opt_state, 'projected_grad')
+  log = workdir_lib.open_log(
+      workdir, records.log_header(config, workdir, weights),
+      0 if recorded is None else recorded.size, start, _say)
+  others = None
+  if place:
+    others = replicas_lib.join(
+        place, config, workdir, weights, tasks.splits, log, _say)
+  if log.end:
+    since = f'checkpoint {start}' if start else 'the beginning'
+    again = (f'; the steps since {since} are made again from the log'
+             if start < log.end else '')
+    _say(f'resumed from step {log.end} of {workdir}{again}')
+  metrics = loggers.Metrics(workdir, log.end)
+  if zero_shot:
+    on_dev, on_test = zero_shot
+    metrics.write('dev', 0, **on_dev)
+    metrics.write('zero_shot', 0, **on_test)
+  zero_shot = metrics.at('zero_shot', 0) or {}
+  if zero_shot:
+    _say(f'zero-shot: test {evaluate.spell(zero_shot)}')
+
+  # Train.
+  selects = methods.selects(config)
+  accumulates = pends(state.opt_state)
+  evaluates = loop_lib.evaluated_steps(
+      config.steps, config.eval_every, log, accumulates)
+  batches = tasks.feed(mesh, log.end, config.steps, plan=plan, secret=secret)
+  if others:
+    made = loop_lib.from_replicas(step_fn, batches, tasks.frozen, others)
+  else:
+    made = loop_lib.from_batches(step_fn, batches, tasks.frozen)
+  steps = loop_lib.steps(state, range(start + 1, config.steps + 1), step_fn,
+                         log, made, evaluates)
+  rank = None
+  if selects:
+    rank = functools.partial(
+        evaluate.rank, metric=metric, select=config.select)
+  progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
+  try:
+    watch = guards.make(
+        metrics.of('train'), log, start, _say, max_skipped=config.max_skipped,
+        max_still=config.max_still, max_rise=config.max_rise)
+    record = loop_lib.Recorder(
+        log=log, metrics=metrics, progress=progress, checkpoints=checkpoints,
+        watch=watch, host=built.host, plan=plan, rank=rank, others=others,
+        accumulates=accumulates, say=_say)
+    with preemption.watched(log) as stop_wanted:
+      state = loop_lib.loop(
+          state, steps, record, evaluates=evaluates,
+          checkpoint_every=config.checkpoint_every, evaluate_dev=ask.dev,
+          stop_wanted=stop_wanted)
+    if others:
+      others.close()
+  finally:
+    progress.close()
+    log.close()
+    checkpoints.wait()  # the last one is whole, however the loop ended
+
+  # Report: the result is that of the best step on dev rows, or of the last.
+  step, params = config.steps, state.params
+  if selects:
+    step, params = resume.best(
+        checkpoints, state, config.steps,
+        replays=log.records and log.steps.first == 1)
+  _, final = ask.both(params)
+  checkpoints.close()
+  metrics.close()
+  loggers.draw_curves(workdir / 'curves.png', metrics, metric,
+                      f'{config.method}, {model_name}')
+  more = {}
+  if plan:
+    more['privacy'] = privacy.account(plan, config.steps)
+  if zero_shot:
+    more['zero_shot'] = zero_shot
+  forwards = config.steps * methods.forwards(
+      config, len(splits.train.prompts))
+  result = finish(
+      final | {'step': step}, seconds=time.time() - began, steps=config.steps,
+      forwards=round(forwards), trained=trained,
+      compilations=len(step_fn.compiled), metric=metric, **more)
+  if plan:
+    _say(privacy.spell(plan, config.steps))
+  _say(tasks.table(zero_shot, final))
+  by = 'loss' if config.select == 'loss' else metric
+  why = f'best on dev by {by}' if selects else 'the last'
+  was = f', zero-shot {evaluate.spell(zero_shot)}' if zero_shot else ''
+  _say(f'final (step {step}, {why}): test {evaluate.spell(final)}{was}; '
+       f'{config.steps} steps; see {workdir}/result.json, curves.png')
+  return result
+
+
+def _say(text: str) -> None:
+  if text and jax.process_index() == 0:
+    tqdm.write(text)
