@@ -26,9 +26,8 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--times', type=float, default=40)
   os.environ['EXAMPLES'] = str(parser.parse_args().times)
-  import conftest  # eight devices
+  import conftest  # noqa: F401  eight devices, and quick compilation
   import test_properties
-  conftest._compile_quickly(True)
   logging.disable()  # orbax tells of every damaged file
   began, table = time.time(), []
   for name, holds in [*vars(test_properties).items()]:

@@ -1,7 +1,6 @@
 """Eight virtual CPU devices, and a tiny random model with its tokenizer."""
 
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -17,8 +16,6 @@ _PROGRAMS = {
 os.environ.update(_PROGRAMS)
 
 import jax  # noqa: E402
-from jax._src import compiler  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -42,87 +39,51 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
          'dull', 'warm', 'cold', 'story', 'cast', 'plot', 'the')
 
 
-# Small programs take longer to compile than to run. Where no promise is about
-# what a compiler makes of them (their memory, the bits of two), they are
-# compiled with little optimisation, by the quicker of XLA's code generators.
-_SMALL = tuple(f'test_{name}' for name in (
-    'arguments', 'backprop', 'baselines', 'bodies', 'build',
-    'classifier_files', 'common', 'data', 'disk', 'distributed', 'estimate',
-    'evaluate', 'exchange', 'export', 'families', 'fields', 'files', 'flags',
-    'float16', 'generate', 'gguf', 'guards', 'hub', 'labels', 'layouts',
-    'lowrank', 'mazo', 'meshes', 'methods', 'mixture', 'model_arguments',
-    'models', 'modified', 'not_finite', 'objective', 'own_data', 'package',
-    'parts', 'paths', 'peft', 'peft_fields', 'peft_parity', 'pending',
-    'perturb', 'plan', 'preemption', 'private', 'properties', 'quantised',
-    'quzo', 'qzo', 'replay', 'replicas', 'reported', 'rows', 'scores',
-    'sharding', 'spsa', 'subspaces', 'suite', 'tokenizers', 'train',
-    'trainable', 'trunk', 'variants', 'wrappers'))
-_AS_SHIPPED = (
-    'test_directions_are_bitwise_equal_on_every_mesh',
-    'test_directions_in_one_batch_share_each_product',
-    'test_embedding_rows_only',
-    'test_equal_layers_share_the_kernels_of_their_noise',
-    'test_memory_is_that_of_inference',
-    'test_memory_is_that_of_quantised_inference',
-    'test_memory_stays_at_inference',
-    'test_no_weights_are_built',
-    'test_no_weights_are_built_nor_copied',
-    'test_the_door_gives_the_same_weights',
-    'test_scoring_keeps_nothing_of_the_weights_size_but_the_mask',
-    'test_the_forward_and_three_layers',
-    'test_the_noise_of_a_sharded_step_does_not_communicate',
-    'test_the_program_of_an_unrolled_model_grows_slowly',
-    'test_the_strict_path_stays_at_inference_memory',
-    'test_the_update_needs_no_dense_tree',
-    'test_views_are_what_numpy_does',
-    'test_what_is_built_of_subspaces_needs_no_dense_tree')
-QUICK = {'xla_cpu_use_fusion_emitters': False,
-         'xla_cpu_parallel_codegen_split_count': 1}
-QUICK_FLAGS = ' '.join(f'--{k}={v}' for k, v in QUICK.items())
-_compile_options = compiler.get_compile_options
-# To make MLIR's context anew for each program takes a twentieth of the tests'
-# time; programs of a module share one.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# The programs of tests are small and take longer to compile than to run, so
+# they are compiled with little optimisation. A test of what the compiler makes
+# of a program (its memory, its collectives, the bits of two programs) is marked
+# `as_shipped`; its programs are compiled as those of users are.
+_QUICK = 'jax_disable_most_optimizations'
+jax.config.update(_QUICK, True)
+QUICK_ENVIRONMENT = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
-def _compile_quickly(quick: bool) -> None:
-  def options(*args, env_options_overrides=None, **kwargs):
-    return _compile_options(
-        *args, env_options_overrides=QUICK | (env_options_overrides or {}),
-        **kwargs)
-  jax.config.update('jax_disable_most_optimizations', quick)
-  compiler.get_compile_options = options if quick else _compile_options
-
-
-_compile_quickly(True)  # what test modules compute while they are read
+def pytest_configure(config):
+  config.addinivalue_line(
+      'markers', 'as_shipped: compile programs with the usual optimisation')
 
 
 @contextlib.contextmanager
-def as_shipped():
-  """For some programs of a test whose others are compiled quickly."""
-  _compile_quickly(False)
+def _compiled_as_shipped(node=None):
+  """Compiles as users do; of a test or a module, if it is marked so."""
+  if node is not None and node.get_closest_marker('as_shipped') is None:
+    yield
+    return
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update(_QUICK, False)
   try:
     yield
   finally:
-    _compile_quickly(True)
+    jax.config.update(_QUICK, before)
 
 
 @pytest.fixture(autouse=True, scope='module')
-def quick_programs(request):
-  mlir.make_ir_context.cache_clear()
-  _compile_quickly(request.module.__name__ in _SMALL)
-  yield
-  _compile_quickly(False)
+def optimisation_of_module(request):
+  with _compiled_as_shipped(request.node):
+    yield
 
 
 @pytest.fixture(autouse=True)
-def programs_as_shipped(request, quick_programs):
-  shipped = getattr(request.node, 'originalname', None) in _AS_SHIPPED
-  if shipped:
-    _compile_quickly(False)
-  yield
-  if shipped:
-    _compile_quickly(request.module.__name__ in _SMALL)
+def optimisation_of_test(request, optimisation_of_module):
+  with _compiled_as_shipped(request.node):
+    yield
+
+
+@pytest.fixture
+def as_shipped():
+  """Returns a context manager, for a test that compiles some programs quickly.
+  """
+  return _compiled_as_shipped
 
 
 def pytest_unconfigure():

@@ -32,10 +32,8 @@ def command(model, data, workdir, *more):
 
 
 def environment(devices=1):
-  return os.environ | {'JAX_PLATFORMS': 'cpu',
-                       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                       'XLA_FLAGS': conftest.QUICK_FLAGS,
-                       'JAX_NUM_CPU_DEVICES': str(devices)}
+  return os.environ | conftest.QUICK_ENVIRONMENT | {
+      'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
 
 
 def start(*args, devices=1):

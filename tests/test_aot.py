@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.as_shipped
+
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'aot.py'
 UNROLLED = SCRIPT.with_name('aot_unrolled.py')
 

@@ -290,6 +290,7 @@ def on_eight(x):
       helpers.mesh_of(2, 4), jax.P(*[None] * (x.ndim - 1), 'fsdp')))
 
 
+@pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):
   """Float32 and bfloat16, from the recorded projected gradients alone, a
@@ -314,6 +315,7 @@ def test_the_door_gives_the_same_weights(name):
     assert get(again, 'total_notfinite') == (name != 'private')
 
 
+@pytest.mark.as_shipped
 @zeroth
 def test_the_update_needs_no_dense_tree(name):
   """update and apply_updates in one donated jit; Adam has two moments."""

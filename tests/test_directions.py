@@ -14,6 +14,8 @@ import mezo_jax
 from mezo_jax import Displacement, Normal, Rademacher, Sphere
 from mezo_jax.directions import noise, streams
 
+pytestmark = pytest.mark.as_shipped
+
 KEY = jax.random.key(11)
 LEAVES = {'embed': (50, 8), 'layers/w': (3, 6, 5), 'h_1/s': (9,)}
 TREE = {'embed': jnp.zeros((50, 8)), 'layers': {'w': jnp.zeros((3, 6, 5))},

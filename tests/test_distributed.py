@@ -25,9 +25,8 @@ SETTINGS = ['--config.steps=60', '--config.eval_every=30',
 def run(processes, cache, *args, kill_after=None):
   """Runs train.py on so many processes, with two devices in all, of which the
   last is killed after so many steps; outputs and statuses."""
-  env = os.environ | {
+  env = os.environ | conftest.QUICK_ENVIRONMENT | {
       'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // processes),
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': conftest.QUICK_FLAGS,
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   port, started = helpers.free_port(), []

@@ -16,6 +16,8 @@ from mezo_jax.core import sharding
 from mezo_jax.directions import noise
 from mezo_jax.transforms import mezo
 
+pytestmark = pytest.mark.as_shipped
+
 GROUPS = {'attn/': 1e-2, '': 1e-3}
 CASES = {
     'float32': dict(),

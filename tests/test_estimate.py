@@ -130,6 +130,7 @@ def test_the_estimate_of_rows_is_unbiased_and_as_spread_as_it_should_be():
       assert abs(squares.mean() - want) < 5 * squares.std() / np.sqrt(steps)
 
 
+@pytest.mark.as_shipped
 def test_directions_in_one_batch_share_each_product():
   """The compiler's count of operations, of wide layers beside a forward."""
   width, layers, rows = 512, 4, 64

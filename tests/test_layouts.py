@@ -145,6 +145,7 @@ def make_step(tx, loss):
   return step
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
   """A donated step of two `perturbed` forwards: no copy of the weights is ever
@@ -200,6 +201,7 @@ def test_an_unrolled_model_on_eight_devices(spec):
   assert step < forward + 3 * WIDTH * WIDTH * 4 / parts
 
 
+@pytest.mark.as_shipped
 def test_the_program_of_an_unrolled_model_grows_slowly():
   """Small leaves are drawn together and equal layers share one function: the
   lines of a layer are not a program each."""
@@ -209,6 +211,7 @@ def test_the_program_of_an_unrolled_model_grows_slowly():
   assert lines < 60 * LAYERS + 600
 
 
+@pytest.mark.as_shipped
 def test_equal_layers_share_the_kernels_of_their_noise():
   """XLA:CPU compiles each distinct kernel, so more layers add none."""
   def kernels(layers):
@@ -361,6 +364,7 @@ def test_sharded_weights_inside_shard_map_are_refused(draw):
 # --- views of draws ----------------------------------------------------------
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('path', ['w', 'layers/w'])
 def test_views_are_what_numpy_does(seed, path):

@@ -182,6 +182,7 @@ def test_bfloat16_products_are_as_accurate_as_bfloat16_is():
   assert abs(along - 1) < 0.05
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('kind', ['scanned', 'unrolled'])
 def test_no_weights_are_built(kind):
   """Not one layer's: a program of products needs what the forward needs."""

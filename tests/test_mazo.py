@@ -128,6 +128,7 @@ def test_scores_are_those_of_each_layer_and_row():
     assert np.all(np.sum(mask, -1) == 2)
 
 
+@pytest.mark.as_shipped
 def test_scoring_keeps_nothing_of_the_weights_size_but_the_mask():
   """135 million float32 parameters, two tasks."""
   config = helpers.tiny_config(

@@ -2,7 +2,6 @@
 
 import math
 
-import conftest
 from flax import linen as nn
 from flax import nnx
 import helpers
@@ -58,7 +57,7 @@ def on(mesh, model, host):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_groups_share_out_the_points_of_a_step(kind, model):
+def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
   """Losses to rounding, and of equal numbers bitwise the same weights; what
   crosses between devices that hold all weights is losses; updates cross none.
   """
@@ -74,7 +73,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model):
     numbers = numbers or (np.asarray(g), np.asarray(value))
     np.testing.assert_allclose(value, numbers[1], rtol=2e-6)
     np.testing.assert_allclose(g, numbers[0], atol=5e-3)  # of losses / 2e-3
-    with conftest.as_shipped():
+    with as_shipped():
       end = jax.device_get(step.update(params, state, *numbers)[0])
     want = want or end
     helpers.assert_bitwise(end, want)
@@ -196,7 +195,7 @@ def of_nnx():
 
 
 @pytest.mark.parametrize('make', [linen, of_nnx])
-def test_rules_place_anyone_s_parameters(make):
+def test_rules_place_anyone_s_parameters(make, as_shipped):
   """And a step is the same there, bit for bit given its numbers."""
   params, loss_fn = make()
   host, ends = jax.device_get(params), []
@@ -211,7 +210,7 @@ def test_rules_place_anyone_s_parameters(make):
     state = tx.init(params)
     batch = sharding.put_batch(IDS, mesh)
     g, value = step.losses(params, state, batch)
-    with conftest.as_shipped():
+    with as_shipped():
       params, *_ = step.update(params, state, np.ones(1, np.float32), 0.0)
     ends.append((float(value), jax.device_get(params)))
     assert jax.tree.map(lambda x: x.sharding, params) == places
@@ -271,7 +270,7 @@ def test_another_mesh_is_a_restore(tmp_path):
 
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
-def test_explicit_axes(directions):
+def test_explicit_axes(directions, as_shipped):
   """Shardings that are part of types: kept, with the same z."""
   host = {'up': np.ones((64, 128), np.float32) / 64,
           'down': np.ones((128, 64), np.float32) / 128}
@@ -291,7 +290,7 @@ def test_explicit_axes(directions):
       step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
       types = jax.tree.map(jax.typeof, params)
       g, value = step.losses(params, state, x)
-      with conftest.as_shipped():
+      with as_shipped():
         params, state, _ = step.update(
             params, state, np.ones(1, np.float32), 0.0)
       assert jax.tree.map(jax.typeof, params) == types

@@ -17,6 +17,8 @@ from mezo_jax.directions import noise, streams
 from mezo_jax.directions.displacement import Draws
 from mezo_jax.transforms import stochastic_rounding
 
+pytestmark = pytest.mark.as_shipped
+
 KEY = jax.random.key(11)
 BOTH = [kind(g) for g in noise.GENERATORS for kind in (Normal, Rademacher)]
 THREEFRY = Normal('threefry2x32')

@@ -22,6 +22,8 @@ from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.training import checks
 import train
 
+pytestmark = pytest.mark.as_shipped
+
 FORMS = {
     'normal': (jnp.float32, dict()), 'signs, two directions': (
         jnp.bfloat16, dict(directions=mezo_jax.Rademacher(), num_samples=2)),

@@ -68,6 +68,7 @@ def test_the_steps_are_those_of_updates_at_once(kind):
   assert state[0].total_notfinite == 1
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 8)])
 def test_the_door_gives_the_same_weights(dtype, devices):
   mesh = sharding.make_mesh(2, 2, 2) if devices == 8 else None
@@ -101,6 +102,7 @@ def test_a_loop_of_one_s_own_folds_too():
   helpers.assert_close(params, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.as_shipped
 def test_no_weights_are_built_nor_copied():
   """What is pending is evaluated by factors; an update that waits is no copy
   of the weights, of which both ways of it are one program."""

@@ -188,6 +188,7 @@ def test_scanned_nnx_model():
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('generator', noise.GENERATORS)
 @pytest.mark.parametrize('cast', [False, True])
 def test_memory_stays_at_inference(generator, cast):
@@ -209,6 +210,7 @@ def test_memory_stays_at_inference(generator, cast):
   assert lazy.temp_size_in_bytes < plain.temp_size_in_bytes + 1.5 * layer
 
 
+@pytest.mark.as_shipped
 def test_embedding_rows_only():
   table = jax.ShapeDtypeStruct((50_000, 64), jnp.float32)
   f = lambda p: jnp.sum(p['e'][IDS])

@@ -323,6 +323,7 @@ def test_weights_decay_on_their_grid(bits):
   assert noise < 1e-3 and abs(share + 0.05) < 5 * noise
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype, most', [('int8', 0.3), ('int4', 0.21)])
 def test_memory_is_that_of_quantised_inference(dtype, most):
   """SmolLM2's shape: a step's losses over float32 inference, activations and

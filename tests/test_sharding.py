@@ -31,6 +31,7 @@ def place(params, mesh):
       jax.device_get(params), sharding.param_shardings(params, mesh))
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('generator', noise.GENERATORS)
 def test_directions_are_bitwise_equal_on_every_mesh(generator):
   _, params, _ = wide_model()
@@ -125,6 +126,7 @@ def test_split_layers_give_the_same_run(family):
     helpers.assert_close(end, runs[0][1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.as_shipped
 def test_the_noise_of_a_sharded_step_does_not_communicate():
   """What crosses devices is floating point: no integer array of a layer's
   size (counters, bits) is ever gathered or reduced."""

@@ -287,6 +287,7 @@ def test_bad_calls():
 # --- memory -----------------------------------------------------------------
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('shape,most', [
     (dict(vocab_size=49152, width=576, ff_width=1536, num_layers=30,
           num_heads=9, num_kv_heads=3, head_width=64), 0.045),

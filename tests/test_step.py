@@ -13,6 +13,8 @@ from mezo_jax.core import sharding
 from mezo_jax.transforms import backprop
 from mezo_jax.transforms.step import make_step
 
+pytestmark = pytest.mark.as_shipped
+
 X = np.arange(8, dtype=np.float32).reshape(4, 2)
 
 

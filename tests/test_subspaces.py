@@ -109,6 +109,7 @@ def test_evaluated_by_factors_as_built(n):
   helpers.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.as_shipped
 def test_what_is_built_of_subspaces_needs_no_dense_tree():
   """An update of 8 matrices: temporaries are their bases."""
   shapes = {f'w{i}': jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
@@ -208,6 +209,7 @@ def test_a_skipped_step_changes_no_momentum():
   assert np.any(seen[1][0]['w'] != seen[2][0]['w'])
 
 
+@pytest.mark.as_shipped
 def test_memory_is_that_of_inference():
   """And of U and its momentum, at a model's size."""
   config = helpers.tiny_config(

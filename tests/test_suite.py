@@ -22,9 +22,8 @@ def get_suite():
           for m in ('zero_shot', 'mezo', 'icl')}}
 get_config = lambda name: get_suite()[name]
 ''')
-  for name, value in (('JAX_NUM_CPU_DEVICES', '1'),
-                      ('JAX_DISABLE_MOST_OPTIMIZATIONS', '1'),
-                      ('XLA_FLAGS', conftest.QUICK_FLAGS)):
+  environment = conftest.QUICK_ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': '1'}
+  for name, value in environment.items():
     monkeypatch.setenv(name, value)
   def run(*more):
     code = ''

@@ -358,6 +358,7 @@ def test_bad_options(make, message):
     make()
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
                                   'conservative', 'private'])

@@ -14,10 +14,10 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import InputError
 
 
@@ -78,7 +78,7 @@ def share(directory: Path) -> None:
     return
   # JAX takes process 0's number where they differ.
   agree('--num_processes',
-        lambda: f'{distributed.global_state.num_processes:08x}',
+        lambda: f'{jax_versions.distributed_state().num_processes:08x}',
         'start all with the same number')
   file, token = directory / '.shared', np.frombuffer(
       secrets.token_bytes(16), np.uint8)

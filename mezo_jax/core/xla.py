@@ -10,6 +10,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 import numpy as np
 
+from mezo_jax.core import jax_versions
+
 
 def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
   """``fn`` as a function that XLA:CPU does not inline: it builds all that it
@@ -102,7 +104,7 @@ def _barrier(tree):
   leaves, structure = jax.tree.flatten(tree)
   alike = {}
   for i, x in enumerate(leaves):
-    alike.setdefault(jax.typeof(x).mat, []).append(i)
+    alike.setdefault(jax_versions.manual_axis_type(x), []).append(i)
   for members in alike.values():
     behind = lax.optimization_barrier([leaves[i] for i in members])
     for i, x in zip(members, behind):

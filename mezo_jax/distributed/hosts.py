@@ -17,10 +17,10 @@ import time
 import traceback
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 import numpy as np
 
+from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import AGAIN, first_line, InputError
 
 SILENT = 30  # seconds without an answer after which a machine is lost
@@ -261,7 +261,7 @@ def _status_of(e: BaseException) -> int:
 def _connect(program: str) -> dict[int, socket.socket]:
   """Of process 0 the connections of all others; of them, that to it."""
   # JAX tells it nowhere else, and only this address is sure to be reachable.
-  host = distributed.global_state.coordinator_address.rpartition(':')[0]
+  host = jax_versions.distributed_state().coordinator_address.rpartition(':')[0]
   host = host.strip('[]')
   first, peers = jax.process_index() == 0, {}
   server = _listen(0) if first else None

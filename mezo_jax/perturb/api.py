@@ -23,7 +23,7 @@ import jax
 from jax.core import Tracer
 import jax.numpy as jnp
 
-from mezo_jax.core import arguments, paths, xla
+from mezo_jax.core import arguments, jax_versions, paths, xla
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import noise, streams
 from mezo_jax.directions.base import Directions, Normal, Rademacher
@@ -59,7 +59,7 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
   manual = jax.sharding.get_abstract_mesh().manual_axes
   if not manual:
     return
-  varies = lambda x: jax.typeof(x).mat.varying
+  varies = lambda x: jax_versions.manual_axis_type(x).varying
   if not varies(jax.lax.axis_index(manual[0])):
     warnings.warn(
         'inside pmap, or shard_map with check_vma=False, sharded weights '

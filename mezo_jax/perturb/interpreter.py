@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax.core import xla
+from mezo_jax.core import jax_versions, xla
 from mezo_jax.core.quantized import Codes
 from mezo_jax.directions.displacement import Draws
 
@@ -237,9 +237,7 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Any,
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:
     ins = [read(v) for v in eqn.invars]
-    # The mesh in context may change within a program: `jax.sharding.auto_axes`
-    # and `.at[...].get(out_sharding=...)` make Explicit axes Auto for a while.
-    with eqn.ctx.manager:
+    with jax_versions.context_of(eqn):
       outs = _evaluate_one(eqn, ins, context)
     env.update(zip(eqn.outvars, outs))
   return [read(v) for v in jaxpr.outvars]

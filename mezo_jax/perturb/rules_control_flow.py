@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mezo_jax.core import jax_versions
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.perturb.interpreter import (
   bind,
@@ -66,7 +67,7 @@ def _custom_vjp(eqn, ins, context):
 
 def _scan(eqn, ins, context):
   """Stacked weights among ``xs`` become one layer and its key per iteration."""
-  body, (n, m) = eqn.params['jaxpr'].jaxpr, _starts(eqn.params)
+  body, (n, m) = eqn.params['jaxpr'].jaxpr, jax_versions.scan_starts(eqn.params)
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
     if isinstance(x, Lazy) and n <= i < m or i >= m and (
@@ -85,15 +86,6 @@ def _scan(eqn, ins, context):
   return context.consume(run, _Loop(eqn, whole), ins)
 
 
-def _starts(params) -> tuple[int, int]:
-  """Where a scan's carry and its ``xs`` begin among its operands."""
-  if 'ft_in' in params:  # from jax 0.11 on
-    consts, carry, _ = map(len, params['ft_in'].unpack())
-  else:
-    consts, carry = params['num_consts'], params['num_carry']
-  return consts, consts + carry
-
-
 class _Loop(Operation):
   """A loop that is a function apart, by which of its weights are built."""
 
@@ -104,7 +96,7 @@ class _Loop(Operation):
 
 def _scan_layers(eqn, ins, context):
   p, body = eqn.params, eqn.params['jaxpr']
-  (n, m), length = _starts(p), p['length']
+  (n, m), length = jax_versions.scan_starts(p), p['length']
   xs, of_row = [], []
   for x in ins[m:]:
     rows, remake = _rows(x, length) if isinstance(x, Block) else (x, None)
@@ -249,7 +241,7 @@ def _eqn_by_parts(eqn, i: int) -> bool:
   if name in ('slice', 'dynamic_slice'):
     return i == 0
   if name == 'scan':
-    consts, carried = _starts(p)
+    consts, carried = jax_versions.scan_starts(p)
     if i >= consts:
       return i >= carried
     return _by_parts(p['jaxpr'].jaxpr, p['jaxpr'].jaxpr.invars[i])
