@@ -15,12 +15,8 @@ import signal
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from absl import flags
-
 from mezo_jax.cli import launch
 from mezo_jax.training import run
-
-flags.adopt_module_key_flags(launch)  # for --help
 
 if __name__ == '__main__':
   signal.signal(signal.SIGINT, ctrl_c)

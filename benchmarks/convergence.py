@@ -269,8 +269,7 @@ def quadratic(dims=1000, steps=4000, seeds=20) -> None:
   began, scale = time.time(), jnp.linspace(1.0, 100.0, dims)
   loss_fn = lambda x, batch: 0.5 * jnp.sum(scale * x**2)
   kinds = {'normal, threefry': mezo_jax.Normal('threefry2x32'),
-           'normal': mezo_jax.Normal(), 'signs': mezo_jax.Rademacher(),
-           'sphere': mezo_jax.Sphere()}
+           'normal': mezo_jax.Normal(), 'signs': mezo_jax.Rademacher()}
   known, table, first = {}, [], next(iter(kinds))
   for name, directions in kinds.items():
     def run(seed, directions=directions):

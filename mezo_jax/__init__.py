@@ -9,7 +9,7 @@ import importlib
 from typing import Any, TYPE_CHECKING
 
 from mezo_jax.core.quantized import Codes, dequantize, quantize
-from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # __getattr__ imports them
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
-    'Normal', 'Rademacher', 'Sphere', 'SpsaState', 'SubZero', 'dequantize',
+    'Normal', 'Rademacher', 'SpsaState', 'SubZero', 'dequantize',
     'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
     'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
     'skip_not_finite', 'spsa', 'two_sided', 'ZerothOrderTransformation')

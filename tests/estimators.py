@@ -66,7 +66,6 @@ ROWS = {
     'mezo, decayed': functools.partial(
         mezo, weight_decay=1e-4, decay=lambda p: True),
     'mezo, signs': functools.partial(mezo, directions='rademacher'),
-    'mezo, sphere': functools.partial(mezo, directions='sphere'),
     'mezo, four directions': functools.partial(mezo, num_samples=4),
     'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
     'mezo, low rank': functools.partial(

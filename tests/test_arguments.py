@@ -620,7 +620,7 @@ TABLE = {
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
 TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState'}  # and no checks
-CONSTANTS = {'Rademacher', 'Sphere', 'fzoo', 'one_sided', 'two_sided'}
+CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 
 
 def test_the_table_has_every_public_function():

@@ -1,18 +1,14 @@
 """What a run is made of: in which order, and alike with and without weights."""
 
 import conftest
-import helpers
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from runs import small_config
 
 import mezo_jax
 from mezo_jax import models
 from mezo_jax.core.errors import InputError
-from mezo_jax.runs import checkpoint, resume
 from mezo_jax.training import build, optimizer
 from mezo_jax.training import config as config_lib
 
@@ -93,24 +89,3 @@ def test_schedules():
   assert values() == [0, 2, 1, 0]
   config.optimizer.schedule = 'cosine'
   np.testing.assert_allclose(values(), [0, 2, 1, 0], atol=1e-6)
-
-
-def test_checkpoints_of_before_rounding_had_a_state_are_read(tmp_path):
-  """It was done with the key and the count of the directions."""
-  params = {'w': jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16).reshape(8, 8)}
-  tx = mezo_jax.mezo(1e-2, key=0)
-  def step(params, state):
-    updates, state = tx.update(
-        None, state, params,
-        value_fn=lambda p: jnp.sum(p['w'].astype(jnp.float32) ** 2))
-    return optax.apply_updates(params, updates), state
-  one = step(params, tx.init(params))
-  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
-  checkpoints.save(1, (one[0], one[1][:-1]))
-  checkpoints.wait()
-  like = resume.TrainState(params, tx.init(params))
-  again = resume.load(checkpoints, 1, like)
-  helpers.assert_bitwise(step(*again)[0], step(*one)[0])
-  with pytest.raises(InputError, match='cannot be read'):
-    resume.load(checkpoints, 1, like._replace(params={'other': params['w']}))
-  checkpoints.close()

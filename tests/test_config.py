@@ -26,7 +26,7 @@ def test_a_config_survives_json():
 def test_a_config_of_an_earlier_version_is_read():
   """What `spsa` has stood under `optimizer`."""
   config = changed(
-      config_lib.Train(), spsa__eps=0.5, spsa__distribution='sphere',
+      config_lib.Train(), spsa__eps=0.5, spsa__distribution='rademacher',
       optimizer__groups=(('q', 1e-3, 1e-2),), optimizer__learning_rate=1e-2)
   saved = json.loads(json.dumps(config_lib.to_json(config)))
   saved['optimizer'] |= saved.pop('spsa')

@@ -55,7 +55,7 @@ def test_in_one_pass_as_one_after_the_other(tiny, kind, signs):
 
 @pytest.mark.parametrize('kind,over', [
     (LowRank(rank=4), 'scan'), (LowRank(rank=4), 'batch'),
-    (LowRank(rank=4), 'rows'), (mezo_jax.Sphere(mask='attn'), 'scan')],
+    (LowRank(rank=4), 'rows'), (mezo_jax.Normal(mask='attn'), 'scan')],
                          ids=lambda k: k if isinstance(k, str) else
                          type(k).__name__)
 def test_around_a_displacement(tiny, kind, over):

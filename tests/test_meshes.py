@@ -118,6 +118,22 @@ def test_rows_with_directions_of_their_own_are_refused(model):
         params, tx.init(params), ids)
 
 
+def test_rows_with_directions_of_their_own(model):
+  """The losses of a mesh are those of one device; JAX 0.11 stopped here."""
+  model, host, ids, loss_fn = model
+  tx = mezo_jax.mezo(
+      1e-3, key=0, num_samples=4, over='rows',
+      directions=mezo_jax.LowRank(rank=2))
+  values = []
+  for shape in ((1, 1, 1, 1), (4, 2, 1, 1)):
+    mesh = mesh_of(*shape)
+    params = on(mesh, model, host)
+    step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
+    batch = sharding.put_batch(ids, mesh)
+    values.append(float(step.losses(params, tx.init(params), batch)[1]))
+  np.testing.assert_allclose(values[1], values[0], rtol=2e-6)
+
+
 def test_a_device_holds_its_share(model):
   """What is split, over its shards, and what is small, whole."""
   model, host, ids, loss_fn = model
@@ -302,9 +318,8 @@ def test_explicit_axes(directions, as_shipped):
 # --- Explicit axes, and shard_map, for every kind of directions ---------------
 
 ALL_KINDS = [
-    mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.Sphere(),
-    mezo_jax.LowRank(rank=2), mezo_jax.LazyLowRank(rank=2, every=3),
-    mezo_jax.SubZero(rank=2, every=3)]
+    mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=2),
+    mezo_jax.LazyLowRank(rank=2, every=3), mezo_jax.SubZero(rank=2, every=3)]
 E, A = AxisType.Explicit, AxisType.Auto
 SMALL_IDS = np.arange(16 * 6).reshape(16, 6) % 64
 ROWS = np.random.default_rng(1).normal(size=(16, 32)).astype(np.float32)

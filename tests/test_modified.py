@@ -29,8 +29,8 @@ import mezo_jax
 from mezo_jax import Displacement, make_step, variants
 import train
 
-KINDS = [mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.Sphere(),
-         mezo_jax.LowRank(rank=2), mezo_jax.SubZero(rank=1)]
+KINDS = [mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=2),
+         mezo_jax.SubZero(rank=1)]
 NORMS = {'b': 0.5, 'w': 2.0}
 SCALE = np.concatenate([np.full(2, 0.5), np.full(10, 2.0)])
 

@@ -1,6 +1,7 @@
 """z(key): its definition, its invariances and its statistics."""
 
 import functools
+import hashlib
 
 import helpers
 import jax
@@ -39,6 +40,22 @@ def test_it_is_what_jax_random_draws():
   helpers.assert_bitwise(
       z(tree, directions=Rademacher('threefry2x32'))['embed']['table'],
       jax.random.rademacher(key, leaf.shape, jnp.float32))
+
+
+@pytest.mark.parametrize('directions, want', [
+    (Normal('hash32'), 'ec0e805882af'),
+    (Normal('threefry2x32'), 'c5263c879432'),
+    (Rademacher('hash32'), '9f28c4d0cfc7'),
+    (Rademacher('threefry2x32'), '4cb52c832b5f'),
+    (mezo_jax.LowRank(rank=2), 'a2b2e02daecb')], ids=str)
+def test_z_is_the_same_on_every_version_of_jax(directions, want):
+  """The bits were recorded with JAX 0.10, 0.11 and 0.12 on CPUs."""
+  tree = {
+      'embed': {'table': jnp.zeros((37, 19))}, 'h': jnp.zeros(5, jnp.bfloat16),
+      'layers': {'w': jnp.zeros((3, 16, 9)), 'b': jnp.zeros((3, 7))}}
+  found = z(tree, directions=directions, dtype=jnp.float32)
+  bits = b''.join(np.asarray(x).tobytes() for x in jax.tree.leaves(found))
+  assert hashlib.sha256(bits).hexdigest()[:12] == want
 
 
 def test_a_layer_has_the_key_of_that_layer():

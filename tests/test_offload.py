@@ -164,8 +164,7 @@ def test_train_py_with_and_without(tiny_dir, reviews_file, tmp_path):
 
 def test_configs_that_cannot(tiny_dir, reviews_file):
   for change in (dict(method='finetune'), dict(model__dtype='int8'),
-                 dict(peft__method='last_layers'), dict(method='sign'),
-                 dict(spsa__distribution='sphere')):
+                 dict(peft__method='last_layers'), dict(method='sign')):
     config = small_config(tiny_dir, reviews_file, model__offload=True, **change)
     with pytest.raises(InputError, match='model.offload needs'):
       checks.check(config)

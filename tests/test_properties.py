@@ -216,12 +216,12 @@ def test_a_damaged_checkpoint_is_what_was_saved_or_refused(which, changes):
     files = sorted(p for p in directory.rglob('*') if p.is_file())
     file = files[int(which * len(files))]
     file.write_bytes(damaged(file.read_bytes(), changes))
-    kept = checkpoint.Checkpoints(directory)
     try:
-      if kept.put_aside:
-        assert kept.steps() == []
-        SEEN['checkpoint, damaged', 'put aside'] += 1
-        return
+      kept = checkpoint.Checkpoints(directory)
+    except InputError:
+      SEEN['checkpoint, damaged', 'not opened'] += 1
+      return
+    try:
       found, best = kept.load(3, state), kept.best_step()
     except InputError:
       SEEN['checkpoint, damaged', 'refused'] += 1
@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_what_was_saved_or_refused(which, changes):
 
 # --- training ---------------------------------------------------------------
 
-KINDS = (mezo_jax.Normal, mezo_jax.Rademacher, mezo_jax.Sphere,
+KINDS = (mezo_jax.Normal, mezo_jax.Rademacher,
          lambda mask: mezo_jax.LowRank(rank=2, mask=mask),
          lambda mask: mezo_jax.LazyLowRank(rank=2, every=2, mask=mask))
 RATES = (lambda: 1e-2, lambda: optax.linear_schedule(1e-1, 0.0, 5),

@@ -13,7 +13,13 @@ import runs
 
 from mezo_jax import models
 from mezo_jax.__main__ import main
-from mezo_jax.core.errors import Again, in_one_sentence, InputError, Stopped
+from mezo_jax.core.errors import (
+  Again,
+  Damaged,
+  in_one_sentence,
+  InputError,
+  Stopped,
+)
 from mezo_jax.export.from_run import export, rebuild
 from mezo_jax.runs import checkpoint, loggers, replay
 import train
@@ -80,7 +86,7 @@ def test_a_torn_log_ends_before_the_tear(tmp_path):
   for size in range(len(data)):
     path.write_bytes(data[:size])
     if size < header:
-      with pytest.raises(replay.Damaged):
+      with pytest.raises(Damaged):
         replay.read(path)
       continue
     assert is_part(path, *told) == bool((size - header) % 16)
@@ -157,7 +163,7 @@ def test_a_log_of_another_kind_is_refused(tmp_path):
   for header in ({'numbers': 0, 'first': 1}, {'numbers': 1, 'first': None},
                  {'numbers': 1, 'first': 1, 'shared': True}):
     path.write_bytes(replay._line({'format': 1} | header))
-    with pytest.raises(replay.Damaged):
+    with pytest.raises(Damaged):
       replay.read(path)
 
 

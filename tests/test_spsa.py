@@ -60,7 +60,6 @@ def test_algorithm_1_in_numpy():
 CASES = {
     'normal': dict(),
     'rademacher': dict(directions='rademacher'),
-    'sphere': dict(directions='sphere'),
     'threefry': dict(directions=mezo_jax.Normal('threefry2x32')),
     'four directions': dict(num_samples=4),
     'one-sided': dict(combine=mezo_jax.one_sided, eps=1e-4),
@@ -82,14 +81,6 @@ def test_unbiased(name):
     error = got.std(0) / np.sqrt(len(got))
     bias = 0.05 if 'one-sided' in name else 1e-3  # O(eps), float32 rounding
     assert np.all(np.abs(got.mean(0) - want) < 5 * error + bias)
-
-
-def test_the_sphere_has_radius_sqrt_d():
-  tx = mezo_jax.spsa(1e-2, key=3, directions=mezo_jax.Sphere())
-  updates, state = tx.update(
-      None, tx.init(PARAMS), PARAMS, value_fn=quadratic)
-  length = optax.global_norm(updates) / jnp.abs(state.projected_grad[0])
-  np.testing.assert_allclose(length, np.sqrt(6), rtol=1e-5)
 
 
 def test_directions_differ_between_steps_and_samples():

@@ -121,7 +121,7 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
 
 
 @pytest.mark.parametrize('changes', [
-    dict(spsa__num_samples=2, spsa__distribution='sphere'),
+    dict(spsa__num_samples=2, spsa__distribution='rademacher'),
     dict(spsa__combine='one_sided', optimizer__schedule='linear',
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
     dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),

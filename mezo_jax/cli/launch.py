@@ -31,10 +31,10 @@ _OPTIONS = {
     'process_id': (
         int, 'Number of this process, from 0, if nothing else reports it.'),
     'replicas': (
-        int, 'Machines with weights of their own that share out the directions '
-        'of a step (docs/replicas.md).'),
+        int, 'Experimental: machines with weights of their own that share out '
+        'the directions of a step (docs/replicas.md).'),
     'replica': (int, 'Which one this is, from 0.'),
-    'exchange': (str, 'HOST:PORT of replica 0, or a directory that all see.'),
+    'exchange': (str, 'Directory that all replicas see (experimental).'),
     'exchange_timeout': (
         float, 'Seconds to wait for another replica. Defaults to 1800.')}
 

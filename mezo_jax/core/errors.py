@@ -34,6 +34,10 @@ class MissingError(InputError, FileNotFoundError):
   """A file, a model or a data set that is not there."""
 
 
+class Damaged(InputError):
+  """A file or directory that is not what was written."""
+
+
 class Stopped(InputError):
   """A run that cannot go on; nothing that was saved is lost."""
 

@@ -62,12 +62,6 @@ def of_files(*paths: Path) -> str:
   return _digest(path.read_bytes() for path in paths)
 
 
-def of_code() -> str:
-  """32 hex digits of this package's files, and of jax's version."""
-  files = sorted(Path(__file__).parents[1].rglob('*.py'))
-  return _digest([jax.__version__, *(f.read_bytes() for f in files)])
-
-
 def of_leaves(tree: Any) -> str:
   """32 hex digits of a tree's paths, shapes and dtypes."""
   return _digest((jax.tree_util.keystr(path, simple=True), x.shape,

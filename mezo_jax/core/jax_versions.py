@@ -7,9 +7,16 @@ else, so that a new version of JAX needs changes in one place.
 
 from typing import Any
 
+import jax
 from jax._src import distributed
 from jax.extend import core
 import jax.typing
+
+# Whether `jax.vmap` may be given the mesh axes that rows are split over. With
+# them, the partitioner of JAX 0.11 aborts the process for some programs, for
+# example a step with over='rows' and low-rank directions. Without them, it
+# chooses the axes itself.
+ROWS_HAVE_AXES = jax.__version_info__[:2] != (0, 11)
 
 
 def scan_starts(params: dict[str, Any]) -> tuple[int, int]:

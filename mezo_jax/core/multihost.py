@@ -17,7 +17,6 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import InputError
 
 
@@ -76,10 +75,6 @@ def share(directory: Path) -> None:
   """Raises InputError, on all, where a process sees another directory."""
   if jax.process_count() == 1:
     return
-  # JAX takes process 0's number where they differ.
-  agree('--num_processes',
-        lambda: f'{jax_versions.distributed_state().num_processes:08x}',
-        'start all with the same number')
   file, token = directory / '.shared', np.frombuffer(
       secrets.token_bytes(16), np.uint8)
   token = np.asarray(multihost_utils.broadcast_one_to_all(token)).tobytes()

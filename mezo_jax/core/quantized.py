@@ -172,9 +172,13 @@ class Codes:
   # --- views ---
 
   def viewed(self, move: Callable) -> 'Codes | None':
-    """A view; ``move`` makes that of the `Part`s it is given, or None."""
-    codes = move(Part(self.codes, self.shape, whole=True))
-    others = [None if x is None else move(Part(x, self.shape))
+    """Returns a view, or None if there is none.
+
+    Args:
+      move: Returns the view of a `GroupedArray`, or None.
+    """
+    codes = move(GroupedArray(self.codes, self.shape, whole=True))
+    others = [None if x is None else move(GroupedArray(x, self.shape))
               for x in (self.scales, self.offsets)]
     if codes is None or others[0] is None:
       return None
@@ -213,21 +217,28 @@ def pack(q: Any, axis: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-  """An array with an entry for each run of a block's elements; its views have
-  the methods of `Draws`. Of ``whole`` ones no run can be divided."""
+class GroupedArray:
+  """An array with one entry for each group of consecutive elements of a block.
+
+  It has the methods of `Draws` that make views.
+
+  Attributes:
+    array: The entries. Along each axis it has as many as there are groups.
+    shape: Shape of the block.
+    whole: Whether a group must not be divided by a view.
+  """
 
   array: jax.Array
-  shape: tuple[int, ...]  # of the block
+  shape: tuple[int, ...]
   whole: bool = False
 
   def _run(self, axis) -> int:
     return self.shape[axis] // self.array.shape[axis]
 
-  def _with(self, array, shape) -> 'Part':
-    return Part(array, tuple(shape), self.whole)
+  def _with(self, array, shape) -> 'GroupedArray':
+    return GroupedArray(array, tuple(shape), self.whole)
 
-  def take(self, axis: int, index: jax.Array) -> 'Part | None':
+  def take(self, axis: int, index: jax.Array) -> 'GroupedArray | None':
     x, run = self.array, self._run(axis)
     shape = (*self.shape[:axis], *index.shape, *self.shape[axis + 1:])
     if self.whole and run > 1:
@@ -238,7 +249,7 @@ class Part:
     return self._with(jnp.take(x, index // run, axis=axis, mode='clip'), shape)
 
   def window(self, starts: Sequence[Any], sizes: Sequence[int],
-             steps: Sequence[int]) -> 'Part | None':
+             steps: Sequence[int]) -> 'GroupedArray | None':
     x = self.array
     for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
       run = self._run(axis)
@@ -257,11 +268,12 @@ class Part:
         x = jnp.take(x, at // run, axis=axis, mode='clip')
     return self._with(x, sizes)
 
-  def transpose(self, order: Sequence[int]) -> 'Part':
+  def transpose(self, order: Sequence[int]) -> 'GroupedArray':
     return self._with(self.array.transpose(order),
                       [self.shape[a] for a in order])
 
-  def reshape(self, old: Sequence[int], new: Sequence[int]) -> 'Part | None':
+  def reshape(self, old: Sequence[int], new: Sequence[int]
+              ) -> 'GroupedArray | None':
     sizes = []
     for was, will in axis_groups(old, new):
       there = [self.array.shape[a] for a in was]
@@ -277,7 +289,7 @@ class Part:
         return None
     return self._with(self.array.reshape(sizes), new)
 
-  def where(self, there: jax.Array) -> 'Part':
+  def where(self, there: jax.Array) -> 'GroupedArray':
     """Not a number elsewhere, as what a lookup finds beyond the last row."""
     if self.whole:
       return self

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from mezo_jax.core import paths
+from mezo_jax.core import jax_versions, paths
 from mezo_jax.core.errors import InputError
 
 AXES = ('direction', 'data', 'fsdp', 'tensor')
@@ -310,8 +310,9 @@ _apart = contextvars.ContextVar('_apart', default=False)
 
 
 def rows_axes() -> tuple[str, ...] | None:
-  """The mesh axes that rows are split over; None off a mesh of ours."""
-  return ROWS if _mesh_in_context() else None
+  """Returns the mesh axes that `jax.vmap` splits rows over, or None."""
+  has_axes = jax_versions.ROWS_HAVE_AXES and _mesh_in_context()
+  return ROWS if has_axes else None
 
 
 def direction_groups() -> int:

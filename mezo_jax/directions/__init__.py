@@ -6,10 +6,10 @@ distributions are here, and `Displacement`, the vector Σ c·z(key). Nothing in
 this room evaluates a loss.
 """
 
-from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 
 __all__ = ('Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Normal',
-           'Rademacher', 'Sphere', 'SubZero')
+           'Rademacher', 'SubZero')

@@ -17,7 +17,7 @@ import numpy as np
 
 from mezo_jax.core import arguments, paths
 from mezo_jax.directions import noise
-from mezo_jax.directions.displacement import Displacement, Draws, norm
+from mezo_jax.directions.displacement import Draws
 
 _U32 = jnp.uint32
 
@@ -123,13 +123,6 @@ class Directions:
     that costs a TPU less than one after the other; None where there is none."""
     return None
 
-  def plain(self, params: Any, keys: jax.Array
-            ) -> tuple['Directions', Displacement]:
-    """z(key_j) of keys [n] as the terms of a displacement, in directions whose
-    elements depend on no others."""
-    del params
-    return self, Displacement(keys, jnp.ones(keys.shape, jnp.float32))
-
   def selected(self, params: Any) -> Any:
     """Where z is not 0: a tree of bools, or arrays of them for elements."""
     return paths.selected(params, self.mask, self.takes)
@@ -155,24 +148,6 @@ class Rademacher(Directions):
   def draw(self, bits: jax.Array) -> jax.Array:
     one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
     return lax.bitcast_convert_type(one, jnp.float32)
-
-
-class Sphere(Directions):
-  r"""Uniform on the sphere of radius :math:`\sqrt d`: normal draws, scaled.
-
-  One more pass of noise for each key.
-  """
-
-  def plain(self, params: Any, keys: jax.Array
-            ) -> tuple['Directions', Displacement]:
-    normal = Normal(self.generator, mask=self.mask, stacked=self.stacked,
-                    limits=self.limits, on_grid=self.on_grid)
-    def factor(key):
-      length, size = norm(params, key, normal)
-      return jnp.sqrt(jnp.float32(size)) / length
-    factors = lax.map(factor, keys)
-    return (dataclasses.replace(normal, scales=self.scales),
-            Displacement(keys, factors).after(factors[0]))
 
 
 @functools.partial(jax.jit, inline=True)  # traced once, for each shape

@@ -1,12 +1,12 @@
 """The kinds of directions, by the names that configs have for them."""
 
-from mezo_jax.directions.base import Directions, Normal, Rademacher, Sphere
+from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 
 KINDS: dict[str, type[Directions]] = {
-    'normal': Normal, 'rademacher': Rademacher, 'sphere': Sphere,
-    'low_rank': LowRank, 'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
+    'normal': Normal, 'rademacher': Rademacher, 'low_rank': LowRank,
+    'lazy_low_rank': LazyLowRank, 'subzero': SubZero}
 
 
 def as_directions(directions: Directions | str) -> Directions:

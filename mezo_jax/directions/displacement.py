@@ -264,8 +264,6 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
     ValueError: for what is no displacement, or a mask that does not fit.
   """
   keys, coefs = _arrays(displacement)
-  directions, z = directions.plain(params, keys)
-  keys, coefs = z.times(coefs)
   leaves = paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = paths.stacked(params, directions.stacked)
@@ -337,16 +335,3 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
         f'a displacement needs at least one key and a coefficient for each, '
         f'got {keys.shape[0]} and {sorted(sizes)}.')
   return keys, coefs
-
-
-def norm(params: Any, key: jax.Array, directions: Any
-         ) -> tuple[jax.Array, jax.Array | int]:
-  """(‖z(key)‖ in float32, number of elements) over the selected leaves."""
-  squares, size = [], 0
-  for _, x, draws in of_leaves(params, Displacement(key, 1.0), directions):
-    if draws is not None:
-      x = jnp.asarray(x) if not is_codes(x) else x.astype(jnp.float32)
-      squares.append(jnp.sum(jnp.square(draws.built(x))))
-      there = draws.nonzero(x)
-      size += x.size if there is None else jnp.sum(there)
-  return jnp.sqrt(sum(squares)), size

@@ -1,7 +1,8 @@
 """A run of several processes: how they join, and how replicas exchange steps.
 
-JAX connects the processes and moves the arrays. This room checks that they run
-the same thing and notices when one of them ends.
+JAX connects the processes, moves the arrays and notices when a process dies.
+This room turns that into a sentence and an exit status. It also lets replicas,
+which are not connected, share out the directions of a step (experimental).
 """
 
 __all__ = ()

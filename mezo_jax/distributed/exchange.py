@@ -1,368 +1,230 @@
 r"""Replicas: machines that keep their own weights and exchange numbers.
 
-Of the n directions of a step each of R replicas evaluates n / R, on the same
-rows, and all make the same update of
+Experimental. Of the n directions of a step, each of R replicas evaluates n / R
+on the same rows, and all make the same update with
 
 .. math::
   g_{t,1}, \dots, g_{t,n}, \qquad g_{t,j} = (\ell_+ - \ell_-) / 2 \epsilon,
 
-so their weights stay the same bit for bit (of one kind of processor, or with
-signs for directions). What crosses the network in a step are n pairs (key, g):
-a key is a step's number and the replica's, so an entry of one direction is 16
-bytes.
+so their weights stay the same bit for bit (on one kind of processor, or with
+Rademacher directions).
 
-Every replica has entries of its own, numbered from 0, which only it adds to:
-
-  ======  =============================================================
-  uint32  the step's number, from 1; bit 31: the rest says what the weights were
-          after this step
-  uint32  CRC-32 of the other fields, and of all entries before
-  float32 the mean loss of its directions; or a checksum of the weights
-  float32 the projected gradients of its directions
-  ======  =============================================================
-
-They are kept in a file for each replica, and travel as parts of a directory
-that all see, or over sockets (`mezo_jax.distributed.mirror`), which bring every
-replica all files. An entry that is late is waited for; one that was lost is
-sent again; one that comes twice, or before its turn, is known by its number;
-and one that is not what it was, by its checksum. So a replica that lost its
-disk, or joins late, makes the weights again from the entries.
+The replicas exchange their numbers through a directory that all of them see.
+Each appends the projected gradients and the mean loss of its own directions to
+a log of its own (the format of `mezo_jax.runs.replay`: 16 bytes a step with one
+direction) and reads the logs of the others. Checksums of the weights are in a
+JSON file next to each log. A replica that was killed, or lost its disk, makes
+its weights again from the logs.
 """
 
 import json
+import os
 from pathlib import Path
-import threading
 import time
-import zlib
 
 import numpy as np
 
 from mezo_jax.core.errors import Again, InputError
-from mezo_jax.runs.replay import Log
+from mezo_jax.runs import replay
 
-FORMAT = 1
-_MARK = 1 << 31  # in a step's number
-_POLL = 0.002, 0.1  # seconds from look to look, at first and then
-_PATIENCE = 60.0  # seconds, at the end
+_POLL = 0.002, 0.1  # Seconds between two looks at a file, at first and then.
+_PATIENCE = 60.0  # Seconds to wait for the others at the end.
 
 
-class Entries:
-  """What one replica has told so far; see the module.
+class _Peer:
+  """What has been read of one replica.
 
   Attributes:
-    last: the last step, 0 for none.
+    last: Number of its last step, 0 for none.
     steps: ``{step: (projected gradients [m], loss)}``.
-    marks: ``{step: checksum of the weights}``.
-    data: the entries as bytes.
   """
 
-  def __init__(self, path: Path, run: str, replica: int, replicas: int,
-               numbers: int):
-    self.path, self.replica, self.last = path, replica, 0
-    self.steps, self.marks, self.data = {}, {}, []
-    self.kind = np.dtype([
-        ('step', '<u4'), ('check', '<u4'), ('value', '<f4'),
-        ('projected_grad', '<f4', (numbers,))])
-    header = dict(format=FORMAT, run=run, replica=replica, replicas=replicas,
-                  numbers=numbers)
-    self._header = json.dumps(header, sort_keys=True).encode() + b'\n'
-    self._check, self._size, self._file = zlib.crc32(self._header), 0, None
+  def __init__(self, directory: Path, replica: int, header: dict):
+    self.path = directory / f'replica-{replica}.log'
+    self.marks_path = directory / f'replica-{replica}.weights.json'
+    self.replica, self.last, self.steps = replica, 0, {}
+    self._header = header | {'replica': replica}
+    self._size, self._check = 0, 0
 
   def read(self) -> None:
-    """Takes what the file has more; what is not whole waits.
+    """Reads what is new; a record that is not whole waits.
 
     Raises:
-      InputError: if it is of another run.
+      InputError: If the replica runs something else.
     """
-    if not self.path.is_file():
-      return
-    with self.path.open('rb') as file:
-      if not self._size:
-        line = file.read(len(self._header))
-        if line != self._header[:len(line)]:
-          raise InputError(
-              f'{self.path} is of another run: other weights, config, versions '
-              'or numbers of replicas and directions. Start all replicas with '
-              'the same, or choose another --exchange.')
-        if len(line) < len(self._header):
-          return
-        self._size = len(line)
-      file.seek(self._size)
-      data, n = file.read(), self.kind.itemsize
-    for at in range(0, len(data) - n + 1, n):
-      if not self._note(data[at:at + n]):
-        return
-      self._size += n
-
-  def write(self) -> None:
-    """Opens the file, to be added to; what is not whole at its end goes."""
-    self.read()
-    self.path.parent.mkdir(parents=True, exist_ok=True)
     if not self._size:
-      part = self.path.with_name(self.path.name + '.part')
-      part.write_bytes(self._header)
-      part.replace(self.path)
-      self._size = len(self._header)
-    self._file = self.path.open('r+b', buffering=0)
-    self._file.truncate(self._size)
-    self._file.seek(self._size)
-
-  def put(self, step: int, value, projected_grad) -> None:
-    """Adds an entry of this replica's own."""
-    entry = np.zeros(1, self.kind)
-    entry['step'], entry['value'] = step, value
-    entry['projected_grad'] = projected_grad
-    self._add(entry)
-
-  def mark(self, step: int, checksum: int) -> None:
-    """Adds what the weights are after a step."""
-    entry = np.zeros(1, self.kind)
-    entry['step'] = step | _MARK
-    entry['value'] = np.uint32(checksum).view(np.float32)
-    self._add(entry)
-
-  def take(self, index: int, data: bytes) -> str:
-    """Takes an entry that was sent: 'new', 'doubled' or 'early'.
-
-    Raises:
-      InputError: if it is not the one that was sent before, or does not follow.
-    """
-    if index < len(self.data):
-      if self.data[index] == data:
-        return 'doubled'
-    elif index > len(self.data):
-      return 'early'
-    elif self._note(data):
-      if self._file:
-        self._file.write(data)
-      return 'new'
-    raise InputError(
-        f'replica {self.replica} has sent two different things as its entry '
-        f'{index}: it was started anew without its entries, or they are '
-        'damaged. Choose another --exchange for all replicas; their logs keep '
-        'the steps that were made.')
-
-  def close(self) -> None:
-    if self._file:
-      self._file.close()
-      self._file = None
-
-  def _add(self, entry: np.ndarray) -> None:
-    entry['check'] = self._sum(entry.tobytes())
-    data = entry.tobytes()
-    if not self._note(data):
-      raise ValueError(f'entry {entry} does not follow step {self.last}.')
-    if self._file:
-      self._file.write(data)
-
-  def _sum(self, data: bytes) -> int:
-    return zlib.crc32(data[8:], zlib.crc32(data[:4], self._check))
-
-  def _note(self, data: bytes) -> bool:
-    """Whether this is the next entry; then it is remembered."""
-    entry, = np.frombuffer(data, self.kind)
-    step, check = int(entry['step']), self._sum(data)
-    if check != int(entry['check']):
-      return False
-    if step & _MARK:
-      if step & ~_MARK != self.last:
-        return False
-      self.marks[step & ~_MARK] = int(entry['value'].view(np.uint32))
-    elif step != self.last + 1:
-      return False
+      if not self.path.is_file():
+        return
+      found = replay.read(self.path)
+      if any(found.header.get(k) != v for k, v in self._header.items()):
+        raise InputError(
+            f'replica {self.replica} runs something else: {self.path} is of '
+            'other weights, another config, version or number of replicas. '
+            'Start all replicas with the same, or choose another --exchange.')
+      self._numbers = found.header['numbers']
+      steps, self._size, self._check = found.steps, found.size, found.check
     else:
+      with self.path.open('rb') as file:
+        file.seek(self._size)
+        data = file.read()
+      steps, size, self._check = replay.parse(
+          data, self._numbers, self.last + 1, self._check)
+      self._size += size
+    for step in range(steps.first, steps.last + 1):
+      self.steps[step] = steps.at(step)
       self.last = step
-      self.steps[step] = (
-          entry['projected_grad'].astype(np.float32),
-          np.float32(entry['value']))
-    self._check = check
-    self.data.append(data)
-    return True
+
+  def marks(self) -> dict[int, int]:
+    """Returns checksums of its weights, by step."""
+    try:
+      text = self.marks_path.read_text()
+    except FileNotFoundError:
+      return {}
+    return {int(step): checksum for step, checksum in json.loads(text).items()}
 
 
 class Exchange:
-  """One replica's end: see `over_files` and
-  `mezo_jax.distributed.mirror.over_sockets`."""
+  """The place of one replica among all, for its training loop."""
 
-  def __init__(self, entries: list[Entries], replica: int, timeout: float,
-               mirror=None):
-    self.replica, self._timeout, self._mirror = replica, timeout, mirror
-    self._all, self._mine = entries, entries[replica]
-    self._sums = {}  # of this one's weights, by step
-    self._changed = mirror.changed if mirror else threading.Condition()
-
-  @property
-  def part(self) -> tuple[int, int]:
-    """For `mezo_jax.make_step`: this replica, and how many there are."""
-    return self.replica, len(self._all)
-
-  def known(self) -> int:
-    """The last step that all have told."""
-    self._read()
-    return min(e.last for e in self._all)
-
-  def told(self, step: int) -> tuple[np.ndarray, np.float32]:
-    """The projected gradients [n] of a step that all have told, and its loss.
-    """
-    grads, values = zip(*(e.steps[step] for e in self._all))
-    return np.concatenate(grads), np.mean(np.array(values), dtype=np.float32)
-
-  def catch_up(self, log: Log, added=lambda step: False) -> None:
-    """Gives a log the steps that all have told and it has not; and tells those
-    of the log that this replica's entries, of a new exchange, have not.
+  def __init__(self, directory: str | os.PathLike, run: str, replica: int,
+               replicas: int, num_samples: int, timeout: float = 1800.0):
+    """Opens the log of this replica and reads those of the others.
 
     Args:
-      log: of the run.
-      added: whether what was pending is added to the weights after a step.
+      directory: Directory that all replicas see, for this run alone.
+      run: What must be the same for all replicas, as text.
+      replica: Number of this replica, from 0.
+      replicas: Number of replicas.
+      num_samples: Number of directions of a step, a multiple of ``replicas``.
+      timeout: Seconds after which a late replica ends this one.
 
     Raises:
-      InputError: if the log does not begin early enough for that.
+      InputError: If another replica runs something else.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    header = dict(run=run, replicas=replicas, num_samples=num_samples)
+    self._peers = [_Peer(directory, i, header) for i in range(replicas)]
+    self._mine, self._timeout = self._peers[replica], timeout
+    self._sums = {}  # Checksums of this replica's weights, by step.
+    self.part = replica, replicas  # For `mezo_jax.make_step`.
+    self._read()
+    self._log, _ = replay.open_log(
+        self._mine.path, header | {'replica': replica}, num_samples // replicas)
+    self._mine.read()
+
+  def known(self) -> int:
+    """Returns the last step that all replicas have recorded."""
+    self._read()
+    return min(peer.last for peer in self._peers)
+
+  def at(self, step: int) -> tuple[np.ndarray, np.float32]:
+    """Returns the projected gradients [n] and the mean loss of a step that all
+    replicas have recorded."""
+    grads, values = zip(*(peer.steps[step] for peer in self._peers))
+    return np.concatenate(grads), np.mean(np.array(values), dtype=np.float32)
+
+  def catch_up(self, log: replay.Log, added=lambda step: False) -> None:
+    """Copies steps that all replicas have recorded into the log of the run, and
+    steps of that log into this replica's log of a new exchange.
+
+    Args:
+      log: Log of the run.
+      added: Returns whether accumulated updates are applied after a step.
+
+    Raises:
+      InputError: If the log does not begin early enough.
     """
     first = self._mine.last + 1
     if first < log.steps.first and first <= log.end:
       raise InputError(
-          f'the log begins with step {log.steps.first}, and the entries of '
-          f'replica {self.replica} end with step {first - 1}: bring back what '
-          '--exchange had, or start this replica in an empty --workdir.')
+          f'the log begins with step {log.steps.first}, and the records of '
+          f'replica {self._mine.replica} end with step {first - 1}: bring back '
+          'what --exchange had, or start this replica in an empty --workdir.')
     for step in range(first, log.end + 1):
-      grads, value = log.steps.at(step)
-      self._put(step, grads, value)
-    log.extend((step, *self.told(step), added(step))
+      self._record(step, *log.steps.at(step))
+    log.extend((step, *self.at(step), added(step))
                for step in range(log.end + 1, self.known() + 1))
 
   def has(self, step: int) -> bool:
-    """Whether this replica told a step before it was stopped."""
-    return step in self._mine.steps
+    """Returns whether this replica recorded a step before it was stopped."""
+    return step <= self._mine.last
 
   def swap(self, step: int, projected_grad=None, value=None
            ) -> tuple[np.ndarray, np.float32]:
-    """Tells this replica's part of a step, and waits for the others'.
+    """Records this replica's part of a step, and waits for the others'.
 
     Args:
-      step: its number, from 1.
-      projected_grad: [n], of which its part counts; None if it `has` the step.
-      value: the mean loss of its part.
+      step: Number of the step, from 1.
+      projected_grad: [n], of which this replica's part counts; None if it
+        `has` the step.
+      value: Mean loss of its part.
 
     Returns:
-      The projected gradients [n] of all, and the mean loss.
+      The projected gradients [n] of all replicas, and the mean loss.
 
     Raises:
-      Again: if another replica's do not come in time.
-      InputError: if the weights, or what was sent, are not the same everywhere.
+      Again: If another replica is late.
+      InputError: If another replica runs something else.
     """
     if not self.has(step):
-      self._put(step, projected_grad, value)
+      self._record(step, projected_grad, value)
     began = time.monotonic()
-    while late := [e for e in self._all if step not in e.steps]:
+    while late := [peer for peer in self._peers if peer.last < step]:
       self._read()
       waited = time.monotonic() - began
       if waited > self._timeout:
         raise Again(
-            f'replica {late[0].replica} has not told step {step} within '
-            f'{self._timeout:g} s{self._why(late[0])}: see whether it runs. '
-            'Nothing is lost; start this one again when it does.')
-      with self._changed:  # two that wait for each other nap alike
-        self._changed.wait(_POLL[waited > 2.0])
-    self._compare()
-    return self.told(step)
+            f'replica {late[0].replica} has not recorded step {step} within '
+            f'{self._timeout:g} s: see whether it runs. Nothing is lost; start '
+            'this replica again when it does.')
+      time.sleep(_POLL[waited > 2.0])
+    return self.at(step)
 
   def mark(self, step: int, checksum: int) -> None:
-    """Tells what the weights are after a step, to be compared.
+    """Records a checksum of the weights after a step, and compares it.
 
     Raises:
-      InputError: if those of another replica were something else then.
+      InputError: If the weights of another replica were others then.
     """
     self._sums[step] = checksum
-    with self._changed:
-      if step == self._mine.last and step not in self._mine.marks:
-        self._mine.mark(step, checksum)
-        self._changed.notify_all()
+    part = self._mine.marks_path.with_suffix('.part')
+    part.write_text(json.dumps(self._mine.marks() | {step: checksum}))
+    part.replace(self._mine.marks_path)
     self._compare()
 
   def close(self) -> None:
-    """Ends when all have told what their weights are, if this one has, and over
-    sockets have what it told; or when they do not within a minute.
+    """Waits, for a minute at most, until all replicas have recorded what their
+    weights are.
 
     Raises:
-      InputError: if the weights of another replica are something else.
+      InputError: If the weights of another replica are others.
     """
     last, began = max(self._sums, default=0), time.monotonic()
-    others = [e for e in self._all if e is not self._mine]
-    while last and any(last not in e.marks for e in others) and (
+    while last and any(last not in peer.marks() for peer in self._peers) and (
         time.monotonic() - began < min(self._timeout, _PATIENCE)):
-      self._read()
-      with self._changed:
-        self._changed.wait(_POLL[0])
+      time.sleep(_POLL[1])
     self._compare()
-    if self._mirror:
-      self._mirror.close(min(self._timeout, _PATIENCE))
-    for e in self._all:
-      e.close()
+    self._log.close()
 
-  def _put(self, step: int, projected_grad, value) -> None:
-    m = self._mine.kind['projected_grad'].shape[0]
-    grads = np.asarray(projected_grad)[self.replica * m:][:m]
-    with self._changed:
-      self._mine.put(step, np.asarray(value), grads)
-      self._changed.notify_all()
+  def _record(self, step: int, projected_grad, value) -> None:
+    replica, replicas = self.part
+    grads = np.split(np.asarray(projected_grad), replicas)[replica]
+    self._log.append(step, grads, value)
+    self._mine.read()
 
   def _read(self) -> None:
-    if self._mirror:
-      self._mirror.check()
-      return
-    for e in self._all:
-      if e is not self._mine:
-        e.read()
-
-  def _why(self, late: Entries) -> str:
-    return '' if not self._mirror else self._mirror.why(late.replica)
+    for peer in self._peers:
+      peer.read()
 
   def _compare(self) -> None:
-    for e in self._all:
-      for step in e.marks.keys() & self._sums.keys():
-        if e.marks[step] != self._sums[step]:
+    for peer in self._peers:
+      marks = peer.marks()
+      for step in marks.keys() & self._sums.keys():
+        if marks[step] != self._sums[step]:
           raise InputError(
-              f'after step {step} the weights of replica {e.replica} are not '
-              f'those of this one, {self.replica}: processors of different '
-              'kinds round normal directions differently. Start all anew with '
-              "--config.spsa.distribution='rademacher', or on machines of one "
-              'kind.')
-
-
-def open_entries(directory: Path, run: str, replica: int, replicas: int,
-                 numbers: int) -> list[Entries]:
-  """Those of all replicas; this one's own, to be added to.
-
-  Raises:
-    InputError: for a replica that is none, directions that they cannot share
-      out, or files of another run.
-  """
-  if not 0 <= replica < replicas:
-    raise InputError(f'--replica is {replica} and must be at least 0 and below '
-                     f'--replicas, {replicas}.')
-  if numbers % replicas:
-    raise InputError(
-        f'{replicas} replicas cannot share out the {numbers} directions of a '
-        'step: make --config.spsa.num_samples a multiple of --replicas.')
-  found = [Entries(directory / f'replica-{i}.pairs', run, i, replicas,
-                   numbers // replicas) for i in range(replicas)]
-  for e in found:
-    e.write() if e.replica == replica else e.read()
-  return found
-
-
-def over_files(directory: Path, run: str, replica: int, replicas: int,
-               numbers: int, timeout: float = 1800.0) -> Exchange:
-  """An exchange through a directory that all replicas see.
-
-  Args:
-    directory: of the files, for this run alone.
-    run: what must be the same for all, as text.
-    replica: the number of this one, from 0.
-    replicas: how many there are.
-    numbers: n, directions of a step.
-    timeout: seconds after which a late replica ends this one.
-  """
-  return Exchange(
-      open_entries(Path(directory), run, replica, replicas, numbers), replica,
-      timeout)
+              f'after step {step} the weights of replica {peer.replica} are '
+              f'not those of replica {self._mine.replica}: processors of '
+              'different kinds round normal directions differently. Start all '
+              "anew with --config.spsa.distribution='rademacher', or on "
+              'machines of one kind.')

@@ -1,35 +1,53 @@
-"""A run of several processes: how they find each other, that they run the same
-thing, and that none waits for one that is not there any more.
+"""A run of several processes: how they join, and how they end together.
 
-Every process holds a connection to process 0. The system closes it when a
-process dies, however that is, so the others know within a second; where a whole
-machine goes down, within `SILENT` seconds.
+JAX's coordination service, which is part of process 0, brings the processes
+together and receives a heartbeat of each. This module adds a sentence and an
+exit status where JAX alone aborts a process. It uses JAX's own detection: with
+`jax_enable_recoverability`, `jax.experimental.multihost_utils.live_devices`
+names the processes that died. The loss of process 0 is fatal in JAX even so,
+and there is no hook for it (`missed_heartbeat_callback` of the client throws
+std::bad_cast in jax 0.10.2 and 0.12.0.1), so `_before_abort` adds one.
+
+What the other processes do after ``kill -9`` of one, with two and three
+processes over loopback on CPU and jax 0.10.2, in a collective, in a wait on the
+host and in a loop of Python:
+
+  =========  =============================  ===================================
+  killed     JAX alone, heartbeats of 10 s  `watch`, heartbeats of 15 s
+  =========  =============================  ===================================
+  a worker   SIGABRT after 6 to 10 s, with  status 75 and one sentence, after
+             20 to 60 lines of log          14 to 19 s
+  process 0  SIGABRT after 0.3 s, with 20   status 75 after 0.2 to 4 s; the
+             lines of log                   sentence follows JAX's 20 lines
+  =========  =============================  ===================================
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import ctypes
 import os
+import signal
 import socket
-import struct
 import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 
 from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import AGAIN, first_line, InputError
 
-SILENT = 30  # seconds without an answer after which a machine is lost
-JOIN = 300  # seconds to wait for the other processes of a run
-_NAME = 10  # seconds to wait for a name that no resolver knows
-_SAY = 5  # seconds after which it is said what is waited for
-_WAIT = 3.0  # seconds for a process to say itself why it ends
-_LEFT = 0xFFFFFFFF  # sent instead of the number of a process that died
-_FAILED = 1 << 31  # added to it if running again would not help
+HEARTBEAT = 15  # Seconds without a heartbeat after which a process is dead.
+JOIN = 300  # Seconds to wait for the other processes of a run.
+_TURN = 1.0  # Seconds between two questions to the coordination service.
+_FAILED = 'mezo_jax/failed/'  # Where a process that failed leaves its number.
+_EXITED = 'exited (see its output). Restart all processes to resume.'
+# What `live_devices` raises where a process died: ValueError in jax 0.10.0.
+_DIED = getattr(multihost_utils, 'ProcessFailureError', ValueError)
+_handlers = []  # Functions that C calls, which keeps no reference to them.
 
 
 def check_devices() -> None:
@@ -38,7 +56,7 @@ def check_devices() -> None:
   try:
     jax.devices()
   except Exception as e:  # of many types, an AssertionError among them
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, 'jax_platforms', None)
     asked = f' of JAX_PLATFORMS={platforms}' if platforms else ''
     raise InputError(
         f'JAX finds no device{asked} ({first_line(e)[:300]}). Install JAX for '
@@ -53,148 +71,110 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
          process_id: int | None = None) -> None:
   """Joins the processes of a run.
 
-  What is not said is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID, or torchrun's MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK;
-  else it is found where Slurm, Open MPI, Kubernetes or a TPU pod tells it.
+  Arguments that are missing are read from JAX_COORDINATOR_ADDRESS,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from torchrun's MASTER_ADDR,
+  MASTER_PORT, WORLD_SIZE and RANK. Without these, JAX asks Slurm, Open MPI,
+  Kubernetes or the TPU pod.
 
   Args:
-    coordinator: host:port of process 0, which listens there.
-    num_processes: The number of processes of the run.
-    process_id: The number of this one, from 0.
+    coordinator: HOST:PORT of process 0, which listens there.
+    num_processes: Number of processes of the run.
+    process_id: Number of this process, from 0.
 
   Raises:
-    InputError: if the others cannot be found. If they do not come within
-      `JOIN` seconds the process ends.
+    InputError: If the arguments cannot work, or if process 0 was started with
+      another number of processes. If the others do not come within `JOIN`
+      seconds, the process ends with a sentence.
   """
-  told = {k: v for k, v in dict(
+  arguments: dict[str, Any] = dict(
       coordinator=coordinator, num_processes=num_processes,
-      process_id=process_id).items() if v is not None}
-  given = _environment() | told
-  if not told and {*given} == {'coordinator'}:
-    given = {}  # JAX reads it too, and has the rest of a cluster
-  if given and len(given) < 3:
-    missing = {'coordinator', 'num_processes', 'process_id'} - {*given}
-    raise InputError(
-        f'several processes: --{" and --".join(sorted(missing))} must be given '
-        f'beside --{" and --".join(sorted(given))}.')
-  if given and not 0 <= given['process_id'] < given['num_processes']:
-    raise InputError(
-        f'--process_id is {given["process_id"]} and must be at least 0 and '
-        f'below --num_processes, {given["num_processes"]}.')
+      process_id=process_id)
+  arguments = {k: v for k, v in arguments.items() if v is not None}
+  given = _environment() | arguments
+  if not arguments and {*given} == {'coordinator'}:
+    given = {}  # JAX reads this variable too, and asks the cluster for the rest
   if given:
-    host, port = address('--coordinator', given['coordinator'])
-    with _patience(given):
-      if given['process_id'] == 0:
-        _check_port(port)
-      else:
-        _reach(host, port, given)
-      _initialize(given)
-  else:
-    _initialize(given)
-
-
-def _initialize(given: dict) -> None:
+    _check_given(given)
+  # A process that dies must not make JAX abort the others: `watch` ends them.
+  jax.config.update('jax_enable_recoverability', True)
   try:
     jax.distributed.initialize(
         given.get('coordinator'), given.get('num_processes'),
-        given.get('process_id'), heartbeat_timeout_seconds=2 * SILENT,
-        # `_patience` ends the process before JAX would abort it.
-        initialization_timeout=2 * JOIN)
+        given.get('process_id'), initialization_timeout=JOIN,
+        heartbeat_timeout_seconds=HEARTBEAT)
   except (RuntimeError, ValueError) as e:
     raise InputError(
         f'--distributed finds no other processes: {first_line(e)} Start it '
         'on each host with srun or mpirun, or with --coordinator=HOST:PORT '
         '--num_processes=N --process_id=I, or leave it out on one host.') from e
+  finally:
+    _before_abort(None)
+  check_devices()
+  # JAX takes the number of process 0 where the numbers differ.
+  count = given.get('num_processes', jax.process_count())
+  if count != jax.process_count():
+    raise InputError(
+        f'--num_processes is {count} here and {jax.process_count()} on process '
+        '0: start all with the same number.')
 
 
-def address(flag: str, text: str) -> tuple[str, int]:
-  """Returns the host and the port that a flag names.
-
-  Raises:
-    InputError: if it names none.
-  """
-  host, _, port = text.rpartition(':')
-  host = host.strip('[]')
-  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-    raise InputError(f'{flag} is {text!r} and must be HOST:PORT of the first '
-                     'process, with a port from 1 to 65535.')
-  return host, int(port)
-
-
-@contextlib.contextmanager
-def _patience(given: dict) -> Iterator[None]:
-  """Says what is waited for, and ends the process with a sentence if the others
-  do not come; JAX would end it with an abort."""
-  joined = threading.Event()
-  who = f'process {given["process_id"]} of {given["num_processes"]}'
+def _check_given(given: dict[str, Any]) -> None:
+  """Raises InputError for arguments of `join` that cannot work, and arranges
+  for a sentence if the others do not come."""
+  missing = {'coordinator', 'num_processes', 'process_id'} - {*given}
+  if missing:
+    raise InputError(
+        f'several processes: --{" and --".join(sorted(missing))} must be given '
+        f'along with --{" and --".join(sorted(given))}.')
+  index, count = given['process_id'], given['num_processes']
+  if not 0 <= index < count:
+    raise InputError(f'--process_id is {index} and must be at least 0 and '
+                     f'below --num_processes, {count}.')
   where = given['coordinator']
+  host, _, port = where.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    raise InputError(
+        f'--coordinator is {where!r} and must be HOST:PORT of the first '
+        'process, with a port from 1 to 65535.')
+  if index == 0 and 'JAX_COORDINATOR_BIND_ADDRESS' not in os.environ:
+    _check_port(int(port))
+  who, why = f'process {index} of {count}', ''
+  try:
+    socket.getaddrinfo(host.strip('[]'), port)
+  except (OSError, UnicodeError) as e:
+    why = f' ({first_line(e)})'
+  print(f'{who}: joining the others at {where}{why}', file=sys.stderr,
+        flush=True)
 
-  def wait():
-    if joined.wait(_SAY):
-      return
-    print(f'{who}: waiting for the other processes at {where}',
-          file=sys.stderr, flush=True)
-    if joined.wait(JOIN):
-      return
-    print(f'{who}: the others did not all come to {where} within {JOIN} s. '
-          'Start --num_processes processes, each with another --process_id '
-          'from 0 and all with the same --coordinator and --num_processes; the '
-          'first one on the host of --coordinator, whose port must be open.',
-          file=sys.stderr, flush=True)
+  def give_up():
+    print(
+        f'{who}: the others did not all come to {where} within {JOIN} s. Start '
+        '--num_processes processes, each with another --process_id from 0 and '
+        'all with the same --coordinator and --num_processes; the first one on '
+        'the host of --coordinator, whose port must be open.', file=sys.stderr,
+        flush=True)
     os._exit(1)
 
-  threading.Thread(target=wait, daemon=True).start()
-  try:
-    yield
-  finally:
-    joined.set()
+  _before_abort(give_up)
 
 
 def _check_port(port: int) -> None:
-  """Raises InputError if the coordinator cannot listen at its port. JAX shares
-  a port with another program that listens there."""
-  if 'JAX_COORDINATOR_BIND_ADDRESS' in os.environ:
-    return
+  """Raises InputError if process 0 cannot listen at its port, which is a
+  segmentation fault in JAX."""
+  both = socket.has_dualstack_ipv6()
   try:
-    _listen(port).close()
+    socket.create_server(
+        ('', port), family=socket.AF_INET6 if both else socket.AF_INET,
+        dualstack_ipv6=both).close()
   except OSError as e:
     raise InputError(f'--coordinator: process 0 cannot listen at port {port} '
                      f'({e.strerror}); choose another port.') from e
 
 
-def _listen(port: int) -> socket.socket:
-  both = socket.has_dualstack_ipv6()
-  return socket.create_server(
-      ('', port), family=socket.AF_INET6 if both else socket.AF_INET,
-      dualstack_ipv6=both)
-
-
-def _reach(host: str, port: int, given: dict) -> None:
-  """Waits until process 0 listens.
-
-  Raises:
-    InputError: if no resolver knows the host.
-  """
-  began, said = time.monotonic(), False
-  while True:
-    try:
-      socket.create_connection((host, port), timeout=2.0).close()
-      return
-    except (OSError, UnicodeError) as e:
-      unknown = isinstance(e, (socket.gaierror, UnicodeError))
-      if unknown and time.monotonic() - began > _NAME:
-        raise InputError(f'--coordinator: no host is known by the name '
-                         f'{host!r} ({e}).') from e
-      if not said:
-        print(f'process {given["process_id"]} of {given["num_processes"]}: '
-              f'waiting for {host}:{port} ({e})',
-              file=sys.stderr, flush=True)
-        said = True
-    time.sleep(0.2)
-
-
-def _environment() -> dict:
+def _environment() -> dict[str, Any]:
+  """Returns arguments of `join` that the environment has."""
   env = os.environ
+  found: dict[str, Any]
   if 'JAX_COORDINATOR_ADDRESS' in env:
     names = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
     found = dict(coordinator=env['JAX_COORDINATOR_ADDRESS'])
@@ -203,10 +183,11 @@ def _environment() -> dict:
     found = dict(coordinator=f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}')
   else:
     return {}
-  for what, name in zip(('num_processes', 'process_id'), names):
+  for argument, name in zip(('num_processes', 'process_id'), names):
     if name in env and not env[name].isdigit():
       raise InputError(f'{name} is {env[name]!r} and must be a number.')
-    found |= {what: int(env[name])} if name in env else {}
+    if name in env:
+      found[argument] = int(env[name])
   return found
 
 
@@ -215,40 +196,97 @@ def _environment() -> dict:
 
 @contextlib.contextmanager
 def watch(program: str) -> Iterator[None]:
-  """Ends this process, with a sentence and the status that says "start me
-  again", when another one has died; JAX alone would wait for minutes.
+  """Ends this process, with a sentence and the status `AGAIN`, when another
+  process of the run has died.
 
-  An error ends it without waiting for the others, which hear of it.
+  An error in this process ends it without waiting for the others. They end
+  too: with status 1, since running again would not help.
+
+  Args:
+    program: Name of the program, with which the sentence begins.
   """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     yield
     return
-  left = threading.Event()
-  peers = _connect(program)
-  for index, peer in peers.items():
-    threading.Thread(target=_follow, daemon=True, args=(
-        program, index, peer, peers, left)).start()
+  client: Any = jax_versions.distributed_state().client
+  ending = threading.Event()
+  follower = threading.Thread(
+      target=_follow, args=(program, client, ending), daemon=True)
+  follower.start()
+
+  def lost():
+    if _coordinator_is_gone():
+      _report(program, 0, _EXITED)
+      os._exit(AGAIN)
+
+  _before_abort(lost)
   try:
     yield
     multihost_utils.sync_global_devices('the end')
-    left.set()
-    _tell(peers, _LEFT)
+    ending.set()
+    follower.join()
+    jax.distributed.shutdown()
+    _before_abort(None)
   except BaseException as e:
     if not isinstance(e, SystemExit):
-      time.sleep(3 * _WAIT)  # for if another died, that is what broke
-    left.set()
+      # If another process died, that broke this one too: `_follow` says so.
+      time.sleep(HEARTBEAT + 5)
     status = _status_of(e)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status != AGAIN:  # A job must not requeue itself for the others.
-      _tell(peers, _FAILED | jax.process_index())
-    if jax.process_index() == 0:
-      time.sleep(_WAIT)  # JAX aborts those that are there when it is gone
-    os._exit(status)
+    if status != AGAIN:
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f'{_FAILED}{jax.process_index()}', '')
+      time.sleep(2 * _TURN)  # The others read it.
+    ending.set()
+    _leave(status)
+
+
+def _follow(program: str, client: Any, ending: threading.Event) -> None:
+  """Ends this process when another one has died or failed.
+
+  It returns after ``ending``; on process 0, whose service all others need in
+  order to leave, when they have left.
+  """
+  devices, gone = jax.devices(), set()
+  first, count = jax.process_index() == 0, jax.process_count()
+  while not ending.is_set() or first and len(gone) < count - 1:
+    try:
+      with multihost_utils.live_devices(devices) as alive:
+        gone = {*range(count)} - {device.process_index for device in alive}
+        failed = client.key_value_dir_get(_FAILED)
+        # An error of one is often one of all: this process may report its own.
+        if failed and not ending.wait(3 * _TURN):
+          name, _ = failed[0]
+          number = int(name.rpartition('/')[2])
+          _report(program, number, 'failed (see its output).')
+          _leave(1)
+        if gone and not ending.is_set():
+          _report(program, min(gone), _EXITED)
+          _leave(AGAIN)
+        time.sleep(_TURN)
+    except _DIED:
+      continue  # The next turn says which.
+    except jax.errors.JaxRuntimeError:
+      return  # The service is gone, so JAX aborts: see `watch`.
+
+
+def _report(program: str, number: int, what: str) -> None:
+  print(f'{program}: process {number} of {jax.process_count()} {what}',
+        file=sys.stderr, flush=True)
+
+
+def _leave(status: int) -> None:
+  """Ends this process at once; process 0, whose service the others need to
+  learn why they end, a little later."""
+  _before_abort(lambda: os._exit(status))
+  if jax.process_index() == 0:
+    time.sleep(3 * _TURN)
+  os._exit(status)
 
 
 def _status_of(e: BaseException) -> int:
-  """Says what ends the process, as Python would."""
+  """Returns the exit status of an exception, and prints it, as Python does."""
   if not isinstance(e, SystemExit):
     traceback.print_exc()
     return 1
@@ -258,70 +296,26 @@ def _status_of(e: BaseException) -> int:
   return e.code or 0
 
 
-def _connect(program: str) -> dict[int, socket.socket]:
-  """Of process 0 the connections of all others; of them, that to it."""
-  # JAX tells it nowhere else, and only this address is sure to be reachable.
-  host = jax_versions.distributed_state().coordinator_address.rpartition(':')[0]
-  host = host.strip('[]')
-  first, peers = jax.process_index() == 0, {}
-  server = _listen(0) if first else None
-  port = int(multihost_utils.broadcast_one_to_all(
-      np.int32(server.getsockname()[1] if first else 0)))
+def _coordinator_is_gone() -> bool:
+  """Returns whether nothing listens at process 0's address any more."""
+  address = str(jax_versions.distributed_state().coordinator_address)
+  host, _, port = address.rpartition(':')
   try:
-    if not first:
-      peer = socket.create_connection((host, port), SILENT)
-      peer.sendall(struct.pack('<I', jax.process_index()))
-      peers = {0: peer}
-    else:
-      server.settimeout(SILENT)
-      while len(peers) < jax.process_count() - 1:
-        peer, _ = server.accept()
-        peer.settimeout(SILENT)
-        peers[struct.unpack('<I', _read(peer))[0]] = peer
-  except (OSError, struct.error) as e:
-    print(f'{program}: warning: the processes cannot reach each other at '
-          f'{host}:{port} ({e}): one that dies will be noticed late.',
-          file=sys.stderr)
-  for peer in peers.values():
-    peer.settimeout(None)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (('TCP_KEEPIDLE', SILENT // 3),
-                        ('TCP_KEEPINTVL', SILENT // 6), ('TCP_KEEPCNT', 4)):
-      if hasattr(socket, name):
-        peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-  return peers
+    socket.create_connection((host.strip('[]'), int(port)), 5.0).close()
+  except OSError:
+    return True
+  return False
 
 
-def _read(peer: socket.socket) -> bytes:
-  """Four bytes, or fewer of a connection that was closed."""
-  data = b''
-  with contextlib.suppress(OSError):
-    while len(data) < 4 and (more := peer.recv(4 - len(data))):
-      data += more
-  return data
+def _before_abort(act: Callable[[], object] | None) -> None:
+  """Calls a function before JAX aborts this process; None undoes that.
 
-
-def _tell(peers: dict[int, socket.socket], number: int) -> None:
-  for peer in peers.values():
-    with contextlib.suppress(OSError):
-      peer.sendall(struct.pack('<I', number))
-
-
-def _follow(program: str, index: int, peer: socket.socket,
-            peers: dict[int, socket.socket], left: threading.Event) -> None:
-  data = _read(peer)
-  number = struct.unpack('<I', data)[0] if len(data) == 4 else index
-  if number == _LEFT or left.is_set():
-    return
-  dead, failed = number & ~_FAILED, bool(number & _FAILED)
-  first = jax.process_index() == 0
-  if first:
-    _tell({i: p for i, p in peers.items() if i != dead}, number)
-  # Time to say something itself; but JAX aborts it when process 0 is gone.
-  if data and left.wait(_WAIT) or first and left.wait(2 * _WAIT):
-    return
-  what = ('failed (see its output).' if failed else
-          'exited (see its output). Restart all processes to resume.')
-  print(f'{program}: process {dead} of {jax.process_count()} {what}',
-        file=sys.stderr, flush=True)
-  os._exit(1 if failed else AGAIN)
+  JAX offers no way to be told that its service is lost: it logs the error and
+  calls abort(). A handler of Python's signal module would run too late, after
+  abort() has ended the process, so this one is called by C.
+  """
+  handler = None
+  if act is not None:
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act())
+    _handlers.append(handler)
+  ctypes.CDLL(None).signal(signal.SIGABRT, handler)

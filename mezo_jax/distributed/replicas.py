@@ -1,7 +1,8 @@
-"""A run that is one of several replicas; see
+"""A run that is one of several replicas (experimental); see
 `mezo_jax.distributed.exchange`."""
 
 from collections.abc import Callable, Sequence
+import copy
 from pathlib import Path
 import re
 from typing import NamedTuple
@@ -10,19 +11,25 @@ import jax
 
 from mezo_jax.core import fingerprint
 from mezo_jax.core.errors import InputError, local
-from mezo_jax.distributed import exchange, mirror
+from mezo_jax.distributed.exchange import Exchange
 from mezo_jax.runs.replay import Log
 from mezo_jax.tasks.data import Splits
-from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.evaluate_points import COMBINES
 
 
 class Place(NamedTuple):
-  """Where a run stands among its replicas."""
+  """The place of a run among its replicas.
+
+  Attributes:
+    replica: Number of this replica, from 0.
+    replicas: Number of replicas.
+    directory: Directory that all replicas see.
+    timeout: Seconds to wait for another replica.
+  """
 
   replica: int
   replicas: int
-  through: str  # HOST:PORT of replica 0, or a directory
+  directory: Path
   timeout: float
 
   @property
@@ -30,16 +37,16 @@ class Place(NamedTuple):
     return self.replica, self.replicas
 
 
-def place(replicas: int | None, replica: int | None, through: str | None,
+def place(replicas: int | None, replica: int | None, directory: str | None,
           timeout: float) -> Place | None:
-  """Of flags; None where none is given.
+  """Returns the place that flags name; None where none is given.
 
   Raises:
-    InputError: if some are missing, or out of range.
+    InputError: If some are missing, or out of range.
   """
-  if (replicas, replica, through) == (None, None, None):
+  if replicas is None and replica is None and directory is None:
     return None
-  if None in (replicas, replica, through):
+  if replicas is None or replica is None or directory is None:
     raise InputError('replicas: --replicas, --replica and --exchange must be '
                      'given together.')
   if not 0 <= replica < replicas:
@@ -47,65 +54,79 @@ def place(replicas: int | None, replica: int | None, through: str | None,
                      f'--replicas, {replicas}.')
   if not timeout > 0:
     raise InputError(f'--exchange_timeout is {timeout} and must be positive.')
-  return Place(replica, replicas, through, timeout)
+  path = local(directory)
+  if re.fullmatch(r'[^/]+:\d+', directory) and not path.is_dir():
+    raise InputError(
+        f'--exchange is {directory!r}, but replicas no longer exchange over '
+        'the network: give the path of a directory that all of them see.')
+  return Place(replica, replicas, path, timeout)
 
 
-def check(config: config_lib.Train, place: Place | None) -> None:
-  """Raises InputError for a config whose directions cannot be shared out."""
+def check(place: Place | None, method: str, methods: Sequence[str],
+          combine: str, num_samples: int) -> None:
+  """Raises InputError for a run whose directions cannot be shared out.
+
+  Args:
+    place: Place of the run; None for a run alone, which is always right.
+    method: Name of the method of the run.
+    methods: Names of the methods whose directions replicas can share out.
+    combine: Name of the combine function, `spsa.combine` of the config.
+    num_samples: Number of directions of a step.
+  """
   if place is None:
     return
-  z, n = config.spsa, place.replicas
+  n = place.replicas
   for holds, why in (
-      (config.method == 'mezo', f"method {config.method!r}: it must be 'mezo'"),
-      (COMBINES[z.combine].by_direction,
-       f'spsa.combine {z.combine!r}, which needs all losses'),
-      (z.num_samples % n == 0,
-       f'spsa.num_samples {z.num_samples}: make it a multiple of {n}'),
+      (method in methods,
+       f'method {method!r}; choose one of {", ".join(methods)}'),
+      (COMBINES[combine].by_direction,
+       f'spsa.combine {combine!r}, which needs all losses'),
+      (num_samples % n == 0,
+       f'spsa.num_samples {num_samples}: make it a multiple of {n}'),
       (jax.process_count() == 1, '--distributed: a replica is one process')):
     if not holds:
       raise InputError(f'{n} replicas cannot share out {why}.')
 
 
-def join(place: Place, config: config_lib.Train, workdir: Path, weights: str,
-         splits: Sequence[Splits], log: Log, say: Callable[[str], None]
-         ) -> exchange.Exchange | None:
-  """The exchange of a run, whose log gets the steps that it missed; None where
-  it has all, and needs nobody.
+def join(place: Place, settings: dict, weights: str, splits: Sequence[Splits],
+         num_samples: int, steps: int, applied_every: int | None, log: Log,
+         say: Callable[[str], None]) -> Exchange | None:
+  """Opens the exchange of a run, and gives its log the steps that it missed.
 
   Args:
-    place: of the run.
-    config: of the run.
-    workdir: of the run.
+    place: Place of the run among its replicas.
+    settings: What all replicas must share, as JSON values: the fields of the
+      config, of which paths of data may differ, and what else the caller adds.
     weights: `mezo_jax.core.fingerprint.of_weights` before training.
-    splits: the rows of each task.
-    log: of the run.
-    say: reports what is waited for.
+    splits: The rows of each task.
+    num_samples: Number of directions of a step.
+    steps: Number of steps of the run.
+    applied_every: Number of steps after which accumulated updates are applied
+      to be evaluated; None where none accumulate.
+    log: Log of the run.
+    say: Reports a line to the user.
+
+  Returns:
+    The exchange, or None where the log has all steps.
+
+  Raises:
+    InputError: If another replica runs something else.
   """
-  if log.end >= config.steps:
+  if log.end >= steps:
     return None
-  folds = config.spsa.fold_every > 1  # else evaluations change no weight
-  ends = (config.eval_every, config.steps) if folds else ()
-  told = config_lib.bound(config)
-  for part in (told, *told['also']):  # machines may have their own paths
+  settings = copy.deepcopy(settings)
+  for task in (settings, *settings['also']):
     for field in ('train', 'test'):
-      part['data'].pop(field)
+      task['data'].pop(field)
   run = fingerprint.of(dict(
-      config=told, weights=weights, ends=ends, code=fingerprint.of_code(),
+      config=settings, weights=weights, applied_every=applied_every,
+      steps=applied_every and steps,
       rows=fingerprint.of_rows(*(s.train for s in splits))))
-  if re.fullmatch(r'.+:\d+', place.through) and not (
-      Path(place.through).is_dir()):
-    say(f'replica {place.replica} of {place.replicas}: looking for the others '
-        f'at {place.through}')
-    found = mirror.over_sockets(
-        place.through, workdir / 'exchange', run, *place.part,
-        config.spsa.num_samples, place.timeout)
-  else:
-    found = exchange.over_files(
-        local(place.through), run, *place.part, config.spsa.num_samples,
-        place.timeout)
+  others = Exchange(place.directory, run, *place.part, num_samples,
+                    place.timeout)
   before = log.end
-  found.catch_up(log, lambda step: folds and (
-      step % config.eval_every == 0 or step == config.steps))
+  others.catch_up(log, lambda step: applied_every is not None and (
+      step % applied_every == 0 or step == steps))
   if log.end > before:
     say(f'steps {before + 1} to {log.end} are taken from the other replicas')
-  return found
+  return others

@@ -14,7 +14,7 @@ from mezo_jax import models, peft
 from mezo_jax.core import fingerprint, paths, reports, sharding
 from mezo_jax.core.errors import InputError, local, MissingError
 from mezo_jax.models.formats.save import check_new
-from mezo_jax.runs import checkpoint, replay, resume
+from mezo_jax.runs import checkpoint, replay
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
 from mezo_jax.training import build, methods, optimizer, records, trainable
@@ -83,8 +83,7 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
     raise MissingError(
         f'{workdir} has no checkpoint of step {step} but of '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, opt_state = resume.load(
-      checkpoints, step, resume.TrainState(shapes, opt_state))
+  params, opt_state = checkpoints.load(step, (shapes, opt_state))
   params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
@@ -202,11 +201,11 @@ def share(workdir: Path, directory: Path, run: config_lib.Train,
         'weights, without --log.')
   header = dict(recorded.header)
   config = header['config']
-  for data in (config['data'], *(a['data'] for a in config.get('also', ()))):
+  for data in (config['data'], *(a['data'] for a in config['also'])):
     data.update(train='', test='')
   base = build.plain_name(run)
   config['model'].update(name=base, revision='')
-  adapter = config.get('peft', {}).get('adapter')
+  adapter = config['peft']['adapter']
   if adapter:
     config['peft']['adapter'] = local(adapter).resolve().name
   directory.mkdir(parents=True, exist_ok=True)

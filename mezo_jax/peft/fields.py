@@ -56,14 +56,17 @@ _UNUSED = {
 _PLAIN_STARTS = ('gaussian', 'eva', 'orthogonal', 'mica')
 
 
-def check(about: dict[str, Any], file: Any) -> None:
-  """Raises InputError for a field that changes what an adapter computes and is
-  not supported, or that has a value which PEFT does not write.
+def check_adapter_config(about: dict[str, Any], file: Any) -> None:
+  """Checks that an adapter computes what its config says.
 
   Args:
     about: The contents of adapter_config.json, with a peft_type that is
       supported.
     file: The file's name, for the message.
+
+  Raises:
+    InputError: if a field that changes what the adapter computes is not
+      supported, or has a value that PEFT does not write.
   """
   kind = about['peft_type']
   values = _LORA if kind == 'LORA' else _VIRTUAL

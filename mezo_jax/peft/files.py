@@ -68,7 +68,7 @@ def save(directory: str | os.PathLike[str], model: Transformer,
   """
   c, classes = model.config, num_classes(params)
   if classes:
-    classifier.check(c)
+    classifier.check_head(c)
     if 'prompt' in params or prefix_length(params):
       raise InputError('a prefix or a prompt with a classification head has no '
                        'equal in PEFT: only LoRA can be saved with one.')
@@ -204,7 +204,7 @@ def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  fields.check(about, directory / 'adapter_config.json')
+  fields.check_adapter_config(about, directory / 'adapter_config.json')
   return _KINDS[name], about
 
 

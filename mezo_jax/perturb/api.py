@@ -29,6 +29,7 @@ from mezo_jax.directions import noise, streams
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement, of_leaves, stack
+from mezo_jax.perturb import rules_dot  # noqa: F401  registers its rule
 from mezo_jax.perturb.interpreter import Block, Context, SMALL
 from mezo_jax.perturb.rules_control_flow import evaluate
 

@@ -1,6 +1,9 @@
-"""Checkpoints of a run, kept by orbax: the newest, and the best on dev."""
+"""Saves and loads the checkpoints of a run, with orbax.
 
-from collections.abc import Iterator, Sequence
+The newest ones are kept, and the one that is best on dev rows.
+"""
+
+from collections.abc import Iterator
 import contextlib
 import errno
 import functools
@@ -9,7 +12,6 @@ import logging
 import os
 from pathlib import Path
 import shutil
-import tempfile
 from typing import Any
 
 from etils import epath
@@ -22,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mezo_jax.core import fingerprint
 from mezo_jax.core.errors import (
+  Damaged,
   first_line,
   InputError,
   MissingError,
@@ -31,10 +34,10 @@ from mezo_jax.core.errors import (
 
 @epath.register_path_cls
 class _Directory(gpath.PosixGPath):
-  """A directory whose name may have the characters of a pattern.
+  """A directory whose name may contain the characters of a glob pattern.
 
-  orbax searches directories by ``path.glob('...*')``, for which etils takes the
-  path itself as a pattern too.
+  orbax searches directories with ``path.glob('...*')``, and etils interprets
+  the path itself as a part of the pattern.
   """
 
   def glob(self, pattern: str) -> Iterator['_Directory']:
@@ -42,67 +45,62 @@ class _Directory(gpath.PosixGPath):
       yield self / name
 
 
-# orbax logs an error with its traceback in each thread that it passes, and
-# raises it all the same.
+# orbax logs an error with its traceback in each thread that it passes through,
+# and then raises it. The exception alone is enough.
 logging.getLogger('absl').addFilter(lambda record: not (
     record.levelno >= logging.ERROR and 'orbax' in record.pathname))
-
-
-class Damaged(InputError):
-  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
   """The checkpoints of one working directory.
 
-  A checkpoint is written beside the others and named only when it is complete:
-  a run killed while saving goes on from the one before.
+  A checkpoint gets its final name when it is complete. A run that is killed
+  while it saves resumes from the checkpoint before.
   """
 
   def __init__(self, directory: Path, keep: int = 1, clean: bool = True):
-    """Opens a directory, which need not be there yet.
+    """Opens a directory, which need not exist yet.
 
     Args:
-      directory: of the checkpoints.
-      keep: how many of the newest stay, beside the best.
-      clean: remove what a killed run has half written; not while one runs.
+      directory: Directory of the checkpoints.
+      keep: Number of the newest checkpoints that are kept, in addition to the
+        best.
+      clean: Whether to remove what a killed run left incomplete. Must be False
+        while a run writes to the directory.
+
+    Raises:
+      Damaged: if orbax cannot open the directory.
     """
     policies = ocp.training.preservation_policies
     best = policies.BestN(
         n=1, get_metric_fn=order, keep_checkpoints_without_metrics=False)
-    open_ = functools.partial(
-        ocp.training.Checkpointer, _Directory(directory.absolute()),
-        cleanup_tmp_directories=clean,
-        preservation_policy=policies.AnyPreservationPolicy(
-            [policies.LatestN(keep), best]))
-    self._directory, self.put_aside = directory.absolute(), []
+    self._directory = directory.absolute()
     try:
-      self._checkpointer = open_()
+      self._checkpointer = ocp.training.Checkpointer(
+          _Directory(self._directory), cleanup_tmp_directories=clean,
+          preservation_policy=policies.AnyPreservationPolicy(
+              [policies.LatestN(keep), best]))
     except Exception as e:
       _raise_of_the_disk(e, self._directory, _REFUSED | _FULL)
-      damaged = [*_unreadable(self._directory)]
-      if not damaged or not clean:
-        raise Damaged(
-            f'checkpoints of {directory} are damaged '
-            f'({", ".join(map(str, damaged))}: {first_line(e)[:200]}). '
-            'train.py puts them aside and goes on without them.') from e
-      self.put_aside = self._move(damaged)
-      self._checkpointer = open_()
+      newest = self._path(latest_step(self._directory))
+      raise Damaged(
+          f'a checkpoint in {directory} is damaged: orbax cannot open the '
+          f'directory ({first_line(e)[:200]}). Move the newest one, {newest}, '
+          'out of it and run the same command again; the log replays its '
+          'steps.') from e
 
   def save(self, step: int, state: Any, metrics: dict | None = None) -> None:
-    """Starts to save; the arrays may be donated as soon as this returns.
+    """Starts to save. The arrays may be donated as soon as this returns.
 
     Args:
-      step: the number of steps made.
-      state: a tree of arrays, threefry keys included.
-      metrics: ``score`` and ``loss`` of the dev rows, where there was an
-        evaluation. With one that is not finite the step is never the best.
+      step: Number of steps made.
+      state: A tree of arrays. PRNG keys must be of threefry2x32.
+      metrics: ``score`` and ``loss`` of the dev rows, where they were
+        evaluated. If one of them is not finite, the step is never the best.
     """
     if metrics and not _is_finite(metrics):
       metrics = None
-    # Key data, not keys: an array like any other, on however many processes.
-    state = jax.tree.map(
-        lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+    state = _key_data(state)
     recorded = {'state': fingerprint.of_weights(state), 'metrics': metrics,
                 'leaves': fingerprint.of_leaves(state)}
     recorded['check'] = fingerprint.of(recorded)
@@ -112,8 +110,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Raises OSError for what the disk refuses, in whichever thread of orbax
-    that was."""
+    """Raises OSError if the disk refuses to write in any thread of orbax."""
     try:
       yield
     except Exception as e:
@@ -121,18 +118,19 @@ class Checkpoints:
       raise
 
   def latest_step(self) -> int | None:
+    """Returns the step of the newest checkpoint, None if there is none."""
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
   def steps(self) -> list[int]:
-    """The steps that there are checkpoints of."""
+    """Returns the steps that have a checkpoint, in order."""
     return [c.step for c in self._checkpointer.checkpoints]
 
   def best_step(self) -> int:
-    """The step with the best metrics.
+    """Returns the step with the best metrics.
 
     Raises:
-      FileNotFoundError: if no checkpoint has metrics that are finite.
+      MissingError: if no checkpoint has metrics that are finite.
     """
     self.wait()
     scored = [c for c in self._checkpointer.checkpoints
@@ -144,62 +142,69 @@ class Checkpoints:
     return max(scored, key=lambda c: order(c.metrics)).step
 
   def load(self, step: int, like: Any) -> Any:
-    """The state of a step, with the shapes, dtypes and shardings of ``like``.
+    """Returns the state of a step.
+
+    Args:
+      step: A step that has a checkpoint.
+      like: A tree with the shapes, dtypes and shardings of the state.
 
     Raises:
-      Damaged: if it is not what was saved.
-      InputError: if it is of another model.
+      Damaged: if the checkpoint is not what was saved.
+      InputError: if the checkpoint is of another model.
     """
     def abstract(x):
       data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
       return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
-    def restore(x, like):
-      if _is_key(x) or not _is_key(like):  # a key: of an earlier version
-        return x
-      return jax.jit(_wrap, out_shardings=like.sharding)(x)
     like_data, recorded = jax.tree.map(abstract, like), self._recorded(step)
-    other = InputError(
-        f'checkpoint {self._path(step)} cannot be read: it is of another '
-        'model, or of a version that kept another state. Choose another '
-        '--workdir.')
-    if recorded.get('leaves') not in (None, fingerprint.of_leaves(like_data)):
-      raise other
+    if recorded['leaves'] != fingerprint.of_leaves(like_data):
+      raise InputError(
+          f'checkpoint {self._path(step)} is of another model: its arrays have '
+          'other names, shapes or dtypes. Choose another --workdir.')
     try:
       state = self._checkpointer.load(step, like_data)
     except Exception as e:
       _raise_of_the_disk(e, self._path(step), _REFUSED)
-      # Of an earlier version nothing tells the one from the other.
-      raise (self._damaged(step, e) if recorded else other) from e
-    if recorded.get('state') not in (None, fingerprint.of_weights(jax.tree.map(
-        lambda x: jax.random.key_data(x) if _is_key(x) else x, state))):
-      raise self._damaged(step, 'its checksum is another')
-    return jax.tree.map(restore, state, like)
+      raise self._damaged(step, e) from e
+    if recorded['state'] != fingerprint.of_weights(state):
+      raise self._damaged(step, 'its checksum differs')
+    def restored(x, like):
+      if not _is_key(like):
+        return x
+      return jax.jit(_wrap, out_shardings=like.sharding)(x)
+    return jax.tree.map(restored, state, like)
 
   def _recorded(self, step: int) -> dict:
-    """What a checkpoint says of itself; {} of an earlier version."""
+    """Returns the record that `save` made of a checkpoint's contents."""
     try:
       about = self._checkpointer.metadata(step)
       recorded = dict(about.custom_metadata or {})
     except Exception as e:
       _raise_of_the_disk(e, self._path(step), _REFUSED)
       raise self._damaged(step, e) from e
-    if recorded and (recorded.pop('check', '') != fingerprint.of(recorded)
-                 or recorded.get('metrics') != about.metrics):
-      raise self._damaged(step, 'what it says of itself is not what was saved')
+    if (recorded.pop('check', '') != fingerprint.of(recorded)
+        or recorded['metrics'] != about.metrics):
+      raise self._damaged(
+          step, 'it has no record of its contents, or a wrong one')
     return recorded
 
   def _path(self, step: int) -> Path:
     return self._directory / str(step)
 
-  def _damaged(self, step: int, why) -> 'Damaged':
+  def _damaged(self, step: int, why) -> Damaged:
     return Damaged(
         f'checkpoint {self._path(step)} is damaged ({first_line(why)[:200]}). '
-        'train.py puts it aside and goes on without it.')
+        'Training moves it aside and resumes without it.')
 
   def set_aside(self, step: int) -> Path:
-    """Moves a checkpoint out of the way and returns where to."""
+    """Moves a damaged checkpoint out of the way and returns its new path."""
     self.wait()
-    to, = self._move([self._path(step)])
+    to = self._aside / str(step)
+    _meet('looked')  # another process may still read it
+    if jax.process_index() == 0:
+      shutil.rmtree(to, ignore_errors=True)
+      to.parent.mkdir(exist_ok=True)
+      self._path(step).rename(to)
+    _meet('moved')
     self._checkpointer.reload()
     return to
 
@@ -217,35 +222,31 @@ class Checkpoints:
   def _aside(self) -> Path:
     return self._directory.parent / 'damaged'
 
-  def _move(self, paths: Sequence[Path]) -> list[Path]:
-    moved = [self._aside / path.name for path in paths]
-    _meet('looked')  # another process may still read them
-    if jax.process_index() == 0:
-      for path, to in zip(paths, moved):
-        shutil.rmtree(to, ignore_errors=True)
-        to.parent.mkdir(exist_ok=True)
-        path.rename(to)
-    _meet('moved')
-    return moved
-
   def wait(self) -> None:
+    """Returns when what `save` started is on the disk."""
     with self._writing():
       self._checkpointer.wait()
 
   def close(self) -> None:
+    """Waits, and closes the directory."""
     with self._writing():
       self._checkpointer.close()
 
 
-# Errors that are no sign of a damaged checkpoint.
+# Errors that do not mean that a checkpoint is damaged.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 def _raise_of_the_disk(e: Exception, path: Path,
                        codes: frozenset[int] | None = None) -> None:
-  """Raises OSError if an exception of orbax means that the system refused to
-  read or write, with one of these codes."""
+  """Raises OSError if an exception of orbax comes from the system.
+
+  Args:
+    e: The exception.
+    path: What orbax was reading or writing.
+    codes: The error numbers that count. Defaults to all.
+  """
   code = of_the_disk(e)
   if code is not None and (codes is None or code in codes):
     raise OSError(code, os.strerror(code), str(path)) from e
@@ -257,29 +258,27 @@ def _meet(name: str) -> None:
 
 
 def latest_step(directory: Path) -> int:
-  """The last step saved in a directory, 0 for none; nothing is read."""
-  return max((int(path.name) for path in _complete(directory)), default=0)
+  """Returns the last step saved in a directory, 0 for none.
+
+  Only the names are read. A checkpoint that is being written does not have a
+  number for its name.
+  """
+  steps = [int(path.name) for path in directory.glob('*')
+           if path.name.isdigit()]
+  return max(steps, default=0)
 
 
-def _complete(directory: Path) -> list[Path]:
-  """The checkpoints of a directory; one that is being written has no number for
-  its name."""
-  return [path for path in directory.glob('*') if path.name.isdigit()]
-
-
-def _unreadable(directory: Path) -> Iterator[Path]:
-  """Those that hinder orbax to open a directory: which one, it does not say."""
-  for path in _complete(directory):
-    with tempfile.TemporaryDirectory() as alone:
-      (Path(alone) / path.name).symlink_to(path, target_is_directory=True)
-      try:
-        ocp.training.Checkpointer(alone).close()
-      except Exception:
-        yield path
-
-
-# The only keys that a state has; see `mezo_jax.directions.noise.as_key`.
+# A state has no other keys; see `mezo_jax.directions.noise.as_key`.
 _wrap = functools.partial(jax.random.wrap_key_data, impl='threefry2x32')
+
+
+def _key_data(state):
+  """Returns a state with the data of its keys in their place.
+
+  That is an array like any other, on any number of processes.
+  """
+  return jax.tree.map(
+      lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
 
 
 def _is_key(x) -> bool:
@@ -291,9 +290,12 @@ def _is_finite(metrics: dict | None) -> bool:
       (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 
-def order(metrics: dict | None) -> tuple:
-  """A higher score wins; of equals, the lower loss; what is not finite never
-  (earlier versions kept such metrics)."""
+def order(metrics: dict | None) -> tuple[float, float]:
+  """Returns the key by which checkpoints are ranked.
+
+  A higher score is better, and of equal scores the lower loss. Metrics that are
+  not finite rank last.
+  """
   if not _is_finite(metrics):
     return -np.inf, -np.inf
   return metrics['score'], -metrics['loss']

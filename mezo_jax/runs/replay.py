@@ -41,6 +41,7 @@ import numpy as np
 
 from mezo_jax.core import arguments
 from mezo_jax.core.errors import (
+  Damaged,
   ExistsError,
   first_line,
   InputError,
@@ -347,10 +348,6 @@ def _differs(path: Path, header: dict, recorded: Recorded) -> str:
 # --- files ------------------------------------------------------------------
 
 
-class Damaged(InputError):
-  """A log whose header cannot be read."""
-
-
 def read(path: str | os.PathLike) -> Recorded:
   """A log, up to what is damaged.
 
@@ -370,8 +367,25 @@ def read(path: str | os.PathLike) -> Recorded:
   check = zlib.crc32(line)
   if header.get('shared'):
     return _shared(path, header, rest, check, at)
+  steps, size, check = parse(rest, n, first, check)
+  return Recorded(header, steps, at + size, len(rest) - size, check)
+
+
+def parse(data: bytes, n: int, first: int, check: int
+          ) -> tuple[Steps, int, int]:
+  """Returns the steps of records, up to one that is damaged or not whole.
+
+  Args:
+    data: The records.
+    n: Number of projected gradients of a step.
+    first: Number of the first step.
+    check: CRC-32 of all that is before the records.
+
+  Returns:
+    The steps, the number of bytes that are whole, and the last CRC-32.
+  """
   kind = _record(n)
-  records = np.frombuffer(rest[:len(rest) // kind.itemsize * kind.itemsize],
+  records = np.frombuffer(data[:len(data) // kind.itemsize * kind.itemsize],
                           kind)
   kept, added, good = [], [], 0
   for i, record in enumerate(records):
@@ -385,12 +399,11 @@ def read(path: str | os.PathLike) -> Recorded:
       added.append(number)
     else:
       kept.append(i)
-  size = at + good * kind.itemsize
   chosen = records[kept]
-  return Recorded(header, Steps(
+  return Steps(
       first, chosen['value'].astype(np.float32),
       chosen['projected_grad'].astype(np.float32).reshape(-1, n),
-      frozenset(added)), size, at + len(rest) - size, check)
+      frozenset(added)), good * kind.itemsize, check
 
 
 def _header(path: Path, line: bytes) -> dict:

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import optax
 
-from mezo_jax.core.errors import Again, InputError, MissingError, Stopped
+from mezo_jax.core.errors import Again, MissingError, Stopped
 from mezo_jax.runs import checkpoint, guards
-from mezo_jax.transforms.stochastic_rounding import RoundingState
 
 
 class TrainState(NamedTuple):
@@ -63,9 +61,6 @@ def load(checkpoints: checkpoint.Checkpoints, step: int, like: TrainState
          ) -> TrainState:
   """Loads the state of a step.
 
-  An earlier version had no `RoundingState` in the state of `mezo`: its bits
-  came from the key and the count of the directions.
-
   Args:
     checkpoints: Checkpoints of the run.
     step: A step that has a checkpoint.
@@ -78,20 +73,7 @@ def load(checkpoints: checkpoint.Checkpoints, step: int, like: TrainState
   """
   # Checkpoints hold a plain tuple: the names of a NamedTuple's fields would
   # become part of the paths in the file.
-  try:
-    return TrainState(*checkpoints.load(step, tuple(like)))
-  except checkpoint.Damaged:
-    raise
-  except InputError as e:
-    if not isinstance(like.opt_state[-1], RoundingState):
-      raise
-    try:
-      params, old = checkpoints.load(step, (like.params, like.opt_state[:-1]))
-    except InputError:
-      raise e from None
-  # Copies, because each array of a state is donated by itself.
-  rounding = RoundingState(*map(jnp.copy, (old[0].count, old[0].key)))
-  return TrainState(params, (*old, rounding))
+  return TrainState(*checkpoints.load(step, tuple(like)))
 
 
 def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,

@@ -1,8 +1,9 @@
-r"""How good predictions are: classes against labels, texts against answers.
+"""Metrics of classes against labels and of texts against answers.
 
-Accuracy, macro F1 and Matthews correlation are of all rows at once. Exact
-match, token F1 and DROP's pair are of one row, to be averaged over rows; each
-is the best over the row's acceptable answers.
+Macro F1 and Matthews correlation, by scikit-learn, are computed over all rows
+at once. Exact match, token F1 and the two metrics of DROP are computed for one
+row, to be averaged over rows. Each is the best over the row's acceptable
+answers.
 """
 
 from collections import Counter
@@ -17,72 +18,29 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 _UNANSWERABLE = ('CANNOTANSWER', 'no answer')
 
 
-def _confusion(predictions, labels) -> np.ndarray:
-  """Counts [C, C] by (label, prediction) over the C classes that occur."""
-  predictions, labels = np.asarray(predictions), np.asarray(labels)
-  if predictions.shape != labels.shape or labels.ndim != 1 or not labels.size:
-    raise ValueError(
-        'predictions and labels have to be two [R] arrays of at least one row, '
-        f'not of shapes {predictions.shape} and {labels.shape}.')
-  classes, index = np.unique(
-      np.concatenate([labels, predictions]), return_inverse=True)
-  counts = np.zeros((len(classes), len(classes)), np.int64)
-  np.add.at(counts, tuple(np.split(index, 2)), 1)
-  return counts
-
-
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """The share of rows whose prediction is the label; [R] integers each.
+def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+  """Returns the mean of F1 over the classes that labels or predictions have.
 
   Raises:
-    ValueError: if there are no rows, or the two do not match in shape.
+    ValueError: If there are no rows, or the two do not match in length.
   """
-  counts = _confusion(predictions, labels)
-  return float(np.trace(counts) / counts.sum())
+  from sklearn.metrics import f1_score  # slow to import
+  return float(f1_score(labels, predictions, average='macro', zero_division=0))
 
 
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  r"""The mean over classes of F1; [R] integers each.
+def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:
+  """Returns the Matthews correlation of any number of classes (Gorodkin, 2004).
 
-  With TP, FP and FN the true positives, false positives and false negatives of
-  one class,
-
-  .. math:: F_1 = \frac{2 TP}{2 TP + FP + FN}
-
-  The classes are those that occur among the labels or the predictions, as in
-  scikit-learn's ``f1_score(average='macro')``.
+  It is 0 where all predictions or all labels are of one class.
 
   Raises:
-    ValueError: if there are no rows, or the two do not match in shape.
+    ValueError: If there are no rows, or the two do not match in length.
   """
-  counts = _confusion(predictions, labels)
-  return float(np.mean(
-      2 * np.diag(counts) / (counts.sum(0) + counts.sum(1))))
-
-
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-  r"""Matthews correlation of any number of classes; [R] integers each.
-
-  With c of s rows right, class k predicted for :math:`p_k` of them and true of
-  :math:`t_k`,
-
-  .. math::
-
-    R_K = \frac{c s - \sum_k p_k t_k}
-               {\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
-
-  and 0 where that is 0 / 0, because all predictions or all labels are one
-  class (Gorodkin, 2004). Two classes give the usual formula (Matthews, 1975).
-
-  Raises:
-    ValueError: if there are no rows, or the two do not match in shape.
-  """
-  counts = _confusion(predictions, labels)
-  c, s = np.trace(counts), counts.sum()
-  p, t = counts.sum(0), counts.sum(1)
-  # Their product is of order s^4, which int64 holds to 55 000 rows only.
-  spread = float(s**2 - p @ p) * float(s**2 - t @ t)
-  return float((c * s - p @ t) / np.sqrt(spread)) if spread else 0.0
+  from sklearn.metrics import matthews_corrcoef  # slow to import
+  classes = np.unique(np.concatenate([predictions, labels]))
+  if len(classes) == 1:  # scikit-learn would print a warning
+    return 0.0
+  return float(matthews_corrcoef(labels, predictions))
 
 
 def normalize_answer(text: str) -> str:

@@ -312,7 +312,7 @@ def data_warnings(config: config_lib.Train,
 
 def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
   """Raises InputError for a classification head that could not be exported."""
-  classifier.check(model_config)
+  classifier.check_head(model_config)
   if methods.adapts(config) and not methods.part_of(config).added:
     raise InputError(
         f"a task of kind 'head' with peft.method {config.peft.method!r} has no "

@@ -14,7 +14,7 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.training import fields, methods
 
 DISTRIBUTIONS = (
-    'normal', 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank', 'subzero')
+    'normal', 'rademacher', 'low_rank', 'lazy_low_rank', 'subzero')
 GENERATORS = ('hash32', 'threefry2x32')
 OVER = ('scan', 'batch', 'rows')
 COMBINES = ('two_sided', 'one_sided', 'fzoo')
@@ -51,10 +51,9 @@ def check(config: config_lib.Train) -> None:
       (not config.model.offload or (
           config.model.dtype not in QUANTISED and not part.last_layers
           and not methods.layers_apart(config)
-          and (config.method == 'mezo' or not method.steps)
-          and not o.groups and z.distribution != 'sphere'),
+          and (config.method == 'mezo' or not method.steps) and not o.groups),
        'model.offload needs floats, no layers set apart, and method mezo '
-       "without optimizer.groups and spsa.distribution 'sphere'"),
+       'without optimizer.groups'),
       (config.mesh.direction == 1 or (
           z.over != 'rows' and not method.backprop),
        'mesh.direction shares out the points of forward passes: leave it at 1 '

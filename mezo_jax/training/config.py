@@ -68,8 +68,7 @@ class Spsa:
   # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
   # 'scan': one after the other.
   over: str = 'scan'
-  # Of z; or 'rademacher', 'sphere', 'low_rank', 'lazy_low_rank' (LOZO's),
-  # 'subzero'.
+  # Of z; or 'rademacher', 'low_rank', 'lazy_low_rank' (LOZO's), 'subzero'.
   distribution: str = 'normal'
   rank: int = 16  # of the last three
   # Steps that lazy_low_rank's columns, or subzero's bases, are the same for.

@@ -154,9 +154,9 @@ def quzo(config) -> list:
   return of_relative(
       config,
       needs_codes(config),
-      (config.spsa.distribution in ('normal', 'rademacher', 'sphere'),
+      (config.spsa.distribution in ('normal', 'rademacher'),
        "method 'quzo' rounds each element of z: take spsa.distribution "
-       "normal, rademacher or sphere, or method 'mezo'"))
+       "normal or rademacher, or method 'mezo'"))
 
 
 def qzo(config) -> list:

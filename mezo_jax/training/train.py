@@ -8,6 +8,7 @@ import jax
 import optax
 from tqdm import tqdm
 
+import mezo_jax
 from mezo_jax import peft
 from mezo_jax.core import fingerprint, multihost, paths
 from mezo_jax.core.errors import local
@@ -70,9 +71,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   checks.check(config)
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
-  replicas_lib.check(config, place)
-  multihost.agree('the version of mezo_jax or jax', fingerprint.of_code,
-                  'install the same on every host')
+  replicas_lib.check(place, config.method, ('mezo',), config.spsa.combine,
+                     config.spsa.num_samples)
+  versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
+  multihost.agree_on('the versions', versions, 'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
   records.check(config, workdir)
@@ -155,8 +157,12 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
       0 if recorded is None else recorded.size, start, _say)
   others = None
   if place:
+    # Where updates accumulate, replicas must apply them at the same steps.
+    applied_every = config.eval_every if config.spsa.fold_every > 1 else None
     others = replicas_lib.join(
-        place, config, workdir, weights, tasks.splits, log, _say)
+        place, config_lib.bound(config) | {'versions': versions}, weights,
+        tasks.splits, config.spsa.num_samples, config.steps, applied_every, log,
+        _say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
     again = (f'; the steps since {since} are made again from the log'

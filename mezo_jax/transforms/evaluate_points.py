@@ -151,8 +151,7 @@ def estimate(
     params: :math:`\theta`.
     z: its n terms are :math:`z_j`.
     eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
-    directions: What z is, or its name. Plain directions, or else each
-      evaluation repeats what `Directions.plain` does once.
+    directions: What z is, or its name.
     signs: s, one or more; the losses of 0 are evaluated once.
     over: how the n directions and their signs are evaluated. 'scan': one after
       the other; one forward pass is in memory at a time. 'batch': all in one

@@ -25,6 +25,7 @@ from mezo_jax.core import arguments, sharding
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction
 from mezo_jax.transforms import chain
 from mezo_jax.transforms import losses as losses_lib
@@ -91,8 +92,8 @@ def spsa(
     key: a `jax.random.key` or an integer seed; fixes every direction of the
       run. Step t, direction j uses ``fold_in(fold_in(key, t), j)``.
     directions: What z is: its distribution and generator, and which leaves have
-      it (`mezo_jax.Normal`, `Rademacher`, `Sphere`), or its name. The other
-      leaves get zero updates.
+      it (`mezo_jax.Normal`, `Rademacher`, ...), or its name. The other leaves
+      get zero updates.
     combine: How losses become :math:`g`: `two_sided`; `one_sided`,
       :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
       \epsilon`: n + 1 evaluations instead of 2n, with a bias of
@@ -198,7 +199,7 @@ def spsa(
                 projected_grad=None, around=None, part=None, **extra_args):
     _check_update(updates, state, params, value_fn, projected_grad)
     keys = directions.keys(state.key, state.count, num_samples)
-    kind, z = directions.plain(params, keys)
+    z = Displacement(keys, jnp.ones(num_samples, jnp.float32))
     epsilon = _at(eps, state.count)
 
     if projected_grad is None:
@@ -206,13 +207,12 @@ def spsa(
       arguments.check_names(value_fn, around=around, part=part)
       if around is not None:
         check_displacement('around', around)
-        around = directions.plain(params, around.keys)[1].times(around.coefs)
       mine = z if part is None else jax.tree.map(
           lambda x: x[_part(part, num_samples, combine)], z)
       losses = estimate(  # of θ ± εz
-          value_fn, params, mine, epsilon, kind, signs=combine.signs, over=over,
-          micro_batches=micro_batches, equal_parts=equal_parts, around=around,
-          batch=losses_lib.accepted(value_fn, extra_args))
+          value_fn, params, mine, epsilon, directions, signs=combine.signs,
+          over=over, micro_batches=micro_batches, equal_parts=equal_parts,
+          around=around, batch=losses_lib.accepted(value_fn, extra_args))
       value, g = combine.apply(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
       if part is not None:
@@ -227,7 +227,7 @@ def spsa(
     finite = jnp.all(jnp.isfinite(g))
     mean = jnp.where(finite, g, 0.0) / num_samples
     of_group = jax.tree.map(lambda e: mean * (_first(epsilon) / e), epsilon)
-    updates = direction(params, z.times(of_group), kind, dtype=dtype)
+    updates = direction(params, z.times(of_group), directions, dtype=dtype)
     return updates, SpsaState(
         count=cast(jax.Array, optax.safe_increment(state.count)),
         key=state.key,

@@ -10,6 +10,7 @@ import optax
 from mezo_jax.core import arguments
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
+from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 from mezo_jax.transforms.mezo import descent
@@ -57,14 +58,13 @@ def conservative(
     batch = losses_lib.accepted(value_fn, given)
     made = state.count - state.total_notfinite  # what a schedule counts
     rate = arguments.at(learning_rate, made)
-    kind, z = directions.plain(params, directions.keys(
-        state.key, state.count, n))
-    z = z.after(seen.value)
+    keys = directions.keys(state.key, state.count, n)
+    z = Displacement(keys, jnp.ones(n, jnp.float32)).after(seen.value)
 
     def loss(sign):
       point = z.times(sign * rate * seen.projected_grad / n)
       return losses_lib.mean_over_parts(
-          lambda part: perturbed(value_fn, kind)(params, point, **part),
+          lambda part: perturbed(value_fn, directions)(params, point, **part),
           batch, micro_batches or 1, equal_parts)
     signs = jnp.array([0.0, -1.0, 1.0])  # the first of equals
     losses = lax.map(loss, signs)

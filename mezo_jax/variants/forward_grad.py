@@ -60,17 +60,16 @@ def forward_grad(
     del memory
     value_fn = given.pop('value_fn')
     batch = losses.accepted(value_fn, given)
-    kind, z = directions.plain(params, directions.keys(
-        state.key, state.count, n))
+    keys = directions.keys(state.key, state.count, n)
 
-    def derivative(z):
+    def derivative(key):
       def loss(c):
-        at = lambda part: perturbed(value_fn, kind)(
-            params, Displacement(z.keys, z.coefs * c), **part)
+        at = lambda part: perturbed(value_fn, directions)(
+            params, Displacement(key, c), **part)
         return losses.mean_over_parts(
             at, batch, micro_batches or 1, equal_parts)
       return jax.jvp(loss, (jnp.float32(0.0),), (jnp.float32(1.0),))
-    values, g = lax.map(derivative, z)
+    values, g = lax.map(derivative, keys)
     return values[0], g
 
   return descent(

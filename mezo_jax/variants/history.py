@@ -170,8 +170,8 @@ def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
     steps = before.count - jnp.arange(window)[::-1]
     keys = jax.vmap(lambda t: directions.keys(before.key, t, g.shape[0]))(
         steps).reshape(-1)
-    kind, z = directions.plain(params, keys)
-    z = z.after(new.value)
-    return fn(params, kind, z.keys, z.coefs, past), Remembering(new, past)
+    z = Displacement(keys, jnp.ones(keys.shape, jnp.float32)).after(new.value)
+    return (fn(params, directions, z.keys, z.coefs, past),
+            Remembering(new, past))
 
   return ZerothOrderTransformation(init_fn, update_fn)

@@ -131,9 +131,10 @@ def hizoo(
 
   def _losses(value_fn, params, state, kind, extra_args):
     epsilon = arguments.at(eps, state.count)
-    plain_kind, z = kind.plain(params, kind.keys(state.key, state.count, n))
+    z = Displacement(kind.keys(state.key, state.count, n),
+                     jnp.ones(n, jnp.float32))
     losses = estimate(
-        value_fn, params, z, epsilon, plain_kind, signs=(1.0, -1.0, 0.0),
+        value_fn, params, z, epsilon, kind, signs=(1.0, -1.0, 0.0),
         over=over, micro_batches=micro_batches or 1, equal_parts=equal_parts,
         batch=losses_lib.accepted(value_fn, extra_args))
     plus, minus, clean = losses.T

@@ -16,7 +16,7 @@ removed: docs/relatives.md tells how to find the :math:`\sigma` for a budget.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax import lax
@@ -103,23 +103,20 @@ def private(
   def released(state, params, value_fn, noise_key, extra_args):
     """g [n]."""
     keys = directions.keys(state.key, state.count, n)
-    kind, z = directions.plain(params, keys)
     epsilon = arguments.at(eps, state.count)
     batch = losses.accepted(value_fn, extra_args)
 
     def rows_at(point):  # one forward pass is in memory at a time
       at = lambda part: _rows(
-          perturbed(value_fn, kind)(params, point, **part), part)
+          perturbed(value_fn, directions)(params, point, **part), part)
       if micro_batches is None or micro_batches == 1:
         return at(batch)
       rows, with_rows = losses.split_batch(batch, micro_batches)
       parts = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, parts)
 
-    coefs = cast(jax.Array, z.coefs)
     values, there = lax.map(rows_at, Displacement(
-        jnp.repeat(z.keys, 2),
-        jnp.outer(coefs, jnp.float32([epsilon, -epsilon])).ravel()))
+        jnp.repeat(keys, 2), jnp.tile(jnp.float32([epsilon, -epsilon]), n)))
     plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
     d = (plus - minus) / (2 * epsilon)  # [n, B]
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)

@@ -55,8 +55,8 @@ def quzo(
   """
   directions = as_directions(directions)
   if isinstance(directions, LowRank):
-    raise ValueError('quzo rounds each element of z: take Normal, Rademacher '
-                     'or Sphere, or mezo_jax.mezo for directions of low rank.')
+    raise ValueError('quzo rounds each element of z: take Normal or '
+                     'Rademacher, or mezo_jax.mezo for directions of low rank.')
   tx = mezo(learning_rate, eps, directions=dataclasses.replace(
       directions, on_grid=True), **options)
 

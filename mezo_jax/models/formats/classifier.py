@@ -10,9 +10,13 @@ from mezo_jax.models.formats import huggingface
 from mezo_jax.models.layers import Config
 
 
-def check(config: Config) -> None:
-  """Raises InputError for a model whose class in transformers reads its head
-  from other features than ours."""
+def check_head(config: Config) -> None:
+  """Checks that a classification head can be written for transformers.
+
+  Raises:
+    InputError: if the model's class in transformers feeds its head with other
+      features than ours.
+  """
   if config.family == 'opt' and config.embed_width:
     raise InputError(
         'a classification head of this OPT has no equal in transformers, which '
@@ -42,7 +46,7 @@ def head(config: Config, num_classes: int) -> list[t.Row]:
 
 def table(config: Config, num_classes: int) -> list[t.Row]:
   """Returns the rows of the body and of the classification head."""
-  check(config)
+  check_head(config)
   unused = {row.path for row in huggingface.head_of(config)}
   body = [row for row in huggingface.FAMILIES[config.family].table(config)
           if row.path not in unused]

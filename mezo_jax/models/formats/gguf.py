@@ -385,7 +385,7 @@ def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
 def _open(path: Path):
   """Opens one file: its reader, and a function that gives a field's value."""
   try:
-    gguf_header.check(path)
+    gguf_header.check_header(path)
     reader = gguf.GGUFReader(path)
   except Exception as e:
     raise InputError(

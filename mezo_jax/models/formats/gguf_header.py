@@ -12,8 +12,12 @@ _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 
 
-def check(path: Path) -> None:
-  """Raises ValueError where counts, lengths and places of tensors cannot be."""
+def check_header(path: Path) -> None:
+  """Checks the header of a GGUF file against the size of the file.
+
+  Raises:
+    ValueError: if it has counts, lengths or offsets that cannot be.
+  """
   with path.open('rb') as file:
     if path.stat().st_size < 24:
       raise ValueError('it has no header')
