@@ -3,6 +3,8 @@
 import signal
 import sys
 
+from mezo_jax.core import extras
+
 
 def main() -> None:
   """Runs the command that the command line names."""
@@ -10,11 +12,8 @@ def main() -> None:
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     from mezo_jax.cli import commands
-  except ModuleNotFoundError as e:
-    if (e.name or '').startswith('mezo_jax'):
-      raise
-    sys.exit(f'mezo-jax: {e.name} is not installed; run: pip install '
-             "'mezo_jax[train]'")
+  except extras.MissingExtraError as e:
+    sys.exit(f'mezo-jax: {e}.')
   finally:
     signal.signal(signal.SIGINT, handler)
   commands.main()
