@@ -466,8 +466,7 @@ SPSA = dict(
     directions=[None, 'cauchy', 3, mezo_jax.Normal, ['normal'], {}],
     combine=[None, 'mean', lambda losses, eps: losses, 1],
     num_samples=[0, -1, 1.5, 'x', True, [2]],
-    over=['cols', None, 1, ['scan']], micro_batches=[0, 1.5, 'x', False],
-    equal_parts=[None, 'yes', 1])
+    over=['cols', None, 1, ['scan']], micro_batches=[0, 1.5, 'x', False])
 RATE = dict(learning_rate=[
     None, 'x', np.nan, [1e-3], {}, {'(': 1.0}, {'': None}, jnp.ones(2),
     lambda t: None, float])
@@ -570,7 +569,7 @@ TABLE = {
     'private': (trained(
         lambda key, **kwargs: ROWS['private'](key=key, **kwargs),
         learning_rate=1e-3), MEZO | without(
-            ONE_EPS, 'combine', 'over', 'equal_parts')),
+            ONE_EPS, 'combine', 'over')),
     'private, alone': (lambda **kwargs: variants.private(**(dict(
         learning_rate=1e-3, key=0, clip=1.0, noise_multiplier=1.0,
         batch_size=8) | kwargs)), dict(
