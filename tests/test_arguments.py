@@ -134,7 +134,7 @@ def test_jit_can_be_disabled(name):
 
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
-    'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
+    'adam by history', 'svrg', 'hizoo'])
 def test_strict_modes(name):
   """Warnings as errors, no implicit promotion of dtypes or ranks, no leaks."""
   params = {'w': jnp.sin(jnp.arange(96.0)).reshape(12, 8),
@@ -591,8 +591,7 @@ TABLE = {
     'svrg': (trained(variants.svrg, learning_rate=1e-3), without(
         RATE | ONE_EPS, 'combine', 'over', 'micro_batches') | dict(
             every=[1, 2.5, None], anchor_learning_rate=[None, 'x'],
-            anneal=[0.5, None], anneal_every=[0, None], rows=[0, 'x'],
-            stored_anchor=[None, 1], stochastic_rounding=[None])),
+            rows=[0, 'x'], stochastic_rounding=[None])),
     'saliency': (lambda **kwargs: variants.saliency(**(dict(
         value_fns=[loss], params=PARAMS, key=0, num_samples=1) | kwargs)), dict(
             value_fns=[None, loss, [], [3]], params=[None], key=SPSA['key'],
@@ -603,9 +602,6 @@ TABLE = {
         value_fn=loss, params=PARAMS, key=0) | kwargs)), dict(
             value_fn=[None, 3], params=[None], key=SPSA['key'],
             num_samples=[0, None], eps=[0.0, None], directions=[None])),
-    'param_norms': (lambda **kwargs: variants.param_norms(
-        **(dict(params=PARAMS) | kwargs)), dict(
-            params=[None], directions=[None, 'cauchy'])),
     'no_norms': (lambda **kwargs: variants.no_norms(
         **(dict(params=PARAMS) | kwargs)), dict(
             params=[None], directions=[None, 'cauchy'])),

@@ -216,13 +216,13 @@ def test_a_field_that_a_config_file_invents():
 
 @pytest.mark.parametrize('changes,given,message', [
     (dict(method='finetune'), 'spsa.eps', 'trains by backpropagation'),
-    (dict(), 'optimizer.name', 'no backpropagation'),
-    (dict(), 'variant.every', 'it is of svrg'),
-    (dict(), 'privacy.epsilon', "of method 'private'"),
+    (dict(), 'optimizer.name', 'trains by forward passes'),
+    (dict(), 'variant.every', 'only svrg reads it'),
+    (dict(), 'privacy.epsilon', 'only private reads it'),
     (dict(), 'spsa.rank', "spsa.distribution 'normal'"),
-    (dict(), 'num_demos', "of method 'icl'"),
-    (dict(), 'peft.rank', 'of lora'),
-    (dict(), 'peft.num_tokens', 'of prefix and prompt'),
+    (dict(), 'num_demos', 'only icl reads it'),
+    (dict(), 'peft.rank', 'only lora reads it'),
+    (dict(), 'peft.num_tokens', 'only prefix, prompt read it'),
     (dict(), 'task.max_new_tokens', "task.kind 'classification'"),
     (dict(), 'task.choices', "task.kind 'classification'"),
     (dict(data__k_shot=4), 'data.num_train', 'data.k_shot is set')])

@@ -14,6 +14,7 @@ from mezo_jax.distributed import exchange, mirror
 from mezo_jax.runs.replay import Log
 from mezo_jax.tasks.data import Splits
 from mezo_jax.training import config as config_lib
+from mezo_jax.training import methods
 from mezo_jax.transforms.evaluate_points import COMBINES
 
 
@@ -56,7 +57,9 @@ def check(config: config_lib.Train, place: Place | None) -> None:
     return
   z, n = config.spsa, place.replicas
   for holds, why in (
-      (config.method == 'mezo', f"method {config.method!r}: it must be 'mezo'"),
+      (methods.method_of(config).replicated,
+       f'method {config.method!r}; choose one of '
+       f'{", ".join(methods.names_where(lambda m: m.replicated))}'),
       (COMBINES[z.combine].by_direction,
        f'spsa.combine {z.combine!r}, which needs all losses'),
       (z.num_samples % n == 0,

@@ -17,6 +17,7 @@ from mezo_jax.core.errors import Stopped
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')
 WINDOW = 100  # steps
+STILL = 100  # consecutive steps without any change of the weights
 _SPIKE = 8.0  # standard deviations of the window before
 
 
@@ -26,7 +27,7 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
   """``watch(step, values)``, to be called with each step's metrics in turn.
 
   Args:
-    config: ``max_skipped``, ``max_still`` and ``max_rise`` of it.
+    config: ``max_skipped`` and ``max_rise`` of it.
     records: the metrics of earlier steps, of which those up to ``start`` are
       looked at first.
     log: of the run; of steps up to its end no jump is said again.
@@ -35,7 +36,7 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
 
   Returns:
     A function that raises `Stopped` after ``max_skipped`` steps in a row whose
-    loss is not finite; after ``max_still`` whose projected gradients are 0; and
+    loss is not finite; after `STILL` whose projected gradients are 0; and
     where the mean loss of a window is above that of the first by more than
     ``max_rise`` standard deviations of a step's.
   """
@@ -75,7 +76,7 @@ def make(config: config_lib.Train, records: Sequence[dict], log: replay.Log,
     # NaN, which is null in records, is skipped and not still.
     moved = np.any(np.array(values.get('projected_grad', 1.0), float))
     still = 0 if moved else still + 1
-    if still and still == config.max_still:
+    if still == STILL:
       raise Stopped(
           f'the projected gradients have been 0 since step {step - still}: '
           'the weights do not move any more, and may be lost; the log has '

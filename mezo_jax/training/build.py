@@ -163,7 +163,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   needs_gold = (objectives.needs_gold(objective) or method.probe
                 or method.demonstrations)
   say(split_words(config, rows))
-  if method.steps and config.method != 'private' and (
+  if method.steps and not method.private and (
       len(rows.train) < config.data.batch_size):
     raise InputError(
         f'{len(rows.train)} training rows do not fill a batch of '
@@ -182,9 +182,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       buckets=config.data.buckets,
       gold_only=[name for name, only in gold_only.items() if only],
       num_demos=config.num_demos if method.demonstrations else 0,
-      prior=bool(config.calibration),
-      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
-      untold=('train',) if config.method == 'private' else (),
+      prior=bool(config.calibration), soft_ids=soft,
+      untold=('train',) if method.private else (),
       # Without steps nothing is trained, and answers alone are generated.
       lm_loss=objectives.gold_only(objective) and (
           method.steps or not task.traits.generates),
@@ -230,7 +229,7 @@ def data_warnings(config: config_lib.Train,
   rows nothing is said."""
   task, out = config.task, []
   read = {'dev': rows.dev, 'test': rows.test}
-  if config.method != 'private':
+  if not methods.method_of(config).private:
     read = {'train': rows.train} | read
   for name, some in read.items():
     bare = sum(not task.has_gold(row) for row in some)
@@ -375,7 +374,7 @@ def _is_abstract(params) -> bool:
 def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
                  mesh) -> privacy.Plan | None:
   """The budget of a private run's training rows; None of another run."""
-  if config.method != 'private':
+  if not methods.method_of(config).private:
     return None
   p = config.privacy
   return privacy.plan(

@@ -23,6 +23,7 @@ from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import evaluate, score
 from mezo_jax.tasks.encode import Encoded, Kept
 from mezo_jax.training import build as build_lib
+from mezo_jax.training import methods
 
 _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
 _FORMAT = 2  # of the files; another one is made anew
@@ -74,7 +75,8 @@ def keep(config, built: build_lib.Built, directory: str | os.PathLike,
   in_files = size > config.trunk_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
-  much = '' if config.method == 'private' else f' {size / 2**20:.0f} MiB,'
+  private = methods.method_of(config).private
+  much = '' if private else f' {size / 2**20:.0f} MiB,'
   say(f'trunk: all below what is trained is computed once for each of {rows} '
       f'rows,{much} and kept in {where}')
 
