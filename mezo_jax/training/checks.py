@@ -15,10 +15,11 @@ from mezo_jax.directions.by_name import KINDS, options_of
 from mezo_jax.directions.noise import GENERATORS
 from mezo_jax.peft.fields import PLACES
 from mezo_jax.peft.kinds import PARTS
+from mezo_jax.peft.prefix import INITS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import fields, methods
+from mezo_jax.training import fields, methods, optimizer
 from mezo_jax.transforms.evaluate_points import COMBINES, OVER
 
 
@@ -40,14 +41,14 @@ def check(config: config_lib.Train) -> None:
   _one_of('select', config.select, ('metric', 'loss'))
   _one_of('model.dtype', config.model.dtype,
           ('float32', 'bfloat16', 'float16', *QUANTISED))
-  _one_of('optimizer.name', o.name, ('adam', 'sgd'))
-  _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
+  _one_of('optimizer.name', o.name, methods.OPTIMIZERS)
+  _one_of('optimizer.schedule', o.schedule, optimizer.SCHEDULES)
   _one_of('spsa.distribution', z.distribution, KINDS)
   _one_of('spsa.generator', z.generator, GENERATORS)
   _one_of('spsa.over', z.over, OVER)
   _one_of('spsa.combine', z.combine, COMBINES)
   _one_of('peft.positions', p.positions, PLACES)
-  _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
+  _one_of('peft.init', p.init, INITS)
   rules = [
       *methods.rules(config),
       (config.model.dtype not in QUANTISED or not (

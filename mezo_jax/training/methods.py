@@ -164,6 +164,14 @@ class Method:
 # --- how transforms are built -----------------------------------------------
 
 
+# ``optimizer(learning_rate, weight_decay)`` of backpropagation, by the names in
+# configs.
+OPTIMIZERS = {
+    'adam': lambda rate, decay: optax.adamw(rate, weight_decay=decay),
+    'sgd': lambda rate, decay: optax.chain(
+        optax.add_decayed_weights(decay), optax.sgd(rate))}
+
+
 def _mezo(s: Setup):
   return mezo(s.learning_rate, s.eps, fold_every=s.config.spsa.fold_every,
               **s.options)
@@ -171,12 +179,7 @@ def _mezo(s: Setup):
 
 def _backprop(s: Setup):
   o = s.config.optimizer
-
-  def inner(rate):
-    if o.name == 'adam':
-      return optax.adamw(rate, weight_decay=o.weight_decay)
-    return optax.chain(optax.add_decayed_weights(o.weight_decay),
-                       optax.sgd(rate))
+  inner = lambda rate: OPTIMIZERS[o.name](rate, o.weight_decay)
   return skip_not_finite(optax.chain(
       backprop(micro_batches=o.micro_batches),
       by_group(inner, s.learning_rate)))

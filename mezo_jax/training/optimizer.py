@@ -10,6 +10,12 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, privacy
 from mezo_jax.transforms.evaluate_points import COMBINES
 
+# ``schedule(learning_rate, steps)`` after the warmup, by the names in configs.
+SCHEDULES = {
+    'constant': lambda rate, steps: optax.constant_schedule(rate),
+    'linear': lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+    'cosine': optax.cosine_decay_schedule}
+
 
 def make_optimizer(config: config_lib.Train, params,
                    plan: privacy.Plan | None = None
@@ -52,12 +58,7 @@ def schedule(config: config_lib.Train, learning_rate: float) -> optax.Schedule:
   """Returns a learning rate as a function of the step number."""
   o = config.optimizer
   after = max(config.steps - o.warmup_steps, 1)
-  if o.schedule == 'linear':
-    main = optax.linear_schedule(learning_rate, 0.0, after)
-  elif o.schedule == 'cosine':
-    main = optax.cosine_decay_schedule(learning_rate, after)
-  else:
-    main = optax.constant_schedule(learning_rate)
+  main = SCHEDULES[o.schedule](learning_rate, after)
   if not o.warmup_steps:
     return main
   warmup = optax.linear_schedule(0.0, learning_rate, o.warmup_steps)
