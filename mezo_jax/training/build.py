@@ -208,8 +208,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       buckets=config.data.buckets,
       gold_only=[name for name, only in gold_only.items() if only],
       num_demos=config.num_demos if method.demonstrations else 0,
-      prior=bool(config.calibration),
-      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
+      prior=bool(config.calibration), soft_ids=soft,
       untold=('train',) if method.private else (),
       # Without steps nothing is trained, and answers alone are generated.
       lm_loss=objectives.gold_only(objective) and (

@@ -71,8 +71,9 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   checks.check(config)
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
-  replicas_lib.check(place, config.method, ('mezo',), config.spsa.combine,
-                     config.spsa.num_samples)
+  replicas_lib.check(place, config.method,
+                     methods.names_where(lambda m: m.replicated),
+                     config.spsa.combine, config.spsa.num_samples)
   versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
   multihost.agree_on('the versions', versions, 'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
@@ -197,7 +198,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   try:
     watch = guards.make(
         metrics.of('train'), log, start, _say, max_skipped=config.max_skipped,
-        max_still=config.max_still, max_rise=config.max_rise)
+        max_rise=config.max_rise)
     record = loop_lib.Recorder(
         log=log, metrics=metrics, progress=progress, checkpoints=checkpoints,
         watch=watch, host=built.host, plan=plan, rank=rank, others=others,
