@@ -134,7 +134,8 @@ def test_a_task_s_new_head_is_trained_with_few_parameters():
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(optimizer__groups=(('none', 1e-3, 1e-3),)), "optimizer.groups: .*'none'"),
+    (dict(optimizer__groups=(('none', 1e-3, 1e-3),)),
+     "optimizer.groups: .*'none'"),
     (dict(peft__method='prompt', peft__adapter='nowhere'),
      'nowhere .*adapter_config.json'),
     (dict(peft__method='lora', peft__targets='query'), "'query' .*layers"),
