@@ -1,14 +1,21 @@
 """The command line: ``mezo-jax COMMAND`` or ``python -m mezo_jax COMMAND``."""
 
 import signal
+import sys
+
+from mezo_jax.core import extras
 
 
 def main() -> None:
   """Runs the command that the command line names."""
   # Ctrl-C while importing needs no traceback.
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-  from mezo_jax.cli import commands
-  signal.signal(signal.SIGINT, handler)
+  try:
+    from mezo_jax.cli import commands
+  except extras.MissingExtraError as e:
+    sys.exit(f'mezo-jax: {e}.')
+  finally:
+    signal.signal(signal.SIGINT, handler)
   commands.main()
 
 

@@ -53,18 +53,22 @@ def pytest_configure(config):
       'markers', 'as_shipped: compile programs with the usual optimisation')
 
 
+_shipped = []  # the blocks below that have begun and not ended
+
+
 @contextlib.contextmanager
 def _compiled_as_shipped(node=None):
   """Compiles as users do; of a test or a module, if it is marked so."""
   if node is not None and node.get_closest_marker('as_shipped') is None:
     yield
     return
-  before = jax.config.jax_disable_most_optimizations
+  _shipped.append(node)
   jax.config.update(_QUICK, False)
   try:
     yield
   finally:
-    jax.config.update(_QUICK, before)
+    _shipped.pop()
+    jax.config.update(_QUICK, not _shipped)
 
 
 @pytest.fixture(autouse=True, scope='module')

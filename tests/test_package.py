@@ -49,13 +49,21 @@ def test_rooms_are_there_when_they_are_used():
 
 
 @pytest.mark.processes
+def test_a_command_names_the_extra_that_it_needs():
+  done = run('import sys\nsys.modules["flax"] = None\n'
+             'from mezo_jax import __main__\n__main__.main()')
+  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+  assert 'flax' in done.stderr and 'mezo_jax[train]' in done.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize('room', ['models', 'peft', 'training', 'planning'])
 def test_a_room_names_the_extra_that_it_needs(room):
   """Where jax, numpy and optax alone are installed."""
   done = run(f'import sys\nsys.modules["flax"] = None\n'
              f'import mezo_jax.variants, mezo_jax.{room}')
   *_, last = done.stderr.strip().splitlines()
-  assert last.startswith('ModuleNotFoundError')
+  assert last.startswith('mezo_jax.core.extras.MissingExtraError')
   assert 'flax' in last and 'mezo_jax[train]' in last
 
 

@@ -3,6 +3,10 @@
 import importlib.util
 
 
+class MissingExtraError(ModuleNotFoundError):
+  """Says in one sentence which packages are missing and how to install them."""
+
+
 def require(needed_by: str, *packages: str, extra: str = 'train') -> None:
   """Raises in one sentence if packages of an extra are not installed.
 
@@ -12,10 +16,10 @@ def require(needed_by: str, *packages: str, extra: str = 'train') -> None:
     extra: Name of the extra of this distribution that brings them.
 
   Raises:
-    ModuleNotFoundError: If a package is missing.
+    MissingExtraError: If a package is missing.
   """
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
   if missing:
-    raise ModuleNotFoundError(
+    raise MissingExtraError(
         f'{needed_by} needs {", ".join(missing)}; to install what is missing, '
         f"run: pip install 'mezo_jax[{extra}]'", name=missing[0])

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,8 @@ class Metrics:
     part.replace(path)
     self._file = path.open('a', buffering=1)
     try:
-      from tensorboardX import SummaryWriter
+      # It is optional: where it is not installed, pyright cannot find it.
+      from tensorboardX import SummaryWriter  # pyright: ignore
     except ImportError:
       return
     self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
@@ -61,7 +63,9 @@ class Metrics:
     A number that was not finite is NaN.
     """
     record = self._at.get((kind, step))
-    return record and {k: np.nan if v is None else v for k, v in record.items()
+    if record is None:
+      return None
+    return {k: np.nan if v is None else v for k, v in record.items()
                        if k not in ('kind', 'step')}
 
   def close(self) -> None:
@@ -134,7 +138,7 @@ def spell_program(batch, compiled, seconds: float) -> str:
           f'{extra / 2**20:.0f} MiB a device beside weights and batch')
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
   """Returns a value as JSON can hold it: lists, numbers, None for NaN and inf.
   """
   if isinstance(value, dict):

@@ -287,10 +287,10 @@ class Evaluators(NamedTuple):
   sizes: dict[str, Sizes]  # of the batches of train, dev and test
 
 
-def make_evaluators(model: Any, task: Task, objective: str | Callable,
+def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
                     splits: data_lib.Splits, tokenizer: Any,
-                    mesh: jax.sharding.Mesh,
-                    sizes: dict[str, Sizes]) -> Evaluators:
+                    mesh: jax.sharding.Mesh, sizes: dict[str, Sizes]
+                    ) -> Evaluators:
   """Returns functions that evaluate the dev and test rows of a run.
 
   Args:

@@ -1,4 +1,4 @@
-"""A config becomes a run.
+"""Turns a config into a run.
 
 `run` trains a model as a config says, or resumes that, and returns the result.
 `config` has the fields of a config, `methods` the table of methods, `build`

@@ -118,14 +118,14 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
               file: Path | None) -> np.ndarray:
   """Returns activations [tokens, D], in memory or of a file, which may exist.
   """
-  opened = lambda: np.memmap(file, dtype, 'r', shape=shape)
+  opened = lambda path: np.memmap(path, dtype, 'r', shape=shape)
   if file and _everywhere(file.exists()):
-    return opened()
+    return opened(file)
   writes = not file or jax.process_index() == 0
-  part = file and file.with_suffix('.part')
+  part = None if file is None else file.with_suffix('.part')
   if not file:
     out = np.empty(shape, dtype)
-  elif writes:
+  elif writes and part is not None:
     file.parent.mkdir(parents=True, exist_ok=True)
     _make_room(part, int(np.prod(shape)) * dtype.itemsize)
     out = np.memmap(part, dtype, 'r+', shape=shape)
@@ -144,10 +144,12 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       write(*waiting)
     waiting = found
   if writes:
+    assert waiting is not None  # there are rows
     write(*waiting)
   if not file:
     return out
-  if writes:
+  if writes and part is not None:
+    assert isinstance(out, np.memmap)
     out.flush()
     os.replace(part, file)
     for other in file.parent.glob(f'{file.name.partition("-")[0]}-*'):
@@ -155,7 +157,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
         other.unlink()
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'trunk {file.name}')
-  return opened()
+  return opened(file)
 
 
 @functools.lru_cache(maxsize=4)  # splits share what is compiled

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ def score_weights(config, tasks: mixture.Mixture, params, mesh,
         encode.batch_of(train, index, length, len(index)), mesh), i)
     value_fns.append(lambda params, batch=batch: tasks.value_fn(
         peft.join(params, tasks.frozen(batch)), batch))
-  more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
-              num_samples=v.num_scores)
+  more: dict[str, Any] = dict(
+      key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
+      num_samples=v.num_scores)
   with jax.set_mesh(mesh):
     if config.method == 'mazo':
       found = [m for m in jax.tree.leaves(variants.saliency(
@@ -46,7 +48,7 @@ def score_weights(config, tasks: mixture.Mixture, params, mesh,
       what = f'{v.share:.0%} of each row are trained'
     else:
       found = variants.param_norms(params) if v.norm == 'param' else (
-          variants.grad_norms(*value_fns, params, **more))
+          variants.grad_norms(value_fns[0], params, **more))
       what = f'norms of layers, {v.norm}'
     found = sharding.beside(found, params)
   say(f'looked at the weights in {time.time() - began:.0f} s: {what}')

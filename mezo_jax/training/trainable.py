@@ -1,4 +1,5 @@
 """Adds, selects and sets apart the parameters that a config trains."""
+from typing import Any
 
 import jax
 
@@ -67,7 +68,8 @@ def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
         params, key, rank=p.rank, alpha=p.alpha, targets=p.targets,
         rslora=p.rslora)
   ids = tokenizer(p.text, add_special_tokens=False)['input_ids']
-  start = dict(num_tokens=p.num_tokens, init=p.init, token_ids=ids)
+  start: dict[str, Any] = dict(
+      num_tokens=p.num_tokens, init=p.init, token_ids=ids)
   if methods.part_of(config).soft:
     return model, peft.prefix.init_prompt(model, params, key, **start)
   model = model.clone(prefix_positions=p.positions)
