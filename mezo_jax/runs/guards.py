@@ -7,6 +7,7 @@ metrics.
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,9 @@ WINDOW = 100  # steps
 _SPIKE = 8.0  # standard deviations of the window before
 
 
-def make(records: Sequence[dict], log: replay.Log, start: int,
+def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
          say: Callable[[str], None], *, max_skipped: int, max_still: int,
-         max_rise: float) -> Callable[[int, dict], None]:
+         max_rise: float) -> Callable[[int, dict[str, Any]], None]:
   """Returns ``watch(step, values)``, to be called with each step's metrics.
 
   Args:

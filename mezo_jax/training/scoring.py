@@ -14,8 +14,9 @@ from mezo_jax.tasks import encode
 from mezo_jax.training import mixture
 
 
-def score_weights(config, tasks: mixture.Mixture, params, mesh,
-                  say: Callable[[str], None]):
+def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
+                  mesh: jax.sharding.Mesh, say: Callable[[str], None]
+                  ) -> Any:
   """Which weights matter most to rows from all over each task (MaZO), or how
   much each layer does (modified SPSA).
 
