@@ -14,7 +14,8 @@ def main() -> None:
     from mezo_jax.cli import commands
   except extras.MissingExtraError as e:
     sys.exit(f'mezo-jax: {e}.')
-  signal.signal(signal.SIGINT, handler)
+  finally:
+    signal.signal(signal.SIGINT, handler)
   commands.main()
 
 

@@ -53,18 +53,22 @@ def pytest_configure(config):
       'markers', 'as_shipped: compile programs with the usual optimisation')
 
 
+_shipped = []  # the blocks below that have begun and not ended
+
+
 @contextlib.contextmanager
 def _compiled_as_shipped(node=None):
   """Compiles as users do; of a test or a module, if it is marked so."""
   if node is not None and node.get_closest_marker('as_shipped') is None:
     yield
     return
-  before = jax.config.jax_disable_most_optimizations
+  _shipped.append(node)
   jax.config.update(_QUICK, False)
   try:
     yield
   finally:
-    jax.config.update(_QUICK, before)
+    _shipped.pop()
+    jax.config.update(_QUICK, not _shipped)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -84,6 +88,14 @@ def as_shipped():
   """Returns a context manager, for a test that compiles some programs quickly.
   """
   return _compiled_as_shipped
+
+
+def pytest_itemcollected(item):
+  """Marks as slow the cases of a test that its `slow_except` does not name."""
+  cases = item.callspec.params if hasattr(item, 'callspec') else {}
+  for marker in item.iter_markers('slow_except'):
+    if any(cases[name] not in kept for name, kept in marker.kwargs.items()):
+      item.add_marker('slow')
 
 
 def pytest_unconfigure():

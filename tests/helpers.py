@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
 
-from mezo_jax import models
+import mezo_jax
+from mezo_jax import models, peft
+from mezo_jax.core import sharding
 
 
 def tiny_config(**changes) -> models.Config:
@@ -45,6 +47,39 @@ def lm_loss(model):
     log_p = jax.nn.log_softmax(model.apply({'params': params}, ids)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], -1))
   return loss_fn
+
+
+def replay_setup(dtype='float32', trained=None, learning_rate=1e-2, mesh=None,
+                 **options):
+  """Returns a small training problem for tests of the replay path.
+
+  Args:
+    dtype: Dtype of the parameters.
+    trained: Regular expression of the trained parameters. When it is given,
+      the model has LoRA matrices too. Defaults to all parameters.
+    learning_rate: Learning rate, schedule or groups.
+    mesh: Mesh on which the parameters are placed. Defaults to one device.
+    **options: Further arguments of ``mezo``.
+
+  Returns:
+    ``(tx, value_fn, trainable, frozen, batches)``. There are five batches, and
+    the loss of the third is NaN.
+  """
+  model, params, ids = tiny_model()
+  if trained:
+    params = peft.join(params, peft.lora.init(params, jax.random.key(4)))
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  if mesh is not None:
+    params = jax.device_put(
+        jax.device_get(params), sharding.param_shardings(params, mesh))
+  def value_fn(params, batch):
+    log_p = model.apply({'params': params}, batch['ids'][:, :-1],
+                        targets=batch['ids'][:, 1:])
+    return jnp.where(batch['lost'], jnp.nan, -jnp.mean(log_p, -1))
+  batches = [{'ids': (ids + t) % 64, 'lost': jnp.full(len(ids), t == 2)}
+             for t in range(5)]
+  tx = mezo_jax.mezo(learning_rate, key=3, **options)
+  return (tx, value_fn, *peft.split(params, trained), batches)
 
 
 class Block(nn.Module):

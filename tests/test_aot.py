@@ -1,6 +1,6 @@
 """What the TPU compiler says of real shapes; skipped without libtpu.
 
-  pip install -e '.[plan]' && python -m pytest tests/test_aot.py
+  pip install -e '.[plan]' && python -m pytest -m tpu tests/test_aot.py
 """
 
 import ast
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.as_shipped
+pytestmark = [pytest.mark.tpu, pytest.mark.as_shipped]
 
 SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'aot.py'
 UNROLLED = SCRIPT.with_name('aot_unrolled.py')

@@ -85,6 +85,7 @@ def test_directions_and_combines_have_names():
   helpers.assert_bitwise(by_name, by_object)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mezo', 'hizoo', 'spsa and adam'])
 def test_numbers_in_a_batch(name):
   """Python's and NumPy's, and nothing, as jax.jit takes them; in parts, too."""
@@ -115,6 +116,7 @@ def test_a_step_is_compiled_for_other_numbers_of_arguments():
   assert len(step.compiled) == 5  # float, int, an array, one argument more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank in one pass', 'hizoo', 'lozo-m', 'svrg'])
 def test_jit_can_be_disabled(name):
@@ -132,6 +134,7 @@ def test_jit_can_be_disabled(name):
   helpers.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow_except(name=['mezo', 'private'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
     'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
@@ -167,6 +170,7 @@ class Record:
   b: jax.Array
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [
     lambda: Pair(**PARAMS), lambda: Record(**PARAMS),
     lambda: [PARAMS['w'], (PARAMS['b'], None)],
@@ -214,6 +218,7 @@ def test_an_nnx_model_with_random_streams():
   assert again['drop']['rngs']['key'][...] == whole['drop']['rngs']['key'][...]
 
 
+@pytest.mark.slow
 def test_flax_saves_the_state():
   from flax import serialization
   for name in ('mezo', 'hizoo', 'mezo, pending', 'svrg', 'lozo-m',
@@ -242,6 +247,7 @@ BATCH = {'x': jnp.linspace(-1, 1, 32).reshape(8, 4),
 WEIGHTS = jnp.array([1.0, 2.0, 3.0, 4.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [
     lambda **more: mezo_jax.spsa(1e-2, key=0, micro_batches=2),
     lambda **more: mezo_jax.spsa(1e-2, key=0, num_samples=2, over='rows'),
@@ -329,7 +335,7 @@ BEFORE = {
 @pytest.mark.parametrize('name', BEFORE)
 def test_links_before_the_estimate_are_refused(name, how):
   tx = BEFORE[name](mezo_jax.spsa(1e-3, key=0))
-  with pytest.raises(ValueError, match='first link'):
+  with pytest.raises(ValueError, match='link'):
     if how == 'make_step':
       mezo_jax.make_step(tx, lambda p, b: loss(p))(PARAMS, tx.init(PARAMS), ())
     else:
@@ -344,7 +350,7 @@ def test_no_variant_has_links_before_it(name):
   kinds = dict(directions=mezo_jax.LazyLowRank(
       rank=1, every=2)) if name == 'lozo-m' else {}
   tx = optax.chain(CLIP, ROWS[name](1e-2, key=0, **kinds))
-  with pytest.raises(ValueError, match='first link'):
+  with pytest.raises(ValueError, match='link'):
     one_step(tx)
 
 

@@ -10,8 +10,8 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from runs import small_config
 from safetensors.numpy import load_file, save_file
-from test_train import small_config
 
 from mezo_jax import models, peft
 from mezo_jax.models.formats import huggingface
@@ -20,6 +20,8 @@ import train
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
+
+pytestmark = pytest.mark.torch
 
 _POOLER = {'pooler.dense.weight', 'pooler.dense.bias'}
 CASES = [  # (family, switch, whether the head is the embedding)
@@ -95,13 +97,13 @@ def test_a_body_s_features(family, switch, tmp_path):
   if not model.config.causal:
     needs.append(dict(features='head'))
   for kwargs in needs:
-    with pytest.raises(ValueError, match="base class.*ask for features='body'"):
+    with pytest.raises(ValueError, match="features='body'"):
       jax.eval_shape(lambda p, kwargs=kwargs: model.apply(
           {'params': p}, families.IDS, **kwargs), params)
   if model.config.causal:
-    with pytest.raises(ValueError, match='without the head that makes logits'):
+    with pytest.raises(ValueError, match='head'):
       models.generate(model, params, families.IDS, max_new_tokens=2)
-  with pytest.raises(ValueError, match='has no head to be trained'):
+  with pytest.raises(ValueError, match='head'):
     peft.untie(model, params)
 
 
@@ -131,7 +133,7 @@ def test_whether_there_is_a_head_is_known_before_the_weights(tmp_path):
   index = directory / 'model.safetensors.index.json'
   index.write_text(json.dumps({'weight_map': dict.fromkeys(whole, file.name)}))
   assert head()
-  with pytest.raises(FileNotFoundError, match='lacks model.safetensors'):
+  with pytest.raises(FileNotFoundError, match='model.safetensors'):
     models.load(directory)
   save_file(whole, file)
   model, params = models.load(directory, progress=False)
@@ -147,7 +149,7 @@ def test_a_part_of_a_head_is_a_misfit(tmp_path):
   tensors = load_file(tmp_path / 'model.safetensors')
   del tensors['cls.predictions.transform.dense.weight']
   save_file(tensors, tmp_path / 'model.safetensors')
-  with pytest.raises(ValueError, match='missing cls.predictions.transform.den'):
+  with pytest.raises(ValueError, match='cls.predictions.transform'):
     models.load(tmp_path)
 
 

@@ -20,6 +20,8 @@ import train
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.torch
+
 LABELS = ['bad', 'so so', 'good']
 
 
@@ -54,7 +56,7 @@ def theirs(model):
 def test_transformers_loads_a_head(family, switch, tmp_path):
   model, params = with_head(family, switch, tmp_path / 'base')
   if switch == '350M':
-    with pytest.raises(InputError, match='no equal in transformers'):
+    with pytest.raises(InputError, match='OPT'):
       models.save(tmp_path / 'out', model, params, progress=False)
     return
   models.save(tmp_path / 'out', model, params, labels=LABELS, progress=False)
@@ -170,6 +172,6 @@ def test_adapters_with_a_head(tiny_dir, reviews_file, tmp_path):
 def test_what_cannot_be_exported_is_refused_before_training(
     changes, tiny_dir, reviews_file, tmp_path):
   config = config_of(tiny_dir, reviews_file, **changes)
-  with pytest.raises(InputError, match='could not be exported'):
+  with pytest.raises(InputError, match='peft.method'):
     train.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'config.json').exists()

@@ -62,6 +62,7 @@ def test_an_error_names_the_flag(argv, names):
   assert '\n' not in status
 
 
+@pytest.mark.processes
 def test_the_console_script_trains_with_a_config_by_name(tmp_path):
   """From an empty folder; its config is read as train.py would read it."""
   def run(*argv):
@@ -113,3 +114,15 @@ def test_the_package_has_all_configs():
   setuptools = pytest.importorskip('setuptools')
   assert 'mezo_jax.configs' in setuptools.find_namespace_packages(
       str(conftest.ROOT), include=['mezo_jax*'])
+
+
+def test_a_missing_package_is_named(monkeypatch):
+  from mezo_jax import __main__
+  monkeypatch.setitem(sys.modules, 'mezo_jax.cli.commands', None)
+  monkeypatch.delattr('mezo_jax.cli.commands')
+  with pytest.raises(ModuleNotFoundError):  # one of ours is a bug
+    __main__.main()
+  monkeypatch.delitem(sys.modules, 'mezo_jax.cli.commands')
+  monkeypatch.setitem(sys.modules, 'absl', None)
+  with pytest.raises(SystemExit, match='absl .*mezo_jax.train'):
+    __main__.main()

@@ -14,6 +14,10 @@ import pytest
 
 import mezo_jax
 
+# The rows of the default tier; all others are in the slow one.
+FEW = ['mezo', 'mezo, low rank', 'mezo, pending', 'hizoo', 'spsa and adam']
+pytestmark = pytest.mark.slow_except(name=FEW)
+
 quick = helpers.quick_jit
 every = pytest.mark.parametrize('name', ROWS)
 zeroth = pytest.mark.parametrize('name', ZEROTH)
@@ -246,6 +250,7 @@ def test_masked_weights_are_neither_perturbed_nor_updated(name, kind_of_mask):
   assert np.all(params['b'] != TREE['b'])
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.parametrize('name,dtype', [
     *((n, 'bfloat16') for n in ZEROTH
       if 'adam' not in n and n not in ('one point', 'sign')),
@@ -268,6 +273,7 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
   assert share < 0.6 if 'nearest' in name else 0.6 < share < 1.4
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @every
 def test_eight_devices_do_as_one(name):
   params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
@@ -289,6 +295,7 @@ def on_eight(x):
       helpers.mesh_of(2, 4), jax.P(*[None] * (x.ndim - 1), 'fsdp')))
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):
@@ -314,6 +321,7 @@ def test_the_door_gives_the_same_weights(name):
     assert get(again, 'total_notfinite') == (name != 'private')
 
 
+@pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_update_needs_no_dense_tree(name):

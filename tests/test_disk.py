@@ -45,6 +45,7 @@ def said(fn, capfd) -> str:
   return e.value.code
 
 
+@pytest.mark.slow
 def test_a_full_disk(disk, tiny_dir, reviews_file, tmp_path, capfd):
   config = runs.small_config(tiny_dir, reviews_file, steps=4, eval_every=2)
   # In config.json, in the log's header, and in checkpoints.
@@ -107,6 +108,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(
   kept.close()
 
 
+@pytest.mark.slow_except(name=['a[b]c', 'gs'])
 @pytest.mark.parametrize('name', [
     'a[b]c', '[!a]', 'a*', 'a**b', 'x?', '{a,b}', '50%41', 'x#y', 'a b ', '~',
     'ünï', 'new\nline', 'x:y', "it's", '.hidden', '$HOME', 'gs'])

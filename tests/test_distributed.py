@@ -16,6 +16,8 @@ from mezo_jax import models
 from mezo_jax.core.errors import AGAIN
 from mezo_jax.export.from_run import export
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = ['--config.steps=60', '--config.eval_every=30',
             '--config.optimizer.learning_rate=1e-4', '--config.select=loss',
             '--config.optimizer.schedule=constant', '--config.zero_shot=False',

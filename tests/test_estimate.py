@@ -32,6 +32,7 @@ def of(n):
   return Displacement(noise.step_keys(KEY, 0, n), jnp.ones(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,signs', [
     *((kind, (1.0, -1.0)) for kind in KINDS), (KINDS[0], (1.0, 0.0))],
                          ids=lambda k: type(k).__name__)
@@ -53,6 +54,7 @@ def test_in_one_pass_as_one_after_the_other(tiny, kind, signs):
   np.testing.assert_allclose(by_rows, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,over', [
     (LowRank(rank=4), 'scan'), (LowRank(rank=4), 'batch'),
     (LowRank(rank=4), 'rows'), (mezo_jax.Normal(mask='attn'), 'scan')],
@@ -75,6 +77,7 @@ def test_around_a_displacement(tiny, kind, over):
   np.testing.assert_allclose(got[1], want[1], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [2, 8])
 @pytest.mark.parametrize('over', ['batch', 'rows'])
 def test_a_mesh_changes_nothing(tiny, over, n):
@@ -91,6 +94,7 @@ def test_a_mesh_changes_nothing(tiny, over, n):
   np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_rows_in_parts(tiny):
   value_fn, params, batch = tiny
   run = lambda parts: helpers.quick_jit(lambda params, batch: estimate(
@@ -99,6 +103,7 @@ def test_rows_in_parts(tiny):
   np.testing.assert_allclose(run(2), run(1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_rows_is_unbiased_and_as_spread_as_it_should_be():
   r"""Of row losses :math:`g_i^\top w` and signs, n = B directions, d elements:
 
@@ -130,6 +135,7 @@ def test_the_estimate_of_rows_is_unbiased_and_as_spread_as_it_should_be():
       assert abs(squares.mean() - want) < 5 * squares.std() / np.sqrt(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped
 def test_directions_in_one_batch_share_each_product():
   """The compiler's count of operations, of wide layers beside a forward."""
@@ -158,25 +164,25 @@ def test_fzoo_is_what_numpy_makes_of_the_losses():
   np.testing.assert_allclose(g, (one - 1) / one.std(ddof=1), rtol=1e-5)
   flat = mezo_jax.fzoo.fn(jnp.full((3, 2), 0.5), 1e-3)[1]
   assert not np.any(flat)  # no deviation, no step, and no division by 0
-  with pytest.raises(ValueError, match='num_samples of at least 2'):
+  with pytest.raises(ValueError, match='fzoo.*num_samples'):
     mezo_jax.fzoo.fn(losses[:1], 1e-3)
 
 
 def test_options_are_checked(tiny):
   value_fn, params, batch = tiny
-  with pytest.raises(ValueError, match="over must be one of .*'rows'"):
+  with pytest.raises(ValueError, match="over .*'all'"):
     mezo_jax.spsa(key=0, over='all')
-  with pytest.raises(ValueError, match="over must be one of .*'rows'"):
+  with pytest.raises(ValueError, match="over .*'row'"):
     estimate(value_fn, params, of(2), 1e-2, LowRank(), over='row', batch=batch)
-  with pytest.raises(ValueError, match='micro_batches=3 must divide'):
+  with pytest.raises(ValueError, match='micro_batches=3 '):
     mezo_jax.spsa(key=0, over='rows', num_samples=4, micro_batches=3)
   def update(value_fn, n, directions, **batch):
     tx = mezo_jax.spsa(key=0, over='rows', num_samples=n, directions=directions)
     return jax.eval_shape(lambda: tx.update(
         None, tx.init(params), params, value_fn=value_fn, **batch))
-  with pytest.raises(ValueError, match='over=.rows.: num_samples=3 does not'):
+  with pytest.raises(ValueError, match='num_samples=3 '):
     update(value_fn, 3, LowRank(), **batch)
-  with pytest.raises(ValueError, match="over='rows'.*scalar loss"):
+  with pytest.raises(ValueError, match="over='rows'.*scalar"):
     update(lambda p, ids: jnp.float32(0), 4, LowRank(), ids=batch['ids'])
   params = {'w': jnp.zeros((1024, 1024))}
   dot, x = lambda p, x: jnp.sum(x @ p['w'], -1), jnp.ones((64, 1024))

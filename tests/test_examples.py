@@ -8,6 +8,8 @@ import sys
 import conftest
 import pytest
 
+pytestmark = pytest.mark.processes
+
 FOLDER = conftest.ROOT / 'examples'
 
 

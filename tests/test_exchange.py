@@ -87,6 +87,7 @@ def want():
   return np.asarray(params['w'])
 
 
+@pytest.mark.slow
 def test_one_that_dies_and_one_that_joins_late(tmp_path, want):
   """Both end with the same weights, those of one machine to rounding."""
   shas = []

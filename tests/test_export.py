@@ -76,6 +76,7 @@ def changed_json(file, **changes):
   file.write_text(json.dumps(about | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', ''])
 def test_another_base_is_refused_and_a_moved_one_is_found(
     method, tiny_dir, reviews_file, tmp_path):
@@ -97,7 +98,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
   for make in (lambda: export(run, tmp_path / 'c', merged=merged),
                lambda: rebuild(base, run / 'steps.log', tmp_path / 'c'),
                lambda: train.run(config, run)):
-    with pytest.raises(InputError, match='config of .*norm_eps was 1e-05'):
+    with pytest.raises(InputError, match='config of .*norm_eps .*1e-05'):
       make()
   (base / 'config.json').write_text(before)
   vocabulary = base / 'tokenizer.json'
@@ -105,7 +106,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
   vocabulary.write_text(words.replace('"cold"', '"frost"'))
   for make in (lambda: export(run, tmp_path / 'c'),
                lambda: rebuild(base, run / 'steps.log', tmp_path / 'c')):
-    with pytest.raises(InputError, match='the tokenizer of .* differs'):
+    with pytest.raises(InputError, match='tokenizer of .*--base'):
       make()
   vocabulary.write_text(words)
   other = conftest.write_tiny_model(tmp_path / 'other', seed=1)
@@ -114,7 +115,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
   with pytest.raises(InputError, match='--base'):
     export(run, tmp_path / 'c', merged=merged)
   if method:
-    with pytest.raises(InputError, match='the weights of .*other differ'):
+    with pytest.raises(InputError, match='weights of .*other '):
       export(run, tmp_path / 'c', merged=merged, base=other)
   assert not (tmp_path / 'c').exists()
 
@@ -122,7 +123,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
   out = export(run, tmp_path / 'd', merged=merged, base=tmp_path / 'moved')
   assert (out / 'model.safetensors').read_bytes() == want
   config.model.name, config.steps = str(other), 6
-  with pytest.raises(InputError, match='the weights of .*other differ'):
+  with pytest.raises(InputError, match='weights of .*other '):
     train.run(config, run)
   config.model.name = str(tmp_path / 'moved')
   train.run(config, run)
@@ -131,10 +132,11 @@ def test_another_base_is_refused_and_a_moved_one_is_found(
   export(run, tmp_path / 'e')  # the run knows where it is now
   (run / 'inputs.json').unlink()
   config.model.name = str(tiny_dir)
-  with pytest.raises(InputError, match='no record of the weights'):
+  with pytest.raises(InputError, match='model.name .*weights'):
     train.run(config, run)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_a_run_began_with(tiny_dir, reviews_file, tmp_path):
   """It is a part of the base, and a shared log needs to be given it."""
   config = small_config(tiny_dir, reviews_file, steps=2, eval_every=2,
@@ -152,12 +154,13 @@ def test_an_adapter_that_a_run_began_with(tiny_dir, reviews_file, tmp_path):
       export(run, tmp_path / 'b', step=2) / 'adapter_model.safetensors'
   ).read_bytes()
   changed_json(adapter / 'adapter_config.json', lora_alpha=3.0)
-  with pytest.raises(InputError, match='the adapter .* differs'):
+  with pytest.raises(InputError, match='adapter .*--base'):
     export(run, tmp_path / 'c')
-  with pytest.raises(InputError, match='the adapter .* differs'):
+  with pytest.raises(InputError, match='adapter .*--base'):
     rebuild(tiny_dir, log, tmp_path / 'c', adapter=adapter)
 
 
+@pytest.mark.slow
 def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
   """A path of the model, the data or an adapter; PEFT needs that of a base."""
   from transformers import AutoTokenizer
@@ -173,7 +176,7 @@ def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
   train.run(config, place / 'first')
   said = []
   adapter = export(place / 'first', place / 'adapter', say=said.append)
-  assert 'adapter_config.json names the base model by its path' in said[0]
+  assert 'adapter_config.json' in said[0]
   config.peft.adapter = str(adapter)
   train.run(config, place / 'run')
   export(place / 'run', tmp_path / 'log', step=2, log=True)
@@ -187,6 +190,7 @@ def test_what_is_shared_has_no_local_paths(tiny_dir, reviews_file, tmp_path):
   assert found == {'peft/adapter_config.json'}
 
 
+@pytest.mark.slow
 def test_where_it_is_written(tiny_dir, tmp_path, reviews_file, monkeypatch):
   """Any way to name a directory; an address is none."""
   config = small_config(tiny_dir, reviews_file, steps=2, eval_every=2)
@@ -204,6 +208,7 @@ def test_where_it_is_written(tiny_dir, tmp_path, reviews_file, monkeypatch):
       export(tmp_path / 'run[1]', name)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_gguf_file_say_how_to_load_them(
     tiny_dir, tmp_path, monkeypatch):
   """PEFT cannot load the file, so its name is no base."""
@@ -216,7 +221,7 @@ def test_adapters_of_a_gguf_file_say_how_to_load_them(
       tmp_path / 'out', config, model, whole, None, 2, {}, False, said.append)
   about = json.loads((out / 'adapter_config.json').read_text())
   assert about['base_model_name_or_path'] is None
-  assert 'PEFT cannot load the GGUF file' in said[0]
+  assert 'tiny.gguf' in said[0] and 'PEFT' in said[0]
   card_text = (out / 'README.md').read_text()
   assert 'secretplace' not in card_text
   pytest.importorskip('torch')

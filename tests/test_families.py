@@ -20,6 +20,8 @@ import mezo_jax  # noqa: E402
 from mezo_jax import models  # noqa: E402
 from mezo_jax.models.formats import huggingface  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 
 def relative(got, want):
   return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()

@@ -22,6 +22,8 @@ from transformers.models.auto.configuration_auto import (  # noqa: E402
 
 from mezo_jax import models  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 _IDS = np.random.RandomState(0).randint(5, 40, (2, 12)).astype(np.int32)
 _SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=24,
               num_hidden_layers=2, num_attention_heads=4,

@@ -132,7 +132,7 @@ def test_a_tied_matrix_under_the_name_of_the_head(family, tmp_path):
     assert again.config.head
   alone.pop(head)
   save_file(alone, tmp_path / ONE)
-  with pytest.raises(ValueError, match=f'missing {body}'):
+  with pytest.raises(ValueError, match=body):
     models.load(tmp_path, progress=False)
 
 
@@ -167,7 +167,7 @@ def test_the_body_of_a_classifier(family, task, tmp_path):
                 'score.modules_to_save.default.weight',
                 'base_model.model.score.weight'):
     save_file(tensors | {extra: np.ones(2, np.float32)}, tmp_path / 'm' / ONE)
-    with pytest.raises(ValueError, match=f'unexpected {extra}'):
+    with pytest.raises(ValueError, match=extra):
       models.load(tmp_path / 'm', progress=False)
 
 
@@ -206,9 +206,9 @@ def test_saved_where_the_name_says(small, name, lands, tmp_path, monkeypatch):
   assert embedding(out).shape == (300, 32)
   assert not list(tmp_path.rglob('*.part'))
   if name == '.':
-    with pytest.raises(FileExistsError, match='not empty'):
+    with pytest.raises(FileExistsError, match='empty'):
       models.save(name, *small, progress=False)
-    with pytest.raises(FileExistsError, match='not empty'):
+    with pytest.raises(FileExistsError, match=r'\.\. .*empty'):
       models.save('..', *small, progress=False)
 
 
@@ -223,7 +223,7 @@ def test_adapters_are_saved_there_too(small, tmp_path, monkeypatch):
 def test_what_is_in_the_way_is_kept(small, tmp_path):
   file = tmp_path / 'file'
   file.write_text('mine')
-  with pytest.raises(FileExistsError, match='is a file'):
+  with pytest.raises(FileExistsError, match='file is a file'):
     models.save(file, *small, progress=False)
   assert file.read_text() == 'mine'
   (tmp_path / 'new' / '.part').mkdir(parents=True)  # a save was stopped here

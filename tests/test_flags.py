@@ -93,25 +93,25 @@ def get_config():
 
 
 @pytest.mark.parametrize('argument,message', [
-    ('optimizer.lr=1', "no field 'optimizer.lr'; did you mean optimizer.learn"),
-    ('learning_rate=1', 'did you mean optimizer.learning_rate'),
-    ('spsa.learning_rate=1', 'did you mean optimizer.learning_rate'),
-    ('eps=1', r'did you mean spsa.eps\?'), ('train=x', 'mean data.train'),
-    ('optimizer.shedule=x', r'did you mean optimizer.schedule\?'),
-    ('model.nmae=x', r'did you mean model.name'),
-    ('data.num_tset=5', 'did you mean data.num_test'),
-    ('objectives=x', 'did you mean objective or task.objective'),
-    ('zzz=1', "config has no field 'zzz'. The fields"),
-    ('objective.x=1', "no field 'objective.x'"),
-    ('also[0].wieght=1', r"no field 'also\[0\].wieght'"),
-    ('also[0].weight=1', r'a task, --config.also.N., that the config does not'),
-    ('also.weight=2', r'say which task: write --config.also\[0\].weight'),
-    ('model=gpt2', 'set one of its fields, --config.model.name'),
-    ('task.row=f', 'in a config file'), ('also=rte', 'in a config file'),
-    ('steps=many', 'steps=many: invalid literal'),
-    ('', "config has no field ''"),
-    ('task.label_words=a,b', r"label_words needs .* is \('a,b',\)"),
-    ('task.label_names=a,b', r"label_names \('a,b',\) .* as in"),
+    ('optimizer.lr=1', "'optimizer.lr'.*optimizer.learning_rate"),
+    ('learning_rate=1', 'optimizer.learning_rate'),
+    ('spsa.learning_rate=1', 'optimizer.learning_rate'),
+    ('eps=1', r'spsa\.eps\?'), ('train=x', r'data\.train\?'),
+    ('optimizer.shedule=x', r'optimizer\.schedule\?'),
+    ('model.nmae=x', 'model.name'),
+    ('data.num_tset=5', 'data.num_test'),
+    ('objectives=x', 'objective or task.objective'),
+    ('zzz=1', "'zzz'"),
+    ('objective.x=1', "'objective.x'"),
+    ('also[0].wieght=1', r"'also\[0\].wieght'"),
+    ('also[0].weight=1', r'--config\.also\[N\]'),
+    ('also.weight=2', r'--config\.also\[0\]\.weight'),
+    ('model=gpt2', '--config.model.name'),
+    ('task.row=f', 'config.task.row=f'), ('also=rte', 'config.also=rte'),
+    ('steps=many', 'config.steps=many'),
+    ('', "field ''"),
+    ('task.label_words=a,b', r"task.label_words .*\('a,b',\)"),
+    ('task.label_names=a,b', r"task.label_names \('a,b',\)"),
     ('spsa.eps=small', 'spsa.eps=small')])
 def test_what_cannot_be_set(argument, message):
   with pytest.raises(InputError, match=message):
@@ -122,7 +122,7 @@ def test_what_cannot_be_set(argument, message):
 
 
 def test_a_tuple_that_is_given_twice():
-  with pytest.raises(InputError, match='data.buckets is given 2 times'):
+  with pytest.raises(InputError, match='data.buckets .* 2 '):
     read_config(OWN, ['--config.data.buckets=8', '--config.steps=3',
                               '--config.data.buckets=16'])
   twice = ['--config.steps=3', '--config.steps=4']
@@ -135,7 +135,7 @@ def test_a_backslash_where_a_line_break_is_meant(changes):
   """A shell does not read it, as Python and the flags of tuples do."""
   config = changed(_fine(), **changes)
   name, = changes
-  with pytest.raises(InputError, match='with a backslash and a letter'):
+  with pytest.raises(InputError, match='backslash'):
     checks.check_given(config, [name.replace('__', '.')])
   checks.check_given(config, ['task.label_column'])
   checks.check_given(changed(_fine(), task__template='{text}\nIt'),
@@ -143,14 +143,14 @@ def test_a_backslash_where_a_line_break_is_meant(changes):
 
 
 def test_a_switch_that_is_given_a_value():
-  with pytest.raises(InputError, match='--noconfig.zero_shot takes no value'):
+  with pytest.raises(InputError, match='--noconfig.zero_shot'):
     read_config(OWN, ['--noconfig.zero_shot=1'])
   assert not read_config(OWN, ['--noconfig.zero_shot']).zero_shot
 
 
 def test_the_name_of_a_declared_task_is_not_the_task():
   config = changed(_fine(), task__name='sst2')
-  with pytest.raises(InputError, match='gives this task a name and nothing'):
+  with pytest.raises(InputError, match='--config.task.name=sst2'):
     checks.check_given(config, ['task.name'])
   checks.check_given(changed(config, task__name='mine'), ['task.name'])
   config.task = tasks.get('sst2')
@@ -159,16 +159,16 @@ def test_the_name_of_a_declared_task_is_not_the_task():
 
 @pytest.mark.parametrize('body,message', [
     ('return Train(optimizer=Optimizer(lr=1))',
-     "no field 'optimizer.lr'; did you mean optimizer.learning_rate"),
-    ('return Train(step=1)', 'did you mean steps'),
-    ('return {}', 'returned a dict and must return'),
-    ('pass', 'returned a NoneType and must return'),
-    ('return Train(steps=s)', r'c\.py, line 3 failed with NameError: .*s. is'),
-    ('return (]', r'failed with SyntaxError: .*line 3'),
-    ('return [][0]', 'line 3 failed with IndexError'),
-    ('return None + 1', 'line 3 failed: TypeError: unsup'),
+     "'optimizer.lr'.*optimizer.learning_rate"),
+    ('return Train(step=1)', "'step'.*steps"),
+    ('return {}', 'dict .*config.Train'),
+    ('pass', 'NoneType .*config.Train'),
+    ('return Train(steps=s)', r"c\.py, line 3 .*NameError: .*'s'"),
+    ('return (]', r'c\.py .*SyntaxError: .*line 3'),
+    ('return [][0]', 'line 3 .*IndexError'),
+    ('return None + 1', 'line 3 .*TypeError'),
     ('raise KeyError("no variant x")', 'no variant x'),
-    ('assert False', 'line 3 failed with AssertionError')])
+    ('assert False', 'line 3 .*AssertionError')])
 def test_what_a_config_file_gets_wrong(tmp_path, body, message):
   path = tmp_path / 'c.py'
   path.write_text('from mezo_jax.training.config import *\n'
@@ -183,20 +183,20 @@ def _fine():
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(steps='5'), "steps is '5' and must be an integer"),
-    (dict(steps=True), 'must be an integer'),
-    (dict(data__buckets=('a', 'b')), 'data.buckets .* must be a tuple'),
-    (dict(data__buckets=16), 'data.buckets is 16 and must be a tuple'),
-    (dict(task__label_words=(1, 2)), 'task.label_words .* must be a tuple of'),
-    (dict(task__label_words='ab'), 'must be a tuple of texts'),
-    (dict(task__calibration=3), 'must be a text or None'),
-    (dict(task__row='f'), 'must be a function or None'),
-    (dict(objective=3), 'objective is 3 and must be a text or a function'),
-    (dict(spsa__eps='1e-3'), 'spsa.eps .* must be a number'),
-    (dict(model__remat=1), 'model.remat is 1 and must be True or False'),
-    (dict(model='gpt2'), "model is 'gpt2' and must be Model"),
-    (dict(also=(Data(),)), 'also .* must be a tuple'),
-    (dict(objective=lambda p: 0), 'a function of two arguments')])
+    (dict(steps='5'), "steps .*'5'"),
+    (dict(steps=True), 'steps .*True'),
+    (dict(data__buckets=('a', 'b')), "data.buckets .*'a', 'b'"),
+    (dict(data__buckets=16), 'data.buckets .*16'),
+    (dict(task__label_words=(1, 2)), 'task.label_words .*1, 2'),
+    (dict(task__label_words='ab'), "task.label_words .*'ab'"),
+    (dict(task__calibration=3), 'task.calibration .*3'),
+    (dict(task__row='f'), "task.row .*'f'"),
+    (dict(objective=3), 'objective .*3'),
+    (dict(spsa__eps='1e-3'), "spsa.eps .*'1e-3'"),
+    (dict(model__remat=1), 'model.remat .*1'),
+    (dict(model='gpt2'), "model .*'gpt2'"),
+    (dict(also=(Data(),)), r'also .*\(Data\('),
+    (dict(objective=lambda p: 0), r'objective .*\(predictions, examples\)')])
 def test_values_of_another_type(changes, message):
   checks.check(_fine())
   with pytest.raises(InputError, match=message):
@@ -206,29 +206,29 @@ def test_values_of_another_type(changes, message):
 def test_a_field_that_a_config_file_invents():
   config = _fine()
   config.optimizer.lr = 1e-4
-  with pytest.raises(InputError, match='did you mean optimizer.learning_rate'):
+  with pytest.raises(InputError, match="'optimizer.lr'.*learning_rate"):
     checks.check(config)
   config = changed(_fine(), also=(Also('b', _fine().task, Data()),))
   config.also[0].data.train_rows = 3
-  with pytest.raises(InputError, match=r"no field 'also\[0\].data.train_rows'"):
+  with pytest.raises(InputError, match=r"'also\[0\].data.train_rows'"):
     checks.check(config)
 
 
 @pytest.mark.parametrize('changes,given,message', [
-    (dict(method='finetune'), 'spsa.eps', 'trains by backpropagation'),
-    (dict(), 'optimizer.name', 'no backpropagation'),
-    (dict(), 'variant.every', 'it is of svrg'),
-    (dict(), 'privacy.epsilon', "of method 'private'"),
+    (dict(method='finetune'), 'spsa.eps', "method 'finetune'"),
+    (dict(), 'optimizer.name', "method 'mezo'"),
+    (dict(), 'variant.every', 'svrg'),
+    (dict(), 'privacy.epsilon', "'private'"),
     (dict(), 'spsa.rank', "spsa.distribution 'normal'"),
-    (dict(), 'num_demos', "of method 'icl'"),
-    (dict(), 'peft.rank', 'of lora'),
-    (dict(), 'peft.num_tokens', 'of prefix and prompt'),
+    (dict(), 'num_demos', "'icl'"),
+    (dict(), 'peft.rank', 'lora'),
+    (dict(), 'peft.num_tokens', 'prefix and prompt'),
     (dict(), 'task.max_new_tokens', "task.kind 'classification'"),
     (dict(), 'task.choices', "task.kind 'classification'"),
-    (dict(data__k_shot=4), 'data.num_train', 'data.k_shot is set')])
+    (dict(data__k_shot=4), 'data.num_train', 'data.k_shot')])
 def test_fields_that_change_nothing(changes, given, message):
   config = changed(_fine(), **changes)
-  with pytest.raises(InputError, match=f'--config.{given} changes nothing .*'
+  with pytest.raises(InputError, match=f'--config.{given} .*'
                      + message):
     checks.check_given(config, ['steps', given])
   checks.check_given(config, ['steps', 'optimizer.learning_rate', 'task.kind'])

@@ -31,6 +31,7 @@ def half_model(family):
   return model, half, jax.tree.map(lambda x: x.astype(jnp.float32), half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', CASES)
 def test_the_logits_are_those_of_float32(family):
   model, half, full = half_model(family)
@@ -41,6 +42,7 @@ def test_the_logits_are_those_of_float32(family):
   assert np.abs(got - want)[MASK == 1].max() < 0.01 * np.abs(want).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.LowRank(rank=2)], ids=['normal', 'low_rank'])
 def test_a_step_with_lora(directions):
@@ -64,6 +66,7 @@ def test_a_step_with_lora(directions):
   assert q(new).dtype == np.float16 and (q(new) != q(half)).any()
 
 
+@pytest.mark.slow
 def test_gradients_and_generation():
   model, half, full = half_model('llama')
   gradient = helpers.quick_jit(jax.grad(helpers.lm_loss(model)))
@@ -76,6 +79,7 @@ def test_gradients_and_generation():
   assert tokens.shape == (3, 3) and finite.all()
 
 
+@pytest.mark.slow
 def test_a_run_of_train(tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(
       tiny_dir, reviews_file, model__dtype='float16', steps=2, eval_every=2,

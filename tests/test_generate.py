@@ -36,6 +36,7 @@ def test_a_cache_changes_nothing(tiny):
   assert cache.length == 12
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax(tiny):
   """Frequencies of 8,000 first tokens within 5 standard errors."""
   model, params, ids = tiny
@@ -99,6 +100,7 @@ def test_rows_whose_logits_are_not_finite_are_told(tiny):
   assert not run(jax.tree.map(lambda x: x * jnp.nan, params))[1].any()
 
 
+@pytest.mark.slow
 def test_perturbed_generation_is_that_of_built_weights(tiny):
   model, params, ids = tiny
   step = mezo_jax.Displacement(jax.random.key(5), 0.3)
@@ -122,22 +124,23 @@ def test_one_program_for_prompts_of_one_shape(tiny):
 
 
 @pytest.mark.parametrize('kwargs,message', [
-    (dict(max_new_tokens=60), '12 tokens of prompt and 60 new ones exceed'),
-    (dict(max_new_tokens=0), 'give 1 or more'),
-    (dict(max_new_tokens=2, temperature=1.0), 'give a key'),
+    (dict(max_new_tokens=60), '12 .* 60 .* 64'),
+    (dict(max_new_tokens=0), 'max_new_tokens'),
+    (dict(max_new_tokens=2, temperature=1.0), 'temperature.* key'),
     (dict(max_new_tokens=2, temperature=-1.0), 'temperature -1.0'),
-    (dict(max_new_tokens=2, top_p=0.0), 'top_p 0.0 must be'),
+    (dict(max_new_tokens=2, top_p=0.0), 'top_p 0.0'),
     (dict(max_new_tokens=2, attention_mask=np.tril(np.ones((4, 12)))),
-     'pad prompts on the left')])
+     'padding.*left')])
 def test_what_cannot_be_generated(tiny, kwargs, message):
   model, params, ids = tiny
   with pytest.raises(ValueError, match=message):
     models.generate(model, params, ids, **kwargs)
   masked = models.Transformer(helpers.tiny_config(causal=False))
-  with pytest.raises(ValueError, match='cannot generate text'):
+  with pytest.raises(ValueError, match='masked model'):
     models.generate(masked, params, ids, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_the_real_model_out_and_in_and_its_english(tmp_path):
   """SmolLM2-135M from GGUF, and from the safetensors that we write of it."""
   if not quickstart_data.model_path(fetch=False):

@@ -91,26 +91,26 @@ def test_parts_that_are_not_a_model(tmp_path):
   parts = write_parts(tmp_path)
   renamed = tmp_path / 'renamed.gguf'
   renamed.write_bytes(parts[0].read_bytes())
-  with pytest.raises(ValueError, match='3 parts .* llama-gguf-split --merge'):
+  with pytest.raises(ValueError, match='renamed.gguf .* 3 '):
     models.load(renamed, progress=False)
   swapped = parts[2].read_bytes()
   parts[2].write_bytes(parts[1].read_bytes())
-  with pytest.raises(ValueError, match='is not part 3 of 3'):
+  with pytest.raises(ValueError, match='m-00003-of-00003.gguf'):
     models.load(parts[0], progress=False)
   parts[2].write_bytes(swapped)
   for gone in (parts[2], parts[0]):
     kept = gone.read_bytes()
     gone.unlink()
-    with pytest.raises(FileNotFoundError, match=f'{gone.name} is not there'):
+    with pytest.raises(FileNotFoundError, match=f'm-00002.*{gone.name}'):
       models.load(parts[1], progress=False)
     gone.write_bytes(kept)
   weights(parts[1])  # all are back
 
 
 @pytest.mark.parametrize('kind,message', [
-    ('adapter', 'LoRA adapter'), ('mmproj', 'vision part'),
-    ('imatrix', 'importance matrix'), ('vocabulary', 'no weights'),
-    ('layers', 'no token_embd.weight'), ('clip', "'clip' is not supported")])
+    ('adapter', 'LoRA'), ('mmproj', 'vision'),
+    ('imatrix', 'importance'), ('vocabulary', 'vocabulary'),
+    ('layers', 'token_embd.weight'), ('clip', "'clip'")])
 def test_a_file_of_another_kind(kind, message, tmp_path):
   tensors = tensors_of_a_model()
   tensors = {} if kind == 'vocabulary' else {
@@ -170,9 +170,9 @@ def test_a_file_that_knows_little(tmp_path):
   assert t.bos_token is None and t.pad_token == '</s>'
   t = models.load_tokenizer(write_tokenizer(tmp_path / 'n.gguf'))
   assert t('b')['input_ids'] == [9] and t.chat_template is None
-  with pytest.raises(ValueError, match='add_space_prefix is not supported'):
+  with pytest.raises(ValueError, match='add_space_prefix'):
     models.load_tokenizer(write_tokenizer(
         tmp_path / 'o.gguf', add_space_prefix=True))
-  with pytest.raises(ValueError, match='cannot be read'):
+  with pytest.raises(ValueError, match='p.gguf'):
     models.load_tokenizer(write_tokenizer(
         tmp_path / 'p.gguf', add_bos_token=True))  # and no such token

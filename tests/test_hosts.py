@@ -63,6 +63,7 @@ def ended(processes) -> list[tuple[str, int]]:
       timer.cancel()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('dead', [0, 2])
 def test_a_process_that_dies_ends_the_others(dead):
   """In the midst of what no handler of Python's interrupts, within 30 seconds
@@ -86,6 +87,7 @@ def test_a_process_that_dies_ends_the_others(dead):
       assert said.endswith(text)
 
 
+@pytest.mark.processes
 def test_an_abort_of_this_process_is_no_death_of_another():
   """A job must not requeue itself for a crash."""
   (_, one), (_, two) = ended(started(
@@ -93,6 +95,7 @@ def test_an_abort_of_this_process_is_no_death_of_another():
   assert (one, two) == (AGAIN, -signal.SIGABRT)
 
 
+@pytest.mark.processes
 def test_an_error_of_one_is_said_and_does_not_hang():
   (first, one), (second, two) = ended(started(
       "if i: raise InputError('no file x.')\n  time.sleep(600)", 2))
@@ -102,6 +105,7 @@ def test_an_error_of_one_is_said_and_does_not_hang():
       'prog: process 1 of 2 failed (see its output).\n', 1)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):
   processes = started('''
@@ -127,6 +131,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):
   assert found[0][1] == 0
 
 
+@pytest.mark.processes
 def test_what_they_do_not_agree_on():
   """All hear of it; and what ends well says nothing more."""
   body = '''
@@ -183,6 +188,7 @@ def test_a_port_that_somebody_else_has():
       hosts.join(f'127.0.0.1:{port}', 2, 0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'cdua', 'cpu,foo'])
 def test_devices_that_are_not_there(platforms):
   """In one sentence; each of these is another error of JAX."""
@@ -198,6 +204,7 @@ def test_devices_that_are_not_there(platforms):
   assert platforms in last
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('i,host', [
     (0, '127.0.0.1'), (1, '127.0.0.1'), (1, 'no-such-host.invalid')])
 def test_others_that_do_not_come(i, host):
@@ -214,6 +221,7 @@ def test_others_that_do_not_come(i, host):
   assert 'did not all come' in last and f'{host}:{port}' in last
 
 
+@pytest.mark.processes
 def test_processes_that_do_not_agree_on_their_number():
   port = helpers.free_port()
   processes = [subprocess.Popen(

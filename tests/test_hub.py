@@ -42,6 +42,7 @@ print('loaded', int(up[-1].astype(np.float32).sum()))
 '''
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits memory as Linux')
 def test_loading_holds_the_result_and_one_parameter(tiny_dir, tmp_path):
   """A file of 218 MB as 109 MB of bfloat16 in 109 + 25 (one leaf) + 20 MB."""
@@ -66,6 +67,7 @@ def test_loading_holds_the_result_and_one_parameter(tiny_dir, tmp_path):
       'the whole file does not fit', f'loaded {512 * 2048}']
 
 
+@pytest.mark.slow_except(family=['gpt2'])
 @pytest.mark.parametrize('family', ['gpt2', 'roberta', 'gemma2'])
 @pytest.mark.parametrize('fsdp,tensor', [(8, 1), (2, 4)])
 def test_sharded_loading_and_saving(family, fsdp, tensor, tmp_path):
@@ -126,16 +128,16 @@ def test_what_cannot_be_saved(tiny_dir, tmp_path):
   model, params = models.load(tiny_dir, progress=False)
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full' / 'notes').write_text('mine')
-  with pytest.raises(FileExistsError, match='not empty'):
+  with pytest.raises(FileExistsError, match='full .*empty'):
     models.save(tmp_path / 'full', model, params)
   wrong = params | {'norm': {'scale': np.ones(3)}, 'more': np.ones(2)}
   del wrong['embed']
   with pytest.raises(ValueError) as e:
     models.save(tmp_path / 'm', model, wrong)
-  for part in ('embed/embedding is missing, not (300, 32)',
-               'more is (2,), not expected', 'norm/scale is (3,), not (32,)'):
+  for part in ('embed/embedding is missing',
+               'more is (2,)', 'norm/scale is (3,)'):
     assert part in str(e.value)
-  with pytest.raises(ValueError, match='not read from a config.json'):
+  with pytest.raises(ValueError, match='config.json'):
     models.save(tmp_path / 'm', models.Transformer(helpers.tiny_config()), {})
   assert not (tmp_path / 'm').exists()
 
@@ -143,6 +145,7 @@ def test_what_cannot_be_saved(tiny_dir, tmp_path):
 # --- the hub ----------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_hub_id_and_its_revisions(tiny_dir, tmp_path):
   """From the cache that HF_HOME names, offline: main, and a tag."""
   cache = tmp_path / 'hub' / 'models--someone--tiny'
@@ -215,6 +218,7 @@ def quantised(kind, shape, rng):
   return data.reshape(rows, -1), w.reshape(rows, cols).astype(np.float32)
 
 
+@pytest.mark.slow_except(kind=['Q8_0', 'Q4_K'], family=['llama'])
 @pytest.mark.parametrize('kind', [
     'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K'])
 @pytest.mark.parametrize('family', ['llama', 'qwen3'])
@@ -283,7 +287,7 @@ def test_gguf_formats(family, kind, tmp_path):
   if kind == 'F32':  # another file of that name is another model
     (tmp_path / 'other').write_bytes(b'not a model')
     (tmp_path / 'other').rename(tmp_path / 'm.gguf')
-    with pytest.raises(ValueError, match='not a readable GGUF file'):
+    with pytest.raises(ValueError, match='m.gguf'):
       models.load(tmp_path / 'm.gguf', progress=False)
 
 
@@ -299,11 +303,11 @@ def test_a_bin_file_cannot_run_code(tiny_dir, tmp_path, monkeypatch):
     archive.writestr('m/data.pkl', pickle.dumps({'w': _Evil()}))
   (tmp_path / 'config.json').write_bytes(
       (tiny_dir / 'config.json').read_bytes())
-  with pytest.raises(ValueError, match='system, which is no weight'):
+  with pytest.raises(ValueError, match='pytorch_model.bin .*system'):
     models.load(tmp_path)
   assert not (tmp_path / 'evil').exists()
   (tmp_path / 'pytorch_model.bin').write_bytes(b'not a zip')
-  with pytest.raises(ValueError, match='not a readable file of PyTorch'):
+  with pytest.raises(ValueError, match='pytorch_model.bin'):
     models.load(tmp_path)
 
 
@@ -317,11 +321,11 @@ def test_all_misfits_at_once_twice_there_too(tiny_dir, tmp_path):
             tmp_path / 'b.safetensors')
   with pytest.raises(ValueError) as e:
     models.load(tmp_path)
-  for part in ('model.embed_tokens.weight is there twice',
-               'missing model.norm.weight'):
+  for part in ('model.embed_tokens.weight',
+               'model.norm.weight'):
     assert part in str(e.value)
   (tmp_path / 'config.json').write_text('{"model_type": ')
-  with pytest.raises(ValueError, match='config.json is not JSON'):
+  with pytest.raises(ValueError, match='config.json'):
     models.load(tmp_path)
 
 
@@ -330,7 +334,7 @@ def test_all_misfits_at_once_twice_there_too(tiny_dir, tmp_path):
 def test_an_index_that_is_none(tiny_dir, tmp_path, text):
   shutil.copy(tiny_dir / 'config.json', tmp_path)
   (tmp_path / 'model.safetensors.index.json').write_text(text)
-  with pytest.raises(ValueError, match='index.json has no weight_map'):
+  with pytest.raises(ValueError, match='index.json .*weight_map'):
     models.load(tmp_path)
 
 
@@ -375,5 +379,5 @@ def test_the_first_token_as_the_caller_says(tmp_path):
       tmp_path, **kwargs)('a b')['input_ids']
   assert ids() == [2, 4, 6]
   assert ids(bos_token='<s>') == [0, 4, 6]
-  with pytest.raises(ValueError, match="no token '<x>'"):
+  with pytest.raises(ValueError, match="'<x>'"):
     ids(bos_token='<x>')

@@ -20,14 +20,14 @@ TASK = Task(template='{text} It was', label_words=(' terrible', ' great'))
     (None, 'nothing'), (['a', 'b'], 'a list'), ({'a': 1}, 'a dict'),
     (b'a', 'a bytes')])
 def test_what_is_no_text(value, kind):
-  with pytest.raises(InputError, match=f"column 'text' .* has {kind} where"):
+  with pytest.raises(InputError, match=f"column 'text' .* {kind} "):
     TASK.prompt({'text': value, 'label': 1})
   assert TASK.prompt({'text': 5, 'other': None}) == '5 It was'
   assert TASK.prompt({'text': ''}) == ' It was'
 
 
 def test_a_text_that_takes_minutes():
-  with pytest.raises(InputError, match='has 1,000,001 characters, above') as e:
+  with pytest.raises(InputError, match="column 'text' .*1,000,001") as e:
     TASK.prompt({'text': 'a' * 1_000_001})
   assert len(str(e.value)) < 500
   assert len(TASK.prompt({'text': 'a' * 1_000_000})) == 1_000_007
@@ -46,12 +46,12 @@ def test_words_that_look_like_no_value(tmp_path, ending, line):
 
 
 @pytest.mark.parametrize('template,message', [
-    ('It was', 'no column in braces'), ('{{text}} was', 'no column in braces'),
-    ('{mask} it was', 'no column in braces'),
-    ('{text:>3000000000}', 'names of columns alone'),
-    ('{text!r}', 'names of columns alone'),
-    ('{text.__class__}', 'names of columns alone'),
-    ('{0}', 'names of columns alone'), ('{text', 'is malformed')])
+    ('It was', "task.template 'It was'"), ('{{text}} was', 'task.template'),
+    ('{mask} it was', 'task.template'),
+    ('{text:>3000000000}', '{text:>3000000000}.*task.template'),
+    ('{text!r}', '{text!r}.*task.template'),
+    ('{text.__class__}', '{text.__class__}.*task.template'),
+    ('{0}', r'\{0\}.*task.template'), ('{text', '{text.*task.template')])
 def test_templates(tiny_dir, reviews_file, template, message):
   config = runs.small_config(tiny_dir, reviews_file)
   config.task = Task(template=template, label_words=(' a', ' b'))
@@ -95,7 +95,7 @@ def test_a_config_that_is_no_object(tmp_path, tiny_dir):
   shutil.copytree(tiny_dir, path)
   for text in ('[]', '5', 'null', '{', ''):
     (path / 'config.json').write_text(text)
-    with pytest.raises(InputError, match='no JSON object|not JSON'):
+    with pytest.raises(InputError, match='/m'):
       models.load_config(path)
 
 
@@ -107,11 +107,11 @@ def test_an_index_stays_in_its_directory(tmp_path, tiny_dir, name):
   (path / 'model.safetensors').rename(path / 'away')
   (path / 'model.safetensors.index.json').write_text(
       json.dumps({'weight_map': {'a': name}}))
-  with pytest.raises(InputError, match='no file of its directory'):
+  with pytest.raises(InputError, match='index.json'):
     models.load(path, progress=False)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(tmp_path, reviews_file):
   path = conftest.write_tiny_model(tmp_path / 'm', vocab_size=10)
-  with pytest.raises(InputError, match='gave token 1[0-9] .* the model has 10'):
+  with pytest.raises(InputError, match='tokenizer .* 1[0-9] .* 10'):
     build.build(runs.small_config(path, reviews_file), say=lambda text: None)

@@ -77,7 +77,7 @@ def test_label_words_are_the_names_where_there_are_no_others():
     (True, (' Yes', ' No'), AB), (True, ('Y', 'N'), AB), (1, ('T', 'F'), AB),
     (True, ('on', 'off'), AB), ('yEs', ('Yes', 'YES'), AB)])
 def test_numbers_that_contradict_the_names(value, names, words):
-  with pytest.raises(InputError, match='is neither an integer below'):
+  with pytest.raises(InputError, match='label .*task.label_'):
     gold(value, names, words)
 
 
@@ -99,7 +99,7 @@ def test_what_a_label_is_can_be_set():
   assert gold('2', names, label_is='name') == 1
   with pytest.raises(InputError):
     gold(1, ('a', 'b'), label_is='name')
-  with pytest.raises(InputError, match="-1 often marks rows without a label"):
+  with pytest.raises(InputError, match='label -1 .*task.label_words'):
     gold(-1)
 
 
@@ -140,15 +140,14 @@ def test_labels_of_two_kinds():
   task = of_kind(label_names=('1', 'x'))
   rows = [dict(text='a', label=label) for label in ('1', '1', 'x')]
   assert task.reading(rows).endswith("names: '1' is ' bad', 'x' is ' good'")
-  with pytest.raises(InputError, match="some labels .* are names and some are "
-                     "numbers: 'x' .* set --config.task.label_is"):
+  with pytest.raises(InputError, match="column 'label' .*'x' .*task.label_is"):
     of_kind(label_names=('x', 'y')).reading(
         [dict(text='a', label=label) for label in ('x', '1')])
   choices = [dict(q='', choices=['4', '2', '1'], label=1),
              dict(q='', choices=['a', 'b', 'c'], label=2)]
   with pytest.raises(InputError, match='label_is'):
     CHOICE.reading(choices)
-  with pytest.raises(InputError, match="are letters and some are names: 'A'"):
+  with pytest.raises(InputError, match="column 'label' .*'A' .*task.label_is"):
     CHOICE.reading([dict(q='', choices=['x', 'y'], label=l) for l in 'Ax'])
   letters = [dict(q='', choices=['x', 'y'], label=label) for label in 'AB']
   assert 'the letter of a choice' in CHOICE.reading(letters)
@@ -186,14 +185,14 @@ def test_choices_that_are_no_text(value):
   row = dict(q='q', label=0, a='x', b=value)
   for task in (CHOICE, tasks.Task(kind='multiple_choice', template='{q}',
                                   choices=('a', 'b'))):
-    with pytest.raises(InputError, match='where a choice is needed'):
+    with pytest.raises(InputError, match="column '(choices|b)'"):
       task.candidates(row | {'choices': ['x', value]})
 
 
 def test_nan_is_no_text_and_no_label():
   row = dict(text=float('nan'), label=np.float32('nan'))
   assert not of_kind().has_gold(row)
-  with pytest.raises(InputError, match="column 'text' .* has nothing"):
+  with pytest.raises(InputError, match="column 'text'"):
     of_kind().prompt(row)
 
 

@@ -145,6 +145,7 @@ def make_step(tx, loss):
   return step
 
 
+@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
@@ -165,6 +166,7 @@ def test_the_forward_and_three_layers(name):
   assert step < forward + 3 * layer
 
 
+@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
 @pytest.mark.parametrize('name', MODELS)
 def test_the_value_is_that_of_built_weights(name):
   apply, shapes = MODELS[name]()
@@ -181,6 +183,7 @@ def test_the_value_is_that_of_built_weights(name):
   assert np.any(np.asarray(apply(params)) != np.asarray(near))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('spec', [P(), P(None, 'fsdp')])
 def test_an_unrolled_model_on_eight_devices(spec):
   mesh = helpers.mesh_of(2, 4)
@@ -342,6 +345,7 @@ def test_shard_map_inside_value_fn(stack, check):
   assert abs(near - f(params)) > 1e-3 * abs(near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('draw', [
     lambda p: mezo_jax.direction(p, STEP),
     lambda p: mezo_jax.displace(p, STEP),
@@ -353,17 +357,18 @@ def test_sharded_weights_inside_shard_map_are_refused(draw):
   inside = lambda spec, check=True: jax.shard_map(
       draw, mesh=mesh, in_specs=({'w': spec},), out_specs={'w': spec},
       check_vma=check)({'w': jnp.ones((8, 8))})
-  with pytest.raises(ValueError, match="'w' is sharded over .'fsdp'. inside"):
+  with pytest.raises(ValueError, match="'w' .*'fsdp'.* shard_map"):
     inside(P('fsdp'))
   helpers.assert_close(inside(P()), draw({'w': jnp.ones((8, 8))})) if (
       'spsa' not in draw.__code__.co_names) else inside(P())
-  with pytest.warns(UserWarning, match='cannot be told from replicated'):
+  with pytest.warns(UserWarning, match='replicated'):
     inside(P('fsdp'), check=False)
 
 
 # --- views of draws ----------------------------------------------------------
 
 
+@pytest.mark.slow_except(seed=[0, 1])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('path', ['w', 'layers/w'])

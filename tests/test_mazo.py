@@ -128,6 +128,7 @@ def test_scores_are_those_of_each_layer_and_row():
     assert np.all(np.sum(mask, -1) == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped
 def test_scoring_keeps_nothing_of_the_weights_size_but_the_mask():
   """135 million float32 parameters, two tasks."""
@@ -167,16 +168,17 @@ def test_what_is_refused():
                                              'b': True})), 'not of elements')):
     with pytest.raises(ValueError, match=message):
       variants.saliency([value_fn], START, KEY, **more)
-  with pytest.raises(ValueError, match='params have codes'):
+  with pytest.raises(ValueError, match='saliency .*codes'):
     variants.saliency([value_fn], {'w': mezo_jax.quantize(
         jnp.ones((4, 32)), 8)}, KEY)
-  with pytest.raises(ValueError, match='share must be above 0'):
+  with pytest.raises(ValueError, match='share .*0.0'):
     variants.saliency([value_fn], START, KEY, share=0.0)
-  with pytest.raises(ValueError, match='mazo has the mask of saliency'):
+  with pytest.raises(ValueError, match='mask'):
     variants.mazo(RATE, EPS, key=KEY, mask=None,
                   directions=mezo_jax.Normal(mask='w'))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_mask_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which is that of the weights before training, and in its checkpoint."""

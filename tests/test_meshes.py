@@ -56,6 +56,7 @@ def on(mesh, model, host):
   return jax.device_put(host, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
   """Losses to rounding, and of equal numbers bitwise the same weights; what
@@ -87,6 +88,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
       want['embed']['embedding'], host['embed']['embedding'])
 
 
+@pytest.mark.slow
 def test_a_run_on_groups_is_the_run_of_one_device(model):
   model, host, ids, loss_fn = model
   runs = []
@@ -113,7 +115,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
       1e-3, key=0, num_samples=8, over='rows',
       directions=mezo_jax.LowRank(rank=4))
   params = on(mesh, model, host)
-  with pytest.raises(ValueError, match='leave the mesh axis direction at 1'):
+  with pytest.raises(ValueError, match="over='rows'.*direction"):
     mezo_jax.make_step(tx, loss_fn, mesh=mesh).losses(
         params, tx.init(params), ids)
 
@@ -210,6 +212,7 @@ def of_nnx():
       batch) ** 2).mean(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [linen, of_nnx])
 def test_rules_place_anyone_s_parameters(make, as_shipped):
   """And a step is the same there, bit for bit given its numbers."""
@@ -239,9 +242,9 @@ def test_rules_that_do_not_fit_are_told():
   params, _ = linen()
   mesh = mesh_of(2, 2, 2, 1)
   for rules, match in (
-      ([('nowhere', P('fsdp'))], 'found in no path; paths are such as'),
-      ([('embed', P('model'))], "mesh's axes"),
-      ([('bias', P('fsdp', 'tensor'))], 'does not fit its shape')):
+      ([('nowhere', P('fsdp'))], "'nowhere'.*embed/embedding"),
+      ([('embed', P('model'))], r"'embed/embedding', P\('model'"),
+      ([('bias', P('fsdp', 'tensor'))], "'head/bias', P")):
     with pytest.raises(InputError, match=match):
       sharding.param_shardings(params, mesh, rules)
   # Two classes do not divide over 4: that axis stays whole. A mesh of other
@@ -256,6 +259,7 @@ def test_rules_that_do_not_fit_are_told():
       P(None, None), P(None, 'model'), P()]
 
 
+@pytest.mark.slow
 def test_another_mesh_is_a_restore(tmp_path):
   """Two steps on one mesh, two on another: the run of one mesh."""
   params, loss_fn = linen()
@@ -284,6 +288,7 @@ def test_another_mesh_is_a_restore(tmp_path):
                        atol=1e-6)
 
 
+@pytest.mark.slow_except(directions=[mezo_jax.Normal()])
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
 def test_explicit_axes(directions, as_shipped):
@@ -393,6 +398,7 @@ SPECS = [{'embed': P('tp'), 'layers': {'w': P(None, None, 'tp')}},
          {'embed': P('dp', 'tp'), 'layers': {'w': P(None, 'tp')}}]
 
 
+@pytest.mark.slow_except(kind=[mezo_jax.Rademacher()])
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_an_embedding_read_with_out_sharding(kind):
   """`.at[ids].get(out_sharding=...)` makes axes Auto for a while; so may
@@ -416,6 +422,7 @@ MODES = {
         num_samples=4, directions=mezo_jax.LowRank(rank=2))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   params = tree_of()
@@ -427,6 +434,7 @@ def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   assert_same_estimate(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_a_loss_with_shard_map_inside(kind):
   """On all axes of a mesh, and with one of them left to the compiler."""

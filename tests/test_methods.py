@@ -34,6 +34,7 @@ def moved(tiny_dir, workdir, untied=False):
   return {p for p in before if (before[p] != after[p]).any()}
 
 
+@pytest.mark.slow
 def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
                         eval_every=20, checkpoint_every=40,
@@ -62,6 +63,7 @@ def test_head_only_trains_a_head_of_its_own(tiny_dir, reviews_file, tmp_path):
   assert moved(tiny_dir, tmp_path, untied=True) == {'lm_head/embedding'}
 
 
+@pytest.mark.slow
 def test_mezo_from_the_linear_probe_on(tiny_dir, reviews_file, tmp_path):
   settings = dict(data__num_train=40)
   probe = train.run(small_config(
@@ -86,6 +88,7 @@ def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
   assert result['peak_memory'] > 1e8 and result['seconds'] > 0
 
 
+@pytest.mark.slow_except(objective=['f1'])
 @pytest.mark.parametrize('objective', [
     'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
         [p == e['label'] for p, e in zip(predictions, examples)]))])
@@ -97,6 +100,7 @@ def test_objectives_run(tiny_dir, reviews_file, tmp_path, objective):
   assert config_lib.to_json(config)['objective']
 
 
+@pytest.mark.slow
 def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
   rows = [{'question': f'{a} {b}', 'answers': [b, f'the {b}']}
           for a in conftest.WORDS[:8] for b in conftest.WORDS[8:]]
@@ -114,6 +118,7 @@ def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
   assert all(-1 <= loss <= 0 for loss in train_losses(tmp_path / 'f1'))
 
 
+@pytest.mark.slow
 def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
                         eval_every=40, optimizer__learning_rate=3e-3)
@@ -161,6 +166,7 @@ def test_the_documentation_names_them_all():
 # --- MeZO's relatives -------------------------------------------------------
 
 
+@pytest.mark.slow_except(method=['private'])
 @pytest.mark.parametrize('method,changes,forwards', [
     ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
     ('momentum_by_history', dict(variant__window=3), 6 * 2),
@@ -189,6 +195,7 @@ def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
   assert moved(tiny_dir, tmp_path)
 
 
+@pytest.mark.slow
 def test_svrg_runs_and_resumes_between_anchors(
     tiny_dir, reviews_file, tmp_path, monkeypatch):
   """Anchors of 32 of the 40 rows, at steps 1 and 5."""
@@ -208,25 +215,30 @@ def test_svrg_runs_and_resumes_between_anchors(
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(method='svrg', steps=7, variant__every=2), 'multiples of'),
-    (dict(method='svrg', eval_every=2, variant__anchor_rows=4), 'anchor_rows'),
+    (dict(method='svrg', steps=7, variant__every=2), 'variant.every'),
+    (dict(method='svrg', eval_every=2, variant__anchor_rows=4),
+     'variant.anchor_rows'),
     (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
-     'weight_decay of 0'),
-    (dict(method='adam_by_history', spsa__fold_every=2), 'fold_every'),
-    (dict(method='momentum_by_history', variant__window=0), 'window'),
-    (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4), 'combine'),
-    (dict(method='one_point', spsa__num_samples=2), 'num_samples of 1'),
+     'weight_decay'),
+    (dict(method='adam_by_history', spsa__fold_every=2),
+     'spsa.fold_every'),
+    (dict(method='momentum_by_history', variant__window=0),
+     'variant.window'),
+    (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4),
+     'spsa.combine'),
+    (dict(method='one_point', spsa__num_samples=2), 'spsa.num_samples'),
     (dict(method='lozo_m'), 'lazy_low_rank'),
     (dict(method='hizoo', variant__curvature_rate=1.0), 'curvature_rate'),
-    (dict(method='hizoo', spsa__combine='one_sided'), 'three losses'),
-    (dict(method='variance_modified', variant__norm='both'), 'none of grad'),
-    (dict(method='mazo', model__dtype='int8'), 'is of floats'),
-    (dict(method='private', privacy__delta=0.0), 'delta between 0 and 1'),
-    (dict(method='private', privacy__mechanism='uniform'), 'none of gaussian'),
+    (dict(method='hizoo', spsa__combine='one_sided'), 'spsa.combine'),
+    (dict(method='variance_modified', variant__norm='both'), 'variant.norm'),
+    (dict(method='mazo', model__dtype='int8'), 'model.dtype'),
+    (dict(method='private', privacy__delta=0.0), 'delta'),
+    (dict(method='private', privacy__mechanism='uniform'),
+     "privacy.mechanism 'uniform'"),
     (dict(method='private', privacy__mechanism='laplace', spsa__num_samples=2),
-     'num_samples of 1'),
-    (dict(method='private', objective='f1'), 'clips what each row adds'),
-    (dict(method='forward_grad', objective='accuracy'), 'no derivative')])
+     'num_samples'),
+    (dict(method='private', objective='f1'), "objective 'f1'"),
+    (dict(method='forward_grad', objective='accuracy'), "'accuracy'")])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):
     checks.check(small_config(tiny_dir, reviews_file, **changes))

@@ -163,10 +163,10 @@ def test_drop_takes_the_best_of_the_answers(prediction, answers, want):
     'metric', [metrics.exact_match, metrics.span_f1, metrics.drop_metrics])
 @pytest.mark.parametrize('answers', [[], 'Denver', ''])
 def test_answers_have_to_be_a_list(metric, answers):
-  with pytest.raises(ValueError, match='have to be a list of at least one'):
+  with pytest.raises(ValueError, match='answers .*list'):
     metric('Denver', answers)
 
 
 def test_a_drop_answer_has_spans():
-  with pytest.raises(ValueError, match='has no spans'):
+  with pytest.raises(ValueError, match='spans'):
     metrics.drop_metrics('Denver', [['Denver'], []])

@@ -32,6 +32,7 @@ def config(tiny_dir, reviews_file):
   return base
 
 
+@pytest.mark.slow
 def test_a_run_and_its_table(config, tmp_path, capsys):
   """Stopped after three steps and gone on with, it is bitwise the run that was
   not; each task has its metric, and their mean."""
@@ -105,17 +106,17 @@ def test_the_config_is_kept(config):
   config_lib.check_same_run(config, saved)
   config.also[0].weight = 2.0
   with pytest.raises(
-      ValueError, match=r': also\[0\].weight was 3.0 and is now 2.0. Choose'):
+      ValueError, match=r'also\[0\]\.weight .*3\.0 .*2\.0'):
     config_lib.check_same_run(config, saved)
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(method='icl'), "method 'icl' trains one task"),
-    (dict(weight=0.0), 'weights must be positive'),
-    (dict(name='first'), 'must be words, and each another'),
-    (dict(name='a b'), 'must be words, and each another'),
+    (dict(method='icl'), "method 'icl'.*also"),
+    (dict(weight=0.0), 'also: weights'),
+    (dict(name='first'), 'also: .*first, first'),
+    (dict(name='a b'), 'also: .*a b'),
     (dict(task=Task(kind='head', template='{text}', label_names=('a', 'b'))),
-     'train it alone'),
+     "also: .*kind 'head'"),
     (dict(task=Task(template='no column {text}')), "task 'other': ")])
 def test_what_cannot_be_is_refused(config, change, message):
   if 'method' in change:

@@ -50,6 +50,7 @@ def test_known_tokens_are_refused(token):
     jax.jit(lambda p: model.apply({'params': p}, ids))(params)
 
 
+@pytest.mark.slow_except(token=[64])
 @pytest.mark.parametrize('token', [64, -1])
 def test_tokens_given_to_a_program_make_nan(token):
   """In the row that has one, and with perturbed weights too; what is right is
@@ -103,20 +104,21 @@ def test_token_types():
     with pytest.raises(ValueError, match=f'token_type_ids has {wrong}'):
       model.apply({'params': params}, good, token_type_ids=ids_with(wrong) * (
           ids_with(wrong) != 7))
-  with pytest.raises(ValueError, match='llama has no token types'):
+  with pytest.raises(ValueError, match='llama .*token_type_ids'):
     tiny()[0].apply({'params': tiny()[1]}, good, token_type_ids=0 * good)
 
 
 # --- positions that it does not have ----------------------------------------
 
 
+@pytest.mark.slow_except(family=['opt'])
 @pytest.mark.parametrize('family', POSITIONS)
 def test_positions_beyond_the_table(family):
   model, params = tiny(**POSITIONS[family])
   long = np.full((1, LENGTH + 1), 7)
-  with pytest.raises(ValueError, match='17 tokens exceed the 16 positions'):
+  with pytest.raises(ValueError, match='17 .* 16 positions'):
     model.apply({'params': params}, long)
-  with pytest.raises(ValueError, match='15 tokens of prompt and 2 new ones'):
+  with pytest.raises(ValueError, match='15 .* 2 .* 16 positions'):
     models.generate(model, params, long[:, :-2], max_new_tokens=2)
   models.generate(model, params, long[:, :-2], max_new_tokens=1)
 
@@ -136,7 +138,7 @@ def test_texts_that_share_a_prompt_and_are_too_long():
     assert np.isfinite(got).all()
     model.apply({'params': params}, ids, mask, shared_prompt=True)
   assert np.isnan(run(params, long)).any()
-  with pytest.raises(ValueError, match='a text exceeds the 16 positions'):
+  with pytest.raises(ValueError, match='16 positions'):
     model.apply({'params': params}, ids, long, shared_prompt=True)
 
 
@@ -145,7 +147,7 @@ def test_a_cache_that_is_full():
   ids = jnp.full((1, 3), 7)
   step = lambda cache: model.apply({'params': params}, ids, cache=cache)
   _, cache = step(models.make_cache(model.config, 1, 5, jnp.float32))
-  with pytest.raises(ValueError, match='3 tokens and room for 5: 3 more'):
+  with pytest.raises(ValueError, match='cache .* 3 .* 5'):
     step(cache)
   assert np.isnan(helpers.quick_jit(step)(cache)[0]).all()
 
@@ -193,10 +195,11 @@ def test_generate_within_a_program(given):
       'made': lambda: jax.jit(lambda p: run(
           p, ids, jnp.ones((2, 5)).at[0, 0].set(0)))(params)}[given]()
   helpers.assert_bitwise(got, expected()[1])
-  with pytest.raises(ValueError, match='pad prompts on the left'):
+  with pytest.raises(ValueError, match='padding.*left'):
     jax.jit(lambda p: run(p, ids, MASK[:, ::-1]))(params)
 
 
+@pytest.mark.slow
 def test_draws_within_a_program():
   """A temperature and a top_p may be its arguments, and 0 among them."""
   model, params = tiny()
@@ -216,29 +219,29 @@ def test_draws_within_a_program():
 
 
 @pytest.mark.parametrize('change,error,message', [
-    (dict(input_ids=IDS[0]), ValueError, r'shape \(5,\), .* batch of one'),
-    (dict(input_ids=IDS[None]), ValueError, r'shape \(1, 2, 5\)'),
-    (dict(input_ids=IDS[:, :0], attention_mask=None), ValueError, 'are empty'),
-    (dict(input_ids=IDS / 1), TypeError, 'must be integers, not float64'),
-    (dict(input_ids=IDS > 3), TypeError, 'must be integers, not bool'),
-    (dict(attention_mask=MASK[:, 1:]), ValueError, r'shape \(2, 4\), not'),
-    (dict(attention_mask=MASK[0]), ValueError, r'shape \(5,\), not'),
-    (dict(attention_mask=MASK[:, None]), ValueError, r'shape \(2, 1, 5\)'),
-    (dict(attention_mask=MASK * -1e9), ValueError, '0 at padding and 1'),
-    (dict(attention_mask=MASK / 2), ValueError, '0 at padding and 1'),
-    (dict(attention_mask=MASK * 2), ValueError, '0 at padding and 1'),
+    (dict(input_ids=IDS[0]), ValueError, r'input_ids .*\(5,\)'),
+    (dict(input_ids=IDS[None]), ValueError, r'input_ids .*\(1, 2, 5\)'),
+    (dict(input_ids=IDS[:, :0], attention_mask=None), ValueError, 'prompts'),
+    (dict(input_ids=IDS / 1), TypeError, 'input_ids .*float64'),
+    (dict(input_ids=IDS > 3), TypeError, 'input_ids .*bool'),
+    (dict(attention_mask=MASK[:, 1:]), ValueError, r'_mask .*\(2, 4\)'),
+    (dict(attention_mask=MASK[0]), ValueError, r'attention_mask .*\(5,\)'),
+    (dict(attention_mask=MASK[:, None]), ValueError, r'_mask .*\(2, 1, 5\)'),
+    (dict(attention_mask=MASK * -1e9), ValueError, 'attention_mask'),
+    (dict(attention_mask=MASK / 2), ValueError, 'attention_mask'),
+    (dict(attention_mask=MASK * 2), ValueError, 'attention_mask'),
     (dict(attention_mask=MASK * 0), ValueError, 'padding'),
-    (dict(max_new_tokens=2.0), TypeError, 'max_new_tokens must be a whole'),
-    (dict(max_new_tokens=None), TypeError, 'max_new_tokens must be a whole'),
-    (dict(max_new_tokens=-1), ValueError, 'give 1 or more'),
-    (dict(stop_ids=[None]), TypeError, 'stop_ids must be a whole'),
-    (dict(stop_ids=None), TypeError, 'stop_ids must be a whole'),
-    (dict(pad_id=None), TypeError, 'pad_id must be a whole'),
-    (dict(top_k=1.5), TypeError, 'top_k must be a whole'),
+    (dict(max_new_tokens=2.0), TypeError, 'max_new_tokens'),
+    (dict(max_new_tokens=None), TypeError, 'max_new_tokens'),
+    (dict(max_new_tokens=-1), ValueError, 'max_new_tokens is -1'),
+    (dict(stop_ids=[None]), TypeError, 'stop_ids'),
+    (dict(stop_ids=None), TypeError, 'stop_ids'),
+    (dict(pad_id=None), TypeError, 'pad_id'),
+    (dict(top_k=1.5), TypeError, 'top_k'),
     (dict(temperature=float('nan')), ValueError, 'temperature nan'),
     (dict(temperature=float('inf')), ValueError, 'temperature inf'),
-    (dict(temperature=np.ones(2)), ValueError, 'one number each'),
-    (dict(params={'params': {}}), ValueError, 'params has no embed')])
+    (dict(temperature=np.ones(2)), ValueError, 'temperature'),
+    (dict(params={'params': {}}), ValueError, 'params .*embed')])
 def test_what_is_refused(change, error, message):
   model, params = tiny()
   with pytest.raises(error, match=message):
@@ -250,20 +253,20 @@ def test_what_is_refused(change, error, message):
 def test_numbers_that_a_program_would_have_to_know():
   model, params = tiny()
   for name in ('max_new_tokens', 'top_k', 'pad_id'):
-    with pytest.raises(TypeError, match=f'{name} must be a whole number that'):
+    with pytest.raises(TypeError, match=name):
       jax.jit(lambda n, name=name: models.generate(
           model, params, IDS, **dict(max_new_tokens=2) | {name: n}))(2)
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(features='tail'), "features is 'tail', not one of head"),
+    (dict(features='tail'), "features .*'tail'"),
     (dict(answer_at=[[5], [0]]), 'answer_at has 5'),
     (dict(answer_at=[[-6], [0]]), 'answer_at has -6'),
-    (dict(answer_at=[1, 2]), 'answer_at has the shape'),
-    (dict(targets=IDS[:1]), 'targets has the shape'),
-    (dict(targets=IDS[:, 1:]), 'targets has the shape'),
-    (dict(token_ids=3), 'token_ids has the shape'),
-    (dict(attention_mask=MASK[:1, 1:]), 'attention_mask has the shape')])
+    (dict(answer_at=[1, 2]), r'answer_at .*\(2,\)'),
+    (dict(targets=IDS[:1]), r'targets .*\(1, 5\)'),
+    (dict(targets=IDS[:, 1:]), r'targets .*\(2, 4\)'),
+    (dict(token_ids=3), r'token_ids .*\(\)'),
+    (dict(attention_mask=MASK[:1, 1:]), r'attention_mask .*\(1, 4\)')])
 def test_what_does_not_fit(change, message):
   model, params = tiny()
   with pytest.raises(ValueError, match=message):
@@ -272,9 +275,9 @@ def test_what_does_not_fit(change, message):
 
 @pytest.mark.parametrize('dtype', ['int32', np.int8, bool, 'float12', 5])
 def test_what_is_no_dtype_of_weights(dtype, tiny_dir):
-  with pytest.raises(ValueError, match='is not one of float32'):
+  with pytest.raises(ValueError, match='dtype'):
     models.load(tiny_dir, dtype=dtype, progress=False)
-  with pytest.raises(ValueError, match='is not one of float32'):
+  with pytest.raises(ValueError, match='dtype'):
     models.param_shapes(models.load_config(tiny_dir), dtype=dtype)
 
 

@@ -116,6 +116,7 @@ def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
   np.testing.assert_allclose(loss({'embed': table}), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_answer_needs_no_perturbed_vocabulary():
   """With a table of 20 MB and 8 answer tokens a row: the perturbed loss needs
   less than a fifth of it, and is what built weights give."""
@@ -134,17 +135,17 @@ def test_a_long_answer_needs_no_perturbed_vocabulary():
 
 
 @pytest.mark.parametrize('model_type,change,message', [
-    ('opt', dict(layer_norm_elementwise_affine=False), 'opt with layer_norm'),
+    ('opt', dict(layer_norm_elementwise_affine=False), 'layer_norm_element'),
     ('opt', dict(activation_function='mish'), "activation_function='mish'"),
     ('llama', dict(hidden_act='mish'), "hidden_act='mish'"),
-    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'gpt2 with scale'),
-    ('gemma2', dict(use_bidirectional_attention=True), 'gemma2 with use_bid'),
+    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by'),
+    ('gemma2', dict(use_bidirectional_attention=True), 'use_bidirectional'),
     ('gemma', dict(hidden_act='tanh'), "hidden_act='tanh'"),
-    ('bert', dict(position_embedding_type='relative_key'), 'bert with posit'),
-    ('roberta', dict(is_decoder=True), 'roberta with is_decoder'),
-    ('qwen2', dict(rope_scaling={'type': 'yarn'}), "scaling 'yarn'"),
+    ('bert', dict(position_embedding_type='relative_key'), "'relative_key'"),
+    ('roberta', dict(is_decoder=True), 'is_decoder'),
+    ('qwen2', dict(rope_scaling={'type': 'yarn'}), "'yarn' .*rope_scaling"),
     ('mistral', dict(hidden_size='32'), "hidden_size='32'"),
-    ('mamba', dict(), "model_type 'mamba' is not supported")])
+    ('mamba', dict(), "model_type 'mamba'")])
 def test_what_is_not_covered_is_refused(model_type, change, message):
   hf = dict(model_type=model_type, vocab_size=64, hidden_size=32, ffn_dim=64,
             intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
@@ -178,6 +179,7 @@ def test_old_spellings_of_a_config():
       model_type='llama', rope_theta=5e5)).rope == models.Rope(5e5)
 
 
+@pytest.mark.torch
 def test_the_real_model_against_torch():
   """SmolLM2-135M, where torch is installed and the file is at hand."""
   torch = pytest.importorskip('torch')
@@ -245,7 +247,7 @@ def test_many_files_and_an_index(tiny_dir, tmp_path):
       json.dumps({'weight_map': index}))
   helpers.assert_bitwise(models.load(tmp_path)[1], models.load(tiny_dir)[1])
   (tmp_path / 'model-1.safetensors').unlink()
-  with pytest.raises(FileNotFoundError, match='lacks model-1.safetensors'):
+  with pytest.raises(FileNotFoundError, match='model-1.safetensors'):
     models.load(tmp_path)
 
 
@@ -276,34 +278,35 @@ def test_misfits_are_named_all_at_once(tiny_dir, tmp_path):
   save_file(tensors, tmp_path / 'model.safetensors')
   with pytest.raises(ValueError) as e:
     models.load(tmp_path)
-  for part in ('missing model.norm.weight', 'unexpected model.layers.9.extra',
-               f'{name} has shape (32, 64), not (64, 32)'):
+  for part in ('model.norm.weight', 'model.layers.9.extra',
+               name, '(32, 64)', '(64, 32)'):
     assert part in str(e.value)
 
 
 @pytest.mark.parametrize('name,error', [
-    ('/no/such/dir', 'no model at'), ('a/b/c', 'no model at'),
-    ('lost.gguf', 'no model at'), ('nonsense', 'the hub did not give one'),
-    ('someone/some-model', 'the hub did not give one')])
+    ('/no/such/dir', '/no/such/dir.*config.json'),
+    ('a/b/c', 'a/b/c.*config.json'),
+    ('lost.gguf', 'lost.gguf.*config.json'), ('nonsense', "'nonsense'.*hub"),
+    ('someone/some-model', "'someone/some-model'.*hub")])
 def test_no_such_model(name, error):
   with pytest.raises(FileNotFoundError, match=error):
     models.load(name)
 
 
 def test_unusable_files(tiny_dir, tmp_path):
-  with pytest.raises(FileNotFoundError, match='no config.json'):
+  with pytest.raises(FileNotFoundError, match='config.json'):
     models.load(tmp_path)
   config = json.loads((tiny_dir / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  with pytest.raises(FileNotFoundError, match='no .safetensors file'):
+  with pytest.raises(FileNotFoundError, match='.safetensors'):
     models.load(tmp_path)
   (tmp_path / 'model.safetensors').write_bytes(b'not a checkpoint')
-  with pytest.raises(ValueError, match='not a readable safetensors file'):
+  with pytest.raises(ValueError, match='model.safetensors'):
     models.load(tmp_path)
   (tmp_path / 'm.gguf').write_bytes(b'not a checkpoint')
-  with pytest.raises(ValueError, match='not a readable GGUF file'):
+  with pytest.raises(ValueError, match='m.gguf'):
     models.load(tmp_path / 'm.gguf')
-  for change, message in ((dict(model_type='rwkv'), "'rwkv' is not supported"),
+  for change, message in ((dict(model_type='rwkv'), "'rwkv'"),
                           (dict(hidden_act='mish'), 'hidden_act'),
                           (dict(rope_scaling={'type': 'yarn'}), "'yarn'")):
     (tmp_path / 'config.json').write_text(json.dumps(config | change))
@@ -315,5 +318,5 @@ def test_unusable_files(tiny_dir, tmp_path):
 
 def test_too_long_a_sequence(tiny_dir):
   model, params = models.load(tiny_dir)
-  with pytest.raises(ValueError, match='129 tokens exceed the 128 positions'):
+  with pytest.raises(ValueError, match='129 .* 128 positions'):
     model.apply({'params': params}, np.zeros((1, 129), int))

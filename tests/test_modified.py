@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 import pytest
-from relatives import (
+import runs
+from variants_reference import (
   agrees,
   batch_of,
   EPS,
@@ -23,7 +24,6 @@ from relatives import (
   value_fn,
   z_of,
 )
-import runs
 
 import mezo_jax
 from mezo_jax import Displacement, make_step, variants
@@ -61,6 +61,7 @@ def value(p, batch):
   return x @ p['embed'].T, p['layers']['w'][1].reshape(4, 4, 16)
 
 
+@pytest.mark.slow_except(what=['layers'], kind=KINDS[:2])
 @pytest.mark.parametrize('what', ['numbers', 'layers', 'elements'])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: type(k).__name__)
 def test_scales_multiply_the_direction(kind, what):
@@ -79,7 +80,7 @@ def test_scales_multiply_the_direction(kind, what):
 
 
 def test_scales_must_fit():
-  with pytest.raises(ValueError, match='scales are of 1 leaves'):
+  with pytest.raises(ValueError, match='scales'):
     mezo_jax.direction(START, Displacement(KEY, 1.0),
                        mezo_jax.Normal(scales={'b': 2.0}))
 
@@ -221,22 +222,23 @@ def test_hizoo_is_told_both_scalars():
         p, state, _ = step.update(p, state, ends[0][2][t])
     ends.append((p, optax.tree.get(state, 'memory'), seen))
   helpers.assert_bitwise(ends[0][:2], ends[1][:2])
-  with pytest.raises(ValueError, match=r'shape \[2\], first g'):
+  with pytest.raises(ValueError, match=r'projected_grad .*\[2\].*\[1\]'):
     tx.update(None, tx.init(params), params, projected_grad=jnp.zeros(1))
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: variants.hizoo(1e-3, key=0, alpha=1.0), 'alpha must be'),
+    (lambda: variants.hizoo(1e-3, key=0, alpha=1.0), 'alpha .*1.0'),
     (lambda: variants.variance_modified(
         1e-3, key=0, norms={'b': 1.0}).update(
             None, variants.variance_modified(
                 1e-3, key=0, norms={'b': 1.0}).init(START), START,
-            value_fn=value_fn, batch=batch_of(0)), 'scales are of 1 leaves')])
+            value_fn=value_fn, batch=batch_of(0)), 'scales')])
 def test_bad_options(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_norms_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which are in its checkpoint, so weights are not looked at again."""

@@ -154,7 +154,7 @@ def test_counters_beyond_32_bits():
 
 def test_names_that_hash_alike_are_refused():
   tree = {'plumless': jnp.zeros(2), 'buckeroo': jnp.zeros(2)}
-  with pytest.raises(ValueError, match='would draw the same noise'):
+  with pytest.raises(ValueError, match="'buckeroo' and 'plumless'"):
     z(tree)
 
 
@@ -292,5 +292,5 @@ def test_keys():
   assert jax.random.key_impl(noise.as_key(
       jax.random.key(0, impl='rbg'))) == 'threefry2x32'
   for bad in (1.5, jnp.zeros(3), jax.random.split(KEY, 2)):
-    with pytest.raises(ValueError, match='key must be'):
+    with pytest.raises(ValueError, match='key'):
       noise.as_key(bad)

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import small_config
+from runs import small_config
 
 from mezo_jax import models
 from mezo_jax.core.errors import Stopped
@@ -23,7 +23,7 @@ def lost(tiny_dir, reviews_file, tmp_path_factory):
   config = small_config(
       tiny_dir, reviews_file, steps=30, optimizer__learning_rate=3e38,
       max_skipped=4)
-  with pytest.raises(Stopped, match='last 4 steps.*learning_rate'):
+  with pytest.raises(Stopped, match='4 steps.*optimizer.learning_rate'):
     train.run(config, workdir)
   return workdir, config
 
@@ -45,27 +45,28 @@ def test_losses_that_are_not_finite_stop_the_run(lost):
 
 def test_a_run_without_a_finite_evaluation_has_no_result(lost):
   workdir, config = lost
-  with pytest.raises(Stopped, match='no checkpoint whose evaluation is'):
+  with pytest.raises(Stopped, match='checkpoints .*finite'):
     train.run(dataclasses.replace(config, steps=5, max_skipped=9), workdir)
   assert not (workdir / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_skipped_every_step_has_no_result(
     tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, steps=2, spsa__eps=3e38)
-  with pytest.raises(Stopped, match='each of the 2 steps.*was skipped'):
+  with pytest.raises(Stopped, match='2 steps.*optimizer.learning_rate'):
     train.run(config, tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_move_any_more_stops(
     tiny_dir, reviews_file, tmp_path):
   """RMSNorm keeps the loss of lost weights finite, and every difference 0."""
   config = small_config(
       tiny_dir, reviews_file, steps=30, optimizer__learning_rate=1e8,
       max_still=5)
-  with pytest.raises(Stopped, match='have been 0 since step [0-9]+: the '
-                     'weights do not move'):
+  with pytest.raises(Stopped, match='0 since step [0-9]+'):
     train.run(config, tmp_path)
   config.max_still = 0
   assert train.run(config, tmp_path)['steps'] == 30
@@ -81,8 +82,8 @@ def nan_dir(tiny_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize('method,message', [
-    ('zero_shot', 'zero_shot has no result: .*of 40 of 40 rows not finite'),
-    ('icl', 'icl has no result'), ('linear_probe', 'features of 40 of 40')])
+    ('zero_shot', 'zero_shot .*40 of 40'),
+    ('icl', 'icl .*40 of 40'), ('linear_probe', 'probe .*40 of 40')])
 def test_a_model_that_is_not_finite_has_no_result(
     nan_dir, reviews_file, tmp_path, method, message):
   config = small_config(nan_dir, reviews_file, method=method, num_demos=2)
@@ -98,7 +99,7 @@ def test_texts_of_a_model_that_is_not_finite_are_no_result(nan_dir, tmp_path):
   config = small_config(nan_dir, data, method='zero_shot')
   config.task = Task(kind='generation', template='{question} It was',
                      stop='the', max_new_tokens=3)
-  with pytest.raises(Stopped, match='f1 0.0%.*40 of 40 rows not finite'):
+  with pytest.raises(Stopped, match='f1 0.0%.*40 of 40'):
     train.run(config, tmp_path / 'w')
 
 
@@ -106,7 +107,7 @@ def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
   state, nan = {'w': jax.numpy.arange(4.0)}, float('nan')
   kept = checkpoint.Checkpoints(tmp_path)
   kept.save(1, state, {'score': nan, 'loss': nan})
-  with pytest.raises(FileNotFoundError, match='there is no best step'):
+  with pytest.raises(FileNotFoundError, match='best step'):
     kept.best_step()
   for step, score, loss in ((2, .6, .5), (3, .6, nan), (4, nan, .1),
                             (5, .5, float('-inf'))):
@@ -117,6 +118,6 @@ def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
 
 def test_parameters_that_are_not_finite_are_not_exported(lost, tmp_path):
   step = checkpoint.latest_step(lost[0] / 'checkpoints')
-  with pytest.raises(ValueError, match='embedding of step [35] is not finite'):
+  with pytest.raises(ValueError, match='embed/embedding of step [35]'):
     export(lost[0], tmp_path / 'm', step)
   assert not (tmp_path / 'm').exists()

@@ -13,13 +13,10 @@ def test_objectives_that_fit_and_that_do_not():
     check(objective)
     assert objectives.gold_only(objective) == (objective == 'lm')
   for *args, message in (
-      ('cross_entropy', 'generation', "'cross_entropy' does not fit a task of "
-       "kind 'generation'; choose one of lm, accuracy, f1 or a function of"),
-      ('lm', 'head', "'lm' does not fit a task of kind 'head'; choose one of "
-       'cross_entropy, accuracy, f1 or'),
-      ('lm', 'classification', '{mask}', 'with a {mask}; choose one of cross'),
-      ('bleu', "objective 'bleu' does not fit a task of kind 'classification'; "
-       'choose one of cross_entropy, lm, accuracy, f1 or')):
+      ('cross_entropy', 'generation', "'cross_entropy' .*'generation'"),
+      ('lm', 'head', "'lm' .*'head'"),
+      ('lm', 'classification', '{mask}', "'lm' .*{mask}"),
+      ('bleu', "'bleu' .*'classification'")):
     with pytest.raises(ValueError, match=message):
       check(*args)
   default = lambda **changes: objectives.of(Task(**changes))

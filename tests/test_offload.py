@@ -50,6 +50,7 @@ def placed(params, mesh, offload, dtype=jnp.float32):
   return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_fifty_steps_are_those_without(form, problem):
   """Bitwise, given the projected gradients; losses to rounding."""
@@ -113,17 +114,18 @@ def test_what_cannot_be_updated_by_layers_is_refused(problem):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   params = placed(host, mesh, True)
   tx = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.trace(0.9))
-  with pytest.raises(ValueError, match='keeps something of their size'):
+  with pytest.raises(ValueError, match='mezo_jax.mezo'):
     step = mezo_jax.make_step(tx, loss_fn, mesh=mesh)
     step.update(params, jax.eval_shape(tx.init, host), np.ones(1, np.float32))
   odd = params | {'embed': jax.device_put(params['embed'], sharding.on_host(
       jax.tree.map(lambda x: x.sharding, params['embed'])))}
   tx = mezo_jax.mezo(1e-3, key=0)
-  with pytest.raises(ValueError, match='only stacks of layers'):
+  with pytest.raises(ValueError, match='embed/embedding'):
     mezo_jax.make_step(tx, loss_fn, mesh=mesh).update(
         odd, tx.init(odd), np.ones(1, np.float32))
 
 
+@pytest.mark.slow
 def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
   mesh = sharding.make_mesh()
   model, params = models.load(tiny_dir, mesh, progress=False, offload=True)
@@ -144,6 +146,7 @@ def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
   np.testing.assert_array_equal(*tokens)
 
 
+@pytest.mark.slow
 def test_train_py_with_and_without(tiny_dir, reviews_file, tmp_path):
   """A run that is stopped after three of six steps, without, goes on with; its
   log makes the same weights without, bit for bit."""
@@ -166,5 +169,5 @@ def test_configs_that_cannot(tiny_dir, reviews_file):
   for change in (dict(method='finetune'), dict(model__dtype='int8'),
                  dict(peft__method='last_layers'), dict(method='sign')):
     config = small_config(tiny_dir, reviews_file, model__offload=True, **change)
-    with pytest.raises(InputError, match='model.offload needs'):
+    with pytest.raises(InputError, match='model.offload'):
       checks.check(config)

@@ -47,9 +47,9 @@ def test_shares(rows, numbers, want):
 
 
 @pytest.mark.parametrize('changes,fields', [
-    (dict(num_train=100, num_dev=50, num_test=400), ['num_test to 80']),
-    (dict(num_train=1000, num_dev=50, num_test=40), ['num_train to 140']),
-    (dict(num_train=100, num_dev=500, num_test=40), ['num_dev to 90']),
+    (dict(num_train=100, num_dev=50, num_test=400), ['data.num_test to 80']),
+    (dict(num_train=1000, num_dev=50, num_test=40), ['data.num_train to 140']),
+    (dict(num_train=100, num_dev=500, num_test=40), ['data.num_dev to 90']),
     (dict(num_train=1000, num_dev=500, num_test=1000),
      ['num_test, ', 'num_dev, ', 'num_train']),
     (dict(num_train=230), ['num_train 230']),
@@ -62,13 +62,12 @@ def test_too_few_rows_name_the_number_to_lower(tmp_path, changes, fields):
     split(path, **changes)
   for field in fields:
     assert field in str(e.value)
-  assert 'num_train to' in str(e.value) or 'num_train to' not in fields
 
 
 @pytest.mark.parametrize('number', [1, 2])
 def test_one_row(tmp_path, number):
   path = write(tmp_path / 'x.jsonl', rows_of(number))
-  with pytest.raises(InputError, match='too few for one each of train, dev'):
+  with pytest.raises(InputError, match=f' {number} row'):
     split(path)
 
 
@@ -79,7 +78,7 @@ def test_a_test_file_without_a_dev_file(tmp_path):
   assert split(path, test=test) == (30, 10, 30)
   assert split(path, test=test, num_test=0) == (30, 10, 30)
   assert split(path, test=test, num_test=9) == (30, 10, 9)
-  with pytest.raises(InputError, match='num_train to 35'):
+  with pytest.raises(InputError, match='data.num_train to 35'):
     split(path, test=test, num_train=36, num_dev=5, num_test=9)
 
 
@@ -87,15 +86,15 @@ def test_k_rows_of_each_label(tmp_path):
   path = write(tmp_path / 'x.jsonl', rows_of(100))
   assert split(path, k_shot=8) == (16, 16, 20)
   path = write(tmp_path / 'z.jsonl', rows_of(100, lambda i: 0))
-  with pytest.raises(InputError, match='no row has label 1, .*k_shot'):
+  with pytest.raises(InputError, match='label 1, .*data.k_shot'):
     split(path, k_shot=8)
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(num_dev=0), 'data.num_dev is 0 and must be at least 1, or -1'),
+    (dict(num_dev=0), 'data.num_dev is 0'),
     (dict(num_train=0), 'data.num_train is 0'),
     (dict(num_train=-2), 'data.num_train is -2'),
-    (dict(num_test=0), 'data.num_test is 0 .* needs data.test'),
+    (dict(num_test=0), 'data.num_test is 0 .*data.test'),
     (dict(k_shot=-1), 'data.k_shot is -1'), (dict(seed=-1), 'data.seed is -1')])
 def test_numbers_that_cannot_be(changes, message):
   config = config_lib.Train(task=TASK, data=Data(train='x', **changes))
@@ -125,6 +124,7 @@ def test_the_config_for_own_data(own):
     assert read_config(f'{OWN}:{variant}').peft.method == method
 
 
+@pytest.mark.slow
 def test_config_and_split_are_said_first(own, tmp_path, capsys):
   """And more steps may be made later, or it is said why not."""
   train.run(own, tmp_path / 'w', source='configs/own.py')
@@ -156,14 +156,14 @@ def test_too_few_rows_for_a_batch_are_refused_before_the_model_is_read(
   own.data = Data(train=write(tmp_path / 'x.jsonl', rows_of(20)), num_train=-1,
                   num_dev=-1, num_test=-1)
   monkeypatch.setattr(build, 'load', None)
-  with pytest.raises(InputError, match='12 training rows .*data.batch_size'):
+  with pytest.raises(InputError, match='12 .*data.batch_size'):
     build.build(own, say=lambda text: None)
 
 
 def test_demonstrations_that_there_are_too_few_rows_for(own):
   own.method, own.num_demos = 'icl', 200
   with pytest.raises(
-      InputError, match='150 rows for 200 .* --config.num_demos'):
+      InputError, match='150 .* 200 .*--config.num_demos'):
     build.build(own, say=lambda text: None)
 
 

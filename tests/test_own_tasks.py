@@ -61,51 +61,41 @@ AB = X | {'choices': ['bad', 'good']}
 
 
 @pytest.mark.parametrize('changes,row,message', [
-    (dict(template='{film}'), X, r"the template '{film}' names column 'film', "
-     r"the data have \['label', 'text'\]; set --config.task.template"),
-    (dict(template='{}'), X, "the template '{}' is malformed"),
-    (dict(template='{text'), X, "the template '{text' is malformed"),
+    (dict(template='{film}'), X, "'{film}' .*'film'.*task.template"),
+    (dict(template='{}'), X, "'{}' .*task.template"),
+    (dict(template='{text'), X, "'{text' .*task.template"),
     (MC | dict(answer='{x}'), AB,
-     "the answer '{x}' names column 'x'.*set --config.task.answer"),
-    ({}, dict(text='a'), r"no column 'label' but \['text'\]; set "
-     '--config.task.label_column'),
-    *(({}, X | {'label': l}, f'label {l!r} is neither an integer below 2 .*'
-       r"nor one of the names \('bad', 'good'\).*; set --config.task.label_w")
+     "'{x}' .*column 'x'.*task.answer"),
+    ({}, dict(text='a'), "column 'label' .*task.label_column"),
+    *(({}, X | {'label': l}, f'label {l!r} .*task.label_words')
       for l in (2, -1, 'x', None, 0.5)),
-    *((MC, AB | {'label': l}, r"is neither one of the choices \['bad', 'good'"
-       r'\] nor the number of one; set --config.task.label_column')
+    *((MC, AB | {'label': l}, "'bad', 'good'.*task.label_column")
       for l in (2, -1, 'x', [0, 2], [])),
-    (MC | dict(choices=('a', 'b')), X | {'a': 'x'}, r"no column 'b' but "
-     r"\['a', 'label', 'text'\]; set --config.task.choices"),
-    *((MC, X | {'choices': v}, "column 'choices' of the row .* is no list of "
-       'choices; set --config.task.choices')
+    (MC | dict(choices=('a', 'b')), X | {'a': 'x'}, "'b' .*task.choices"),
+    *((MC, X | {'choices': v}, "column 'choices' .*task.choices")
       for v in ('x', [], None, '"x"')),
-    *((GEN, X | {'answers': v}, "column 'answers' of the row .* is no text and "
-       'no list of texts; set --config.task.answers_column')
+    *((GEN, X | {'answers': v}, "column 'answers' .*task.answers_column")
       for v in (None, [], [1])),
-    (GEN, dict(text='a' * 999, answers=5), r"row {'text': 'a{190}\.\.\. is"),
-    (GEN, dict(text='a'), r"no column 'answers' but \['text'\]; set --config"),
-    ({}, dict(text=' ', label=0), 'row 0 has an empty prompt: .*label'),
-    (dict(template='{text}{mask}'), X, 'has a {mask}, and this tokenizer no '
-     'mask token.*--config.task.template or model'),
-    (dict(label_words=(' a', ' a')), X, r"candidates \[' a', ' a'\] are "
-     'the same tokens to this tokenizer.*label_words or choices'),
-    (dict(label_words=(' good', ' good bad bad')), X, 'the answers of row 0 '
-     'alone are 3 tokens, and at most 3 are wanted; raise --config.data'),
-    (GEN | dict(max_new_tokens=3), X, '3 new tokens leave no room for a prompt '
-     'in 3; lower --config.task.max_new_tokens'),
+    (GEN, dict(text='a' * 999, answers=5), r"{'text': 'a{190}\.\.\. "),
+    (GEN, dict(text='a'), "column 'answers' .*task.answers_column"),
+    ({}, dict(text=' ', label=0), 'row 0 .*prompt.*label'),
+    (dict(template='{text}{mask}'), X, '{mask}.*--config.task.template'),
+    (dict(label_words=(' a', ' a')), X, r"\[' a', ' a'\] .*task.label_words"),
+    (dict(label_words=(' good', ' good bad bad')), X,
+     'row 0 .* 3 tokens.*data.max_length'),
+    (GEN | dict(max_new_tokens=3), X, 'task.max_new_tokens'),
     (dict(kind='head', template='{text}{sep}a{sep}b', label_names='ab'), X,
-     'must have one {sep} at most')])
+     '{text}{sep}a{sep}b')])
 def test_rows_that_do_not_fit_their_task(changes, row, message):
   with pytest.raises(ValueError, match=message):
     encode(of_kind(**changes), [row], PLAIN, 3)
 
 
 @pytest.mark.parametrize('changes,row,message', [
-    (GEN, X | {'answers': {'value': 'a'}}, 'is no text and no list of texts'),
-    (MC, X | {'choices': "a', 'b"}, 'is no list of choices'),
-    (dict(limits=(('film', 9),), template='{film}'), X, "names column 'film'"),
-    (dict(template='{text.x}'), X, "the template '{text.x}' is malformed")])
+    (GEN, X | {'answers': {'value': 'a'}}, "column 'answers'"),
+    (MC, X | {'choices': "a', 'b"}, "column 'choices'"),
+    (dict(limits=(('film', 9),), template='{film}'), X, "'film'.*task.limits"),
+    (dict(template='{text.x}'), X, "'{text.x}' .*task.template")])
 def test_more_rows_that_do_not_fit_their_task(changes, row, message):
   with pytest.raises(ValueError, match=message):
     encode(of_kind(**changes), [row], PLAIN, 3)
@@ -123,40 +113,37 @@ def test_a_mask_in_the_data_is_not_the_prompt_s():
   one, two = (encode(task, [X | {'text': text}], MASK, 64)
               for text in ('a<mask>film', 'a film'))
   assert one.prompts == two.prompts and (one.read_at == two.read_at).all()
-  with pytest.raises(ValueError, match='no room for a text and its mask'):
+  with pytest.raises(ValueError, match='2 tokens .*data.max_length'):
     encode(task, [X | {'text': 'a film'}], MASK, 2)
 
 
 @pytest.mark.parametrize('word', [' great', ' greatest', '', '<unk>'])
 def test_label_words_that_a_masked_model_cannot_say(word):
   task = of_kind(template='{text}{mask}', label_words=(' great', word))
-  with pytest.raises(ValueError, match='are not one token each, all different, '
-                     'to this tokenizer.*--config.task.label_words'):
+  with pytest.raises(ValueError, match='label words .*task.label_words'):
     encode(task, [X], MASK, 64)
 
 
 def test_other_errors_of_rows():
-  with pytest.raises(ValueError, match='there are no rows to encode'):
+  with pytest.raises(ValueError, match='no rows'):
     encode(of_kind(), [], PLAIN, 64)
-  with pytest.raises(ValueError, match="task 'boolq' needs column 'question', "
-                     r"the data have \['passage'\]"):
+  with pytest.raises(ValueError, match="'boolq' .*'question'.*'passage'"):
     tasks.get('boolq').prepare([dict(passage='a')])
-  with pytest.raises(ValueError, match="the calibration '{x}' names column 'x'"
-                     '.*--config.task.calibration'):
+  with pytest.raises(ValueError, match="'{x}' .*--config.task.calibration"):
     of_kind(calibration='{x}').prior(X)
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(kind='choice'), "task.kind 'choice' is not one of classification, "),
-    (dict(template=''), 'task.template is empty: give the prompt'),
-    (dict(metric='bleu'), "task.metric 'bleu' is not one of accuracy, "),
-    (dict(label_words=(' a',)), 'task.label_words needs two or more'),
-    (dict(kind='head'), "kind 'head' needs two or more names in"),
+    (dict(kind='choice'), "task.kind 'choice'"),
+    (dict(template=''), 'task.template'),
+    (dict(metric='bleu'), "task.metric 'bleu'"),
+    (dict(label_words=(' a',)), 'task.label_words'),
+    (dict(kind='head'), 'task.label_names'),
     (MC | dict(template='{mask}', label_words=(' a', ' b')),
-     "a prompt with {mask} needs task.kind 'classification'"),
-    (GEN | dict(max_new_tokens=0), 'task.max_new_tokens must be at least 1'),
-    (GEN | dict(metric='accuracy'), "metric 'accuracy' does not fit kind 'gen"),
-    (dict(metric='drop_f1'), "metric 'drop_f1' does not fit kind 'classi")])
+     '{mask} .*task.kind'),
+    (GEN | dict(max_new_tokens=0), 'task.max_new_tokens'),
+    (GEN | dict(metric='accuracy'), "task.metric 'accuracy' .*'generation'"),
+    (dict(metric='drop_f1'), "task.metric 'drop_f1' .*'classification'")])
 def test_tasks_that_cannot_work(changes, message):
   with pytest.raises(ValueError, match=f'config: .*{message}'):
     task_lib.check(of_kind(**changes))

@@ -13,6 +13,7 @@ import pytest
 import mezo_jax
 
 
+@pytest.mark.processes
 def test_the_mathematics_needs_jax_and_optax_only():
   """They serve Linen, NNX, Equinox and Haiku alike."""
   code = ('import sys, mezo_jax.variants; print([m for m in ("flax", '
@@ -37,6 +38,7 @@ def run(code):
                         text=True, cwd=conftest.ROOT)
 
 
+@pytest.mark.processes
 def test_rooms_are_there_when_they_are_used():
   done = run('import sys, mezo_jax\n'
              'mezo_jax.sharding.make_mesh, mezo_jax.replay.open_log\n'
@@ -46,6 +48,7 @@ def test_rooms_are_there_when_they_are_used():
   assert not done.returncode, done.stderr
 
 
+@pytest.mark.processes
 def test_a_command_names_the_extra_that_it_needs():
   done = run('import sys\nsys.modules["flax"] = None\n'
              'from mezo_jax import __main__\n__main__.main()')
@@ -53,6 +56,7 @@ def test_a_command_names_the_extra_that_it_needs():
   assert 'flax' in done.stderr and 'mezo_jax[train]' in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('room', ['models', 'peft', 'training', 'planning'])
 def test_a_room_names_the_extra_that_it_needs(room):
   """Where jax, numpy and optax alone are installed."""

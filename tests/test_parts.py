@@ -25,9 +25,9 @@ def test_split_and_join_are_inverse_and_copy_nothing():
   tree = paths.selected(params, 'norm')
   assert helpers.paths(peft.split(params, tree)[0]) == helpers.paths(
       peft.split(params, 'norm')[0])
-  with pytest.raises(ValueError, match="two trees have the parameter"):
+  with pytest.raises(ValueError, match="'kernel'"):
     peft.join(trainable, params)
-  with pytest.raises(ValueError, match="nested dicts of arrays; 'a' is a list"):
+  with pytest.raises(ValueError, match="'a' is a list"):
     peft.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
 
 
@@ -106,7 +106,7 @@ def test_groups_are_schedules_too_and_must_cover_what_is_trained():
   assert updates['a'].all() and not updates['b'].any()
   for bad in (dict(eps={'a': 1e-3}), dict(learning_rate={'a': 1e-3})):
     tx = mezo_jax.mezo(**dict(learning_rate=1e-3, key=7) | bad)
-    with pytest.raises(ValueError, match="b is in none of the groups a; end"):
+    with pytest.raises(ValueError, match="b .*groups a"):
       tx.update(None, tx.init(params), params, value_fn=loss_fn)
-  with pytest.raises(ValueError, match='eps.*must be positive'):
+  with pytest.raises(ValueError, match=r"eps\['a'\]"):
     mezo_jax.mezo(1e-3, {'a': 0.0}, key=0)

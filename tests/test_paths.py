@@ -38,6 +38,7 @@ def same(a, b):
   np.testing.assert_array_equal(words(a), words(b))
 
 
+@pytest.mark.slow_except(name=['int32', 'key'])
 @pytest.mark.parametrize('make', [
     lambda z: mezo_jax.mezo(
         1e-2, key=0, directions=z, weight_decay=0.1, decay='^w'),
@@ -105,14 +106,14 @@ def test_equal_paths_are_refused():
   params = {'a/b': jnp.ones(2), 'a': {'b': jnp.ones(2)}}
   for fn in (lambda: mezo_jax.direction(params, STEP),
              lambda: mezo_jax.mezo(1e-2, key=0).init(params)):
-    with pytest.raises(ValueError, match="two parameters have the path 'a/b'"):
+    with pytest.raises(ValueError, match="path 'a/b'"):
       fn()
 
 
 def test_unknown_names_are_refused():
-  with pytest.raises(ValueError, match="generator must be one of.*'mt19937'"):
+  with pytest.raises(ValueError, match="generator .*'mt19937'"):
     mezo_jax.Normal('mt19937')
-  with pytest.raises(ValueError, match="directions must be one.*'cauchy'"):
+  with pytest.raises(ValueError, match="directions .*'cauchy'"):
     mezo_jax.mezo(1e-2, key=0, directions='cauchy')
 
 
@@ -250,7 +251,7 @@ def test_layers_below_a_module_with_such_a_name():
 def test_a_stack_and_a_layer_of_the_same_name_are_refused():
   tree = {'layers': {'w': jnp.zeros((3, 4, 4))}, 'layers_1': {
       'w': jnp.zeros((4, 4))}}
-  with pytest.raises(ValueError, match='same noise'):
+  with pytest.raises(ValueError, match="'layers/w' and 'layers_1/w'"):
     mezo_jax.direction(tree, STEP)
   tree['layers_3'] = tree.pop('layers_1')  # a layer that the stack has not
   mezo_jax.direction(tree, STEP)

@@ -103,9 +103,9 @@ def test_merging_is_the_same_function_and_unmerging_its_inverse():
 
 def test_bad_lora():
   _, params, _ = helpers.tiny_model()
-  with pytest.raises(ValueError, match='none of .*layers/attn/q'):
+  with pytest.raises(ValueError, match="'query' .*layers/attn/q"):
     peft.lora.init(params, KEY, targets='query')
-  with pytest.raises(ValueError, match='at least 1'):
+  with pytest.raises(ValueError, match='rank .* 0'):
     peft.lora.init(params, KEY, rank=0)
 
 
@@ -199,10 +199,11 @@ def test_last_layers_are_the_same_model():
   assert not jax.tree.leaves(apart['layers'])
   assert peft.join_layers(params) is params
   for k in (0, 4):
-    with pytest.raises(ValueError, match=f'{k} last layers cannot'):
+    with pytest.raises(ValueError, match=f'{k} last layers'):
       peft.split_layers(params, k)
 
 
+@pytest.mark.slow_except(kind=['prefix'], positions=['zero'])
 @pytest.mark.parametrize('kind,changes', [
     ('lora', {}), ('prefix', {}), ('prefix', dict(rope=None, norm='layer')),
     ('prefix', dict(window=4)), ('last_layers', {})])
@@ -271,11 +272,11 @@ def test_a_prefix_leaves_room_for_itself():
   ids = jnp.zeros((1, 64), int)
   _, whole = adapted('prefix', model, params)
   apply(model, whole, ids)
-  with pytest.raises(ValueError, match='67 tokens exceed the 64 positions'):
+  with pytest.raises(ValueError, match='67 .* 64 positions'):
     apply(model.clone(prefix_positions='after'), whole, ids)
-  for bad, message in ((dict(num_tokens=0), 'at least 1'),
-                       (dict(init='no'), 'none of tokens, normal, text'),
-                       (dict(init='text'), 'needs a text')):
+  for bad, message in ((dict(num_tokens=0), 'num_tokens .* 0'),
+                       (dict(init='no'), "init 'no'"),
+                       (dict(init='text'), "init 'text'")):
     with pytest.raises(ValueError, match=message):
       peft.prefix.init(model, params, KEY, **bad)
 
@@ -310,39 +311,41 @@ def test_adapters_survive_their_files(tiny_dir, tmp_path):
     assert found == kind
     assert (tmp_path / kind / 'README.md').read_text() == '# a'
     helpers.assert_bitwise(peft.join(params, adapters), whole)
-  with pytest.raises(FileExistsError, match='not empty'):
+  with pytest.raises(FileExistsError, match='lora .*empty'):
     peft.save(tmp_path / 'lora', model, cases['lora'])
-  with pytest.raises(ValueError, match='no LoRA, prefix or prompt'):
+  with pytest.raises(ValueError, match='LoRA, prefix or prompt'):
     peft.save(tmp_path / 'none', model, params)
 
 
 def test_bad_adapter_directories(tiny_dir, tmp_path):
   model, params = models.load(tiny_dir, progress=False)
   _, whole = adapted('lora', model, params)
-  with pytest.raises(FileNotFoundError, match='no adapter_config.json'):
+  with pytest.raises(FileNotFoundError, match='adapter_config.json'):
     peft.load(tmp_path, model)
   at = peft.save(tmp_path / 'a', model, whole)
   config, weights = at / 'adapter_config.json', at / 'adapter_model.safetensors'
   said, data = config.read_text(), weights.read_bytes()
   for old, new, message in (
-      ('"LORA"', '"IA3"', 'type .IA3.; LORA, PREFIX_TUNING'),
-      ('"LORA"', '"PREFIX_TUNING"', 'is .* not known to this version'),
-      ('"LORA"', '["LORA"]', "type .'LORA'."), ('"none"', '"all"', 'bias is'),
-      ('"lora_alpha": ', '"lora_alpha": 1e999, "x": ', 'lora_alpha is inf'),
-      ('"r": ', '"alpha_pattern": {"(": 1}, "r": ', 'alpha_pattern is'),
-      ('"r": ', '"prefix_positions": "x", "r": ', "'prefix_positions' is 'x'"),
-      ('{', '', 'cannot be read')):
+      ('"LORA"', '"IA3"', "'IA3'.*LORA"),
+      ('"LORA"', '"PREFIX_TUNING"', "adapter_config.json: .*'bias'"),
+      ('"LORA"', '["LORA"]', r"\['LORA'\]"),
+      ('"none"', '"all"', "bias .*'all'"),
+      ('"lora_alpha": ', '"lora_alpha": 1e999, "x": ', 'lora_alpha .*inf'),
+      ('"r": ', '"alpha_pattern": {"(": 1}, "r": ', 'alpha_pattern'),
+      ('"r": ', '"prefix_positions": "x", "r": ', "'prefix_positions' .*'x'"),
+      ('{', '', 'adapter_config.json')):
     assert old in said
     config.write_text(said.replace(old, new))
     with pytest.raises(ValueError, match=message):
       peft.load(at, model)
   config.write_text(said)
   weights.write_bytes(data[:-200])
-  with pytest.raises(ValueError, match='cannot be read'):
+  with pytest.raises(ValueError, match='adapter_model.safetensors'):
     peft.load(at, model)
   weights.write_bytes(data)
   for changes, message in (
-      (dict(width=64), 'for 64 inputs'), (dict(num_layers=2), 'no matrix of')):
+      (dict(width=64), r'q_proj .*\(2, 32\) .* 64'),
+      (dict(num_layers=2), 'layers.2.self_attn')):
     with pytest.raises(ValueError, match=message):
       peft.load(at, models.Transformer(helpers.tiny_config(
           **dict(vocab_size=300) | changes)))

@@ -15,6 +15,8 @@ torch = pytest.importorskip('torch')
 reference = pytest.importorskip('peft')
 transformers = pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.torch
+
 M = 3
 WIDE = {  # a prefix within the window, as a long text would have it
     'mistral': 'no window', 'gemma2': 'no caps', 'gemma3_text': 'as released'}

@@ -108,6 +108,10 @@ def test_the_rules_are_registered():
   assert {'dot_general', 'gather', 'scan', 'while', 'cond'} <= {*RULES}
 
 
+@pytest.mark.slow_except(stack=['layers'], name=[
+    'scan', 'scan of remat of jit', 'scan of scans', 'rows in a scan',
+    'unrolled layers', 'cond', 'rows by index', 'tied', 'transpose',
+    'custom_vjp', 'vmap', 'einsum', 'grad inside'])
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_equals_built_weights(name, stack):
@@ -125,6 +129,7 @@ def test_names_of_stacks_do_not_matter_to_the_test_above():
   assert paths.locate('layers/w')[2] and not paths.locate('stack/w')[2]
 
 
+@pytest.mark.slow_except(directions=[Rademacher()])
 @pytest.mark.parametrize('directions', [
     Rademacher(), Normal('threefry2x32'), Normal(mask='layers'),
     Normal(mask={'layers': False, 'e': True}),
@@ -137,6 +142,7 @@ def test_directions(directions):
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [5, 12])  # unrolled, and a loop
 def test_many_keys(n):
   keys = jax.vmap(jax.random.key)(jnp.arange(n))
@@ -172,6 +178,7 @@ def test_scanned_linen_model_is_unchanged_and_equal():
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow
 def test_scanned_nnx_model():
   from flax import nnx
 
@@ -194,6 +201,7 @@ def test_scanned_nnx_model():
   helpers.assert_close(built, lazy)
 
 
+@pytest.mark.slow_except(generator=['hash32'])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('generator', noise.GENERATORS)
 @pytest.mark.parametrize('cast', [False, True])
@@ -242,9 +250,9 @@ def test_integer_leaves_are_left_alone():
 
 
 @pytest.mark.parametrize('mask,message', [
-    ('nowhere', 'selects no floating-point parameter; the paths are b/c, w'),
-    ({'w': True}, 'not a prefix of the parameter tree'),
-    (lambda p: False, 'selects no'),
+    ('nowhere', "'nowhere' .*b/c, w"),
+    ({'w': True}, 'mask .*tree'),
+    (lambda p: False, 'mask .*b/c, w'),
 ])
 def test_bad_masks(mask, message):
   with pytest.raises(ValueError, match=message):
@@ -254,7 +262,7 @@ def test_bad_masks(mask, message):
 def test_an_empty_displacement_is_refused():
   for keys, coefs in ((jax.random.split(KEY, 2)[:0], jnp.zeros(0)),
                       (KEY, jnp.zeros(2))):
-    with pytest.raises(ValueError, match='at least one'):
+    with pytest.raises(ValueError, match='key'):
       mezo_jax.displace({'w': W}, Displacement(keys, coefs))
-  with pytest.raises(ValueError, match='Displacement.keys, coefs., got a list'):
+  with pytest.raises(ValueError, match='Displacement.* list'):
     mezo_jax.displace({'w': W}, [(KEY, 1.0)])

@@ -40,6 +40,7 @@ def told_to_stop(tmp_path, body: str, number) -> tuple[str, int]:
   return process.communicate(timeout=60)[0], process.returncode
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_compiles_ends_at_once(tmp_path, number):
   """In a call that no handler of Python's interrupts, for minutes."""
@@ -50,6 +51,7 @@ def test_a_run_that_compiles_ends_at_once(tmp_path, number):
   assert 'Traceback' not in said
 
 
+@pytest.mark.processes
 def test_a_run_that_saves_has_the_time_to(tmp_path):
   said, status = told_to_stop(
       tmp_path, "while not wanted(1): time.sleep(0.01)\n"
@@ -57,6 +59,7 @@ def test_a_run_that_saves_has_the_time_to(tmp_path):
   assert (said, status) == ('saved\n', 0)
 
 
+@pytest.mark.processes
 def test_a_second_signal_ends_it(tmp_path):
   said, status = told_to_stop(
       tmp_path, "while not wanted(1): time.sleep(0.01)\n"
@@ -65,6 +68,7 @@ def test_a_second_signal_ends_it(tmp_path):
   assert status == -signal.SIGTERM
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('args,after', [
     (['train.py', '--workdir=run'], ' numpy'),
     (['-m', 'mezo_jax', 'train', '--workdir=run'], ' mezo_jax')])
@@ -84,6 +88,7 @@ def test_ctrl_c_while_importing_has_no_traceback(args, after, tmp_path):
   assert 'Traceback' not in said and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_where_a_step_is_evaluated_it_stops_before(
     tiny_dir, reviews_file, tmp_path, monkeypatch):
   """An evaluation may be long; the run that goes on makes it."""

@@ -75,6 +75,7 @@ def xi(key, n, mechanism):
 # --- the equations ----------------------------------------------------------
 
 
+@pytest.mark.slow_except(mechanism=['laplace'])
 @pytest.mark.parametrize('mechanism, n, parts', [
     ('gaussian', 1, 1), ('laplace', 1, 2), ('gaussian', 3, 4)])
 def test_it_is_its_papers_equations(mechanism, n, parts):
@@ -104,6 +105,7 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   assert clipped and metrics['skipped'] == 0
 
 
+@pytest.mark.slow_except(mechanism=['laplace'])
 @pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
 def test_the_noise_is_of_its_distribution(mechanism):
   """2,000 secrets: Kolmogorov and Smirnov cannot tell them apart."""
@@ -140,6 +142,7 @@ def test_its_tails_do_not_end_where_a_float_s_do(monkeypatch, mechanism, most):
 # --- what a row can do ------------------------------------------------------
 
 
+@pytest.mark.slow_except(row=[np.inf, 50.0])
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('row', [1e30, -3e38, np.inf, np.nan, 50.0])
 def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
@@ -156,6 +159,7 @@ def test_no_row_moves_what_is_released_by_more_than_the_clip(row, n):
     assert np.linalg.norm(change) > 0.99 * CLIP  # the bound is reached
 
 
+@pytest.mark.slow
 def test_masked_weights_are_not_perturbed():
   """Rows whose loss notices it would be NaN, and count as 0."""
   blind = lambda params, batch: (jnp.where(
@@ -172,29 +176,30 @@ def test_a_loss_of_the_whole_batch_is_refused():
   tx, params = made(), jnp.ones(5)
   update = lambda value_fn, **more: tx.update(
       None, tx.init(params), params, value_fn=value_fn, **more)
-  with pytest.raises(ValueError, match='private clips what each row adds'):
+  with pytest.raises(ValueError, match='value_fn .*scalar'):
     update(lambda p: jnp.sum(p), noise_key=secret_key(0))
   # One value of all rows, and one for every two, would be clipped as rows.
   mean = lambda p, batch: jnp.mean(value_fn(p, batch)[0], keepdims=True)
   pairs = lambda p, batch: value_fn(p, batch)[0].reshape(-1, 2).mean(1)
   for whole in (mean, pairs):
     for parts in (1, 2):
-      with pytest.raises(ValueError, match='one for each row'):
+      with pytest.raises(ValueError, match=r'value_fn .* \[16\]'):
         released(made(micro_batches=parts), batch_of(np.arange(12)),
                  value_fn=whole)
-  with pytest.raises(ValueError, match='private needs the secret key'):
+  with pytest.raises(ValueError, match='noise_key'):
     update(lambda p: p * p)
-  with pytest.raises(ValueError, match='clip and batch_size must be positive'):
+  with pytest.raises(ValueError, match='clip .*0.0'):
     made(clip=0.0)
-  with pytest.raises(ValueError, match="'laplace' needs num_samples of 1"):
+  with pytest.raises(ValueError, match="mechanism 'laplace' .*num_samples"):
     made(mechanism='laplace', num_samples=2)
-  with pytest.raises(ValueError, match='mechanism must be one of'):
+  with pytest.raises(ValueError, match="mechanism .*'uniform'"):
     made(mechanism='uniform')
 
 
 # --- what is published ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_that_is_published_does_not_give_the_noise():
   """The same key, state, rows and weights, and another secret: another number.
   And the state holds neither."""
@@ -233,6 +238,7 @@ def test_replay_needs_no_secret():
 # --- the budget -------------------------------------------------------------
 
 
+@pytest.mark.slow_except(mechanism=['laplace'])
 @pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
 def test_the_account_is_the_accountants(mechanism):
   plan = privacy.plan(6.0, 1e-5, mechanism, 500, 2000, 16)
@@ -249,13 +255,13 @@ def test_the_account_is_the_accountants(mechanism):
   cut = stats.binom.sf(plan.capacity, 2001, 16 / 2000)  # of a neighbour
   assert 500 * cut * (1 + np.exp(6)) <= 1e-8
   assert plan.capacity < 60
-  with pytest.raises(ValueError, match='is more than the 10 training rows'):
+  with pytest.raises(ValueError, match='data.batch_size 16 .* 10 '):
     privacy.plan(6.0, 1e-5, mechanism, 500, 10, 16)
 
 
 def test_without_the_accountant(monkeypatch):
   monkeypatch.setitem(sys.modules, 'dp_accounting', None)
-  with pytest.raises(MissingError, match='pip install dp-accounting'):
+  with pytest.raises(MissingError, match='dp-accounting'):
     privacy.plan(6.0, 1e-6, 'gaussian', 10, 100, 10)
 
 
@@ -277,6 +283,7 @@ def test_rows_are_there_by_chance_each_for_itself():
   assert not np.array_equal(again, privacy.sample(b'y' * 32, 5, plan))
 
 
+@pytest.mark.processes
 def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   """train.py: killed and resumed it ends as one that was not and has the same
   secret; nothing of that is published; more steps are refused."""
@@ -318,10 +325,10 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   config = config_lib.from_json(saved)
   config_lib.check_same_run(config, saved)
   config.steps = 12
-  with pytest.raises(InputError, match='is spent by its 8 steps'):
+  with pytest.raises(InputError, match='budget .* 8 .* steps .*12'):
     run(config, whole)
   config.steps, config.mesh.data = 8, 8
-  with pytest.raises(ValueError, match='mesh.data was 1 and is now 8'):
+  with pytest.raises(ValueError, match='mesh.data .* 1 .* 8'):
     config_lib.check_same_run(config, saved)
 
 
@@ -332,8 +339,8 @@ def test_a_new_secret_is_for_nobody_else(tmp_path):
   assert found == file.read_bytes() == privacy.secret(tmp_path / 'run', False)
   assert len(set(found)) > 8
   file.unlink()
-  with pytest.raises(ValueError, match='be told twice: put it back'):
+  with pytest.raises(ValueError, match='run/secret'):
     privacy.secret(tmp_path / 'run', False)
   file.write_bytes(b'short')
-  with pytest.raises(ValueError, match='has 5 bytes, not 32'):
+  with pytest.raises(ValueError, match='run/secret .* 5 '):
     privacy.secret(tmp_path / 'run', False)

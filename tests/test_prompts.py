@@ -130,7 +130,7 @@ def test_every_declared_task_is_sound_and_written_out_above():
     task_lib.check(task)
   assert tasks.get('sst2', metric='macro_f1').main_metric == 'macro_f1'
   assert tasks.get('sst2').metric == ''
-  with pytest.raises(ValueError, match="no task is called 'sst3'; declared"):
+  with pytest.raises(ValueError, match="'sst3'.*sst2"):
     tasks.get('sst3')
 
 
@@ -169,8 +169,7 @@ def test_demonstrations():
         f'film {i} It was{gold[i % 2]}' for i in order) + '\n\n')
   assert data_lib.demonstrations(task, pool, 3, 4) == want
   assert len(set(want)) == 4
-  with pytest.raises(ValueError, match='9 rows for 10 demonstrations; lower '
-                     '--config.num_demos'):
+  with pytest.raises(ValueError, match='9 .* 10 .*--config.num_demos'):
     data_lib.demonstrations(task, pool, 10, 1)
 
 

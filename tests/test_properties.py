@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import mezo_jax
 from mezo_jax.core import sharding
@@ -103,6 +104,7 @@ def read_damaged(what: str, path: Path, changes) -> replay.Steps | None:
   return found
 
 
+@pytest.mark.slow
 @property_of(150, steps=logs(), changes=CHANGES)
 def test_a_damaged_log_is_its_beginning_or_refused(steps, changes):
   """And grows from there."""
@@ -180,6 +182,7 @@ def on(mesh, tree):
   return jax.device_put(tree, sharding.param_shardings(tree, mesh))
 
 
+@pytest.mark.slow
 @property_of(6, tree=TREES, one=st.sampled_from(MESHES),
              two=st.sampled_from(MESHES))
 def test_what_is_restored_is_what_was_saved(tree, one, two):
@@ -203,6 +206,7 @@ def test_what_is_restored_is_what_was_saved(tree, one, two):
       lambda x: x.sharding, like[0])
 
 
+@pytest.mark.slow
 @property_of(25, which=st.floats(0, 1, exclude_max=True), changes=CHANGES)
 def test_a_damaged_checkpoint_is_what_was_saved_or_refused(which, changes):
   host = {'w': np.linspace(-1, 1, 600, dtype=np.float32).reshape(30, 20),
@@ -260,6 +264,7 @@ def value_fn(params, batch):
   return sum(terms) / len(terms) + 0 * batch[1]
 
 
+@pytest.mark.slow
 @property_of(3, tree=PLACES, kind=st.sampled_from(KINDS),
              mask=st.sampled_from((None, '(kernel|bias)$')),
              rate=st.sampled_from(RATES), decay=st.sampled_from((0.0, 0.1)),

@@ -213,13 +213,13 @@ def test_both_roundings_are_independent():
 
 def test_what_is_refused():
   floats = {'w': jnp.ones((64, 4))}
-  with pytest.raises(ValueError, match='needs weights that are mezo_jax.Codes'):
+  with pytest.raises(ValueError, match='quzo .*mezo_jax.Codes'):
     variants.quzo(1e-3, key=0).init(floats)
-  with pytest.raises(ValueError, match='quzo rounds each element of z'):
+  with pytest.raises(ValueError, match='low rank'):
     variants.quzo(1e-3, key=0, directions='low_rank')
-  with pytest.raises(ValueError, match='bits must be 8 or 4, got 3'):
+  with pytest.raises(ValueError, match='bits .*3'):
     mezo_jax.quantize(floats['w'], 3)
-  with pytest.raises(ValueError, match='an axis of even length'):
+  with pytest.raises(ValueError, match=r'4 bits .*\[5, 4\]'):
     mezo_jax.quantize(jnp.ones((5, 4)), 4)
 
 
@@ -235,6 +235,7 @@ def run(tx, params, batch, loss_fn, steps=4):
   return params, state, pairs, step
 
 
+@pytest.mark.slow_except(bits=[8])
 @pytest.mark.parametrize('bits', [8, 4])
 def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   model, floats, ids = tiny
@@ -265,6 +266,7 @@ def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   assert metrics['skipped'] == 1 and not seen
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_nothing(tiny):
   """Codes, scales and their update, split over eight devices."""
   model, floats, ids = tiny
@@ -288,6 +290,7 @@ def test_the_mesh_changes_nothing(tiny):
   assert np.isfinite(metrics['loss'])
 
 
+@pytest.mark.slow
 def test_pending_updates_are_rounded_once():
   """k updates that are kept and added together move as far, with less noise:
   the residual of the rounding is carried, exactly."""
@@ -309,6 +312,7 @@ def test_pending_updates_are_rounded_once():
   assert errors[16] < 0.6 * errors[1]
 
 
+@pytest.mark.slow_except(bits=[8])
 @pytest.mark.parametrize('bits', [8, 4])
 def test_weights_decay_on_their_grid(bits):
   """By eta * lambda of what they are, within 5 standard errors."""
@@ -323,6 +327,7 @@ def test_weights_decay_on_their_grid(bits):
   assert noise < 1e-3 and abs(share + 0.05) < 5 * noise
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype, most', [('int8', 0.3), ('int4', 0.21)])
 def test_memory_is_that_of_quantised_inference(dtype, most):

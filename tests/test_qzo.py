@@ -75,6 +75,7 @@ def test_factors_are_never_below_zero():
   assert np.all(new >= 0) and np.any(new == 0) and np.any(new > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_a_model_by_its_scales(tiny_dir, dtype):
   """Scanned layers, embedding and head: perturbed factors are a model of
@@ -94,6 +95,7 @@ def test_a_model_by_its_scales(tiny_dir, dtype):
   assert np.max(np.abs(want - value(f))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mask', ['', '^last_layers/'])
 def test_a_run_goes_on_and_its_integers_stay(
     tiny_dir, reviews_file, tmp_path, mask):
@@ -115,6 +117,7 @@ def test_a_run_goes_on_and_its_integers_stay(
   helpers.assert_close(exported, mezo_jax.dequantize(peft.join(whole, base)))
 
 
+@pytest.mark.slow
 def test_a_new_head_is_trained_beside_the_scales(
     tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(
@@ -131,11 +134,11 @@ def test_a_new_head_is_trained_beside_the_scales(
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(method='qzo'), 'needs model.dtype'),
+    (dict(method='qzo'), 'model.dtype'),
     (dict(method='qzo', model__dtype='int8', peft__method='lora'),
-     'leave peft.method out'),
+     'peft.method'),
     (dict(method='qzo', model__dtype='int8', variant__clip=0.0), 'clip'),
-    (dict(peft__method='scales'), 'no mezo_jax.Codes')])
+    (dict(peft__method='scales'), '--config.peft.*mezo_jax.Codes')])
 def test_what_is_refused(tiny_dir, reviews_file, tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
     train.run(runs.small_config(tiny_dir, reviews_file, **changes), tmp_path)

@@ -27,14 +27,15 @@ def test_what_cannot_be_shared_out_is_refused(change, match, tiny_dir,
 
 def test_flags():
   assert replicas.place(None, None, None, 1.0) is None
-  with pytest.raises(InputError, match='given together'):
+  with pytest.raises(InputError, match='--replicas'):
     replicas.place(2, None, 'x', 1.0)
-  with pytest.raises(InputError, match='below --replicas'):
+  with pytest.raises(InputError, match='--replica'):
     replicas.place(2, 2, 'x', 1.0)
   with pytest.raises(InputError, match='--exchange.*a directory'):
     replicas.place(2, 0, 'host-a:9876', 1.0)
 
 
+@pytest.mark.processes
 def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
   """One is killed and its directory lost; both logs have the same numbers."""
   shared = tmp_path / 'shared'

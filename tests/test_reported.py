@@ -67,6 +67,7 @@ CASES += [('generation', 'lm', dict(select='loss')),
           ('choice', 'lm', dict(select='loss'))]
 
 
+@pytest.mark.slow_except(kind=['words'], objective=['cross_entropy'])
 @pytest.mark.parametrize('kind,objective,changes', CASES)
 def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
@@ -141,7 +142,7 @@ def test_names_of_functions():
 
 @pytest.mark.parametrize('value', [None, 'high', [1.0, 2.0], {}])
 def test_a_function_returns_one_number(value):
-  with pytest.raises(InputError, match='must return one number'):
+  with pytest.raises(InputError, match='objective'):
     objectives.value(lambda p, e: value, ['a'], [{}])
   for number in (2, 2.0, np.float32(2), jax.numpy.array(2.0), [2.0]):
     assert objectives.value(
@@ -167,11 +168,12 @@ def test_an_anchor_of_one_batch_can_have_any_objective():
 def test_a_function_that_fails_is_named_with_its_line():
   def taste(predictions, examples):
     return examples[0]['missing']
-  with pytest.raises(InputError, match="objective taste failed with KeyError: "
-                     r"'missing' \(.*test_reported.py, line \d+\)"):
+  with pytest.raises(InputError, match=r"taste .*KeyError: 'missing' "
+                     r".*test_reported\.py, line \d+"):
     objectives.value(taste, ['a'], [{}])
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_in_a_step_ends_the_run(
     tiny_dir, reviews_file, tmp_path):
   """Also on several devices, of which one alone calls it."""
@@ -180,7 +182,7 @@ def test_a_function_that_fails_in_a_step_ends_the_run(
       raise RuntimeError('no such taste')
     return 1.0
   config = runs.small_config(tiny_dir, reviews_file, objective=taste)
-  with pytest.raises(InputError, match='taste failed with RuntimeError'):
+  with pytest.raises(InputError, match='taste .*RuntimeError'):
     train.run(config, tmp_path / 'w')
   steps = (tmp_path / 'w' / 'metrics.jsonl').read_text().count('"train"')
   assert steps == 0  # nothing of it is in the log
@@ -201,6 +203,7 @@ def dev_rows(workdir):
   return [r for r in read(workdir / 'metrics.jsonl') if r['kind'] == 'dev']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('select', ['metric', 'loss'])
 def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
   """Against the labels: the lowest accuracy wins."""
@@ -226,6 +229,7 @@ def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
       tmp_path / 'w/checkpoints').best_step() == result['final']['step']
 
 
+@pytest.mark.slow_except(kind=['choice'])
 @pytest.mark.parametrize('kind', ['generation', 'words', 'choice', 'head'])
 def test_rows_without_right_answers(tiny_dir, data, tmp_path, capsys, kind):
   config = config_of(
@@ -235,8 +239,8 @@ def test_rows_without_right_answers(tiny_dir, data, tmp_path, capsys, kind):
   assert result['final'].keys() == {'taste', 'loss', 'count', 'step'}
   said = capsys.readouterr().out
   for split in ('dev', 'test'):
-    assert f'8 of 8 {split} rows have no right answer' in said
-  assert f'{config.task.main_metric} is not measured' in said
+    assert f'8 of 8 {split} rows' in said
+  assert config.task.main_metric in said
 
 
 @pytest.mark.parametrize('kind,column', [
@@ -245,10 +249,11 @@ def test_objectives_that_read_right_answers_say_that_there_are_none(
     tiny_dir, data, kind, column):
   config = config_of(tiny_dir, kind, objective='f1', data__train=data(BARE),
                      data__num_train=20)
-  with pytest.raises(InputError, match=f"the data have no column '{column}'"):
+  with pytest.raises(InputError, match=f"column '{column}'"):
     build.build(config, say=lambda text: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['zero_shot', 'icl', 'linear_probe'])
 def test_a_function_is_measured_without_training(
     tiny_dir, data, tmp_path, method):
@@ -263,6 +268,7 @@ def test_a_function_is_measured_without_training(
       result['final']['taste'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_several_tasks_report_the_mean_that_is_trained(
     tiny_dir, data, tmp_path, capsys):
   """Generation has its language-model loss in it, not 0."""

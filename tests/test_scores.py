@@ -25,6 +25,8 @@ from mezo_jax.tasks import evaluate, metrics, score, Task  # noqa: E402
 from mezo_jax.tasks.encode import batch_of, encode  # noqa: E402
 from mezo_jax.transforms import losses  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 
 def make_rows(count):
   """Texts of 5 to 9 words; 2 to 4 choices of 1 to 5 words, two that start

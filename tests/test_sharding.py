@@ -31,6 +31,7 @@ def place(params, mesh):
       jax.device_get(params), sharding.param_shardings(params, mesh))
 
 
+@pytest.mark.slow_except(generator=['hash32'])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('generator', noise.GENERATORS)
 def test_directions_are_bitwise_equal_on_every_mesh(generator):
@@ -63,6 +64,7 @@ def make_step(tx, loss_fn, out_shardings):
   return step
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_on_every_mesh():
   model, params, _ = wide_model()
   ids = jax.random.randint(jax.random.key(2), (8, 12), 0, 512)
@@ -91,6 +93,7 @@ def test_a_run_is_the_same_on_every_mesh():
     helpers.assert_close(end, final, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['llama', 'opt'])
 def test_split_layers_give_the_same_run(family):
   """Rows over 2, width over 2, heads, feed-forward and vocabulary over 2."""
@@ -161,9 +164,9 @@ def test_explicit_axis_types():
 
 
 def test_meshes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match='does not fit 8 device'):
+  with pytest.raises(ValueError, match='8 device'):
     sharding.make_mesh(3, 2)
-  with pytest.raises(ValueError, match='does not fit'):
+  with pytest.raises(ValueError, match='8 device'):
     sharding.make_mesh(-1, -1)
   assert dict(sharding.make_mesh(2, -1).shape) == {
       'direction': 1, 'data': 2, 'fsdp': 4, 'tensor': 1}

@@ -68,6 +68,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_except(name=['normal', 'rademacher', 'one-sided'])
 @pytest.mark.parametrize('name', CASES)
 def test_unbiased(name):
   """The mean of 20,000 estimates is the gradient within 5 standard errors."""
@@ -115,7 +116,7 @@ def test_micro_batches_average_the_loss_with_one_z():
       run(mezo_jax.mezo(1e-2, key=0, micro_batches=k), value_fn=loss,
           batch={'x': x})[0] for k in (1, 4))
   helpers.assert_close(whole, parts, rtol=1e-4)
-  with pytest.raises(ValueError, match='micro_batches=3 does not divide'):
+  with pytest.raises(ValueError, match='micro_batches=3 '):
     run(mezo_jax.mezo(1e-2, key=0, micro_batches=3), value_fn=loss,
         batch={'x': x})
 
@@ -139,12 +140,12 @@ def test_a_mean_over_tokens_is_the_same_in_parts():
     got, state = run_in(parts, rows)
     np.testing.assert_allclose(state[0].value, 1.2, rtol=1e-6)
     helpers.assert_close(got, want, rtol=1e-3)
-  with pytest.raises(ValueError, match='cannot average a scalar.*equal_parts'):
+  with pytest.raises(ValueError, match='micro_batches=2 .*equal_parts'):
     run_in(2, whole)
   # As of jnp.mean(..., keepdims=True).
   kept = lambda p, x, there: whole(p, x, there)[None]
   for options in (dict(micro_batches=2), dict(num_samples=2, over='rows')):
-    with pytest.raises(ValueError, match='cannot average a scalar'):
+    with pytest.raises(ValueError, match='scalar'):
       tx = mezo_jax.mezo(1e-2, key=0, **options)
       tx.update(None, tx.init(params), params, value_fn=kept, x=x, there=there)
   _, state = run_in(2, whole, equal_parts=True)
@@ -246,11 +247,11 @@ def test_value_and_projected_grad_are_found_in_the_state():
 
 
 @pytest.mark.parametrize('kwargs,message', [
-    (dict(num_samples=0), 'num_samples must be a Python integer of at least 1'),
-    (dict(num_samples=1.5), 'num_samples must be'),
-    (dict(eps=-1.0), 'eps must be positive'),
-    (dict(directions='cauchy'), "must be one of .*got 'cauchy'"),
-    (dict(micro_batches=0), 'micro_batches must be'),
+    (dict(num_samples=0), 'num_samples .* 0'),
+    (dict(num_samples=1.5), 'num_samples .*1.5'),
+    (dict(eps=-1.0), 'eps .*-1.0'),
+    (dict(directions='cauchy'), "directions .*'cauchy'"),
+    (dict(micro_batches=0), 'micro_batches .* 0'),
 ])
 def test_bad_options(kwargs, message):
   with pytest.raises(ValueError, match=message):
@@ -262,13 +263,13 @@ def test_bad_calls():
   state = tx.init(PARAMS)
   with pytest.raises(ValueError, match='params'):
     tx.update(None, state, value_fn=quadratic)
-  with pytest.raises(ValueError, match='needs value_fn'):
+  with pytest.raises(ValueError, match='value_fn'):
     tx.update(None, state, PARAMS)
   for bad, message in (
       (lambda p: p['a'], r'returned shape \(2, 2\)'),
       (lambda p: (quadratic(p), {'logits': p['b']}), r'Of \(loss, aux\)'),
       (lambda p: (quadratic(p), p['b']), r'Of \(loss, aux\)'),
-      (lambda p: None, 'must return a scalar'),
+      (lambda p: None, 'value_fn'),
       (lambda p: quadratic(p).astype(jnp.bfloat16), 'returned bfloat16'),
       (lambda p: p['b'].astype(jnp.float16), 'returned float16')):
     with pytest.raises(ValueError, match=message):
@@ -278,6 +279,7 @@ def test_bad_calls():
 # --- memory -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('shape,most', [
     (dict(vocab_size=49152, width=576, ff_width=1536, num_layers=30,

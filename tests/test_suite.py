@@ -3,8 +3,11 @@
 import json
 
 import conftest
+import pytest
 
 from mezo_jax.cli import commands
+
+pytestmark = pytest.mark.processes
 
 
 def test_a_suite_makes_one_table(

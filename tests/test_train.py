@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def whole(tiny_dir, reviews_file, tmp_path_factory):
   return workdir, out
 
 
+@pytest.mark.processes
 def test_a_run_from_the_command_line(whole):
   workdir, out = whole
   result = json.loads((workdir / 'result.json').read_text())
@@ -52,6 +54,7 @@ def test_a_run_from_the_command_line(whole):
   assert result['final']['step'] == best['step']
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('number,status', [
     (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, AGAIN)])
 def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
@@ -92,11 +95,12 @@ def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   before = held()
   config.steps = 6
   with pytest.raises(
-      InputError, match='holds step 8 and --config.steps is 6; give 8'):
+      InputError, match='step 8 .*--config.steps is 6'):
     train.run(config, tmp_path)
   assert held() == before
 
 
+@pytest.mark.processes
 def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
   model = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512)
@@ -120,6 +124,7 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
 # --- in this process --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     dict(spsa__num_samples=2, spsa__distribution='rademacher'),
     dict(spsa__combine='one_sided', optimizer__schedule='linear',
@@ -136,6 +141,7 @@ def test_options_run(tiny_dir, reviews_file, tmp_path, changes):
   assert result['final']['count'] == 40
 
 
+@pytest.mark.slow
 def test_a_test_file_of_its_own(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, data__test=str(reviews_file),
                         data__num_test=0)
@@ -147,21 +153,23 @@ def test_as_many_steps_as_were_saved_but_not_evaluated(
   kept = checkpoint.Checkpoints(tmp_path / 'checkpoints')
   kept.save(6, {'w': jax.numpy.zeros(3)})
   kept.close()
-  with pytest.raises(ValueError, match='step 6, not evaluated, .*give 7 or'):
+  with pytest.raises(ValueError, match='step 6, .* 7 '):
     train.run(small_config(tiny_dir, reviews_file), tmp_path)
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_directory(tiny_dir, reviews_file, tmp_path):
   train.run(small_config(tiny_dir, reviews_file), tmp_path)
   changed = small_config(tiny_dir, reviews_file, seed=1, spsa__eps=1.0)
   with pytest.raises(ValueError) as e:
     train.run(changed, tmp_path)
-  assert 'spsa.eps was 0.001 and is now 1.0' in str(e.value)
-  assert 'seed was 0 and is now 1' in str(e.value)
+  assert re.search('spsa.eps .*0.001 .*1.0', str(e.value))
+  assert re.search('seed .*0 .*1', str(e.value))
   longer = small_config(tiny_dir, reviews_file, steps=8)
   assert train.run(longer, tmp_path)['steps'] == 8
 
 
+@pytest.mark.slow
 def test_a_corrupted_checkpoint(tiny_dir, reviews_file, tmp_path, capsys):
   """It is put aside, and made again from the log."""
   config = small_config(tiny_dir, reviews_file, select='loss')
@@ -176,33 +184,35 @@ def test_a_corrupted_checkpoint(tiny_dir, reviews_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(data__batch_size=12), 'batch_size 12 does not divide over 8 groups'),
-    (dict(mesh__fsdp=3), 'does not fit 8 device'),
-    (dict(data__num_train=4000), 'lower --config.data.num_train'),
+    (dict(data__batch_size=12), 'batch_size 12 .* 8 '),
+    (dict(mesh__fsdp=3), '8 device'),
+    (dict(data__num_train=4000), '--config.data.num_train'),
     (dict(task__template='{sentence} It was'), 'config.task.template'),
-    (dict(peft__mask='no_such'), 'selects no floating-point'),
-    (dict(data__train=''), 'nothing to train on'),
-    (dict(task__template='{text}{mask}'), 'no mask token|is for a masked'),
-    (dict(method='icl', num_demos=4000), 'lower --config.num_demos'),
-    (dict(method='magic'), "method 'magic' is none of")])
+    (dict(peft__mask='no_such'), "'no_such'"),
+    (dict(data__train=''), 'data.train'),
+    (dict(task__template='{text}{mask}'), 'mask'),
+    (dict(method='icl', num_demos=4000), '--config.num_demos'),
+    (dict(method='magic'), "method 'magic'")])
 def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
     train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('argument,message', [
-    ('--config.optimizer.lr=1', 'did you mean optimizer.learning_rate?'),
-    ('--config.steps=many', "invalid literal for int() with base 10: 'many'"),
-    ('--config=configs/none.py', 'none.py'), ('stray', "argument 'stray'"),
-    ('--config.data.train=/none.jsonl', 'train.py: no data file'),
-    ('--distributed', 'train.py: --distributed finds no other processes')])
+    ('--config.optimizer.lr=1', 'optimizer.learning_rate'),
+    ('--config.steps=many', 'steps=many'),
+    ('--config=configs/none.py', 'none.py'), ('stray', "'stray'"),
+    ('--config.data.train=/none.jsonl', '/none.jsonl'),
+    ('--distributed', 'train.py: --distributed')])
 def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   out, code = finish(tiny_dir, reviews_file, tmp_path, argument)
   assert code != 0 and message in out
   assert 'Traceback' not in out
 
 
+@pytest.mark.processes
 def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
   code = '''
@@ -235,5 +245,5 @@ def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
   params = model.init(jax.random.key(0), np.zeros((1, 4), int))['params']
   models.save(tmp_path / 'm', model, params,
               tokenizer=models.load_tokenizer(tiny_dir))
-  with pytest.raises(ValueError, match='is for a causal model'):
+  with pytest.raises(ValueError, match='causal model'):
     train.run(small_config(tmp_path / 'm', reviews_file), tmp_path / 'w')

@@ -33,6 +33,7 @@ WAYS = {
                    optimizer__groups=(('attn/q', 3e-2, 1e-2),))}
 
 
+@pytest.mark.slow_except(way=['lora'])
 @pytest.mark.parametrize('way', WAYS)
 def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
   resumes = way == 'lora'  # the same code for all
@@ -76,10 +77,11 @@ def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
     np.testing.assert_allclose(
         found['loss'], result['final']['loss'], rtol=2e-5)
   elif config.peft.method != 'lora':
-    with pytest.raises(ValueError, match='only LoRA can be merged'):
+    with pytest.raises(ValueError, match='LoRA'):
       export(tmp_path / 'a', tmp_path / 'merged', merged=True)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
   first = small_config(tiny_dir, reviews_file, **WAYS['lora'])
   train.run(first, tmp_path / 'a')
@@ -95,7 +97,7 @@ def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
   now = saved(tmp_path / 'b')[1]['layers']['attn']['q']['lora_b']
   was = was['layers']['attn']['q']['lora_b']
   assert was.any() and (now != was).all()  # from zero it would be `was` again
-  with pytest.raises(ValueError, match='kind .lora.: set'):
+  with pytest.raises(ValueError, match="kind 'lora'"):
     train.run(small_config(
         tiny_dir, reviews_file, peft__method='prefix',
         peft__adapter=str(out)), tmp_path / 'd')
@@ -104,7 +106,7 @@ def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
 def test_biases_alone(tmp_path):
   """BitFit, and a model that has none says so."""
   for changes, message in ((dict(norm='layer', qkv_bias=True), ''),
-                           (dict(), 'selects no floating-point parameter')):
+                           (dict(), 'mask|bias')):
     _, params, _ = helpers.tiny_model(**changes)
     config = config_lib.Train(peft=config_lib.Peft(method='bitfit'))
     if message:
@@ -116,6 +118,7 @@ def test_biases_alone(tmp_path):
         chosen)[0]} == {'bias'}
 
 
+@pytest.mark.slow
 def test_a_task_s_new_head_is_trained_with_few_parameters():
   _, params, _ = helpers.tiny_model()
   whole = peft.join(params, peft.lora.init(params, jax.random.key(0)), {
@@ -131,13 +134,13 @@ def test_a_task_s_new_head_is_trained_with_few_parameters():
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(optimizer__groups=(('none', 1e-3, 1e-3),)), 'path of no parameter'),
+    (dict(optimizer__groups=(('none', 1e-3, 1e-3),)), "groups .*'none'"),
     (dict(peft__method='prompt', peft__adapter='nowhere'),
-     'nowhere has no adapter_config.json'),
-    (dict(peft__method='lora', peft__targets='query'), 'are none of layers'),
+     'nowhere .*adapter_config.json'),
+    (dict(peft__method='lora', peft__targets='query'), "'query' .*layers"),
     (dict(peft__method='prefix', peft__mask='^last_layers/.*prefix'),
-     'sets layers apart, which a prefix is not of'),
-    (dict(peft__method='last_layers', peft__num_layers=9), 'cannot be taken')])
+     'peft.mask'),
+    (dict(peft__method='last_layers', peft__num_layers=9), '9 last layers')])
 def test_bad_settings(changes, message, tiny_dir, reviews_file, tmp_path):
   with pytest.raises(InputError, match=message):
     train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
@@ -149,6 +152,6 @@ def test_the_log_says_what_is_trained(tiny_dir, reviews_file, tmp_path, capsys):
                          peft__rank=2), tmp_path)
   said = capsys.readouterr().out
   # q: 3 layers of 2 * (32 + 32); v: of 2 * (32 + 16).
-  assert 'training 672 of 38,150 parameters' in said
+  assert '672 of 38,150' in said
   assert 'warning: optimizer.learning_rate' in said
   assert json.loads((tmp_path / 'config.json').read_text())['peft']['rank'] == 2

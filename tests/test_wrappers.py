@@ -57,6 +57,7 @@ TREE_WRAPPERS = {
 }
 
 
+@pytest.mark.slow_except(name=['MultiSteps'])
 @pytest.mark.parametrize('name', TREE_WRAPPERS)
 def test_wrappers_that_want_a_tree_go_around_what_follows(name):
   """Params in the place of updates would be added to the weights where
@@ -74,6 +75,7 @@ def test_wrappers_that_want_a_tree_go_around_what_follows(name):
     helpers.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_schedule_free():
   tx = optax.contrib.schedule_free(
       mezo_jax.mezo(1e-2, key=0), learning_rate=1e-2)
@@ -126,7 +128,7 @@ def test_accumulation_after_the_estimate():
 def test_updates_of_others_are_refused(wrap):
   """They would be ignored: only the last micro-batch would count."""
   tx = wrap(mezo_jax.mezo(1e-2, key=0))
-  with pytest.raises(ValueError, match='was handed some.*micro_batches'):
+  with pytest.raises(ValueError, match='micro_batches'):
     run(tx, updates=PARAMS)
 
 
@@ -136,7 +138,7 @@ def test_updates_of_others_are_refused(wrap):
         {'t': tx, 'f': optax.set_to_zero()}, {'a': 't', 'b': 'f'})])
 def test_params_with_holes_are_refused(wrap):
   """At once: with updates=None the wrapper's own error would come first."""
-  with pytest.raises(ValueError, match='MaskedNode.*pass its own mask'):
+  with pytest.raises(ValueError, match='MaskedNode.*mask'):
     wrap(mezo_jax.mezo(1e-2, key=0)).init(PARAMS)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+from jax.experimental import multihost_utils
 from jax.extend import core
 import jax.typing
 
@@ -17,6 +18,10 @@ import jax.typing
 # example a step with over='rows' and low-rank directions. Without them, it
 # chooses the axes itself.
 ROWS_HAVE_AXES = jax.__version_info__[:2] != (0, 11)
+
+# What `multihost_utils.live_devices` raises where a process died. JAX 0.10.0
+# has no error of its own for that.
+PROCESS_DIED = getattr(multihost_utils, 'ProcessFailureError', ValueError)
 
 
 def scan_starts(params: dict[str, Any]) -> tuple[int, int]:
@@ -50,7 +55,7 @@ def manual_axis_type(x: jax.typing.ArrayLike) -> Any:
 def distributed_state() -> Any:
   """Returns what `jax.distributed.initialize` has set up in this process.
 
-  JAX publishes only whether it was called. The attributes used are `client`,
-  `coordinator_address`, `num_processes` and `process_id`.
+  JAX publishes only whether it was called. The attributes used are `client`
+  and `coordinator_address`.
   """
   return distributed.global_state

@@ -45,8 +45,6 @@ JOIN = 300  # Seconds to wait for the other processes of a run.
 _TURN = 1.0  # Seconds between two questions to the coordination service.
 _FAILED = 'mezo_jax/failed/'  # Where a process that failed leaves its number.
 _EXITED = 'exited (see its output). Restart all processes to resume.'
-# What `live_devices` raises where a process died: ValueError in jax 0.10.0.
-_DIED = getattr(multihost_utils, 'ProcessFailureError', ValueError)
 _handlers = []  # Functions that C calls, which keeps no reference to them.
 
 
@@ -265,7 +263,7 @@ def _follow(program: str, client: Any, ending: threading.Event) -> None:
           _report(program, min(gone), _EXITED)
           _leave(AGAIN)
         time.sleep(_TURN)
-    except _DIED:
+    except jax_versions.PROCESS_DIED:
       continue  # The next turn says which.
     except jax.errors.JaxRuntimeError:
       return  # The service is gone, so JAX aborts: see `watch`.

@@ -47,8 +47,6 @@ def newest(directory: Path, keep: int, state: TrainState,
     InputError: if a checkpoint is of another model.
   """
   checkpoints = checkpoint.Checkpoints(directory, keep)
-  for path in checkpoints.put_aside:
-    say(f'warning: a checkpoint was damaged and is now {path}.')
   for step in reversed(checkpoints.steps()):
     try:
       return checkpoints, step, load(checkpoints, step, state)
