@@ -7,6 +7,7 @@ from pathlib import Path
 import runpy
 import subprocess
 import sys
+from typing import Any
 
 from mezo_jax.cli.command_line import check_names, find, read_config
 from mezo_jax.core import reports
@@ -21,10 +22,10 @@ COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
            'steps', 'training forwards', 'seconds', 'GiB')
 
 
-def run(suite: str | os.PathLike, workdir: str | os.PathLike,
+def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
         tasks: Sequence[str] = (), methods: Sequence[str] = (),
-        overrides: Sequence[str] = (),
-        say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
+        overrides: Sequence[str] = (), say: Callable[[str], None] = print
+        ) -> tuple[Path, list[str]]:
   """Runs what a suite has no results of yet, and writes ``table.md`` and
   ``table.json``.
 
@@ -103,7 +104,7 @@ def _is_finished(directory: Path, config: config_lib.Train) -> bool:
       == config_lib.to_json(config))
 
 
-def row_of(name: str, config, result: dict) -> dict:
+def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:
   """One line of the table."""
   task, _, method = name.partition('/')
   metric, final = result['metric'], result['final']
@@ -117,7 +118,7 @@ def row_of(name: str, config, result: dict) -> dict:
       f'{result["peak_memory"] / 2**30:.2f}')))
 
 
-def write_table(workdir: Path, rows: list[dict]) -> None:
+def write_table(workdir: Path, rows: list[dict[str, Any]]) -> None:
   """``table.md`` and ``table.json``, from a list of `row_of`."""
   (workdir / 'table.md').write_text(
       reports.markdown_table(rows, COLUMNS) + '\n')

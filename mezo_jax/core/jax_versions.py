@@ -38,7 +38,7 @@ def scan_starts(params: dict[str, Any]) -> tuple[int, int]:
   return consts, consts + carry
 
 
-def context_of(eqn: core.JaxprEqn):
+def context_of(eqn: core.JaxprEqn) -> Any:
   """Returns a context manager that restores the context of an equation.
 
   The mesh in context may change within a program: `jax.sharding.auto_axes` and
@@ -47,12 +47,12 @@ def context_of(eqn: core.JaxprEqn):
   return eqn.ctx.manager
 
 
-def manual_axis_type(x: jax.typing.ArrayLike):
+def manual_axis_type(x: jax.typing.ArrayLike) -> Any:
   """Returns over which axes of `jax.shard_map` a value varies; hashable."""
   return jax.typeof(x).mat
 
 
-def distributed_state():
+def distributed_state() -> Any:
   """Returns what `jax.distributed.initialize` has set up in this process.
 
   JAX publishes only whether it was called. The attributes used are `client`

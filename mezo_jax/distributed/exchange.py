@@ -21,6 +21,7 @@ import json
 import os
 from pathlib import Path
 import time
+from typing import Any
 
 import numpy as np
 
@@ -86,8 +87,9 @@ class _Peer:
 class Exchange:
   """The place of one replica among all, for its training loop."""
 
-  def __init__(self, directory: str | os.PathLike, run: str, replica: int,
-               replicas: int, num_samples: int, timeout: float = 1800.0):
+  def __init__(self, directory: str | os.PathLike[str], run: str, replica: int,
+               replicas: int, num_samples: int, timeout: float = 1800.0
+               ) -> None:
     """Opens the log of this replica and reads those of the others.
 
     Args:
@@ -107,7 +109,7 @@ class Exchange:
     self._peers = [_Peer(directory, i, header) for i in range(replicas)]
     self._mine, self._timeout = self._peers[replica], timeout
     self._sums = {}  # Checksums of this replica's weights, by step.
-    self.part = replica, replicas  # For `mezo_jax.make_step`.
+    self.part: tuple[int, int] = replica, replicas  # For `mezo_jax.make_step`.
     self._read()
     self._log, _ = replay.open_log(
         self._mine.path, header | {'replica': replica}, num_samples // replicas)
@@ -124,7 +126,7 @@ class Exchange:
     grads, values = zip(*(peer.steps[step] for peer in self._peers))
     return np.concatenate(grads), np.mean(np.array(values), dtype=np.float32)
 
-  def catch_up(self, log: replay.Log, added=lambda step: False) -> None:
+  def catch_up(self, log: replay.Log, added: Any = lambda step: False) -> None:
     """Copies steps that all replicas have recorded into the log of the run, and
     steps of that log into this replica's log of a new exchange.
 
@@ -150,7 +152,7 @@ class Exchange:
     """Returns whether this replica recorded a step before it was stopped."""
     return step <= self._mine.last
 
-  def swap(self, step: int, projected_grad=None, value=None
+  def swap(self, step: int, projected_grad: Any = None, value: Any = None
            ) -> tuple[np.ndarray, np.float32]:
     """Records this replica's part of a step, and waits for the others'.
 

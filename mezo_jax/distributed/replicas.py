@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import copy
 from pathlib import Path
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -88,9 +88,10 @@ def check(place: Place | None, method: str, methods: Sequence[str],
       raise InputError(f'{n} replicas cannot share out {why}.')
 
 
-def join(place: Place, settings: dict, weights: str, splits: Sequence[Splits],
-         num_samples: int, steps: int, applied_every: int | None, log: Log,
-         say: Callable[[str], None]) -> Exchange | None:
+def join(place: Place, settings: dict[str, Any], weights: str,
+         splits: Sequence[Splits], num_samples: int, steps: int,
+         applied_every: int | None, log: Log, say: Callable[[str], None]
+         ) -> Exchange | None:
   """Opens the exchange of a run, and gives its log the steps that it missed.
 
   Args:

@@ -89,7 +89,8 @@ class Checkpoints:
           'out of it and run the same command again; the log replays its '
           'steps.') from e
 
-  def save(self, step: int, state: Any, metrics: dict | None = None) -> None:
+  def save(self, step: int, state: Any, metrics: dict[str, Any] | None = None
+           ) -> None:
     """Starts to save. The arrays may be donated as soon as this returns.
 
     Args:
@@ -290,7 +291,7 @@ def _is_finite(metrics: dict | None) -> bool:
       (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 
-def order(metrics: dict | None) -> tuple[float, float]:
+def order(metrics: dict[str, Any] | None) -> tuple[float, float]:
   """Returns the key by which checkpoints are ranked.
 
   A higher score is better, and of equal scores the lower loss. Metrics that are

@@ -7,6 +7,7 @@ metrics.
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,9 @@ STILL = 100  # consecutive steps without any change of the weights
 _SPIKE = 8.0  # standard deviations of the window before
 
 
-def make(records: Sequence[dict], log: replay.Log, start: int,
+def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
          say: Callable[[str], None], *, max_skipped: int, max_rise: float
-         ) -> Callable[[int, dict], None]:
+         ) -> Callable[[int, dict[str, Any]], None]:
   """Returns ``watch(step, values)``, to be called with each step's metrics.
 
   Args:

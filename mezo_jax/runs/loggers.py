@@ -27,7 +27,7 @@ class Metrics:
 
   def __init__(self, workdir: Path, step: int = 0):
     path = workdir / 'metrics.jsonl'
-    self.records = [_plain(r) for r in read(path) if r['step'] <= step]
+    self.records: list[dict[str, Any]] = [_plain(r) for r in read(path) if r['step'] <= step]
     self._at = {(r['kind'], r['step']): r for r in self.records}
     self._file = self._board = None
     if jax.process_index() > 0:
@@ -43,7 +43,7 @@ class Metrics:
       return
     self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
 
-  def write(self, kind: str, step: int, **values) -> None:
+  def write(self, kind: str, step: int, **values: Any) -> None:
     record = _plain({'kind': kind, 'step': step, **values})
     self.records.append(record)
     self._at[kind, step] = record
@@ -54,10 +54,10 @@ class Metrics:
         if isinstance(record[name], (int, float)):
           self._board.add_scalar(f'{kind}/{name}', record[name], step)
 
-  def of(self, kind: str) -> list[dict]:
+  def of(self, kind: str) -> list[dict[str, Any]]:
     return [r for r in self.records if r['kind'] == kind]
 
-  def at(self, kind: str, step: int) -> dict | None:
+  def at(self, kind: str, step: int) -> dict[str, Any] | None:
     """Returns the values of a record, or None if there is no such record.
 
     A number that was not finite is NaN.
@@ -84,8 +84,8 @@ class Progress:
   ``loss``, the loss is neither shown nor recorded.
   """
 
-  def __init__(self, metrics: Metrics, total: int, start: int,
-               loss: bool = True):
+  def __init__(self, metrics: Metrics, total: int, start: int, loss: bool = True
+               ) -> None:
     self._metrics, self._clock, self._loss = metrics, time.time(), loss
     self._total, first = total, jax.process_index() == 0
     self._lines = first and not sys.stderr.isatty()
@@ -93,7 +93,7 @@ class Progress:
         total=total, initial=start, unit='step', dynamic_ncols=True,
         disable=not first or self._lines)
 
-  def read(self, step: int, tokens: int | None, values: dict) -> None:
+  def read(self, step: int, tokens: int | None, values: dict[str, Any]) -> None:
     """Shows and records a step.
 
     Args:
@@ -128,7 +128,7 @@ class Progress:
     self._bar.close()
 
 
-def spell_program(batch, compiled, seconds: float) -> str:
+def spell_program(batch: Any, compiled: Any, seconds: float) -> str:
   """Returns a line about a program that `mezo_jax.make_step` compiled."""
   batch = getattr(batch, 'batch', batch)  # `mezo_jax.training.mixture.Of`
   extra = compiled.memory_analysis().temp_size_in_bytes
@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
   return None if lost else value
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict[str, Any]]:
   """Returns the records of a metrics file, without a last line that a crash cut
   short.
 
@@ -176,7 +176,7 @@ def read(path: Path) -> list[dict]:
   return records
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
   """Writes a JSON file on process 0, whole or not at all; NaN and inf as null.
   """
   if jax.process_index() > 0:
@@ -188,7 +188,7 @@ def write_json(path: Path, value) -> None:
   part.replace(path)
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
   """Returns the value that a JSON file holds.
 
   Raises:

@@ -34,7 +34,7 @@ from collections.abc import Iterable
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -61,7 +61,7 @@ class Steps(NamedTuple):
   first: int  # the number of the first
   values: np.ndarray  # float32 [T]
   projected_grads: np.ndarray  # float32 [T, n]
-  added: frozenset  # after which of them what was pending was added
+  added: frozenset[int]  # after which of them what was pending was added
 
   @property
   def last(self) -> int:
@@ -90,7 +90,7 @@ def no_steps(n: int, start: int = 0) -> Steps:
 class Recorded(NamedTuple):
   """A log as it was read."""
 
-  header: dict
+  header: dict[str, Any]
   steps: Steps
   size: int  # bytes that are whole
   damaged: int  # bytes after them
@@ -129,11 +129,11 @@ class Log:
     records: whether steps are recorded, on process 0; all know it.
   """
 
-  def __init__(self, path: Path | None, header: dict, steps: Steps,
-               recorded: Recorded | None = None):
+  def __init__(self, path: Path | None, header: dict[str, Any], steps: Steps,
+               recorded: Recorded | None = None) -> None:
     """See `open_log`; without a path nothing is written."""
     self.steps, self.end, self._path = steps, steps.last, path
-    self.records = steps.projected_grads.shape[1] > 0
+    self.records: bool = steps.projected_grads.shape[1] > 0
     self._file = None
     if path is None:
       return
@@ -148,7 +148,7 @@ class Log:
       self._check = recorded.check
     self._file = path.open('ab', buffering=0)
 
-  def append(self, step: int, projected_grad, value=np.nan) -> None:
+  def append(self, step: int, projected_grad: Any, value: Any = np.nan) -> None:
     """Records step number ``step``, which is the next."""
     if step != self.end + 1:
       raise ValueError(f'step {step} cannot follow step {self.end} in a log.')
@@ -158,7 +158,7 @@ class Log:
     self._write(step, projected_grad, value)
     self.end = step
 
-  def extend(self, steps: Iterable) -> None:
+  def extend(self, steps: Iterable[Any]) -> None:
     """Records steps that others made, ``(step, projected_grad, value, whether
     what was pending was added)``, as if they had been there."""
     first, new = self.end + 1, [*steps]
@@ -213,8 +213,8 @@ class Log:
       self._file = None
 
 
-def open_log(path: str | os.PathLike, header: dict, n: int, start: int = 0,
-             *, compare: bool = True) -> tuple[Log, str]:
+def open_log(path: str | os.PathLike[str], header: dict[str, Any], n: int,
+             start: int = 0, *, compare: bool = True) -> tuple[Log, str]:
   """Opens the log of a run that goes on, or a new one.
 
   A log that is there keeps its header. Entries that only one of the two headers
@@ -348,7 +348,7 @@ def _differs(path: Path, header: dict, recorded: Recorded) -> str:
 # --- files ------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike) -> Recorded:
+def read(path: str | os.PathLike[str]) -> Recorded:
   """A log, up to what is damaged.
 
   Raises:
@@ -425,7 +425,7 @@ def _header(path: Path, line: bytes) -> dict:
   return header
 
 
-def write_shared(path: Path, header: dict, steps: Steps) -> None:
+def write_shared(path: Path, header: dict[str, Any], steps: Steps) -> None:
   """A log to be shared: of no more than what makes the weights again."""
   line = _line(header | {
       'format': FORMAT, 'numbers': steps.projected_grads.shape[1],
@@ -452,7 +452,8 @@ def _shared(path: Path, header: dict, rest: bytes, check: int,
 # --- steps ------------------------------------------------------------------
 
 
-def rebuild(step, params, state, steps: Steps):
+def rebuild(step: Any, params: Any, state: Any, steps: Steps
+            ) -> tuple[Any, Any]:
   """``params, state`` after these steps; both are donated.
 
   Args:

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -64,7 +65,8 @@ def last_step(workdir: Path) -> tuple[int, bool]:
                    for r in loggers.read(workdir / 'metrics.jsonl'))
 
 
-def changed(then: dict, now: dict, model: str, adapter: str) -> str:
+def changed(then: dict[str, Any], now: dict[str, Any], model: str, adapter: str
+            ) -> str:
   """Returns what differs between two sets of inputs, in words.
 
   What one of them lacks, because an earlier version did not record it, is not
@@ -99,7 +101,7 @@ def changed(then: dict, now: dict, model: str, adapter: str) -> str:
   return ''
 
 
-def read_inputs(workdir: Path) -> dict:
+def read_inputs(workdir: Path) -> dict[str, Any]:
   """Returns the fingerprints that a run recorded of its inputs.
 
   They have the names 'weights', 'model', 'tokenizer', 'adapter' and 'rows'; {}
@@ -109,7 +111,8 @@ def read_inputs(workdir: Path) -> dict:
   return loggers.read_json(file) if file.is_file() else {}
 
 
-def check_inputs(workdir: Path, now: dict, model: str, adapter: str) -> None:
+def check_inputs(workdir: Path, now: dict[str, Any], model: str, adapter: str
+                 ) -> None:
   """Records the inputs of a run, or compares them with those recorded before.
 
   Args:
@@ -132,7 +135,7 @@ def check_inputs(workdir: Path, now: dict, model: str, adapter: str) -> None:
     loggers.write_json(workdir / 'inputs.json', now | then)
 
 
-def open_log(workdir: Path, header: dict, numbers: int, start: int,
+def open_log(workdir: Path, header: dict[str, Any], numbers: int, start: int,
              say: Callable[[str], None]) -> replay.Log:
   """Opens the log of a run's steps.
 
@@ -168,7 +171,7 @@ def open_log(workdir: Path, header: dict, numbers: int, start: int,
   return log or replay.Log(None, {}, steps)
 
 
-def read_result(workdir: str | os.PathLike) -> dict:
+def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns the result of a finished run; {} of one that is not finished."""
   file = Path(workdir) / 'result.json'
   return loggers.read_json(file) if file.is_file() else {}

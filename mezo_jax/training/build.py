@@ -49,8 +49,8 @@ class Built(NamedTuple):
   tokenizer: Any
   splits: data_lib.Splits
   model: models.Transformer
-  params: dict
-  frozen: dict
+  params: dict[str, Any]
+  frozen: dict[str, Any]
   loss_fn: Callable | None = None
   tx: optax.GradientTransformationExtraArgs | None = None
   opt_state: Any = None
@@ -62,8 +62,9 @@ class Built(NamedTuple):
 
 
 def build(config: config_lib.Train, *, abstract: bool = False,
-          model_config: models.Config | None = None, tokenizer=None,
-          rows: data_lib.Rows | None = None, mesh=None,
+          model_config: models.Config | None = None, tokenizer: Any = None,
+          rows: data_lib.Rows | None = None,
+          mesh: jax.sharding.Mesh | None = None,
           say: Callable[[str], None] = print) -> Built:
   """Builds everything that a run needs before its first step.
 
@@ -112,7 +113,8 @@ def _host_is_silent(fn, shape, found, *args):
 # --- mesh, model and data ---------------------------------------------------
 
 
-def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
+def make_mesh(config: config_lib.Train, devices: Any = None
+              ) -> jax.sharding.Mesh:
   """Returns the config's mesh over some devices, or over all.
 
   Raises:
@@ -131,7 +133,7 @@ def make_mesh(config: config_lib.Train, devices=None) -> jax.sharding.Mesh:
   return mesh
 
 
-def model_name(config: config_lib.Train) -> str | os.PathLike:
+def model_name(config: config_lib.Train) -> str | os.PathLike[str]:
   """Returns the model to load. That of the quickstart is fetched if necessary.
   """
   name = config.model.name
@@ -152,7 +154,7 @@ def read_config(config: config_lib.Train) -> models.Config:
   return models.load_config(model_name(config), config.model.revision or None)
 
 
-def read_tokenizer(config: config_lib.Train):
+def read_tokenizer(config: config_lib.Train) -> Any:
   """Reads the tokenizer of the model."""
   return models.load_tokenizer(
       model_name(config), config.model.revision or None,
@@ -160,7 +162,7 @@ def read_tokenizer(config: config_lib.Train):
 
 
 def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
-                model_config: models.Config, tokenizer,
+                model_config: models.Config, tokenizer: Any,
                 say: Callable[[str], None]) -> data_lib.Splits:
   """Encodes rows in the form that objective and evaluation need.
 
@@ -240,8 +242,8 @@ def eval_sizes(config: config_lib.Train, splits: data_lib.Splits
 
 
 def make_evaluators(config: config_lib.Train, model: models.Transformer,
-                    splits: data_lib.Splits, tokenizer, mesh
-                    ) -> evaluate.Evaluators:
+                    splits: data_lib.Splits, tokenizer: Any,
+                    mesh: jax.sharding.Mesh) -> evaluate.Evaluators:
   """Returns functions that evaluate the dev and test rows of a run."""
   return evaluate.make_evaluators(
       model, config.task, config.objective, splits, tokenizer, mesh,
@@ -319,7 +321,8 @@ def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
         "--config.peft.method=lora, or a task with label words.")
 
 
-def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
+def batch_shapes(data: Encoded, length: int, rows: int,
+                 mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Returns an abstract training batch of ``rows`` rows of ``length`` tokens.
   """
   batch = batch_of(data, range(rows), length, rows)
@@ -330,8 +333,8 @@ def batch_shapes(data: Encoded, length: int, rows: int, mesh) -> dict:
 # --- parameters -------------------------------------------------------------
 
 
-def load(config: config_lib.Train, model_config: models.Config, mesh,
-         abstract: bool = False):
+def load(config: config_lib.Train, model_config: models.Config,
+         mesh: jax.sharding.Mesh, abstract: bool = False) -> Any:
   """Returns the model and its parameters, or the shapes of these."""
   if abstract and config.model.dtype != 'codes':
     model = models.Transformer(model_config)
@@ -346,8 +349,9 @@ def load(config: config_lib.Train, model_config: models.Config, mesh,
   return model.clone(remat=config.model.remat), params
 
 
-def add(config: config_lib.Train, model: models.Transformer, params: dict,
-        tokenizer, mesh):
+def add(config: config_lib.Train, model: models.Transformer,
+        params: dict[str, Any], tokenizer: Any, mesh: jax.sharding.Mesh | None
+        ) -> Any:
   """Returns the model and its parameters with what task and method add.
 
   They are laid out as the method needs.
@@ -421,7 +425,7 @@ def _is_abstract(params) -> bool:
 
 
 def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
-                 mesh) -> privacy.Plan | None:
+                 mesh: jax.sharding.Mesh) -> privacy.Plan | None:
   """Returns the budget of a private run's training rows, else None."""
   if not methods.method_of(config).private:
     return None
@@ -432,8 +436,9 @@ def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
       config.optimizer.micro_batches * sharding.row_groups(mesh))
 
 
-def init_state(tx: optax.GradientTransformation, params: dict, mesh,
-               abstract: bool | None = None):
+def init_state(tx: optax.GradientTransformation, params: dict[str, Any],
+               mesh: jax.sharding.Mesh, abstract: bool | None = None
+               ) -> Any:
   """Returns the state of the optimizer before the first step.
 
   What mirrors a parameter has its sharding; the rest is replicated.

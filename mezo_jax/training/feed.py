@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import itertools
 from typing import Any, NamedTuple
 
+import jax
+
 from mezo_jax.core import sharding
 from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import encode
@@ -38,8 +40,9 @@ def lengths(splits: data_lib.Splits, batch_size: int,
   return data_lib.used_buckets(splits.train.lengths, buckets, batch_size)
 
 
-def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits, mesh,
-            start: int) -> Iterator[tuple[int, Any, dict]]:
+def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits,
+            mesh: jax.sharding.Mesh, start: int
+            ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
   """Yields the batches of a private run, as `batches` does.
 
   All have the same number of rows and tokens, which therefore say nothing about
@@ -53,8 +56,9 @@ def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits, mesh,
            dict(noise_key=privacy.noise_key(secret, number)))
 
 
-def batches(drawn: Drawn, splits: data_lib.Splits, mesh, start: int
-            ) -> Iterator[tuple[int, Any, dict]]:
+def batches(drawn: Drawn, splits: data_lib.Splits,
+            mesh: jax.sharding.Mesh, start: int
+            ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
   """Yields ``tokens, batch, more`` from batch number ``start`` on.
 
   ``batch`` is on the mesh and ``more`` holds further arguments of the step.

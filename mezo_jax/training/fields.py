@@ -7,6 +7,7 @@ import difflib
 import numbers
 import types
 import typing
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
 # --- values -----------------------------------------------------------------
 
 
-def check(config, before: str = '') -> None:
+def check(config: Any, before: str = '') -> None:
   """Raises InputError for an attribute that is no field of a config, or a
   value that is not of its field's type."""
   hints = typing.get_type_hints(type(config))

@@ -12,6 +12,7 @@ import hashlib
 import os
 from pathlib import Path
 import re
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -30,14 +31,14 @@ _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
 _FORMAT = 2  # of the files; those of another format are computed again
 
 
-def is_frozen(trained) -> bool:
+def is_frozen(trained: Any) -> bool:
   """Returns whether all trained parameters come after the `layers` of a model.
   """
   return not any(re.search(_TRUNK, path)
                  for path, _ in paths.named_leaves(trained))
 
 
-def keep(config, built: build_lib.Built, directory: str | os.PathLike,
+def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
          say: Callable[[str], None] = print) -> build_lib.Built:
   """Returns the same run with cached activations of its frozen layers.
 

@@ -1,8 +1,10 @@
 """Fits a linear probe, and writes it into a vocabulary head."""
 
 from collections.abc import Callable
+from typing import Any
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +16,8 @@ from mezo_jax.tasks.evaluate import choices_report, run_batches, Sizes
 from mezo_jax.tasks.task import Task
 
 
-def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
+def features(model: Any, params: Any, data: Encoded, sizes: Sizes,
+             mesh: jax.sharding.Mesh) -> np.ndarray:
   """Returns float32 [R, D]: the inputs of the head at the label words."""
   def read(params, batch):
     return models.apply(
@@ -23,7 +26,7 @@ def features(model, params, data: Encoded, sizes: Sizes, mesh) -> np.ndarray:
   return np.stack(run_batches(read, data, sizes, mesh)(params))
 
 
-def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
+def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool) -> Any:
   """Fits scikit-learn's logistic regression; five folds choose the penalty.
 
   The settings are those of the paper's code: at most 5,000 iterations, a
@@ -61,8 +64,10 @@ def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool):
       ) from e
 
 
-def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
-                 task: Task, objective: str | Callable = 'cross_entropy'):
+def linear_probe(model: Any, params: Any, splits: data_lib.Splits,
+                 sizes: dict[str, Any], mesh: jax.sharding.Mesh,
+                 task: Task,
+                 objective: str | Callable[..., Any] = 'cross_entropy') -> Any:
   """Fits a probe to the train rows' features.
 
   Args:
@@ -93,7 +98,7 @@ def linear_probe(model, params, splits: data_lib.Splits, sizes: dict, mesh,
   return probe, choices_report(task, objective, splits.test, scores)
 
 
-def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:
+def probe_scores(probe: Any, x: np.ndarray, width: int) -> np.ndarray:
   """Returns the scores [R, C] of a probe; classes that it never saw are last.
   """
   found = probe.decision_function(x)
@@ -104,7 +109,8 @@ def probe_scores(probe, x: np.ndarray, width: int) -> np.ndarray:
   return scores
 
 
-def write_probe(params: dict, probe, token_ids: np.ndarray) -> dict:
+def write_probe(params: dict[str, Any], probe: Any, token_ids: np.ndarray
+                ) -> dict[str, Any]:
   """Returns parameters whose label-word logits are the probe's scores.
 
   The rows of the label words in the head become the probe's coefficients, and

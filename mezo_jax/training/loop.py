@@ -47,8 +47,8 @@ def from_log(step_fn: Step, log: replay.Log) -> Source:
   return source
 
 
-def from_batches(step_fn: Step, batches: Iterator, frozen_of: Callable
-                 ) -> Source:
+def from_batches(step_fn: Step, batches: Iterator[Any],
+                 frozen_of: Callable[..., Any]) -> Source:
   """Returns a source of steps from batches.
 
   Args:
@@ -66,8 +66,8 @@ def from_batches(step_fn: Step, batches: Iterator, frozen_of: Callable
   return source
 
 
-def from_replicas(step_fn: Step, batches: Iterator, frozen_of: Callable,
-                  others: Any) -> Source:
+def from_replicas(step_fn: Step, batches: Iterator[Any],
+                  frozen_of: Callable[..., Any], others: Any) -> Source:
   """Returns a source of steps that replicas make together.
 
   This process evaluates the losses of its own directions, and exchanges them
@@ -196,7 +196,7 @@ class Recorder:
     if self.others:
       self.others.mark(step, fingerprint.checksum(state.params))
 
-  def evaluation(self, step: int, report: dict) -> None:
+  def evaluation(self, step: int, report: dict[str, Any]) -> None:
     """Records and reports an evaluation on dev rows."""
     text, spent = f'step {step}: dev {evaluate.spell(report)}', {}
     if self.plan:
@@ -205,7 +205,8 @@ class Recorder:
     self.metrics.write('dev', step, **report, **spent)
     self.say(text)
 
-  def save(self, step: int, state: TrainState, report: dict | None) -> None:
+  def save(self, step: int, state: TrainState, report: dict[str, Any] | None
+           ) -> None:
     """Starts to save a checkpoint; the state may be consumed afterwards."""
     rank = self.rank(report) if self.rank and report else None
     # The log on the disk is never behind a checkpoint.
@@ -218,7 +219,7 @@ class Recorder:
 
 def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
          record: Recorder, *, evaluates: Callable[[int], bool],
-         checkpoint_every: int, evaluate_dev: Callable[[Any], dict],
+         checkpoint_every: int, evaluate_dev: Callable[[Any], dict[str, Any]],
          stop_wanted: Callable[[int], bool]) -> TrainState:
   """Evaluates, logs and saves while steps are made.
 

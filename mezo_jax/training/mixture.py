@@ -74,16 +74,16 @@ class Mixture:
   def splits(self) -> list[data_lib.Splits]:
     return [part.built.splits for part in self.parts]
 
-  def value_fn(self, params, of: Of):
+  def value_fn(self, params: Any, of: Of) -> Any:
     """Returns the per-example losses of a batch by its task's objective."""
     return self.parts[of.task].built.loss_fn(params, of.batch)
 
-  def frozen(self, of: Of) -> dict:
+  def frozen(self, of: Of) -> dict[str, Any]:
     return self.parts[of.task].built.frozen
 
-  def feed(self, mesh, start: int, steps: int, *,
+  def feed(self, mesh: jax.sharding.Mesh, start: int, steps: int, *,
            plan: privacy.Plan | None = None, secret: bytes | None = None
-           ) -> Iterator[tuple[int, Of, dict]]:
+           ) -> Iterator[tuple[int, Of, dict[str, Any]]]:
     """Yields ``tokens, batch, more`` from batch number ``start`` on.
 
     Args:
@@ -135,7 +135,7 @@ class Mixture:
           *[part.ask.both(whole) for part, whole in of_each(params)])))
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
-  def joined(self, reports: list[dict]) -> dict:
+  def joined(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns one report from the reports of the tasks.
 
     With several tasks it has the weighted mean ``loss``, ``mean`` of their
@@ -157,7 +157,7 @@ class Mixture:
     return out | {f'{part.name}/{name}': value for part, report in found
                   for name, value in report.items() if name != 'not_finite'}
 
-  def table(self, zero_shot: dict, final: dict) -> str:
+  def table(self, zero_shot: dict[str, Any], final: dict[str, Any]) -> str:
     """Returns a Markdown table with a line for each task and for their mean.
 
     It is '' for a single task.
@@ -180,7 +180,7 @@ class Mixture:
     return reports.markdown_table(rows)
 
 
-def alone(config: config_lib.Train) -> list[tuple]:
+def alone(config: config_lib.Train) -> list[tuple[Any, ...]]:
   """Returns (name, weight, config) of each task, as if it were alone."""
   first = dataclasses.replace(config, also=())
   return [(config.task.name or 'first', 1.0, first), *(

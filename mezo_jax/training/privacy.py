@@ -19,6 +19,7 @@ import hmac
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -77,7 +78,7 @@ def spell(plan: Plan, steps: int | None = None) -> str:
           'rows have no privacy')
 
 
-def account(plan: Plan, steps: int) -> dict:
+def account(plan: Plan, steps: int) -> dict[str, Any]:
   """Returns what a result says about a plan and what its steps spent."""
   return dataclasses.asdict(plan) | {'spent': plan.spent(steps)}
 

@@ -43,8 +43,8 @@ def check(config: config_lib.Train, workdir: Path) -> None:
         'another --workdir.')
 
 
-def inputs_of(config: config_lib.Train, model: models.Config,
-              tokenizer: Any) -> dict:
+def inputs_of(config: config_lib.Train, model: models.Config, tokenizer: Any
+              ) -> dict[str, Any]:
   """Returns fingerprints of the files that a run begins with, except for its
   weights and rows.
 
@@ -88,7 +88,8 @@ def check_inputs(config: config_lib.Train, workdir: Path,
       workdir, now, config.model.name, config.peft.adapter)
 
 
-def log_header(config: config_lib.Train, workdir: Path, weights: str) -> dict:
+def log_header(config: config_lib.Train, workdir: Path, weights: str
+               ) -> dict[str, Any]:
   """Returns the header of a new log: what a replay of its steps depends on.
 
   Args:
@@ -133,9 +134,9 @@ def write_config(config: config_lib.Train, workdir: Path) -> None:
   loggers.write_json(workdir / 'config.json', config_lib.to_json(config))
 
 
-def write_result(config: config_lib.Train, workdir: Path,
-                 splits: data.Splits, mesh: jax.sharding.Mesh, final: dict,
-                 **more: Any) -> dict:
+def write_result(config: config_lib.Train, workdir: Path, splits: data.Splits,
+                 mesh: jax.sharding.Mesh, final: dict[str, Any], **more: Any
+                 ) -> dict[str, Any]:
   """Writes config.json and result.json, and returns the latter.
 
   Args:

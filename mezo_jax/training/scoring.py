@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import time
+from typing import Any
 
 import jax
 
@@ -12,8 +13,8 @@ from mezo_jax.tasks import encode
 from mezo_jax.training import methods, mixture
 
 
-def score_weights(config, tasks: mixture.Mixture, params, mesh,
-                  say: Callable[[str], None]):
+def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
+                  mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> Any:
   """Evaluates what a method needs to know of the weights before the first step,
   on rows from all over each task.
 

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 import time
+from typing import Any
 
 import jax
 import optax
@@ -33,7 +34,8 @@ from mezo_jax.transforms.step import field, make_step, pends
 
 
 def run(config: config_lib.Train, workdir: Path,
-        place: 'replicas_lib.Place | None' = None, source: str = '') -> dict:
+        place: 'replicas_lib.Place | None' = None, source: str = ''
+        ) -> dict[str, Any]:
   """Trains a model, or evaluates a baseline, as a config says.
 
   If the run was stopped, the same call resumes it, and ends with bitwise the

@@ -32,7 +32,8 @@ def tokens_before(config: config_lib.Train) -> int:
   return methods.part_of(config).tokens(p)
 
 
-def lay_out(config: config_lib.Train, model: models.Transformer, params: dict):
+def lay_out(config: config_lib.Train, model: models.Transformer,
+            params: dict[str, Any]) -> Any:
   """Returns the model and its parameters with what is trained set apart.
 
   That is a head which was tied to the embedding, or the last layers, which are
@@ -46,8 +47,9 @@ def lay_out(config: config_lib.Train, model: models.Transformer, params: dict):
   return model, params
 
 
-def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
-             tokenizer):
+def adapters(config: config_lib.Train, model: models.Transformer,
+             params: dict[str, Any], tokenizer: Any
+             ) -> tuple[models.Transformer, dict[str, Any]]:
   """Returns the model and its adapters, {} if the config has none.
 
   The adapters are new ones of the config's kind, or those of ``peft.adapter``.
@@ -76,7 +78,8 @@ def adapters(config: config_lib.Train, model: models.Transformer, params: dict,
   return model, peft.prefix.init(model, params, key, **start)
 
 
-def split(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
+def split(config: config_lib.Train, params: dict[str, Any]
+          ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Splits parameters into trained and frozen ones.
 
   Trained are those of the method that ``peft.mask`` selects. The new head of a
@@ -125,7 +128,8 @@ def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:
   return trained, frozen
 
 
-def before_training(config: config_lib.Train, params: dict) -> dict:
+def before_training(config: config_lib.Train, params: dict[str, Any]
+                    ) -> dict[str, Any]:
   """Returns the parameters of the untrained model: those without adapters.
 
   Two kinds of adapters stay. With a soft prompt, rows contain its tokens, so
