@@ -21,24 +21,6 @@ def test_a_config_survives_json():
   config_lib.check_same_run(config, saved)
 
 
-def test_a_config_of_an_earlier_version_is_read():
-  """What `spsa` has stood under `optimizer`."""
-  config = changed(
-      config_lib.Train(), spsa__eps=0.5, spsa__distribution='rademacher',
-      optimizer__groups=(('q', 1e-3, 1e-2),), optimizer__learning_rate=1e-2)
-  saved = json.loads(json.dumps(config_lib.to_json(config)))
-  saved['optimizer'] |= saved.pop('spsa')
-  assert config_lib.from_json(saved) == config
-  del saved['optimizer']['combine']
-  saved['optimizer']['one_sided'] = True
-  assert config_lib.from_json(saved).spsa.combine == 'one_sided'
-  saved['optimizer']['one_sided'] = False
-  config_lib.check_same_run(config, saved)
-  config.spsa.eps = 0.25
-  with pytest.raises(InputError, match=r'spsa\.eps.*0\.5.*0\.25'):
-    config_lib.check_same_run(config, saved)
-
-
 @pytest.mark.parametrize('path,same,other', [
     ('max_still', 100, 5), ('variant.stored_anchor', False, True),
     ('variant.anneal', 1.0, 4.0), ('variant.anneal_every', 8, None),
@@ -115,7 +97,7 @@ def test_a_removed_field_is_read_at_its_only_value_and_else_refused(
 def test_bad_settings(changes, message):
   config = config_lib.Train(task=Task(
       template='{text} It was', label_words=(' terrible', ' great')))
-  checks.check(config)
+  checks.check_config(config)
   with pytest.raises(InputError, match=message) as e:
-    checks.check(changed(config, **changes))
+    checks.check_config(changed(config, **changes))
   assert str(e.value).endswith('.') and '\n' not in str(e.value)

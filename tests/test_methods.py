@@ -190,7 +190,8 @@ def test_a_method_is_an_entry_of_the_table_and_nothing_else(
   assert 'toy descent' in (out / 'README.md').read_text()
   for bad in (dict(optimizer__weight_decay=0.1), dict(variant__share=2.0)):
     with pytest.raises(InputError, match='weight_decay|variant.share'):
-      checks.check(small_config(tiny_dir, reviews_file, method='toy', **bad))
+      checks.check_config(
+          small_config(tiny_dir, reviews_file, method='toy', **bad))
   checks.check_given(config, ['variant.share'])
   for given in ('variant.window', 'spsa.rank', 'privacy.epsilon'):
     with pytest.raises(InputError, match=f'{given} changes nothing'):
@@ -310,4 +311,4 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='forward_grad', objective='accuracy'), "'accuracy'")])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):
-    checks.check(small_config(tiny_dir, reviews_file, **changes))
+    checks.check_config(small_config(tiny_dir, reviews_file, **changes))

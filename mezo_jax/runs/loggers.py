@@ -27,7 +27,8 @@ class Metrics:
 
   def __init__(self, workdir: Path, step: int = 0):
     path = workdir / 'metrics.jsonl'
-    self.records: list[dict[str, Any]] = [_plain(r) for r in read(path) if r['step'] <= step]
+    self.records: list[dict[str, Any]] = [
+        _plain(r) for r in read(path) if r['step'] <= step]
     self._at = {(r['kind'], r['step']): r for r in self.records}
     self._file = self._board = None
     if jax.process_index() > 0:

@@ -69,8 +69,9 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   """Builds everything that a run needs before its first step.
 
   Args:
-    config: Config of the run, checked by `mezo_jax.training.checks.check`.
-    abstract: Whether parameters and state are `jax.ShapeDtypeStruct` with
+    config: Config of the run, checked by
+    `mezo_jax.training.checks.check_config`. abstract: Whether parameters and
+    state are `jax.ShapeDtypeStruct` with
       shardings. Then no weights are read. Defaults to False.
     model_config: Config of the model, for ``abstract``. Defaults to that of its
       files.

@@ -23,17 +23,17 @@ from mezo_jax.training import fields, methods, optimizer
 from mezo_jax.transforms.evaluate_points import COMBINES, OVER
 
 
-def check(config: config_lib.Train) -> None:
+def check_config(config: config_lib.Train) -> None:
   """Checks that the values of a config can work.
 
   Raises:
     InputError: if one cannot; it names the field.
   """
-  fields.check(config)
+  fields.check_types(config)
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
-  task_lib.check(config.task)
+  task_lib.check_task(config.task)
   of_task = config.task.traits
-  objectives.check(config.task, config_lib.objective(config))
+  objectives.check_objective(config.task, config_lib.objective(config))
   _one_of('method', config.method, methods.METHODS)
   _one_of('peft.method', p.method, PARTS)
   method, part = methods.method_of(config), methods.part_of(config)
@@ -166,7 +166,8 @@ def check(config: config_lib.Train) -> None:
       raise InputError(f'config: {message}.')
   for a in config.also:
     try:
-      check(dataclasses.replace(config, task=a.task, data=a.data, also=()))
+      check_config(dataclasses.replace(
+          config, task=a.task, data=a.data, also=()))
     except InputError as e:
       raise InputError(f'task {a.name!r}: {e}') from e
   for name, text in (('peft.mask', p.mask), ('peft.targets', p.targets),

@@ -230,7 +230,8 @@ _REMOVED = {
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
 # Values that earlier versions had of fields that are still there.
-_REMOVED_VALUES = {'peft.positions': 'jump', 'calibration': 'icl_sfc'}
+_REMOVED_VALUES = {'spsa.distribution': 'sphere',
+                   'peft.positions': 'jump', 'calibration': 'icl_sfc'}
 
 
 def bound(config: Train) -> dict:
@@ -296,29 +297,9 @@ def from_json(saved: dict) -> Train:
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
         for name, v in values.items()})
-  config = build(Train, _of_this_version(saved))
+  config = build(Train, _without_removed(saved))
   config.also = tuple(build(Also, a) for a in saved.get('also', ()))
   return config
-
-
-def _of_this_version(saved: dict) -> dict:
-  """Returns a saved config with the fields that this version has.
-
-  In earlier versions the fields of `Spsa` were in `Optimizer`, ``combine`` was
-  ``one_sided``, and there were those of `_REMOVED`.
-
-  Raises:
-    InputError: if a field had a value that this version does not support.
-  """
-  moved = {f.name for f in dataclasses.fields(Spsa)} | {'one_sided'}
-  old = saved.get('optimizer', {})
-  spsa = {k: v for k, v in old.items() if k in moved} | saved.get('spsa', {})
-  if 'one_sided' in spsa:
-    one_sided = spsa.pop('one_sided')
-    spsa = {'combine': 'one_sided' if one_sided else 'two_sided'} | spsa
-  return _without_removed(saved) | {
-      'optimizer': {k: v for k, v in old.items() if k not in moved},
-      'spsa': spsa}
 
 
 def _without_removed(saved: dict) -> dict:
@@ -385,7 +366,7 @@ def check_same_run(config: Train, saved: dict) -> None:
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
-  compare(to_json(config), _of_this_version(saved), '')
+  compare(to_json(config), _without_removed(saved), '')
   if private and any(c.startswith('steps') for c in changed):
     raise InputError(
         f'the budget of this private run, epsilon {config.privacy.epsilon:g}, '

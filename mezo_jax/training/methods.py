@@ -107,7 +107,7 @@ class Method:
       that a step takes on average; one with its tangent counts as two. ``rows``
       is the number of training rows.
     needs: Rules, ``rule(config) -> (holds, message)``, in addition to what
-      `mezo_jax.training.checks.check` asks of every config.
+      `mezo_jax.training.checks.check_config` asks of every config.
     reads: The options of `Variant` that the method reads.
     ignores: Regular expression of other fields that the method does not read.
     backprop: Whether it trains by backpropagation.
