@@ -56,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(argv: Sequence[str]) -> None:
   """Fine-tunes a model, or evaluates a baseline."""
-  try:
-    from mezo_jax.training import run
-  except ImportError:  # until the body of train.py is in mezo_jax.training
-    from train import run
+  from mezo_jax.training import run  # imports what only training needs
   launch.main(run, program=argv[0], argv=argv[1:])
 
 
