@@ -27,7 +27,8 @@ class Metrics:
 
   def __init__(self, workdir: Path, step: int = 0):
     path = workdir / 'metrics.jsonl'
-    self.records: list[dict[str, Any]] = [_plain(r) for r in read(path) if r['step'] <= step]
+    self.records: list[dict[str, Any]] = [
+        _plain(r) for r in read(path) if r['step'] <= step]
     self._at = {(r['kind'], r['step']): r for r in self.records}
     self._file = self._board = None
     if jax.process_index() > 0:
@@ -110,9 +111,9 @@ class Progress:
       self._metrics.write('train', step, **told, **cost,
                           skipped=int(values['skipped']))
     loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
-    size = values.get('projected_grad', values.get('grad_norm'))
-    speed = (f'{tokens / max(seconds, 1e-9):.0f} tokens/s' if cost else
-             'from the log')
+    size: Any = values.get('projected_grad', values.get('grad_norm'))
+    speed = ('from the log' if tokens is None else
+             f'{tokens / max(seconds, 1e-9):.0f} tokens/s')
     text = f'{loss}|g| {np.abs(size).mean():.1f}, {speed}'
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update()

@@ -170,7 +170,8 @@ class Log:
       old = self.steps.until(first - 1)
       self.steps = Steps(
           old.first,
-          np.append(old.values, np.float32([v for _, _, v, _ in new])),
+          np.append(old.values, np.array(
+              [v for _, _, v, _ in new], np.float32)),
           np.concatenate([old.projected_grads, [g for _, g, _, _ in new]]),
           old.added | {step for step, _, _, added in new if added})
 
@@ -198,7 +199,7 @@ class Log:
     Raises:
       InputError: if the file is not there any more.
     """
-    if self._file is None:
+    if self._file is None or self._path is None:
       return
     if not self._path.exists() or not os.path.samestat(
         os.stat(self._path), os.fstat(self._file.fileno())):

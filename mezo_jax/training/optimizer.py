@@ -1,5 +1,7 @@
 """A config's optimizer: MeZO, one of its relatives, or backpropagation."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -56,9 +58,10 @@ def relative(config: config_lib.Train, rate, eps, params,
   """The transform of one of `mezo_jax.variants`."""
   name, v, z = config.method, config.variant, config.spsa
   make = getattr(variants, name)
-  more = dict(key=jax.random.key(config.seed), directions=directions(config),
-              num_samples=z.num_samples, over=z.over,
-              stochastic_rounding=z.stochastic_rounding)
+  more: dict[str, Any] = dict(
+      key=jax.random.key(config.seed), directions=directions(config),
+      num_samples=z.num_samples, over=z.over,
+      stochastic_rounding=z.stochastic_rounding)
   if name == 'svrg':
     return make(rate, eps, every=v.every, anneal=v.anneal,
                 anneal_every=v.anneal_every, stored_anchor=v.stored_anchor,
@@ -111,7 +114,7 @@ def directions(config: config_lib.Train) -> Directions:
   """What z is."""
   z = config.spsa
   lazy = z.distribution in ('lazy_low_rank', 'subzero')
-  more = dict(rank=z.rank) if lazy or z.distribution == 'low_rank' else {}
+  more: dict[str, Any] = dict(rank=z.rank) if lazy or z.distribution == 'low_rank' else {}
   if lazy:
     more['every'] = z.lazy_every
   return KINDS[z.distribution](z.generator, **more)
