@@ -23,6 +23,7 @@ import jax
 from mezo_jax.planning import machines, plan
 from mezo_jax.tasks import Task
 from mezo_jax.training.config import Data, Model, Optimizer, Train
+from mezo_jax.training.methods import METHODS
 
 MODELS = ('facebook/opt-13b', 'facebook/opt-30b', 'facebook/opt-66b',
           'facebook/opt-175b', 'meta-llama/Meta-Llama-3-8B',
@@ -37,7 +38,8 @@ STEP = ('losses', 'update')
 
 def config_of(model: str, method: str = 'mezo') -> Train:
   return Train(
-      method=method, model=Model(model, 'bfloat16', remat=method != 'mezo'),
+      method=method,
+      model=Model(model, 'bfloat16', remat=METHODS[method].backprop),
       task=Task(template='{text} It was', label_words=(' terrible', ' great')),
       data=Data(train='not read', batch_size=16, num_train=100, num_dev=100),
       optimizer=Optimizer(name='sgd'))
@@ -45,22 +47,23 @@ def config_of(model: str, method: str = 'mezo') -> Train:
 
 def report(model: str, topology: str, method: str) -> dict:
   """Of one device, in GiB; None where too many to say."""
+  backprop = METHODS[method].backprop
   found = plan.plan(
       config_of(model, method), topology, tokens=TOKENS,
       wanted=lambda name: name != 'evaluation' and (
-          method == 'mezo' or name != 'inference'))
+          not backprop or name != 'inference'))
   gib = lambda size: None if size == float('inf') else size / plan.GIB
   kinds = lambda name: {
       kind: n for kind, (n, _) in found.programs[name].collectives.items()}
   out = dict(
-      peak=gib(found.peak(*(STEP if method == 'mezo' else ('step',)))),
+      peak=gib(found.peak(*(('step',) if backprop else STEP))),
       limit=found.limit / plan.GIB, mesh=plan.spell_mesh(vars(
           found.config.mesh)), fits=all(
               p.fits for name, p in found.programs.items()
               if name != 'inference'),
       seconds=sum(p.seconds for p in found.programs.values()))
   out['fits'] &= out['peak'] is not None and out['peak'] < out['limit']
-  if method == 'mezo':
+  if not backprop:
     base = found.programs['inference']
     out |= dict(inference=gib(found.peak('inference')),
                 cycles=found.cycles / base.cycles / 2,

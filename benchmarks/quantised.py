@@ -80,7 +80,7 @@ def learned(folder: Path) -> list[dict]:
       config = quickstart.get_config()
       config.model.dtype, config.method, config.seed = dtype, method, seed
       config.spsa.fold_every = fold
-      if method == 'qzo':
+      if rate:
         config.peft = Peft(mask='^last_layers/', num_layers=1)
         config.spsa.eps, (config.optimizer.learning_rate,) = 1e-2, rate
       config.steps, config.eval_every = STEPS, 1000

@@ -5,8 +5,7 @@
 Reproduces (Malladi et al., 2023, Table 3, non-differentiable objective, SQuAD):
 F1 78.5, against 46.2 zero-shot and 84.7 by cross-entropy. Learning rates of
 Table 16: {1e-1, 5e-2, 1e-2} (all parameters: {1e-6, 5e-6, 1e-5}, eps 1e-3).
-Each step generates 2 x 16 answers; dev rows are scored by F1. The paper's code
-lets generated tokens stand num_tokens too far on: --config.peft.positions=jump.
+Each step generates 2 x 16 answers; dev rows are scored by F1.
 """
 
 import dataclasses

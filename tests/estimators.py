@@ -101,8 +101,6 @@ ROWS = {
     'mazo': of_params(variants.mazo, mask=lambda x: np.ones(
         jnp.shape(x), bool)),
     'svrg': svrg,
-    'svrg, stored anchor': functools.partial(
-        svrg, stored_anchor=True, every=3),
     'private': private,
     'spsa and sgd': chained(optax.sgd),
     'spsa and adam': chained(optax.adam),

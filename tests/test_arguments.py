@@ -137,7 +137,7 @@ def test_jit_can_be_disabled(name):
 @pytest.mark.slow_except(name=['mezo', 'private'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
-    'adam by history', 'svrg', 'hizoo', 'svrg, stored anchor'])
+    'adam by history', 'svrg', 'hizoo'])
 def test_strict_modes(name):
   """Warnings as errors, no implicit promotion of dtypes or ranks, no leaks."""
   params = {'w': jnp.sin(jnp.arange(96.0)).reshape(12, 8),
@@ -472,8 +472,7 @@ SPSA = dict(
     directions=[None, 'cauchy', 3, mezo_jax.Normal, ['normal'], {}],
     combine=[None, 'mean', lambda losses, eps: losses, 1],
     num_samples=[0, -1, 1.5, 'x', True, [2]],
-    over=['cols', None, 1, ['scan']], micro_batches=[0, 1.5, 'x', False],
-    equal_parts=[None, 'yes', 1])
+    over=['cols', None, 1, ['scan']], micro_batches=[0, 1.5, 'x', False])
 RATE = dict(learning_rate=[
     None, 'x', np.nan, [1e-3], {}, {'(': 1.0}, {'': None}, jnp.ones(2),
     lambda t: None, float])
@@ -576,7 +575,7 @@ TABLE = {
     'private': (trained(
         lambda key, **kwargs: ROWS['private'](key=key, **kwargs),
         learning_rate=1e-3), MEZO | without(
-            ONE_EPS, 'combine', 'over', 'equal_parts')),
+            ONE_EPS, 'combine', 'over')),
     'private, alone': (lambda **kwargs: variants.private(**(dict(
         learning_rate=1e-3, key=0, clip=1.0, noise_multiplier=1.0,
         batch_size=8) | kwargs)), dict(
@@ -598,8 +597,7 @@ TABLE = {
     'svrg': (trained(variants.svrg, learning_rate=1e-3), without(
         RATE | ONE_EPS, 'combine', 'over', 'micro_batches') | dict(
             every=[1, 2.5, None], anchor_learning_rate=[None, 'x'],
-            anneal=[0.5, None], anneal_every=[0, None], rows=[0, 'x'],
-            stored_anchor=[None, 1], stochastic_rounding=[None])),
+            rows=[0, 'x'], stochastic_rounding=[None])),
     'saliency': (lambda **kwargs: variants.saliency(**(dict(
         value_fns=[loss], params=PARAMS, key=0, num_samples=1) | kwargs)), dict(
             value_fns=[None, loss, [], [3]], params=[None], key=SPSA['key'],
@@ -610,9 +608,6 @@ TABLE = {
         value_fn=loss, params=PARAMS, key=0) | kwargs)), dict(
             value_fn=[None, 3], params=[None], key=SPSA['key'],
             num_samples=[0, None], eps=[0.0, None], directions=[None])),
-    'param_norms': (lambda **kwargs: variants.param_norms(
-        **(dict(params=PARAMS) | kwargs)), dict(
-            params=[None], directions=[None, 'cauchy'])),
     'no_norms': (lambda **kwargs: variants.no_norms(
         **(dict(params=PARAMS) | kwargs)), dict(
             params=[None], directions=[None, 'cauchy'])),

@@ -345,6 +345,6 @@ def test_the_update_needs_no_dense_tree(name):
   most = 0.3
   if 'adam' in name:  # two moments are read twice
     most = 1.6
-  elif name in ('hizoo', 'svrg, stored anchor'):  # H, or that, is read twice
+  elif name == 'hizoo':  # H is read twice
     most = 1.1
   assert memory.temp_size_in_bytes < most * size

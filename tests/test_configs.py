@@ -52,11 +52,11 @@ def test_every_config_loads_and_says_how_to_run_it():
       if path.stem == 'own':  # the data and their task are the user's
         config.data.train = 'x.csv'
         config.task = Task(template='{text}', label_words=(' no', ' yes'))
-      checks.check(config)
+      checks.check_config(config)
       assert config_lib.to_json(config)
     if hasattr(found, 'get_suite'):
       for config in found.get_suite().values():
-        checks.check(config)
+        checks.check_config(config)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_every_field_is_set_on_the_command_line():
     for path, (text, value) in given.items():
       found = _leaf(config, path)
       assert found == value and type(found) is type(value), (path, text, found)
-    fields.check(config)
+    fields.check_types(config)
 
 
 def test_a_function_of_the_file_gives_way_to_a_name(tmp_path):
@@ -115,7 +115,7 @@ def get_config():
     ('spsa.eps=small', 'spsa.eps=small')])
 def test_what_cannot_be_set(argument, message):
   with pytest.raises(InputError, match=message):
-    checks.check(read_config(OWN, [
+    checks.check_config(read_config(OWN, [
         '--config.task.template={text}',
         *(["--config.task.label_words=(' no', ' yes')"] if (
             'label_words' not in argument) else []), f'--config.{argument}']))
@@ -198,20 +198,20 @@ def _fine():
     (dict(also=(Data(),)), r'also .*\(Data\('),
     (dict(objective=lambda p: 0), r'objective .*\(predictions, examples\)')])
 def test_values_of_another_type(changes, message):
-  checks.check(_fine())
+  checks.check_config(_fine())
   with pytest.raises(InputError, match=message):
-    checks.check(changed(_fine(), **changes))
+    checks.check_config(changed(_fine(), **changes))
 
 
 def test_a_field_that_a_config_file_invents():
   config = _fine()
   config.optimizer.lr = 1e-4
   with pytest.raises(InputError, match="'optimizer.lr'.*learning_rate"):
-    checks.check(config)
+    checks.check_config(config)
   config = changed(_fine(), also=(Also('b', _fine().task, Data()),))
   config.also[0].data.train_rows = 3
   with pytest.raises(InputError, match=r"'also\[0\].data.train_rows'"):
-    checks.check(config)
+    checks.check_config(config)
 
 
 @pytest.mark.parametrize('changes,given,message', [

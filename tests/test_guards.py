@@ -11,7 +11,7 @@ import train
 
 def watched(losses, said, start=0, logged=0, **changes):
   """Takes the losses of steps 1, 2, ..., of which some were made before."""
-  limits = dict(max_skipped=10, max_still=100, max_rise=10.0) | changes
+  limits = dict(max_skipped=10, max_rise=10.0) | changes
   steps = replay.Steps(1, np.array(losses[:logged], np.float32),
                        np.ones((logged, 1), np.float32), frozenset())
   log = replay.Log(None, {}, steps)

@@ -56,7 +56,7 @@ def test_templates(tiny_dir, reviews_file, template, message):
   config = runs.small_config(tiny_dir, reviews_file)
   config.task = Task(template=template, label_words=(' a', ' b'))
   with pytest.raises(InputError, match=message):
-    checks.check(config)
+    checks.check_config(config)
 
 
 def test_a_column_may_have_any_name():
@@ -71,7 +71,7 @@ def test_a_column_may_have_any_name():
     dict(optimizer__groups=(('a', float('inf'), 1e-3),))])
 def test_numbers_of_a_config(tiny_dir, reviews_file, changes):
   with pytest.raises(InputError, match='^config: '):
-    checks.check(runs.small_config(tiny_dir, reviews_file, **changes))
+    checks.check_config(runs.small_config(tiny_dir, reviews_file, **changes))
 
 
 @pytest.mark.parametrize('changes', [

@@ -177,7 +177,7 @@ def test_a_run_says_how_labels_are_read():
     dict(label_names=('1', 1))])
 def test_names_that_cannot_be(changes):
   with pytest.raises(InputError, match='task.label_'):
-    task_lib.check(of_kind(**changes))
+    task_lib.check_task(of_kind(**changes))
 
 
 @pytest.mark.parametrize('value', [None, float('nan'), '', ['x'], {'x': 1}])

@@ -1,5 +1,6 @@
 """Every method and objective, through train.py."""
 
+import ast
 import contextlib
 import json
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from runs import changed, saved, small_config, train_losses
 
+import mezo_jax
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError, Stopped
 from mezo_jax.export.from_run import export
@@ -77,7 +79,7 @@ def test_mezo_from_the_linear_probe_on(tiny_dir, reviews_file, tmp_path):
 
 
 @pytest.mark.parametrize('method,calibration', [
-    ('zero_shot', ''), ('zero_shot', 'sfc'), ('icl', ''), ('icl', 'icl_sfc')])
+    ('zero_shot', ''), ('zero_shot', 'sfc'), ('icl', ''), ('icl', 'sfc')])
 def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
                                 calibration):
   config = small_config(tiny_dir, reviews_file, method=method, num_demos=3,
@@ -149,7 +151,10 @@ def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
 
 
 def test_the_documentation_names_them_all():
-  relatives = {name for name, m in methods.METHODS.items() if m.variant}
+  text = (conftest.ROOT / 'docs' / 'relatives.md').read_text()
+  rows = text.split('| name |')[1].split('\n\n')[0].splitlines()[2:]
+  relatives = {row.split('|')[1].strip(' `') for row in rows} - {'mezo'}
+  assert relatives <= methods.METHODS.keys()
   for file, title, table in (
       ('tasks.md', '| `method` | |', methods.METHODS),
       ('peft.md', '| `--config.peft.method=` |', methods.PARTS)):
@@ -158,9 +163,74 @@ def test_the_documentation_names_them_all():
     names = [row.split('|')[1].strip(' `').replace('(empty)', '')
              for row in rows]
     assert names == [name for name in table if name not in relatives]
-  text = (conftest.ROOT / 'docs' / 'relatives.md').read_text()
-  rows = text.split('| name |')[1].split('\n\n')[0].splitlines()[2:]
-  assert {row.split('|')[1].strip(' `') for row in rows} == relatives | {'mezo'}
+
+
+def test_a_method_is_an_entry_of_the_table_and_nothing_else(
+    tiny_dir, reviews_file, tmp_path, monkeypatch):
+  """A new entry trains, resumes, is replayed, refuses and is described."""
+  monkeypatch.setitem(methods.METHODS, 'toy', methods.Method(
+      'toy descent, forward passes only',
+      lambda s: mezo_jax.mezo(
+          lambda step: 2 * s.learning_rate(step), s.eps, **s.options),
+      lambda config, rows: 7,
+      needs=(lambda config: (
+          not config.optimizer.weight_decay, 'a toy has no weight_decay'),),
+      reads=('share',), ignores=r'spsa\.rank'))
+  changes = dict(zero_shot=False, eval_every=6)
+  config = small_config(tiny_dir, reviews_file, method='toy', **changes)
+  result = train.run(config, tmp_path / 'toy')
+  assert result['forwards'] == 6 * 7 and result['method'] == 'toy'
+  # It is MeZO at twice the learning rate.
+  twice = small_config(
+      tiny_dir, reviews_file, **changes,
+      optimizer__learning_rate=2 * config.optimizer.learning_rate)
+  train.run(twice, tmp_path / 'mezo')
+  helpers.assert_bitwise(saved(tmp_path / 'toy'), saved(tmp_path / 'mezo'))
+  out = export(tmp_path / 'toy', tmp_path / 'out')
+  assert 'toy descent' in (out / 'README.md').read_text()
+  for bad in (dict(optimizer__weight_decay=0.1), dict(variant__share=2.0)):
+    with pytest.raises(InputError, match='weight_decay|variant.share'):
+      checks.check_config(
+          small_config(tiny_dir, reviews_file, method='toy', **bad))
+  checks.check_given(config, ['variant.share'])
+  for given in ('variant.window', 'spsa.rank', 'privacy.epsilon'):
+    with pytest.raises(InputError, match=f'{given} changes nothing'):
+      checks.check_given(config, [given])
+
+
+def test_no_other_module_compares_the_method_with_a_name():
+  """`config.method`, or a variable called method, in ``==``, ``in`` or
+  ``match``; and any comparison with a text that names a method."""
+  def texts(node):
+    return {x.value for x in ast.walk(node)
+            if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+
+  def names_method(node):
+    if isinstance(node, ast.Attribute):
+      return node.attr == 'method' and ast.unparse(node.value) not in (
+          'p', 'peft', 'config.peft', 'run.peft')
+    return isinstance(node, ast.Name) and node.id == 'method'
+
+  found = []
+  files = [conftest.ROOT / 'train.py',
+           *(conftest.ROOT / 'mezo_jax').rglob('*.py'),
+           *(conftest.ROOT / 'benchmarks').rglob('*.py')]
+  for file in files:
+    if file.name == 'methods.py' and file.parent.name == 'training':
+      continue
+    for node in ast.walk(ast.parse(file.read_text())):
+      if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+      elif isinstance(node, ast.Match):
+        sides = [node.subject, *(case.pattern for case in node.cases)]
+      else:
+        continue
+      said = set().union(*map(texts, sides))
+      in_package = 'benchmarks' not in file.parts
+      if said and any(map(names_method, sides)) or (
+          in_package and said & methods.METHODS.keys()):
+        found.append(f'{file}:{node.lineno}: {ast.unparse(node)}')
+  assert not found
 
 
 # --- MeZO's relatives -------------------------------------------------------
@@ -177,7 +247,7 @@ def test_the_documentation_names_them_all():
     ('hizoo', dict(optimizer__micro_batches=2), 6 * 3),
     ('lozo_m', dict(spsa__distribution='lazy_low_rank', spsa__rank=2,
                     spsa__lazy_every=3), 6 * 2),
-    ('expectation_modified', dict(variant__norm='param'), 6 * 2),
+    ('expectation_modified', dict(variant__num_scores=1), 6 * 2),
     ('mezo', dict(spsa__distribution='subzero', spsa__rank=2), 6 * 2),
     ('quzo', dict(model__dtype='int8', spsa__fold_every=3, spsa__eps=1e-2),
      6 * 2),
@@ -230,7 +300,7 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='lozo_m'), 'lazy_low_rank'),
     (dict(method='hizoo', variant__curvature_rate=1.0), 'curvature_rate'),
     (dict(method='hizoo', spsa__combine='one_sided'), 'spsa.combine'),
-    (dict(method='variance_modified', variant__norm='both'), 'variant.norm'),
+    (dict(method='mazo', variant__num_scores=0), 'num_scores'),
     (dict(method='mazo', model__dtype='int8'), 'model.dtype'),
     (dict(method='private', privacy__delta=0.0), 'delta'),
     (dict(method='private', privacy__mechanism='uniform'),
@@ -241,4 +311,4 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='forward_grad', objective='accuracy'), "'accuracy'")])
 def test_what_does_not_fit_a_relative(tiny_dir, reviews_file, changes, message):
   with pytest.raises(InputError, match=message):
-    checks.check(small_config(tiny_dir, reviews_file, **changes))
+    checks.check_config(small_config(tiny_dir, reviews_file, **changes))

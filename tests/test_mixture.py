@@ -124,4 +124,4 @@ def test_what_cannot_be_is_refused(config, change, message):
   else:
     config.also = (dataclasses.replace(config.also[0], **change),)
   with pytest.raises(ValueError, match=message):
-    checks.check(config)
+    checks.check_config(config)

@@ -153,20 +153,6 @@ def test_norms_are_those_of_the_gradients_of_layers():
   np.testing.assert_allclose(np.sum(sizes / every**2), sum(sizes), rtol=1e-4)
 
 
-def test_norms_of_parameters_and_names_of_layers():
-  """Layers by number are as those of a stack."""
-  w = np.random.RandomState(0).normal(size=(2, 4, 4)).astype(np.float32)
-  w[1] *= 3
-  stacked = variants.param_norms({'layers': {'w': jnp.asarray(w)}})
-  apart = variants.param_norms({f'layers_{i}': {'w': jnp.asarray(w[i])}
-                                for i in range(2)})
-  norm = np.sqrt((w**2).sum((1, 2)))
-  got = np.asarray(stacked['layers']['w'])
-  np.testing.assert_allclose(got / got[0], norm / norm[0], rtol=1e-5)
-  np.testing.assert_allclose(
-      [apart['layers_0']['w'], apart['layers_1']['w']], got, rtol=1e-5)
-
-
 # --- what they claim --------------------------------------------------------
 
 

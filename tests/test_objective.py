@@ -8,7 +8,8 @@ from mezo_jax.tasks import Task
 
 def test_objectives_that_fit_and_that_do_not():
   def check(objective, kind='classification', mask=''):
-    objectives.check(Task(kind=kind, template='{text}' + mask), objective)
+    task = Task(kind=kind, template='{text}' + mask)
+    objectives.check_objective(task, objective)
   for objective in ('lm', 'cross_entropy', 'accuracy', 'f1', max):
     check(objective)
     assert objectives.gold_only(objective) == (objective == 'lm')

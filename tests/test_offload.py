@@ -170,4 +170,4 @@ def test_configs_that_cannot(tiny_dir, reviews_file):
                  dict(peft__method='last_layers'), dict(method='sign')):
     config = small_config(tiny_dir, reviews_file, model__offload=True, **change)
     with pytest.raises(InputError, match='model.offload'):
-      checks.check(config)
+      checks.check_config(config)

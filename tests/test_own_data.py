@@ -99,7 +99,7 @@ def test_k_rows_of_each_label(tmp_path):
 def test_numbers_that_cannot_be(changes, message):
   config = config_lib.Train(task=TASK, data=Data(train='x', **changes))
   with pytest.raises(InputError, match=message):
-    checks.check(config)
+    checks.check_config(config)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def own(tiny_dir, tmp_path):
 
 def test_the_config_for_own_data(own):
   """It inherits nothing from the quickstart."""
-  checks.check(own)
+  checks.check_config(own)
   o = own.optimizer
   assert (own.peft.method, own.peft.mask, o.schedule) == ('', '', 'constant')
   assert o.learning_rate == 1e-6

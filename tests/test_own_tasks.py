@@ -146,6 +146,6 @@ def test_other_errors_of_rows():
     (dict(metric='drop_f1'), "task.metric 'drop_f1' .*'classification'")])
 def test_tasks_that_cannot_work(changes, message):
   with pytest.raises(ValueError, match=f'config: .*{message}'):
-    task_lib.check(of_kind(**changes))
+    task_lib.check_task(of_kind(**changes))
   for kind in ('classification', 'multiple_choice', 'generation'):
-    task_lib.check(of_kind(kind))
+    task_lib.check_task(of_kind(kind))

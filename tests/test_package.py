@@ -172,7 +172,7 @@ def test_the_tasks_in_the_documentation_fit_their_rows():
   found = []
   for row, code in blocks:
     task, row = eval(code, {'Task': Task}), json.loads(row)
-    task_lib.check(task)
+    task_lib.check_task(task)
     found.append(task.prompt(row) + task.gold_text(row))
   assert found == [
       'a warm film It was great', 'Who wrote it? Joyce',

@@ -224,27 +224,6 @@ def test_cached_generation_is_uncached(kind, changes, positions):
   np.testing.assert_array_equal(got, logits[:, 11:-1].argmax(-1))
 
 
-def test_the_original_s_jump_is_an_option():
-  """Tokens that are generated stand M further on than they should."""
-  model, params, ids = helpers.tiny_model(rope=None, norm='layer')
-  jumping, whole = adapted(
-      'prefix', model.clone(prefix_positions='jump'), params, init='normal')
-  cache = lambda: models.make_cache(model.config, 4, 14, jnp.float32)
-  run = lambda m, ids, cache: helpers.quick_jit(
-      lambda cache: m.apply({'params': whole}, ids, cache=cache))(cache)
-  first, now = run(jumping, ids, cache())
-  same, then = run(model, ids, cache())
-  np.testing.assert_array_equal(first, same)
-  jumped, _ = run(jumping, ids[:, :1], now)
-  plain, _ = run(model, ids[:, :1], then)
-  shifted = whole | {'positions': {'embedding': jnp.roll(
-      params['positions']['embedding'], -3, 0)}}
-  want, _ = helpers.quick_jit(lambda cache: model.apply(
-      {'params': shifted}, ids[:, :1], cache=cache))(then)
-  np.testing.assert_allclose(jumped, want, atol=1e-5)
-  assert np.abs(jumped - plain).max() > 1e-3
-
-
 @pytest.mark.parametrize('kind', ['prefix', 'prompt'])
 def test_packed_candidates_each_see_the_prefix(kind):
   """Candidates after a shared prompt score as each does alone."""

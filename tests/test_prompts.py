@@ -127,7 +127,7 @@ def test_declared_tasks_with_generated_answers(name, row, prompt, references):
 def test_every_declared_task_is_sound_and_written_out_above():
   assert {case[0] for case in CHOSEN + GENERATED} == set(tasks.TASKS)
   for task in tasks.TASKS.values():
-    task_lib.check(task)
+    task_lib.check_task(task)
   assert tasks.get('sst2', metric='macro_f1').main_metric == 'macro_f1'
   assert tasks.get('sst2').metric == ''
   with pytest.raises(ValueError, match="'sst3'.*sst2"):

@@ -21,8 +21,9 @@ def test_what_cannot_be_shared_out_is_refused(change, match, tiny_dir,
                                               reviews_file):
   config = small_config(tiny_dir, reviews_file, **change)
   with pytest.raises(InputError, match=match):
-    replicas.check(replicas.Place(0, 2, 'x', 1.0), config.method, ('mezo',),
-                   config.spsa.combine, config.spsa.num_samples)
+    replicas.check_replicas(
+        replicas.Place(0, 2, 'x', 1.0), config.method, ('mezo',),
+        config.spsa.combine, config.spsa.num_samples)
 
 
 def test_flags():

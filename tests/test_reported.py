@@ -156,11 +156,11 @@ def test_a_function_that_a_method_cannot_train_is_named(changes):
   config = runs.changed(config_lib.Train(
       task=TASKS['words'], objective=taste), **changes)
   with pytest.raises(InputError, match='objective taste '):
-    checks.check(config)
+    checks.check_config(config)
 
 
 def test_an_anchor_of_one_batch_can_have_any_objective():
-  checks.check(runs.changed(
+  checks.check_config(runs.changed(
       config_lib.Train(task=TASKS['words'], objective=taste), method='svrg',
       variant__anchor_rows=16))
 

@@ -140,7 +140,7 @@ def test_a_mean_over_tokens_is_the_same_in_parts():
     got, state = run_in(parts, rows)
     np.testing.assert_allclose(state[0].value, 1.2, rtol=1e-6)
     helpers.assert_close(got, want, rtol=1e-3)
-  with pytest.raises(ValueError, match='micro_batches=2 .*equal_parts'):
+  with pytest.raises(ValueError, match='micro_batches=2'):
     run_in(2, whole)
   # As of jnp.mean(..., keepdims=True).
   kept = lambda p, x, there: whole(p, x, there)[None]
@@ -148,8 +148,6 @@ def test_a_mean_over_tokens_is_the_same_in_parts():
     with pytest.raises(ValueError, match='scalar'):
       tx = mezo_jax.mezo(1e-2, key=0, **options)
       tx.update(None, tx.init(params), params, value_fn=kept, x=x, there=there)
-  _, state = run_in(2, whole, equal_parts=True)
-  np.testing.assert_allclose(state[0].value, 1.5, rtol=1e-6)
 
 
 def test_rows_of_weight_0_do_not_count():

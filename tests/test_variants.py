@@ -130,10 +130,6 @@ class Svrg:
         + self.g)
 
 
-class SvrgStored(Svrg):
-  made = functools.partial(Svrg.made, stored_anchor=True)
-
-
 class Sparse:
   """The mask is of the weights before the step, perturbed or not."""
 
@@ -165,7 +161,7 @@ class Lozo:
 
 
 RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
-             Conservative, ForwardGrad, Svrg, SvrgStored]
+             Conservative, ForwardGrad, Svrg]
 
 
 @pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
@@ -281,21 +277,6 @@ def test_svrg_without_its_anchor_moves_nothing():
   assert np.flatnonzero(moved).tolist() == [2, 6, 14]  # not 10
 
 
-def test_svrg_anneals():
-  """Losses that rise by more than 5 % from ten steps to the next ten."""
-  tx = variants.svrg(0.0, EPS, key=KEY, every=2, anchor_learning_rate=0.0,
-                     anneal=4.0, anneal_every=10)
-  value = lambda params, batch: batch['level'] + 0.0 * jnp.sum(params['w'])
-  step = make_step(tx, value)
-  params = {'w': jnp.ones(3)}
-  state, scales = tx.init(params), []
-  for t in range(40):
-    params, state, _ = step(params, state, dict(
-        level=jnp.float32([1.0, 1.04, 1.2, 1.1][t // 10])))
-    scales.append(float(optax.tree.get(state, 'scale')))
-  assert scales[::10] == [1, 1, 1, 0.25] and scales[-1] == 0.25
-
-
 @pytest.mark.parametrize('directions', ['normal', mezo_jax.LowRank(rank=2)])
 def test_large_weights_are_neither_perturbed_nor_moved(directions):
   """In a stack of layers that is scanned, by rows and transposed: a share of
@@ -351,7 +332,6 @@ def tx_directions(directions):
 @pytest.mark.parametrize('make,message', [
     (lambda: variants.smallest(START, 0.0), 'share'),
     (lambda: variants.svrg(1e-3, key=0, every=1), 'every'),
-    (lambda: variants.svrg(1e-3, key=0, anneal=0.5), 'anneal'),
     (lambda: variants.momentum_by_history(1e-3, key=0, window=0), 'window'),
     *((lambda name=name: getattr(variants, name)(
         1e-3, {'a': 1e-3, '': 1e-2}, key=0), 'groups') for name in (

@@ -76,7 +76,7 @@ def _start(run: Callable, program: str, values: flags.FlagValues,
       hosts.join(*process)
     hosts.check_devices()
   with hosts.watch(program), in_one_sentence(program):
-    checks.check(values.config)
+    checks.check_config(values.config)
     checks.check_given(values.config, given)
     timeout = values.exchange_timeout
     try:

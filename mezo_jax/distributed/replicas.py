@@ -62,7 +62,7 @@ def place(replicas: int | None, replica: int | None, directory: str | None,
   return Place(replica, replicas, path, timeout)
 
 
-def check(place: Place | None, method: str, methods: Sequence[str],
+def check_replicas(place: Place | None, method: str, methods: Sequence[str],
           combine: str, num_samples: int) -> None:
   """Raises InputError for a run whose directions cannot be shared out.
 

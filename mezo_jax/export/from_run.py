@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mezo_jax import models, peft
 from mezo_jax.core import fingerprint, paths, reports, sharding
 from mezo_jax.core.errors import InputError, local, MissingError
+from mezo_jax.directions.by_name import options_of
 from mezo_jax.models.formats.save import check_new
 from mezo_jax.runs import checkpoint, replay
 from mezo_jax.runs import workdir as workdir_lib
@@ -330,8 +331,9 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   o, metric = run.optimizer, result.get('metric', run.task.main_metric)
   method, z = methods.method_of(run), run.spsa
   mezo, how = not method.backprop, method.words.format(optimizer=o.name)
-  kind = f'{z.distribution} {z.rank}' if z.distribution in (
-      'low_rank', 'lazy_low_rank', 'subzero') else z.distribution
+  kind = z.distribution
+  if 'rank' in options_of(kind):
+    kind = f'{kind} {z.rank}'
   rows = ' (of rows of their own)' if z.over == 'rows' else ''
   settings = {
       'data': _data(run),

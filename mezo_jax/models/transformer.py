@@ -107,10 +107,8 @@ class Transformer(nn.Module):
   Attributes:
     config: the family and its size.
     remat: whether backpropagation keeps each layer's input alone.
-    prefix_positions: of the tokens after a prefix: 'zero', they start at 0 as
-      without one (the paper); 'after', they start at M (PEFT); 'jump', tokens
-      that come through a cache are M further on than the prompt before them,
-      which is what the paper's code does when it generates.
+    prefix_positions: Positions of the tokens after a prefix: 'zero', from 0 on
+      as without one (the paper), or 'after', from M on (PEFT).
   """
 
   config: Config
@@ -197,7 +195,7 @@ class Transformer(nn.Module):
     if token_ids is not None:
       token_ids, tokens_inside = known_ids(
           'token_ids', token_ids, c.vocab_size, (None,))
-    shift = self._shift(have, cache)
+    shift = self._shift(have)
     longest = s if cache is None else cache.k.shape[2]
     if self.prefix_positions != 'zero':
       longest += prefix_length(have)
@@ -314,14 +312,9 @@ class Transformer(nn.Module):
       return out
     return out, cache._replace(length=cache.length + s)
 
-  def _shift(self, params, cache):
-    """How much further on the tokens stand than without a prefix."""
-    m = prefix_length(params)
-    if self.prefix_positions == 'zero' or not m:
-      return 0
-    if self.prefix_positions == 'after':
-      return m
-    return 0 if cache is None else jnp.where(cache.length > 0, m, 0)
+  def _shift(self, params) -> int:
+    """Returns how much larger positions are than without a prefix."""
+    return 0 if self.prefix_positions == 'zero' else prefix_length(params)
 
 
 def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],

@@ -13,7 +13,7 @@ from typing import Any
 from mezo_jax.core.errors import InputError
 
 POSITIONS = 'prefix_positions'  # A field of our own; PEFT does not know it.
-_PLACES = ('zero', 'after', 'jump')
+PLACES = ('zero', 'after')  # Its values; see `mezo_jax.models.Transformer`.
 
 _READ = {
     'LORA': {
@@ -212,7 +212,7 @@ _VIRTUAL = {
     'num_virtual_tokens': _is_count,
     # 2 are the encoder and the decoder of a model that has both.
     'num_transformer_submodules': lambda x: x in (None, 1),
-    POSITIONS: lambda x: x in _PLACES,
+    POSITIONS: lambda x: x in PLACES,
 }
 # Fields of PEFT that are known to change the result and are not supported.
 _REFUSED = {

@@ -68,7 +68,7 @@ def changes(found: Plan) -> Iterator[Change]:
 
 def _is_allowed(config: config_lib.Train) -> bool:
   try:
-    checks.check(config)
+    checks.check_config(config)
     return True
   except InputError:
     return False

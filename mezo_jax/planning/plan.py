@@ -117,7 +117,7 @@ def plan(config: config_lib.Train, topology: str, *,
     InputError: for a config, a topology or a mesh that cannot work.
   """
   config = dataclasses.replace(config, also=())
-  checks.check(config)
+  checks.check_config(config)
   if model_config is None:
     model_config = models.find_known(str(config.model.name)) or (
         build.read_config(config))

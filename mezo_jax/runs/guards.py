@@ -17,12 +17,13 @@ from mezo_jax.runs import replay
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')
 WINDOW = 100  # steps
+STILL = 100  # consecutive steps without any change of the weights
 _SPIKE = 8.0  # standard deviations of the window before
 
 
 def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
-         say: Callable[[str], None], *, max_skipped: int, max_still: int,
-         max_rise: float) -> Callable[[int, dict[str, Any]], None]:
+         say: Callable[[str], None], *, max_skipped: int, max_rise: float
+         ) -> Callable[[int, dict[str, Any]], None]:
   """Returns ``watch(step, values)``, to be called with each step's metrics.
 
   Args:
@@ -34,13 +35,12 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
     say: Reports a loss that jumps.
     max_skipped: Number of steps in a row whose loss is not finite that stop the
       run.
-    max_still: Number of steps in a row whose projected gradients are 0 that
-      stop the run; 0 for no limit.
     max_rise: Standard deviations of a step's loss by which the mean of a window
       may be above that of the first; 0 for no limit.
 
   Returns:
-    A function that raises `Stopped` where one of these limits is reached.
+    A function that raises `Stopped` where one of these limits is reached, or
+    after `STILL` steps in a row whose projected gradients are 0.
   """
   window, still, quiet_until = collections.deque(maxlen=WINDOW), 0, log.end
   # Mean and deviation of the first and the last window; the lowest mean and
@@ -80,7 +80,7 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
     # A skipped step has NaN (null in records), which does not count as 0.
     moved = np.any(np.array(values.get('projected_grad', 1.0), float))
     still = 0 if moved else still + 1
-    if still and still == max_still:
+    if still == STILL:
       raise Stopped(
           f'the projected gradients have been 0 since step {step - still}: '
           'the weights do not move any more, and may be lost; the log has '

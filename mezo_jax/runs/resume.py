@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from mezo_jax.core.errors import Again, MissingError, Stopped
+from mezo_jax.core.errors import Again, Damaged, MissingError, Stopped
 from mezo_jax.runs import checkpoint, guards
 
 
@@ -50,7 +50,7 @@ def newest(directory: Path, keep: int, state: TrainState,
   for step in reversed(checkpoints.steps()):
     try:
       return checkpoints, step, load(checkpoints, step, state)
-    except checkpoint.Damaged as e:
+    except Damaged as e:
       say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
   return checkpoints, 0, state
 
@@ -102,7 +102,7 @@ def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
     return step, state.params
   try:
     return step, load(checkpoints, step, state).params
-  except checkpoint.Damaged as e:
+  except Damaged as e:
     damaged_before = checkpoints.was_set_aside(step)
     if replays and not damaged_before:
       # A run resumes from its newest checkpoint. Without the later ones that is

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mezo_jax.core.errors import InputError, local
+from mezo_jax.core.errors import Damaged, InputError, local
 from mezo_jax.runs import checkpoint, loggers, replay
 
 LOG = 'steps.log'
@@ -57,7 +57,7 @@ def last_step(workdir: Path) -> tuple[int, bool]:
   """
   held = saved = checkpoint.latest_step(workdir / 'checkpoints')
   if (workdir / LOG).is_file():
-    with contextlib.suppress(replay.Damaged):  # reported when it is opened
+    with contextlib.suppress(Damaged):  # reported when it is opened
       held = max(held, replay.read(workdir / LOG).steps.last)
   if not held or held > saved:
     return held, True

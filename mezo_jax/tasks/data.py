@@ -545,7 +545,7 @@ def demonstrations(task: Task, pool: Sequence[dict[str, Any]], num: int,
 def encode_rows(
     rows: Rows, task: Task, tokenizer: Any, *, causal: bool, limit: int,
     buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
-    prior: bool = False, prior_after_demos: bool = False,
+    prior: bool = False,
     soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
     lm_loss: bool = False, needs_gold: bool = True,
     say: Callable[[str], None] = print) -> Splits:
@@ -562,7 +562,6 @@ def encode_rows(
     num_demos: rows with their answers that stand before each test prompt.
     prior: whether dev and test candidates are wanted after a prompt without
       content, too.
-    prior_after_demos: whether demonstrations stand before that as well.
     soft_ids: of the tokens that stand before everything.
     untold: splits that are padded to ``limit``, so that nothing tells how long
       their rows are.
@@ -589,10 +588,7 @@ def encode_rows(
     if of_prior:
       prompts = [task.prior(r) for r in some]
     elif name in demos:
-      prompts = [task.prompt(r) for r in some]
-    if name in demos and (not of_prior or prior_after_demos):
-      assert prompts is not None
-      prompts = [d + p for d, p in zip(demos[name], prompts)]
+      prompts = [d + task.prompt(r) for d, r in zip(demos[name], some)]
     return after_tokens(
         encode(task, some, tokenizer, limit, prompts=prompts, causal=causal,
                needs_gold=needs_gold,

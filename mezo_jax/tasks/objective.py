@@ -28,7 +28,7 @@ def of(task: Task, chosen: str | Callable[..., Any] = ''
   return chosen or task.objective or task.traits.objective
 
 
-def check(task: Task, objective: str | Callable[..., Any]) -> None:
+def check_objective(task: Task, objective: str | Callable[..., Any]) -> None:
   """Raises InputError for an objective that is unknown or does not fit."""
   known = callable(objective) or objective in OBJECTIVES
   fits = not (

@@ -214,7 +214,7 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
   Raises:
     ValueError: for an objective that does not fit the task.
   """
-  objectives.check(task, objective)
+  objectives.check_objective(task, objective)
   likely = functools.partial(log_likelihoods, model, form=data.form)
   def cross_entropy(params, batch):
     log_p = jax.nn.log_softmax(scores(*likely(params, batch)))

@@ -387,7 +387,7 @@ def columns(field: str, template: str) -> tuple[str, ...]:
   return tuple(names)
 
 
-def check(task: Task) -> None:
+def check_task(task: Task) -> None:
   """Raises ValueError, in one sentence, for a task that cannot work."""
   if task.kind not in KINDS:
     raise InputError(

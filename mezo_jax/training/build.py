@@ -70,8 +70,9 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   """Builds everything that a run needs before its first step.
 
   Args:
-    config: Config of the run, checked by `mezo_jax.training.checks.check`.
-    abstract: Whether parameters and state are `jax.ShapeDtypeStruct` with
+    config: Config of the run, checked by
+    `mezo_jax.training.checks.check_config`. abstract: Whether parameters and
+    state are `jax.ShapeDtypeStruct` with
       shardings. Then no weights are read. Defaults to False.
     model_config: Config of the model, for ``abstract``. Defaults to that of its
       files.
@@ -214,8 +215,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       buckets=config.data.buckets,
       gold_only=[name for name, only in gold_only.items() if only],
       num_demos=config.num_demos if method.demonstrations else 0,
-      prior=bool(config.calibration),
-      prior_after_demos=config.calibration == 'icl_sfc', soft_ids=soft,
+      prior=bool(config.calibration), soft_ids=soft,
       untold=('train',) if method.private else (),
       # Without steps nothing is trained, and answers alone are generated.
       lm_loss=objectives.gold_only(objective) and (

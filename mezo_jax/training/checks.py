@@ -1,4 +1,7 @@
-"""Configs that cannot work, each refused in one sentence."""
+"""Refuses configs that cannot work, each in one sentence.
+
+What depends on the method alone is in `mezo_jax.training.methods`.
+"""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -8,50 +11,55 @@ import re
 from mezo_jax import tasks
 from mezo_jax.core.errors import InputError
 from mezo_jax.core.quantized import QUANTISED
+from mezo_jax.directions.by_name import KINDS, options_of
+from mezo_jax.directions.noise import GENERATORS
+from mezo_jax.peft.fields import PLACES
+from mezo_jax.peft.kinds import PARTS
+from mezo_jax.peft.prefix import INITS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import fields, methods
-
-DISTRIBUTIONS = (
-    'normal', 'rademacher', 'low_rank', 'lazy_low_rank', 'subzero')
-GENERATORS = ('hash32', 'threefry2x32')
-OVER = ('scan', 'batch', 'rows')
-COMBINES = ('two_sided', 'one_sided', 'fzoo')
+from mezo_jax.training import fields, methods, optimizer
+from mezo_jax.transforms.evaluate_points import COMBINES, OVER
 
 
-def check(config: config_lib.Train) -> None:
-  """Raises InputError, in one sentence, for a value that cannot work."""
-  fields.check(config)
+def check_config(config: config_lib.Train) -> None:
+  """Checks that the values of a config can work.
+
+  Raises:
+    InputError: if one cannot; it names the field.
+  """
+  fields.check_types(config)
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
-  task_lib.check(config.task)
+  task_lib.check_task(config.task)
   of_task = config.task.traits
-  objectives.check(config.task, config_lib.objective(config))
+  objectives.check_objective(config.task, config_lib.objective(config))
   _one_of('method', config.method, methods.METHODS)
-  _one_of('peft.method', p.method, methods.PARTS)
+  _one_of('peft.method', p.method, PARTS)
   method, part = methods.method_of(config), methods.part_of(config)
-  _one_of('calibration', config.calibration, ('', 'sfc', 'icl_sfc'))
+  _one_of('calibration', config.calibration, ('', 'sfc'))
   _one_of('select', config.select, ('metric', 'loss'))
   _one_of('model.dtype', config.model.dtype,
           ('float32', 'bfloat16', 'float16', *QUANTISED))
-  _one_of('optimizer.name', o.name, ('adam', 'sgd'))
-  _one_of('optimizer.schedule', o.schedule, ('constant', 'linear', 'cosine'))
-  _one_of('spsa.distribution', z.distribution, DISTRIBUTIONS)
+  _one_of('optimizer.name', o.name, methods.OPTIMIZERS)
+  _one_of('optimizer.schedule', o.schedule, optimizer.SCHEDULES)
+  _one_of('spsa.distribution', z.distribution, KINDS)
   _one_of('spsa.generator', z.generator, GENERATORS)
   _one_of('spsa.over', z.over, OVER)
   _one_of('spsa.combine', z.combine, COMBINES)
-  _one_of('peft.positions', p.positions, ('zero', 'after', 'jump'))
-  _one_of('peft.init', p.init, ('tokens', 'normal', 'text'))
+  _one_of('peft.positions', p.positions, PLACES)
+  _one_of('peft.init', p.init, INITS)
   rules = [
-      *method.rules(config),
+      *methods.rules(config),
       (config.model.dtype not in QUANTISED or not (
           method.backprop or method.probe),
-       f'model.dtype {config.model.dtype!r} is trained by forward passes: '
-       f"method {config.method!r} needs floats"),
+       f'method {config.method!r} cannot train weights of model.dtype '
+       f'{config.model.dtype!r}; use a float model.dtype'),
       (not config.model.offload or (
           config.model.dtype not in QUANTISED and not part.last_layers
           and not methods.layers_apart(config)
-          and (config.method == 'mezo' or not method.steps) and not o.groups),
+          and (method.offloads or not method.steps)
+          and not o.groups and z.distribution != 'sphere'),
        'model.offload needs floats, no layers set apart, and method mezo '
        'without optimizer.groups'),
       (config.mesh.direction == 1 or (
@@ -63,30 +71,27 @@ def check(config: config_lib.Train) -> None:
           and not of_task.generates and not of_task.new_head),
        'calibration needs task.calibration, a prompt without content, and '
        'candidates that a causal model scores'),
-      (config.calibration != 'icl_sfc' or method.demonstrations,
-       "calibration 'icl_sfc' needs method 'icl'"),
       (p.init != 'text' or bool(p.text), "peft.init 'text' needs peft.text"),
       (min(p.rank, p.num_tokens, p.num_layers) >= 1,
        'peft.rank, num_tokens and num_layers must be at least 1'),
       (not p.adapter or bool(part.adapter),
        'peft.adapter needs peft.method, one of '
-       f'{", ".join(k for k, v in methods.PARTS.items() if v.adapter)}'),
-      (not methods.layers_apart(config) or p.method not in (
-          'prefix', 'prompt'),
-       f'peft.mask {p.mask!r} sets layers apart, which a {p.method} is not of; '
-       'leave it empty, --config.peft.mask='),
+       f'{", ".join(k for k, v in PARTS.items() if v.adapter)}'),
+      (not methods.layers_apart(config) or not part.adapter or part.added,
+       f'peft.mask {p.mask!r} selects layers of the model, and a {p.method} is '
+       'not in its layers; leave it empty, --config.peft.mask='),
       (not p.adapter or not methods.layers_apart(config)
        or 'last_layers' in p.mask,
-       f'peft.targets {p.targets!r} are those of new matrices: with '
-       'peft.adapter say which of its layers are trained by '
+       f'peft.targets {p.targets!r} apply to new matrices; with peft.adapter '
+       'select the layers that are trained by '
        "--config.peft.mask='^last_layers/.*lora_[ab]$'"),
       (not part.adapter or not p.mask or p.method in p.mask,
-       f'peft.mask {p.mask!r} is of the model\'s own parameters, not of '
+       f'peft.mask {p.mask!r} selects parameters of the model, not of '
        f'{p.method}; leave it empty, --config.peft.mask='),
       (all(len(g) == 3 and all(0 < x < math.inf for x in g[1:])
            for g in o.groups),
-       f'optimizer.groups {o.groups} must be of (regular expression, '
-       'learning_rate, eps), both positive and finite'),
+       f'optimizer.groups {o.groups} must be tuples (regular expression, '
+       'learning_rate, eps) with positive and finite numbers'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (0 <= config.seed < 2**32,
        f'seed is {config.seed} and must be from 0 to below 2**32'),
@@ -119,9 +124,9 @@ def check(config: config_lib.Train) -> None:
        'optimizer.micro_batches must divide data.batch_size'),
       (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
           config.task, config_lib.objective(config)),
-       f'objective {objectives.words(config_lib.objective(config))} is of a '
-       'whole batch, no mean over rows: leave optimizer.micro_batches at 1 and '
-       "spsa.over not 'rows'"),
+       f'objective {objectives.words(config_lib.objective(config))} needs a '
+       'whole batch; leave optimizer.micro_batches at 1, and use no spsa.over '
+       "of 'rows'"),
       *((n >= 1 or n == -1 or d.k_shot > 0,
          f'data.num_{name} is {n} and must be at least 1, or -1 for a share of '
          'the rows')
@@ -136,32 +141,33 @@ def check(config: config_lib.Train) -> None:
         for name, seed in (('seed', d.seed), ('test_seed', d.test_seed))),
       (min(config.max_skipped, config.keep_checkpoints) >= 1,
        'max_skipped and keep_checkpoints must be at least 1'),
-      (config.max_still >= 0 and 0 <= config.max_rise < math.inf,
-       'max_still and max_rise must be at least 0, and finite'),
+      (0 <= config.max_rise < math.inf,
+       'max_rise must be at least 0, and finite'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]
   names = [config.task.name or 'first', *(a.name for a in config.also)]
   rules += [
       (not config.also or method.mixes,
-       f'method {config.method!r} trains one task: leave also empty'),
+       f'method {config.method!r} trains one task; leave also empty'),
       (len(set(names)) == len(names) and all(
           re.fullmatch(r'\w+', name) for name in names) or not config.also,
-       f'also: the names of tasks, {", ".join(names)}, must be words, and each '
-       'another'),
+       f'also: the names of tasks, {", ".join(names)}, must be words, and no '
+       'two of them the same'),
       (all(a.weight > 0 and math.isfinite(a.weight) for a in config.also),
        'also: weights must be positive'),
       (not config.also or not any(
           task.traits.new_head
           for task in (config.task, *(a.task for a in config.also))),
-       'also: a task of kind \'head\' has a head of its own: train it alone'),
+       "also: a task of kind 'head' has a head of its own; train it alone"),
   ]
   for holds, message in rules:
     if not holds:
       raise InputError(f'config: {message}.')
   for a in config.also:
     try:
-      check(dataclasses.replace(config, task=a.task, data=a.data, also=()))
+      check_config(dataclasses.replace(
+          config, task=a.task, data=a.data, also=()))
     except InputError as e:
       raise InputError(f'task {a.name!r}: {e}') from e
   for name, text in (('peft.mask', p.mask), ('peft.targets', p.targets),
@@ -170,19 +176,22 @@ def check(config: config_lib.Train) -> None:
       re.compile(text)
     except re.error as e:
       raise InputError(
-          f'config: {name} {text!r} is no regular expression ({e}).') from e
+          f'config: {name} {text!r} is not a regular expression ({e}).') from e
 
 
 def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
-  """Raises InputError for a field of the command line that changes nothing.
+  """Checks that each field of a command line has an effect.
 
-  What a config's file sets is not looked at: the same file may be run with
-  another method, to compare. For the same reason methods without steps may be
-  given what only training reads.
+  Fields that a config file sets are not checked: the same file may be run with
+  another method, to compare. For the same reason methods that train nothing may
+  be given fields that only training reads.
 
   Args:
-    config: As the command line has made it.
+    config: The config, with what the command line sets.
     given: The fields that the command line sets, from `fields.given`.
+
+  Raises:
+    InputError: if a field changes nothing.
   """
   task = config.task
   if 'task.name' in given and task.name in tasks.TASKS and (
@@ -211,63 +220,53 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
 
 
 def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
-  """Yields (whether they are unread, a pattern of fields, why)."""
+  """Yields (whether they are not read, a pattern of fields, the reason)."""
   method, kind = methods.method_of(config), config.task.traits
-  p, z, name = config.peft, config.spsa, config.method
+  part, p, z = methods.part_of(config), config.peft, config.spsa
+  with_method = f'with method {config.method!r}'
+  with_part = f'with peft.method {p.method!r}'
   if method.steps:
-    yield (method.backprop, r'spsa\..*',
-           f'with method {name!r}, which trains by backpropagation')
-    yield (not method.backprop, r'optimizer\.name|model\.remat',
-           f'with method {name!r}, which has no backpropagation')
-    yield (name != 'private', r'privacy\..*',
-           f"with method {name!r}: it is of method 'private'")
-    yield (z.distribution not in ('low_rank', 'lazy_low_rank', 'subzero'),
-           r'spsa\.rank', f'with spsa.distribution {z.distribution!r}')
-    yield (z.distribution not in ('lazy_low_rank', 'subzero'),
-           r'spsa\.lazy_every', f'with spsa.distribution {z.distribution!r}')
-    yield (name == 'forward_grad', r'spsa\.eps',
-           f'with method {name!r}, which takes derivatives')
-    for field, readers in _VARIANT_READERS.items():
-      yield (name not in readers, rf'variant\.{field}',
-             f'with method {name!r}: it is of {", ".join(readers)}')
+    how = 'by backpropagation' if method.backprop else 'by forward passes'
+    yield True, method.ignores, f'{with_method}, which trains {how}'
+    readers = methods.names_where(lambda m: m.private)
+    yield (not method.private, r'privacy\..*',
+           f'{with_method}, {_only(readers)}')
+    for field, option in (('rank', 'rank'), ('lazy_every', 'every')):
+      yield (option not in options_of(z.distribution), rf'spsa\.{field}',
+             f'with spsa.distribution {z.distribution!r}')
+    for field in dataclasses.fields(config.variant):
+      readers = methods.names_where(lambda m, name=field.name: name in m.reads)
+      yield (config.method not in readers, rf'variant\.{field.name}',
+             f'{with_method}, {_only(readers)}')
+  readers = methods.names_where(lambda m: m.demonstrations)
   yield (not method.demonstrations, 'num_demos',
-         f"with method {name!r}: it is of method 'icl'")
+         f'{with_method}, {_only(readers)}')
   if method.steps or p.adapter:
-    yield (p.method != 'lora', r'peft\.(rank|alpha|rslora|targets)',
-           f'with peft.method {p.method!r}: it is of lora')
-    yield (p.method not in ('prefix', 'prompt'),
-           r'peft\.(num_tokens|init|text)',
-           f'with peft.method {p.method!r}: it is of prefix and prompt')
-    yield (not (p.method == 'last_layers' or methods.layers_apart(config)),
+    for field in dataclasses.fields(p):
+      readers = [name for name, x in PARTS.items() if field.name in x.reads]
+      yield (bool(readers) and p.method not in readers,
+             rf'peft\.{field.name}', f'{with_part}, {_only(readers)}')
+    yield (not (part.last_layers or methods.layers_apart(config)),
            r'peft\.num_layers', 'where no last layers are set apart')
-    yield (p.method != 'prefix', r'peft\.positions',
-           f'with peft.method {p.method!r}: it is of prefix')
-  of = f'with task.kind {config.task.kind!r}'
-  yield (not kind.generates, r'task\.(answers_column|stop|max_new_tokens)', of)
-  yield (kind.generates, r'task\.(label_column|label_names)', of)
-  yield (not kind.words and not kind.new_head, r'task\.label_words', of)
-  yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)', of)
+  with_kind = f'with task.kind {config.task.kind!r}'
+  yield (not kind.generates, r'task\.(answers_column|stop|max_new_tokens)',
+         with_kind)
+  yield kind.generates, r'task\.(label_column|label_names)', with_kind
+  yield (not kind.words and not kind.new_head, r'task\.label_words',
+         with_kind)
+  yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)',
+         with_kind)
   yield (config.data.k_shot > 0, r'data\.num_(train|dev)',
          'where data.k_shot is set')
   yield (config.objective != '', r'task\.objective', 'where objective is set')
 
 
-# Which methods read a field of `config.Variant`.
-_VARIANT_READERS = {
-    'every|anchor_learning_rate|anchor_rows|stored_anchor|anneal|anneal_every':
-        ('svrg',),
-    'window': ('momentum_by_history', 'adam_by_history'),
-    'b1': ('momentum_by_history', 'adam_by_history', 'lozo_m'),
-    'b2': ('adam_by_history', 'scalar_adam'),
-    'share': ('sparse_mezo', 'mazo'),
-    'num_scores': ('mazo', 'variance_modified', 'expectation_modified'),
-    'alpha|beta': ('mazo',),
-    'norm': ('variance_modified', 'expectation_modified'),
-    'clip': ('qzo',),
-    'curvature_rate': ('hizoo',)}
+def _only(readers: Sequence[str]) -> str:
+  verb = 'reads' if len(readers) == 1 else 'read'
+  return f'because only {", ".join(readers)} {verb} it'
 
 
 def _one_of(field: str, value, known) -> None:
   if value not in known:
-    raise InputError(f'config: {field} {value!r} is none of '
+    raise InputError(f'config: unknown {field} {value!r}; choose one of '
                      f'{", ".join(filter(None, known))}.')

@@ -1,4 +1,8 @@
-"""The configuration of a run: typed dataclasses with a comment a field."""
+"""The configuration of a run: typed dataclasses with a comment for each field.
+
+The options of single methods, `Variant`, are in `mezo_jax.training.methods`
+with the table of methods.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -9,112 +13,102 @@ from typing import Annotated
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import Task
+from mezo_jax.training import methods
+from mezo_jax.training.methods import Variant
 
 
 @dataclasses.dataclass
 class Model:
-  name: str = 'quickstart'  # directory, .gguf file, hub id, or 'quickstart'
-  # Of the weights: 'float32', 'bfloat16', 'float16'; matrices quantised to
-  # 'int8' or 'int4', or as a GGUF file has them, 'codes'.
+  # A directory, a .gguf file, the id of a model on the hub, or 'quickstart'.
+  name: str = 'quickstart'
+  # Of the weights: 'float32', 'bfloat16' or 'float16'. With 'int8' or 'int4'
+  # matrices are quantised; with 'codes' they stay as a GGUF file has them.
   dtype: str = 'float32'
-  revision: str = ''  # branch, tag or commit of a hub id
-  bos_token: str = ''  # put first; '' for the tokenizer's own. OPT: '<s>'
-  remat: bool = False  # backpropagation keeps no more than layers' inputs
-  offload: bool = False  # layers in the host's memory, one on devices at a time
+  revision: str = ''  # branch, tag or commit of a model on the hub
+  # Token at the beginning of each text; '' for the tokenizer's. OPT has '<s>'.
+  bos_token: str = ''
+  remat: bool = False  # recompute activations during backpropagation
+  # Keep layers in the host's memory, and one at a time on the devices.
+  offload: bool = False
 
 
 @dataclasses.dataclass
 class Data:
-  train: str = ''  # .jsonl, .csv, .tsv, .parquet, hub id; '' for the task's
-  train_split: str = ''  # of a hub data set; '' for the task's
-  test: str = ''  # like `train`; '' takes test rows out of training data given
-  test_split: str = ''  # of a hub data set; '' for the task's
-  subset: str = ''  # configuration of a hub data set
+  # A .jsonl, .csv, .tsv or .parquet file, or the id of a data set on the hub;
+  # '' for the task's own.
+  train: str = ''
+  train_split: str = ''  # split of a data set on the hub; '' for the task's
+  # Like `train`; with '' test rows are taken from the training data given.
+  test: str = ''
+  test_split: str = ''  # split of a data set on the hub; '' for the task's
+  subset: str = ''  # configuration of a data set on the hub
   # Rows of each split. -1 takes a share of the rows that the others leave (see
   # `mezo_jax.tasks.data.share_out`): train 60 %, dev 20 % and at most 500, test
   # 20 % and at most 1,000.
-  num_train: int = 1000  # as the paper
+  num_train: int = 1000  # as in the paper
   num_dev: int = 500
   num_test: int = 1000  # of a test file or split: at most; 0 or -1 for all
-  k_shot: int = 0  # > 0: k rows of each label for train, as many for dev
-  seed: int = 0  # of the choice of train and dev rows
-  test_seed: int = 0  # of the choice of test rows
-  max_length: int = 2048  # tokens; longer prompts keep their end
+  # If positive, train and dev have this many rows of each label.
+  k_shot: int = 0
+  seed: int = 0  # seed of the choice of train and dev rows
+  test_seed: int = 0  # seed of the choice of test rows
+  max_length: int = 2048  # tokens; the end of a longer prompt is kept
   buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)  # padding
   batch_size: int = 16
 
 
 @dataclasses.dataclass
 class Optimizer:
-  """What is done with a gradient, or with MeZO's estimate of one."""
+  """How a gradient, or MeZO's estimate of it, becomes an update."""
 
-  name: str = 'adam'  # or 'sgd', where there is backpropagation
+  name: str = 'adam'  # or 'sgd'; read by methods with backpropagation
   learning_rate: float = 1e-6
   schedule: str = 'constant'  # or 'linear' or 'cosine' decay to 0
-  warmup_steps: int = 0  # linear, from 0
+  warmup_steps: int = 0  # steps of a linear increase from 0
   weight_decay: float = 0.0
-  # Parameters with values of their own, by the first expression that is found
-  # in their paths: (regular expression, learning_rate, eps), ...
+  # Values for groups of parameters: (regular expression, learning_rate, eps),
+  # ... The first expression that is found in a parameter's path applies.
   groups: tuple[tuple[str, float, float], ...] = ()
-  micro_batches: int = 1  # parts a batch is evaluated in
+  micro_batches: int = 1  # number of parts in which a batch is evaluated
 
 
 @dataclasses.dataclass
 class Spsa:
-  """How MeZO estimates; unused where there is backpropagation."""
+  """How MeZO estimates a gradient. Backpropagation does not read it."""
 
-  eps: float = 1e-3  # how far along z the losses are taken
-  num_samples: int = 1  # directions a step (n-SPSA)
-  # All in one pass, each of the whole 'batch', or each of 'rows' of its own;
-  # 'scan': one after the other.
+  eps: float = 1e-3  # perturbation scale along z
+  num_samples: int = 1  # directions per step (n-SPSA)
+  # How directions are evaluated: 'scan', one after the other; 'batch', all in
+  # one pass; 'rows', all in one pass, each on its own part of the rows.
   over: str = 'scan'
-  # Of z; or 'rademacher', 'low_rank', 'lazy_low_rank' (LOZO's), 'subzero'.
+  # Distribution of z: 'normal', 'rademacher', 'low_rank', 'lazy_low_rank'
+  # (LOZO) or 'subzero'.
   distribution: str = 'normal'
-  rank: int = 16  # of the last three
-  # Steps that lazy_low_rank's columns, or subzero's bases, are the same for.
+  rank: int = 16  # rank, for the low-rank distributions
+  # Steps for which lazy_low_rank keeps its columns, and subzero its bases.
   lazy_every: int = 50
-  generator: str = 'hash32'  # of z; or 'threefry2x32', jax.random's
-  # Or 'one_sided': compare with the clean loss, not with -eps; or 'fzoo'.
+  # Generator of random bits; or 'threefry2x32', that of jax.random.
+  generator: str = 'hash32'
+  # Or 'one_sided', which compares with the loss at the weights instead of that
+  # at -eps; or 'fzoo'.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # of half-precision weights
-  fold_every: int = 1  # steps; until then updates are evaluated, not added
-
-
-@dataclasses.dataclass
-class Variant:
-  """Of MeZO's relatives; each says in `mezo_jax.variants` what they are."""
-
-  every: int = 2  # svrg: steps from anchor to anchor
-  anchor_learning_rate: float = 1e-3  # svrg: of an anchor's step
-  anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
-  # svrg: keep a copy of the anchor; weights then move every step.
-  stored_anchor: bool = False
-  anneal: float = 1.0  # svrg: what rates are divided by if losses rise
-  anneal_every: int = 100  # svrg: steps from look to look
-  window: int = 8  # ..._by_history: steps that are remembered
-  b1: float = 0.9  # ..._by_history, lozo_m: weight of the step before
-  b2: float = 0.99  # adam_by_history, scalar_adam: of its square
-  # sparse_mezo: of weights, the smallest, to train; mazo: of each row.
-  share: float = 0.25
-  num_scores: int = 16  # mazo, ..._modified: directions of the first look
-  alpha: float = 1.0  # mazo: of what a step gains by a weight
-  beta: float = 0.0  # mazo: of a weight's size
-  norm: str = 'grad'  # ..._modified: of each layer's gradient; or 'param'
-  clip: float = 100.0  # qzo: of projected gradients
-  curvature_rate: float = 1e-8  # hizoo: weight of a step's curvature
+  # Steps between updates of the weights. In between, losses are evaluated at
+  # the weights plus the accumulated updates.
+  fold_every: int = 1
 
 
 @dataclasses.dataclass
 class Privacy:
-  """Of method 'private': (epsilon, delta)-differential privacy of each training
-  row; see `mezo_jax.training.privacy` for what that does not cover."""
+  """Options of method 'private': (epsilon, delta)-differential privacy of each
+  training row. `mezo_jax.training.privacy` says what that does not cover."""
 
-  epsilon: float = 6.0  # what all steps together may spend
+  epsilon: float = 6.0  # budget of all steps together
   delta: float = 1e-5
-  clip: float = 10.0  # of a row's difference of losses over 2 eps
+  clip: float = 10.0  # largest difference of a row's losses, over 2 eps
   mechanism: str = 'gaussian'  # or 'laplace'
-  # Whether dev rows, which have no privacy, choose the step that is the result;
-  # else it is the last.
+  # Whether dev rows, which have no privacy, choose the step that is the result.
+  # Otherwise it is the last step.
   public_dev: bool = False
 
 
@@ -123,43 +117,47 @@ class Peft:
   """Which parameters are trained; all if nothing is set."""
 
   # 'lora'; 'prefix' (keys and values of every layer); 'prompt' (soft tokens);
-  # 'bitfit' (biases); 'last_layers'; 'head'; '' for the model's own parameters.
+  # 'bitfit' (biases); 'last_layers'; 'head'; 'scales' (of quantised weights);
+  # '' for the model's own parameters.
   method: str = ''
-  mask: str = ''  # regular expression of those of them to train; '' for all
-  adapter: str = ''  # directory of PEFT's to start from, or to evaluate
-  rank: int = 8  # of LoRA
+  # Regular expression of those of them that are trained; '' for all.
+  mask: str = ''
+  # Directory of a PEFT adapter to start from, or to evaluate.
+  adapter: str = ''
+  rank: int = 8  # rank of LoRA
   alpha: float = 16.0  # LoRA is scaled by alpha / rank
-  rslora: bool = False  # by alpha / sqrt(rank) instead
+  rslora: bool = False  # scale LoRA by alpha / sqrt(rank) instead
   targets: str = 'attn/(q|v)$'  # regular expression of LoRA's matrices
-  num_tokens: int = 5  # of a prefix or a soft prompt
-  init: str = 'tokens'  # random ones, 'text' or 'normal'
-  text: str = ''  # to start from, repeated or cut to num_tokens
-  # Of the tokens after a prefix: 'zero', as without it (the paper); 'after' it
-  # (PEFT); 'jump', tokens that are generated stand num_tokens too far on (the
-  # paper's code).
+  num_tokens: int = 5  # length of a prefix or a soft prompt
+  init: str = 'tokens'  # random tokens; or 'text' or 'normal'
+  text: str = ''  # for init 'text'; repeated or cut to num_tokens
+  # Positions of the tokens after a prefix: 'zero', as without it (the paper),
+  # or 'after' it (PEFT).
   positions: str = 'zero'
-  # At the end, `last_layers/...`, which are apart from `layers/...` with that
-  # method, and where mask or targets name them ('^last_layers/attn/(q|v)$').
+  # Number of layers that are set apart as `last_layers/...`: with method
+  # 'last_layers', and where mask or targets name them
+  # ('^last_layers/attn/(q|v)$').
   num_layers: int = 2
 
 
 @dataclasses.dataclass
 class Also:
-  """A task that is trained beside the first one; see
-  `mezo_jax.training.mixture`."""
+  """A further task of a run; see `mezo_jax.training.mixture`."""
 
   name: str  # in the table and the metrics
   task: Task
   data: Data
-  weight: float = 1.0  # of its loss; the first task's is 1
+  weight: float = 1.0  # weight of its loss; the first task's is 1
 
 
 @dataclasses.dataclass
 class Mesh:
   data: int = 1  # copies of the parameters
-  fsdp: int = -1  # devices that share a copy, rows split; -1 for the rest
-  tensor: int = 1  # devices that share a copy and each row's arithmetic
-  direction: int = 1  # copies that share out a step's directions and signs
+  # Devices that share a copy of the parameters and split the rows; -1 for all
+  # that are left.
+  fsdp: int = -1
+  tensor: int = 1  # devices that share a copy and the arithmetic of each row
+  direction: int = 1  # copies that share a step's directions and signs
 
 
 # Annotations by which `mezo_jax.training.fields` finds how a command line sets
@@ -172,51 +170,46 @@ Tasks = tuple[Also, ...]
 class Train:
   """Everything that `train.py` needs to know."""
 
-  # 'mezo'; its relatives 'svrg', 'sparse_mezo', 'momentum_by_history',
-  # 'adam_by_history', 'scalar_adam', 'sign', 'conservative', 'one_point',
-  # 'forward_grad', 'quzo', 'mazo', 'private' (docs/relatives.md); the baselines
-  # 'zero_shot', 'icl' (demonstrations in the prompt), 'linear_probe',
-  # 'finetune' (backpropagation) and 'head_only' (the same, of the head alone);
-  # 'lp_mezo', MeZO from the linear probe on.
+  # How the model is trained, or a baseline: a name in the table of
+  # mezo_jax/training/methods.py; see docs/relatives.md and docs/tasks.md.
   method: str = 'mezo'
-  # 'cross_entropy', 'lm', 'accuracy', 'f1', in a config file also a function
-  # of (predictions, examples) to be maximised; '' for the task's own.
+  # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
+  # (predictions, examples) that is maximised; '' for the task's own.
   objective: Objective = ''
-  calibration: str = ''  # 'sfc', or 'icl_sfc' with the demonstrations in it
+  calibration: str = ''  # or 'sfc'
   num_demos: int = 32  # demonstrations of in-context learning
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
-  also: Tasks = ()  # more tasks in the same run
+  also: Tasks = ()  # further tasks of the same run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
   variant: Variant = dataclasses.field(default_factory=Variant)
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  seed: int = 0  # of the directions and of the order of the data
-  # What dev rows choose the best step by: 'metric', the result's main number
-  # (`metric` below: an objective that is a function chooses), or 'loss', the
+  seed: int = 0  # seed of the directions and of the order of the data
+  # What chooses the best step on dev rows: 'metric', the result's main number
+  # (see `metric` below; an objective that is a function is one), or 'loss', the
   # objective's value.
   select: str = 'metric'
-  zero_shot: bool = True  # evaluate before training, to compare with
+  zero_shot: bool = True  # evaluate before training, for comparison
   steps: int = 20_000
-  eval_every: int = 4_000  # steps; also checkpoints
-  # Steps; those since the last are made again from the log when a killed run
-  # goes on. Backpropagation has no log and loses them.
+  eval_every: int = 4_000  # steps; a checkpoint is saved then, too
+  # Steps. When a killed run resumes, later ones are replayed from the log.
+  # Backpropagation has no log and loses them.
   checkpoint_every: int = 1_000
-  keep_checkpoints: int = 1  # newest ones, beside the best
-  # Where all that is trained comes last, as layers or a head, what is before is
-  # computed once for each row (docs/peft.md): in memory up to so many GiB,
-  # beyond in files of the working directory.
+  keep_checkpoints: int = 1  # newest ones, in addition to the best
+  # If only the last layers or a head are trained, the activations of the frozen
+  # layers are cached for each row (docs/peft.md): in memory up to
+  # `trunk_memory` GiB, and otherwise in files of the working directory.
   keep_trunk: bool = True
   trunk_memory: float = 4.0
   eval_batch_size: int = 32  # rows, at most
-  eval_batch_tokens: int = 16_384  # padding included, at most
-  max_skipped: int = 10  # steps in a row with a loss that is not finite
-  max_still: int = 100  # whose projected gradients are 0; 0 for any number
-  # Standard deviations of a step's loss by which the mean of 100 steps may be
-  # above that of the first 100, or the run has diverged; 0 for any number.
+  eval_batch_tokens: int = 16_384  # at most, including padding
+  max_skipped: int = 10  # consecutive steps with a loss that is not finite
+  # A run has diverged if the mean loss of 100 steps is above that of the first
+  # 100 by this many standard deviations of a step's loss; 0 for no limit.
   max_rise: float = 10.0
 
 
@@ -225,12 +218,25 @@ class Train:
 _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
-    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_still', 'max_rise',
-    'trunk_memory')
+    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'trunk_memory')
+
+# Fields that earlier versions had. Each has the value that means what is now
+# the only behaviour, or `_ANY` if its value changes no result.
+_ANY = object()
+_REMOVED = {
+    'max_still': 100,
+    'variant.stored_anchor': False,
+    'variant.anneal': 1.0,
+    'variant.anneal_every': _ANY,
+    'variant.norm': 'grad'}
+# Values that earlier versions had of fields that are still there.
+_REMOVED_VALUES = {'spsa.distribution': 'sphere',
+                   'peft.positions': 'jump', 'calibration': 'icl_sfc'}
 
 
 def bound(config: Train) -> dict:
-  """The fields, as JSON values, that runs of one kind have in common."""
+  """Returns the fields, as JSON values, that may not differ between the runs
+  that share a working directory."""
   out = to_json(config)
   for path in _FREE:
     *parents, name = path.split('.')
@@ -278,9 +284,11 @@ def _name_of_function(f: Callable) -> str:
 
 
 def from_json(saved: dict) -> Train:
-  """The inverse of `to_json`; fields that it lacks have their defaults.
+  """Returns the config that `to_json` saved, also in an earlier version. Fields
+  that are missing have their defaults.
 
-  Also of the configs of earlier versions.
+  Raises:
+    InputError: if a field had a value that this version does not support.
   """
   def plain(v):
     return tuple(map(plain, v)) if isinstance(v, list) else v
@@ -289,36 +297,58 @@ def from_json(saved: dict) -> Train:
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
         for name, v in values.items()})
-  config = build(Train, _of_this_version(saved))
+  config = build(Train, _without_removed(saved))
   config.also = tuple(build(Also, a) for a in saved.get('also', ()))
   return config
 
 
-def _of_this_version(saved: dict) -> dict:
-  """A saved config with the fields of `Spsa` taken from `Optimizer`, where
-  earlier versions had them, and ``combine`` for what was ``one_sided``."""
-  moved = {f.name for f in dataclasses.fields(Spsa)} | {'one_sided'}
-  old = saved.get('optimizer', {})
-  spsa = {k: v for k, v in old.items() if k in moved} | saved.get('spsa', {})
-  if 'one_sided' in spsa:
-    one_sided = spsa.pop('one_sided')
-    spsa = {'combine': 'one_sided' if one_sided else 'two_sided'} | spsa
-  return saved | {
-      'optimizer': {k: v for k, v in old.items() if k not in moved},
-      'spsa': spsa}
+def _without_removed(saved: dict) -> dict:
+  """Returns a saved config without the fields of `_REMOVED`.
+
+  Raises:
+    InputError: if one of them, or a field of `_REMOVED_VALUES`, had a value
+      that this version does not support.
+  """
+  out = dict(saved)
+  for path, neutral in _REMOVED.items():
+    parent, _, name = path.rpartition('.')
+    holder = dict(out.get(parent, {})) if parent else out
+    if name not in holder:
+      continue
+    value = holder.pop(name)
+    if neutral is not _ANY and value != neutral:
+      raise InputError(_unsupported(path, value))
+    if parent:
+      out[parent] = holder
+  for path, unsupported in _REMOVED_VALUES.items():
+    parent, _, name = path.rpartition('.')
+    holder = out.get(parent, {}) if parent else out
+    if holder.get(name) == unsupported:
+      raise InputError(_unsupported(path, unsupported))
+  return out
+
+
+def _unsupported(path: str, value) -> str:
+  return (f'the saved config has {path} of {value!r}, which this version of '
+          'mezo_jax does not support; use the version that made the run, or '
+          'choose another --workdir.')
 
 
 def check_same_run(config: Train, saved: dict) -> None:
-  """Raises InputError if a saved run's settings differ where they may not; it
-  names each field with its value then and now.
+  """Checks that a config may continue a saved run.
 
-  Step counts, the mesh and how often to evaluate may; but with a decaying
-  learning rate the number of steps shapes every update, and in private training
-  more of them would spend more than the noise of each was made for (and steps
-  that are made again on another mesh would differ in rounding alone, which no
-  noise hides).
+  The number of steps, the mesh and how often to evaluate may differ. But with a
+  decaying learning rate the number of steps shapes every update. In private
+  training more steps would spend more than the noise of each was chosen for,
+  and steps that are replayed on another mesh would differ in rounding alone,
+  which no noise hides.
+
+  Raises:
+    InputError: if a setting differs that may not; it names each such field with
+      both values.
   """
-  bound = {'steps', 'mesh'} if config.method == 'private' else set()
+  private = methods.method_of(config).private
+  bound = {'steps', 'mesh'} if private else set()
   if config.optimizer.schedule != 'constant':
     bound.add('steps')
   free = [f for f in _FREE if f not in bound]
@@ -328,7 +358,7 @@ def check_same_run(config: Train, saved: dict) -> None:
     if path in free:
       return
     if isinstance(new, dict):
-      for name in (n for n in new if n in old):  # others are of a new version
+      for name in (n for n in new if n in old):  # others are new fields
         compare(new[name], old[name], f'{path}.{name}'.lstrip('.'))
     elif path == 'also' and isinstance(old, list) and len(new) == len(old):
       for i, (task, before) in enumerate(zip(new, old)):
@@ -336,8 +366,8 @@ def check_same_run(config: Train, saved: dict) -> None:
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
-  compare(to_json(config), _of_this_version(saved), '')
-  if config.method == 'private' and any(c.startswith('steps') for c in changed):
+  compare(to_json(config), _without_removed(saved), '')
+  if private and any(c.startswith('steps') for c in changed):
     raise InputError(
         f'the budget of this private run, epsilon {config.privacy.epsilon:g}, '
         f'is spent by its {saved["steps"]} steps, and steps is now '

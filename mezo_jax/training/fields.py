@@ -61,7 +61,7 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
 # --- values -----------------------------------------------------------------
 
 
-def check(config: Any, before: str = '') -> None:
+def check_types(config: Any, before: str = '') -> None:
   """Raises InputError for an attribute that is no field of a config, or a
   value that is not of its field's type."""
   hints: dict[str, Any] = typing.get_type_hints(type(config))
@@ -71,13 +71,13 @@ def check(config: Any, before: str = '') -> None:
   for name, hint in hints.items():
     value, path = getattr(config, name), before + name
     if dataclasses.is_dataclass(hint) and isinstance(value, cast(type, hint)):
-      check(value, f'{path}.')
+      check_types(value, f'{path}.')
     elif not _is_of(value, hint):
       raise InputError(
           f'config: {path} is {value!r} and must be {_words(hint)}.')
     elif name == 'also':
       for i, also in enumerate(value):
-        check(also, f'also[{i}].')
+        check_types(also, f'also[{i}].')
 
 
 def _is_of(value, hint) -> bool:

@@ -39,7 +39,7 @@ class Of:
   task: int
 
 
-class Part(NamedTuple):
+class TrainedTask(NamedTuple):
   """One task of a run.
 
   Attributes:
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 class Mixture:
   """The tasks of a run; `make` makes it."""
 
-  parts: tuple[Part, ...]
+  parts: tuple[TrainedTask, ...]
 
   @property
   def metric(self) -> str:
@@ -226,6 +226,6 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
         own.data.batch_size, own.seed, every,
         methods.anchor_batches(own, len(found.splits.train.prompts))
         if every else 0)
-    parts.append(Part(name, weight, config_lib.metric(own), drawn,
+    parts.append(TrainedTask(name, weight, config_lib.metric(own), drawn,
                       found._replace(params=None, opt_state=None), ask))
   return Mixture(tuple(parts))

@@ -17,7 +17,7 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods
 
 
-def check(config: config_lib.Train, workdir: Path) -> None:
+def check_workdir(config: config_lib.Train, workdir: Path) -> None:
   """Raises InputError for a directory in which a config cannot run.
 
   That is one that holds a run with other settings, or with more steps than the

@@ -1,33 +1,34 @@
-"""What some methods want to know of the weights before the first step."""
+"""The scoring pass that some methods make before the first step."""
 
 from collections.abc import Callable
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from mezo_jax import peft, variants
+from mezo_jax import peft
 from mezo_jax.core import sharding
 from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import encode
-from mezo_jax.training import mixture
+from mezo_jax.training import methods, mixture
 
 
 def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
-                  mesh: jax.sharding.Mesh, say: Callable[[str], None]
-                  ) -> Any:
-  """Which weights matter most to rows from all over each task (MaZO), or how
-  much each layer does (modified SPSA).
+                  mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> Any:
+  """Evaluates what a method needs to know of the weights before the first step,
+  on rows from all over each task.
 
   Args:
-    config: of the run.
-    tasks: of the run.
-    params: that are trained.
-    mesh: that they are on.
-    say: reports what was done.
+    config: The config of the run.
+    tasks: The tasks of the run.
+    params: The trained parameters.
+    mesh: The mesh that they are on.
+    say: Reports what was done.
+
+  Returns:
+    The part of the optimizer state that is called ``memory``.
   """
-  v, began, value_fns = config.variant, time.time(), []
+  began, value_fns = time.time(), []
   groups = sharding.row_groups(mesh)
   for i, splits in enumerate(tasks.splits):
     train = splits.train
@@ -38,19 +39,11 @@ def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
         encode.batch_of(train, index, length, len(index)), mesh), i)
     value_fns.append(lambda params, batch=batch: tasks.value_fn(
         peft.join(params, tasks.frozen(batch)), batch))
-  more: dict[str, Any] = dict(
-      key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
-      num_samples=v.num_scores)
+  more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
+              num_samples=config.variant.num_scores)
   with jax.set_mesh(mesh):
-    if config.method == 'mazo':
-      found = [m for m in jax.tree.leaves(variants.saliency(
-          value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **more))
-               if jnp.ndim(m)]
-      what = f'{v.share:.0%} of each row are trained'
-    else:
-      found = variants.param_norms(params) if v.norm == 'param' else (
-          variants.grad_norms(value_fns[0], params, **more))
-      what = f'norms of layers, {v.norm}'
+    found, what = methods.method_of(config).score(
+        config, value_fns, params, **more)
     found = sharding.beside(found, params)
   say(f'looked at the weights in {time.time() - began:.0f} s: {what}')
   return found

@@ -70,16 +70,17 @@ def run(config: config_lib.Train, workdir: Path,
 def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   # Check: refuse what cannot work before anything is loaded.
   began = time.time()
-  checks.check(config)
+  checks.check_config(config)
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
-  replicas_lib.check(place, config.method, ('mezo',), config.spsa.combine,
-                     config.spsa.num_samples)
+  replicas_lib.check_replicas(place, config.method,
+                     methods.names_where(lambda m: m.replicated),
+                     config.spsa.combine, config.spsa.num_samples)
   versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
   multihost.agree_on('the versions', versions, 'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
-  records.check(config, workdir)
+  records.check_workdir(config, workdir)
   method = methods.method_of(config)
 
   # Build: data, model, parameters and optimizer.
@@ -202,7 +203,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   try:
     watch = guards.make(
         metrics.of('train'), log, start, _say, max_skipped=config.max_skipped,
-        max_still=config.max_still, max_rise=config.max_rise)
+        max_rise=config.max_rise)
     record = loop_lib.Recorder(
         log=log, metrics=metrics, progress=progress, checkpoints=checkpoints,
         watch=watch, host=built.host, plan=plan, rank=rank, others=others,

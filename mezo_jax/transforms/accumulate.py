@@ -34,9 +34,9 @@ class Rule(NamedTuple):
   """From projected gradients to the coefficients of what is pending.
 
   Attributes:
-    fn: ``(pending [k, n], slot, g [n], value, count, *memory) -> pending,
-      *memory``, with the step's own coefficients in row ``slot``, its number
-      modulo k. Of a g that is not finite nothing is kept: the row is 0.
+    fn: ``(pending [k, n], slot, g [n], count, *memory) -> pending, *memory``,
+      with the step's own coefficients in row ``slot``, its number modulo k. Of
+      a g that is not finite nothing is kept: the row is 0.
     init: ``n -> memory``, of n directions; None for no memory.
     missed: ``(slot, memory) -> memory``, when that step was skipped; with None
       for a slot, when all was added out of turn.
@@ -49,8 +49,7 @@ class Rule(NamedTuple):
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
   r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
-  def fn(pending, slot, g, value, count):
-    del value
+  def fn(pending, slot, g, count):
     rate = arguments.at(learning_rate, count)
     return pending.at[slot].set(-rate * g / g.shape[0]),
   return Rule(fn)
@@ -107,8 +106,7 @@ def pending(estimate: ZerothOrderTransformation, every: int,
     g = after.projected_grad
     finite = jnp.all(jnp.isfinite(g))
     slot = spsa_state.count % every
-    coefs, *new = rule.fn(
-        ring.pending, slot, g, after.value, ring.count, *memory)
+    coefs, *new = rule.fn(ring.pending, slot, g, ring.count, *memory)
     count = cast(jax.Array, optax.safe_increment(ring.count))
     new = PendingState(count, coefs), new
     ring, memory = jax.tree.map(

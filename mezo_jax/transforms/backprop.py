@@ -21,8 +21,7 @@ class BackpropState(NamedTuple):
   total_notfinite: jax.Array  # shape=(), dtype=int32: skipped in all
 
 
-def backprop(*, micro_batches: int = 1, equal_parts: bool = False
-             ) -> ZerothOrderTransformation:
+def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
   """The gradient by differentiation, first in a chain as `mezo_jax.spsa` is.
 
   ``update(None, state, params, value_fn=..., **kwargs)`` differentiates
@@ -33,8 +32,6 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
   Args:
     micro_batches: gradient accumulation: the gradient is that of the whole
       batch, made of this many equal parts, one at a time.
-    equal_parts: average the scalars of the parts as they are; as for
-      `mezo_jax.spsa`.
   """
   def init_fn(params):
     # Arrays of their own: one that stood twice could not be donated.
@@ -53,7 +50,7 @@ def backprop(*, micro_batches: int = 1, equal_parts: bool = False
     count = losses.rows_of_parts(rows)
     def of_part(params, part):
       out = value_fn(params, **with_rows(part))
-      losses.check_parts(out, micro_batches, equal_parts, rows=count)
+      losses.check_parts(out, micro_batches, rows=count)
       return losses.sums(out)
     def add(total, part):
       (value, weight), grads = jax.value_and_grad(

@@ -139,7 +139,6 @@ def estimate(
     signs: tuple[float, ...] = (1.0, -1.0),
     over: str = 'scan',
     micro_batches: int = 1,
-    equal_parts: bool = False,
     batch: Mapping[str, Any] | None = None,
     around: Displacement | None = None,
 ) -> jax.Array:
@@ -160,7 +159,6 @@ def estimate(
       share one product with each weight; others build n layers at a time.
     micro_batches: parts that the batch is evaluated in, one after the other;
       with 'rows' it must divide n.
-    equal_parts: whether scalars of parts are averaged as they are.
     batch: keyword arguments of ``value_fn``.
     around: a displacement of these directions from ``params`` to
       :math:`\theta`; None for none.
@@ -208,7 +206,7 @@ def estimate(
           "over='rows' gives each row's directions to the device that has the "
           'row: leave the mesh axis direction at 1, and split data instead.')
     return _losses_of_rows(
-        at, z, np.array(signs, np.float32), micro_batches, equal_parts, batch)
+        at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
   # Of NumPy: what JAX makes of it would not be a constant to the compiler.
@@ -220,7 +218,7 @@ def estimate(
                           jnp.append(cast(jax.Array, points.coefs), 0.0))
   def loss_at(batch, point):
     return losses_lib.mean_over_parts(
-        lambda part: at(point, part), batch, micro_batches, equal_parts)
+        lambda part: at(point, part), batch, micro_batches)
   def of_all(batch, points):
     loss = functools.partial(loss_at, batch)
     return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
@@ -256,7 +254,7 @@ def _displaced(value_fn: Callable, by: Displacement,
       params, by, **kwargs)
 
 
-def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
+def _losses_of_rows(at, z, signs, parts, batch):
   n = z.keys.shape[0]
   rows, with_rows = losses_lib.split_batch(batch, n, "over='rows': num_samples")
   count = losses_lib.rows_of_parts(rows)
@@ -265,7 +263,7 @@ def _losses_of_rows(at, z, signs, parts, equal_parts, batch):
     def of_sign(s):
       out = at(term.times(s), with_rows(rows))
       losses_lib.check_parts(
-          out, n, equal_parts, "over='rows': num_samples", rows=count)
+          out, n, "over='rows': num_samples", rows=count)
       return losses_lib.sums(out)
     return jax.vmap(of_sign)(signs)
 

@@ -69,35 +69,33 @@ def mean(out: Any) -> jax.Array:
   return total / weight
 
 
-def check_parts(out: Any, parts: int, equal_parts: bool,
-                what: str = 'micro_batches', rows: int | None = None) -> None:
-  """Refuses the mean of scalars of parts, unless that is what is wanted.
+def check_parts(out: Any, parts: int, what: str = 'micro_batches',
+                rows: int | None = None) -> None:
+  """Refuses the mean of scalar losses of parts, whose weights are unknown.
 
   Args:
     out: What a value_fn returned for one part.
     parts: How many parts there are.
-    equal_parts: Whether scalars are averaged as they are.
     what: The option that asks for parts, for the error.
     rows: How many rows a part has, if it is known. One value for several rows
       is a scalar too, as ``jnp.mean(..., keepdims=True)`` is.
 
   Raises:
-    ValueError: if they are not known to weigh the same.
+    ValueError: if there are several parts, and ``out`` is a scalar.
   """
-  if parts == 1 or equal_parts or isinstance(out, (tuple, list)):
+  if parts == 1 or isinstance(out, (tuple, list)):
     return
   is_one_of_many = jnp.shape(out) == (1,) and rows is not None and rows > 1
   if not jnp.ndim(out) or is_one_of_many:
     raise ValueError(
-        f'{what}={parts} cannot average a scalar loss: how much each '
-        'part weighs is not known (of a mean over tokens, parts weigh as they '
-        'have tokens). Let value_fn return the rows\' values [B] or (values, '
-        'weights); or say equal_parts=True where the plain mean is right, as '
-        'for a mean over rows.')
+        f'{what}={parts} cannot average a scalar loss: the weight of each part '
+        'is unknown (in a mean over tokens, a part weighs as much as it has '
+        'tokens). Return per-example losses [B] from value_fn, or (losses, '
+        'weights).')
 
 
-def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int,
-                    equal_parts: bool) -> jax.Array:
+def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int
+                    ) -> jax.Array:
   """Returns the value of a batch, evaluated in equal parts, one at a time."""
   if parts == 1:
     return mean(loss(batch))
@@ -105,7 +103,7 @@ def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int,
   count = rows_of_parts(rows)
   def of_part(rows):
     out = loss(with_rows(rows))
-    check_parts(out, parts, equal_parts, rows=count)
+    check_parts(out, parts, rows=count)
     return sums(out)
   total, weight = lax.map(of_part, rows)
   return jnp.sum(total) / jnp.sum(weight)

@@ -37,7 +37,6 @@ def mezo(
     num_samples: int | None = None,
     over: str = 'scan',
     micro_batches: int | None = None,
-    equal_parts: bool = False,
     weight_decay: float = 0.0,
     decay: Any = None,
     stochastic_rounding: bool = True,
@@ -67,13 +66,12 @@ def mezo(
       RoBERTa 1e-3), 1e-1 with prefixes.
     key: a `jax.random.key` or an integer seed.
     directions: what z is, and which leaves are perturbed, updated and decayed;
-      see `mezo_jax.spsa`, as for the next five.
+      see `mezo_jax.spsa`, as for the next four.
     combine: How losses become :math:`g`: `two_sided`, `one_sided` or `fzoo`,
       their names, or a `Combine`.
     num_samples: directions per step.
     over: whether they are evaluated one after the other, or in one pass.
     micro_batches: parts that the batch is evaluated in.
-    equal_parts: whether parts whose loss is a scalar weigh the same.
     weight_decay: :math:`\lambda`; :math:`\lambda\theta` is of float32, and
       rounded before it is added, in every program alike.
     decay: which leaves are decayed, as `Directions.mask`; None for a guess,
@@ -122,7 +120,7 @@ def mezo(
   estimate = spsa(
       eps, key=key, directions=directions, combine=combine,
       num_samples=num_samples, over=over, micro_batches=micro_batches,
-      equal_parts=equal_parts, dtype=jnp.float32)
+      dtype=jnp.float32)
   if fold_every is not None and _check_fold(
       fold_every, learning_rate, eps, weight_decay) > 1:
     assert not isinstance(learning_rate, Mapping)  # _check_fold refuses groups

@@ -63,7 +63,6 @@ def spsa(
     num_samples: int | None = None,
     over: str = 'scan',
     micro_batches: int | None = None,
-    equal_parts: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> ZerothOrderTransformation:
   r"""Estimates the gradient by simultaneous perturbation.
@@ -112,7 +111,6 @@ def spsa(
       without axes are passed on whole. The value is that of the whole batch, so
       ``value_fn`` must return per-example losses ``[B]`` or ``(values,
       weights)``.
-    equal_parts: average the scalars of the parts as they are.
     dtype: of the updates; None for each parameter's own.
 
   Returns:
@@ -176,7 +174,6 @@ def spsa(
   directions, combine = as_directions(directions), as_combine(combine)
   eps = arguments.rate('eps', eps, above=0)
   noise.check_key(key)
-  arguments.boolean('equal_parts', equal_parts)
   arguments.floating('dtype', dtype)
   check_over(over)
   if over == 'rows' and num_samples % micro_batches:
@@ -211,8 +208,8 @@ def spsa(
           lambda x: x[_part(part, num_samples, combine)], z)
       losses = estimate(  # of θ ± εz
           value_fn, params, mine, epsilon, directions, signs=combine.signs,
-          over=over, micro_batches=micro_batches, equal_parts=equal_parts,
-          around=around, batch=losses_lib.accepted(value_fn, extra_args))
+          over=over, micro_batches=micro_batches, around=around,
+          batch=losses_lib.accepted(value_fn, extra_args))
       value, g = combine.apply(losses, _first(epsilon))
       g = jnp.where(jnp.isfinite(value), g, jnp.nan)
       if part is not None:

@@ -16,7 +16,6 @@ from mezo_jax.variants.modified import (
   expectation_modified,
   grad_norms,
   no_norms,
-  param_norms,
   variance_modified,
 )
 from mezo_jax.variants.private import private
@@ -29,5 +28,5 @@ from mezo_jax.variants.svrg import svrg
 __all__ = ('adam_by_history', 'conservative', 'expectation_modified',
            'forward_grad', 'grad_norms', 'hizoo', 'lozo_m', 'mazo',
            'momentum_by_history', 'no_norms', 'no_scores', 'one_point',
-           'param_norms', 'private', 'quzo', 'qzo', 'saliency', 'scalar_adam',
-           'sign', 'smallest', 'sparse_mezo', 'svrg', 'variance_modified')
+           'private', 'quzo', 'qzo', 'saliency', 'scalar_adam', 'sign',
+           'smallest', 'sparse_mezo', 'svrg', 'variance_modified')

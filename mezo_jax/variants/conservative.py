@@ -23,7 +23,7 @@ def conservative(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, directions: Directions | str = Normal(),
     num_samples: int | None = None, micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    weight_decay: float = 0.0, decay: Any = None,
     stochastic_rounding: bool = True, **options: Any
 ) -> ZerothOrderTransformation:
   r"""MeZO that takes the best of three points for its step.
@@ -43,8 +43,7 @@ def conservative(
   n = 1 if num_samples is None else num_samples
   estimate = spsa(
       eps, key=key, directions=directions, num_samples=n,
-      micro_batches=micro_batches, equal_parts=equal_parts,
-      dtype=jnp.float32, **options)
+      micro_batches=micro_batches, dtype=jnp.float32, **options)
 
   def make(state, memory, params, given):
     del memory
@@ -65,7 +64,7 @@ def conservative(
       point = z.times(sign * rate * seen.projected_grad / n)
       return losses_lib.mean_over_parts(
           lambda part: perturbed(value_fn, directions)(params, point, **part),
-          batch, micro_batches or 1, equal_parts)
+          batch, micro_batches or 1)
     signs = jnp.array([0.0, -1.0, 1.0])  # the first of equals
     losses = lax.map(loss, signs)
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))

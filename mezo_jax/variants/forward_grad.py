@@ -16,7 +16,6 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from mezo_jax.core import arguments
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
@@ -35,7 +34,6 @@ def forward_grad(
     directions: Directions | str = Normal(),
     num_samples: int | None = None,
     micro_batches: int | None = None,
-    equal_parts: bool = False,
     weight_decay: float = 0.0,
     decay: Any = None,
     stochastic_rounding: bool = True,
@@ -51,7 +49,6 @@ def forward_grad(
     ValueError: as `mezo_jax.mezo`.
   """
   directions = as_directions(directions)
-  arguments.boolean('equal_parts', equal_parts)
   n = 1 if num_samples is None else num_samples
   estimate = spsa(1.0, key=key, directions=directions, num_samples=n,
                   micro_batches=micro_batches, dtype=jnp.float32)
@@ -66,8 +63,7 @@ def forward_grad(
       def loss(c):
         at = lambda part: perturbed(value_fn, directions)(
             params, Displacement(key, c), **part)
-        return losses.mean_over_parts(
-            at, batch, micro_batches or 1, equal_parts)
+        return losses.mean_over_parts(at, batch, micro_batches or 1)
       return jax.jvp(loss, (jnp.float32(0.0),), (jnp.float32(1.0),))
     values, g = lax.map(derivative, keys)
     return values[0], g

@@ -41,7 +41,7 @@ def hizoo(
     *, key: jax.Array | int, alpha: float = 1e-8,
     directions: Directions | str = Normal(), num_samples: int | None = None,
     over: str = 'scan', micro_batches: int | None = None,
-    equal_parts: bool = False, weight_decay: float = 0.0, decay: Any = None,
+    weight_decay: float = 0.0, decay: Any = None,
     stochastic_rounding: bool = True) -> ZerothOrderTransformation:
   r"""MeZO along :math:`H^{-1/2} z`, of 2n + 1 evaluations a step.
 
@@ -59,9 +59,8 @@ def hizoo(
       plain MeZO, as their code's default).
     directions: what z is.
     num_samples: n, 1 if None.
-    over: as of `mezo_jax.spsa`, and the next two.
-    micro_batches: parts that the batch is evaluated in.
-    equal_parts: whether parts whose loss is a scalar weigh the same.
+    over: How directions are evaluated, as in `mezo_jax.spsa`.
+    micro_batches: Number of parts in which the batch is evaluated.
     weight_decay: as of `mezo_jax.mezo`, and the next two.
     decay: which leaves are decayed.
     stochastic_rounding: of half-precision weights.
@@ -76,7 +75,7 @@ def hizoo(
   n = 1 if num_samples is None else arguments.whole('num_samples', num_samples)
   plain = lambda kind: spsa(
       eps, key=key, directions=kind, num_samples=n, over=over,
-      micro_batches=micro_batches, equal_parts=equal_parts, dtype=jnp.float32)
+      micro_batches=micro_batches, dtype=jnp.float32)
 
   plain(directions)  # refuses options that cannot be used
 
@@ -135,7 +134,7 @@ def hizoo(
                      jnp.ones(n, jnp.float32))
     losses = estimate(
         value_fn, params, z, epsilon, kind, signs=(1.0, -1.0, 0.0),
-        over=over, micro_batches=micro_batches or 1, equal_parts=equal_parts,
+        over=over, micro_batches=micro_batches or 1,
         batch=losses_lib.accepted(value_fn, extra_args))
     plus, minus, clean = losses.T
     value = jnp.mean(losses[:, :2])

@@ -92,25 +92,6 @@ def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
 
 
-def param_norms(params: Any, directions: Directions | str = Normal()) -> Any:
-  """The norm of each layer's parameters, else as `grad_norms`."""
-  arguments.tree('params', params)
-  directions = as_directions(directions)
-  layers, count = _layers(params, directions.stacked)
-
-  @jax.jit
-  def squares(params):
-    total = jnp.zeros(count)
-    for (_, x), of in zip(paths.named_leaves(params), layers):
-      if paths.is_floating(x):
-        x = x.astype(jnp.float32)
-        total = total.at[of].add(
-            jnp.sum(x**2, tuple(range(of.ndim, x.ndim))))
-    return total
-
-  return _in_units(params, squares(params), layers, directions)
-
-
 def variance_modified(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, key: jax.Array | int, norms: Any,
@@ -123,9 +104,9 @@ def variance_modified(
     learning_rate: :math:`\eta`.
     eps: see `mezo_jax.spsa`.
     key: a `jax.random.key` or an integer seed.
-    norms: d, from `grad_norms` or `param_norms`, or any tree like the params of
-      positive numbers, or arrays [L] for stacked layers. It is part of the
-      state, as ``memory``.
+    norms: d, from `grad_norms`, or any tree like the params of positive
+      numbers, or of arrays [L] for stacked layers. It is part of the state, as
+      ``memory``.
     directions: what z is.
     weight_decay: as of `mezo_jax.mezo`, and the next two.
     decay: which leaves are decayed.
