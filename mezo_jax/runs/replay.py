@@ -132,7 +132,9 @@ class Log:
   def __init__(self, path: Path | None, header: dict[str, Any], steps: Steps,
                recorded: Recorded | None = None) -> None:
     """See `open_log`; without a path nothing is written."""
-    self.steps, self.end, self._path = steps, steps.last, path
+    self.steps: Steps = steps
+    self.end: int = steps.last
+    self._path = path
     self.records: bool = steps.projected_grads.shape[1] > 0
     self._file = None
     if path is None:
