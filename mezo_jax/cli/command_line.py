@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 import typing
+from typing import Any, cast
 
 from absl import flags
 from ml_collections import config_flags
@@ -187,9 +188,10 @@ def failure(error: Exception, file: str = '') -> str:
   found = re.search(
       r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'",
       message)
+  hints: dict[str, Any] = typing.get_type_hints(config_lib.Train)
   groups = {config_lib.Train.__name__: ''} | {
-      hint.__name__: f'{name}.' for name, hint in typing.get_type_hints(
-          config_lib.Train).items() if dataclasses.is_dataclass(hint)}
+      cast(type, hint).__name__: f'{name}.' for name, hint in hints.items()
+      if dataclasses.is_dataclass(hint)}
   if found and found.group(1) in groups:
     return unknown(groups[found.group(1)] + found.group(2))
   if 'Traceback' in text:  # config_flags writes one into some errors

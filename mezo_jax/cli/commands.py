@@ -1,7 +1,7 @@
 """The commands of mezo-jax. Each checks its arguments and calls a function of
 another room."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import difflib
 import inspect
@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 import re
 import sys
+from typing import Any
 
 from absl import logging
 import jax
@@ -26,6 +27,11 @@ DOES_NOT_FIT = 3  # the exit status of a plan that does not fit
 _MERGED = (bool, 'Add LoRA to the weights and write a whole model.')
 
 
+def _doc(command: Callable[..., Any]) -> str:
+  """Returns the docstring of a command, which is its help."""
+  return inspect.getdoc(command) or ''
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command that a command line names.
 
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if name in ('-h', '--help', 'help'):
     print('Fine-tunes language models with forward passes only (MeZO).\n')
     for command in _COMMANDS.values():
-      about = inspect.getdoc(command).splitlines()[0]
+      about = _doc(command).splitlines()[0]
       print(f'  mezo-jax {command.__name__:10}{about}')
     print('\nmezo-jax COMMAND --help describes the flags of a command.')
     sys.exit()
@@ -70,7 +76,7 @@ def export(argv: Sequence[str]) -> None:
   WORKDIR is the working directory of the run, such as runs/quickstart. The
   command creates DIRECTORY.
   """
-  values, (workdir, directory) = parse(argv, inspect.getdoc(export), {
+  values, (workdir, directory) = parse(argv, _doc(export), {
       'step': (int, 'The step to export. Defaults to the best on dev rows, or '
                'to the last of a private run.'),
       'merged': _MERGED,
@@ -92,7 +98,7 @@ def replay(argv: Sequence[str]) -> None:
 
   It needs neither data nor forward passes.
   """
-  values, _ = parse(argv, inspect.getdoc(replay), {
+  values, _ = parse(argv, _doc(replay), {
       'base': (str, 'The base model: a directory or a hub id.'),
       'log': (str, 'The log of steps, such as RUN/steps.log.'),
       'out': (str, 'The directory to create.'),
@@ -118,7 +124,7 @@ def evaluate(argv: Sequence[str]) -> None:
   """
   is_override = command_line.OVERRIDE.match
   own = [word for word in argv if not is_override(word)]
-  values, _ = parse(own, inspect.getdoc(evaluate), {
+  values, _ = parse(own, _doc(evaluate), {
       'suite': (str, 'The suite: a file, or the name of one that comes with '
                 'mezo_jax, such as cpu_suite.'),
       'workdir': (str, 'The directory of the table and of the runs. Defaults '
@@ -145,7 +151,7 @@ def plan(argv: Sequence[str]) -> int:
   The command exits with status 3 if the run does not fit.
   """
   jax.config.update('jax_platforms', 'cpu')  # a device here is not needed
-  values, _ = parse(argv, inspect.getdoc(plan), {
+  values, _ = parse(argv, _doc(plan), {
       'topology': (str, 'The devices: v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2 '
                    '(chips), h100:8, a100:8 or cpu:8.'),
       'mesh': (str, 'The sizes of axes, fsdp=4,tensor=2. Defaults to the mesh '

@@ -12,7 +12,7 @@ import logging
 import os
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 from etils.epath import gpath
@@ -73,13 +73,15 @@ class Checkpoints:
     """
     policies = ocp.training.preservation_policies
     best = policies.BestN(
-        n=1, get_metric_fn=order, keep_checkpoints_without_metrics=False)
+        # orbax compares what this returns, so a tuple is as good as a float.
+        n=1, get_metric_fn=cast(Any, order),
+        keep_checkpoints_without_metrics=False)
     self._directory = directory.absolute()
     try:
       self._checkpointer = ocp.training.Checkpointer(
           _Directory(self._directory), cleanup_tmp_directories=clean,
-          preservation_policy=policies.AnyPreservationPolicy(
-              [policies.LatestN(keep), best]))
+          preservation_policy=cast(Any, policies.AnyPreservationPolicy(
+              [policies.LatestN(keep), best])))
     except Exception as e:
       _raise_of_the_disk(e, self._directory, _REFUSED | _FULL)
       newest = self._path(latest_step(self._directory))
@@ -178,7 +180,7 @@ class Checkpoints:
     """Returns the record that `save` made of a checkpoint's contents."""
     try:
       about = self._checkpointer.metadata(step)
-      recorded = dict(about.custom_metadata or {})
+      recorded: dict[str, Any] = dict(cast(Any, about.custom_metadata) or {})
     except Exception as e:
       _raise_of_the_disk(e, self._path(step), _REFUSED)
       raise self._damaged(step, e) from e
@@ -286,17 +288,17 @@ def _is_key(x) -> bool:
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _is_finite(metrics: dict | None) -> bool:
+def _is_finite(metrics: Any) -> bool:
   return all(isinstance(x, float | int) and -np.inf < x < np.inf for x in (
       (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 
-def order(metrics: dict[str, Any] | None) -> tuple[float, float]:
+def order(metrics: Any) -> tuple[float, float]:
   """Returns the key by which checkpoints are ranked.
 
   A higher score is better, and of equal scores the lower loss. Metrics that are
   not finite rank last.
   """
-  if not _is_finite(metrics):
+  if metrics is None or not _is_finite(metrics):
     return -np.inf, -np.inf
   return metrics['score'], -metrics['loss']

@@ -111,9 +111,9 @@ class Progress:
       self._metrics.write('train', step, **told, **cost,
                           skipped=int(values['skipped']))
     loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
-    size = values.get('projected_grad', values.get('grad_norm'))
-    speed = (f'{tokens / max(seconds, 1e-9):.0f} tokens/s' if cost else
-             'from the log')
+    size: Any = values.get('projected_grad', values.get('grad_norm'))
+    speed = ('from the log' if tokens is None else
+             f'{tokens / max(seconds, 1e-9):.0f} tokens/s')
     text = f'{loss}|g| {np.abs(size).mean():.1f}, {speed}'
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update()

@@ -132,7 +132,9 @@ class Log:
   def __init__(self, path: Path | None, header: dict[str, Any], steps: Steps,
                recorded: Recorded | None = None) -> None:
     """See `open_log`; without a path nothing is written."""
-    self.steps, self.end, self._path = steps, steps.last, path
+    self.steps: Steps = steps
+    self.end: int = steps.last
+    self._path = path
     self.records: bool = steps.projected_grads.shape[1] > 0
     self._file = None
     if path is None:
@@ -170,7 +172,8 @@ class Log:
       old = self.steps.until(first - 1)
       self.steps = Steps(
           old.first,
-          np.append(old.values, np.float32([v for _, _, v, _ in new])),
+          np.append(old.values, np.array(
+              [v for _, _, v, _ in new], np.float32)),
           np.concatenate([old.projected_grads, [g for _, g, _, _ in new]]),
           old.added | {step for step, _, _, added in new if added})
 
@@ -198,7 +201,7 @@ class Log:
     Raises:
       InputError: if the file is not there any more.
     """
-    if self._file is None:
+    if self._file is None or self._path is None:
       return
     if not self._path.exists() or not os.path.samestat(
         os.stat(self._path), os.fstat(self._file.fileno())):

@@ -89,7 +89,7 @@ def changed(then: dict[str, Any], now: dict[str, Any], model: str, adapter: str
       'rows': 'the rows, or their labels, differ'}
   for key, what in words.items():
     old, new = then.get(key), now.get(key)
-    if None in (old, new) or old == new:
+    if old is None or new is None or old == new:
       continue
     if key != 'model':
       return what

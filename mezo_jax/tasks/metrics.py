@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 import re
 import string
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +19,17 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 _UNANSWERABLE = ('CANNOTANSWER', 'no answer')
 
 
-def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+def macro_f1(predictions: Sequence[int] | np.ndarray,
+             labels: Sequence[int] | np.ndarray) -> float:
   """Returns the mean of F1 over the classes that labels or predictions have.
 
   Raises:
     ValueError: If there are no rows, or the two do not match in length.
   """
   from sklearn.metrics import f1_score  # slow to import
-  return float(f1_score(labels, predictions, average='macro', zero_division=0))
+  zero: Any = 0  # scikit-learn takes numbers too, and annotates texts alone
+  return float(f1_score(
+      labels, predictions, average='macro', zero_division=zero))
 
 
 def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:

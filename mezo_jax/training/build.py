@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mezo_jax import models, peft
@@ -138,7 +139,10 @@ def model_name(config: config_lib.Train) -> str | os.PathLike[str]:
   """Returns the model to load. That of the quickstart is fetched if necessary.
   """
   name = config.model.name
-  return quickstart_data.model_path() if name == 'quickstart' else name
+  if name == 'quickstart':
+    name = quickstart_data.model_path()
+  assert name is not None  # it is fetched, or an error says why it is not
+  return name
 
 
 def plain_name(config: config_lib.Train) -> str:
@@ -326,7 +330,7 @@ def batch_shapes(data: Encoded, length: int, rows: int,
                  mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Returns an abstract training batch of ``rows`` rows of ``length`` tokens.
   """
-  batch = batch_of(data, range(rows), length, rows)
+  batch = batch_of(data, np.arange(rows), length, rows)
   place = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
   return jax.tree.map(lambda x: _shape(x, place), batch)
 
@@ -351,7 +355,7 @@ def load(config: config_lib.Train, model_config: models.Config,
 
 
 def add(config: config_lib.Train, model: models.Transformer,
-        params: dict[str, Any], tokenizer: Any, mesh: jax.sharding.Mesh | None
+        params: dict[str, Any], tokenizer: Any, mesh: jax.sharding.Mesh
         ) -> Any:
   """Returns the model and its parameters with what task and method add.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import objective as objectives
@@ -234,7 +234,7 @@ _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
 
 
-def bound(config: Train) -> dict:
+def bound(config: Train) -> dict[str, Any]:
   """Returns the fields, as JSON values, that may not differ between the runs
   that share a working directory."""
   out = to_json(config)
@@ -269,7 +269,7 @@ def in_words(config: Train) -> str:
           f'{config.data.batch_size} rows, best step by {chosen}')
 
 
-def to_json(config: Train) -> dict:
+def to_json(config: Train) -> dict[str, Any]:
   """Returns the config as plain JSON values; a function is its name."""
   return json.loads(json.dumps(
       dataclasses.asdict(config), default=_name_of_function))
@@ -283,7 +283,7 @@ def _name_of_function(f: Callable) -> str:
   return f'{named.__module__}.{named.__qualname__}'
 
 
-def from_json(saved: dict) -> Train:
+def from_json(saved: dict[str, Any]) -> Train:
   """Returns the config that `to_json` saved, also in an earlier version. Fields
   that are missing have their defaults.
 
@@ -334,7 +334,7 @@ def _unsupported(path: str, value) -> str:
           'choose another --workdir.')
 
 
-def check_same_run(config: Train, saved: dict) -> None:
+def check_same_run(config: Train, saved: dict[str, Any]) -> None:
   """Checks that a config may continue a saved run.
 
   The number of steps, the mesh and how often to evaluate may differ. But with a

@@ -73,9 +73,13 @@ def batches(drawn: Drawn, splits: data_lib.Splits,
   ordinary = data_lib.batches(
       train.lengths, splits.buckets['train'], drawn.batch_size, drawn.seed,
       start - anchors)
-  anchor = every and put(*data_lib.spread(
-      train.lengths, splits.buckets['train'],
-      drawn.anchor_batches * drawn.batch_size))
+  anchor = None
+  if every:
+    anchor = put(*data_lib.spread(
+        train.lengths, splits.buckets['train'],
+        drawn.anchor_batches * drawn.batch_size))
   for number in itertools.count(start):
-    batch = anchor if every and number % every == 0 else put(*next(ordinary))
-    yield *batch, {}
+    if anchor is not None and number % every == 0:
+      yield *anchor, {}
+    else:
+      yield *put(*next(ordinary)), {}

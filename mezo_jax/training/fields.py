@@ -7,7 +7,7 @@ import difflib
 import numbers
 import types
 import typing
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,11 +21,12 @@ WHERE = ('The fields of a config and their types are in '
 # --- names ------------------------------------------------------------------
 
 
-def leaves(cls=config_lib.Train, before: str = '') -> Iterator[str]:
+def leaves(cls: type = config_lib.Train, before: str = '') -> Iterator[str]:
   """Yields the paths of all fields that hold a value, ``optimizer.name``."""
-  for name, hint in typing.get_type_hints(cls).items():
+  hints: dict[str, Any] = typing.get_type_hints(cls)
+  for name, hint in hints.items():
     if dataclasses.is_dataclass(hint):
-      yield from leaves(hint, f'{before}{name}.')
+      yield from leaves(cast(type, hint), f'{before}{name}.')
     else:
       yield before + name
 
@@ -63,13 +64,13 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
 def check_types(config: Any, before: str = '') -> None:
   """Raises InputError for an attribute that is no field of a config, or a
   value that is not of its field's type."""
-  hints = typing.get_type_hints(type(config))
+  hints: dict[str, Any] = typing.get_type_hints(type(config))
   for name in vars(config):
     if name not in hints:
       raise InputError(unknown(before + name))
   for name, hint in hints.items():
     value, path = getattr(config, name), before + name
-    if dataclasses.is_dataclass(hint) and isinstance(value, hint):
+    if dataclasses.is_dataclass(hint) and isinstance(value, cast(type, hint)):
       check_types(value, f'{path}.')
     elif not _is_of(value, hint):
       raise InputError(

@@ -80,9 +80,9 @@ class Setup(NamedTuple):
   learning_rate: Any  # a schedule, or one for each of optimizer.groups
   eps: Any  # a number, or one for each of optimizer.groups
   schedule: Callable  # turns a learning rate into the config's schedule
-  options: dict  # the keyword arguments of `mezo_jax.mezo`
+  options: dict[str, Any]  # the keyword arguments of `mezo_jax.mezo`
 
-  def without(self, *names: str) -> dict:
+  def without(self, *names: str) -> dict[str, Any]:
     """Returns the keyword arguments of `mezo_jax.mezo` except for these."""
     return {k: v for k, v in self.options.items() if k not in names}
 
@@ -133,7 +133,7 @@ class Method:
   words: str
   make: Callable[[Setup], optax.GradientTransformation] | None = None
   forwards: Callable = _forwards_of_spsa
-  needs: tuple[Callable, ...] = ()
+  needs: tuple[Callable[..., Any], ...] = ()
   reads: tuple[str, ...] = ()
   ignores: str = r'optimizer\.name|model\.remat'
   backprop: bool = False
@@ -166,7 +166,7 @@ class Method:
 
 # ``optimizer(learning_rate, weight_decay)`` of backpropagation, by the names in
 # configs.
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'adam': lambda rate, decay: optax.adamw(rate, weight_decay=decay),
     'sgd': lambda rate, decay: optax.chain(
         optax.add_decayed_weights(decay), optax.sgd(rate))}
@@ -521,7 +521,7 @@ METHODS = {
 # --- questions about a config -----------------------------------------------
 
 
-def method_of(config) -> Method:
+def method_of(config: Any) -> Method:
   """Returns the table's entry for the config's method."""
   return METHODS[config.method]
 
@@ -531,7 +531,7 @@ def names_where(holds: Callable[[Method], bool]) -> list[str]:
   return [name for name, method in METHODS.items() if holds(method)]
 
 
-def rules(config) -> list[tuple[bool, str]]:
+def rules(config: Any) -> list[tuple[bool, str]]:
   """Returns the rules of a config's method as pairs ``(holds, message)``."""
   method, found = method_of(config), []
   for name in method.reads:
@@ -543,7 +543,7 @@ def rules(config) -> list[tuple[bool, str]]:
   return found + [rule(config) for rule in method.needs]
 
 
-def forwards(config, rows: int) -> float:
+def forwards(config: Any, rows: int) -> float:
   """Returns how many forward passes of a batch a step takes, on average.
 
   Args:
@@ -553,19 +553,19 @@ def forwards(config, rows: int) -> float:
   return method_of(config).forwards(config, rows)
 
 
-def selects(config) -> bool:
+def selects(config: Any) -> bool:
   """Returns whether dev rows choose the step that is the result. Otherwise the
   last step is the result."""
   return not method_of(config).private or config.privacy.public_dev
 
 
-def anchor_every(config) -> int:
+def anchor_every(config: Any) -> int:
   """Returns the number of steps from one anchor to the next, whose batch is
   `anchor_batches` large; 0 if there are no anchors."""
   return config.variant.every if method_of(config).anchors else 0
 
 
-def anchor_batches(config, rows: int) -> int:
+def anchor_batches(config: Any, rows: int) -> int:
   """Returns how many batches the rows of an anchor fill. Rows that do not fill
   a batch are left out.
 
@@ -576,19 +576,19 @@ def anchor_batches(config, rows: int) -> int:
   return min(config.variant.anchor_rows or rows, rows) // config.data.batch_size
 
 
-def part_of(config) -> Part:
+def part_of(config: Any) -> Part:
   """Returns the entry of `PARTS` that describes what is trained."""
   part = method_of(config).part
   return PARTS[config.peft.method if part is None else part]
 
 
-def adapts(config) -> bool:
+def adapts(config: Any) -> bool:
   """Returns whether the model gets parameters that its files do not have."""
   return bool(part_of(config).adapter) and (
       method_of(config).steps or bool(config.peft.adapter))
 
 
-def layers_apart(config) -> bool:
+def layers_apart(config: Any) -> bool:
   """Returns whether the last ``peft.num_layers`` layers are parameters of their
   own, ``last_layers/...``, so that they can be trained alone."""
   part, p = part_of(config), config.peft
@@ -597,20 +597,20 @@ def layers_apart(config) -> bool:
       part.last_layers or any('last_layers' in name for name in names))
 
 
-def made(config) -> str:
+def made(config: Any) -> str:
   """Returns a regular expression of the parameters that are not in the model's
   files. Their last bits may differ between kinds of processors."""
   return '|'.join(filter(None, (part_of(config).adapter, r'^classifier/')))
 
 
-def looks_first(config) -> bool:
+def looks_first(config: Any) -> bool:
   """Returns whether the steps depend on a pass over rows before the first one,
   so that their log alone cannot replay them."""
   method = method_of(config)
   return method.probe or method.scores
 
 
-def warnings(config) -> list[str]:
+def warnings(config: Any) -> list[str]:
   """Returns sentences about settings that are legal but probably a mistake."""
   method, part, o = method_of(config), part_of(config), config.optimizer
   if not (method.steps and method.usual_rates):

@@ -68,7 +68,8 @@ class Mixture:
   @property
   def metric(self) -> str:
     """Returns the name of the number by which runs and steps are compared."""
-    return MEAN if len(self.parts) > 1 else self.parts[0].metric
+    first, *others = self.parts
+    return MEAN if others else first.metric
 
   @property
   def splits(self) -> list[data_lib.Splits]:
@@ -76,7 +77,9 @@ class Mixture:
 
   def value_fn(self, params: Any, of: Of) -> Any:
     """Returns the per-example losses of a batch by its task's objective."""
-    return self.parts[of.task].built.loss_fn(params, of.batch)
+    loss_fn = self.parts[of.task].built.loss_fn
+    assert loss_fn is not None  # a method with steps has one
+    return loss_fn(params, of.batch)
 
   def frozen(self, of: Of) -> dict[str, Any]:
     return self.parts[of.task].built.frozen
@@ -94,6 +97,7 @@ class Mixture:
       secret: Secret of a private run.
     """
     if plan:
+      assert secret is not None  # a private run has one
       part, = self.parts
       sources = [feed.private(plan, secret, part.built.splits, mesh, start)]
       tasks = itertools.repeat(0)
@@ -131,8 +135,8 @@ class Mixture:
         [getattr(part.ask, which)(whole) for part, whole in of_each(params)])
                  for which in ('dev', 'test'))
     def both(params):
-      return tuple(map(self.joined, zip(
-          *[part.ask.both(whole) for part, whole in of_each(params)])))
+      reports = [part.ask.both(whole) for part, whole in of_each(params)]
+      return tuple(self.joined(list(of_all)) for of_all in zip(*reports))
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
   def joined(self, reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """A config's optimizer: the transform of its method."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import optax
 
@@ -11,13 +14,13 @@ from mezo_jax.training import methods, privacy
 from mezo_jax.transforms.evaluate_points import COMBINES
 
 # ``schedule(learning_rate, steps)`` after the warmup, by the names in configs.
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     'constant': lambda rate, steps: optax.constant_schedule(rate),
     'linear': lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
     'cosine': optax.cosine_decay_schedule}
 
 
-def make_optimizer(config: config_lib.Train, params,
+def make_optimizer(config: config_lib.Train, params: Any,
                    plan: privacy.Plan | None = None
                    ) -> optax.GradientTransformationExtraArgs:
   """Returns the optax transform that a config describes.

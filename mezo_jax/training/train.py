@@ -108,9 +108,11 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
         built.model, state.params, splits, ask.sizes, mesh, config.task,
         config_lib.objective(config))
     if method.steps:  # which begin with the probe in the model's head
+      assert splits.train.token_ids is not None  # label words, as checked
       state = state._replace(params=linear_probe.write_probe(
           state.params, probe, splits.train.token_ids))
   if not method.steps:
+    assert method.result is not None
     final = method.result(ask, state.params, probed)
     result = finish(final, seconds=time.time() - began)
     _say(f'{config.method}: test {evaluate.spell(final)}; see '
@@ -125,6 +127,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   plan = build.privacy_plan(config, splits, mesh)
   if plan:
     _say(privacy.spell(plan))
+  assert built.tx is not None and built.host is not None  # it has steps
   step_fn = make_step(
       built.tx, tasks.value_fn, mesh=mesh, part=place.part if place else None,
       on_compile=lambda *about: _say(loggers.spell_program(*about)))

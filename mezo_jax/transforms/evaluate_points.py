@@ -209,7 +209,8 @@ def estimate(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
-  moved = jnp.asarray(np.array([s for s in signs if s], np.float32))
+  # Of NumPy: what JAX makes of it would not be a constant to the compiler.
+  moved: Any = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
   if 0 in signs:
