@@ -153,7 +153,9 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
 def _config_of(log: Path, header: dict) -> config_lib.Train:
   try:
     run = config_lib.from_json(header['config'])
-    methods.part_of(run), run.task.traits  # they are known
+    # Names that are not known raise.
+    methods.part_of(run)
+    _ = run.task.traits
     return run
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(f'the header of {log} has no config of a run of this '

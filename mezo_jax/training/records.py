@@ -121,7 +121,9 @@ def read_config(workdir: Path) -> config_lib.Train:
   saved = loggers.read_json(workdir / 'config.json')
   try:
     config = config_lib.from_json(saved)
-    methods.part_of(config), config.task.traits  # they are known
+    # Names that are not known raise.
+    methods.part_of(config)
+    _ = config.task.traits
     return config
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(
