@@ -153,7 +153,8 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
 def _config_of(log: Path, header: dict) -> config_lib.Train:
   try:
     run = config_lib.from_json(header['config'])
-    methods.part_of(run), run.task.traits  # they are known
+    methods.part_of(run)  # raises KeyError where it is unknown,
+    _ = run.task.traits  # and so does this
     return run
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(f'the header of {log} has no config of a run of this '

@@ -22,7 +22,7 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 
 def make_optimizer(config: config_lib.Train, params: Any,
                    plan: privacy.Plan | None = None
-                   ) -> optax.GradientTransformationExtraArgs:
+                   ) -> optax.GradientTransformation:
   """Returns the optax transform that a config describes.
 
   Args:
@@ -43,7 +43,9 @@ def make_optimizer(config: config_lib.Train, params: Any,
       combine=COMBINES[z.combine], num_samples=z.num_samples, over=z.over,
       micro_batches=o.micro_batches, weight_decay=o.weight_decay,
       decay=paths.decayed, stochastic_rounding=z.stochastic_rounding)
-  return methods.method_of(config).make(methods.Setup(
+  make = methods.method_of(config).make
+  assert make is not None  # the method trains
+  return make(methods.Setup(
       config, params, plan, rates, eps,
       lambda rate: schedule(config, rate), options))
 
@@ -51,7 +53,7 @@ def make_optimizer(config: config_lib.Train, params: Any,
 def directions(config: config_lib.Train) -> Directions:
   """Returns the distribution of z."""
   z = config.spsa
-  values = {'rank': z.rank, 'every': z.lazy_every}
+  values: dict[str, Any] = {'rank': z.rank, 'every': z.lazy_every}
   return KINDS[z.distribution](
       z.generator,
       **{name: values[name] for name in options_of(z.distribution)})

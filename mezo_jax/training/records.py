@@ -121,7 +121,8 @@ def read_config(workdir: Path) -> config_lib.Train:
   saved = loggers.read_json(workdir / 'config.json')
   try:
     config = config_lib.from_json(saved)
-    methods.part_of(config), config.task.traits  # they are known
+    methods.part_of(config)  # raises KeyError where it is unknown,
+    _ = config.task.traits  # and so does this
     return config
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(

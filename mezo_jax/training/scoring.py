@@ -41,9 +41,10 @@ def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
         peft.join(params, tasks.frozen(batch)), batch))
   more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
               num_samples=config.variant.num_scores)
+  score = methods.method_of(config).score
+  assert score is not None  # `methods.looks_first` says that it has one
   with jax.set_mesh(mesh):
-    found, what = methods.method_of(config).score(
-        config, value_fns, params, **more)
+    found, what = score(config, value_fns, params, **more)
     found = sharding.beside(found, params)
   say(f'looked at the weights in {time.time() - began:.0f} s: {what}')
   return found
