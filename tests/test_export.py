@@ -10,8 +10,8 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 from runs import records, small_config
 
-from mezo_jax import __main__ as command_line
 from mezo_jax import models, peft
+from mezo_jax.cli import commands as command_line
 from mezo_jax.core.errors import InputError
 from mezo_jax.export import from_run
 from mezo_jax.export.from_run import card, export, rebuild

@@ -12,7 +12,7 @@ import pytest
 import runs
 
 from mezo_jax import models
-from mezo_jax.__main__ import main
+from mezo_jax.cli.commands import main
 from mezo_jax.core.errors import (
   Again,
   Damaged,

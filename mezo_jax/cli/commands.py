@@ -33,7 +33,7 @@ def _doc(command: Callable[..., Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command that a command line names, and exits.
+  """Runs the command that a command line names.
 
   Args:
     argv: The command and its arguments. Defaults to those of the process.
@@ -55,17 +55,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs a lot
   with in_one_sentence(program):
     try:
-      sys.exit(_COMMANDS[name]([program, *argv]))
+      status = _COMMANDS[name]([program, *argv])
     except KeyboardInterrupt:
       sys.exit(f'{program}: interrupted.')
+  if status:
+    sys.exit(status)
 
 
 def train(argv: Sequence[str]) -> None:
   """Fine-tunes a model, or evaluates a baseline."""
-  try:
-    from mezo_jax.training import run
-  except ImportError:  # until the body of train.py is in mezo_jax.training
-    from train import run
+  from mezo_jax.training import run  # imports what only training needs
   launch.main(run, program=argv[0], argv=argv[1:])
 
 

@@ -34,7 +34,7 @@ from mezo_jax.transforms.step import field, make_step, pends
 
 
 def run(config: config_lib.Train, workdir: Path,
-        place: 'replicas_lib.Place | None' = None, source: str = ''
+        place: replicas_lib.Place | None = None, source: str = ''
         ) -> dict[str, Any]:
   """Trains a model, or evaluates a baseline, as a config says.
 
@@ -73,9 +73,9 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   checks.check_config(config)
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
-  replicas_lib.check_replicas(place, config.method,
-                     methods.names_where(lambda m: m.replicated),
-                     config.spsa.combine, config.spsa.num_samples)
+  replicas_lib.check_replicas(
+      place, config.method, methods.names_where(lambda m: m.replicated),
+      config.spsa.combine, config.spsa.num_samples)
   versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
   multihost.agree_on('the versions', versions, 'install the same on every host')
   multihost.agree_on('the config', config_lib.to_json(config),
