@@ -620,7 +620,8 @@ TABLE = {
 }
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState'}  # and no checks
+TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState',
+         'ZerothOrderTransformation'}  # and no checks
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 
 

@@ -53,7 +53,7 @@ class Built(NamedTuple):
   params: dict[str, Any]
   frozen: dict[str, Any]
   loss_fn: Callable | None = None
-  tx: optax.GradientTransformationExtraArgs | None = None
+  tx: optax.GradientTransformation | None = None
   opt_state: Any = None
   host: score.Host | None = None
 
