@@ -225,6 +225,8 @@ def test_no_other_module_compares_the_method_with_a_name():
         sides = [node.subject, *(case.pattern for case in node.cases)]
       else:
         continue
+      if any("['kind']" in ast.unparse(side) for side in sides):
+        continue  # a kind of record, not a method
       said = set().union(*map(texts, sides))
       in_package = 'benchmarks' not in file.parts
       if said and any(map(names_method, sides)) or (

@@ -169,7 +169,7 @@ def test_topologies():
     machines.devices('cpu:64')
   config = Train(model=Model('opt-125m', offload=True), data=Data(
       train='nowhere'), task=Task(template='{x}', label_words=(' a', ' b')))
-  with pytest.raises(InputError, match='h100'):
+  with pytest.raises(InputError, match='model.offload'):
     plan.plan(config, 'h100:1')
 
 

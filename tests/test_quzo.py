@@ -67,6 +67,7 @@ def uses(p, ids):
   return jnp.sum(x @ p['embed'].T[:32]) + jnp.sum(p['other'][::3, 1:60:2])
 
 
+@pytest.mark.as_shipped  # quick compilation rounds normal draws otherwise
 @pytest.mark.parametrize('bits', [8, 4])
 def test_however_they_are_read_they_are_the_same_weights(bits):
   w = lambda i, *shape, axis=-2: mezo_jax.quantize(
