@@ -59,7 +59,7 @@ def check_config(config: config_lib.Train) -> None:
           config.model.dtype not in QUANTISED and not part.last_layers
           and not methods.layers_apart(config)
           and (method.offloads or not method.steps)
-          and not o.groups and z.distribution != 'sphere'),
+          and not o.groups),
        'model.offload needs floats, no layers set apart, and method mezo '
        'without optimizer.groups'),
       (config.mesh.direction == 1 or (
