@@ -48,7 +48,7 @@ def run(tx, value_fn, step, params, batches, flush_after=()):
   return params, state, log, seen
 
 
-@pytest.mark.slow_except(kind=['signs, two directions, masked'])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_steps_are_those_of_updates_at_once(kind):
   """A skipped one among them; and the weights move at every fourth alone."""

@@ -70,6 +70,7 @@ def test_keys_of_all_kinds():
     assert noise.as_keys(others).shape == (3,)
 
 
+@pytest.mark.slow
 def test_directions_and_combines_have_names():
   want = mezo_jax.displace(PARAMS, STEP, mezo_jax.Rademacher())
   helpers.assert_bitwise(mezo_jax.displace(PARAMS, STEP, 'rademacher'), want)
@@ -105,6 +106,7 @@ def test_numbers_in_a_batch(name):
     np.testing.assert_allclose(state.value, metrics['loss'], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_for_other_numbers_of_arguments():
   tx = mezo_jax.mezo(1e-3, key=0)
   step = mezo_jax.make_step(tx, lambda p, b: loss(p) * b)
@@ -134,7 +136,7 @@ def test_jit_can_be_disabled(name):
   helpers.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow_except(name=['mezo', 'private'])
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
     'adam by history', 'svrg', 'hizoo'])
@@ -290,6 +292,7 @@ def test_a_combine_of_all_losses_has_no_part_of_them(combine):
   np.testing.assert_array_equal(whole.projected_grad, all_of_it.projected_grad)
 
 
+@pytest.mark.slow
 def test_parts_of_directions_have_the_numbers_of_the_whole():
   own = mezo_jax.Combine((1.0, -1.0), lambda losses, eps: (
       jnp.mean(losses), jnp.tanh(losses[:, 0] - losses[:, 1])),
@@ -343,6 +346,7 @@ def test_links_before_the_estimate_are_refused(name, how):
       wrap(lambda p: one_step(tx, p))(PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, pending', 'backprop and adam', 'private', 'svrg',
     'lozo-m', 'one point', 'conservative', 'mazo', 'forward gradient'])
@@ -396,6 +400,7 @@ def test_a_step_has_one_estimator():
     mezo_jax.make_step(tx, lambda p, b: loss(p))(PARAMS, tx.init(PARAMS), ())
 
 
+@pytest.mark.slow
 def test_what_is_promised_of_chains():
   """A skipped step changes nothing inside skip_not_finite alone."""
   bad = lambda p, bad: jnp.where(bad, jnp.nan, loss(p))

@@ -60,6 +60,7 @@ def test_a_checkpoint_without_our_record_is_refused(tmp_path):
   kept.close()
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_never_loaded(tmp_path):
   """A flipped bit, or a cut, in each file of a checkpoint."""
   rng = np.random.default_rng(0)

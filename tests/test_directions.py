@@ -94,6 +94,7 @@ def test_directions_are_values():
     Normal().generator = 'threefry2x32'
 
 
+@pytest.mark.slow
 def test_masks_of_elements():
   """Half of a leaf, seen through a reshape, a transpose and rows by index."""
   there = jax.random.bernoulli(KEY, 0.5, (50, 8))

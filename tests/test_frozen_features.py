@@ -91,7 +91,7 @@ def of(built, data, params):
   return values * weights
 
 
-@pytest.mark.slow_except(way=['last_layers'])
+@pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS)
 def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
                                              tmp_path):
@@ -106,7 +106,7 @@ def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
   helpers.assert_close(a, b, rtol=1e-5)
 
 
-@pytest.mark.slow_except(way=['laid-out candidates'])
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['laid-out candidates', 'Adam'])
 def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
                                              tmp_path, capsys):

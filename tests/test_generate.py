@@ -19,6 +19,7 @@ def tiny():
   return model, jax.tree.map(lambda x: 4 * x, params), ids
 
 
+@pytest.mark.slow
 def test_a_cache_changes_nothing(tiny):
   """Logits of 12 tokens in pieces of 5, 4, 1, 1 and 1, with left padding."""
   model, params, ids = tiny
@@ -62,6 +63,7 @@ def test_draws_follow_the_softmax(tiny):
     assert 1 < len(kept) <= len(p)
 
 
+@pytest.mark.slow
 def test_rows_draw_on_their_own_and_keys_repeat(tiny):
   model, params, ids = tiny
   draw = lambda seed: np.asarray(models.generate(
@@ -76,6 +78,7 @@ def test_rows_draw_on_their_own_and_keys_repeat(tiny):
       cold, models.generate(model, params, ids, max_new_tokens=10))
 
 
+@pytest.mark.slow
 def test_stops(tiny):
   """The stop token is part of the row; after it there is only padding."""
   model, params, ids = tiny

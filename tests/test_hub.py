@@ -338,6 +338,7 @@ def test_an_index_that_is_none(tiny_dir, tmp_path, text):
     models.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_names_of_early_checkpoints(tmp_path):
   """GPT-2's without a prefix, BERT's gamma and beta, a decoder left out."""
   for family, rename in (

@@ -145,7 +145,7 @@ def make_step(tx, loss):
   return step
 
 
-@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
+@pytest.mark.slow
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
@@ -166,7 +166,7 @@ def test_the_forward_and_three_layers(name):
   assert step < forward + 3 * layer
 
 
-@pytest.mark.slow_except(name=['Linen list', 'NNX list'])
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_the_value_is_that_of_built_weights(name):
   apply, shapes = MODELS[name]()
@@ -321,6 +321,7 @@ def test_an_argument_may_be_called_displacement():
 # --- shard_map ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('check', [True, False])
 def test_shard_map_inside_value_fn(stack, check):

@@ -96,6 +96,7 @@ def test_what_is_small_is_drawn_whole():
   assert np.linalg.matrix_rank(z['kernel']) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [
     LowRank(rank=4), mezo_jax.Normal(), mezo_jax.SubZero(rank=2)])
 def test_many_terms_of_small_leaves(kind):
@@ -111,6 +112,7 @@ def test_many_terms_of_small_leaves(kind):
   assert ' gather[' not in str(jax.make_jaxpr(total)(keys, coefs))
 
 
+@pytest.mark.slow
 def test_layouts_of_one_matrix_have_the_same_z():
   """Heads apart or not; layers stacked or each for itself."""
   of = lambda tree: mezo_jax.direction(

@@ -106,6 +106,7 @@ def test_the_rest_is_neither_perturbed_nor_moved():
     np.testing.assert_allclose(params[k], theta[k], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_each_layer_and_row():
   """Whatever part of a leaf is scored at once: stacks, three axes, many rows.
   """

@@ -120,6 +120,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
         params, tx.init(params), ids)
 
 
+@pytest.mark.slow
 def test_rows_with_directions_of_their_own(model):
   """The losses of a mesh are those of one device; JAX 0.11 stopped here."""
   model, host, ids, loss_fn = model
@@ -288,7 +289,7 @@ def test_another_mesh_is_a_restore(tmp_path):
                        atol=1e-6)
 
 
-@pytest.mark.slow_except(directions=[mezo_jax.Normal()])
+@pytest.mark.slow
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
 def test_explicit_axes(directions, as_shipped):
@@ -398,7 +399,7 @@ SPECS = [{'embed': P('tp'), 'layers': {'w': P(None, None, 'tp')}},
          {'embed': P('dp', 'tp'), 'layers': {'w': P(None, 'tp')}}]
 
 
-@pytest.mark.slow_except(kind=[mezo_jax.Rademacher()])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_an_embedding_read_with_out_sharding(kind):
   """`.at[ids].get(out_sharding=...)` makes axes Auto for a while; so may

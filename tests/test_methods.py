@@ -49,6 +49,7 @@ def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
   assert len(moved(tiny_dir, tmp_path)) > 10
 
 
+@pytest.mark.slow
 def test_a_finetuning_run_resumes(tiny_dir, reviews_file, tmp_path):
   settings = dict(method='finetune', optimizer__learning_rate=1e-3)
   for steps, where in ((3, 'a'), (6, 'a'), (6, 'b')):
@@ -58,6 +59,7 @@ def test_a_finetuning_run_resumes(tiny_dir, reviews_file, tmp_path):
   assert json.loads(one)['final'] == json.loads(two)['final']
 
 
+@pytest.mark.slow
 def test_head_only_trains_a_head_of_its_own(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='head_only',
                         optimizer__learning_rate=1e-2)
@@ -90,7 +92,7 @@ def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
   assert result['peak_memory'] > 1e8 and result['seconds'] > 0
 
 
-@pytest.mark.slow_except(objective=['f1'])
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', [
     'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
         [p == e['label'] for p, e in zip(predictions, examples)]))])

@@ -58,6 +58,7 @@ def test_a_run_and_its_table(config, tmp_path, capsys):
   assert final['step'] == best['step']
 
 
+@pytest.mark.slow
 def test_tasks_are_drawn_by_weight_wherever_a_run_begins(config, tmp_path):
   config.steps = 2000
   built = build.build(config, say=lambda text: None)
@@ -86,6 +87,7 @@ def test_tasks_are_drawn_by_weight_wherever_a_run_begins(config, tmp_path):
     helpers.assert_bitwise(got, want)
 
 
+@pytest.mark.slow
 def test_zero_shot_has_no_part_of_an_adapter(config, tmp_path):
   """Nor the frozen one."""
   def tasks_of(config):

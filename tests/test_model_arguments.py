@@ -50,7 +50,7 @@ def test_known_tokens_are_refused(token):
     jax.jit(lambda p: model.apply({'params': p}, ids))(params)
 
 
-@pytest.mark.slow_except(token=[64])
+@pytest.mark.slow
 @pytest.mark.parametrize('token', [64, -1])
 def test_tokens_given_to_a_program_make_nan(token):
   """In the row that has one, and with perturbed weights too; what is right is
@@ -80,6 +80,7 @@ def test_tokens_given_to_a_program_make_nan(token):
   assert [*finite] == [True, False]
 
 
+@pytest.mark.slow
 def test_soft_tokens_are_tokens():
   model, params = tiny()
   params = params | peft.prefix.init_prompt(
@@ -123,6 +124,7 @@ def test_positions_beyond_the_table(family):
   models.generate(model, params, long[:, :-2], max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_texts_that_share_a_prompt_and_are_too_long():
   """20 tokens in a row: with its prompt each text fits, or one does not."""
   model, params = tiny(**POSITIONS['opt'])
@@ -142,6 +144,7 @@ def test_texts_that_share_a_prompt_and_are_too_long():
     model.apply({'params': params}, ids, long, shared_prompt=True)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_full():
   model, params = tiny()
   ids = jnp.full((1, 3), 7)
@@ -158,6 +161,7 @@ def test_a_cache_that_is_full():
 IDS, MASK = np.arange(10).reshape(2, 5), np.array([[0, 1, 1, 1, 1], [1] * 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,of_mask', [
     (np.int64, np.int64), (np.uint8, bool), (np.int32, np.float32),
     (jnp.asarray, lambda x: jnp.asarray(x, bool)),

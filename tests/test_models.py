@@ -199,6 +199,7 @@ def test_the_real_model_against_torch():
   assert relative(jax.jit(model.apply)({'params': params}, ids), want) < 1e-4
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_changes_nothing(tiny_dir):
   model, params = models.load(tiny_dir)
   ids = IDS[:1, :8]
@@ -212,6 +213,7 @@ def test_padding_on_either_side_changes_nothing(tiny_dir):
         got[:, left:left + 8], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_answer_positions_and_rows_only(tiny_dir):
   model, params = models.load(tiny_dir)
   full = model.apply({'params': params}, IDS)

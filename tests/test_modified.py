@@ -61,7 +61,7 @@ def value(p, batch):
   return x @ p['embed'].T, p['layers']['w'][1].reshape(4, 4, 16)
 
 
-@pytest.mark.slow_except(what=['layers'], kind=KINDS[:2])
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['numbers', 'layers', 'elements'])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: type(k).__name__)
 def test_scales_multiply_the_direction(kind, what):
@@ -131,6 +131,7 @@ def test_it_is_its_papers_equations(relative):
   agrees(relative(), relative.made)
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_gradients_of_layers():
   """Of 2,000 directions, scanned layers and others; and z/d as long as z."""
   params = {'layers': {'w': jnp.ones((3, 8, 8))}, 'head': jnp.ones((8, 2)),

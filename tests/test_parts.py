@@ -31,6 +31,7 @@ def test_split_and_join_are_inverse_and_copy_nothing():
     peft.split({'a': [jnp.ones(1)], 'b': jnp.ones(1)}, 'b')
 
 
+@pytest.mark.slow
 def test_a_step_on_the_trainable_tree_is_the_masked_step():
   """Same directions, same loss, same updates; the rest never moves."""
   model, params, ids = helpers.tiny_model()

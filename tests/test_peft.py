@@ -75,6 +75,7 @@ def test_perturbing_lora_alone_changes_the_loss():
           lambda: loss_fn(built))(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_merging_is_the_same_function_and_unmerging_its_inverse():
   model, params, ids = helpers.tiny_model()
   model, whole = adapted('lora', model, params)
@@ -109,6 +110,7 @@ def test_bad_lora():
     peft.lora.init(params, KEY, rank=0)
 
 
+@pytest.mark.slow
 def test_a_lora_step_draws_noise_for_lora_alone():
   """By the compiler's count, and its memory is that of two forwards."""
   config = helpers.tiny_config(
@@ -144,6 +146,7 @@ def test_a_lora_step_draws_noise_for_lora_alone():
 # --- prefixes, soft prompts, last layers ------------------------------------
 
 
+@pytest.mark.slow
 def test_a_prefix_is_what_the_layers_make_of_real_tokens():
   """With it, and positions after it, a text reads as if they stood there."""
   for changes in (dict(), dict(rope=None, norm='layer')):
@@ -165,6 +168,7 @@ def test_a_prefix_is_what_the_layers_make_of_real_tokens():
   np.testing.assert_allclose(values.std(), 1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
   for changes in (dict(), dict(rope=None, norm='layer', embed_scale=3.0),
                   dict(causal=False, rope=None)):
@@ -183,6 +187,7 @@ def test_a_soft_prompt_of_real_tokens_reads_as_they_do():
         apply(model, params, real, attention_mask=real_mask), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_last_layers_are_the_same_model():
   model, params, ids = helpers.tiny_model()
   want = apply(model, params, ids)
@@ -203,7 +208,7 @@ def test_last_layers_are_the_same_model():
       peft.split_layers(params, k)
 
 
-@pytest.mark.slow_except(kind=['prefix'], positions=['zero'])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind,changes', [
     ('lora', {}), ('prefix', {}), ('prefix', dict(rope=None, norm='layer')),
     ('prefix', dict(window=4)), ('last_layers', {})])
@@ -224,6 +229,7 @@ def test_cached_generation_is_uncached(kind, changes, positions):
   np.testing.assert_array_equal(got, logits[:, 11:-1].argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['prefix', 'prompt'])
 def test_packed_candidates_each_see_the_prefix(kind):
   """Candidates after a shared prompt score as each does alone."""
@@ -260,6 +266,7 @@ def test_a_prefix_leaves_room_for_itself():
       peft.prefix.init(model, params, KEY, **bad)
 
 
+@pytest.mark.slow
 def test_adapters_of_half_precision_models_are_float32():
   model, params, ids = helpers.tiny_model()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

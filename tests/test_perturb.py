@@ -170,6 +170,7 @@ def test_displace_against_numpy():
           params, STEP, as_jax)), got)
 
 
+@pytest.mark.slow
 def test_scanned_linen_model_is_unchanged_and_equal():
   model = helpers.ScannedLinen()
   ids = jnp.arange(12).reshape(3, 4)

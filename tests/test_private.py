@@ -105,7 +105,7 @@ def test_it_is_its_papers_equations(mechanism, n, parts):
   assert clipped and metrics['skipped'] == 0
 
 
-@pytest.mark.slow_except(mechanism=['laplace'])
+@pytest.mark.slow
 @pytest.mark.parametrize('mechanism', ['gaussian', 'laplace'])
 def test_the_noise_is_of_its_distribution(mechanism):
   """2,000 secrets: Kolmogorov and Smirnov cannot tell them apart."""

@@ -17,7 +17,7 @@ from mezo_jax.models.formats import huggingface, quantize, weights
 import train
 
 
-@pytest.mark.slow_except(dtype=['int8'])
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_loaded_and_saved(tiny_dir, tmp_path, dtype):
   """A model is quantised as it is read, as `quantize` does it; written, it is

@@ -67,6 +67,7 @@ def uses(p, ids):
   return jnp.sum(x @ p['embed'].T[:32]) + jnp.sum(p['other'][::3, 1:60:2])
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped  # quick compilation rounds normal draws otherwise
 @pytest.mark.parametrize('bits', [8, 4])
 def test_however_they_are_read_they_are_the_same_weights(bits):
@@ -107,6 +108,7 @@ def small(bits):
   return coded(f32(floats), bits), f32(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', [8, 4])
 def test_it_is_quzo(bits):
   """20 steps in NumPy, of integers, given the words of z and of roundings."""
@@ -183,6 +185,7 @@ def test_updates_are_right_on_average_and_stay_on_the_grid(bits):
   assert np.mean(np.std(change, 0) > 0) > 0.5
 
 
+@pytest.mark.slow
 def test_both_roundings_are_independent():
   """Of one z: what evaluation and update add to it by chance is unrelated."""
   shape = (256, 64)
@@ -236,7 +239,7 @@ def run(tx, params, batch, loss_fn, steps=4):
   return params, state, pairs, step
 
 
-@pytest.mark.slow_except(bits=[8])
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', [8, 4])
 def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   model, floats, ids = tiny

@@ -419,7 +419,7 @@ class Killed(BaseException):
   """Ends a run where it is raised, as kill -9 does."""
 
 
-@pytest.mark.slow_except(way=[{}])
+@pytest.mark.slow
 @pytest.mark.parametrize('way', [
     dict(), dict(method='finetune'),
     dict(spsa__fold_every=3, spsa__distribution='low_rank')],

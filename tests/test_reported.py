@@ -99,6 +99,7 @@ def test_the_loss_of_rows_is_what_steps_minimise(
   assert ('cross_entropy' in report) == bool(other)
 
 
+@pytest.mark.slow
 def test_a_label_that_no_row_has(tiny_dir):
   """A head has as many classes as names, whatever labels rows have."""
   rows = [row | {'label': 0} for row in ROWS]
@@ -229,7 +230,7 @@ def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
       tmp_path / 'w/checkpoints').best_step() == result['final']['step']
 
 
-@pytest.mark.slow_except(kind=['choice'])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['generation', 'words', 'choice', 'head'])
 def test_rows_without_right_answers(tiny_dir, data, tmp_path, capsys, kind):
   config = config_of(

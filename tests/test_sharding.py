@@ -129,6 +129,7 @@ def test_split_layers_give_the_same_run(family):
     helpers.assert_close(end, runs[0][1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.as_shipped
 def test_the_noise_of_a_sharded_step_does_not_communicate():
   """What crosses devices is floating point: no integer array of a layer's

@@ -48,6 +48,7 @@ def projector(z):
 # --- SubZero ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bases_stay_for_a_window_and_factors_between_them_do_not():
   like = {'layers': {'w': jnp.zeros((3, 24, 32))}, 'b': jnp.zeros(5)}
   z = [np.asarray(z_at(t, like)['layers']['w']) for t in range(8)]
@@ -65,6 +66,7 @@ def test_bases_stay_for_a_window_and_factors_between_them_do_not():
   assert np.all(np.abs(b) == 1) and len(np.unique(b, axis=0)) > 1
 
 
+@pytest.mark.slow
 def test_it_is_a_normal_matrix_between_orthonormal_bases():
   """Its length is that of Z: E = sqrt(m k) / r times r, of 2,000 steps; and
   within a window it lies in r * r dimensions, where it is isotropic."""
@@ -92,6 +94,7 @@ def test_directions_are_isotropic_over_bases():
   assert np.all(np.abs(products.mean(0) - np.eye(40)) < 5 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [1, 3])
 def test_evaluated_by_factors_as_built(n):
   """Scanned, unrolled, by rows and transposed, of several directions."""
@@ -177,6 +180,7 @@ def test_momentum_is_projected_on_the_next_columns():
     assert np.max(np.abs(new)) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_steady_slope_makes_longer_steps_than_a_changing_one():
   """The mean of g U of a window, with beta near 1, is of the slope on V."""
   pull = jax.random.normal(KEY, (32, 32))

@@ -82,6 +82,7 @@ def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
   helpers.assert_bitwise(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   """Its best step is not the last; fewer steps than it made are refused."""
   config = small_config(
@@ -238,6 +239,7 @@ launch.main(train.run, Path('configs'))
   assert 'ValueError: a bug in a step' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_masked_model_is_refused(tiny_dir, reviews_file, tmp_path):
   model = models.Transformer(models.read_config(dict(
       model_type='bert', vocab_size=300, hidden_size=16, num_hidden_layers=1,

@@ -174,6 +174,7 @@ def test_it_is_its_papers_equations(relative):
 # --- what they claim --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_svrg_stays_where_the_mean_gradient_is_zero():
   """Rows pull in all directions: MeZO wanders off, SVRG's differences are of
   one and the same z and vanish as the anchor is near."""
@@ -245,6 +246,7 @@ def test_one_point_of_a_loss_of_zero():
     assert metrics['skipped'] == 0
 
 
+@pytest.mark.slow
 def test_svrg_flushed_out_of_turn_moves_nothing_before_its_next_anchor():
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)
   step = make_step(tx, value_fn)
@@ -277,6 +279,7 @@ def test_svrg_without_its_anchor_moves_nothing():
   assert np.flatnonzero(moved).tolist() == [2, 6, 14]  # not 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('directions', ['normal', mezo_jax.LowRank(rank=2)])
 def test_large_weights_are_neither_perturbed_nor_moved(directions):
   """In a stack of layers that is scanned, by rows and transposed: a share of
