@@ -19,7 +19,7 @@ from mezo_jax.distributed import hosts
 _RUN = '''
 import os, sys, time
 import jax
-from mezo_jax.core import multihost
+from mezo_jax.distributed import agreement
 from mezo_jax.distributed import hosts
 from mezo_jax.core.errors import InputError, in_one_sentence
 hosts.join()
@@ -137,18 +137,18 @@ def test_what_they_do_not_agree_on():
   body = '''
   import pathlib
   try:
-    multihost.agree('the config', lambda: 'ab12', 'start the same')
-    multihost.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
+    agreement.agree('the config', lambda: 'ab12', 'start the same')
+    agreement.agree('the config', lambda: 'ab1%d' % i, 'start the same command')
   except InputError as e:
     print(e)
   try:
-    multihost.agree_on('the config', {'seed': 0, 'spsa': {'eps': i, 'rank': 1}},
+    agreement.agree_on('the config', {'seed': 0, 'spsa': {'eps': i, 'rank': 1}},
                    'start the same command')
   except InputError as e:
     print(e)
-  multihost.share(pathlib.Path('.'))
+  agreement.check_shared(pathlib.Path('.'))
   try:
-    multihost.share(pathlib.Path('.' if i != 1 else '/'))
+    agreement.check_shared(pathlib.Path('.' if i != 1 else '/'))
   except InputError as e:
     print(e)'''
   found = ended(started(body, 3))

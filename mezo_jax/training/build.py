@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from mezo_jax import models, peft
-from mezo_jax.core import fingerprint, multihost, paths, sharding
+from mezo_jax.core import fingerprint, paths, sharding
 from mezo_jax.core.errors import InputError
+from mezo_jax.distributed import agreement
 from mezo_jax.models.formats import classifier
 from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import evaluate, head, quickstart_data, score
@@ -70,9 +71,9 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   """Builds everything that a run needs before its first step.
 
   Args:
-    config: Config of the run, checked by
-    `mezo_jax.training.checks.check_config`. abstract: Whether parameters and
-    state are `jax.ShapeDtypeStruct` with
+    config: Config of the run, which `mezo_jax.training.checks.check_config`
+      has checked.
+    abstract: Whether parameters and state are `jax.ShapeDtypeStruct` with
       shardings. Then no weights are read. Defaults to False.
     model_config: Config of the model, for ``abstract``. Defaults to that of its
       files.
@@ -232,7 +233,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
         f'rows, and the model has {first}: they are not of one model.')
   for text in data_warnings(config, rows):
     say(f'warning: {text}.')
-  multihost.agree(
+  agreement.agree(
       'the rows', lambda: fingerprint.of_rows(
           splits.train, splits.dev, splits.test),
       'bring the same data to every host')

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 import mezo_jax
 from mezo_jax import peft
-from mezo_jax.core import fingerprint, multihost, paths
+from mezo_jax.core import fingerprint, paths
 from mezo_jax.core.errors import local
+from mezo_jax.distributed import agreement
 from mezo_jax.distributed import replicas as replicas_lib
 from mezo_jax.runs import guards, loggers, preemption, resume
 from mezo_jax.runs import workdir as workdir_lib
@@ -63,7 +64,7 @@ def run(config: config_lib.Train, workdir: Path,
   """
   workdir = local(workdir)
   with workdir_lib.alone(workdir):
-    multihost.share(workdir)
+    agreement.check_shared(workdir)
     return _run(config, workdir, place, source)
 
 
@@ -77,8 +78,8 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
       place, config.method, methods.names_where(lambda m: m.replicated),
       config.spsa.combine, config.spsa.num_samples)
   versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
-  multihost.agree_on('the versions', versions, 'install the same on every host')
-  multihost.agree_on('the config', config_lib.to_json(config),
+  agreement.agree_on('the versions', versions, 'install the same on every host')
+  agreement.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
   records.check_workdir(config, workdir)
   method = methods.method_of(config)

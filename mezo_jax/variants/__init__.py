@@ -3,7 +3,8 @@
 Each is built of the parts that `mezo_jax.mezo` is built of, and is an
 `optax.GradientTransformationExtraArgs` with the same
 ``update(None, state, params, value_fn=...)`` and the same replay path
-(``projected_grad=``). docs/relatives.md says which to choose when.
+(``projected_grad=``). docs/relatives.md says which to choose when. Configs find
+them by the names in `mezo_jax.training.methods.METHODS`.
 """
 
 from mezo_jax.variants.conservative import conservative

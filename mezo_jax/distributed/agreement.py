@@ -71,8 +71,8 @@ def agree_on(what: str, values: dict[str, Any], fix: str) -> None:
                      f'differ in {what}, {mine}: {fix}.')
 
 
-def share(directory: Path) -> None:
-  """Raises InputError, on all, where a process sees another directory."""
+def check_shared(directory: Path) -> None:
+  """Raises InputError, on all processes, if one does not see the directory."""
   if jax.process_count() == 1:
     return
   file, token = directory / '.shared', np.frombuffer(
