@@ -37,8 +37,9 @@ Source = Callable[[int, TrainState], tuple[TrainState, Numbers]]
 def from_log(step_fn: Step, log: replay.Log) -> Source:
   """Returns a source of steps that an earlier process has recorded.
 
-  The update alone is computed, from the recorded projected gradients. It is the
-  program of training, so the weights are bitwise those of the earlier process.
+  Only the update is computed, from the recorded projected gradients. The
+  program of the update is that of training, so the weights are bitwise equal to
+  those of the earlier process.
   """
 
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
@@ -82,7 +83,9 @@ def from_replicas(step_fn: Step, batches: Iterator[Any],
 
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
     tokens, batch, more = next(batches)
-    # Before it was stopped, this replica may have sent its part of the step.
+    # If this replica sent its part of the step before it was stopped, it only
+    # waits for the others. The batch is drawn nevertheless, so that the next
+    # step has the next batch.
     found = () if others.has(step) else step_fn.losses(
         *state, batch, frozen_of(batch), **more)
     *new, values = step_fn.update(*state, *others.swap(step, *found))
@@ -103,8 +106,8 @@ def steps(state: TrainState, numbered: range, step_fn: Step, log: replay.Log,
     step_fn: The training step.
     log: Log of the run.
     made: Source of the steps that the log does not have.
-    evaluates: Whether a step is evaluated. Accumulated updates are added to the
-      weights before.
+    evaluates: Whether a step is evaluated. If so, accumulated updates are added
+      to the weights before the evaluation.
   """
   replayed = from_log(step_fn, log)
   for step in numbered:
@@ -132,6 +135,8 @@ def evaluated_steps(total: int, every: int, log: replay.Log, accumulates: bool
 
   def evaluates(step: int) -> bool:
     recorded = log.steps
+    # Whether updates were added after the last recorded step is not known: the
+    # process may have been killed before it recorded that.
     if accumulates and (step < recorded.last or step in recorded.added):
       return step in recorded.added
     return step % every == 0 or step == total
@@ -154,8 +159,8 @@ class Recorder:
     host: Calls Python functions for the loss. Their errors are raised when the
       step is read.
     plan: Plan of a private run, else None.
-    rank: Turns a report on dev rows into what checkpoints are compared by. None
-      where dev rows do not select a step.
+    rank: Returns the sort key of a report on dev rows, by which checkpoints are
+      compared. None if dev rows do not select a step.
     others: The exchange of replicas, else None.
     accumulates: Whether updates are accumulated.
     say: Reports an evaluation.
@@ -178,7 +183,8 @@ class Recorder:
     values = jax.device_get(numbers.values)
     self.host.check()
     if self.plan:
-      # The budget does not cover the losses of private rows.
+      # Recording the losses of private rows would reveal more than the budget
+      # allows.
       values['loss'] = np.nan
     self.progress.read(step, numbers.tokens, values)
     if step > self.log.end:
@@ -236,7 +242,8 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       no steps.
     steps: Yields ``step, state, numbers``; the next step consumes the state.
     record: Records steps and evaluations.
-    evaluates: Whether a step is evaluated, which the last one must be.
+    evaluates: Whether a step is evaluated. The last step must be, because a
+      step is read when the next one is dispatched or when it is evaluated.
     checkpoint_every: Steps from one checkpoint to the next, in addition to
       those of evaluated steps.
     evaluate_dev: Returns the report on dev rows of parameters.
@@ -265,8 +272,8 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
     record.step(*unread)
     unread, report = None, None
     if stopping and evaluating and record.log.records:
-      # An evaluation can take long. The log has the step, so the run that
-      # resumes evaluates it.
+      # An evaluation can take long. The run that resumes does it instead: it
+      # replays this step from the log.
       record.log.sync()
       raise preemption.told(record.log.end)
     if evaluating:

@@ -39,8 +39,9 @@ def run(config: config_lib.Train, workdir: Path,
         ) -> dict[str, Any]:
   """Trains a model, or evaluates a baseline, as a config says.
 
-  If the run was stopped, the same call resumes it, and ends with bitwise the
-  parameters of a run that was not stopped. SIGTERM, SIGHUP and Ctrl-C stop it.
+  If the run was stopped, the same call resumes it. Its parameters are then
+  bitwise equal to those of a run that was not stopped. SIGTERM, SIGHUP and
+  Ctrl-C stop a run.
 
   Args:
     config: The config of the run.
@@ -96,8 +97,8 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
        f'{mesh.size} {jax.devices()[0].platform} device(s)')
   tasks = mixture.make(config, built, workdir / 'trunk', _say)
   ask, metric = tasks.ask(), tasks.metric
-  # From here on `state` alone holds the parameters that steps donate, and
-  # `tasks` the frozen ones that are still read. The others are freed.
+  # From here on only `state` refers to the trained parameters, which steps
+  # consume, and only `tasks` to the frozen ones. The others are freed.
   built = built.without_weights()
   finish = functools.partial(records.write_result, config, workdir, splits,
                              mesh, model=model_name)
@@ -108,7 +109,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     probe, probed = linear_probe.linear_probe(
         built.model, state.params, splits, ask.sizes, mesh, config.task,
         config_lib.objective(config))
-    if method.steps:  # which begin with the probe in the model's head
+    if method.steps:  # Training begins with the probe in the model's head.
       assert splits.train.token_ids is not None  # label words, as checked
       state = state._replace(params=linear_probe.write_probe(
           state.params, probe, splits.train.token_ids))
@@ -120,7 +121,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
          f'{workdir / "result.json"}')
     return result
 
-  # Step: compiled when a batch of a new length comes.
+  # Step: it is compiled for the first batch of each length.
   trained = paths.size_of(state.params)
   _say(f'training {trained:,} of {total:,} parameters')
   for text in methods.warnings(config):
@@ -158,10 +159,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     state = state._replace(opt_state=optax.tree.set(
         state.opt_state, memory=scoring.score_weights(
             config, tasks, state.params, mesh, _say)))
-  recorded = field(state.opt_state, 'projected_grad')
+  projected_grad = field(state.opt_state, 'projected_grad')
   log = workdir_lib.open_log(
       workdir, records.log_header(config, workdir, weights),
-      0 if recorded is None else recorded.size, start, _say)
+      0 if projected_grad is None else projected_grad.size, start, _say)
   others = None
   if place:
     # Where updates accumulate, replicas must apply them at the same steps.
@@ -172,7 +173,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
         _say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
-    again = (f'; the steps since {since} are made again from the log'
+    again = (f'; the steps since {since} are replayed from the log'
              if start < log.end else '')
     _say(f'resumed from step {log.end} of {workdir}{again}')
   metrics = loggers.Metrics(workdir, log.end)
