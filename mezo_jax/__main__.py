@@ -3,13 +3,12 @@
 import signal
 import sys
 
-from mezo_jax.core import extras
-
 
 def main() -> None:
   """Runs the command that the command line names."""
   # Ctrl-C while importing needs no traceback.
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  from mezo_jax.core import extras
   try:
     from mezo_jax.cli import commands
   except extras.MissingExtraError as e:

@@ -221,7 +221,7 @@ def test_adapters_of_a_gguf_file_say_how_to_load_them(
       tmp_path / 'out', config, model, whole, None, 2, {}, False, said.append)
   about = json.loads((out / 'adapter_config.json').read_text())
   assert about['base_model_name_or_path'] is None
-  assert 'tiny.gguf' in said[0] and 'PEFT' in said[0]
+  assert 'GGUF' in said[0] and 'PEFT' in said[0]
   card_text = (out / 'README.md').read_text()
   assert 'secretplace' not in card_text
   pytest.importorskip('torch')

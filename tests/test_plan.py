@@ -16,6 +16,7 @@ from mezo_jax.cli import commands
 from mezo_jax.core import sharding
 from mezo_jax.core.errors import InputError
 from mezo_jax.planning import alternatives, compiled, machines, plan
+from mezo_jax.runs import loggers
 from mezo_jax.tasks import Task
 from mezo_jax.training.config import Data, Mesh, Model, Train
 import train
@@ -44,7 +45,7 @@ def test_a_run_holds_what_was_planned(change, wide_dir, reviews_file, tmp_path,
   assert found.fits and found.peak() >= found.peak('inference')
   real = {}
   monkeypatch.setattr(
-      train.loggers, 'spell_program', lambda batch, program, seconds: (
+      loggers, 'spell_program', lambda batch, program, seconds: (
           real.setdefault(batch is not None, []).append(
               program.memory_analysis())))
   train.run(config, tmp_path / 'run')
