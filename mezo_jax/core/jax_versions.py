@@ -1,4 +1,4 @@
-"""What JAX keeps private, or changes between the versions supported here.
+"""Reads what JAX keeps private, or changes between supported versions.
 
 JAX 0.10 and later are supported. Whatever has no public name, or has a
 different form in some of these versions, is read in this module and nowhere

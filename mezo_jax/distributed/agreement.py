@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common.
+"""Checks what the processes of a run must have in common.
 
 Each function raises the same error on all processes, so that none waits for
 another that has left.

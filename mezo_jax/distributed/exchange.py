@@ -33,7 +33,7 @@ _PATIENCE = 60.0  # Seconds to wait for the others at the end.
 
 
 class _Peer:
-  """What has been read of one replica.
+  """Holds what was read from the log of one replica.
 
   Attributes:
     last: Number of its last step, 0 for none.

@@ -308,9 +308,9 @@ def _coordinator_is_gone() -> bool:
 def _before_abort(act: Callable[[], object] | None) -> None:
   """Calls a function before JAX aborts this process; None undoes that.
 
-  JAX offers no way to be told that its service is lost: it logs the error and
-  calls abort(). A handler of Python's signal module would run too late, after
-  abort() has ended the process, so this one is called by C.
+  JAX does not report the loss of its service to a program: it logs the error
+  and calls abort(). A handler of Python's signal module would run too late,
+  after abort() has ended the process, so this one is called by C.
   """
   handler = None
   if act is not None:

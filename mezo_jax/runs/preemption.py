@@ -95,7 +95,7 @@ def _as_sigterm() -> Iterator[None]:
       signal.signal(number, handler)
 
 
-def told(step: int) -> Again:
+def stopped(step: int) -> Again:
   """Returns the exception of a run that was stopped after a step."""
   return Again(f'told to stop; step {step} is saved. Run the same command '
                'again to resume.')
@@ -105,6 +105,6 @@ def _leave(log: Log) -> None:
   """Ends the process from another thread than the main one."""
   try:
     log.sync()
-    print(f'\ntrain.py: {told(log.end)}', file=sys.stderr, flush=True)
+    print(f'\ntrain.py: {stopped(log.end)}', file=sys.stderr, flush=True)
   finally:
     os._exit(AGAIN)

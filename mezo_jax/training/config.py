@@ -21,8 +21,8 @@ from mezo_jax.training.methods import Variant
 class Model:
   # A directory, a .gguf file, the id of a model on the hub, or 'quickstart'.
   name: str = 'quickstart'
-  # Of the weights: 'float32', 'bfloat16' or 'float16'. With 'int8' or 'int4'
-  # matrices are quantised; with 'codes' they stay as a GGUF file has them.
+  # Dtype of the weights: 'float32', 'bfloat16' or 'float16'. 'int8' and 'int4'
+  # quantise matrices; 'codes' keeps them as they are in a GGUF file.
   dtype: str = 'float32'
   revision: str = ''  # branch, tag or commit of a model on the hub
   # Token at the beginning of each text; '' for the tokenizer's. OPT has '<s>'.

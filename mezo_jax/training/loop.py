@@ -19,7 +19,7 @@ from mezo_jax.transforms.step import Step
 
 
 class Numbers(NamedTuple):
-  """What a step reports.
+  """Holds what a step reports.
 
   Attributes:
     values: Metrics of `mezo_jax.make_step`, as device arrays.
@@ -275,7 +275,7 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       # An evaluation can take long. The run that resumes does it instead: it
       # replays this step from the log.
       record.log.sync()
-      raise preemption.told(record.log.end)
+      raise preemption.stopped(record.log.end)
     if evaluating:
       record.weights(step, state)
       report = record.metrics.at('dev', step)  # if it is a replayed step
@@ -284,6 +284,6 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
         record.evaluation(step, report)
     record.save(step, state, report)
     if stopping:
-      raise preemption.told(max(step, record.log.end))
+      raise preemption.stopped(max(step, record.log.end))
     record.progress.restart()  # its seconds per step exclude evaluation
   return state

@@ -72,7 +72,7 @@ _RANGES = {
 
 
 class Setup(NamedTuple):
-  """What a method's transform is built from."""
+  """Holds what a method's transform is built from."""
 
   config: Any  # of the run
   params: Any  # the trained parameters before training, or their shapes
@@ -152,12 +152,12 @@ class Method:
 
   @property
   def steps(self) -> bool:
-    """Whether the method trains."""
+    """Returns whether the method trains."""
     return self.make is not None
 
   @property
   def scores(self) -> bool:
-    """Whether the method examines the weights before the first step."""
+    """Returns whether the method examines the weights before it trains."""
     return self.score is not None
 
 
