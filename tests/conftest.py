@@ -45,6 +45,7 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 # `as_shipped`; its programs are compiled as those of users are.
 _QUICK = 'jax_disable_most_optimizations'
 jax.config.update(_QUICK, True)
+_is_quick = [True]
 QUICK_ENVIRONMENT = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
@@ -53,22 +54,26 @@ def pytest_configure(config):
       'markers', 'as_shipped: compile programs with the usual optimisation')
 
 
-_shipped = []  # the blocks below that have begun and not ended
+def _set_quick(quick: bool):
+  """Switches between quick and usual compilation."""
+  if _is_quick[0] != quick:
+    jax.config.update(_QUICK, quick)
+    _is_quick[0] = quick
+    # `jit` does not know of the switch: it would go on with programs that were
+    # compiled in the other way. Those on disk are kept apart.
+    jax.clear_caches()
 
 
 @contextlib.contextmanager
 def _compiled_as_shipped(node=None):
   """Compiles as users do; of a test or a module, if it is marked so."""
-  if node is not None and node.get_closest_marker('as_shipped') is None:
-    yield
-    return
-  _shipped.append(node)
-  jax.config.update(_QUICK, False)
+  before = _is_quick[0]
+  if node is None or node.get_closest_marker('as_shipped') is not None:
+    _set_quick(False)
   try:
     yield
   finally:
-    _shipped.pop()
-    jax.config.update(_QUICK, not _shipped)
+    _set_quick(before)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -67,7 +67,6 @@ def test_a_layer_has_the_key_of_that_layer():
         jax.random.normal(jax.random.fold_in(key, l), (6, 5)))
 
 
-@pytest.mark.as_shipped  # quick compilation rounds one draw otherwise
 @pytest.mark.parametrize('directions', BOTH, ids=str)
 @pytest.mark.parametrize('shape', [(6, 5), (7,), ()])
 def test_stacked_and_separate_layers_agree(directions, shape):
