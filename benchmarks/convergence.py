@@ -54,7 +54,7 @@ class Kind:
 
 
 def _mezo(directions, **more) -> Kind:
-  return Kind(functools.partial(mezo_jax.mezo, **more), directions)
+  return Kind(functools.partial(harness.mezo, **more), directions)
 
 
 KINDS = {

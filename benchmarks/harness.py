@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import mezo_jax
 from mezo_jax import LowRank, models
 from mezo_jax.core.reports import markdown_table
 from mezo_jax.tasks import quickstart_data
@@ -50,7 +51,17 @@ SHAPES = {
 TINY = _llama(64, 128, 2, 4, 2, 1536, True)
 LABEL_WORDS = (1372, 372)
 LOW = LowRank(rank=16)
-MEZO = {  # forms of a step: arguments of mezo
+
+
+def mezo(learning_rate, eps=1e-3, *, estimator=mezo_jax.spsa, fold_every=None,
+         stochastic_rounding=True, **options):
+  """Returns `mezo_jax.mezo` with an estimator of these options."""
+  return mezo_jax.mezo(
+      learning_rate, estimator=estimator(eps, **options), fold_every=fold_every,
+      stochastic_rounding=stochastic_rounding)
+
+
+MEZO = {  # forms of a step: options of `mezo`
     'MeZO normal': dict(),
     'MeZO rademacher': dict(directions='rademacher'),
     'MeZO low rank': dict(directions=LOW),

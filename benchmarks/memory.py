@@ -59,7 +59,7 @@ def build(shape: str, name: str):
   if what is None:
     tx = None
   elif isinstance(what, dict):
-    tx = mezo_jax.mezo(1e-6, key=0, **what)
+    tx = harness.mezo(1e-6, key=0, **what)
   else:
     tx = optax.chain(backprop.backprop(), what(1e-6))
   return model, harness.classification_loss(model), tx

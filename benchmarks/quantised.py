@@ -56,10 +56,10 @@ def memory() -> list[dict]:
     inference = peak(jax.jit(mezo_jax.dequantized(
         lambda p, ids: jnp.mean(loss_fn(p, ids)))).lower(params, ids).compile())
     base = base or (weights, inference)
-    for name, make in (('mezo', mezo_jax.mezo), ('quzo', variants.quzo)):
+    for name, make in (('mezo', mezo_jax.spsa), ('quzo', variants.quzo)):
       if dtype == 'float32' and name == 'quzo':
         continue
-      tx = make(1e-6, key=0)
+      tx = mezo_jax.mezo(1e-6, estimator=make(key=0))
       step = mezo_jax.make_step(tx, loss_fn)
       step.compile(params, jax.eval_shape(tx.init, params), ids)
       losses, update = map(peak, step.compiled.values())

@@ -36,10 +36,10 @@ SMALL = {  # how it trains; dtype; what is trained
         LINEAR, key=0, weight_decay=0.1, decay='kernel'), 'bfloat16', None),
     'LoRA': (lambda: mezo_jax.mezo(LINEAR, 1e-2, key=0), 'float32',
              peft.TRAINED['lora']),
-    'FZOO, 8 directions': (lambda: mezo_jax.mezo(
+    'FZOO, 8 directions': (lambda: harness.mezo(
         LINEAR, key=0, directions='rademacher', num_samples=8,
         combine=mezo_jax.fzoo), 'float32', None),
-    'rank 4, 16 directions in a batch': (lambda: mezo_jax.mezo(
+    'rank 4, 16 directions in a batch': (lambda: harness.mezo(
         LINEAR, key=0, directions=mezo_jax.LowRank(rank=4), num_samples=16,
         over='rows'), 'float32', None),
     'LOZO': (lambda: mezo_jax.mezo(
@@ -47,7 +47,8 @@ SMALL = {  # how it trains; dtype; what is trained
         fold_every=50), 'float32', None),
     'SVRG': (lambda: variants.svrg(
         LINEAR, key=0, every=4, anchor_learning_rate=LINEAR), 'bfloat16', None),
-    'QuZO, int8': (lambda: variants.quzo(1e-3, 1e-2, key=0), 'int8', None),
+    'QuZO, int8': (lambda: harness.mezo(
+        1e-3, 1e-2, key=0, estimator=variants.quzo), 'int8', None),
 }
 
 

@@ -190,7 +190,7 @@ def forms(shape='SmolLM2-135M', rows=16, tokens=32, rounds=3, steps=8):
   ids = jax.random.randint(jax.random.key(0), (rows, tokens), 4, 40_000)
   forward, runs, ratios = jax.jit(loss_fn), {}, {}
   for name, options in harness.MEZO.items():
-    tx = mezo_jax.mezo(LR, EPS, key=0, **options)
+    tx = harness.mezo(LR, EPS, key=0, **options)
     runs[name] = mezo_jax.make_step(tx, loss_fn), tx.init(params)
 
   def some(step, params, state):

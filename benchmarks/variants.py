@@ -31,9 +31,19 @@ TIMES = 8
 LOZO = mezo_jax.LazyLowRank(rank=2, every=50)
 
 
+def _of(estimator, **own):
+  """Returns the optimizer with an estimator of these options of its own."""
+  return functools.partial(harness.mezo, estimator=estimator, **own)
+
+
 def _forward_grad(rate, eps, **more):
   del eps
-  return variants.forward_grad(rate, **more)
+  return mezo_jax.mezo(rate, estimator=variants.forward_grad(**more))
+
+
+def _conservative(rate, eps, **more):
+  return mezo_jax.mezo(rate, estimator=variants.conservative(
+      eps, learning_rate=rate, **more))
 
 
 def _svrg(every: int, anchor: int) -> Kind:
@@ -50,22 +60,22 @@ KINDS = {
     'mezo, 4 directions': Kind(functools.partial(
         mezo_jax.mezo, num_samples=4), forwards=8, scale=4),
     'fzoo, 8 directions': Kind(functools.partial(
-        mezo_jax.mezo, num_samples=8, combine=mezo_jax.fzoo),
+        harness.mezo, num_samples=8, combine=mezo_jax.fzoo),
                                forwards=9, scale=32),
-    'momentum of 8': Kind(variants.momentum_by_history, scale=1 / 4),
-    'adam of 8': Kind(variants.adam_by_history, scale=2),
-    'scalar adam': Kind(variants.scalar_adam, scale=4),
-    'sign': Kind(variants.sign, scale=4),
-    'conservative': Kind(variants.conservative, forwards=5),
-    'one point': Kind(variants.one_point, forwards=1, scale=1 / 64),
+    'momentum of 8': Kind(_of(variants.momentum_by_history), scale=1 / 4),
+    'adam of 8': Kind(_of(variants.adam_by_history), scale=2),
+    'scalar adam': Kind(_of(variants.scalar_adam), scale=4),
+    'sign': Kind(_of(variants.sign), scale=4),
+    'conservative': Kind(_conservative, forwards=5),
+    'one point': Kind(_of(variants.one_point), forwards=1, scale=1 / 64),
     'forward gradient': Kind(_forward_grad),
     'svrg, every 4, 8 batches': _svrg(4, 8),
-    'hizoo': Kind(functools.partial(variants.hizoo, alpha=1e-6), forwards=3),
+    'hizoo': Kind(_of(variants.hizoo, alpha=1e-6), forwards=3),
     'sparse, a quarter': Kind(
-        variants.sparse_mezo, scale=2,
+        _of(variants.sparse_mezo), scale=2,
         looks=lambda params: dict(limits=variants.smallest(params))),
     'lozo, rank 2': Kind(mezo_jax.mezo, LOZO),
-    'lozo-m, rank 2': Kind(variants.lozo_m, LOZO),
+    'lozo-m, rank 2': Kind(_of(variants.lozo_m), LOZO),
     'subzero, rank 8': Kind(mezo_jax.mezo, mezo_jax.SubZero()),
 }
 SVRG = {

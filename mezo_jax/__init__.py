@@ -14,16 +14,12 @@ from mezo_jax.directions.displacement import Displacement
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 from mezo_jax.perturb.api import dequantized, direction, displace, perturbed
-from mezo_jax.transforms.evaluate_points import (
-  Combine,
-  estimate,
-  fzoo,
-  one_sided,
-  two_sided,
-)
+from mezo_jax.transforms.combine import Combine, fzoo, one_sided, two_sided
+from mezo_jax.transforms.estimator import Estimator, Numbers, SpsaState
+from mezo_jax.transforms.evaluate_points import estimate
 from mezo_jax.transforms.mezo import mezo
 from mezo_jax.transforms.not_finite import skip_not_finite
-from mezo_jax.transforms.spsa import spsa, SpsaState
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
 from mezo_jax.transforms.types import ZerothOrderTransformation
@@ -38,11 +34,12 @@ if TYPE_CHECKING:  # __getattr__ imports them
   from mezo_jax.runs import replay as replay
 
 __all__ = (
-    'Codes', 'Combine', 'Directions', 'Displacement', 'LazyLowRank', 'LowRank',
-    'Normal', 'Rademacher', 'SpsaState', 'SubZero', 'dequantize',
-    'dequantized', 'direction', 'displace', 'estimate', 'fzoo', 'make_step',
-    'mezo', 'one_sided', 'perturbed', 'quantize', 'round_stochastically',
-    'skip_not_finite', 'spsa', 'two_sided', 'ZerothOrderTransformation')
+    'Codes', 'Combine', 'Directions', 'Displacement', 'Estimator',
+    'LazyLowRank', 'LowRank', 'Normal', 'Numbers', 'Rademacher', 'SpsaState',
+    'SubZero', 'dequantize', 'dequantized', 'direction', 'displace', 'estimate',
+    'fzoo', 'make_step', 'mezo', 'one_sided', 'perturbed', 'quantize',
+    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided',
+    'ZerothOrderTransformation')
 __version__ = '0.2.0'
 
 _IMPORTED_WHEN_USED = {

@@ -14,6 +14,38 @@ from mezo_jax.transforms import backprop
 mezo = mezo_jax.mezo
 
 
+class Whole:
+  """MeZO with the estimators of variants, as optimizers of one function each:
+  ``whole.hizoo(learning_rate, eps, key=0)``."""
+
+  def __getattr__(self, name):
+    if name == 'svrg':
+      return variants.svrg
+    make = mezo_jax.spsa if name == 'spsa' else getattr(variants, name)
+    def made(learning_rate, eps=1e-3, **options):
+      finish = {name: options.pop(name) for name in (
+          'weight_decay', 'decay', 'stochastic_rounding', 'fold_every')
+                if name in options}
+      if name == 'conservative':
+        options['learning_rate'] = learning_rate
+      eps = () if name == 'forward_grad' else (eps,)
+      tx = mezo(learning_rate, estimator=make(*eps, **options), **finish)
+      return variants.nonnegative(tx) if name == 'qzo' else tx
+    return made
+
+
+whole = Whole()
+
+
+def with_spsa(learning_rate, eps=1e-3, *, key, directions='normal',
+              combine='two_sided', num_samples=None, over='scan',
+              micro_batches=None, weight_decay=0.0):
+  """`mezo` with all options of `spsa`, none of them in a dict."""
+  return mezo(learning_rate, weight_decay=weight_decay, estimator=mezo_jax.spsa(
+      eps, key=key, directions=directions, combine=combine,
+      num_samples=num_samples, over=over, micro_batches=micro_batches))
+
+
 def chained(rest, **kwargs):
   """spsa, then any optimizer, with the links that `mezo` has."""
   def make(learning_rate, key, dtype=None, **more):
@@ -36,8 +68,8 @@ def svrg(learning_rate, eps=1e-3, **kwargs):
 
 def private(learning_rate, eps=1e-3, **kwargs):
   """Of one row, which has the loss of the batch, and next to no noise."""
-  tx = variants.private(learning_rate, eps, clip=1e4, noise_multiplier=1e-8,
-                        batch_size=1, **kwargs)
+  tx = whole.private(learning_rate, eps, clip=1e4, noise_multiplier=1e-8,
+                     batch_size=1, **kwargs)
   def update(updates, state, params=None, *, value_fn=None, **extra):
     if value_fn is not None:
       of_rows = lambda *args, **more: value_fn(*args, **more)[None]
@@ -48,7 +80,7 @@ def private(learning_rate, eps=1e-3, **kwargs):
 
 
 def of_params(make, **of):
-  """A relative that is made with trees like the params."""
+  """A variant that is made with trees like the params."""
   def row(learning_rate, eps=1e-3, **kwargs):
     at = lambda params: make(learning_rate, eps, **kwargs, **{
         name: jax.tree.map(fn, params) for name, fn in of.items()})
@@ -67,7 +99,8 @@ ROWS = {
         mezo, weight_decay=1e-4, decay=lambda p: True),
     'mezo, signs': functools.partial(mezo, directions='rademacher'),
     'mezo, four directions': functools.partial(mezo, num_samples=4),
-    'mezo, one-sided': functools.partial(mezo, combine=mezo_jax.one_sided),
+    'mezo, one-sided': functools.partial(
+        with_spsa, combine=mezo_jax.one_sided),
     'mezo, low rank': functools.partial(
         mezo, directions=mezo_jax.LowRank(rank=2)),
     'mezo, lazy low rank': functools.partial(
@@ -75,30 +108,30 @@ ROWS = {
     'mezo, subzero': functools.partial(
         mezo, directions=mezo_jax.SubZero(rank=1, every=2)),
     'mezo, low rank in one pass': functools.partial(
-        mezo, directions=mezo_jax.LowRank(rank=2), num_samples=3,
+        with_spsa, directions=mezo_jax.LowRank(rank=2), num_samples=3,
         over='batch'),
     'mezo, fzoo': functools.partial(
-        mezo, directions='rademacher', combine=mezo_jax.fzoo, num_samples=4),
+        with_spsa, directions='rademacher', combine=mezo_jax.fzoo,
+        num_samples=4),
     'mezo, to nearest': functools.partial(mezo, stochastic_rounding=False),
     'mezo, pending': functools.partial(mezo, fold_every=2),
-    'sparse': functools.partial(variants.sparse_mezo, limits=5.0),
+    'sparse': functools.partial(whole.sparse_mezo, limits=5.0),
     'momentum by history': functools.partial(
-        variants.momentum_by_history, beta=0.5, window=3),
-    'adam by history': functools.partial(variants.adam_by_history, window=3),
-    'sign': variants.sign,
-    'scalar adam': variants.scalar_adam,
-    'one point': variants.one_point,
-    'conservative': variants.conservative,
-    'forward gradient': lambda learning_rate, eps=None, **kwargs: (
-        variants.forward_grad(learning_rate, **kwargs)),
-    'hizoo': functools.partial(variants.hizoo, alpha=1e-6),
+        whole.momentum_by_history, beta=0.5, window=3),
+    'adam by history': functools.partial(whole.adam_by_history, window=3),
+    'sign': whole.sign,
+    'scalar adam': whole.scalar_adam,
+    'one point': whole.one_point,
+    'conservative': whole.conservative,
+    'forward gradient': whole.forward_grad,
+    'hizoo': functools.partial(whole.hizoo, alpha=1e-6),
     'variance modified': of_params(
-        variants.variance_modified, norms=lambda x: jnp.float32(0.5)),
+        whole.variance_modified, norms=lambda x: jnp.float32(0.5)),
     'expectation modified': of_params(
-        variants.expectation_modified, norms=lambda x: jnp.float32(0.5)),
+        whole.expectation_modified, norms=lambda x: jnp.float32(0.5)),
     'lozo-m': functools.partial(
-        variants.lozo_m, directions=mezo_jax.LazyLowRank(rank=2, every=2)),
-    'mazo': of_params(variants.mazo, mask=lambda x: np.ones(
+        whole.lozo_m, directions=mezo_jax.LazyLowRank(rank=2, every=2)),
+    'mazo': of_params(whole.mazo, mask=lambda x: np.ones(
         jnp.shape(x), bool)),
     'svrg': svrg,
     'private': private,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 
-from estimators import EVERY_OTHER, ROWS
+from estimators import EVERY_OTHER, ROWS, whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_directions_and_combines_have_names():
   losses = mezo_jax.estimate(loss, PARAMS, Displacement(KEY[None], jnp.ones(1)),
                              0.1, 'rademacher', signs=(1.0,))
   np.testing.assert_allclose(losses, [[near]], rtol=1e-6)
-  by_name, by_object = (one_step(mezo_jax.mezo(
+  by_name, by_object = (one_step(whole.spsa(
       1e-2, key=0, combine=c))[0] for c in ('one_sided', mezo_jax.one_sided))
   helpers.assert_bitwise(by_name, by_object)
 
@@ -253,10 +253,10 @@ WEIGHTS = jnp.array([1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize('make', [
     lambda **more: mezo_jax.spsa(1e-2, key=0, micro_batches=2),
     lambda **more: mezo_jax.spsa(1e-2, key=0, num_samples=2, over='rows'),
-    lambda **more: variants.conservative(1e-2, key=0, micro_batches=2),
-    lambda **more: variants.forward_grad(1e-2, key=0, micro_batches=2),
-    lambda **more: variants.hizoo(1e-2, key=0, micro_batches=2),
-    lambda **more: variants.private(
+    lambda **more: whole.conservative(1e-2, key=0, micro_batches=2),
+    lambda **more: whole.forward_grad(1e-2, key=0, micro_batches=2),
+    lambda **more: whole.hizoo(1e-2, key=0, micro_batches=2),
+    lambda **more: whole.private(
         1e-2, key=0, micro_batches=2, clip=1.0, noise_multiplier=1.0,
         batch_size=8),
     lambda **more: variants.svrg(1e-2, key=0, rows=4),
@@ -287,18 +287,18 @@ def test_a_combine_of_all_losses_has_no_part_of_them(combine):
   tx = mezo_jax.spsa(1e-3, key=0, combine=combine, num_samples=4)
   with pytest.raises(ValueError, match='part'):
     one_step(tx, part=(0, 2))
-  _, whole = one_step(tx)
+  _, want = one_step(tx)
   _, all_of_it = one_step(tx, part=(0, 1))
-  np.testing.assert_array_equal(whole.projected_grad, all_of_it.projected_grad)
+  np.testing.assert_array_equal(want.projected_grad, all_of_it.projected_grad)
 
 
 @pytest.mark.slow
 def test_parts_of_directions_have_the_numbers_of_the_whole():
   own = mezo_jax.Combine((1.0, -1.0), lambda losses, eps: (
       jnp.mean(losses), jnp.tanh(losses[:, 0] - losses[:, 1])),
-                         by_direction=True)
+                         needs_all=False)
   for make in (functools.partial(mezo_jax.spsa, 1e-3, combine=own),
-               functools.partial(variants.sign, 1e-2)):
+               functools.partial(whole.sign, 1e-2)):
     tx = make(key=0, num_samples=4)
     get = lambda tx=tx, **more: optax.tree.get(
         one_step(tx, **more)[1], 'projected_grad')
@@ -307,7 +307,7 @@ def test_parts_of_directions_have_the_numbers_of_the_whole():
         [parts[0][:2], parts[1][2:]]), get(), rtol=1e-6)
     assert np.all(np.isnan(parts[0][2:]))
   with pytest.raises(ValueError, match='part'):  # it needs the step of all
-    one_step(variants.conservative(1e-2, key=0, num_samples=4), part=(0, 2))
+    one_step(whole.conservative(1e-2, key=0, num_samples=4), part=(0, 2))
 
 
 # --- chains -----------------------------------------------------------------
@@ -493,8 +493,15 @@ LOZO = mezo_jax.LazyLowRank(rank=1, every=2)
 TABLE = {
     'spsa': (trained(mezo_jax.spsa), SPSA | dict(
         dtype=['x', int, 'int32', 3], value_fn=[3, 'x'])),
-    'mezo': (trained(mezo_jax.mezo, learning_rate=1e-3), OPTIONS | dict(
-        fold_every=[0, 1.5, 'x', True])),
+    'mezo': (trained(mezo_jax.mezo, learning_rate=1e-3), without(
+        OPTIONS, 'combine', 'over') | dict(
+            eps=SPSA['eps'][1:], directions=SPSA['directions'][1:],
+            fold_every=[0, 1.5, 'x', True])),
+    'mezo, another estimator': (trained(
+        lambda key, **kwargs: mezo_jax.mezo(1e-3, **(
+            dict(estimator=mezo_jax.spsa(key=0)) | kwargs))), dict(
+                estimator=[3, optax.sgd(1e-3)], eps=[1e-3], num_samples=[2],
+                directions=['normal'], micro_batches=[2])),
     'update': (updated, dict(
         params=[None], state=[None, (), 3], value_fn=[3],
         projected_grad=['x', [1.0, 2.0], [None]],
@@ -520,7 +527,7 @@ TABLE = {
     'Combine': (lambda **kwargs: mezo_jax.Combine(
         **(dict(signs=(1.0,), fn=z_score) | kwargs)), dict(
             signs=[None, (), 1.0, 'x', ('x',), (None,)], fn=[None, 3],
-            by_direction=[None, 1])),
+            needs_all=[None, 1])),
     'Normal': (mezo_jax.Normal, dict(
         generator=['x', None, 3, []], mask=['(', 3, 0.5], stacked=['(', 3],
         limits=['x'], scales=['x'], on_grid=[None, 1])),
@@ -546,58 +553,59 @@ TABLE = {
             axis=[5, None, 'x'])),
     # --- variants ---
     'adam_by_history': (trained(
-        variants.adam_by_history, learning_rate=1e-3), MEZO | ONE_EPS | dict(
+        whole.adam_by_history, learning_rate=1e-3), MEZO | ONE_EPS | dict(
             b1=[None, 'x', 1.0, -0.1], b2=[None, 1.5], adam_eps=[None, -1.0],
             window=[0, 1.5, 'x', True])),
     'momentum_by_history': (trained(
-        variants.momentum_by_history, learning_rate=1e-3), dict(
+        whole.momentum_by_history, learning_rate=1e-3), dict(
             learning_rate=[None], beta=[None, 'x', 1.0], window=[0, None])),
     'conservative': (trained(
-        variants.conservative, learning_rate=1e-3), without(
+        whole.conservative, learning_rate=1e-3), without(
             OPTIONS, 'learning_rate') | dict(
                 learning_rate=[*RATE['learning_rate'], {'': 1e-3}])),
     'expectation_modified': (trained(
-        variants.expectation_modified, learning_rate=1e-3,
+        whole.expectation_modified, learning_rate=1e-3,
         norms={'w': 1.0, 'b': 1.0}), OPTIONS | dict(norms=[None, 'x'])),
     'variance_modified': (trained(
-        variants.variance_modified, learning_rate=1e-3,
+        whole.variance_modified, learning_rate=1e-3,
         norms={'w': 1.0, 'b': 1.0}), dict(norms=[None, 'x'], key=['x'])),
     'forward_grad': (trained(
-        variants.forward_grad, learning_rate=1e-3), MEZO | without(
+        whole.forward_grad, learning_rate=1e-3), MEZO | without(
             SPSA, 'eps', 'combine', 'over')),
-    'hizoo': (trained(variants.hizoo, learning_rate=1e-3), MEZO | without(
+    'hizoo': (trained(whole.hizoo, learning_rate=1e-3), MEZO | without(
         ONE_EPS, 'combine') | dict(alpha=[None, 'x', 1.0, -0.1])),
     'lozo_m': (trained(
-        variants.lozo_m, learning_rate=1e-3, directions=LOZO), MEZO | without(
+        whole.lozo_m, learning_rate=1e-3, directions=LOZO), MEZO | without(
             ONE_EPS, 'num_samples', 'directions') | dict(
                 beta=[None, 1.0], directions=['normal', None, 'cauchy'])),
-    'mazo': (trained(variants.mazo, learning_rate=1e-3, mask={
+    'mazo': (trained(whole.mazo, learning_rate=1e-3, mask={
         'w': True, 'b': True}), RATE | SPSA | dict(
             mask=[None, 'w', {'w': True}], stochastic_rounding=[None])),
     'one_point': (trained(
-        variants.one_point, learning_rate=1e-3), MEZO | without(
+        whole.one_point, learning_rate=1e-3), MEZO | without(
             SPSA, 'combine', 'num_samples')),
     'private': (trained(
         lambda key, **kwargs: ROWS['private'](key=key, **kwargs),
         learning_rate=1e-3), MEZO | without(
             ONE_EPS, 'combine', 'over')),
-    'private, alone': (lambda **kwargs: variants.private(**(dict(
+    'private, alone': (lambda **kwargs: whole.private(**(dict(
         learning_rate=1e-3, key=0, clip=1.0, noise_multiplier=1.0,
         batch_size=8) | kwargs)), dict(
             clip=[None, 'x', 0.0], noise_multiplier=[None, -1.0],
             batch_size=[None, 0, 'x'], mechanism=[None, 'x', []])),
-    'qzo': (trained(variants.qzo, learning_rate=1e-3), OPTIONS | dict(
+    'qzo': (trained(whole.qzo, learning_rate=1e-3), OPTIONS | dict(
         clip=[None, 0.0, 'x'])),
-    'quzo': (lambda **kwargs: variants.quzo(
+    'quzo': (lambda **kwargs: whole.quzo(
         **(dict(learning_rate=1e-3, key=0) | kwargs)), dict(
             learning_rate=[None], directions=['low_rank', None], key=['x'])),
+    'nonnegative': (variants.nonnegative, dict(tx=[None, 3])),
     'scalar_adam': (trained(
-        variants.scalar_adam, learning_rate=1e-3), OPTIONS | dict(
+        whole.scalar_adam, learning_rate=1e-3), OPTIONS | dict(
             b2=[None, 1.0], adam_eps=[None, -1.0])),
-    'sign': (trained(variants.sign, learning_rate=1e-3), without(
+    'sign': (trained(whole.sign, learning_rate=1e-3), without(
         OPTIONS, 'combine')),
     'sparse_mezo': (trained(
-        variants.sparse_mezo, learning_rate=1e-3, limits=5.0), OPTIONS | dict(
+        whole.sparse_mezo, learning_rate=1e-3, limits=5.0), OPTIONS | dict(
             limits=[None, 'x', {'w': 'x', 'b': 1.0}])),
     'svrg': (trained(variants.svrg, learning_rate=1e-3), without(
         RATE | ONE_EPS, 'combine', 'over', 'micro_batches') | dict(
@@ -625,8 +633,8 @@ TABLE = {
 }
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'Codes', 'Directions', 'Displacement', 'SpsaState',
-         'ZerothOrderTransformation'}  # and no checks
+TYPES = {'Codes', 'Directions', 'Displacement', 'Estimator', 'Numbers',
+         'SpsaState', 'ZerothOrderTransformation'}  # and no checks
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 
 
@@ -665,7 +673,7 @@ def test_names_that_update_keeps_to_itself(name):
   one_step(mezo_jax.mezo(1e-2, key=0),
            value_fn=lambda p, part=None: loss(p))  # a default is not given
   for row in ('qzo', 'one point', 'conservative', 'mezo'):
-    tx = variants.qzo(1e-2, key=0) if row == 'qzo' else ROWS[row](1e-2, key=0)
+    tx = whole.qzo(1e-2, key=0) if row == 'qzo' else ROWS[row](1e-2, key=0)
     one_step(tx, value_fn=lambda p, value: loss(p, value), value=X)
 
 

@@ -2,6 +2,7 @@
 
 import sys
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_the_rest_is_neither_perturbed_nor_moved():
   def watched(params, batch):
     touched = jnp.any(jnp.where(m, False, params['w'] != 0.0))
     return jnp.where(touched, jnp.nan, value_fn(params))
-  tx = variants.mazo(RATE, EPS, key=KEY, mask=mask)
+  tx = whole.mazo(RATE, EPS, key=KEY, mask=mask)
   step, params = make_step(tx, watched), jax.tree.map(jnp.copy, START)
   state = tx.init(params)
   theta = {k: np.zeros(x.shape) for k, x in START.items()}
@@ -122,7 +123,7 @@ def test_scores_are_those_of_each_layer_and_row():
   assert jax.tree.map(jnp.shape, whole) == jax.tree.map(
       jnp.shape, params) | {'b': ()}
   with pytest.MonkeyPatch.context() as m:
-    m.setattr(sys.modules['mezo_jax.variants.mazo'], '_PART', 40)
+    m.setattr(sys.modules['mezo_jax.whole.mazo'], '_PART', 40)
     parts = made()
   helpers.assert_bitwise(parts, whole)
   for mask in (whole['layers']['w'], whole['head']):
@@ -150,7 +151,7 @@ def test_scoring_keeps_nothing_of_the_weights_size_but_the_mask():
 def test_the_mask_is_what_the_state_has():
   """So a checkpoint has it, and programs do not."""
   mask = variants.saliency([value_fn], START, KEY, share=0.5, eps=EPS)
-  tx = variants.mazo(RATE, EPS, key=KEY, mask=mask)
+  tx = whole.mazo(RATE, EPS, key=KEY, mask=mask)
   state = tx.init(START)
   (kept,) = optax.tree.get(state, 'memory')
   helpers.assert_bitwise(kept, mask['w'])
@@ -175,7 +176,7 @@ def test_what_is_refused():
   with pytest.raises(ValueError, match='share .*0.0'):
     variants.saliency([value_fn], START, KEY, share=0.0)
   with pytest.raises(ValueError, match='mask'):
-    variants.mazo(RATE, EPS, key=KEY, mask=None,
+    whole.mazo(RATE, EPS, key=KEY, mask=None,
                   directions=mezo_jax.Normal(mask='w'))
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+from estimators import whole
 from flax import linen as nn
 from flax import nnx
 import helpers
@@ -63,7 +64,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
   crosses between devices that hold all weights is losses; updates cross none.
   """
   model, host, ids, loss_fn = model
-  tx = mezo_jax.mezo(1e-3, 1e-3, key=3, **KINDS[kind])
+  tx = whole.spsa(1e-3, 1e-3, key=3, **KINDS[kind])
   numbers = want = None
   for shape in MESHES:
     mesh = mesh_of(*shape)
@@ -111,7 +112,7 @@ def test_a_run_on_groups_is_the_run_of_one_device(model):
 def test_rows_with_directions_of_their_own_are_refused(model):
   model, host, ids, loss_fn = model
   mesh = mesh_of(1, 1, 1, 2)
-  tx = mezo_jax.mezo(
+  tx = whole.spsa(
       1e-3, key=0, num_samples=8, over='rows',
       directions=mezo_jax.LowRank(rank=4))
   params = on(mesh, model, host)
@@ -124,7 +125,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
 def test_rows_with_directions_of_their_own(model):
   """The losses of a mesh are those of one device; JAX 0.11 stopped here."""
   model, host, ids, loss_fn = model
-  tx = mezo_jax.mezo(
+  tx = whole.spsa(
       1e-3, key=0, num_samples=4, over='rows',
       directions=mezo_jax.LowRank(rank=2))
   values = []

@@ -172,9 +172,10 @@ def test_a_method_is_an_entry_of_the_table_and_nothing_else(
   """A new entry trains, resumes, is replayed, refuses and is described."""
   monkeypatch.setitem(methods.METHODS, 'toy', methods.Method(
       'toy descent, forward passes only',
-      lambda s: mezo_jax.mezo(
-          lambda step: 2 * s.learning_rate(step), s.eps, **s.options),
-      lambda config, rows: 7,
+      make=lambda s: mezo_jax.mezo(
+          lambda step: 2 * s.learning_rate(step),
+          estimator=mezo_jax.spsa(s.eps, **s.options), **s.finish),
+      forwards=lambda config, rows: 7,
       needs=(lambda config: (
           not config.optimizer.weight_decay, 'a toy has no weight_decay'),),
       reads=('share',), ignores=r'spsa\.rank'))

@@ -4,6 +4,7 @@ SPSA, HiZOO."""
 import dataclasses
 import functools
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def test_scales_must_fit():
 
 
 class Variance:
-  made = functools.partial(variants.variance_modified, norms=NORMS)
+  made = functools.partial(whole.variance_modified, norms=NORMS)
 
   def step(self, theta, t, batch):
     z = z_of(t)
@@ -97,7 +98,7 @@ class Variance:
 
 
 class Expectation:
-  made = functools.partial(variants.expectation_modified, norms=NORMS)
+  made = functools.partial(whole.expectation_modified, norms=NORMS)
 
   def step(self, theta, t, batch):
     z = z_of(t)
@@ -107,7 +108,7 @@ class Expectation:
 class Hizoo:
   """Two directions; a large alpha, so that H is seen to move."""
 
-  made = functools.partial(variants.hizoo, alpha=0.1, num_samples=2)
+  made = functools.partial(whole.hizoo, alpha=0.1, num_samples=2)
 
   def __init__(self):
     self.h = np.ones(12)
@@ -163,8 +164,8 @@ def test_variance_modified_is_unbiased_and_expectation_modified_is_over_d():
   loss = lambda p: jnp.dot(
       jnp.concatenate([p['b'], p['w'].ravel()]), slope)
   params = jax.tree.map(lambda x: jnp.zeros(x.shape), START)
-  for made, mean in ((variants.variance_modified, slope),
-                     (variants.expectation_modified, slope / SCALE)):
+  for made, mean in ((whole.variance_modified, slope),
+                     (whole.expectation_modified, slope / SCALE)):
     tx = made(-1.0, EPS, key=KEY, norms=NORMS)
     one = lambda key, tx=tx: tx.update(
         None, optax.tree.set(tx.init(params), key=key), params,
@@ -181,7 +182,7 @@ def test_hizoo_sees_where_a_valley_is_narrow():
   """Of curvatures of 100 and 1 its H is greater for the first."""
   curve = jnp.concatenate([jnp.full(5, 100.0), jnp.ones(5)])
   loss = lambda w, batch: 0.5 * jnp.sum(curve * w**2)
-  tx = variants.hizoo(1e-3, 1e-3, key=1, alpha=1e-3)
+  tx = whole.hizoo(1e-3, 1e-3, key=1, alpha=1e-3)
   def one(carry, _):
     w, state = carry
     updates, state = tx.update(None, state, w, value_fn=loss, batch=0)
@@ -195,7 +196,7 @@ def test_hizoo_sees_where_a_valley_is_narrow():
 
 def test_hizoo_is_told_both_scalars():
   """By the door, from the start: bitwise the weights and H of training."""
-  tx = variants.hizoo(RATE, EPS, key=KEY, alpha=1e-2)
+  tx = whole.hizoo(RATE, EPS, key=KEY, alpha=1e-2)
   step = make_step(tx, value_fn)
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
   ends = []
@@ -214,10 +215,10 @@ def test_hizoo_is_told_both_scalars():
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: variants.hizoo(1e-3, key=0, alpha=1.0), 'alpha .*1.0'),
-    (lambda: variants.variance_modified(
+    (lambda: whole.hizoo(1e-3, key=0, alpha=1.0), 'alpha .*1.0'),
+    (lambda: whole.variance_modified(
         1e-3, key=0, norms={'b': 1.0}).update(
-            None, variants.variance_modified(
+            None, whole.variance_modified(
                 1e-3, key=0, norms={'b': 1.0}).init(START), START,
             value_fn=value_fn, batch=batch_of(0)), 'scales')])
 def test_bad_options(make, message):

@@ -6,6 +6,7 @@ import sys
 
 import dp_accounting
 from dp_accounting import pld
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import runs
 from scipy import stats
 
 import mezo_jax
-from mezo_jax import Displacement, make_step, variants
+from mezo_jax import Displacement, make_step
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.directions import noise as noise_lib
 from mezo_jax.training import config as config_lib
@@ -27,7 +28,7 @@ from train import run
 KEY, RATE, EPS, CLIP = jax.random.key(7), 1e-2, 1e-2, 0.5
 ROWS = np.random.RandomState(0).normal(size=(12, 5)).astype(np.float32)
 TRUE = ROWS @ np.random.RandomState(1).normal(size=5).astype(np.float32)
-private = variants.private
+private = whole.private
 
 
 def value_fn(params, batch):
@@ -181,11 +182,11 @@ def test_a_loss_of_the_whole_batch_is_refused():
   # One value of all rows, and one for every two, would be clipped as rows.
   mean = lambda p, batch: jnp.mean(value_fn(p, batch)[0], keepdims=True)
   pairs = lambda p, batch: value_fn(p, batch)[0].reshape(-1, 2).mean(1)
-  for whole in (mean, pairs):
+  for of_batch in (mean, pairs):
     for parts in (1, 2):
       with pytest.raises(ValueError, match=r'value_fn .* \[(8|16)\]'):
         released(made(micro_batches=parts), batch_of(np.arange(12)),
-                 value_fn=whole)
+                 value_fn=of_batch)
   with pytest.raises(ValueError, match='noise_key'):
     update(lambda p: p * p)
   with pytest.raises(ValueError, match='clip .*0.0'):

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import tempfile
 
+from estimators import whole
 import helpers
 import hypothesis
 from hypothesis import strategies as st
@@ -282,7 +283,7 @@ def test_steps_made_again_from_the_log_are_those_of_training(
   if mask and not any(k in ('kernel', 'bias') for part in tree.values()
                       for k in part):
     mask = None  # nothing would be trained
-  tx = mezo_jax.mezo(
+  tx = whole.spsa(
       rate, 1e-2, key=3, directions=kind(mask=mask), num_samples=num_samples,
       combine=mezo_jax.one_sided if one_sided else mezo_jax.two_sided,
       weight_decay=decay, decay='kernel', fold_every=fold_every)

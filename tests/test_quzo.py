@@ -3,6 +3,7 @@ they move, and what a run with them is."""
 
 import dataclasses
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax import Displacement, make_step, models, variants
+from mezo_jax import Displacement, make_step, models
 from mezo_jax.core import paths
 from mezo_jax.directions import displacement, streams
 from mezo_jax.directions import noise as noise_lib
@@ -114,7 +115,7 @@ def test_it_is_quzo(bits):
   """20 steps in NumPy, of integers, given the words of z and of roundings."""
   rate, eps = 3e-3, 2e-2
   params, batch = small(bits)
-  tx = variants.quzo(rate, eps, key=KEY)
+  tx = whole.quzo(rate, eps, key=KEY)
   step, state = make_step(tx, value_fn), tx.init(params)
 
   wide = lambda x: np.repeat(np.asarray(x, np.float64), 32, 0)
@@ -218,9 +219,9 @@ def test_both_roundings_are_independent():
 def test_what_is_refused():
   floats = {'w': jnp.ones((64, 4))}
   with pytest.raises(ValueError, match='quzo .*mezo_jax.Codes'):
-    variants.quzo(1e-3, key=0).init(floats)
+    whole.quzo(1e-3, key=0).init(floats)
   with pytest.raises(ValueError, match='low rank'):
-    variants.quzo(1e-3, key=0, directions='low_rank')
+    whole.quzo(1e-3, key=0, directions='low_rank')
   with pytest.raises(ValueError, match='bits .*3'):
     mezo_jax.quantize(floats['w'], 3)
   with pytest.raises(ValueError, match=r'4 bits .*\[5, 4\]'):
@@ -247,7 +248,7 @@ def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   loss_fn = lambda p, batch: jnp.where(
       batch['bad'], jnp.nan, helpers.lm_loss(model)(p, batch['ids']))
   batch = {'ids': ids, 'bad': jnp.bool_(False)}
-  tx = variants.quzo(1e-2, 1e-2, key=0,
+  tx = whole.quzo(1e-2, 1e-2, key=0,
                      directions=mezo_jax.Normal(mask='attn/(q|v)'))
   moved, state, pairs, step = run(tx, params, batch, loss_fn)
   again, fresh = jax.tree.map(jnp.copy, params), tx.init(params)
@@ -276,7 +277,7 @@ def test_the_mesh_changes_nothing(tiny):
   model, floats, ids = tiny
   params = coded(floats)
   loss_fn = helpers.lm_loss(model)
-  tx = variants.quzo(1e-2, 1e-2, key=0)
+  tx = whole.quzo(1e-2, 1e-2, key=0)
   want, _, pairs, _ = run(tx, params, ids, loss_fn, 2)
   mesh = helpers.mesh_of(2, 4)
   def place(path, x):
@@ -353,7 +354,7 @@ def test_memory_is_that_of_quantised_inference(dtype, most):
   floats = models.param_shapes(config)
   inference = peak(jax.jit(loss_fn).lower(floats, ids).compile())
   params = models.param_shapes(config, dtype=dtype)
-  tx = variants.quzo(1e-3, key=0)
+  tx = whole.quzo(1e-3, key=0)
   step = make_step(tx, loss_fn)
   step.compile(params, jax.eval_shape(tx.init, params), ids)
   losses, update = map(peak, step.compiled.values())

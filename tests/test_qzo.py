@@ -1,5 +1,6 @@
 """QZO: integers stay, factors of their scales are trained."""
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 import runs
 
 import mezo_jax
-from mezo_jax import Displacement, make_step, models, peft, variants
+from mezo_jax import Displacement, make_step, models, peft
 from mezo_jax.core.errors import InputError
 from mezo_jax.directions import noise
 from mezo_jax.export.from_run import export
@@ -37,7 +38,7 @@ def test_it_is_its_papers_equations(bits):
   with jax.enable_x64(True):
     params, f, value = problem(bits)
     assert f['w']['factors'].shape == (2, 3)
-    tx = variants.qzo(RATE, EPS, key=KEY, clip=0.5, num_samples=2)
+    tx = whole.qzo(RATE, EPS, key=KEY, clip=0.5, num_samples=2)
     step, state = make_step(tx, value), tx.init(f)
     q = np.asarray(params['w'].integers(), float)
     s = np.asarray(params['w'].scales, float)
@@ -67,7 +68,7 @@ def test_it_is_its_papers_equations(bits):
 
 
 def test_factors_are_never_below_zero():
-  tx = variants.qzo(10.0, EPS, key=KEY, clip=1.0)
+  tx = whole.qzo(10.0, EPS, key=KEY, clip=1.0)
   params, f, _ = problem(8)
   updates, _ = tx.update(
       None, tx.init(f), f, value_fn=lambda f: jnp.sum(f['w']['factors']))

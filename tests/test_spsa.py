@@ -2,6 +2,7 @@
 
 import functools
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ def test_algorithm_1_in_numpy():
     g = (plus - minus) / (2 * eps)
     theta = {k: theta[k] - lr * (
         g * z[k] + (decay if k == 'a' else 0.0) * theta[k]) for k in theta}
-  tx = mezo_jax.mezo(lr, eps, key=9, weight_decay=decay,
-                     decay='a', directions=mezo_jax.Normal('threefry2x32'))
+  tx = whole.spsa(lr, eps, key=9, weight_decay=decay,
+                  decay='a', directions=mezo_jax.Normal('threefry2x32'))
   got, state = run(tx, steps=steps)
   helpers.assert_close(got, theta, rtol=1e-4)
   np.testing.assert_allclose(state[0].projected_grad, [g], rtol=1e-3)
@@ -146,7 +147,7 @@ def test_a_mean_over_tokens_is_the_same_in_parts():
   kept = lambda p, x, there: whole(p, x, there)[None]
   for options in (dict(micro_batches=2), dict(num_samples=2, over='rows')):
     with pytest.raises(ValueError, match='scalar'):
-      tx = mezo_jax.mezo(1e-2, key=0, **options)
+      tx = mezo_jax.spsa(1e-2, key=0, **options)
       tx.update(None, tx.init(params), params, value_fn=kept, x=x, there=there)
 
 

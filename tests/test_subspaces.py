@@ -3,6 +3,7 @@ momentum."""
 
 import functools
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ from mezo_jax import (
   make_step,
   models,
   SubZero,
-  variants,
 )
 from mezo_jax.directions import displacement
 
@@ -132,7 +132,7 @@ class LozoM:
   """Three windows; U and V are taken from z, which is of rank 1."""
 
   lazy = LazyLowRank(rank=1, every=7)
-  made = functools.partial(variants.lozo_m, directions=lazy, beta=0.8)
+  made = functools.partial(whole.lozo_m, directions=lazy, beta=0.8)
 
   def __init__(self):
     self.n, self.v = np.zeros(5), None
@@ -164,7 +164,7 @@ def test_momentum_is_projected_on_the_next_columns():
   lazy = LazyLowRank(rank=3, every=3)
   pull = jax.random.normal(KEY, (2, 12, 16))
   loss = lambda p, batch: batch * jnp.sum(p['layers']['w'] * pull)
-  tx = variants.lozo_m(1.0, EPS, key=KEY, directions=lazy, beta=0.5)
+  tx = whole.lozo_m(1.0, EPS, key=KEY, directions=lazy, beta=0.5)
   params, state = like, tx.init(like)
   update = jax.jit(lambda state, batch: tx.update(
       None, state, params, value_fn=loss, batch=batch))
@@ -193,14 +193,14 @@ def test_a_steady_slope_makes_longer_steps_than_a_changing_one():
     _, out = jax.lax.scan(one, tx.init(jnp.zeros((32, 32))), None, 400)
     v = out[200:]
     return float(jnp.mean(jnp.std(v, 0)) / jnp.mean(jnp.abs(jnp.mean(v, 0))))
-  momentum = spread(variants.lozo_m(1.0, EPS, key=KEY, directions=lazy,
+  momentum = spread(whole.lozo_m(1.0, EPS, key=KEY, directions=lazy,
                                     beta=0.97))
   plain = spread(mezo_jax.mezo(1.0, EPS, key=KEY, directions=lazy))
   assert momentum < 0.3 * plain
 
 
 def test_a_skipped_step_changes_no_momentum():
-  tx = variants.lozo_m(RATE, EPS, key=KEY, directions=LozoM.lazy)
+  tx = whole.lozo_m(RATE, EPS, key=KEY, directions=LozoM.lazy)
   step = make_step(tx, lambda params, batch: jnp.where(
       batch, jnp.nan, jnp.sum((params['w'] - 1) ** 2)))
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
@@ -221,7 +221,7 @@ def test_memory_is_that_of_inference():
       vocab_size=8192, width=512, ff_width=1024, num_layers=12, num_heads=8,
       num_kv_heads=8, head_width=64)
   model, params = models.Transformer(config), models.param_shapes(config)
-  tx = variants.lozo_m(1e-4, key=0, directions=LazyLowRank(rank=2))
+  tx = whole.lozo_m(1e-4, key=0, directions=LazyLowRank(rank=2))
   state = jax.eval_shape(tx.init, params)
   size = lambda tree: sum(4 * x.size for x in jax.tree.leaves(tree))
   assert size(optax.tree.get(state, 'memory')) < 0.02 * size(params)
@@ -237,9 +237,9 @@ def test_memory_is_that_of_inference():
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: variants.lozo_m(1e-3, key=0, directions=mezo_jax.LowRank()),
+    (lambda: whole.lozo_m(1e-3, key=0, directions=mezo_jax.LowRank()),
      'lozo_m'),
-    (lambda: variants.lozo_m(1e-3, key=0, directions=SubZero()),
+    (lambda: whole.lozo_m(1e-3, key=0, directions=SubZero()),
      'lozo_m'),
     (lambda: SubZero(every=0), 'every')])
 def test_bad_options(make, message):

@@ -4,6 +4,7 @@ claims."""
 import dataclasses
 import functools
 
+from estimators import whole
 import helpers
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from mezo_jax.directions import noise
 
 
 class Momentum:
-  made = functools.partial(variants.momentum_by_history, beta=0.8, window=4)
+  made = functools.partial(whole.momentum_by_history, beta=0.8, window=4)
 
   def __init__(self):
     self.past = []
@@ -45,7 +46,7 @@ class Momentum:
 
 
 class Adam(Momentum):
-  made = functools.partial(variants.adam_by_history, b1=0.8, b2=0.9, window=5,
+  made = functools.partial(whole.adam_by_history, b1=0.8, b2=0.9, window=5,
                            num_samples=2)
 
   def step(self, theta, t, batch):
@@ -59,14 +60,14 @@ class Adam(Momentum):
 
 
 class Sign:
-  made = variants.sign
+  made = whole.sign
 
   def step(self, theta, t, batch):
     return theta - RATE * np.sign(two_sided(theta, z_of(t), batch)) * z_of(t)
 
 
 class ScalarAdam:
-  made = functools.partial(variants.scalar_adam, b2=0.9, num_samples=2)
+  made = functools.partial(whole.scalar_adam, b2=0.9, num_samples=2)
   v = 0.0
 
   def step(self, theta, t, batch):
@@ -79,7 +80,7 @@ class ScalarAdam:
 
 class OnePoint:
   rate = 1e-5
-  made = lambda rate, eps, **kwargs: variants.one_point(
+  made = lambda rate, eps, **kwargs: whole.one_point(
       OnePoint.rate, eps, **kwargs)
   last = None
 
@@ -91,7 +92,7 @@ class OnePoint:
 
 
 class Conservative:
-  made = functools.partial(variants.conservative, num_samples=2)
+  made = functools.partial(whole.conservative, num_samples=2)
 
   def step(self, theta, t, batch):
     step = RATE * sum(two_sided(theta, z_of(t, j), batch) * z_of(t, j)
@@ -101,7 +102,7 @@ class Conservative:
 
 
 class ForwardGrad:
-  made = lambda rate, eps, **kwargs: variants.forward_grad(
+  made = lambda rate, eps, **kwargs: whole.forward_grad(
       rate, num_samples=2, **kwargs)
 
   def step(self, theta, t, batch):
@@ -133,7 +134,7 @@ class Svrg:
 class Sparse:
   """The mask is of the weights before the step, perturbed or not."""
 
-  made = lambda rate, eps, **kwargs: variants.sparse_mezo(
+  made = lambda rate, eps, **kwargs: whole.sparse_mezo(
       rate, eps, limits=variants.smallest(START, 0.4), **kwargs)
   limits = np.concatenate([np.zeros(2), np.full(10, np.sort(
       np.abs(START['w']).ravel())[3])])
@@ -223,7 +224,7 @@ def test_svrg_refuses_a_batch_that_its_rows_do_not_part():
 @pytest.mark.parametrize('name', ['forward_grad', 'conservative'])
 def test_half_precision_updates_are_rounded_once(name):
   """After the learning rate, not before it as well."""
-  tx = getattr(variants, name)(1e-4, key=KEY, stochastic_rounding=False)
+  tx = getattr(whole, name)(1e-4, key=KEY, stochastic_rounding=False)
   w = jnp.ones((40, 40), jnp.bfloat16)
   updates, state = jax.jit(lambda w: tx.update(
       None, tx.init(w), w, value_fn=lambda w: jnp.sum(
@@ -238,7 +239,7 @@ def test_half_precision_updates_are_rounded_once(name):
 
 def test_one_point_of_a_loss_of_zero():
   """Is a step like any other, not a skipped one."""
-  tx = variants.one_point(1e-3, EPS, key=KEY)
+  tx = whole.one_point(1e-3, EPS, key=KEY)
   step = make_step(tx, lambda w, batch: batch * jnp.sum(w))
   w, state = jnp.ones(3), tx.init(jnp.ones(3))
   for scale in (1.0, 0.0, 1.0):
@@ -303,7 +304,7 @@ def test_large_weights_are_neither_perturbed_nor_moved(directions):
     return jnp.where(jnp.any(jnp.stack(jax.tree.leaves(large))), jnp.nan,
                      jnp.mean((x @ p['embed'].T) ** 2))
 
-  tx = variants.sparse_mezo(1e-4, 1e-2, key=KEY, limits=limits,
+  tx = whole.sparse_mezo(1e-4, 1e-2, key=KEY, limits=limits,
                             directions=directions)
   step, state = make_step(tx, value), tx.init(params)
   moved = jax.tree.map(jnp.copy, params)
@@ -335,8 +336,8 @@ def tx_directions(directions):
 @pytest.mark.parametrize('make,message', [
     (lambda: variants.smallest(START, 0.0), 'share'),
     (lambda: variants.svrg(1e-3, key=0, every=1), 'every'),
-    (lambda: variants.momentum_by_history(1e-3, key=0, window=0), 'window'),
-    *((lambda name=name: getattr(variants, name)(
+    (lambda: whole.momentum_by_history(1e-3, key=0, window=0), 'window'),
+    *((lambda name=name: getattr(whole, name)(
         1e-3, {'a': 1e-3, '': 1e-2}, key=0), 'groups') for name in (
             'adam_by_history', 'hizoo', 'lozo_m', 'svrg'))])
 def test_bad_options(make, message):
@@ -365,7 +366,7 @@ def test_memory_is_that_of_inference(name):
       limits=variants.smallest(params)), 'private': dict(
           clip=1.0, noise_multiplier=1.0, batch_size=8)}.get(
           name, dict(window=4) if 'history' in name else {})
-  tx = getattr(variants, name)(1e-4, key=0, directions='rademacher', **more)
+  tx = getattr(whole, name)(1e-4, key=0, directions='rademacher', **more)
   state = jax.eval_shape(tx.init, params)
   forward = jax.jit(loss).lower(params, ids).compile().memory_analysis()
   given = {'noise_key': KEY} if name == 'private' else {}

@@ -31,8 +31,9 @@ def step(params, state, batch):
 
 
 def directions() -> None:
-  tx = mezo_jax.mezo(1e-6, key=0, directions=mezo_jax.LowRank(rank=16),
-                     num_samples=4, over='rows')
+  estimator = mezo_jax.spsa(1e-3, key=0, directions=mezo_jax.LowRank(rank=16),
+                            num_samples=4, over='rows')
+  tx = mezo_jax.mezo(1e-6, estimator=estimator)
   tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
   mezo_jax.mezo(1e-6, key=0, directions=mezo_jax.Rademacher())
   mezo_jax.mezo(1e-6, key=0, directions=mezo_jax.Normal(mask='attn/(q|v)/'))

@@ -89,6 +89,16 @@ class Draws:
     small = jnp.abs(w) <= most.astype(w.dtype)
     return small if there is None else there & small
 
+  def masked(self, w: jax.Array, x: jax.Array, other: Any) -> jax.Array:
+    """Returns ``x`` where z is not 0 next to weights w, else ``other``."""
+    nonzero = self.nonzero(w)
+    return x if nonzero is None else jnp.where(nonzero, x, other)
+
+  def scaled_by(self, x: jax.Array) -> jax.Array:
+    """Returns ``x`` with the scale of z."""
+    scale = self.streams[0].scale
+    return x if scale is None else x * scale
+
   def add(self, w: jax.Array | Codes) -> jax.Array:
     """``w + sum`` in float32 (float64 for float64 weights)."""
     if is_codes(w):
@@ -115,10 +125,7 @@ class Draws:
         lax.platform_dependent(self, start, like, default=plain,
                                tpu=lambda self, start, like: at_once(
                                    self.streams, self.coefs, start, like)))
-    nonzero = self.nonzero(like)
-    if nonzero is None:
-      return total
-    return jnp.where(nonzero, total, 0 if start is None else start)
+    return self.masked(like, total, 0 if start is None else start)
 
   def _bits(self, like) -> jax.Array:
     """Words of the keys of the first term, independent of what it draws."""
@@ -131,8 +138,7 @@ class Draws:
     return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
 
   def _scaled(self, c, z):
-    scale = self.streams[0].scale
-    return c * z if scale is None else c * z * scale
+    return self.scaled_by(c * z)
 
   def _by_terms(self, start, like):
     n = self.coefs.shape[0]

@@ -14,7 +14,7 @@ from mezo_jax.core.errors import InputError, local
 from mezo_jax.distributed.exchange import Exchange
 from mezo_jax.runs.replay import Log
 from mezo_jax.tasks.data import Splits
-from mezo_jax.transforms.evaluate_points import COMBINES
+from mezo_jax.transforms.combine import COMBINES
 
 
 class Place(NamedTuple):
@@ -79,7 +79,7 @@ def check_replicas(place: Place | None, method: str, methods: Sequence[str],
   for holds, why in (
       (method in methods,
        f'method {method!r}; choose one of {", ".join(methods)}'),
-      (COMBINES[combine].by_direction,
+      (not COMBINES[combine].needs_all,
        f'spsa.combine {combine!r}, which needs all losses'),
       (num_samples % n == 0,
        f'spsa.num_samples {num_samples}: make it a multiple of {n}'),

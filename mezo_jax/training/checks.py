@@ -20,7 +20,8 @@ from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import fields, methods, optimizer
-from mezo_jax.transforms.evaluate_points import COMBINES, OVER
+from mezo_jax.transforms.combine import COMBINES
+from mezo_jax.transforms.evaluate_points import OVER
 
 
 def check_config(config: config_lib.Train) -> None:

@@ -27,8 +27,11 @@ from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.peft.kinds import Part, PARTS
 from mezo_jax.tasks import objective
 from mezo_jax.transforms.backprop import backprop
+from mezo_jax.transforms.combine import COMBINES
+from mezo_jax.transforms.estimator import Estimator
 from mezo_jax.transforms.mezo import by_group, mezo
 from mezo_jax.transforms.not_finite import skip_not_finite
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.variants.private import MECHANISMS
 
 # --- options ----------------------------------------------------------------
@@ -80,10 +83,11 @@ class Setup(NamedTuple):
   learning_rate: Any  # a schedule, or one for each of optimizer.groups
   eps: Any  # a number, or one for each of optimizer.groups
   schedule: Callable  # turns a learning rate into the config's schedule
-  options: dict[str, Any]  # the keyword arguments of `mezo_jax.mezo`
+  options: dict[str, Any]  # keyword arguments of `mezo_jax.spsa`
+  finish: dict[str, Any]  # other keyword arguments of `mezo_jax.mezo`
 
   def without(self, *names: str) -> dict[str, Any]:
-    """Returns the keyword arguments of `mezo_jax.mezo` except for these."""
+    """Returns the keyword arguments of `mezo_jax.spsa` except for these."""
     return {k: v for k, v in self.options.items() if k not in names}
 
 
@@ -91,8 +95,8 @@ def _forwards_of_spsa(config, rows: int) -> int:
   del rows
   z = config.spsa
   if z.over == 'rows':  # all directions together see each row once per sign
-    return 2
-  return 2 * z.num_samples if z.combine == 'two_sided' else z.num_samples + 1
+    return COMBINES[z.combine].evaluations(1)
+  return COMBINES[z.combine].evaluations(z.num_samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +105,9 @@ class Method:
 
   Attributes:
     words: Description for a model card; `{optimizer}` stands for its name.
-    make: ``make(setup) -> transform``, with a `Setup`. None for a method that
-      trains nothing.
+    estimator: ``estimator(setup) -> Estimator``, with a `Setup`, of a method
+      that is `mezo_jax.mezo` with that estimator.
+    make: ``make(setup) -> transform`` of another method that trains.
     forwards: ``forwards(config, rows) -> number``: forward passes of a batch
       that a step takes on average; one with its tangent counts as two. ``rows``
       is the number of training rows.
@@ -131,7 +136,7 @@ class Method:
   """
 
   words: str
-  make: Callable[[Setup], optax.GradientTransformation] | None = None
+  estimator: Callable[[Setup], Estimator] | None = None
   forwards: Callable = _forwards_of_spsa
   needs: tuple[Callable[..., Any], ...] = ()
   reads: tuple[str, ...] = ()
@@ -149,11 +154,21 @@ class Method:
   replicated: bool = False
   score: Callable | None = None
   result: Callable | None = None
+  make: Callable[[Setup], optax.GradientTransformation] | None = None
 
   @property
   def steps(self) -> bool:
     """Returns whether the method trains."""
-    return self.make is not None
+    return self.estimator is not None or self.make is not None
+
+  def transform(self, setup: Setup) -> optax.GradientTransformation:
+    """Returns the optax transform of a method that trains."""
+    if self.estimator is None:
+      assert self.make is not None  # other methods do not train
+      return self.make(setup)
+    return mezo(
+        setup.learning_rate, estimator=self.estimator(setup),
+        fold_every=setup.config.spsa.fold_every, **setup.finish)
 
   @property
   def scores(self) -> bool:
@@ -172,9 +187,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         optax.add_decayed_weights(decay), optax.sgd(rate))}
 
 
-def _mezo(s: Setup):
-  return mezo(s.learning_rate, s.eps, fold_every=s.config.spsa.fold_every,
-              **s.options)
+def _spsa(s: Setup) -> Estimator:
+  return spsa(s.eps, **s.options)
 
 
 def _backprop(s: Setup):
@@ -190,21 +204,28 @@ def _svrg(s: Setup):
   return variants.svrg(
       s.learning_rate, s.eps, every=v.every, rows=s.config.data.batch_size,
       anchor_learning_rate=s.schedule(v.anchor_learning_rate),
-      **s.without('combine', 'decay', 'micro_batches', 'weight_decay'))
+      stochastic_rounding=s.finish['stochastic_rounding'],
+      **s.without('combine', 'micro_batches'))
 
 
 def _private(s: Setup):
   p = s.config.privacy
   return variants.private(
-      s.learning_rate, s.eps, clip=p.clip, mechanism=p.mechanism,
+      s.eps, clip=p.clip, mechanism=p.mechanism,
       batch_size=s.config.data.batch_size,
       noise_multiplier=s.plan.noise_multiplier if s.plan else 0.0,
       **s.without('combine', 'over'))
 
 
+def _qzo(s: Setup):
+  estimator = variants.qzo(s.eps, clip=s.config.variant.clip, **s.options)
+  return variants.nonnegative(
+      mezo(s.learning_rate, estimator=estimator, **s.finish))
+
+
 def _modified(make: Callable) -> Callable:
   return lambda s: make(
-      s.learning_rate, s.eps, **s.options,
+      s.eps, **s.options,
       norms=variants.no_norms(s.params, s.options['directions']))
 
 
@@ -390,11 +411,11 @@ def _forwards_of_svrg(config, rows: int) -> float:
 
 METHODS = {
     'mezo': Method(
-        'MeZO (Malladi et al., 2023), forward passes only', _mezo,
+        'MeZO (Malladi et al., 2023), forward passes only', _spsa,
         offloads=True, replicated=True),
     'svrg': Method(
-        'MeZO-SVRG (Gautam et al., 2024), forward passes only', _svrg,
-        _forwards_of_svrg,
+        'MeZO-SVRG (Gautam et al., 2024), forward passes only', make=_svrg,
+        forwards=_forwards_of_svrg,
         needs=(*_PLAIN, _two_sided, _anchor_rows, _ends_at_anchors,
                _whole_batch, _no_decay, _anchor_is_a_mean),
         reads=('every', 'anchor_learning_rate', 'anchor_rows'),
@@ -402,55 +423,52 @@ METHODS = {
     'sparse_mezo': Method(
         'Sparse-MeZO (Liu et al., 2024), forward passes only',
         lambda s: variants.sparse_mezo(
-            s.learning_rate, s.eps, **s.options, limits=variants.smallest(
+            s.eps, **s.options, limits=variants.smallest(
                 s.params, s.config.variant.share)),
         needs=_PLAIN, reads=('share',)),
     'momentum_by_history': Method(
         'MeZO with momentum of its last steps, forward passes only',
         lambda s: variants.momentum_by_history(
-            s.learning_rate, s.eps, beta=s.config.variant.b1,
-            window=s.config.variant.window, **s.options),
+            s.eps, beta=s.config.variant.b1, window=s.config.variant.window,
+            **s.options),
         needs=_PLAIN, reads=('window', 'b1')),
     'adam_by_history': Method(
         "MeZO with Adam's moments of its last steps, forward passes only",
         lambda s: variants.adam_by_history(
-            s.learning_rate, s.eps, b1=s.config.variant.b1,
-            b2=s.config.variant.b2, window=s.config.variant.window,
-            **s.options),
+            s.eps, b1=s.config.variant.b1, b2=s.config.variant.b2,
+            window=s.config.variant.window, **s.options),
         needs=_PLAIN, reads=('window', 'b1', 'b2'), usual_rates=False),
     'scalar_adam': Method(
         'MeZO with one second moment (MEAZO), forward passes only',
         lambda s: variants.scalar_adam(
-            s.learning_rate, s.eps, b2=s.config.variant.b2, **s.options),
+            s.eps, b2=s.config.variant.b2, **s.options),
         needs=_PLAIN, reads=('b2',), usual_rates=False),
     'sign': Method(
         'ZO-SGD-Sign, forward passes only',
-        lambda s: variants.sign(
-            s.learning_rate, s.eps, **s.without('combine')),
+        lambda s: variants.sign(s.eps, **s.without('combine')),
         needs=(*_PLAIN, _two_sided), usual_rates=False),
     'conservative': Method(
         'ZO-SGD-Cons, forward passes only',
-        lambda s: variants.conservative(s.learning_rate, s.eps, **s.options),
+        lambda s: variants.conservative(
+            s.eps, learning_rate=s.learning_rate, **s.options),
         lambda config, rows: _forwards_of_spsa(config, rows) + 3,
         needs=_PLAIN),
     'one_point': Method(
         'one-point estimates by residual feedback, forward passes only',
-        lambda s: variants.one_point(
-            s.learning_rate, s.eps, **s.without('combine', 'num_samples')),
+        lambda s: variants.one_point(s.eps, **s.without('combine')),
         lambda config, rows: 1,
         needs=(*_PLAIN, _two_sided, _one_direction), usual_rates=False),
     'forward_grad': Method(
         'forward-mode directional derivatives',
-        lambda s: variants.forward_grad(
-            s.learning_rate, **s.without('combine', 'over')),
+        lambda s: variants.forward_grad(**s.without('combine', 'over')),
         lambda config, rows: 2 * config.spsa.num_samples,
         needs=(*_PLAIN, _two_sided, _derivative, _scan),
         ignores=r'optimizer\.name|model\.remat|spsa\.eps'),
     'mazo': Method(
         'MaZO (Zhang et al., 2025), forward passes only',
         lambda s: variants.mazo(
-            s.learning_rate, s.eps, **s.without('decay', 'weight_decay'),
-            mask=variants.no_scores(s.params, s.options['directions'])),
+            s.eps, **s.options, mask=variants.no_scores(
+                s.params, s.options['directions'])),
         needs=(*_PLAIN, _floats, _no_decay),
         reads=('share', 'num_scores', 'alpha', 'beta'), score=_score_mazo),
     'variance_modified': Method(
@@ -465,27 +483,23 @@ METHODS = {
     'hizoo': Method(
         'HiZOO (Zhao et al., 2024), forward passes only',
         lambda s: variants.hizoo(
-            s.learning_rate, s.eps, alpha=s.config.variant.curvature_rate,
+            s.eps, alpha=s.config.variant.curvature_rate,
             **s.without('combine')),
         lambda config, rows: 2 * _directions_seen(config) + 1,
         needs=(*_PLAIN, _floats, _two_sided), reads=('curvature_rate',)),
     'lozo_m': Method(
         'LOZO-M (Chen et al., 2024), forward passes only',
         lambda s: variants.lozo_m(
-            s.learning_rate, s.eps, beta=s.config.variant.b1,
-            **s.without('num_samples')),
+            s.eps, beta=s.config.variant.b1, **s.options),
         needs=(*_PLAIN, _floats, _lazy_low_rank, _one_direction),
         reads=('b1',)),
     'quzo': Method(
         'QuZO (Zhou et al., 2025), forward passes only',
-        lambda s: variants.quzo(
-            s.learning_rate, s.eps, fold_every=s.config.spsa.fold_every,
-            **s.options),
+        lambda s: variants.quzo(s.eps, **s.options),
         needs=(_no_groups, _quantised, _elements)),
     'qzo': Method(
         'QZO (Shang et al., 2025), forward passes only',
-        lambda s: variants.qzo(
-            s.learning_rate, s.eps, clip=s.config.variant.clip, **s.options),
+        make=_qzo,
         needs=(*_PLAIN, _quantised, _whole_model), reads=('clip',),
         part='scales', usual_rates=False),
     'private': Method(
@@ -505,15 +519,16 @@ METHODS = {
         'a linear probe', probe=True, mixes=False, needs=(_label_words,),
         result=lambda ask, params, probed: probed),
     'finetune': Method(
-        'backpropagation ({optimizer})', _backprop, lambda config, rows: 1,
+        'backpropagation ({optimizer})', make=_backprop,
+        forwards=lambda config, rows: 1,
         needs=(_derivative,), ignores=r'spsa\..*', backprop=True),
     'head_only': Method(
-        'backpropagation ({optimizer}) into the head alone', _backprop,
-        lambda config, rows: 1, needs=(_derivative, _no_part),
+        'backpropagation ({optimizer}) into the head alone', make=_backprop,
+        forwards=lambda config, rows: 1, needs=(_derivative, _no_part),
         ignores=r'spsa\..*', backprop=True, part='head'),
     'lp_mezo': Method(
         'MeZO (Malladi et al., 2023) after a linear probe, forward passes only',
-        _mezo, needs=(_label_words, _no_part), probe=True, own_head=True,
+        _spsa, needs=(_label_words, _no_part), probe=True, own_head=True,
         part='', mixes=False),
 }
 

@@ -11,7 +11,7 @@ from mezo_jax.directions.base import Directions
 from mezo_jax.directions.by_name import KINDS, options_of
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, privacy
-from mezo_jax.transforms.evaluate_points import COMBINES
+from mezo_jax.transforms.combine import COMBINES
 
 # ``schedule(learning_rate, steps)`` after the warmup, by the names in configs.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
@@ -41,13 +41,13 @@ def make_optimizer(config: config_lib.Train, params: Any,
   options = dict(
       key=jax.random.key(config.seed), directions=directions(config),
       combine=COMBINES[z.combine], num_samples=z.num_samples, over=z.over,
-      micro_batches=o.micro_batches, weight_decay=o.weight_decay,
-      decay=paths.decayed, stochastic_rounding=z.stochastic_rounding)
-  make = methods.method_of(config).make
-  assert make is not None  # only methods that train come here
-  return optax.with_extra_args_support(make(methods.Setup(
+      micro_batches=o.micro_batches)
+  finish = dict(weight_decay=o.weight_decay, decay=paths.decayed,
+                stochastic_rounding=z.stochastic_rounding)
+  method = methods.method_of(config)
+  return optax.with_extra_args_support(method.transform(methods.Setup(
       config, params, plan, rates, eps,
-      lambda rate: schedule(config, rate), options)))
+      lambda rate: schedule(config, rate), options, finish)))
 
 
 def directions(config: config_lib.Train) -> Directions:

@@ -6,20 +6,17 @@ them to half precision or skip those that are not finite. `make_step` compiles a
 chain of transforms into a training step.
 """
 
-from mezo_jax.transforms.evaluate_points import (
-    Combine,
-    estimate,
-    fzoo,
-    one_sided,
-    two_sided,
-)
+from mezo_jax.transforms.combine import Combine, fzoo, one_sided, two_sided
+from mezo_jax.transforms.estimator import Estimator, Numbers, SpsaState
+from mezo_jax.transforms.evaluate_points import estimate
 from mezo_jax.transforms.mezo import mezo
 from mezo_jax.transforms.not_finite import skip_not_finite
-from mezo_jax.transforms.spsa import spsa, SpsaState
+from mezo_jax.transforms.spsa import spsa
 from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
-__all__ = ('Combine', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
+__all__ = ('Combine', 'estimate', 'Estimator', 'fzoo', 'make_step', 'mezo',
+           'Numbers', 'one_sided',
            'round_stochastically', 'skip_not_finite', 'spsa', 'SpsaState',
            'two_sided', 'ZerothOrderTransformation')

@@ -1,10 +1,10 @@
-r"""Updates that are added every k steps, and evaluated until then.
+r"""Updates that are accumulated for k steps before they are applied.
 
 The last steps are a `Displacement` like any other, so the losses of a step are
 those of :math:`\theta + \sum_i c_i z_i \pm \epsilon z` without the weights
-having moved: the traffic of an update, which at short prompts is a good part of
-a step's, is divided by k. The idea of adding up what is factorised before it
-touches the weights is LOZO's (Chen et al., 2024, arXiv:2410.07698).
+having moved. The memory traffic of an update, which at short prompts is a good
+part of that of a step, is divided by k. Adding up what is factorised before it
+touches the weights is an idea of LOZO (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
@@ -19,27 +19,32 @@ from mezo_jax.core import arguments, sharding, xla
 from mezo_jax.directions.base import Directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, zeros
-from mezo_jax.transforms.spsa import SpsaState
+from mezo_jax.transforms.estimator import (
+  check_update,
+  counted,
+  Estimator,
+  Measured,
+  SpsaState,
+)
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class PendingState(NamedTuple):
-  """State of the updates that are still to be added."""
+  """State of the updates that have not been applied yet."""
 
   count: jax.Array  # shape=(), dtype=int32: of the learning rate's schedule
   pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
 
 
 class Rule(NamedTuple):
-  """From projected gradients to the coefficients of what is pending.
+  """Turns projected gradients into coefficients of accumulated updates.
 
   Attributes:
     fn: ``(pending [k, n], slot, g [n], count, *memory) -> pending, *memory``,
-      with the step's own coefficients in row ``slot``, its number modulo k. Of
-      a g that is not finite nothing is kept: the row is 0.
-    init: ``n -> memory``, of n directions; None for no memory.
-    missed: ``(slot, memory) -> memory``, when that step was skipped; with None
-      for a slot, when all was added out of turn.
+      with the coefficients of the step in row ``slot``, its number modulo k.
+    init: ``n -> memory``, for n directions. Defaults to None, for no memory.
+    missed: ``(slot, memory) -> memory``, called for a step that was skipped;
+      with a slot of None, when updates were applied out of turn.
   """
 
   fn: Callable
@@ -48,36 +53,40 @@ class Rule(NamedTuple):
 
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
-  r"""Coefficients :math:`-\eta_t g_{t,j} / n`."""
+  r"""Returns the rule with coefficients :math:`-\eta_t g_{t,j} / n`."""
   def fn(pending, slot, g, count):
     rate = arguments.at(learning_rate, count)
     return pending.at[slot].set(-rate * g / g.shape[0]),
   return Rule(fn)
 
 
-def pending(estimate: ZerothOrderTransformation, every: int,
-            directions: Directions, rule: Rule,
-            finish: optax.GradientTransformation) -> ZerothOrderTransformation:
-  r"""Descent on an estimate of `mezo_jax.spsa`, whose updates are zero but for
-  each ``every``-th, which is the sum of as many; with `sgd`
+def accumulated(estimator: Estimator, every: int, rule: Rule,
+                finish: optax.GradientTransformation
+                ) -> ZerothOrderTransformation:
+  r"""Returns a descent whose updates are zero except for every k-th.
+
+  That one is the sum of k updates; with the rule `sgd`
 
   .. math::
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
     \text{ if } k \mid t + 1, \text{ else } 0.
 
-  ``update`` takes two arguments more: ``fold``, whether this step's is such a
-  one, instead of by its number; and ``flush=True``, which makes no step and
-  gives what is pending.
+  ``update`` takes two more arguments: ``fold`` says whether accumulated updates
+  are applied after this step, whatever its number; ``flush=True`` makes no step
+  and applies them.
 
   Args:
-    estimate: from `mezo_jax.spsa`, with these directions.
+    estimator: An estimator whose updates are linear in its numbers.
     every: k.
-    directions: what z is.
-    rule: what is pending; its count is of the steps that were not skipped.
-    finish: of float32 updates, such as `mezo_jax.round_stochastically`.
+    rule: What is accumulated. Its count is that of the steps that were not
+      skipped.
+    finish: A transform of float32 updates, such as
+      `mezo_jax.round_stochastically`.
   """
+  directions = estimator.options.directions
+
   def init_fn(params):
-    state = estimate.init(params)
+    state = estimator.init(params)
     n = state.projected_grad.shape[0]
     ring = PendingState(
         jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32))
@@ -85,13 +94,11 @@ def pending(estimate: ZerothOrderTransformation, every: int,
     return sharding.beside(
         (state, ring, finish.init(params), *memory), params)
 
-  def update_fn(updates, state, params=None, *, value_fn=None, fold=None,
-                flush=False, **extra_args):
+  def update_fn(updates, state, params=None, *, value_fn=None,
+                projected_grad=None, fold=None, flush=False, part=None,
+                measure_only=False, **batch):
     spsa_state, ring, rest, *memory = state
     ring = jax.tree.map(jnp.asarray, ring)  # NumPy's, if it was restored
-    if value_fn is not None:
-      arguments.check_names(
-          value_fn, fold=fold, flush=True if flush else None)
     if flush:
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
@@ -99,11 +106,18 @@ def pending(estimate: ZerothOrderTransformation, every: int,
           spsa_state, _emptied(ring), rest,
           *(rule.missed(None, m) for m in memory))
 
-    _, after = estimate.update(  # what it gives is not used, nor made
-        updates, spsa_state, params, value_fn=value_fn,
-        around=displacement(spsa_state, ring, directions, spsa_state.count),
-        **extra_args)
-    g = after.projected_grad
+    check_update(updates, spsa_state, params, value_fn, projected_grad)
+    if value_fn is None:
+      numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
+    else:
+      arguments.check_names(value_fn, fold=fold, flush=flush or None, part=part)
+      numbers = estimator.measure(
+          spsa_state, params, value_fn, batch, part=part, around=displacement(
+              spsa_state, ring, directions, spsa_state.count))
+      if measure_only:
+        raise Measured(numbers)
+    after = counted(spsa_state, numbers)
+    g = numbers.projected_grad
     finite = jnp.all(jnp.isfinite(g))
     slot = spsa_state.count % every
     coefs, *new = rule.fn(ring.pending, slot, g, ring.count, *memory)
@@ -130,7 +144,7 @@ def pending(estimate: ZerothOrderTransformation, every: int,
 
 
 def is_due(state: Any) -> jax.Array:
-  """Whether the step that is to be made from a state adds what is pending."""
+  """Returns whether accumulated updates are applied after the next step."""
   parts = {type(x): x for x in jax.tree.leaves(
       state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
   every = parts[PendingState].pending.shape[0]
@@ -139,7 +153,7 @@ def is_due(state: Any) -> jax.Array:
 
 def displacement(state: SpsaState, ring: PendingState, directions: Directions,
                  count: jax.Array | int) -> Displacement:
-  """What is pending at step number ``count``, as terms of [k * n] keys."""
+  """Returns the updates accumulated at step number ``count``: k * n terms."""
   every, n = ring.pending.shape
   first = count - count % every
   keys = jax.vmap(lambda t: directions.keys(state.key, t, n))(

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax.core import arguments, dtypes, paths, sharding, xla
-from mezo_jax.directions.base import Directions, Normal
-from mezo_jax.directions.by_name import as_directions
-from mezo_jax.transforms.accumulate import pending, sgd
-from mezo_jax.transforms.evaluate_points import Combine, two_sided
+from mezo_jax.directions.base import Directions
+from mezo_jax.transforms.accumulate import accumulated, sgd
+from mezo_jax.transforms.estimator import Estimator
 from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
 from mezo_jax.transforms.stochastic_rounding import (
@@ -29,14 +28,13 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 def mezo(
     learning_rate: float | optax.Schedule | Mapping[str, Any],
-    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3,
+    eps: float | optax.Schedule | Mapping[str, Any] | None = None,
     *,
-    key: jax.Array | int,
-    directions: Directions | str = Normal(),
-    combine: Combine | str = two_sided,
+    key: jax.Array | int | None = None,
+    directions: Directions | str | None = None,
     num_samples: int | None = None,
-    over: str = 'scan',
     micro_batches: int | None = None,
+    estimator: Estimator | None = None,
     weight_decay: float = 0.0,
     decay: Any = None,
     stochastic_rounding: bool = True,
@@ -44,62 +42,62 @@ def mezo(
 ) -> ZerothOrderTransformation:
   r"""Memory-efficient zeroth-order SGD.
 
-  As `optax.sgd` is to `optax.trace`::
+  It is to `mezo_jax.spsa` what `optax.sgd` is to `optax.trace`::
 
     skip_not_finite(chain(spsa(...), add_decayed_weights(...),
                           scale_by_learning_rate(...), round_stochastically()))
 
-  Like `spsa` it makes its own updates, so in a chain it must be the first link:
-  ``chain(clip_by_global_norm(1.0), mezo(...))`` is refused, since the clip
-  would have nothing to clip; ``chain(mezo(...), clip_by_global_norm(1e-3))``
-  clips the step.
+  Variants of MeZO are other estimators with the same links after them:
+  ``mezo(1e-6, estimator=variants.hizoo(1e-3, key=0))``.
 
   Put ``update`` and `optax.apply_updates` in one `jax.jit` with params and
-  state donated, or call `mezo_jax.make_step`: no tree of updates is then built.
+  state donated, or call `mezo_jax.make_step`; then no tree of updates is built.
+  Like `spsa`, it must be the first link of a chain: ``chain(mezo(...),
+  clip_by_global_norm(1e-3))`` clips the step.
 
   Args:
-    learning_rate: :math:`\eta`, a number or a schedule; or groups of them,
-      ``{regular expression: number or schedule}``, by the first that is found
-      in a parameter's path. The paper: 1e-7 to 1e-6 for 13B in full, 5e-5 to
-      1e-4 with LoRA, 1e-3 to 1e-2 with prefixes.
-    eps: :math:`\epsilon`, likewise. The paper: 1e-3 in full, 1e-2 with LoRA (on
-      RoBERTa 1e-3), 1e-1 with prefixes.
-    key: a `jax.random.key` or an integer seed.
-    directions: what z is, and which leaves are perturbed, updated and decayed;
-      see `mezo_jax.spsa`, as for the next four.
-    combine: How losses become :math:`g`: `two_sided`, `one_sided` or `fzoo`,
-      their names, or a `Combine`.
-    num_samples: directions per step.
-    over: whether they are evaluated one after the other, or in one pass.
-    micro_batches: parts that the batch is evaluated in.
-    weight_decay: :math:`\lambda`; :math:`\lambda\theta` is of float32, and
-      rounded before it is added, in every program alike.
-    decay: which leaves are decayed, as `Directions.mask`; None for a guess,
-      matrices without names of biases and norms, which a warning spells out.
-    stochastic_rounding: whether bfloat16 and float16 weights are rounded
+    learning_rate: :math:`\eta`: a number, a schedule of the steps that were not
+      skipped, or groups ``{regular expression: number or schedule}``, of which
+      the first that is found in a parameter's path counts. The paper uses 1e-7
+      to 1e-6 for all weights of a 13B model, 5e-5 to 1e-4 with LoRA, and 1e-3
+      to 1e-2 with prefixes.
+    eps: Perturbation scale :math:`\epsilon`, in the same forms. Defaults to
+      1e-3. The paper uses 1e-3 for all weights, 1e-2 with LoRA (1e-3 on
+      RoBERTa), and 1e-1 with prefixes.
+    key: A `jax.random.key` or an integer seed.
+    directions: Distribution of z and the leaves that are perturbed, updated and
+      decayed, as in `mezo_jax.spsa`. Defaults to `mezo_jax.Normal()`.
+    num_samples: Number of directions per step. Defaults to 1.
+    micro_batches: Number of equal parts in which the batch is evaluated, as in
+      `mezo_jax.spsa`. Defaults to 1.
+    estimator: `mezo_jax.spsa` with other options, or a variant from
+      `mezo_jax.variants`, in place of the five arguments above.
+    weight_decay: :math:`\lambda`. The product :math:`\lambda\theta` is float32
+      and is rounded before it is added, in every program alike.
+    decay: The leaves that are decayed, as `Directions.mask`. Defaults to None:
+      matrices whose names are not those of biases and norms, which a warning
+      lists.
+    stochastic_rounding: Whether bfloat16 and float16 weights are rounded
       stochastically (`mezo_jax.round_stochastically`), with bits of the step's
       key, instead of to nearest.
-    fold_every: Apply updates every k steps; 1 if None. In between, losses are
-      evaluated at the weights plus the accumulated updates, so the trajectory
-      is unchanged. It pays where updates take long compared with forwards
-      (short prompts) and terms of z are cheap (`LowRank`), under
-      `mezo_jax.make_step`, which touches no weights in between. Needs one
-      learning rate and eps, no decay, and no links after it in a chain that
-      change updates: losses in between would not know of them. Before weights
-      are read: ``step.flush(params, state)``.
+    fold_every: Apply updates every k steps. Defaults to 1. In between, losses
+      are evaluated at the weights plus the accumulated updates, so the
+      trajectory is unchanged. It pays where updates take long compared with
+      forward passes (short prompts) and terms of z are cheap (`LowRank`), under
+      `mezo_jax.make_step`. It needs one learning rate and eps, no weight decay,
+      and no links after it that change updates. Call ``step.flush(params,
+      state)`` before the weights are read.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose ``update`` is that of
-    `spsa`, followed by the rest. Updates have the dtypes of the parameters. A
-    step whose loss is not finite changes nothing (but adds what is pending,
-    where that is due).
-    The state is the chain's: `SpsaState` is its first element, with
-    ``fold_every`` what is pending the second.
+    An `optax.GradientTransformationExtraArgs` whose ``update`` has the
+    arguments of that of `spsa`. Updates have the dtypes of the parameters. The
+    first element of its state is the estimator's state.
 
   Raises:
-    ValueError: as `spsa`; for a learning rate that is not a number, a schedule
-      or groups of them; for weight decay with a mask of elements; and for
-      ``fold_every`` below 1, or above it with decay or groups.
+    ValueError: As `spsa`; for ``estimator`` together with options of `spsa`;
+      for a learning rate that is not a number, a schedule or groups; for weight
+      decay with a mask of elements; and for ``fold_every`` below 1, or above it
+      with weight decay or groups.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -115,54 +113,62 @@ def mezo(
     ...     None, state, params, value_fn=loss_fn, x=jnp.ones(3))
     >>> params = optax.apply_updates(params, updates)
   """
-  directions = as_directions(directions)
-  learning_rate = arguments.rate('learning_rate', learning_rate)
-  estimate = spsa(
-      eps, key=key, directions=directions, combine=combine,
-      num_samples=num_samples, over=over, micro_batches=micro_batches,
-      dtype=jnp.float32)
-  if fold_every is not None and _check_fold(
-      fold_every, learning_rate, eps, weight_decay) > 1:
-    assert not isinstance(learning_rate, Mapping)  # _check_fold refuses groups
-    return pending(estimate, fold_every, directions,
-                   sgd(learning_rate),
-                   rounding(key, directions, stochastic_rounding))
-  return descent(estimate, learning_rate, key=key, directions=directions,
-                 weight_decay=weight_decay, decay=decay,
-                 stochastic_rounding=stochastic_rounding)
-
-
-def descent(estimate: optax.GradientTransformation, learning_rate: Any, *,
-            key: Any, directions: Directions, weight_decay: Any = 0.0,
-            decay: Any = None, stochastic_rounding: bool = True
-            ) -> ZerothOrderTransformation:
-  """Adds to an estimate the other links that `mezo` has."""
+  given: dict[str, Any] = dict(
+      eps=eps, key=key, directions=directions, num_samples=num_samples,
+      micro_batches=micro_batches)
+  given = {name: value for name, value in given.items() if value is not None}
+  if estimator is None:
+    if key is None:
+      raise ValueError('mezo needs key, a jax.random.key or an integer seed, '
+                       'or an estimator that has one.')
+    estimator = spsa(**given)
+  elif not isinstance(estimator, Estimator):
+    raise ValueError('estimator must be mezo_jax.spsa(...) or a variant such '
+                     f'as mezo_jax.variants.hizoo(...), got {estimator!r}.')
+  elif given:
+    raise ValueError(f'mezo was given an estimator and {", ".join(given)}: '
+                     'give those to the estimator.')
+  estimator = estimator.in_float32()
+  options = estimator.options
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
-  finish = rounding(key, directions, stochastic_rounding)
+  never = not isinstance(weight_decay, Tracer) and weight_decay == 0
+  finish = rounding(options.key, options.directions, stochastic_rounding)
+  if fold_every is not None and arguments.whole('fold_every', fold_every) > 1:
+    if not never or isinstance(learning_rate, Mapping) or isinstance(
+        options.eps, Mapping) or not estimator.is_linear:
+      raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
+                       'needs weight_decay=0, one learning_rate and eps, no '
+                       'groups, and an estimator without memory.')
+    return accumulated(estimator, fold_every, sgd(learning_rate), finish)
 
   def decayed(params):
-    chosen = (paths.decayed(params, directions.stacked) if decay is None else
-              jax.tree.unflatten(paths.structure(params),
-                                 paths.resolved(params, decay, 'decay')))
-    return jax.tree.map(lambda a, b: bool(a and b), _used(params, directions),
-                        chosen)
+    if decay is None:
+      chosen = paths.decayed(params, options.directions.stacked)
+    else:
+      chosen = jax.tree.unflatten(
+          paths.structure(params), paths.resolved(params, decay, 'decay'))
+    return jax.tree.map(lambda a, b: bool(a and b),
+                        _used(params, options.directions), chosen)
 
-  never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   def add_decay(updates, params):
-    """`optax.add_decayed_weights` of float32 products, rounded both."""
-    return updates if never else jax.tree.map(
-        lambda u, p: xla.rounded(u) + xla.rounded(
-            weight_decay * _wide(p)), updates, sharding.fetched(params))
+    """`optax.add_decayed_weights` of float32 products, both rounded."""
+    if never:
+      return updates
+    def add(update, p):
+      return xla.rounded(update) + xla.rounded(weight_decay * _wide(p))
+    return jax.tree.map(add, updates, sharding.fetched(params))
 
   tx = skip_not_finite(optax.chain(
-      estimate,
+      estimator,
       optax.masked(optax.stateless(add_decay), decayed),
-      by_group(optax.scale_by_learning_rate, learning_rate), finish))
+      by_group(optax.scale_by_learning_rate, learning_rate),
+      finish))
 
   def init_fn(params):
     if not isinstance(weight_decay, Tracer) and not never:
-      if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
+      selected = options.directions.selected(params)
+      if any(jnp.ndim(m) for m in jax.tree.leaves(selected)):
         raise ValueError('weight_decay would move elements that the mask '
                          'leaves out: leave it at 0 with a mask of elements.')
       if decay is None:
@@ -173,7 +179,7 @@ def descent(estimate: optax.GradientTransformation, learning_rate: Any, *,
 
 
 def _wide(x):
-  """Half precision as float32."""
+  """Returns half precision as float32."""
   return x.astype(dtypes.wide(x.dtype)) if paths.is_floating(x) else x
 
 
@@ -189,22 +195,9 @@ def _used(params, directions: Directions):
   return jax.tree.map(lambda m: m is not False, directions.selected(params))
 
 
-def _check_fold(fold_every, learning_rate, eps, weight_decay) -> int:
-  """``fold_every``, if the rest allows it."""
-  arguments.whole('fold_every', fold_every)
-  arguments.number('weight_decay', weight_decay, least=0)
-  decays = isinstance(weight_decay, Tracer) or weight_decay != 0
-  if fold_every > 1 and (decays or isinstance(learning_rate, Mapping)
-                         or isinstance(eps, Mapping)):
-    raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
-                     'needs weight_decay=0 and one learning_rate and eps, no '
-                     'groups.')
-  return fold_every
-
-
 def by_group(make: Callable[..., Any], value: Any
              ) -> optax.GradientTransformation:
-  """``make(value)``, or for groups of values each for its own parameters."""
+  """Returns ``make(value)``; for groups, one of each for its parameters."""
   if not isinstance(value, Mapping):
     return make(value)
   return optax.partition(
@@ -213,7 +206,7 @@ def by_group(make: Callable[..., Any], value: Any
 
 
 def _show(params, decayed) -> None:
-  """Says once what was guessed of weight decay."""
+  """Warns once about the leaves that were guessed to have weight decay."""
   names = {True: [], False: []}
   for (path, _), d in zip(paths.named_leaves(params),
                           jax.tree.leaves(decayed)):

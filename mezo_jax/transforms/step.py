@@ -15,7 +15,7 @@ import optax
 from mezo_jax.core import arguments, paths, sharding, trees
 from mezo_jax.directions import streams
 from mezo_jax.transforms import accumulate, not_finite
-from mezo_jax.transforms.spsa import check_part
+from mezo_jax.transforms.estimator import check_part, measure
 
 
 def make_step(tx: optax.GradientTransformation,
@@ -76,16 +76,15 @@ class Step:
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
     only = {} if part is None else dict(part=part)
 
-    def run(params, state, frozen, batch, more):
+    def loss_of(frozen):
       assert value_fn is not None  # _trace_losses has asked
       loss_fn = value_fn
-      value_of = lambda params, batch: loss_fn(_join(params, frozen), batch)
-      return tx.update(None, state, params, value_fn=value_of, batch=batch,
-                       **more, **only)
+      return lambda params, batch: loss_fn(_join(params, frozen), batch)
 
     def losses(params, state, frozen, batch, more):
-      _, state = run(params, state, frozen, batch, more)
-      return field(state, 'projected_grad'), field(state, 'value')
+      numbers = measure(tx, state, params, value_fn=loss_of(frozen),
+                        batch=batch, **more, **only)
+      return numbers.projected_grad, numbers.value
 
     def update(params, state, projected_grad, value):
       moved = functools.partial(
@@ -107,7 +106,8 @@ class Step:
       return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
-      updates, state = run(params, state, frozen, batch, more)
+      updates, state = tx.update(
+          None, state, params, value_fn=loss_of(frozen), batch=batch, **more)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
@@ -330,7 +330,6 @@ def field(state: Any, name: str) -> Any:
   for x in jax.tree.leaves(state, is_leaf=is_own):
     if not is_own(x):
       continue
-    x = getattr(x, 'spsa', x)  # of a state that remembers more
     if hasattr(x, name):
       found.append(getattr(x, name))
   if len(found) > 1:

@@ -1,10 +1,9 @@
 """Provides the variants of MeZO, one per file.
 
-Each is built of the parts that `mezo_jax.mezo` is built of, and is an
-`optax.GradientTransformationExtraArgs` with the same
-``update(None, state, params, value_fn=...)`` and the same replay path
-(``projected_grad=``). docs/relatives.md says which to choose when. Configs find
-them by the names in `mezo_jax.training.methods.METHODS`.
+Each is a `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa` in any
+chain, or in ``mezo_jax.mezo(learning_rate, estimator=...)``. docs/relatives.md
+says which to choose when. Configs find them by the names in
+`mezo_jax.training.methods.METHODS`.
 """
 
 from mezo_jax.variants.conservative import conservative
@@ -21,13 +20,13 @@ from mezo_jax.variants.modified import (
 )
 from mezo_jax.variants.private import private
 from mezo_jax.variants.quzo import quzo
-from mezo_jax.variants.qzo import qzo
+from mezo_jax.variants.qzo import nonnegative, qzo
 from mezo_jax.variants.scalars import one_point, scalar_adam, sign
 from mezo_jax.variants.sparse import smallest, sparse_mezo
 from mezo_jax.variants.svrg import svrg
 
 __all__ = ('adam_by_history', 'conservative', 'expectation_modified',
            'forward_grad', 'grad_norms', 'hizoo', 'lozo_m', 'mazo',
-           'momentum_by_history', 'no_norms', 'no_scores', 'one_point',
-           'private', 'quzo', 'qzo', 'saliency', 'scalar_adam', 'sign',
-           'smallest', 'sparse_mezo', 'svrg', 'variance_modified')
+           'momentum_by_history', 'no_norms', 'no_scores', 'nonnegative',
+           'one_point', 'private', 'quzo', 'qzo', 'saliency', 'scalar_adam',
+           'sign', 'smallest', 'sparse_mezo', 'svrg', 'variance_modified')

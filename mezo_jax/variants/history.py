@@ -1,122 +1,87 @@
-r"""Momentum and Adam at the memory of inference: made of the last steps again.
+r"""Momentum and Adam at the memory of inference, recomputed from past steps.
 
-A step is a pair of a key and a number, so the last h of them are h pairs, and
-what an optimiser remembers of gradients can be made of those, element by
-element, where it is added to the weights. Nothing of the weights' size is kept.
-Source: Malladi et al., 2023, Appendix B.2 (momentum and Adam of the history);
-AdaMeZO (arXiv:2605.00650), with a window of h.
+A step is a key and a number, so the last h steps are h such pairs. What an
+optimizer remembers of gradients is recomputed from them, element by element,
+when it is added to the weights; nothing of the weights' size is kept. Source:
+Malladi et al., 2023, Appendix B.2; AdaMeZO (arXiv:2605.00650), with a window of
+h steps.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import optax
 
-from mezo_jax.core import arguments, sharding
-from mezo_jax.directions.base import Directions, Normal
-from mezo_jax.directions.by_name import as_directions
+from mezo_jax.core import arguments
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, mapped
-from mezo_jax.transforms.mezo import descent
-from mezo_jax.transforms.spsa import spsa
-from mezo_jax.transforms.types import ZerothOrderTransformation
-from mezo_jax.variants._told import check_one_eps, Remembering
+from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 
-def momentum_by_history(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, beta: float = 0.9, window: int = 8,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay: Any = None, stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO with (heavy-ball) momentum of the last h steps.
+def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
+                        **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""SPSA with heavy-ball momentum of the last h steps.
 
-  .. math:: \theta \leftarrow \theta - \eta \sum_{s=t-h+1}^{t} \beta^{t-s}
+  .. math:: u_t = \sum_{s=t-h+1}^{t} \beta^{t-s}
             \frac{1}{n} \sum_j g_{s,j} z_{s,j}
 
-  As ``chain(spsa, trace(beta), ...)`` to which older steps would add less than
-  :math:`\beta^h` of what they were, without its trace. An update draws h times
-  as many directions as MeZO's, in one pass; cheap ones are `Rademacher` and
-  `LowRank`. More than 8 terms, of `LowRank` 32, keep a float32 sum of the
-  largest leaf's size.
+  It equals ``chain(spsa, trace(beta))`` without what older steps would add,
+  which is less than :math:`\beta^h` of their updates. An update draws h times
+  as many directions as SPSA, in one pass; `Rademacher` and `LowRank` are cheap.
+  With more than 8 terms (32 for `LowRank`), a float32 sum of the size of the
+  largest leaf is kept.
 
   Args:
-    learning_rate: :math:`\eta`, a number or a schedule.
-    eps: see `mezo_jax.spsa`; no groups.
-    key: a `jax.random.key` or an integer seed.
+    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
     beta: :math:`\beta`.
     window: h.
-    directions: what z is.
-    weight_decay: as of `mezo_jax.mezo`, and the next two.
-    decay: which leaves are decayed.
-    stochastic_rounding: of half-precision weights.
-    **options: of `mezo_jax.spsa`, such as ``num_samples``.
-
-  Raises:
-    ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
+    **options: Other options of `mezo_jax.spsa`.
   """
-  directions = as_directions(directions)
+  spsa = Spsa(eps, **options).one_eps()
   arguments.number('beta', beta, least=0, below=1)
 
-  def fn(params, kind, keys, scale, g):
+  def apply(params, z, g):
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
     coefs = jnp.where(jnp.isnan(g), 0.0, g) * (_powers(beta, age) / n)[:, None]
-    return direction(params, Displacement(keys, scale * coefs.ravel()), kind,
+    return direction(params, z.times(coefs.ravel()), spsa.directions,
                      dtype=jnp.float32)
 
-  return descent(
-      _of_history(eps, key, window, directions, fn, options), learning_rate,
-      key=key, directions=directions, weight_decay=weight_decay, decay=decay,
-      stochastic_rounding=stochastic_rounding)
+  return _of_history(spsa, window, apply)
 
 
-def adam_by_history(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, b1: float = 0.9, b2: float = 0.99, window: int = 8,
-    adam_eps: float = 1e-8, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay: Any = None,
-    stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO with Adam's moments of the last h steps (AdaMeZO).
+def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
+                    window: int = 8, adam_eps: float = 1e-8,
+                    **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""SPSA with Adam's moments of the last h steps (AdaMeZO).
 
-  With the step's estimate :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j} z_{s,j}`
+  With the estimate of step s, :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j}
+  z_{s,j}`, and for each element
 
   .. math::
     m = \frac{\sum_s \beta_1^{t-s} \hat g_s}{\sum_s \beta_1^{t-s}}, \quad
     v = \frac{\sum_s \beta_2^{t-s} \hat g_s^2}{\sum_s \beta_2^{t-s}}, \quad
-    \theta \leftarrow \theta - \eta \frac{m}{\sqrt v + \epsilon_{Adam}}
+    u_t = \frac{m}{\sqrt v + \epsilon_{Adam}}
 
-  element by element, over the last h steps that were not skipped: Adam with its
-  correction of bias, as far back as that. (With one direction of `Rademacher` v
-  is the same for all elements: then `scalar_adam` does it for less.)
+  over the last h steps that were not skipped. With one direction of
+  `Rademacher`, v is the same for all elements, and `scalar_adam` is cheaper.
 
   Args:
-    learning_rate: :math:`\eta`, a number or a schedule: of Adam's size.
-    eps: see `mezo_jax.spsa`; no groups.
-    key: a `jax.random.key` or an integer seed.
+    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
     b1: :math:`\beta_1`.
     b2: :math:`\beta_2`.
-    window: h; its h n draws of an element are made in one pass.
+    window: h. The h * n draws of an element are made in one pass.
     adam_eps: :math:`\epsilon_{Adam}`.
-    directions: what z is.
-    weight_decay: as of `mezo_jax.mezo`, and the next two.
-    decay: which leaves are decayed.
-    stochastic_rounding: of half-precision weights.
-    **options: of `mezo_jax.spsa`, such as ``num_samples``.
-
-  Raises:
-    ValueError: as `mezo_jax.mezo`; for a window below 1, or groups of eps.
+    **options: Other options of `mezo_jax.spsa`.
   """
-  directions = as_directions(directions)
+  spsa = Spsa(eps, **options).one_eps()
   arguments.number('b1', b1, least=0, below=1)
   arguments.number('b2', b2, least=0, below=1)
   arguments.number('adam_eps', adam_eps, least=0)
 
-  def fn(params, kind, keys, scale, g):
+  def apply(params, z, g):
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
     def weights(beta):
@@ -126,52 +91,38 @@ def adam_by_history(
     g = jnp.where(jnp.isnan(g), 0.0, g) / n
     def moments(w, draws):
       m = v = jnp.zeros(w.shape, jnp.float32)
-      for s in range(steps):  # not a loop, which would keep sums of leaves
+      for s in range(steps):  # a loop of XLA would keep sums of leaves
         estimate = sum(g[s, j] * draws.term(s * n + j, w) for j in range(n))
         m, v = m + w1[s] * estimate, v + w2[s] * estimate**2
-      out = m / (jnp.sqrt(v) + adam_eps)
-      nonzero = draws.nonzero(w)
-      return out if nonzero is None else jnp.where(nonzero, out, 0.0)
-    return mapped(moments, params, Displacement(keys, scale), kind,
-                  dtype=jnp.float32)
+      return draws.masked(w, m / (jnp.sqrt(v) + adam_eps), 0.0)
+    return mapped(moments, params, z, spsa.directions, dtype=jnp.float32)
 
-  return descent(
-      _of_history(eps, key, window, directions, fn, options), learning_rate,
-      key=key, directions=directions, weight_decay=weight_decay, decay=decay,
-      stochastic_rounding=stochastic_rounding)
+  return _of_history(spsa, window, apply)
 
 
 def _powers(beta, age: jax.Array) -> jax.Array:
-  """Returns ``beta**age``, where dtypes may not be promoted, too."""
+  """Returns ``beta**age``, also where dtypes may not be promoted."""
   return lax.pow(jnp.broadcast_to(jnp.asarray(beta), age.shape), age)
 
 
-def _of_history(eps, key, window: int, directions: Directions, fn: Callable,
-                options: dict) -> ZerothOrderTransformation:
-  """The estimate that ``fn(params, directions, keys [h * n], coefs [h * n] of
-  z, projected_grad [h, n])`` makes of the last steps, the oldest first; NaN
-  where there was none or it was skipped."""
+def _of_history(spsa: Spsa, window: int, update: Callable) -> Estimator:
+  """Returns the estimator with updates ``update(params, z, projected_grad)``.
+
+  There z is a displacement of h * n terms with coefficients 1, the oldest
+  first, and projected_grad is [h, n], with NaN for steps that were skipped.
+  """
   arguments.whole('window', window)
-  check_one_eps(eps)
-  estimate = spsa(eps, key=key, directions=directions, **options)
 
-  def init_fn(params):
-    state = estimate.init(params)
-    return sharding.beside(Remembering(state, jnp.full(
-        (window, *state.projected_grad.shape), jnp.nan, jnp.float32)), params)
+  def memory(params):
+    del params
+    return jnp.full((window, spsa.num_samples), jnp.nan, jnp.float32)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    before, past = state
-    _, new = estimate.update(  # its updates are not used, nor made
-        updates, before, params, **extra_args)
-    g = new.projected_grad
-    g = jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan)
-    past = jnp.concatenate([past[1:], g[None]])
-    steps = before.count - jnp.arange(window)[::-1]
-    keys = jax.vmap(lambda t: directions.keys(before.key, t, g.shape[0]))(
-        steps).reshape(-1)
-    z = Displacement(keys, jnp.ones(keys.shape, jnp.float32)).after(new.value)
-    return (fn(params, directions, z.keys, z.coefs, past),
-            Remembering(new, past))
+  def apply(state, params, numbers):
+    past = jnp.concatenate([state.memory[1:], numbers.projected_grad[None]])
+    steps = state.count - jnp.arange(window)[::-1]
+    keys = jax.vmap(lambda t: spsa.directions.keys(
+        state.key, t, spsa.num_samples))(steps).reshape(-1)
+    z = Displacement(keys, jnp.ones(keys.shape, jnp.float32))
+    return update(params, z, past), past
 
-  return ZerothOrderTransformation(init_fn, update_fn)
+  return Estimator(spsa, apply=apply, memory=memory)

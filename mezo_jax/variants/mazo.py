@@ -26,18 +26,17 @@ score is mostly noise where n is far below d; the mask then is a random one,
 which still makes d smaller.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.core import arguments, paths
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
@@ -45,10 +44,7 @@ from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import mapped, perturbed
 from mezo_jax.transforms import losses
-from mezo_jax.transforms.mezo import descent
-from mezo_jax.transforms.spsa import spsa
-from mezo_jax.transforms.types import ZerothOrderTransformation
-from mezo_jax.variants._told import Remembering
+from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 _PART = 2**20  # elements that are scored at once
 
@@ -178,63 +174,49 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
       chosen, params, directions.selected(params), stacks)
 
 
-def mazo(
-    learning_rate: float | optax.Schedule | Mapping[str, Any],
-    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *, mask: Any,
-    key: jax.Array | int, directions: Directions | str = Normal(),
-    stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO of the weights that a mask of `saliency` chooses.
+def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
+         ) -> Estimator:
+  r"""SPSA of the weights that a mask of `saliency` chooses.
 
-  .. math:: \theta \leftarrow \theta - \eta g\, (z \odot M), \qquad
-            \ell_\pm = \mathcal{L}(\theta \pm \epsilon\, z \odot M)
+  .. math:: \ell_\pm = \mathcal{L}(\theta \pm \epsilon\, z \odot M), \qquad
+            u = g\, (z \odot M)
 
   Weights that are not chosen are neither moved nor perturbed.
 
   Args:
-    learning_rate: :math:`\eta`.
-    eps: see `mezo_jax.mezo`.
-    mask: M, a byte an element beside the weights; its arrays are part of the
-      state, as ``memory``: so a checkpoint has them, and programs do not.
-    key: a `jax.random.key` or an integer seed.
-    directions: what z is, without a mask of its own.
-    stochastic_rounding: of half-precision weights.
-    **options: of `mezo_jax.spsa`.
-
-  Raises:
-    ValueError: as `mezo_jax.spsa`; for directions that have a mask.
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
+    mask: M, one byte per element. Its arrays are the memory of the state, so
+      checkpoints contain them and programs do not.
+    **options: Other options of `mezo_jax.spsa`. Its directions may not have a
+      mask.
   """
-  directions = as_directions(directions)
-  if directions.mask is not None:
+  spsa = Spsa(eps, **options)
+  if spsa.directions.mask is not None:
     raise ValueError('mazo has the mask of saliency: give a mask of your own '
                      'to the directions of saliency instead.')
   if mask is None or isinstance(mask, str) or callable(mask):
     raise ValueError('mask must be a tree of bools, such as saliency returns, '
                      f'got {mask!r}.')
-  at = lambda mask: spsa(
-      eps, key=key, dtype=jnp.float32,
-      directions=dataclasses.replace(directions, mask=mask), **options)
-  at(mask)  # refuses options that cannot be used
   leaves, tree = jax.tree.flatten(mask)
   is_array = [bool(jnp.ndim(m)) for m in leaves]
 
-  def init_fn(params):
-    return sharding.beside(Remembering(
-        at(mask).init(params),
-        [_beside(m, x) for m, a, (_, x) in zip(
-            leaves, is_array, paths.named_leaves(params)) if a]), params)
-
-  def update_fn(updates, state, params=None, **extra_args):
+  def masked(state):
     arrays = iter(state.memory)
-    now = jax.tree.unflatten(tree, [
-        next(arrays) if a else m for m, a in zip(leaves, is_array)])
-    updates, new = at(now).update(updates, state.spsa, params, **extra_args)
-    return updates, Remembering(new, state.memory)
+    return spsa.along(mask=jax.tree.unflatten(tree, [
+        next(arrays) if a else m for m, a in zip(leaves, is_array)]))
 
-  return descent(
-      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
-      key=key, directions=dataclasses.replace(directions, mask=mask),
-      stochastic_rounding=stochastic_rounding)
+  def memory(params):
+    return [_beside(m, x) for m, a, (_, x) in zip(
+        leaves, is_array, paths.named_leaves(params)) if a]
+
+  def measure(state, params, value_fn, batch):
+    return masked(state).measure(state, params, value_fn, batch)
+
+  def apply(state, params, numbers):
+    return masked(state).apply(state, params, numbers), state.memory
+
+  return Estimator(spsa.along(mask=mask), measure=measure, apply=apply,
+                   memory=memory)
 
 
 def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:

@@ -1,64 +1,62 @@
-r"""SPSA with a scale for each layer: variance- and expectation-modified.
+r"""SPSA with a scale per layer: variance-modified and expectation-modified.
 
-With a number d for each layer, and z/d its elements over their layer's number,
+With a number d per layer, and z/d the elements divided by the number of their
+layer,
 
 .. math:: g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
           - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon},
-          \qquad \hat\nabla = g\, (d \odot z) \text{ or } g\, z,
+          \qquad \hat\nabla = g\, (d \odot z) \text{ or } g\, z.
 
-of which the first has the mean of the gradient, with another variance, and the
-second that of the gradient over d: of equal length for each layer where d is
-the gradient's norm. Malladi et al. (2023), Appendix B.3, Definitions 6 and 7.
+The first has the mean of the gradient, with another variance. The second has
+the mean of the gradient over d, which is equally long for all layers where d is
+the gradient's norm. Source: Malladi et al. (2023), Appendix B.3, Definitions 6
+and 7.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import optax
 
-from mezo_jax.core import arguments, paths, sharding
+from mezo_jax.core import arguments, paths
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
-from mezo_jax.transforms.mezo import descent
-from mezo_jax.transforms.spsa import spsa
-from mezo_jax.transforms.types import ZerothOrderTransformation
-from mezo_jax.variants._told import Remembering
+from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
-_LEAST = 1e-2  # of the layers' root mean square: no norm is taken for less
+_LEAST = 1e-2  # least norm, relative to the root mean square of all layers
 
 
 def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
                num_samples: int = 4, eps: float = 1e-3,
                directions: Directions | str = Normal()) -> Any:
-  r"""The norm of each layer's gradient, by forward passes.
+  r"""Returns the norm of each layer's gradient, by forward passes.
 
   .. math:: d_\ell^2 \propto \frac{1}{n} \sum_j \left[\frac{
             \mathcal{L}(\theta + \epsilon z_{j,\ell})
             - \mathcal{L}(\theta - \epsilon z_{j,\ell})}{2 \epsilon}\right]^2
 
-  with :math:`z_{j,\ell}` zero but for layer :math:`\ell` (Malladi et al.,
-  Proposition 1). What is in no layer (embedding, head) counts by the first
-  component of its path. 2 n evaluations for each.
+  with :math:`z_{j,\ell}` zero except in layer :math:`\ell` (Malladi et al.,
+  Proposition 1). Parameters outside of layers (embedding, head) are grouped by
+  the first component of their path. Each group takes 2n evaluations.
 
   Args:
-    value_fn: a function of the parameters, which returns what the ``value_fn``
-      of `mezo_jax.spsa` may return.
-    params: before training.
-    key: of the directions; a `jax.random.key` or an integer seed.
-    num_samples: n.
-    eps: :math:`\epsilon`.
-    directions: what z is, and which leaves have it.
+    value_fn: A function of the parameters that returns what the ``value_fn`` of
+      `mezo_jax.spsa` may return.
+    params: The parameters before training.
+    key: A `jax.random.key` or an integer seed.
+    num_samples: n, the number of directions.
+    eps: Perturbation scale :math:`\epsilon`.
+    directions: Distribution of z.
 
   Returns:
-    A tree of numbers, of stacks of L layers arrays [L], float32: in such units
+    A tree of float32 numbers, with arrays [L] for stacks of L layers, scaled so
     that z/d is as long as z. None is less than a hundredth of their root mean
     square.
   """
@@ -86,97 +84,63 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
 
 
 def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
-  """Ones in the place of norms, until a state is restored or they are made."""
+  """Returns ones in place of norms that are not known yet."""
   arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
 
 
-def variance_modified(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, norms: Any,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay: Any = None, stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO with :math:`\hat\nabla = g\, (d \odot z)`, g along z/d.
+def variance_modified(eps: Any = 1e-3, *, norms: Any,
+                      **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""SPSA with :math:`\hat\nabla = g\, (d \odot z)`, where g is measured along
+  z/d.
 
   Args:
-    learning_rate: :math:`\eta`.
-    eps: see `mezo_jax.spsa`.
-    key: a `jax.random.key` or an integer seed.
-    norms: d, from `grad_norms`, or any tree like the params of positive
-      numbers, or of arrays [L] for stacked layers. It is part of the state, as
-      ``memory``.
-    directions: what z is.
-    weight_decay: as of `mezo_jax.mezo`, and the next two.
-    decay: which leaves are decayed.
-    stochastic_rounding: of half-precision weights.
-    **options: of `mezo_jax.spsa`.
-
-  Raises:
-    ValueError: as `mezo_jax.spsa`; for norms of other leaves than the params'.
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
+    norms: d, from `grad_norms`, or another tree like the params of positive
+      numbers, with arrays [L] for stacks of L layers. It is the memory of the
+      state.
+    **options: Other options of `mezo_jax.spsa`.
   """
-  return _modified(True, learning_rate, eps, key, norms, directions,
-                   weight_decay, decay, stochastic_rounding, options)
+  return _modified(eps, norms, options, lambda norms: norms)
 
 
-def expectation_modified(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, norms: Any,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay: Any = None, stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO with :math:`\hat\nabla = g z`, g along z/d, else as
-  `variance_modified`: of each layer the gradient over d."""
-  return _modified(False, learning_rate, eps, key, norms, directions,
-                   weight_decay, decay, stochastic_rounding, options)
+def expectation_modified(eps: Any = 1e-3, *, norms: Any,
+                         **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""SPSA with :math:`\hat\nabla = g z`, where g is measured along z/d.
+
+  The arguments are those of `variance_modified`.
+  """
+  return _modified(eps, norms, options, lambda norms: None)
 
 
-def _modified(back, learning_rate, eps, key, norms, directions, weight_decay,
-              decay, stochastic_rounding, options):
-  directions = as_directions(directions)
-  at = lambda scales: spsa(
-      eps, key=key, dtype=jnp.float32,
-      directions=dataclasses.replace(directions, scales=scales), **options)
-  at(None)  # refuses options that cannot be used
+def _modified(eps, norms, options, scales_of) -> Estimator:
+  spsa = Spsa(eps, **options)
   arguments.tree('norms', norms)
   for d in jax.tree.leaves(norms):
     arguments.array('norms', d)
 
-  def init_fn(params):
-    own = jax.tree.map(lambda d: jnp.asarray(d, jnp.float32), norms)
-    return sharding.beside(Remembering(at(None).init(params), own), params)
+  def memory(params):
+    del params
+    return jax.tree.map(lambda d: jnp.asarray(d, jnp.float32), norms)
 
-  def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, value=None, **extra_args):
-    old, norms = state
-    own = old
-    if value_fn is not None:
-      inverse = jax.tree.map(lambda d: 1 / d, norms)
-      _, seen = at(inverse).update(
-          updates, old, params, value_fn=value_fn,
-          projected_grad=projected_grad, **extra_args)
-      projected_grad, value = seen.projected_grad, seen.value
-      # Else the compiler might keep z, as large as the model.
-      own = old._replace(key=Displacement(old.key, 1.0).after(value).keys)
-    given = {} if value is None else dict(value=value)
-    updates, new = at(norms if back else None).update(
-        updates, own, params, projected_grad=projected_grad, **given,
-        **({} if value_fn is not None else extra_args))
-    return updates, Remembering(new._replace(key=old.key), norms)
+  def measure(state, params, value_fn, batch):
+    inverse = jax.tree.map(lambda d: 1 / d, state.memory)
+    return spsa.along(scales=inverse).measure(state, params, value_fn, batch)
 
-  return descent(
-      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
-      key=key, directions=directions, weight_decay=weight_decay, decay=decay,
-      stochastic_rounding=stochastic_rounding)
+  def apply(state, params, numbers):
+    along = spsa.along(scales=scales_of(state.memory))
+    return along.apply(state, params, numbers), state.memory
+
+  return Estimator(spsa, measure=measure, apply=apply, memory=memory)
 
 
 # --- layers -----------------------------------------------------------------
 
 
 def _layers(params, stacked) -> tuple[list, int]:
-  """Of each leaf the number of its layer, or [L] of them; how many there are.
-  """
+  """Returns the number of the layer of each leaf, or [L] of them for a stack,
+  and how many layers there are."""
   seen = {}
   number = lambda name: seen.setdefault(name, len(seen))
   out = []
@@ -192,7 +156,7 @@ def _layers(params, stacked) -> tuple[list, int]:
 
 
 def _in_units(params, squares, layers, directions: Directions):
-  """Norms from their squares: no less than `_LEAST`, z/d as long as z."""
+  """Returns norms, none below `_LEAST`, scaled so that z/d is as long as z."""
   used = [jnp.any(jnp.asarray(m)) for m in jax.tree.leaves(
       directions.selected(params))]
   size = jnp.zeros(len(squares))

@@ -1,19 +1,18 @@
-r"""Relatives that do something else with the scalars g, and nothing with z."""
+r"""Variants that change the scalars g and leave z as it is."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from mezo_jax.core import arguments, sharding
-from mezo_jax.directions.base import Directions, Normal
-from mezo_jax.directions.by_name import as_directions
-from mezo_jax.transforms.evaluate_points import Combine, two_sided
-from mezo_jax.transforms.mezo import descent, mezo
-from mezo_jax.transforms.spsa import spsa
-from mezo_jax.transforms.types import ZerothOrderTransformation
-from mezo_jax.variants._told import Remembering, told
+from mezo_jax.core import arguments, xla
+from mezo_jax.transforms.combine import Combine, two_sided
+from mezo_jax.transforms.estimator import (
+  Estimator,
+  Spsa,
+  SpsaOptions,
+  unless_skipped,
+)
 
 
 def _sign(losses, eps):
@@ -21,111 +20,99 @@ def _sign(losses, eps):
   return value, jnp.sign(g)
 
 
-_SIGN = Combine(two_sided.signs, _sign, by_direction=True)
+_SIGN = Combine(two_sided.signs, _sign, needs_all=False)
 
 
-def sign(learning_rate: float | optax.Schedule,
-         eps: float | optax.Schedule = 1e-3, **options: Any
-         ) -> ZerothOrderTransformation:
-  r"""ZO-SGD-Sign: :math:`\theta \leftarrow \theta - \eta\,
-  \mathrm{sign}(g) z`.
+def sign(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""ZO-SGD-Sign: :math:`u = \mathrm{sign}(g) z`.
 
-  Of the scalar, as ZO-Bench has it (Zhang et al., 2024, arXiv:2402.11592), so
-  each step is as long as every other. Options are those of `mezo_jax.mezo` but
-  ``combine``; a NaN is a skipped step.
-  """
-  return mezo(learning_rate, eps, combine=_SIGN, **options)
-
-
-def scalar_adam(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, b2: float = 0.999, adam_eps: float = 1e-8,
-    directions: Directions | str = Normal(), weight_decay: float = 0.0,
-    decay: Any = None, stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MEAZO: one second moment, of g, for all weights.
-
-  .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_j g_j^2,
-            \quad \theta \leftarrow \theta - \eta
-            \frac{1}{\sqrt{\hat v} + \epsilon_{Adam}} \frac{1}{n} \sum_j g_j z_j
-
-  with Adam's correction :math:`\hat v = v / (1 - \beta_2^t)`. Elements of a
-  zeroth-order gradient differ too little for a moment each to be worth it ("On
-  adaptivity in zeroth-order optimization", arXiv:2605.03869). Other options are
-  those of `mezo_jax.mezo`.
+  The sign is that of the scalar, as in ZO-Bench (Zhang et al., 2024,
+  arXiv:2402.11592), so all steps are equally long.
 
   Args:
-    learning_rate: :math:`\eta`: the typical change of an element.
-    eps: see `mezo_jax.spsa`.
-    key: a `jax.random.key` or an integer seed.
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
+    **options: Other options of `mezo_jax.spsa` except for ``combine``.
+  """
+  return Estimator(Spsa(eps, combine=_SIGN, **options))
+
+
+def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
+                **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""MEAZO: one second moment, that of g, for all weights.
+
+  .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_j g_j^2,
+            \qquad u = \frac{1}{\sqrt{\hat v} + \epsilon_{Adam}}
+            \frac{1}{n} \sum_j g_j z_j
+
+  with Adam's correction :math:`\hat v = v / (1 - \beta_2^t)`. The learning rate
+  is then the typical change of an element. Source: "On adaptivity in
+  zeroth-order optimization" (arXiv:2605.03869), which finds that the elements
+  of a zeroth-order gradient differ too little for a moment each.
+
+  Args:
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
     b2: :math:`\beta_2`.
     adam_eps: :math:`\epsilon_{Adam}`.
-    directions: what z is.
-    weight_decay: as of `mezo_jax.mezo`, and the next two.
-    decay: which leaves are decayed.
-    stochastic_rounding: of half-precision weights.
-    **options: of `mezo_jax.spsa`.
+    **options: Other options of `mezo_jax.spsa`.
   """
-  directions = as_directions(directions)
+  spsa = Spsa(eps, **options)
   arguments.number('b2', b2, least=0, below=1)
   arguments.number('adam_eps', adam_eps, least=0)
-  estimate = spsa(eps, key=key, directions=directions, dtype=jnp.float32,
-                  **options)
 
-  def init_fn(params):
-    return sharding.beside(Remembering(
-        estimate.init(params), (jnp.zeros([]), jnp.zeros([]))), params)
+  def memory(params):
+    del params
+    return jnp.zeros([]), jnp.zeros([])  # v, 1 - b2^t
 
-  def update_fn(updates, state, params=None, **extra_args):
-    before, (v, weight) = state
-    updates, new = estimate.update(updates, before, params, **extra_args)
-    g = new.projected_grad
-    there = jnp.all(jnp.isfinite(g))
-    keep = lambda x, old: jnp.where(there, b2 * old + (1 - b2) * x, old)
-    v, weight = keep(jnp.mean(g**2), v), keep(1.0, weight)
+  def apply(state, params, numbers):
+    updates = spsa.apply(state, params, numbers)
+    def average(old, x):
+      return xla.rounded(b2 * old) + xla.rounded((1 - b2) * x)
+    new = jax.tree.map(average, state.memory, (
+        jnp.mean(numbers.projected_grad**2), jnp.float32(1.0)))
+    v, weight = unless_skipped(numbers, new, state.memory)
     length = jnp.sqrt(v / jnp.maximum(weight, 1e-30)) + adam_eps
-    return jax.tree.map(
-        lambda u: (u / length).astype(u.dtype), updates), Remembering(
-            new, (v, weight))
+    updates = jax.tree.map(lambda u: (u / length).astype(u.dtype), updates)
+    return updates, (v, weight)
 
-  return descent(
-      ZerothOrderTransformation(init_fn, update_fn), learning_rate,
-      key=key, directions=directions, weight_decay=weight_decay, decay=decay,
-      stochastic_rounding=stochastic_rounding)
+  return Estimator(spsa, apply=apply, memory=memory)
 
 
-def one_point(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, directions: Directions | str = Normal(),
-    weight_decay: float = 0.0, decay: Any = None,
-    stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""One evaluation a step, against that of the step before.
+def one_point(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""One evaluation per step, compared with that of the step before.
 
   .. math:: g_t = \frac{\mathcal{L}(\theta_t + \epsilon z_t; \mathcal{B}_t) -
             \mathcal{L}(\theta_{t-1} + \epsilon z_{t-1};
             \mathcal{B}_{t-1})}{\epsilon}
 
-  (Zhang et al., 2022, residual feedback; Malladi et al., 2023, Definition 8,
-  who find it to need twice as many evaluations and more.) The first step, which
-  has none before it, moves nothing. One direction; options are those of
-  `mezo_jax.mezo` but ``combine`` and ``num_samples``.
+  The first step moves nothing. Source: Zhang et al., 2022 (residual feedback);
+  Malladi et al., 2023, Definition 8, who find that it needs more than twice as
+  many evaluations.
+
+  Args:
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
+    **options: Other options of `mezo_jax.spsa` except for ``combine``, with one
+      direction per step.
   """
-  directions = as_directions(directions)
-  alone = Combine((1.0,), lambda losses, eps: (
-      losses[0, 0], jnp.ones(1) / eps))  # for the difference, which is not here
-  estimate = spsa(eps, key=key, directions=directions, combine=alone,
-                  num_samples=1, dtype=jnp.float32, **options)
+  def inverse(losses, eps):  # is multiplied by the difference of losses below
+    return losses[0, 0], jnp.ones(1) / eps
+  spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
+  if spsa.num_samples > 1:
+    raise ValueError('one_point has one direction per step: leave num_samples '
+                     'at 1.')
 
-  def make(state, last, params, given):
-    seen = estimate.update(None, state, params, **given)[1]
-    return seen.value, jnp.where(
-        jnp.isnan(last) & jnp.isfinite(seen.value), 0.0,
-        (seen.value - last) * seen.projected_grad)
+  def memory(params):
+    del params
+    return jnp.float32(jnp.nan)  # the loss of the last step
 
-  return descent(
-      told(estimate, make, init=lambda state: jnp.float32(jnp.nan),
-           after=lambda new, last: jnp.where(
-               jnp.isfinite(new.value), new.value, last)),
-      learning_rate, key=key, directions=directions, weight_decay=weight_decay,
-      decay=decay, stochastic_rounding=stochastic_rounding)
+  def measure(state, params, value_fn, batch):
+    value, g = spsa.measure(state, params, value_fn, batch)
+    last = state.memory
+    is_first = jnp.isnan(last) & jnp.isfinite(value)
+    return value, jnp.where(is_first, 0.0, (value - last) * g)
+
+  def apply(state, params, numbers):
+    value = numbers.value
+    return spsa.apply(state, params, numbers), jnp.where(
+        jnp.isfinite(value), value, state.memory)
+
+  return Estimator(spsa, measure=measure, apply=apply, memory=memory)

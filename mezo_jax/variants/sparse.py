@@ -8,21 +8,15 @@ in the update, and kept nowhere (Liu et al., 2024, arXiv:2402.15751; perturbed
 weights would give another mask, the trap of making it in place).
 """
 
-from collections.abc import Mapping
-import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import optax
 
 from mezo_jax.core import arguments, paths
 from mezo_jax.core.quantized import is_codes
-from mezo_jax.directions.base import Directions, Normal
-from mezo_jax.directions.by_name import as_directions
-from mezo_jax.transforms.mezo import mezo
-from mezo_jax.transforms.types import ZerothOrderTransformation
+from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 
 def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
@@ -65,23 +59,17 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
   return paths.map_named(limit, params, stacks)
 
 
-def sparse_mezo(
-    learning_rate: float | optax.Schedule | Mapping[str, Any],
-    eps: float | optax.Schedule | Mapping[str, Any] = 1e-3, *, limits: Any,
-    directions: Directions | str = Normal(), **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO of the weights that are not above their thresholds.
+def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
+                **options: Unpack[SpsaOptions]) -> Estimator:
+  r"""SPSA of the weights that are not above their thresholds.
 
-  A weight whose last step took it past its threshold is not moved again. With
-  fewer elements the estimate varies less, so that learning rates may be larger.
+  A weight that a step took past its threshold is not moved again. With fewer
+  elements the estimate varies less, so learning rates may be larger.
 
   Args:
-    learning_rate: :math:`\eta`.
-    eps: see `mezo_jax.mezo`.
-    limits: from `smallest`.
-    directions: what z is before it is masked.
-    **options: of `mezo_jax.mezo`, ``key`` among them.
+    eps: Perturbation scale, as for `mezo_jax.spsa`.
+    limits: Thresholds, from `smallest`.
+    **options: Other options of `mezo_jax.spsa`.
   """
   arguments.tree('limits', limits)
-  return mezo(learning_rate, eps, directions=dataclasses.replace(
-      as_directions(directions), limits=limits), **options)
+  return Estimator(Spsa(eps, **options).along(limits=limits))

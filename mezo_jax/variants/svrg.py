@@ -21,7 +21,8 @@ exact in every precision. (The paper also divides both learning rates by a
 constant when losses rise; this is not done here.)
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple, Unpack
 
 import jax
 from jax import lax
@@ -29,14 +30,16 @@ import jax.numpy as jnp
 import optax
 
 from mezo_jax.core import arguments
-from mezo_jax.directions.base import Directions, Normal
-from mezo_jax.directions.by_name import as_directions
-from mezo_jax.directions.displacement import Displacement
-from mezo_jax.transforms.accumulate import pending, Rule
+from mezo_jax.transforms.accumulate import accumulated, Rule
+from mezo_jax.transforms.estimator import (
+  after,
+  Estimator,
+  Spsa,
+  SpsaOptions,
+  with_key,
+)
 from mezo_jax.transforms.mezo import rounding
-from mezo_jax.transforms.spsa import spsa
 from mezo_jax.transforms.types import ZerothOrderTransformation
-from mezo_jax.variants._told import check_one_eps
 
 
 class SvrgMemory(NamedTuple):
@@ -48,12 +51,10 @@ class SvrgMemory(NamedTuple):
 
 def svrg(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, key: jax.Array | int, every: int = 2,
-    anchor_learning_rate: float | optax.Schedule = 1e-3,
-    directions: Directions | str = Normal(), rows: int | None = None,
-    stochastic_rounding: bool = True, **options: Any
-) -> ZerothOrderTransformation:
-  r"""MeZO-SVRG as a whole optimiser, with its two learning rates.
+    *, every: int = 2, anchor_learning_rate: float | optax.Schedule = 1e-3,
+    rows: int | None = None, stochastic_rounding: bool = True,
+    **options: Unpack[SpsaOptions]) -> ZerothOrderTransformation:
+  r"""MeZO-SVRG as a whole optimizer, with its two learning rates.
 
   Step number t is an anchor's if ``every`` divides t: pass that ``update`` (or
   `mezo_jax.make_step`'s step) a batch of all rows, or of many. A step in
@@ -65,23 +66,21 @@ def svrg(
   Args:
     learning_rate: :math:`\eta_2`, a number or a schedule of the steps that were
       not skipped.
-    eps: Perturbation scale; see `mezo_jax.spsa`. It may not be groups.
-    key: A `jax.random.key` or an integer seed.
+    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
     every: q, the number of steps from one anchor to the next.
     anchor_learning_rate: :math:`\eta_1`, a number or a schedule.
-    directions: The distribution of z. Losses are evaluated around q draws.
     rows: A larger batch is evaluated in equal parts of at most this many rows.
       None for no limit.
     stochastic_rounding: Whether half-precision weights are rounded
       stochastically.
-    **options: ``num_samples`` and ``over`` of `mezo_jax.spsa`.
+    **options: Other options of `mezo_jax.spsa` except for ``combine`` and
+      ``micro_batches``.
 
   Raises:
-    ValueError: as `mezo_jax.spsa`; for ``every`` below 2, groups of eps, or a
+    ValueError: As `mezo_jax.spsa`; for ``every`` below 2, groups of eps, or a
       batch that ``rows`` does not divide.
   """
-  check_one_eps(eps)
-  directions = as_directions(directions)
+  spsa = Spsa(eps, **options).one_eps()
   learning_rate, anchor_learning_rate = (
       arguments.rate(name, rate, groups=False) for name, rate in (
           ('learning_rate', learning_rate),
@@ -89,28 +88,17 @@ def svrg(
   arguments.whole('every', every, 2)
   if rows is not None:
     arguments.whole('rows', rows)
-  of_parts = lambda parts: spsa(
-      eps, key=key, directions=directions, micro_batches=parts, **options)
-  plain = of_parts(None)
 
-  def update_fn(updates, state, params=None, *, value_fn=None, around=None,
-                projected_grad=None, **extra_args):
-    if value_fn is None:
-      return plain.update(updates, state, params,
-                          projected_grad=projected_grad, **extra_args)
-    estimate = of_parts(_parts(extra_args, rows))
-    told = lambda state, at: estimate.update(
-        updates, state, params, value_fn=value_fn, around=at, **extra_args)[1]
-    here = told(state, around)
+  def measure(state, params, value_fn, batch, around=None):
+    parts = dataclasses.replace(spsa, micro_batches=_parts(batch, rows))
+    value, here = parts.measure(state, params, value_fn, batch, around=around)
     # One after the other: collectives of both would wait for each other.
-    again = Displacement(state.key, 1.0).after(here.value).keys
-    there = lax.cond(
-        state.count % every == 0,
-        lambda key: jnp.zeros_like(here.projected_grad),
-        lambda key: told(state._replace(key=key), None).projected_grad, again)
-    return plain.update(
-        updates, state, params, value=here.value,
-        projected_grad=here.projected_grad - there)
+    key = after(state.key, value)
+    def there(key):
+      return parts.measure(with_key(state, key), params, value_fn, batch)[1]
+    anchors = lax.cond(state.count % every == 0,
+                       lambda key: jnp.zeros_like(here), there, key)
+    return value, here - anchors
 
   def coefs(is_anchor, g, count, memory):
     """Returns the coefficients of the step's z and of the anchor's z, and the
@@ -132,17 +120,16 @@ def svrg(
     lost = True if slot is None else slot == 0
     return SvrgMemory(jnp.where(lost, jnp.nan, memory.anchor_grad))
 
-  return pending(
-      ZerothOrderTransformation(plain.init, update_fn), every,
-      directions, Rule(fn, _no_memory, forget),
-      rounding(key, directions, stochastic_rounding))
+  return accumulated(
+      Estimator(spsa, measure=measure), every, Rule(fn, _no_memory, forget),
+      rounding(spsa.key, spsa.directions, stochastic_rounding))
 
 
 def _no_memory(n: int) -> SvrgMemory:
   return SvrgMemory(jnp.full([n], jnp.nan, jnp.float32))
 
 
-def _parts(batch: dict, rows: int | None) -> int | None:
+def _parts(batch, rows: int | None) -> int | None:
   sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
   if rows is None or max(sizes, default=0) <= rows:
     return None
