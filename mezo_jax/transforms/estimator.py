@@ -96,16 +96,26 @@ class Measured(Exception):
 # --- SPSA -------------------------------------------------------------------
 
 
-class SpsaOptions(TypedDict):
-  """Options of `mezo_jax.spsa`, which every variant passes on to it."""
+class SampleOptions(TypedDict):
+  """Options of `mezo_jax.spsa` that every variant has."""
 
   key: jax.Array | int
   directions: NotRequired[Directions | str]
-  combine: NotRequired[Combine | str]
   num_samples: NotRequired[int | None]
-  over: NotRequired[str]
   micro_batches: NotRequired[int | None]
   dtype: NotRequired[jax.typing.DTypeLike | None]
+
+
+class LossOptions(SampleOptions):
+  """Options of a variant that combines losses in its own way."""
+
+  over: NotRequired[str]
+
+
+class SpsaOptions(LossOptions):
+  """Options of a variant that starts from projected gradients."""
+
+  combine: NotRequired[Combine | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +276,7 @@ class Estimator(ZerothOrderTransformation):
   """
 
   options: Spsa
+  _made: dict[str, Any]
 
   def __new__(
       cls, options: Spsa, *, measure: Callable[..., Any] | None = None,
@@ -293,11 +304,12 @@ class Estimator(ZerothOrderTransformation):
         cls, lambda params: self._init(params), lambda *args, **kwargs: (
             self._update(*args, **kwargs)))
     self.options, self._made = options, made
-    self._measure = measure or options.measure
-    self._apply = apply or options.apply
-    self._memory, self._check = memory, check
-    self._size = options.num_samples if size is None else size
     return self
+
+  @property
+  def size(self) -> int:
+    """Length of the numbers of a step."""
+    return self._made['size'] or self.options.num_samples
 
   @property
   def is_linear(self) -> bool:
@@ -324,12 +336,13 @@ class Estimator(ZerothOrderTransformation):
     """
     if around is not None:
       check_displacement('around', around)
+    measure = self._made['measure'] or self.options.measure
     where = {'around': around, 'part': part}
     where = {name: x for name, x in where.items() if x is not None}
-    for name in where.keys() - {*inspect.signature(self._measure).parameters}:
+    for name in where.keys() - {*inspect.signature(measure).parameters}:
       raise ValueError(f'{name}= cannot be used with this estimator, which '
                        'needs the losses of all directions at the weights.')
-    value, g = self._measure(state, params, value_fn, batch, **where)
+    value, g = measure(state, params, value_fn, batch, **where)
     if value is None:
       value = jnp.nan
     else:
@@ -352,11 +365,11 @@ class Estimator(ZerothOrderTransformation):
     g = numbers.projected_grad
     valid = numbers._replace(
         projected_grad=jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan))
-    memory = ()
-    if self._memory is None:
-      updates = self._apply(state, params, valid)
+    apply, memory = self._made['apply'] or self.options.apply, ()
+    if self._made['memory'] is None:
+      updates = apply(state, params, valid)
     else:
-      updates, memory = self._apply(state, params, valid)
+      updates, memory = apply(state, params, valid)
     if self.options.dtype is None:
       updates = paths.map_named(_as_param, params, updates)
     elif self.options.dtype != jnp.float32:
@@ -371,9 +384,9 @@ class Estimator(ZerothOrderTransformation):
       ValueError: If they are not as many as this estimator has.
     """
     g = arguments.array('projected_grad', projected_grad)
-    if g.shape != (self._size,):
+    if g.shape != (self.size,):
       raise ValueError(
-          f'projected_grad must have the shape [{self._size}], the numbers of '
+          f'projected_grad must have the shape [{self.size}], the numbers of '
           'a step in the order in which the state has them, got '
           f'{list(g.shape)}.')
     return Numbers(jnp.float32(value), g.astype(jnp.float32))
@@ -381,18 +394,18 @@ class Estimator(ZerothOrderTransformation):
   def _init(self, params):
     arguments.tree('params', params)
     _check_holes(params)
-    if self._check is not None:
-      self._check(params)
+    if self._made['check'] is not None:
+      self._made['check'](params)
     self.options.directions.selected(params)
     state = SpsaState(
         count=jnp.zeros([], jnp.int32),
         key=noise.state_key(self.options.key),  # the caller's is not donated
         value=jnp.zeros([], jnp.float32),
-        projected_grad=jnp.zeros([self._size], jnp.float32),
+        projected_grad=jnp.zeros([self.size], jnp.float32),
         notfinite_count=jnp.zeros([], jnp.int32),
         total_notfinite=jnp.zeros([], jnp.int32))
-    if self._memory is not None:
-      state = SpsaStateWithMemory(state, self._memory(params))
+    if self._made['memory'] is not None:
+      state = SpsaStateWithMemory(state, self._made['memory'](params))
     return sharding.beside(state, params)
 
   def _update(self, updates, state, params=None, *, value_fn=None,
@@ -428,7 +441,8 @@ def measure(tx: optax.GradientTransformation, state: Any, params: Any,
     **arguments: Those of ``tx.update``, ``value_fn`` among them.
   """
   try:
-    tx.update(None, state, params, measure_only=True, **arguments)
+    optax.with_extra_args_support(tx).update(
+        cast(Any, None), state, params, measure_only=True, **arguments)
   except Measured as e:
     return e.numbers
   raise ValueError('tx has no estimator in it, such as mezo_jax.spsa.')

@@ -16,10 +16,11 @@ from jax import lax
 import jax.numpy as jnp
 
 from mezo_jax.directions.displacement import Displacement
-from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
+from mezo_jax.transforms.combine import two_sided
+from mezo_jax.transforms.estimator import Estimator, SampleOptions, Spsa
 
 
-def forward_grad(**options: Unpack[SpsaOptions]) -> Estimator:
+def forward_grad(**options: Unpack[SampleOptions]) -> Estimator:
   r"""Estimates the gradient as :math:`\frac{1}{n} \sum_j (z_j^\top \nabla
   \mathcal{L}) z_j`.
 
@@ -28,9 +29,9 @@ def forward_grad(**options: Unpack[SpsaOptions]) -> Estimator:
   of one layer is in memory at a time. The loss must have a derivative.
 
   Args:
-    **options: Options of `mezo_jax.spsa` except for ``combine`` and ``over``.
+    **options: Options of `mezo_jax.spsa`.
   """
-  spsa = Spsa(1.0, **options)
+  spsa = Spsa(1.0, combine=two_sided, over='scan', **options)
 
   def measure(state, params, value_fn, batch):
     loss = spsa.loss_at(params, value_fn, batch)

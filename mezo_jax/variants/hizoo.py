@@ -22,16 +22,17 @@ import jax.numpy as jnp
 from mezo_jax.core import arguments, paths
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.perturb.api import mapped
+from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import (
   Estimator,
+  LossOptions,
   Spsa,
-  SpsaOptions,
   unless_skipped,
 )
 
 
 def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
-          **options: Unpack[SpsaOptions]) -> Estimator:
+          **options: Unpack[LossOptions]) -> Estimator:
   r"""SPSA along :math:`H^{-1/2} z`, with 2n + 1 evaluations per step.
 
   The weights move along the direction that was evaluated; H changes after them.
@@ -42,9 +43,9 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
     eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
     alpha: :math:`\alpha`. h is about half the Hessian's trace, which is large
       for a large model. The authors' example uses 1e-8.
-    **options: Other options of `mezo_jax.spsa` except for ``combine``.
+    **options: Other options of `mezo_jax.spsa`.
   """
-  spsa = Spsa(eps, **options).one_eps()
+  spsa = Spsa(eps, combine=two_sided, **options).one_eps()
   arguments.number('alpha', alpha, least=0, below=1)
   n = spsa.num_samples
 

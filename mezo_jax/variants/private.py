@@ -28,14 +28,15 @@ from mezo_jax.directions import noise as noise_lib
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
-from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
+from mezo_jax.transforms.combine import two_sided
+from mezo_jax.transforms.estimator import Estimator, SampleOptions, Spsa
 
 MECHANISMS = ('gaussian', 'laplace')
 
 
 def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
             batch_size: float, mechanism: str = 'gaussian',
-            **options: Unpack[SpsaOptions]) -> Estimator:
+            **options: Unpack[SampleOptions]) -> Estimator:
   r"""SPSA whose steps reveal of each row only what a privacy budget allows.
 
   ``update(None, state, params, value_fn=..., noise_key=...)`` needs the key of
@@ -58,8 +59,7 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
       scale (for 'laplace') of the noise divided by C.
     batch_size: B, the expected number of rows, a constant.
     mechanism: 'gaussian' or 'laplace', which needs one direction.
-    **options: Other options of `mezo_jax.spsa` except for ``combine`` and
-      ``over``.
+    **options: Other options of `mezo_jax.spsa`.
 
   Raises:
     ValueError: For an option out of range; in ``update``, without ``noise_key``
@@ -75,7 +75,7 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
     raise ValueError(
         'clip and batch_size must be positive and noise_multiplier not '
         f'negative, got {clip}, {batch_size} and {noise_multiplier}.')
-  spsa = Spsa(eps, **options).one_eps()
+  spsa = Spsa(eps, combine=two_sided, over='scan', **options).one_eps()
   n, parts = spsa.num_samples, spsa.micro_batches
   if mechanism == 'laplace' and n > 1:
     raise ValueError("mechanism 'laplace' needs num_samples of 1.")

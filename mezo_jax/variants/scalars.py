@@ -9,6 +9,7 @@ from mezo_jax.core import arguments, xla
 from mezo_jax.transforms.combine import Combine, two_sided
 from mezo_jax.transforms.estimator import (
   Estimator,
+  LossOptions,
   Spsa,
   SpsaOptions,
   unless_skipped,
@@ -23,7 +24,7 @@ def _sign(losses, eps):
 _SIGN = Combine(two_sided.signs, _sign, needs_all=False)
 
 
-def sign(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
+def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
   r"""ZO-SGD-Sign: :math:`u = \mathrm{sign}(g) z`.
 
   The sign is that of the scalar, as in ZO-Bench (Zhang et al., 2024,
@@ -31,7 +32,7 @@ def sign(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
 
   Args:
     eps: Perturbation scale, as for `mezo_jax.spsa`.
-    **options: Other options of `mezo_jax.spsa` except for ``combine``.
+    **options: Other options of `mezo_jax.spsa`.
   """
   return Estimator(Spsa(eps, combine=_SIGN, **options))
 
@@ -77,7 +78,7 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
   return Estimator(spsa, apply=apply, memory=memory)
 
 
-def one_point(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
+def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
   r"""One evaluation per step, compared with that of the step before.
 
   .. math:: g_t = \frac{\mathcal{L}(\theta_t + \epsilon z_t; \mathcal{B}_t) -
@@ -90,8 +91,7 @@ def one_point(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
 
   Args:
     eps: Perturbation scale, as for `mezo_jax.spsa`.
-    **options: Other options of `mezo_jax.spsa` except for ``combine``, with one
-      direction per step.
+    **options: Other options of `mezo_jax.spsa`, with one direction per step.
   """
   def inverse(losses, eps):  # is multiplied by the difference of losses below
     return losses[0, 0], jnp.ones(1) / eps

@@ -31,11 +31,12 @@ import optax
 
 from mezo_jax.core import arguments
 from mezo_jax.transforms.accumulate import accumulated, Rule
+from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import (
   after,
   Estimator,
+  LossOptions,
   Spsa,
-  SpsaOptions,
   with_key,
 )
 from mezo_jax.transforms.mezo import rounding
@@ -53,7 +54,7 @@ def svrg(
     learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
     *, every: int = 2, anchor_learning_rate: float | optax.Schedule = 1e-3,
     rows: int | None = None, stochastic_rounding: bool = True,
-    **options: Unpack[SpsaOptions]) -> ZerothOrderTransformation:
+    **options: Unpack[LossOptions]) -> ZerothOrderTransformation:
   r"""MeZO-SVRG as a whole optimizer, with its two learning rates.
 
   Step number t is an anchor's if ``every`` divides t: pass that ``update`` (or
@@ -73,14 +74,16 @@ def svrg(
       None for no limit.
     stochastic_rounding: Whether half-precision weights are rounded
       stochastically.
-    **options: Other options of `mezo_jax.spsa` except for ``combine`` and
-      ``micro_batches``.
+    **options: Other options of `mezo_jax.spsa`.
 
   Raises:
     ValueError: As `mezo_jax.spsa`; for ``every`` below 2, groups of eps, or a
       batch that ``rows`` does not divide.
   """
-  spsa = Spsa(eps, **options).one_eps()
+  spsa = Spsa(eps, combine=two_sided, **options).one_eps()
+  if spsa.micro_batches > 1:
+    raise ValueError('svrg evaluates a large batch in parts of rows=: leave '
+                     'micro_batches at 1.')
   learning_rate, anchor_learning_rate = (
       arguments.rate(name, rate, groups=False) for name, rate in (
           ('learning_rate', learning_rate),
