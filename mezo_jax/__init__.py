@@ -10,7 +10,7 @@ from typing import Any, TYPE_CHECKING
 
 from mezo_jax.core.quantized import Codes, dequantize, quantize
 from mezo_jax.directions.base import Directions, Normal, Rademacher
-from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 from mezo_jax.perturb.api import dequantized, direction, displace, perturbed
@@ -35,11 +35,11 @@ if TYPE_CHECKING:  # __getattr__ imports them
 
 __all__ = (
     'Codes', 'Combine', 'Directions', 'Displacement', 'Estimator',
-    'LazyLowRank', 'LowRank', 'Normal', 'Numbers', 'Rademacher', 'SpsaState',
-    'SubZero', 'dequantize', 'dequantized', 'direction', 'displace', 'estimate',
-    'fzoo', 'make_step', 'mezo', 'one_sided', 'perturbed', 'quantize',
-    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided',
-    'ZerothOrderTransformation')
+    'LazyLowRank', 'LowRank', 'Multiplier', 'Normal', 'Numbers', 'Rademacher',
+    'SpsaState', 'SubZero', 'dequantize', 'dequantized', 'direction',
+    'displace', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
+    'perturbed', 'quantize', 'round_stochastically', 'skip_not_finite', 'spsa',
+    'two_sided', 'ZerothOrderTransformation')
 __version__ = '0.2.0'
 
 _IMPORTED_WHEN_USED = {

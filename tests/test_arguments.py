@@ -530,7 +530,7 @@ TABLE = {
             needs_all=[None, 1])),
     'Normal': (mezo_jax.Normal, dict(
         generator=['x', None, 3, []], mask=['(', 3, 0.5], stacked=['(', 3],
-        limits=['x'], scales=['x'], on_grid=[None, 1])),
+        multiplier=['x', 2.0], on_grid=[None, 1])),
     'LowRank': (mezo_jax.LowRank, dict(rank=[0, 1.5, 'x', None, True])),
     'LazyLowRank': (mezo_jax.LazyLowRank, dict(every=[0, 1.5, None, True])),
     'SubZero': (mezo_jax.SubZero, dict(rank=[0], every=[0, 'x'])),
@@ -633,7 +633,8 @@ TABLE = {
 }
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'Codes', 'Directions', 'Displacement', 'Estimator', 'Numbers',
+TYPES = {'Codes', 'Directions', 'Displacement', 'Estimator', 'Multiplier',
+         'Numbers',
          'SpsaState', 'ZerothOrderTransformation'}  # and no checks
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 

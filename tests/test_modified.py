@@ -70,7 +70,8 @@ def test_scales_multiply_the_direction(kind, what):
       jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(3)),
       jnp.array([0.1, -0.2, 0.3]))
   scales = scaled_by(what, params)
-  scaled = dataclasses.replace(kind, scales=scales)
+  scaled = dataclasses.replace(
+      kind, multiplier=mezo_jax.Multiplier(scales))
   z = jax.tree.map(
       lambda z, s: z * jnp.reshape(s, jnp.shape(s) + (1,) * (
           z.ndim - jnp.ndim(s))), mezo_jax.direction(params, d, kind), scales)
@@ -81,9 +82,10 @@ def test_scales_multiply_the_direction(kind, what):
 
 
 def test_scales_must_fit():
-  with pytest.raises(ValueError, match='scales'):
+  with pytest.raises(ValueError, match='multiplier'):
     mezo_jax.direction(START, Displacement(KEY, 1.0),
-                       mezo_jax.Normal(scales={'b': 2.0}))
+                       mezo_jax.Normal(
+                           multiplier=mezo_jax.Multiplier({'b': 2.0})))
 
 
 # --- each against NumPy -----------------------------------------------------
@@ -220,7 +222,7 @@ def test_hizoo_is_told_both_scalars():
         1e-3, key=0, norms={'b': 1.0}).update(
             None, whole.variance_modified(
                 1e-3, key=0, norms={'b': 1.0}).init(START), START,
-            value_fn=value_fn, batch=batch_of(0)), 'scales')])
+            value_fn=value_fn, batch=batch_of(0)), 'multiplier')])
 def test_bad_options(make, message):
   with pytest.raises(ValueError, match=message):
     make()

@@ -14,7 +14,7 @@ import scipy.special
 import mezo_jax
 from mezo_jax import Displacement, Normal, Rademacher
 from mezo_jax.core import paths
-from mezo_jax.directions import noise, streams
+from mezo_jax.directions import definition, noise, streams
 from mezo_jax.directions.displacement import Draws
 from mezo_jax.transforms import stochastic_rounding
 
@@ -56,6 +56,19 @@ def test_z_is_the_same_on_every_version_of_jax(directions, want):
   found = z(tree, directions=directions, dtype=jnp.float32)
   bits = b''.join(np.asarray(x).tobytes() for x in jax.tree.leaves(found))
   assert hashlib.sha256(bits).hexdigest()[:12] == want
+
+
+@pytest.mark.parametrize('directions', BOTH, ids=str)
+def test_it_is_its_definition(directions):
+  tree = {'embed': jnp.zeros((9, 5)), 'scale': jnp.zeros(()),
+          'layers': {'w': jnp.zeros((3, 4, 6)), 'b': jnp.zeros((3, 4))},
+          'head': {'layers_2': {'b': jnp.zeros(7)}}}
+  found = jax.jit(lambda tree: z(tree, directions=directions))(tree)
+  for (path, leaf), is_stack, got in zip(
+      paths.named_leaves(tree), paths.stacked(tree), jax.tree.leaves(found)):
+    helpers.assert_bitwise(got, jax.jit(functools.partial(
+        definition.z_of_leaf, path=path, shape=leaf.shape,
+        directions=directions, stacked=is_stack))(KEY))
 
 
 def test_a_layer_has_the_key_of_that_layer():

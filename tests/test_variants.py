@@ -30,6 +30,7 @@ from variants_reference import (
 import mezo_jax
 from mezo_jax import Displacement, make_step, models, variants
 from mezo_jax.directions import noise
+from mezo_jax.variants.sparse import is_below
 
 
 class Momentum:
@@ -315,15 +316,16 @@ def test_large_weights_are_neither_perturbed_nor_moved(directions):
       np.asarray(a)[~s], np.asarray(b)[~s]), moved, params, small)
   assert np.mean(np.asarray(moved['embed'] != params['embed'])) > 0.1
   # As the mask of elements that says the same.
+  small_alone = mezo_jax.Multiplier(limits, is_below)
   z = mezo_jax.direction(params, Displacement(KEY, 1.0), dataclasses.replace(
-      tx_directions(directions), limits=limits))
+      tx_directions(directions), multiplier=small_alone))
   masked = mezo_jax.direction(params, Displacement(KEY, 1.0),
                               dataclasses.replace(
                                   tx_directions(directions), mask=small))
   helpers.assert_bitwise(z, masked)
   picked = lambda p: (p['embed'][jnp.array([3, 7])].T, p['layers']['w'][1][2:5])
   got = jax.jit(mezo_jax.perturbed(picked, dataclasses.replace(
-      tx_directions(directions), limits=limits)))(
+      tx_directions(directions), multiplier=small_alone)))(
           params, Displacement(KEY, 1e-2))
   want = picked(jax.tree.map(lambda x, z: x + 1e-2 * z, params, z))
   helpers.assert_close(got, want)

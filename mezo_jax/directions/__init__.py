@@ -7,9 +7,10 @@ this room evaluates a loss.
 """
 
 from mezo_jax.directions.base import Directions, Normal, Rademacher
-from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.definition import z_of_leaf
+from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 
-__all__ = ('Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Normal',
-           'Rademacher', 'SubZero')
+__all__ = ('Directions', 'Displacement', 'LazyLowRank', 'LowRank', 'Multiplier',
+           'Normal', 'Rademacher', 'SubZero', 'z_of_leaf')

@@ -17,7 +17,7 @@ import numpy as np
 
 from mezo_jax.core import arguments, paths
 from mezo_jax.directions import noise
-from mezo_jax.directions.displacement import Draws
+from mezo_jax.directions.displacement import Draws, Multiplier
 
 _U32 = jnp.uint32
 
@@ -37,13 +37,8 @@ class Directions:
       a key of its own. Defaults to None: leaves whose path has a component
       named ``layer[s]``, ``block[s]`` or ``h``, without a number, and whose
       shapes agree.
-    limits: a number h, or a tree like the params of numbers, or of arrays [L]
-      for the layers of stacked leaves: z is 0 where \|w\| > h, of the weights
-      that it is added to, which is looked up there and stored nowhere. None for
-      no limits.
-    scales: a number s, or a tree like the params of numbers, of arrays [L] for
-      the layers of stacked leaves, or of arrays of the leaves' shapes: the
-      direction is s z, which of elements is not evaluated by factors.
+    multiplier: What each element of z is multiplied by, a `Multiplier`.
+      Defaults to None, for 1.
     on_grid: whether `Codes` are evaluated at codes, c z rounded to their grid
       stochastically with bits of its key; or else wherever c z leads.
 
@@ -55,8 +50,7 @@ class Directions:
   _: dataclasses.KW_ONLY
   mask: Any = None
   stacked: Any = None
-  limits: Any = None
-  scales: Any = None
+  multiplier: Multiplier | None = None
   on_grid: bool = False
 
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
@@ -76,10 +70,10 @@ class Directions:
         raise ValueError(
             f'{name} must be None, a tree of bools, a function of the params '
             f'or a regular expression, got {value!r}.')
-    for name in ('limits', 'scales'):
-      if isinstance(getattr(self, name), (str, bytes)):
-        raise ValueError(f'{name} must be a number or a tree of numbers, got '
-                         f'{getattr(self, name)!r}.')
+    if self.multiplier is not None and not isinstance(
+        self.multiplier, Multiplier):
+      raise ValueError('multiplier must be a mezo_jax.Multiplier, got '
+                       f'{self.multiplier!r}.')
     arguments.boolean('on_grid', self.on_grid)
 
   def keys(self, key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
@@ -128,9 +122,12 @@ class Directions:
     return paths.selected(params, self.mask, self.takes)
 
   def bare(self) -> 'Directions':
-    """Without what is said of leaves: hashable, and the same for each."""
+    """Returns these directions without values of leaves, which is hashable."""
+    multiplier = self.multiplier
+    if multiplier is not None:
+      multiplier = multiplier._replace(values=None)
     return dataclasses.replace(
-        self, mask=None, stacked=None, limits=None, scales=None)
+        self, mask=None, stacked=None, multiplier=multiplier)
 
 
 class Normal(Directions):

@@ -55,6 +55,23 @@ class Displacement(NamedTuple):
         words, impl=jax.random.key_impl(self.keys)))
 
 
+class Multiplier(NamedTuple):
+  r"""What each element of z is multiplied by.
+
+  Attributes:
+    values: A number s, or a tree like the params of numbers, of arrays [L] for
+      the layers of stacked leaves, or of arrays of the leaves' shapes. The
+      direction is :math:`s \odot z`.
+    keeps: ``(w, values) -> bool``, of the weights that z is added to. If it is
+      given, z is kept where it is True and is 0 elsewhere, and values are not
+      factors. It must be a function that is defined once, since programs are
+      cached by it.
+  """
+
+  values: Any
+  keeps: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
 # --- of leaves --------------------------------------------------------------
 
 
@@ -79,25 +96,30 @@ class Draws:
   def is_everywhere(self) -> bool:
     """Whether no element of z is 0, or scaled, by what is said of it."""
     first = self.streams[0]
-    return first.there is None and first.most is None and first.scale is None
+    return first.there is None and first.values is None
 
-  def nonzero(self, w: jax.Array) -> jax.Array | None:
-    """Where z is not 0 beside weights w; None for everywhere."""
-    there, most = self.streams[0].there, self.streams[0].most
-    if most is None:
-      return there
-    small = jnp.abs(w) <= most.astype(w.dtype)
-    return small if there is None else there & small
+  @property
+  def _keeps(self) -> Callable | None:
+    multiplier = self.directions.multiplier
+    return None if multiplier is None else multiplier.keeps
+
+  @property
+  def _factors(self) -> jax.Array | None:
+    """Factors of the elements of z, if there are any."""
+    return None if self._keeps else self.streams[0].values
 
   def masked(self, w: jax.Array, x: jax.Array, other: Any) -> jax.Array:
-    """Returns ``x`` where z is not 0 next to weights w, else ``other``."""
-    nonzero = self.nonzero(w)
-    return x if nonzero is None else jnp.where(nonzero, x, other)
+    """Returns ``x`` where z is kept next to weights w, else ``other``."""
+    first, keeps = self.streams[0], self._keeps
+    for there in (
+        first.there, None if keeps is None else keeps(w, first.values)):
+      if there is not None:
+        x = jnp.where(there, x, other)
+    return x
 
   def scaled_by(self, x: jax.Array) -> jax.Array:
-    """Returns ``x`` with the scale of z."""
-    scale = self.streams[0].scale
-    return x if scale is None else x * scale
+    """Returns ``x`` times the factors of z."""
+    return x if self._factors is None else x * self._factors
 
   def add(self, w: jax.Array | Codes) -> jax.Array:
     """``w + sum`` in float32 (float64 for float64 weights)."""
@@ -117,7 +139,7 @@ class Draws:
   def _sum(self, start, like):
     plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
-    if self.streams[0].scale is not None or sharding.is_explicit(like):
+    if self._factors is not None or sharding.is_explicit(like):
       # Terms are scaled one by one; and a product of factors would be whole on
       # each device where shardings are part of types.
       at_once = None
@@ -198,15 +220,13 @@ class Draws:
       there = there & self.streams[0].there
     return self._first(there=there)
 
-  def below(self, most: jax.Array) -> 'Draws':
-    """Zero where \\|w\\| is more."""
-    return self._first(most=most)
-
-  def scaled(self, by: jax.Array) -> 'Draws':
-    """Multiplied by a number, or by an array that broadcasts with the block."""
-    if not by.ndim or by.size == 1:
-      return dataclasses.replace(self, coefs=self.coefs * by.reshape(()))
-    return self._first(scale=by.astype(jnp.float32))
+  def multiplied(self, values: jax.Array) -> 'Draws':
+    """With the values of a `Multiplier`, which broadcast with the block."""
+    if self._keeps is None and values.size == 1:
+      return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
+    if self._keeps is None:
+      values = values.astype(jnp.float32)
+    return self._first(values=values)
 
   def _first(self, **changes):
     first, *rest = self.streams
@@ -280,10 +300,12 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
   others = directions.of_columns(keys)
   columns = {} if others is None else streams_lib.of_leaves(others, shapes)
 
-  limits = _of_each('limits', directions.limits, leaves)
-  scales = _of_each('scales', directions.scales, leaves)
+  multiplier = directions.multiplier
+  values = [None] * len(leaves)
+  if multiplier is not None:
+    values = _of_each('the values of multiplier', multiplier.values, leaves)
 
-  def draws(path, x, use, limit, scale):
+  def draws(path, x, use, value):
     if use is False:
       return None
     c = coefs
@@ -293,25 +315,22 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
         streams[path], c, paths.shape_of(x), columns.get(path))
     if use is not True:
       out = out.where(use)
-    if limit is not None:
-      out = out.below(_of_block(limit, x))
-    return out if scale is None else out.scaled(_of_block(scale, x))
+    return out if multiplier is None else out.multiplied(_of_block(value, x))
 
-  return [(path, x, draws(path, x, use, limit, scale))
-          for (path, x), use, limit, scale in zip(
-              leaves, used, limits, scales)]
+  return [(path, x, draws(path, x, use, value))
+          for (path, x), use, value in zip(leaves, used, values)]
 
 
 def _of_each(name: str, values, leaves: list) -> list:
-  """Of each leaf its value, of a number or a tree of them."""
-  if values is None or isinstance(values, (int, float, np.generic)):
+  """Returns the value of each leaf, from a number or a tree of them."""
+  if isinstance(values, (int, float, np.generic)):
     return [values] * len(leaves)
   values = jax.tree.leaves(values)
   for value in values:
     arguments.array(name, value)
   if len(values) != len(leaves):
-    raise ValueError(f'{name} are of {len(values)} leaves, and the params have '
-                     f'{len(leaves)}.')
+    raise ValueError(f'{name} are of {len(values)} leaves, but the params have '
+                     f'{len(leaves)}: give one number, or one for each leaf.')
   return values
 
 

@@ -196,7 +196,7 @@ class LazyLowRank(LowRank):
 
   Attributes:
     every: :math:`\nu`, steps.
-    rank, generator, mask, stacked, limits: see `LowRank`.
+    rank, generator, mask, stacked, multiplier: see `LowRank`.
 
   Raises:
     ValueError: as `LowRank`; for ``every`` below 1.

@@ -43,7 +43,7 @@ _U32 = jnp.uint32
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('keys', 'lo', 'hi', 'there', 'most', 'scale', 'core'),
+    data_fields=('keys', 'lo', 'hi', 'there', 'values', 'core'),
     meta_fields=('strides',))
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -62,8 +62,7 @@ class Stream:
   strides: tuple[int, ...]  # below 2**32
   hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
   there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
-  most: jax.Array | None = None  # [*axes]: z is 0 where |w| is more
-  scale: jax.Array | None = None  # float32 [*axes], what z is multiplied by
+  values: jax.Array | None = None  # [*axes], of a `Multiplier`
   core: jax.Array | None = None  # float32 [*axes, n, r, r], of `SubZero`
 
 
@@ -194,6 +193,12 @@ def only(s: Stream, j: int | jax.Array) -> Stream:
 # --- words ----------------------------------------------------------------
 
 
+def bits(key: jax.Array, index: jax.Array, generator: str) -> jax.Array:
+  """Returns the uint32 word of a key for each index, a uint32 array."""
+  k0, k1 = jax.random.key_data(key)
+  return _generators[generator](k0, k1, _U32(0), lambda word: index + word)
+
+
 def words(s: Stream, j: int | jax.Array, like: jax.Array,
           generator: str) -> jax.Array:
   """A uint32 word for each element of a block.
@@ -233,9 +238,7 @@ def _words(key, lo, hi, *, strides, shape, place, generator):
     hi = jnp.zeros((), jnp.uint32)
   else:
     hi = hi + (lo_plus(_U32(0)) < lo).astype(jnp.uint32)
-  fn = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
-        'rounding': _rounding}[generator]
-  return fn(k0, k1, hi, lo_plus)
+  return _generators[generator](k0, k1, hi, lo_plus)
 
 
 def _explicit(like: jax.Array,
@@ -287,3 +290,7 @@ def _finalise(x, m0, m1):
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)
   return x ^ (x >> 16)
+
+
+_generators = {'threefry2x32': _threefry2x32, 'hash32': _hash32,
+               'rounding': _rounding}

@@ -208,7 +208,7 @@ def reshape(s: Stream, old: tuple[int, ...],
             new: tuple[int, ...]) -> Stream | None:
   """A row-major reshape, or None where its draws do not lie evenly."""
   out = _reshape(s, old, new)
-  of_elements = {name: x for name in ('there', 'scale')
+  of_elements = {name: x for name in ('there', 'values')
                  if (x := getattr(s, name)) is not None}
   if out or not of_elements:
     return out

@@ -42,7 +42,7 @@ class SubZero(LazyLowRank):
     rank: r; the paper has 8 to 24.
     every: steps; the paper has 1,000 to 2,000. What a window adds up to stays
       in its subspace.
-    generator, mask, stacked, limits, scales: see `Directions`.
+    generator, mask, stacked, multiplier: see `Directions`.
 
   Raises:
     ValueError: as `LazyLowRank`.

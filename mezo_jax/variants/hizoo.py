@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from mezo_jax.core import arguments, paths
 from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions.displacement import Multiplier
 from mezo_jax.perturb.api import mapped
 from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import (
@@ -55,7 +56,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
 
   def measure(state, params, value_fn, batch):
     eps = arguments.at(spsa.eps, state.count)
-    losses = spsa.along(scales=state.memory).losses(
+    losses = spsa.along(multiplier=Multiplier(state.memory)).losses(
         state, params, value_fn, batch, signs=(1.0, -1.0, 0.0))
     plus, minus, clean = losses.T
     g = (plus - minus) / (2 * eps)
@@ -66,7 +67,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
     g, h = jnp.split(numbers.projected_grad, 2)
     h, rate = unless_skipped(
         numbers, (h / n, jnp.float32(alpha)), (jnp.zeros(n), jnp.float32(0)))
-    scaled = spsa.along(scales=state.memory)
+    scaled = spsa.along(multiplier=Multiplier(state.memory))
     updates = scaled.apply(state, params, numbers._replace(projected_grad=g))
     # Of scaled draws: with s for H^(-1/2), H z^2 is (s z)^2 / s^4.
     squares = mapped(

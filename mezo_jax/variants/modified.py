@@ -25,7 +25,7 @@ from mezo_jax.core import arguments, paths
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
-from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
@@ -72,7 +72,8 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
   def squares(params):
     def of_layer(layer):
       only = _tree(params, [(of == layer).astype(jnp.float32) for of in layers])
-      at = perturbed(value_fn, dataclasses.replace(directions, scales=only))
+      at = perturbed(value_fn, dataclasses.replace(
+          directions, multiplier=Multiplier(only)))
       loss = lambda key, c: losses.mean(at(params, Displacement(key, c)))
       def of_key(key):
         plus, minus = lax.map(lambda c: loss(key, c), jnp.array([eps, -eps]))
@@ -102,7 +103,7 @@ def variance_modified(eps: Any = 1e-3, *, norms: Any,
       state.
     **options: Other options of `mezo_jax.spsa`.
   """
-  return _modified(eps, norms, options, lambda norms: norms)
+  return _modified(eps, norms, options, back=True)
 
 
 def expectation_modified(eps: Any = 1e-3, *, norms: Any,
@@ -111,10 +112,10 @@ def expectation_modified(eps: Any = 1e-3, *, norms: Any,
 
   The arguments are those of `variance_modified`.
   """
-  return _modified(eps, norms, options, lambda norms: None)
+  return _modified(eps, norms, options, back=False)
 
 
-def _modified(eps, norms, options, scales_of) -> Estimator:
+def _modified(eps, norms, options, *, back: bool) -> Estimator:
   spsa = Spsa(eps, **options)
   arguments.tree('norms', norms)
   for d in jax.tree.leaves(norms):
@@ -126,10 +127,11 @@ def _modified(eps, norms, options, scales_of) -> Estimator:
 
   def measure(state, params, value_fn, batch):
     inverse = jax.tree.map(lambda d: 1 / d, state.memory)
-    return spsa.along(scales=inverse).measure(state, params, value_fn, batch)
+    along = spsa.along(multiplier=Multiplier(inverse))
+    return along.measure(state, params, value_fn, batch)
 
   def apply(state, params, numbers):
-    along = spsa.along(scales=scales_of(state.memory))
+    along = spsa.along(multiplier=Multiplier(state.memory)) if back else spsa
     return along.apply(state, params, numbers), state.memory
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory)

@@ -2,10 +2,10 @@ r"""Sparse-MeZO: the smallest weights alone are perturbed and moved.
 
 .. math:: z \leftarrow z \odot [\,|\theta| \le h\,]
 
-with a threshold h for each leaf and layer that is found once, and the mask that
-of the weights as they are: looked up where z is added, in both evaluations and
-in the update, and kept nowhere (Liu et al., 2024, arXiv:2402.15751; perturbed
-weights would give another mask, the trap of making it in place).
+with a threshold h for each leaf and layer, which is found once. The mask is
+computed from the clean weights where z is added, in both evaluations and in the
+update, and is stored nowhere. (Perturbed weights would give another mask.)
+Source: Liu et al., 2024, arXiv:2402.15751.
 """
 
 from typing import Any, Unpack
@@ -16,23 +16,23 @@ import jax.numpy as jnp
 
 from mezo_jax.core import arguments, paths
 from mezo_jax.core.quantized import is_codes
+from mezo_jax.directions.displacement import Multiplier
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 
 def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
-  r"""Thresholds that so large a part of each leaf, or layer, is not above.
+  r"""Returns thresholds below which a share of each leaf, or layer, is.
 
   Args:
-    params: the weights, before training.
-    share: of the elements, above 0; the paper trains the smallest 20 to 25 %.
-    stacked: as `mezo_jax.Directions.stacked`.
+    params: The weights before training.
+    share: Share of the elements, above 0 and at most 1. The paper trains the
+      smallest 20 to 25 %.
+    stacked: As `mezo_jax.Directions.stacked`.
 
   Returns:
-    A tree for `mezo_jax.Directions.limits`: numbers, of stacks of L layers
-    arrays [L], in the leaves' dtypes. Of shapes (`jax.ShapeDtypeStruct`) zeros.
+    A tree of numbers in the leaves' dtypes, with arrays [L] for stacks of L
+    layers. For shapes (`jax.ShapeDtypeStruct`) they are zeros.
 
-  Raises:
-    ValueError: for a share that is not above 0 and at most 1.
   """
   arguments.tree('params', params)
   arguments.number('share', share)
@@ -72,4 +72,10 @@ def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
     **options: Other options of `mezo_jax.spsa`.
   """
   arguments.tree('limits', limits)
-  return Estimator(Spsa(eps, **options).along(limits=limits))
+  return Estimator(Spsa(eps, **options).along(
+      multiplier=Multiplier(limits, is_below)))
+
+
+def is_below(w: jax.Array, limits: jax.Array) -> jax.Array:
+  """Returns where weights are not above their thresholds, in their dtype."""
+  return jnp.abs(w) <= limits.astype(w.dtype)
