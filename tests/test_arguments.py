@@ -631,6 +631,10 @@ TABLE = {
         **(dict(params=PARAMS) | kwargs)), dict(
             params=[None], share=[0.0, 2.0, None, 'x'], stacked=['('])),
 }
+# What every variant refuses, for those that have no row of their own.
+for _name in variants.__all__:
+  TABLE.setdefault(_name, (
+      trained(getattr(whole, _name), learning_rate=1e-3), OPTIONS))
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
 TYPES = {'Codes', 'Directions', 'Displacement', 'Estimator', 'Multiplier',

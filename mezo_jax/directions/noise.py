@@ -5,11 +5,11 @@ One leaf of the parameters has one stream of draws,
 .. math:: z_{leaf}[i] = f(\text{bits}(k_{leaf}, i)), \qquad
           k_{leaf} = \text{fold\_in}(key, \text{crc32}(path)),
 
-where ``i`` is the row-major index of the element and ``bits`` a counter-based
-generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
+where ``i`` is the row-major index of the element (for low-rank directions, of a
+row or a column) and ``bits`` a counter-based generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
 alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
-same noise (see `mezo_jax.core.paths.locate`). With the generator
-'threefry2x32', bit for bit,
+same noise (see `mezo_jax.core.paths.locate`). With normal draws
+and the generator 'threefry2x32', bit for bit,
 
   ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
   ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
@@ -50,8 +50,9 @@ class Stream:
   """Where the draws of a block lie: an affine view into those of a leaf.
 
   Element i of a block of ``len(strides)`` axes is draw number
-  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays have the
-  block's axes, of its length or of length 1 (then they are broadcast), so that
+  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays
+  have the block's axes, of its length or of length 1 (then they are broadcast),
+  and those of keys and cores more axes after them, so that
   a row, a run, a transpose or a reshape of a leaf is a stream again: see
   `mezo_jax.directions.streams`. Those of all n keys of a displacement are held
   at once.
@@ -61,7 +62,7 @@ class Stream:
   lo: jax.Array  # uint32 [*axes]
   strides: tuple[int, ...]  # below 2**32
   hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
-  there: jax.Array | None = None  # bool [*axes], where z is not 0; None for all
+  there: jax.Array | None = None  # bool [*axes], where z is kept; None for all
   values: jax.Array | None = None  # [*axes], of a `Multiplier`
   core: jax.Array | None = None  # float32 [*axes, n, r, r], of `SubZero`
 

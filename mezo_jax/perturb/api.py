@@ -2,12 +2,13 @@ r"""Evaluate at θ + Σ c·z(key) without building θ + Σ c·z(key).
 
 * `perturbed` is a function transformation in the family of `jax.jvp`: it traces
   ``value_fn`` to a jaxpr and evaluates that with every parameter leaf as a lazy
-  `Block`, which turns into ``w + c*z`` where an operation consumes it
+  `Block`, which turns into ``w + c*z`` where an operation consumes it, except
+  for the smallest leaves, which are built first
   (`mezo_jax.perturb.interpreter`). A `lax.scan` over stacked layers hands its
   body one layer and that layer's key, an unrolled model consumes its layers one
   by one: either way one layer's perturbed weights are alive at a time; a lookup
   of embedding rows draws noise for those rows alone. The model needs no change.
-* `displace` is the eager twin: it builds the displaced tree.
+* `displace` builds the displaced tree.
 * `direction` builds the displacement itself: an optax ``updates`` tree.
 
 The clean weights are never changed, so nothing has to be restored and no
@@ -125,7 +126,7 @@ def _build(w, draws):
   return draws.add(w).astype(w.dtype)
 
 
-# --- the eager twins --------------------------------------------------------
+# --- whole trees ------------------------------------------------------------
 
 
 def displace(params: Any, displacement: Displacement,

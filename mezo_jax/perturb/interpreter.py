@@ -28,7 +28,7 @@ from mezo_jax.core import jax_versions, xla
 from mezo_jax.core.quantized import Codes
 from mezo_jax.directions.displacement import Draws
 
-RULES: dict[str, Callable[..., Any]] = {}  # `views` and `control` fill it
+RULES: dict[str, Callable[..., Any]] = {}  # the modules `rules_...` fill it
 # Programs of one operation, whose arguments have no names.
 _NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
 SMALL = 2**16  # elements; below, a weight is built wherever that is

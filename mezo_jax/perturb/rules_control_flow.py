@@ -1,7 +1,8 @@
 """The rules of operations that have programs of their own: calls and loops.
 
 A call is evaluated in line. A loop over stacked weights takes one layer of them
-an iteration; what each iteration uses whole is built before the loop.
+per iteration. Weights that each iteration uses whole are built before the loop,
+and so are weights that a loop starts from.
 """
 
 import dataclasses

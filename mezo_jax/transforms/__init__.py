@@ -7,7 +7,14 @@ chain of transforms into a training step.
 """
 
 from mezo_jax.transforms.combine import Combine, fzoo, one_sided, two_sided
-from mezo_jax.transforms.estimator import Estimator, Numbers, SpsaState
+from mezo_jax.transforms.estimator import (
+    Estimator,
+    Numbers,
+    Spsa,
+    SpsaOptions,
+    SpsaState,
+    unless_skipped,
+)
 from mezo_jax.transforms.evaluate_points import estimate
 from mezo_jax.transforms.mezo import mezo
 from mezo_jax.transforms.not_finite import skip_not_finite
@@ -17,6 +24,6 @@ from mezo_jax.transforms.stochastic_rounding import round_stochastically
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
 __all__ = ('Combine', 'estimate', 'Estimator', 'fzoo', 'make_step', 'mezo',
-           'Numbers', 'one_sided',
-           'round_stochastically', 'skip_not_finite', 'spsa', 'SpsaState',
-           'two_sided', 'ZerothOrderTransformation')
+           'Numbers', 'one_sided', 'round_stochastically', 'skip_not_finite',
+           'Spsa', 'spsa', 'SpsaOptions', 'SpsaState', 'two_sided',
+           'unless_skipped', 'ZerothOrderTransformation')

@@ -13,7 +13,6 @@ or received.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 import dataclasses
-import inspect
 from typing import Any, cast, NamedTuple, NotRequired, TypedDict
 
 import jax
@@ -28,7 +27,7 @@ from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, zeros
-from mezo_jax.transforms import chain
+from mezo_jax.transforms import chain, losses
 from mezo_jax.transforms.combine import as_combine, Combine, two_sided
 from mezo_jax.transforms.evaluate_points import (
   check_displacement,
@@ -286,15 +285,23 @@ class Estimator(ZerothOrderTransformation):
     """Makes the transform of two halves.
 
     Args:
-      options: SPSA, whose halves stand where none is given.
-      measure: ``(state, params, value_fn, batch) -> value, numbers [size]``,
-        where ``batch`` has all further arguments of ``update``. A value that is
-        not finite makes all numbers NaN; it is None if it is not reported.
-        To support ``around=`` and ``part=``, take them as arguments.
+      options: SPSA, whose halves are used where none is given.
+      measure: ``(state, params, value_fn, batch, **where) -> value, numbers``,
+        with ``size`` numbers, where ``batch`` has all further arguments of
+        ``update``. It may read ``state.memory`` and cannot change it. If the
+        value is not finite, all numbers become NaN; None stands for a value
+        that is not reported. ``where`` may have ``around``, the accumulated
+        updates around which losses are evaluated (`mezo_jax.mezo` with
+        ``fold_every``), and ``part``, the part of the directions that this
+        replica evaluates. Pass it on to `Spsa.measure` or `Spsa.losses`, or
+        leave it out of the arguments if the estimator supports neither.
       apply: ``(state, params, Numbers) -> updates``, float32; with a memory,
-        ``-> updates, memory``. The numbers of a step that is skipped are NaN.
-      memory: Returns what ``state.memory`` is before the first step, from
-        params. Defaults to None, for no memory.
+        ``-> updates, memory``. It may depend on nothing else, since a replayed
+        step has only the numbers that were recorded, and perhaps no value (it
+        is NaN then). The numbers of a step that is skipped are NaN:
+        `unless_skipped` keeps the memory as it was.
+      memory: Returns ``state.memory`` before the first step, from params.
+        Defaults to None, for no memory.
       size: Length of the numbers. Defaults to the number of directions.
       check: Raises ValueError for params that cannot be used.
     """
@@ -339,9 +346,9 @@ class Estimator(ZerothOrderTransformation):
     measure = self._made['measure'] or self.options.measure
     where = {'around': around, 'part': part}
     where = {name: x for name, x in where.items() if x is not None}
-    for name in where.keys() - {*inspect.signature(measure).parameters}:
-      raise ValueError(f'{name}= cannot be used with this estimator, which '
-                       'needs the losses of all directions at the weights.')
+    for name in where.keys() - losses.accepted(measure, where).keys():
+      raise ValueError(f'{name}= cannot be used with this estimator, whose '
+                       'measure does not take it.')
     value, g = measure(state, params, value_fn, batch, **where)
     if value is None:
       value = jnp.nan

@@ -27,8 +27,8 @@ def make_step(tx: optax.GradientTransformation,
   metrics``, where ``more`` are further arguments of ``tx.update``.
 
   A step of MeZO is two programs: the losses, one for each shape of a batch, and
-  the update, one for all, of which nothing but the projected gradients is an
-  input (the door of `mezo_jax.spsa`). So what is done to the weights later from
+  the update, one for all, whose only input is the projected gradients (the
+  replay path of `mezo_jax.spsa`). So what is done to the weights later from
   the recorded numbers is bitwise what was done to them in training. A step of
   backpropagation is one program.
 

@@ -39,8 +39,8 @@ def qzo(eps: Any = 1e-3, *, clip: float = 100.0,
   spsa = Spsa(eps, **options)
   arguments.number('clip', clip, above=0)
 
-  def measure(state, params, value_fn, batch):
-    value, g = spsa.measure(state, params, value_fn, batch)
+  def measure(state, params, value_fn, batch, **where):
+    value, g = spsa.measure(state, params, value_fn, batch, **where)
     return value, jnp.clip(g, -clip, clip)
 
   return Estimator(spsa, measure=measure)
