@@ -1,24 +1,25 @@
-r"""The direction z(key): made on demand, any part of it, never stored.
+r"""Keys and random bits of directions z, drawn on demand and never stored.
 
 One leaf of the parameters has one stream of draws,
 
 .. math:: z_{leaf}[i] = f(\text{bits}(k_{leaf}, i)), \qquad
           k_{leaf} = \text{fold\_in}(key, \text{crc32}(path)),
 
-where ``i`` is the row-major index of the element (for low-rank directions, of a
-row or a column) and ``bits`` a counter-based generator. A layer of a stacked ``[L, ...]`` leaf has the key of that layer
-alone, ``fold_in(leaf_key, l)``, so a stacked leaf and L separate ones see the
-same noise (see `mezo_jax.core.paths.locate`). With normal draws
-and the generator 'threefry2x32', bit for bit,
+where ``i`` is the row-major index of the element (for low-rank directions, that
+of a row or a column) and ``bits`` is a counter-based generator. A layer of a
+stacked ``[L, ...]`` leaf has the key of that layer alone, ``fold_in(leaf_key,
+l)``, so a stacked leaf and L separate ones have the same noise (see
+`mezo_jax.core.paths.locate`). Normal draws with the generator 'threefry2x32'
+are, bit for bit,
 
   ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
   ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
 
-'hash32', the default, is a cheaper one of ours (benchmarks/results/noise.md).
-Nothing else enters: not the dtype, the sharding, the mesh, the siblings, their
-order, nor the batch. The draws are written out in elementwise integer and
-float32 operations: they fuse into whatever consumes them, need no temporary of
-a leaf's size, are partitioned without communication and can be indexed.
+The default generator, 'hash32', is cheaper (benchmarks/results/noise.md). z
+depends on nothing else: not on the dtype, the sharding, the mesh, other leaves,
+their order, or the batch. Draws are elementwise integer and float32 operations:
+they fuse into whatever consumes them, need no temporary of a leaf's size, are
+partitioned without communication, and can be indexed.
 
 Source: SPSA directions, Spall (1992); "z is never stored but regenerated",
 Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.

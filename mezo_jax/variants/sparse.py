@@ -72,6 +72,8 @@ def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
     **options: Other options of `mezo_jax.spsa`.
   """
   arguments.tree('limits', limits)
+  for x in jax.tree.leaves(limits):
+    arguments.array('limits', x)
   return Estimator(Spsa(eps, **options).along(
       multiplier=Multiplier(limits, is_below)))
 
