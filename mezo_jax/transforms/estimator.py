@@ -422,7 +422,8 @@ class Estimator(ZerothOrderTransformation):
     if value_fn is None:
       return self.apply(state, params, Numbers(
           batch.get('value', jnp.nan), projected_grad))
-    arguments.check_names(value_fn, around=around, part=part)
+    arguments.check_names(value_fn, around=around, part=part,
+                          measure_only=measure_only or None)
     numbers = self.measure(
         state, params, value_fn, batch, around=around, part=part)
     if measure_only:

@@ -53,41 +53,42 @@ def estimate(
     batch: Mapping[str, Any] | None = None,
     around: Displacement | None = None,
 ) -> jax.Array:
-  r"""Losses :math:`\mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}_j)`.
+  r"""Returns losses :math:`\mathcal{L}(\theta + s \epsilon z_j;
+  \mathcal{B}_j)`.
 
   Args:
     value_fn: ``value_fn(params, **batch)``. It returns a scalar, per-example
       losses ``[B]`` or ``(losses, weights)``; see `mezo_jax.spsa`.
     params: :math:`\theta`.
-    z: its n terms are :math:`z_j`.
+    z: A displacement whose n terms are :math:`z_j`.
     eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
-    directions: What z is, or its name.
-    signs: s, one or more; the losses of 0 are evaluated once.
-    over: how the n directions and their signs are evaluated. 'scan': one after
-      the other; one forward pass is in memory at a time. 'batch': all in one
-      pass, each of the whole batch. 'rows': all in one pass, each of its own
-      n-th of the rows, which ``value_fn`` is called with. With `LowRank` all
+    directions: Distribution of z, or its name.
+    signs: Values of s. The loss of s = 0 is evaluated once for all directions.
+    over: How the n directions and their signs are evaluated. 'scan' evaluates
+      one after the other, with one forward pass in memory. 'batch' evaluates
+      all in one pass, each on the whole batch. 'rows' evaluates all in one
+      pass, each on its own n-th of the rows. With `LowRank` directions all
       share one product with each weight; others build n layers at a time.
-    micro_batches: parts that the batch is evaluated in, one after the other;
-      with 'rows' it must divide n.
+    micro_batches: Number of parts of the batch that are evaluated one after the
+      other. With 'rows' it must divide n.
     batch: Arguments of ``value_fn``, by name; others are ignored.
-    around: a displacement of these directions from ``params`` to
-      :math:`\theta`; None for none.
+    around: A displacement from ``params`` to :math:`\theta`. Defaults to None,
+      for none.
 
   Under `jax.set_mesh` of a mesh with an axis `direction`, as
   `mezo_jax.sharding.make_mesh` makes it, its groups evaluate the points at
   the same time, each its part, and exchange the losses.
 
   Returns:
-    float32 (or wider) losses [n, signs]. Of 'rows' they are n times what the
-    rows add to the loss of the batch: the mean over n is that loss, however
-    much the rows weigh.
+    Losses [n, signs], float32 or float64. With 'rows' they are n times what the
+    rows add to the loss of the batch, so their mean is that loss, however much
+    the rows weigh.
 
   Raises:
-    ValueError: for an unknown ``over``; for a ``value_fn`` that returns
+    ValueError: For an unknown ``over``; for a ``value_fn`` that returns
       something else, or losses of half precision; if n does not divide the
-      rows, or ``micro_batches`` n or the rows; or if directions that are built
-      would take several times the weights' memory.
+      rows, or ``micro_batches`` does not divide n or the rows; or if building
+      directions would take several times the memory of the weights.
   """
   arguments.function('value_fn', value_fn)
   directions = as_directions(directions)
@@ -148,8 +149,8 @@ def estimate(
 
 def _split(of_all: Callable, batch: dict, points: Displacement,
            groups: int) -> jax.Array:
-  """The losses of points, each group of a mesh's `direction` axis evaluating as
-  many: the last ones again where they do not divide."""
+  """Returns the losses of points. Each group of a mesh's `direction` axis
+  evaluates as many; the last points are repeated if they do not divide."""
   n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
   points = jax.tree.map(lambda x: lax.with_sharding_constraint(
@@ -203,10 +204,10 @@ def check_over(over: str) -> None:
 
 
 def _check_room(params, directions: Directions, points: int) -> None:
-  """Refuses to build a layer for each of many points at once.
+  """Checks that building a layer for each of many points fits in memory.
 
   Raises:
-    ValueError: if that takes several times the memory of the weights.
+    ValueError: If it takes several times the memory of the weights.
   """
   if isinstance(directions, LowRank):
     return

@@ -1,14 +1,14 @@
-r"""What a ``value_fn`` returns, and a batch's value from those of its parts.
+r"""The forms of a loss, and the loss of a batch from those of its parts.
 
-A loss is one of
+A ``value_fn`` returns one of
 
 * a scalar;
-* the rows' values :math:`v`, ``[B]``, of which the batch's is the mean;
-* ``(values, weights)``, both ``[B]``: :math:`\sum_i w_i v_i / \sum_i w_i`.
+* per-example losses :math:`v`, ``[B]``, whose mean is the loss of the batch;
+* ``(losses, weights)``, both ``[B]``: :math:`\sum_i w_i v_i / \sum_i w_i`.
 
-The last two say what each part of a batch weighs, so that the mean over parts
-is that of the whole batch exactly: a mean over tokens, say, of rows of unequal
-length. Values are float32, or float64 where they are given so.
+The last two tell how much each part of a batch weighs, so the mean over parts
+equals the loss of the whole batch, for example a mean over tokens with rows of
+unequal length. Losses are float32, or float64 if they are given so.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,12 @@ from mezo_jax.core import dtypes, sharding
 
 
 def sums(out: Any) -> tuple[jax.Array, jax.Array]:
-  """``(sum of weighted values, sum of weights)`` of what a value_fn returned.
+  """Returns ``(sum of weighted losses, sum of weights)`` of a ``value_fn``'s
+  result.
 
   Raises:
-    ValueError: if it is something else, or in half precision, of which a
-      difference of two losses at ±eps would leave nothing.
+    ValueError: If the result has another form, or half precision, in which the
+      losses at +eps and -eps would mostly be equal.
   """
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
   if len(weights) > 1 or not all(
@@ -64,24 +65,25 @@ def _is_number(x) -> bool:
 
 
 def mean(out: Any) -> jax.Array:
-  """The value of a batch, from what a value_fn returned."""
+  """Returns the loss of a batch, from a ``value_fn``'s result."""
   total, weight = sums(out)
   return total / weight
 
 
 def check_parts(out: Any, parts: int, what: str = 'micro_batches',
                 rows: int | None = None) -> None:
-  """Refuses the mean of scalar losses of parts, whose weights are unknown.
+  """Checks that losses of parts can be averaged.
 
   Args:
     out: What a value_fn returned for one part.
     parts: How many parts there are.
     what: The option that asks for parts, for the error.
-    rows: How many rows a part has, if it is known. One value for several rows
-      is a scalar too, as ``jnp.mean(..., keepdims=True)`` is.
+    rows: How many rows a part has, if it is known. One value for several rows,
+      as from ``jnp.mean(..., keepdims=True)``, counts as a scalar.
 
   Raises:
-    ValueError: if there are several parts, and ``out`` is a scalar.
+    ValueError: If there are several parts and ``out`` is a scalar, since the
+      weight of each part is then unknown.
   """
   if parts == 1 or isinstance(out, (tuple, list)):
     return
@@ -174,7 +176,7 @@ def _check_rows(batch: dict, parts: int, what: str) -> None:
 
 def accepted(value_fn: Callable[..., Any], extra_args: dict[str, Any]
              ) -> dict[str, Any]:
-  """Those of the extra arguments that ``value_fn`` takes by name."""
+  """Returns the extra arguments that a function takes by name."""
   try:
     taken = inspect.signature(value_fn).parameters.values()
   except (TypeError, ValueError):  # a builtin, or a compiled function

@@ -1,4 +1,4 @@
-"""Leaves everything as it is in a step whose loss is not finite."""
+"""Makes a step whose loss is not finite change nothing."""
 
 from typing import Any, cast
 
@@ -14,21 +14,19 @@ def skip_not_finite(
     inner: optax.GradientTransformation) -> ZerothOrderTransformation:
   """Makes a step that an estimator within ``inner`` skips change nothing.
 
-  Where a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
-  updates and counts the step. The links after it would go on all the same: Adam
-  by its momentum, weight decay by itself. Within this wrapper the updates are
-  zero in such a step and every state stays as it was, the counts of schedules
-  too, except the estimator's own:
-  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``. `mezo_jax.mezo` and the
-  variants have it.
+  If a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
+  updates and counts the step. The links after it would move the weights all the
+  same: Adam by its momentum, and weight decay. Within this wrapper, the updates
+  of such a step are zero and every state except the estimator's stays as it
+  was, including the counts of schedules:
+  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``. `mezo_jax.mezo` has it.
 
   Args:
-    inner: A transformation with an estimator in it, that is one whose state has
-      the field ``notfinite_count``.
+    inner: A transformation with an estimator in it.
 
   Raises:
-    ValueError: if there is none; and in ``update`` if the estimator is not the
-      first link of its chain.
+    ValueError: If it has none; in ``update``, if the estimator is not the first
+      link of its chain.
   """
   if not (hasattr(inner, 'init') and hasattr(inner, 'update')):
     raise ValueError('inner must be an optax.GradientTransformation, got '

@@ -1,4 +1,4 @@
-"""The training step: the one place where it is written."""
+"""The training step, compiled."""
 
 from collections.abc import Callable
 import contextlib
@@ -26,23 +26,22 @@ def make_step(tx: optax.GradientTransformation,
   """Returns ``step(params, state, batch, frozen=None, **more) -> params, state,
   metrics``, where ``more`` are further arguments of ``tx.update``.
 
-  A step of MeZO is two programs: the losses, one for each shape of a batch, and
-  the update, one for all, whose only input is the projected gradients (the
-  replay path of `mezo_jax.spsa`). So what is done to the weights later from
-  the recorded numbers is bitwise what was done to them in training. A step of
-  backpropagation is one program.
+  A step of MeZO is two programs, the two halves of the estimator. ``measure``
+  is compiled for each shape of a batch. ``apply`` is compiled once, and besides
+  the weights its only input is the projected gradients. So replaying recorded
+  numbers moves the weights bitwise as training did. A step of backpropagation
+  is one program.
 
   Args:
     tx: A transformation with an estimator in it, such as `mezo_jax.mezo`.
     value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`. A batch is any
-      tree that `jax.jit` takes, numbers among them. None for a step that only
-      ever updates.
-    mesh: The mesh that params are on; set where programs are traced.
-    on_compile: A function of (batch, program, seconds), called for each program
-      that was compiled; batch is None for the update.
-    part: For a replica, which directions it evaluates (`mezo_jax.spsa`): its
-      steps are ``g, value = step.losses(...)``, which it sends to the others,
-      and ``step.update(params, state, g, value)`` with the numbers of all.
+      tree that `jax.jit` takes. None for a step that only replays.
+    mesh: The mesh of the params. Programs are traced under it.
+    on_compile: ``(batch, program, seconds)``, called for each program that was
+      compiled; the batch is None for the update.
+    part: For a replica, ``(i, r)``: the directions that it evaluates. It calls
+      ``g, value = step.losses(...)``, sends these to the others, and calls
+      ``step.update(params, state, g, value)`` with the numbers of all.
 
   Returns:
     A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
@@ -65,7 +64,8 @@ def make_step(tx: optax.GradientTransformation,
 
 
 class Step:
-  """See `make_step`. Programs are compiled when first needed, never again."""
+  """A compiled step; see `make_step`. Each program is compiled once, when it is
+  needed first."""
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
                mesh: jax.sharding.Mesh | None,
@@ -120,13 +120,15 @@ class Step:
       raise ValueError('a part of the directions makes no step: call losses, '
                        'and update with the numbers of all replicas.')
     out = self.losses(params, state, batch, frozen, **more)
-    # A whole step has three results, losses two: no walk over the state here.
+    # A whole step has three results, losses have two.
     return out if len(out) == 3 else self.update(params, state, *out)
 
   def losses(self, params: Any, state: Any, batch: Any, frozen: Any = None,
              **more: Any) -> tuple[Any, ...]:
-    """``projected_grad, value`` of a step; nothing is donated. (Of
-    backpropagation, which is one program, the whole step.)"""
+    """Returns ``projected_grad, value`` of a step; nothing is donated.
+
+    For backpropagation, which is one program, it makes the whole step.
+    """
     program = self._program(_shape((batch, more)), batch, lambda: (
         self._trace_losses(params, state, batch, frozen, more)))
     return program(params, state, frozen, batch, more)
@@ -134,7 +136,7 @@ class Step:
   def update(self, params: Any, state: Any,
              projected_grad: jax.typing.ArrayLike, value: Any = jnp.nan
              ) -> tuple[Any, Any, dict[str, Any]]:
-    """Makes the step of these projected gradients [n], without losses."""
+    """Makes a step from projected gradients [n], without evaluating losses."""
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
     # Numbers of the host are placed by the program: that costs no program.
@@ -143,8 +145,9 @@ class Step:
     return program(params, state, *numbers)
 
   def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
-    """``params, state`` with what is pending added (`mezo`'s ``fold_every``);
-    as they are where nothing ever is. Both are donated."""
+    """Returns ``params, state`` after applying accumulated updates, with
+    ``fold_every`` of `mezo_jax.mezo`; otherwise as they are. Both are donated.
+    """
     if not pends(state):
       return params, state
     return self._program('flush', None, lambda: self._trace_flush(
@@ -152,13 +155,14 @@ class Step:
 
   def trace(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
-    """The programs of a step, of arrays, or of shapes and places.
+    """Returns the programs of a step, each a `jax.stages.Traced`.
 
-    One of backprop; of MeZO the losses, the update and, where updates are
-    pending, `flush`. Each is a `jax.stages.Traced`.
+    These are the losses, the update and, if updates accumulate, `flush`; one
+    program for backpropagation. The arguments may be arrays, or shapes with
+    shardings.
     """
     out = [self._trace_losses(params, state, batch, frozen, more)]
-    if _has_door(state):
+    if _replays(state):
       out.append(self._trace_update(params, state))
     if pends(state):
       out.append(self._trace_flush(params, state))
@@ -166,29 +170,29 @@ class Step:
 
   def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
-    """Those of `trace`, lowered."""
+    """Returns the programs of `trace`, lowered."""
     return [*map(self._lower, self.trace(
         params, state, batch, frozen, **more))]
 
   def compile(self, params: Any, state: Any, batch: Any, frozen: Any = None,
               **more: Any) -> None:
-    """Compiles what the first step would, without making it."""
+    """Compiles the programs of the first step without making it."""
     self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
-    if _has_door(state):
+    if _replays(state):
       self._program(None, None, lambda: self._trace_update(params, state))
 
   def _trace_losses(self, params, state, batch, frozen, more):
     _check_state(state)
     arguments.function('value_fn', self._value_fn)
     args = params, state, frozen, batch, more
-    if _has_door(state):
+    if _replays(state):
       return self._trace(self._losses, args)
     return self._trace(self._whole, args, (params, state))
 
   def _trace_update(self, params, state):
     _check_state(state)
-    if not _has_door(state):
+    if not _replays(state):
       raise ValueError('a step of backpropagation is one program: it has no '
                        'update that could be made from recorded numbers.')
     numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
@@ -200,7 +204,8 @@ class Step:
     return self._trace(self._flush, (params, state), (params, state))
 
   def _trace(self, fn, args, kept=()):
-    """``kept``, the first of args, are donated, and stay where they are."""
+    """Traces a program. It consumes ``kept``, the first of its arguments, whose
+    results have the same shardings."""
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
       out = (*jax.tree.map(_place, kept), out)
@@ -227,8 +232,8 @@ class Step:
 
 
 def _moved(tx, params, state, **how):
-  """``params, state`` after an update; weights in the host's memory go to the
-  device and back a layer at a time."""
+  """Returns ``params, state`` after an update. Weights in the host's memory go
+  to the device and back, one layer at a time."""
   def only(on_host):
     return jax.tree.map(
         lambda x: x if sharding.is_on_host(x) == on_host else None, params)
@@ -256,7 +261,7 @@ def _moved(tx, params, state, **how):
 
 
 def _depth(away, state) -> int:
-  """How many layers the stacks in the host's memory have."""
+  """Returns the number of layers of the stacks in the host's memory."""
   depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
       paths.named_leaves(away), paths.stacked(away))}
   shapes = {x.shape for x in jax.tree.leaves(away)}
@@ -303,7 +308,7 @@ def _check_state(state) -> None:
 
 
 def _place(x):
-  """Where an array is to lie; None, for the compiler to say, off a mesh."""
+  """Returns an array's sharding on a mesh; None leaves it to the compiler."""
   place = getattr(x, 'sharding', None)
   return place if isinstance(place, jax.NamedSharding) else None
 
@@ -313,10 +318,9 @@ def _join(params, frozen):
 
 
 def field(state: Any, name: str) -> Any:
-  """Returns a field of the estimator's state, or of what is pending.
+  """Returns a field of the state of the estimator, or of accumulated updates.
 
-  Fields of other links may have the same names, as that of
-  `optax.apply_if_finite` has.
+  Other links, such as `optax.apply_if_finite`, may have fields of these names.
 
   Returns:
     The field, or None if there is none.
@@ -339,17 +343,17 @@ def field(state: Any, name: str) -> Any:
   return found[0] if found else None
 
 
-def _has_door(state) -> bool:
+def _replays(state) -> bool:
   return field(state, 'projected_grad') is not None
 
 
 def pends(state: Any) -> bool:
-  """Whether updates wait to be added to the weights."""
+  """Returns whether updates accumulate before they are applied."""
   return field(state, 'pending') is not None
 
 
 def _metrics(state) -> dict[str, Any]:
-  name = 'projected_grad' if _has_door(state) else 'grad_norm'
+  name = 'projected_grad' if _replays(state) else 'grad_norm'
   return {
       'loss': field(state, 'value'), name: field(state, name),
       'skipped': field(state, 'total_notfinite'),

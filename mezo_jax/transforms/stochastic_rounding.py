@@ -1,4 +1,4 @@
-"""Half-precision weights that move as far as float32 ones do."""
+"""Rounding by which half-precision weights move as far as float32 ones do."""
 
 from typing import Any, cast, NamedTuple
 
@@ -27,24 +27,24 @@ class RoundingState(NamedTuple):
 
 def round_stochastically(key: Any, mask: Any = None
                          ) -> optax.GradientTransformation:
-  r"""Updates after which bfloat16 and float16 weights are rounded
-  stochastically, so that the expectation of :math:`\theta + u` is exact.
+  r"""Rounds bfloat16 and float16 weights stochastically.
 
-  At a usual :math:`\eta g` rounding to nearest moves almost no half-precision
-  weight (97 % of an update of 1e-6 are lost). The last link of any chain::
+  The expectation of :math:`\theta + u` is then exact.
+
+  At a usual :math:`\eta g`, rounding to nearest moves almost no half-precision
+  weight (97 % of an update of 1e-6 is lost). It is the last link of a chain::
 
     chain(spsa(1e-3, key=key), sgd(1e-6), round_stochastically(key))
 
   Args:
-    key: a `jax.random.key` or an integer seed; it may be that of `spsa`, whose
-      directions the bits are independent of. Step t has bits of its own.
-    mask: of the leaves that are rounded so, as `Directions.mask`; the updates
-      of others are rounded to nearest.
+    key: A `jax.random.key` or an integer seed. It may be the key of `spsa`: the
+      bits are independent of its directions. Each step has bits of its own.
+    mask: The leaves that are rounded stochastically, as `Directions.mask`.
+      Updates of other leaves are rounded to nearest.
 
   Returns:
     An `optax.GradientTransformation` that needs ``params``. Its updates have
-    the dtypes of the params, those of half-precision leaves are differences of
-    such numbers.
+    the dtypes of the params.
 
   References:
     Connolly, Higham and Mary, 2021, "Stochastic rounding and its probabilistic
@@ -90,7 +90,7 @@ def round_stochastically(key: Any, mask: Any = None
 
 
 def to_nearest() -> optax.GradientTransformation:
-  """Updates in the dtypes of the params."""
+  """Returns a transform that rounds updates to the dtypes of the params."""
   return optax.stateless(lambda updates, params: paths.map_named(
       lambda path, p, update: _cast(p, update), params, updates))
 

@@ -1,4 +1,4 @@
-r"""MaZO: the weights that matter most to all tasks are perturbed and moved.
+r"""MaZO: only the weights that matter most to all tasks are trained.
 
 For each task t, n directions give scalars,
 
@@ -8,22 +8,22 @@ For each task t, n directions give scalars,
   \hat g = \frac{1}{n} \sum_j g_j z_j, \quad
   \hat H = \frac{1}{2n} \sum_j h_j (z_j^2 - 1)
 
-of which :math:`\hat g` has the gradient's mean and :math:`\hat H` that of the
-Hessian's diagonal, for normal z. The score of a weight w is
+For normal z, the mean of :math:`\hat g` is the gradient, and that of
+:math:`\hat H` is the Hessian's diagonal. The score of a weight w is
 
 .. math:: S^t = \frac{\hat g^2}{2 |\hat H|} + \alpha \hat g^2 + \beta |w|
 
-(what freezing it costs at the optimum, what a step of descent gains by it, its
-size), divided by its row's sum; those of all tasks are added, and the k
-greatest of each row are trained (Zhang et al., 2025, arXiv:2502.11513, Section
-4). No code of it is public: how curvature and gradient are found without
-derivatives, that :math:`|\hat H|` is at least its row's mean, and that a row
-is one of our leaves as they lie, are ours.
+(the cost of freezing it at the optimum, the gain of a step of descent, and its
+size), divided by the sum of its row. The scores of all tasks are added, and the
+k highest of each row are trained. Source: Zhang et al., 2025, arXiv:2502.11513,
+Section 4. No code of the paper is public. Finding curvature and gradient
+without derivatives, bounding :math:`|\hat H|` by its row's mean from below, and
+taking the rows of a leaf as it is stored are our choices.
 
-Nothing of the weights' size is kept but the mask: the scores of some rows at a
-time are made of the scalars and the keys. With n directions of d elements each
-score is mostly noise where n is far below d; the mask then is a random one,
-which still makes d smaller.
+Nothing of the weights' size is kept except the mask: scores are computed for
+some rows at a time from the scalars and the keys. If n is far below the number
+d of elements, each score is mostly noise, and the mask is close to a random
+one, which still makes d smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,28 +53,28 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
              share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
              alpha: float = 1.0, beta: float = 0.0,
              directions: Directions | str = Normal()) -> Any:
-  r"""Which weights of each row matter most: a mask for `mazo`.
+  r"""Returns the mask of the weights of each row that matter most, for `mazo`.
 
   Args:
-    value_fns: functions of the parameters, one for each task. Each returns
+    value_fns: Functions of the parameters, one for each task. Each returns
       what the ``value_fn`` of `mezo_jax.spsa` may return.
-    params: before training.
-    key: of the directions; a `jax.random.key` or an integer seed.
-    share: of each row, k over its length, above 0 and at most 1.
-    num_samples: n, of 2 n + 1 evaluations a task.
-    eps: :math:`\epsilon`.
-    alpha: :math:`\alpha`, with a learning rate in it.
+    params: The parameters before training.
+    key: A `jax.random.key` or an integer seed.
+    share: Share of each row that is trained, above 0 and at most 1.
+    num_samples: n, the number of directions. Each task takes 2n + 1
+      evaluations.
+    eps: Perturbation scale :math:`\epsilon`.
+    alpha: :math:`\alpha`, which includes a learning rate.
     beta: :math:`\beta`.
-    directions: `Normal`, and which leaves are scored.
+    directions: `Normal`, with the leaves that are scored.
 
   Returns:
-    A tree of bools: arrays for matrices (of each layer), of whose rows exactly
-    k are True; True for vectors that are trained and False for what is not.
+    A tree of bools. For matrices (of each layer) they are arrays, with exactly
+    k True in each row; for other leaves True or False.
 
   Raises:
-    ValueError: for a share or a number of directions out of range; for
-      directions that are not normal, of whose squares :math:`\hat H` is made,
-      or that have a mask of elements; for `Codes`.
+    ValueError: For a share or a number of directions out of range; for
+      directions that are not normal or have a mask of elements; for `Codes`.
   """
   if callable(value_fns) or not isinstance(value_fns, Sequence) or not (
       value_fns):
@@ -220,8 +220,10 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
 
 
 def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
-  """A mask of the kind of `saliency`'s that chooses no element of matrices, to
-  stand in its place until a state is restored or scores are made."""
+  """Returns a mask like that of `saliency` that chooses no element of matrices.
+
+  It is used until a state is restored or scores are computed.
+  """
   arguments.tree('params', params)
   directions = as_directions(directions)
   stacks = jax.tree.unflatten(
@@ -233,7 +235,7 @@ def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
 
 
 def _beside(mask, x) -> jax.Array:
-  """A copy of a mask where its weights lie."""
+  """Returns a copy of a mask with the sharding of its weights."""
   on_mesh = isinstance(getattr(x, 'sharding', None),
                        jax.sharding.NamedSharding) and not isinstance(
                            x, Tracer)
