@@ -1,5 +1,6 @@
 """The estimator: Algorithm 1, unbiased, composable, at inference memory."""
 
+import copy
 import functools
 
 from estimators import whole
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import mezo_jax
+from mezo_jax import transforms
 from mezo_jax.directions import noise
 
 PARAMS = {'a': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, 3.0])}
@@ -310,3 +312,34 @@ def test_the_strict_path_stays_at_inference_memory(shape, most):
     memory = step.lower(params, state).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < most * size
+
+
+def test_an_estimator_can_be_copied():
+  tx = mezo_jax.spsa(1e-3, key=0, num_samples=2)
+  for other in (copy.copy(tx), copy.deepcopy(tx)):
+    assert other.size == 2
+    got, want = run(other), run(tx)
+    helpers.assert_bitwise(got[0], want[0])
+
+
+def test_the_halves_of_an_estimator_are_its_update():
+  tx = mezo_jax.spsa(1e-3, key=0, num_samples=2)
+  params, state = {'w': jnp.ones(3)}, tx.init({'w': jnp.ones(3)})
+  loss = lambda p, x: jnp.sum((p['w'] - x) ** 2)
+  numbers = tx.measure(state, params, loss, {'x': 0.5})
+  updates, new = tx.apply(state, params, numbers)
+  want, want_state = tx.update(None, state, params, value_fn=loss, x=0.5)
+  helpers.assert_bitwise(updates, want)
+  assert new.count == want_state.count == 1
+  helpers.assert_bitwise(new.projected_grad, want_state.projected_grad)
+  with pytest.raises(ValueError, match='projected_grad'):
+    tx.apply(state, params, mezo_jax.Numbers(0.0, jnp.zeros(3)))
+
+
+def test_a_value_that_is_not_finite_makes_all_numbers_nan():
+  spsa = transforms.Spsa(1e-3, key=0)
+  tx = transforms.Estimator(spsa, measure=lambda *args: (
+      jnp.float32(jnp.inf), jnp.ones(1)))
+  params = {'w': jnp.ones(3)}
+  updates, state = tx.update(None, tx.init(params), params, value_fn=jnp.sum)
+  assert state.notfinite_count == 1 and not np.any(updates['w'])

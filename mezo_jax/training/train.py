@@ -150,7 +150,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   zero_shot, earlier = None, loggers.read(workdir / 'metrics.jsonl')
   if config.zero_shot and not any(r['kind'] == 'zero_shot' for r in earlier):
     untrained = functools.partial(trainable.before_training, config)
-    zero_shot = tasks.ask(untrained).both(untrained(state.params))
+    zero_shot = tasks.ask(untrained).both(state.params)
 
   # Restore: the newest checkpoint. The log replays the steps after it.
   checkpoints, start, state = resume.newest(

@@ -313,6 +313,9 @@ class Estimator(ZerothOrderTransformation):
     self.options, self._made = options, made
     return self
 
+  def __getnewargs_ex__(self) -> tuple[tuple[Any], dict[str, Any]]:
+    return (self.options,), self._made  # for copies
+
   @property
   def size(self) -> int:
     """Length of the numbers of a step."""
