@@ -2,7 +2,7 @@
 
   python benchmarks/replay.py [small] [real]
 
-small: 2,000 steps of a model of 0.2M parameters, of MeZO and of relatives.
+small: 2,000 steps of a model of 0.2M parameters, of MeZO and of variants.
 real: 200 steps of the quickstart's SmolLM2-135M, all parameters, in bfloat16
 with stochastic rounding, weight decay, a schedule and skipped steps. Each log
 is written to a file, read again, and fed to the update of a step that has no

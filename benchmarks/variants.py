@@ -1,10 +1,10 @@
-"""MeZO's relatives beside MeZO, from as many forwards.
+"""Variants of MeZO compared with MeZO, after as many forward passes.
 
   python benchmarks/variants.py [last_layer] [minilm] [whole]
 
-Three problems: the relatives on the quickstart's last layer; SVRG, with anchors
+Three problems: the variants on the quickstart's last layer; SVRG, with anchors
 of two sizes, on all of MiniLM with a new head, without a prompt, its paper's
-setting; and a few relatives on most of the quickstart's parameters. Signs, and
+setting; and a few variants on most of the quickstart's parameters. Signs, and
 all else as in `convergence.py`: learning rates from one grid of factors of two
 by the loss of dev rows, losses and accuracies of test rows, 5 seeds (3), and
 differences to MeZO with their standard errors, after as many forwards and in

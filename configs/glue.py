@@ -11,7 +11,7 @@ for MeZO-SVRG 49, 80, 84, 79. That has anchors of all 512 rows every 2 steps,
 learning rates 1e-5 (anchors: 1e-4, of the code's grid) and a quarter of the
 epochs. (The paper also divides both rates by 4 where the loss rises, which is
 not supported. Its code keeps no anchor, so what it measured is another method:
-docs/relatives.md.)
+docs/variants.md.)
 """
 
 from mezo_jax import tasks

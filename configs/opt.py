@@ -28,7 +28,7 @@ there of --config.model.name=facebook/opt-1.3b or opt-6.7b.
 DPZero (Zhang et al., 2024: epsilon 6 at delta 1e-5, clip 300, rate 1e-7, about
 8 rows a step) is `private`; of facebook/opt-6.7b it reports SST-2 92.6, BoolQ
 66.8, SQuAD 79.5, DROP 28.4, with noise that its directions' seeds give away and
-batches that are no Poisson samples (docs/relatives.md).
+batches that are no Poisson samples (docs/variants.md).
 
 The others of the table are the same file with another method:
 

@@ -153,10 +153,10 @@ def test_a_learning_rate_of_another_method_is_noticed(changes, warns):
 
 
 def test_the_documentation_names_them_all():
-  text = (conftest.ROOT / 'docs' / 'relatives.md').read_text()
+  text = (conftest.ROOT / 'docs' / 'variants.md').read_text()
   rows = text.split('| name |')[1].split('\n\n')[0].splitlines()[2:]
-  relatives = {row.split('|')[1].strip(' `') for row in rows} - {'mezo'}
-  assert relatives <= methods.METHODS.keys()
+  of_variants = {row.split('|')[1].strip(' `') for row in rows} - {'mezo'}
+  assert of_variants <= methods.METHODS.keys()
   for file, title, table in (
       ('tasks.md', '| `method` | |', methods.METHODS),
       ('peft.md', '| `--config.peft.method=` |', methods.PARTS)):
@@ -164,7 +164,7 @@ def test_the_documentation_names_them_all():
     rows = text.split('\n\n')[0].splitlines()[2:]
     names = [row.split('|')[1].strip(' `').replace('(empty)', '')
              for row in rows]
-    assert names == [name for name in table if name not in relatives]
+    assert names == [name for name in table if name not in of_variants]
 
 
 def test_a_method_is_an_entry_of_the_table_and_nothing_else(
@@ -238,7 +238,7 @@ def test_no_other_module_compares_the_method_with_a_name():
   assert not found
 
 
-# --- MeZO's relatives -------------------------------------------------------
+# --- variants of MeZO -------------------------------------------------------
 
 
 @pytest.mark.slow_except(method=['private'])

@@ -1,4 +1,4 @@
-"""MeZO's relatives: each against its paper's equations in NumPy, and what it
+"""variants of MeZO: each against its paper's equations in NumPy, and what it
 claims."""
 
 import dataclasses

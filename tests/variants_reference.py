@@ -1,4 +1,4 @@
-"""A small problem and its NumPy twin, for MeZO's relatives to agree on."""
+"""A small problem and its NumPy twin, for variants of MeZO to agree on."""
 
 import functools
 

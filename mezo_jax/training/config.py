@@ -171,7 +171,7 @@ class Train:
   """Everything that `train.py` needs to know."""
 
   # How the model is trained, or a baseline: a name in the table of
-  # mezo_jax/training/methods.py; see docs/relatives.md and docs/tasks.md.
+  # mezo_jax/training/methods.py; see docs/variants.md and docs/tasks.md.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
   # (predictions, examples) that is maximised; '' for the task's own.

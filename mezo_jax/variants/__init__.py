@@ -1,7 +1,7 @@
 """Provides the variants of MeZO, one per file.
 
 Each is a `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa` in any
-chain, or in ``mezo_jax.mezo(learning_rate, estimator=...)``. docs/relatives.md
+chain, or in ``mezo_jax.mezo(learning_rate, estimator=...)``. docs/variants.md
 says which to choose when. Configs find them by the names in
 `mezo_jax.training.methods.METHODS`.
 """

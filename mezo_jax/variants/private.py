@@ -12,7 +12,7 @@ one number. The sum of these numbers is released with noise:
 The sum runs over the rows of a Poisson sample, and B is their expected number.
 Adding or removing a row changes the sum by at most C. Source: DPZero (Zhang et
 al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et al., 2024,
-arXiv:2401.04343). docs/relatives.md explains how to find :math:`\sigma` for a
+arXiv:2401.04343). docs/variants.md explains how to find :math:`\sigma` for a
 budget.
 """
 
