@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import mezo_jax
+from mezo_jax.core import views
 from mezo_jax.directions import streams
 from mezo_jax.directions.displacement import Draws
 
@@ -387,20 +388,23 @@ def test_views_are_what_numpy_does(seed, path):
     if op == 'take':
       axis = rng.randint(x.ndim)
       index = rng.randint(0, x.shape[axis], (2, 2)[:rng.randint(3)])
-      s, x = streams.take(s, axis, jnp.asarray(index)), np.take(x, index, axis)
+      view = views.Take(axis, jnp.asarray(index))
+      s, x = streams.viewed(s, view, x.shape), np.take(x, index, axis)
     elif op == 'window':
       starts = [int(rng.randint(n)) for n in x.shape]
       steps = [int(rng.choice([1, 2])) for _ in x.shape]
+      old = x.shape
       x = x[tuple(slice(a, None, b) for a, b in zip(starts, steps))]
-      s = streams.window(s, starts, x.shape, steps)
+      s = streams.viewed(s, views.Window(starts, x.shape, steps), old)
     elif op == 'transpose':
       order = [*rng.permutation(x.ndim)]
-      s, x = streams.transpose(s, order), x.transpose(order)
+      s = streams.viewed(s, views.Transpose(order), x.shape)
+      x = x.transpose(order)
     else:
       new = [n for n in x.shape if n > 1] + [1]
       at = rng.randint(max(len(new) - 2, 1))
       new[at:at + 2] = [new[at] * (new[at + 1] if len(new) > 1 else 1)]
-      moved = streams.reshape(s, x.shape, tuple(new))
+      moved = streams.viewed(s, views.Reshape(tuple(new)), x.shape)
       if moved is not None:
         s, x = moved, x.reshape(new)
     if not x.ndim:

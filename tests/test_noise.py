@@ -13,7 +13,7 @@ import scipy.special
 
 import mezo_jax
 from mezo_jax import Displacement, Normal, Rademacher
-from mezo_jax.core import paths
+from mezo_jax.core import paths, views
 from mezo_jax.directions import definition, noise, streams
 from mezo_jax.directions.displacement import Draws
 from mezo_jax.transforms import stochastic_rounding
@@ -141,10 +141,11 @@ def test_rows_are_random_access():
   whole_stream = streams.of_leaf(KEY[None], 'embed', shape)
   whole = draw(whole_stream, like)
   index = jnp.array([[7, 0], [3, 3]])
-  rows = streams.take(whole_stream, 0, index)
+  rows = streams.viewed(whole_stream, views.Take(0, index), shape)
   got = draw(rows, like[index])
   helpers.assert_bitwise(got, whole[index])
-  inner = streams.take(streams.spread(rows, 2, 4), 1, jnp.array(0))
+  inner = streams.viewed(streams.spread(rows, 2, 4),
+                         views.Take(1, jnp.array(0)), (2, 2, 4, 5))
   helpers.assert_bitwise(
       draw(inner, like[:2]), whole[index[:, 0]])
 
@@ -154,8 +155,9 @@ def test_counters_beyond_32_bits():
   n, row = 70_000, 65_000
   s = jax.eval_shape(lambda: streams.of_leaf(KEY[None], 'w', (n, n)))
   assert s.lo.shape == (n, 1) and s.hi is not None
-  one = jax.jit(lambda: streams.take(
-      streams.of_leaf(KEY[None], 'w', (n, n)), 0, jnp.array(row)))()
+  one = jax.jit(lambda: streams.viewed(
+      streams.of_leaf(KEY[None], 'w', (n, n)), views.Take(0, jnp.array(row)),
+      (n, n)))()
   bits = noise.words(one, 0, jnp.zeros(4), 'threefry2x32')
   counter = row * n + np.arange(4)
   key = jax.random.key_data(noise.leaf_key(KEY, 'w'))
@@ -241,9 +243,9 @@ def test_hash32_streams_of_related_keys_are_independent():
 def test_hash32_counters_beyond_32_bits():
   """Draws 2**32 apart, of a leaf of 4.9e9 elements, are different ones."""
   n = 70_000
-  row = jax.jit(lambda i: noise.words(streams.take(
-      streams.of_leaf(KEY[None], 'w', (n, n)), 0, i), 0, jnp.zeros(n),
-      'hash32'))
+  row = jax.jit(lambda i: noise.words(streams.viewed(
+      streams.of_leaf(KEY[None], 'w', (n, n)), views.Take(0, i), (n, n)), 0,
+      jnp.zeros(n), 'hash32'))
   later, at = divmod(2**32, n)
   first, wrapped = np.asarray(row(0))[:n - at], np.asarray(row(later))[at:]
   assert np.mean(first == wrapped) < 1e-3

@@ -9,7 +9,7 @@ views of them (a layer, rows of an embedding, a transpose) and dequantise where
 a weight is consumed. Training moves q by integers, and nothing else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, TYPE_CHECKING
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import arguments
+from mezo_jax.core import arguments, views
 
 if TYPE_CHECKING:  # in typing from Python 3.13 on
   from typing_extensions import TypeIs
@@ -84,7 +84,7 @@ class Codes:
     return self * factor
 
   def __getitem__(self, rows: Any) -> jax.Array:
-    view = self.take(0, jnp.asarray(rows))
+    view = self.viewed(views.Take(0, jnp.asarray(rows)))
     if view is None:
       raise IndexError(
           'rows that share a byte or a scale cannot be taken apart.')
@@ -158,47 +158,34 @@ class Codes:
     return out if codes is None else dataclasses.replace(out, codes=codes)
 
   def _each(self, x: jax.Array) -> jax.Array:
-    """Of runs: of elements, or of length 1 where all share one."""
-    x = x.astype(jnp.float32)
-    for axis, n in enumerate(self.shape):
-      m = x.shape[axis]
-      if 1 < m < n:
-        x = jnp.broadcast_to(
-            jnp.expand_dims(x, axis + 1),
-            (*x.shape[:axis + 1], n // m, *x.shape[axis + 1:]))
-        x = x.reshape(*x.shape[:axis], n, *x.shape[axis + 2:])
-    return x
+    return views.each(x.astype(jnp.float32), self.shape)
 
   # --- views ---
 
-  def viewed(self, move: Callable) -> 'Codes | None':
-    """Returns a view, or None if there is none.
-
-    Args:
-      move: Returns the view of a `GroupedArray`, or None.
-    """
-    codes = move(GroupedArray(self.codes, self.shape, whole=True))
-    others = [None if x is None else move(GroupedArray(x, self.shape))
-              for x in (self.scales, self.offsets)]
-    if codes is None or others[0] is None:
+  def viewed(self, view: views.View) -> 'Codes | None':
+    """Returns a view of the weight, or None if it cannot be one: if it would
+    divide a byte, or by a reshape the elements that share a scale."""
+    shape, others = self.shape, (self.scales, self.offsets)
+    if view.cuts(shape, self.codes.shape) or (
+        isinstance(view, views.Reshape)
+        and view.cuts(shape, self.scales.shape)):
       return None
-    packed = [a - len(codes.shape) for a, n in enumerate(codes.shape)
-              if codes.array.shape[a] != n]
+    if isinstance(view, views.Keep):  # what a lookup finds elsewhere is NaN
+      scales = jnp.where(view.there, self.scales, jnp.nan)
+      return dataclasses.replace(
+          self, scales=scales.astype(self.scales.dtype))
+    codes, new = view.array(self.codes, shape), view.shape(shape)
+    scales, offsets = (
+        None if x is None else view.array(x, shape) for x in others)
+    packed = [a - len(new) for a, n in enumerate(new) if codes.shape[a] != n]
     return dataclasses.replace(
-        self, codes=codes.array, scales=others[0].array,
-        offsets=others[1] and others[1].array,
+        self, codes=codes, scales=scales, offsets=offsets,
         packed=packed[0] if packed else None)
 
   def transpose(self, order: Sequence[int]) -> 'Codes':
-    view = self.viewed(lambda part: part.transpose(order))
+    view = self.viewed(views.Transpose(order))
     assert view is not None  # axes can always be exchanged
     return view
-
-  def reshape(self, new: Sequence[int]) -> 'Codes | None':
-    return self.viewed(lambda part: part.reshape(self.shape, new))
-
-  def take(self, axis: int, index: jax.Array) -> 'Codes | None':
-    return self.viewed(lambda part: part.take(axis, index))
 
 
 def is_codes(x: Any) -> 'TypeIs[Codes]':
@@ -214,88 +201,6 @@ def pack(q: Any, axis: int) -> Any:
   shifts = np.array([1, 16], np.uint8).reshape(
       (2,) + (1,) * (q.ndim - axis - 1))
   return (pairs * shifts).sum(axis + 1, dtype=np.uint8)  # one pass over q
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedArray:
-  """An array with one entry for each group of consecutive elements of a block.
-
-  It has the methods of `Draws` that make views.
-
-  Attributes:
-    array: The entries. Along each axis it has as many as there are groups.
-    shape: Shape of the block.
-    whole: Whether a group must not be divided by a view.
-  """
-
-  array: jax.Array
-  shape: tuple[int, ...]
-  whole: bool = False
-
-  def _run(self, axis) -> int:
-    return self.shape[axis] // self.array.shape[axis]
-
-  def _with(self, array, shape) -> 'GroupedArray':
-    return GroupedArray(array, tuple(shape), self.whole)
-
-  def take(self, axis: int, index: jax.Array) -> 'GroupedArray | None':
-    x, run = self.array, self._run(axis)
-    shape = (*self.shape[:axis], *index.shape, *self.shape[axis + 1:])
-    if self.whole and run > 1:
-      return None
-    if x.shape[axis] == 1:
-      return self._with(x.reshape(
-          x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:]), shape)
-    return self._with(jnp.take(x, index // run, axis=axis, mode='clip'), shape)
-
-  def window(self, starts: Sequence[Any], sizes: Sequence[int],
-             steps: Sequence[int]) -> 'GroupedArray | None':
-    x = self.array
-    for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
-      run = self._run(axis)
-      all_of_it = isinstance(start, int) and size == self.shape[axis]
-      if all_of_it or (x.shape[axis] == 1 and not (self.whole and run > 1)):
-        continue
-      aligned = (isinstance(start, int) and step == 1
-                 and start % run == size % run == 0)
-      if aligned:
-        x = jax.lax.slice_in_dim(
-            x, start // run, (start + size) // run, axis=axis)
-      elif self.whole and run > 1:
-        return None
-      else:
-        at = start + step * jnp.arange(size)
-        x = jnp.take(x, at // run, axis=axis, mode='clip')
-    return self._with(x, sizes)
-
-  def transpose(self, order: Sequence[int]) -> 'GroupedArray':
-    return self._with(self.array.transpose(order),
-                      [self.shape[a] for a in order])
-
-  def reshape(self, old: Sequence[int], new: Sequence[int]
-              ) -> 'GroupedArray | None':
-    sizes = []
-    for was, will in axis_groups(old, new):
-      there = [self.array.shape[a] for a in was]
-      have, want = [old[a] for a in was], [new[a] for a in will]
-      run = have[-1] // there[-1] if have else 1
-      if have == there:
-        sizes += want
-      elif all(n == 1 for n in there) and not self.whole:
-        sizes += [1] * len(want)
-      elif there[:-1] == have[:-1] and want[-1] % run == 0:
-        sizes += [*want[:-1], want[-1] // run]  # runs stay beside each other
-      else:
-        return None
-    return self._with(self.array.reshape(sizes), new)
-
-  def where(self, there: jax.Array) -> 'GroupedArray':
-    """Not a number elsewhere, as what a lookup finds beyond the last row."""
-    if self.whole:
-      return self
-    return self._with(
-        jnp.where(there, self.array, jnp.nan).astype(self.array.dtype),
-        self.shape)
 
 
 # --- to codes and back ------------------------------------------------------
@@ -374,27 +279,3 @@ def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
   return jax.tree.map(
       lambda x: x.astype(dtype or x.dtype) if is_codes(x) else x, params,
       is_leaf=is_codes)
-
-
-def axis_groups(old: Sequence[int], new: Sequence[int]
-                ) -> list[tuple[list[int], list[int]]]:
-  """Returns which axes hold the same elements before and after a reshape.
-
-  Returns:
-    Pairs of lists of neighbouring axes, old and new, each as short as can be.
-  """
-  groups, a, b = [], 0, 0
-  while a < len(old) or b < len(new):
-    was, will = [], []
-    size_was = size_will = 1
-    if a < len(old):
-      was, size_was, a = [a], old[a], a + 1
-    if b < len(new) and (size_was > 1 or not was):
-      will, size_will, b = [b], new[b], b + 1
-    while size_was != size_will:
-      if size_was < size_will:
-        was, size_was, a = [*was, a], size_was * old[a], a + 1
-      else:
-        will, size_will, b = [*will, b], size_will * new[b], b + 1
-    groups.append((was, will))
-  return groups

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import arguments, dtypes, paths, sharding
+from mezo_jax.core import arguments, dtypes, paths, sharding, views
 from mezo_jax.core.quantized import Codes, is_codes
 from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
@@ -193,26 +193,15 @@ class Draws:
         [None if s.core is None else rest(s.core, axis=-3)
          for s in self.streams], rest(self.coefs, axis=0))
 
-  def on(self, move: Callable[..., Any]) -> 'Draws | None':
-    """With each stream moved, if it can be."""
-    streams = tuple(map(move, self.streams))
+  def viewed(self, view: views.View, shape: Sequence[int]) -> 'Draws | None':
+    """Returns the draws of a view of a block of this shape, if there are."""
+    if isinstance(view, views.Keep):
+      return self.where(view.there)
+    streams = tuple(
+        streams_lib.viewed(s, view, shape) for s in self.streams)
     if any(s is None for s in streams):
       return None
     return dataclasses.replace(self, streams=streams)
-
-  def take(self, axis: int, index: Any) -> 'Draws | None':
-    return self.on(lambda s: streams_lib.take(s, axis, index))
-
-  def window(self, starts: Sequence[Any], sizes: Sequence[int],
-             steps: Sequence[int]) -> 'Draws | None':
-    return self.on(lambda s: streams_lib.window(s, starts, sizes, steps))
-
-  def transpose(self, order: Sequence[int]) -> 'Draws | None':
-    return self.on(lambda s: streams_lib.transpose(s, order))
-
-  def reshape(self, old: tuple[int, ...], new: tuple[int, ...]
-              ) -> 'Draws | None':
-    return self.on(lambda s: streams_lib.reshape(s, old, new))
 
   def where(self, there: jax.Array) -> 'Draws':
     """Zero elsewhere."""

@@ -1,7 +1,7 @@
-"""Random access to a leaf's draws: the stream of a leaf, and views of it.
+"""Random access to the draws of a leaf: its stream, and views of it.
 
-A view (rows by index, a run, a transpose, a reshape) moves no draw: it says
-where the elements of the new block lie among the draws of the leaf.
+A view (a lookup, a slice, a transpose, a reshape) draws nothing: it computes
+the counters of the elements that are in the view.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,13 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from typing import Any
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import paths, quantized, xla
+from mezo_jax.core import paths, views, xla
 from mezo_jax.directions.noise import Stream
 
 _U32 = jnp.uint32
@@ -145,25 +144,32 @@ def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
   return a1 * b1 + (mid >> 16) + (low_mid >> 16), a * _U32(b)
 
 
-def take(s: Stream, axis: int, index: jax.Array) -> Stream:
-  """The entries ``index`` of an axis, in whose place the index's axes stand.
-
-  Args:
-    s: of the block.
-    axis: of the block.
-    index: integers within the axis.
-  """
-  def of(x):
-    if x.shape[axis] > 1:
-      return jnp.take(x, index, axis=axis, mode='clip')
-    return x.reshape(
-        x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:])
-  step, after = s.strides[axis], len(s.strides) - axis - 1
-  taken = _map(of, s, strides=(
-      s.strides[:axis] + (0,) * index.ndim + s.strides[axis + 1:]))
-  if not step:
-    return taken
-  return _moved(taken, index.reshape(index.shape + (1,) * after), step)
+def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
+  """Returns the stream of a view of a block of this shape, or None if the
+  counters of its elements are not affine then."""
+  strides: list[int] | None = [*s.strides]
+  if isinstance(view, views.Reshape):
+    strides = _reshaped_strides(s, shape, view.new)
+  elif isinstance(view, views.Transpose):
+    strides = [s.strides[a] for a in view.order]
+  elif isinstance(view, views.Window):
+    strides = [x * step for x, step in zip(s.strides, view.steps)]
+  elif isinstance(view, views.Take):
+    strides[view.axis:view.axis + 1] = [0] * view.index.ndim
+  if strides is None:
+    return None
+  new = view.shape(shape)
+  out = jax.tree.map(lambda x: views.each(view.array(x, shape), new), s)
+  out = dataclasses.replace(out, strides=tuple(strides))
+  if isinstance(view, views.Take) and s.strides[view.axis]:
+    after = len(s.strides) - view.axis - 1
+    index = view.index.reshape(view.index.shape + (1,) * after)
+    return _moved(out, index, s.strides[view.axis])
+  if isinstance(view, views.Window):
+    for start, stride in zip(view.starts, s.strides):
+      if stride and not (isinstance(start, int) and start == 0):
+        out = _moved(out, jnp.asarray(start), stride)
+  return out
 
 
 def spread(s: Stream, axis: int, size: int) -> Stream:
@@ -178,54 +184,15 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
   return _moved(s, index, step)
 
 
-def window(s: Stream, starts: Sequence[Any], sizes: Sequence[int],
-           steps: Sequence[int]) -> Stream:
-  """A run along each axis: ``x[start:start + size * step:step]``."""
-  for axis, (start, size, step) in enumerate(zip(starts, sizes, steps)):
-    at_start = isinstance(start, int) and start == 0
-    def of(x, axis=axis, start=start, size=size, step=step, whole=at_start):
-      if x.shape[axis] == 1 or whole and x.shape[axis] == size:
-        return x
-      return jnp.take(x, start + step * jnp.arange(size), axis=axis,
-                      mode='clip')
-    move = s.strides[axis]
-    s = _map(of, s, strides=tuple(
-        x * step if a == axis else x for a, x in enumerate(s.strides)))
-    if move and not at_start:
-      s = _moved(s, jnp.asarray(start), move)
-  return s
-
-
-def transpose(s: Stream, order: Sequence[int]) -> Stream:
-  """Axis ``order[a]`` as axis a."""
-  own = len(order)
-  return _map(
-      lambda x: x.transpose(*order, *range(own, x.ndim)), s,
-      strides=tuple(s.strides[a] for a in order))
-
-
-def reshape(s: Stream, old: tuple[int, ...],
-            new: tuple[int, ...]) -> Stream | None:
-  """A row-major reshape, or None where its draws do not lie evenly."""
-  out = _reshape(s, old, new)
-  of_elements = {name: x for name in ('there', 'values')
-                 if (x := getattr(s, name)) is not None}
-  if out or not of_elements:
-    return out
-  out = _reshape(dataclasses.replace(s, **dict.fromkeys(of_elements)), old, new)
-  return out and dataclasses.replace(out, **{
-      name: jnp.broadcast_to(x, old).reshape(new)
-      for name, x in of_elements.items()})
-
-
-def _reshape(s, old, new):
+def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
+                      ) -> list[int] | None:
+  """Returns the strides of a row-major reshape, or None."""
   if 0 in old:
     return None
-  groups = quantized.axis_groups(old, new)
-  spread_axes = {a for x in jax.tree.leaves(s) for a in range(len(old))
-                 if x.shape[a] > 1}
-  strides, sizes = [], []  # sizes: of the arrays' new axes, None for merged
-  for was, will in groups:
+  arrays = jax.tree.leaves((s.keys, s.lo, s.hi, s.core))
+  spread_axes = {a for x in arrays for a in range(len(old)) if x.shape[a] > 1}
+  strides = []
+  for was, will in views.axis_groups(old, new):
     step = [s.strides[a] for a in was]
     if not spread_axes & set(was):
       if any(x != y * old[b] for x, y, b in zip(step, step[1:], was[1:])):
@@ -233,22 +200,10 @@ def _reshape(s, old, new):
       last = step[-1] if step else 0
       strides += [last * math.prod(new[b + 1:will[-1] + 1])
                   if new[b] > 1 else 0 for b in will]
-      sizes += [False] * len(will)
     elif any(step):
       if len(was) > 1 or len(will) > 1:
         return None
-      strides, sizes = [*strides, *step], [*sizes, True]
+      strides += step
     else:
-      strides, sizes = strides + [0] * len(will), sizes + [True] * len(will)
-  whole = {a for was, will in groups for a in was if spread_axes & set(was)}
-
-  def of(x):
-    rest = x.shape[len(old):]
-    if all(x.shape[a] == 1 for a in whole):
-      return x.reshape((1,) * len(new) + rest)
-    x = jnp.broadcast_to(x, tuple(
-        old[a] if a in whole else 1 for a in range(len(old))) + rest)
-    return x.reshape(tuple(
-        n if keep else 1 for n, keep in zip(new, sizes)) + rest)
-
-  return _map(of, s, strides=tuple(strides))
+      strides += [0] * len(will)
+  return strides

@@ -24,8 +24,8 @@ from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mezo_jax.core import jax_versions, xla
-from mezo_jax.core.quantized import Codes
+from mezo_jax.core import jax_versions, views, xla
+from mezo_jax.core.quantized import Codes, is_codes
 from mezo_jax.directions.displacement import Draws
 
 RULES: dict[str, Callable[..., Any]] = {}  # the modules `rules_...` fill it
@@ -55,6 +55,26 @@ class Block:
     leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
 
+  def viewed(self, *chain: views.View, w: jax.Array | None = None
+             ) -> 'Block | None':
+    """Returns a view of the block, or None if it must be built.
+
+    Args:
+      *chain: Views, applied one after the other.
+      w: The result for the weights, if it is known and they are not `Codes`.
+    """
+    draws, new, shape = self.draws, self.w if w is None else w, self.shape
+    for view in chain:
+      draws = draws.viewed(view, shape)
+      if is_codes(new):
+        new = new.viewed(view)
+      elif w is None:
+        new = view.array(new, shape)
+      if draws is None or new is None:
+        return None
+      shape = view.shape(shape)
+    return self.view(new, draws)
+
   def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
     """The block with its axes in the order of the leaf, and the order that
     they have here: a transpose must not be built before it is read."""
@@ -63,9 +83,9 @@ class Block:
     return block, tuple(lies.index(a) for a in range(len(lies)))
 
   def transpose(self, order: Sequence[int]) -> 'Block':
-    draws = self.draws.transpose(order)
-    assert draws is not None  # axes can always be exchanged
-    return self.view(self.w.transpose(order), draws)
+    block = self.viewed(views.Transpose(order))
+    assert block is not None  # axes can always be exchanged
+    return block
 
   def build(self) -> jax.Array:
     """The weights, displaced and cast."""

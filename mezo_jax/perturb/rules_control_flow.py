@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mezo_jax.core import jax_versions
+from mezo_jax.core import jax_versions, views
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.perturb.interpreter import (
   bind,
@@ -201,8 +201,8 @@ def _shard_map(eqn, ins, context):
         for axis, names in enumerate(spec):
           if names is not None:
             starts[axis] = lax.axis_index(names) * w.shape[axis]
-        draws = jax.tree.unflatten(tree, arrays).window(
-            starts, w.shape, (1,) * w.ndim)
+        draws = jax.tree.unflatten(tree, arrays).viewed(
+            views.Window(starts, w.shape, (1,) * w.ndim), lazy.shape)
         x = dataclasses.replace(lazy, w=w, draws=draws, leaf=None)
       local.append(x)
     outs = evaluate(p['jaxpr'], (), local, context)

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mezo_jax.core import dtypes
+from mezo_jax.core import dtypes, views
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import low_rank
 from mezo_jax.perturb.interpreter import (
@@ -142,20 +142,17 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
   apart = lambda shape, axis: (
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
-  along, lies = order[axis], whole.shape
-  if whole.draws.reshape(lies, apart(lies, along)) is None or (
-      is_codes(whole.w) and whole.w.reshape(apart(lies, along)) is None):
+  along = order[axis]
+  split = views.Reshape(apart(whole.shape, along))
+  if whole.viewed(split) is None:
     return None
 
   def run(ins):
-    (w, _), x, split = ins[at].as_it_lies(), ins[1 - at], apart(lies, along)
-    rows = w.view(w.w.reshape(split), w.draws.reshape(lies, split))
+    (w, _), x = ins[at].as_it_lies(), ins[1 - at]
+    rows = w.viewed(split)
     def part(i, out):
       i = jnp.asarray(i)  # a Python number under jax.disable_jit
-      some = rows.view(
-          rows.w.take(along + 1, i) if is_codes(rows.w) else
-          lax.dynamic_index_in_dim(rows.w, i, along + 1, keepdims=False),
-          rows.draws.take(along + 1, i))
+      some = rows.viewed(views.Take(along + 1, i))
       built = context.force(some).transpose(order)
       lhs, rhs = (x, built) if at else (built, x)
       return lax.dynamic_update_index_in_dim(out, lax.dot_general(

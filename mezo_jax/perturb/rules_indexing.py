@@ -10,67 +10,82 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from mezo_jax.core import views
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.perturb.interpreter import bind, Block, Lazy, RULES
 
 
-def _view(move: Callable) -> Callable:
-  """The rule of an operation that only says where elements lie: ``move(draws,
-  shape, eqn, others)`` is the view of the draws, or None."""
+def _view(view_of: Callable) -> Callable:
+  """Returns the rule of an operation that only selects or moves elements.
+
+  Args:
+    view_of: ``(eqn, shape, *others) -> View | None``, of a block of this shape
+      and the other operands; None if the operation must be consumed.
+  """
   def rule(eqn, ins, context):
     x, *others = ins
     if not isinstance(x, Block) or any(isinstance(y, Lazy) for y in others):
       return None
-    draws = move(x.draws, x.w.shape, eqn, others)
-    if draws is None:
+    view = view_of(eqn, x.shape, *others)
+    if view is None or (block := x.viewed(view, w=_bound(eqn, ins))) is None:
       return None
-    if is_codes(x.w):
-      w = x.w.viewed(lambda part: move(part, x.w.shape, eqn, others))
-    else:
-      (w,) = bind(eqn, [x.w, *others])
-    return None if w is None else [x.view(w, draws)]
+    return [block]
   return rule
 
 
-def _reshaped(draws, shape, eqn, others):
+def _bound(eqn, ins) -> jax.Array | None:
+  """Returns the result of an operation on the clean weights; its parameters may
+  say how that is sharded. None for `Codes`."""
+  x, *others = ins
+  return None if is_codes(x.w) else bind(eqn, [x.w, *others])[0]
+
+
+def _same(eqn, ins, context):
+  """Changes neither the elements nor their order."""
+  (x,) = ins
+  return [x.viewed(w=_bound(eqn, ins))] if isinstance(x, Block) else None
+
+
+def _reshaped(eqn, shape, *others):
   del others
-  return draws.reshape(shape, eqn.outvars[0].aval.shape)
-
-
-def _broadcast(draws, shape, eqn, others):
   new = eqn.outvars[0].aval.shape
-  if math.prod(new) != math.prod(shape):
-    return None  # its draws would be made again for each copy
-  return _reshaped(draws, shape, eqn, others)
+  if math.prod(new) != math.prod(shape):  # a broadcast, by which draws repeat
+    return None
+  return views.Reshape(new)
 
 
-def _sliced(draws, shape, eqn, others):
+def _sliced(eqn, shape):
+  p = eqn.params
+  return views.Window(p['start_indices'], eqn.outvars[0].aval.shape,
+                      p['strides'] or (1,) * len(shape))
+
+
+def _dynamically_sliced(eqn, shape, *starts):
   size = eqn.outvars[0].aval.shape
-  if others:  # dynamic_slice
-    start = [jnp.clip(i, 0, n - m) for i, n, m in zip(others, shape, size)]
-    steps = (1,) * len(shape)
-  else:
-    start = eqn.params['start_indices']
-    steps = eqn.params['strides'] or (1,) * len(shape)
-  return draws.window(start, size, steps)
+  starts = [jnp.clip(i, 0, n - m) for i, n, m in zip(starts, shape, size)]
+  return views.Window(starts, size, (1,) * len(shape))
 
 
-def _gathered(draws, shape, eqn, others):
-  """Entries of one axis by index, whole along the others: noise for these."""
+def _gather(eqn, ins, context):
+  """Looks up entries of one axis, whole along the others."""
+  x, *others = ins
   found = gathered_axis(eqn)
-  if found is None:
+  if found is None or not isinstance(x, Block) or any(
+      isinstance(y, Lazy) for y in others):
     return None
   axis, at = found
-  index, mode = others[0][..., 0], eqn.params['mode']
-  draws = draws.take(axis, jnp.clip(index, 0, shape[axis] - 1))
-  if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:  # no noise on the fill
-    inside = (index >= 0) & (index < shape[axis])
-    draws = draws.where(inside.reshape(
-        (1,) * axis + index.shape + (1,) * (len(shape) - axis - 1)))
-  order = [a for a in range(len(shape) - 1 + index.ndim)]
+  index, n = others[0][..., 0], x.shape[axis]
+  chain: list[views.View] = [views.Take(axis, jnp.clip(index, 0, n - 1))]
+  order = [*range(len(x.shape) - 1 + index.ndim)]
+  if eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP:
+    inside = (index >= 0) & (index < n)
+    chain.append(views.Keep(inside.reshape(
+        (1,) * axis + index.shape + (1,) * (len(x.shape) - axis - 1))))
   moved = order[axis:axis + index.ndim]
   rest = [a for a in order if a not in moved]
-  return draws.transpose(rest[:at] + moved + rest[at:])
+  chain.append(views.Transpose(rest[:at] + moved + rest[at:]))
+  block = x.viewed(*chain, w=_bound(eqn, ins))
+  return None if block is None else [block]
 
 
 def gathered_axis(eqn: Any) -> tuple[int, int] | None:
@@ -144,13 +159,14 @@ RULES.update({
     'optimization_barrier': _barrier,
     'reshape': _view(_reshaped),
     'squeeze': _view(_reshaped),
-    'broadcast_in_dim': _view(_broadcast),
-    'transpose': _view(lambda draws, shape, eqn, others: draws.transpose(
-        eqn.params['permutation'])),
+    'broadcast_in_dim': _view(_reshaped),
+    'transpose': _view(
+        lambda eqn, shape: views.Transpose(eqn.params['permutation'])),
     'slice': _view(_sliced),
-    'dynamic_slice': _view(_sliced),
-    'gather': _view(_gathered),
+    'dynamic_slice': _view(_dynamically_sliced),
+    'gather': _gather,
     'reshard': _resharded,
-} | dict.fromkeys(
-    ('copy', 'sharding_constraint', 'pvary'),
-    _view(lambda draws, shape, eqn, others: draws)))
+    'copy': _same,
+    'sharding_constraint': _same,
+    'pvary': _same,
+})

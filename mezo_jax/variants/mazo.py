@@ -36,7 +36,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import arguments, paths
+from mezo_jax.core import arguments, paths, views
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
@@ -150,9 +150,10 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
                   if length % n == 0 and w.size // n <= _PART or n == length)
     if size == 1:
       return of_rows(g, h, w, draws)
-    along, of_part = draws.reshape(
-        w.shape, (size, length // size, *w.shape[1:])).rows(size) if (
-            size < length) else draws.rows(length)
+    if size < length:
+      split = views.Reshape((size, length // size, *w.shape[1:]))
+      draws = draws.viewed(split, w.shape)
+    along, of_part = draws.rows(size)
     return lax.map(
         lambda part: of_leaf(g, h, part[0], of_part(part[1])),
         (w.reshape(size, *(() if size == length else (length // size,)),
