@@ -1,4 +1,4 @@
-"""Names of leaves, the layers in them, and what is chosen by them.
+"""Paths of leaves, layers in them, and masks and groups that refer to them.
 
 A *mask* chooses leaves of a parameter tree; *groups* ``{regular expression:
 value}`` give each leaf the value of the first expression that is found in its
@@ -29,13 +29,13 @@ _NOT_DECAYED = re.compile(
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  """The leaves with their paths, such as ``'layers/attn/q/kernel'``.
+  """Returns leaves with their paths, such as ``'layers/attn/q/kernel'``.
 
-  Linen's and NNX's are alike: an NNX Variable is one leaf, of its own name. So
-  are `Codes`.
+  Paths of Linen and NNX are alike: an NNX Variable is one leaf with its own
+  name. `Codes` are one leaf, too.
 
   Raises:
-    ValueError: if two leaves have the same path.
+    ValueError: If two leaves have the same path.
   """
   out = {}
   for path, node in jax.tree_util.tree_flatten_with_path(
@@ -56,18 +56,19 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def size_of(tree: Any) -> int:
-  """How many numbers its leaves have; a code is one."""
+  """Returns how many numbers the leaves have; a quantised weight counts as one.
+  """
   return sum(x.size for _, x in named_leaves(tree))
 
 
 def _is_variable(node) -> bool:
-  """Whether a node is flax.nnx's box of an array (flax is not imported)."""
+  """Returns whether a node is a flax.nnx Variable, without importing flax."""
   return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')
              for c in type(node).__mro__)
 
 
 def structure(tree: Any) -> Any:
-  """Of the leaves that `named_leaves` names."""
+  """Returns the tree structure whose leaves are those of `named_leaves`."""
   return jax.tree.structure(tree, is_leaf=is_codes)
 
 
@@ -112,8 +113,8 @@ def locate(path: str, stacked: bool | None = None
 
 
 def layer_of(path: str) -> tuple[str, int | None]:
-  """The path of the layers that a leaf is one of, and which; of any other leaf
-  the first component of its path, and None. See `locate`."""
+  """Returns the path of the layers that a leaf belongs to, and its layer. For a
+  leaf outside of layers, returns the first component of its path and None."""
   name, layer, is_stack = locate(path)
   parts = name.split('/')
   if layer is None and not is_stack:
@@ -126,7 +127,7 @@ def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
   """Checks that no two leaves would draw the same noise.
 
   Args:
-    leaves: (path, number of layers) of each leaf; None for what is no stack.
+    leaves: (path, number of layers) of each leaf; None if it is not a stack.
 
   Raises:
     ValueError: If two leaves have the same key: the hashes of their names are
@@ -302,20 +303,21 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
 
 def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None
              ) -> Any:
-  """Which leaves are perturbed and updated: a tree of bools.
+  """Returns which leaves are perturbed and updated, as a tree of bools.
 
-  An array of bools in place of one says which elements of its leaf are.
+  An array of bools in place of a bool selects elements of its leaf.
 
   Args:
-    params: the parameters.
-    mask: None (every leaf that can be), a tree or prefix tree of bools (or, for
-      elements, bool arrays of the leaves' shapes), a function from params to
-      one, or a regular expression that is searched for in the paths
+    params: The parameters.
+    mask: None (every leaf that can be trained), a tree or prefix tree of bools
+      (or, for elements, bool arrays of the leaves' shapes), a function from
+      params to one, or a regular expression that is searched for in the paths
       (``'attn/(q|v)/'``). True means trained.
-    takes: which leaves can be; None for those of floating point.
+    takes: Returns whether a leaf can be trained. Defaults to None, for leaves
+      of floating point.
 
   Raises:
-    ValueError: if a mask selects nothing or does not fit the tree.
+    ValueError: If a mask selects nothing or does not fit the tree.
   """
   chosen, takes = resolved(params, mask), takes or is_floating
   found = named_leaves(params)
@@ -362,7 +364,7 @@ def is_floating(x: Any) -> bool:
 
 
 def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
-  """Returns for each leaf what a mask says: True, False or an array of bools.
+  """Returns the mask of each leaf: True, False or an array of bools.
 
   Args:
     params: The parameters.
@@ -398,16 +400,16 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
 
 
 def matches(params: Any, pattern: str) -> Any:
-  """A tree of bools: in which paths a regular expression is found."""
+  """Returns a tree of bools: whether an expression is found in each path."""
   return map_named(
       lambda path, _: bool(re.search(pattern, path)), params)
 
 
 def group_of(path: str, groups: Mapping[str, Any]) -> str:
-  """The first regular expression of ``groups`` that is found in a path.
+  """Returns the first regular expression of ``groups`` found in a path.
 
   Raises:
-    ValueError: if none is.
+    ValueError: If none is found.
   """
   for pattern in groups:
     if re.search(pattern, path):
@@ -418,5 +420,5 @@ def group_of(path: str, groups: Mapping[str, Any]) -> str:
 
 
 def groups_of(params: Any, groups: Mapping[str, Any]) -> Any:
-  """A tree of the groups' expressions, one for each leaf of ``params``."""
+  """Returns a tree with the group of each leaf of ``params``."""
   return map_named(lambda path, _: group_of(path, groups), params)

@@ -1,12 +1,12 @@
-r"""Weights as integers with a scale for each run of them.
+r"""Quantised weights: integers with a scale for each group of them.
 
 .. math:: w = s\,q + o, \qquad q \in \{-127, \dots, 127\},
           \{-8, \dots, 7\} \text{ or } \{0, \dots, 15\}
 
-`Codes` stand in the place of a weight in a tree of parameters. What reads them
-is not to build them whole: `mezo_jax.perturbed` and `mezo_jax.dequantized` take
-views of them (a layer, rows of an embedding, a transpose) and dequantise where
-a weight is consumed. Training moves q by integers, and nothing else.
+`Codes` take the place of a weight in a tree of parameters. They should not be
+built whole: `mezo_jax.perturbed` and `mezo_jax.dequantized` take views of them
+(a layer, rows of an embedding, a transpose) and dequantise a weight where it is
+consumed. Training moves q by integers and changes nothing else.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # in typing from Python 3.13 on
 
 QUANTISED = ('int8', 'int4', 'codes')  # names of quantised dtypes of a model
 GROUP = 32  # weights that share a scale, as GGUF has it
-FACTORS = 'factors'  # a name: of what scales are multiplied by
+FACTORS = 'factors'  # name of parameters by which scales are multiplied
 
 
 @functools.partial(
@@ -34,18 +34,19 @@ FACTORS = 'factors'  # a name: of what scales are multiplied by
     meta_fields=('bits', 'packed', 'dtype'))
 @dataclasses.dataclass(frozen=True)
 class Codes:
-  r"""A quantised weight: :math:`s q + o`, with s and o for each run.
+  r"""A quantised weight :math:`s q + o`, with s and o per group of elements.
 
   Attributes:
-    codes: int8 of the weight's shape; or, of 4 bits, uint8 with two neighbours
-      along one axis in a byte, the first in its low half.
-    scales: floats, along each axis as many as there are runs: 1 where all share
-      one, or a divisor of the weight's.
-    offsets: as ``scales``, or None. With them 4 bits are 0 to 15, without -8 to
-      7.
+    codes: The integers: int8 of the weight's shape; with 4 bits, uint8 with two
+      neighbours along one axis in a byte, the first in its low half.
+    scales: s, floats. Along each axis there are as many as there are groups: 1
+      if all elements share one, or a divisor of the weight's length.
+    offsets: o, as ``scales``, or None. Integers of 4 bits are 0 to 15 with
+      offsets, and -8 to 7 without.
     bits: 8 or 4.
-    packed: the axis, counted from the end, along which two are in a byte.
-    dtype: name of what the weight is to whoever reads it.
+    packed: The axis, counted from the end, along which two integers share a
+      byte; None if none do.
+    dtype: Name of the dtype that the weight is dequantised to.
   """
 
   codes: jax.Array
@@ -93,7 +94,7 @@ class Codes:
   # --- what it stands for ---
 
   def integers(self) -> jax.Array:
-    """q, int32 of the weight's shape."""
+    """Returns q, int32 of the weight's shape."""
     if self.packed is None:
       return self._signed(self.codes)
     axis = self.codes.ndim + self.packed
@@ -110,34 +111,35 @@ class Codes:
     return self.at(self.integers()).astype(dtype)
 
   def at(self, q: jax.Array) -> jax.Array:
-    """float32 weights of other integers q."""
+    """Returns float32 weights for other integers q."""
     w = q.astype(jnp.float32) * self._each(self.scales)
     return w if self.offsets is None else w + self._each(self.offsets)
 
   def rescaled(self, factors: jax.Array) -> 'Codes':
-    """With scales multiplied, in float32."""
+    """Returns the weight with scales multiplied by factors, in float32."""
     return dataclasses.replace(
         self, scales=self.scales.astype(jnp.float32) * factors)
 
   def steps(self, change: jax.Array, bits: jax.Array | None) -> jax.Array:
-    r"""int32: a float32 change of the weights in steps of the grid.
+    r"""Returns a change of the weights in steps of the grid, int32.
 
     Args:
-      change: of the weights.
-      bits: uint32, uniform: rounded stochastically, :math:`E[s\,\text{steps}]`
-        is the change, and -change gives -steps; None to round to nearest.
+      change: A change of the weights, float32.
+      bits: Uniform uint32 words for stochastic rounding, after which
+        :math:`E[s\,\text{steps}]` is the change, and -change gives -steps.
+        None to round to nearest.
     """
     scale = self._each(self.scales)
     x = jnp.where(scale == 0, 0.0, change / jnp.where(scale == 0, 1.0, scale))
     up = np.float32(0.5) if bits is None else (
         (bits >> 8).astype(jnp.float32) * np.float32(2**-24))
-    most = np.float32(2**self.bits)  # as far as any code is from any other
+    most = np.float32(2**self.bits)  # no two integers are farther apart
     far = jnp.minimum(jnp.floor(jnp.abs(x) + up), most)
     return (jnp.sign(x) * far).astype(jnp.int32)
 
   def moved_by(self, steps: jax.Array) -> 'Codes':
-    """The update, to be added, that takes each code so many steps on, and none
-    off the grid."""
+    """Returns the update that moves each integer by a number of steps, within
+    its range. The update is to be added."""
     low, high = {(8, False): (-127, 127), (8, True): (-127, 127),
                  (4, False): (-8, 7), (4, True): (0, 15)}[
                      self.bits, self.offsets is not None]
@@ -153,7 +155,7 @@ class Codes:
     return self.still(new - self.codes)  # modulo 256, as the sum will be
 
   def still(self, codes: jax.Array | None = None) -> 'Codes':
-    """An update that changes nothing but ``codes``."""
+    """Returns an update that changes only ``codes``."""
     out = jax.tree.map(jnp.zeros_like, self)
     return out if codes is None else dataclasses.replace(out, codes=codes)
 
@@ -194,7 +196,8 @@ def is_codes(x: Any) -> 'TypeIs[Codes]':
 
 
 def pack(q: Any, axis: int) -> Any:
-  """uint8: two neighbours along an axis (counted from the end) in a byte."""
+  """Returns uint8 with two neighbours along an axis (counted from the end) in
+  each byte."""
   axis += q.ndim
   pairs = (q & 15).astype(np.uint8).reshape(
       *q.shape[:axis], q.shape[axis] // 2, 2, *q.shape[axis + 1:])
@@ -208,9 +211,12 @@ def pack(q: Any, axis: int) -> Any:
 
 def quantized(w: np.ndarray, bits: int, axis: int
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """(q, scales, offsets) of a block on the host: float16 for each `GROUP`
-  along an axis, or for all of it where that does not divide it. Of 8 bits
-  symmetric, of 4 from the least to the greatest."""
+  """Returns q, scales and offsets of a block in the host's memory.
+
+  There is a float16 scale for each `GROUP` along an axis, or one for the whole
+  axis if `GROUP` does not divide it. Integers of 8 bits are symmetric; 4 bits
+  span the range from the least to the greatest weight.
+  """
   n = w.shape[axis]
   run = GROUP if n % GROUP == 0 else n
   runs = w.astype(np.float32).reshape(
@@ -234,14 +240,14 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
   """Returns a weight as `Codes`, with a scale for each 32 along an axis.
 
   Args:
-    w: An array of floats, of one axis or more.
+    w: An array of floats with one axis or more.
     bits: 8 or 4.
-    axis: The axis that products with it sum over: of a kernel [inputs, outputs]
-      the first of these two, of an embedding the last.
+    axis: The axis that products with it sum over: the first of a kernel
+      [inputs, outputs], the last of an embedding.
 
   Raises:
-    ValueError: for something else than floats, an axis that w has not, other
-      ``bits``, or 4 along an axis of odd length.
+    ValueError: For something other than floats, an axis that w does not have,
+      other ``bits``, or 4 bits along an axis of odd length.
   """
   if bits not in (8, 4):
     raise ValueError(f'bits must be 8 or 4, got {bits!r}.')
@@ -261,18 +267,18 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
 
 def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
               dtype: str) -> Codes:
-  """Codes of integers q and what they are scaled by."""
+  """Returns `Codes` from integers q, scales and offsets."""
   if bits == 8:
     return Codes(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
   return Codes(pack(q, axis), scales, offsets, 4, axis, dtype)
 
 
 def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
-  """Returns params with floats in the place of `Codes`.
+  """Returns params with floats in place of `Codes`.
 
   Args:
     params: A tree of arrays and `Codes`.
-    dtype: A floating-point dtype of these floats; None for each weight's own.
+    dtype: A floating-point dtype. Defaults to None, for each weight's own.
   """
   arguments.tree('params', params)
   arguments.floating('dtype', dtype)

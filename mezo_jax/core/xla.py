@@ -1,4 +1,4 @@
-"""Where and when XLA makes a value: what a program alone does not tell it."""
+"""Workarounds that control where and when XLA computes a value."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +14,11 @@ from mezo_jax.core import jax_versions
 
 
 def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """``fn`` as a function that XLA:CPU does not inline: it builds all that it
-  can as soon as it can, but what happens in there it leaves there."""
+  """Returns ``fn`` as a function that XLA:CPU does not inline.
+
+  XLA:CPU computes values as soon as it can, but does not move them out of such
+  a function.
+  """
   def alone(*args):
     with set_xla_metadata(inlineable=None):  # what it calls may be
       return fn(*args)
@@ -36,12 +39,12 @@ def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
 def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
   """Returns the entries ``x[i]`` of the first axis.
 
-  The time that XLA:CPU takes to compile a program is that of its distinct
-  kernels, 10 ms each however small they are; equal ones are compiled once. A
-  static slice is fused with its use, and then the uses of all entries differ in
-  an index: in a model of many layers, the noise of each weight. A function that
-  is not inlined takes its index from outside, behind a barrier that keeps it
-  from being propagated into it, so all entries share a kernel.
+  XLA:CPU takes 10 ms to compile each distinct kernel, however small it is;
+  equal kernels are compiled once. A static slice is fused with its use, and
+  then the uses of all entries differ in an index, for example the draws of each
+  weight in a model of many layers. A function that is not inlined gets its
+  index from outside, behind a barrier that keeps it from being propagated into
+  the function, so all entries share a kernel.
 
   Args:
     x: An array.
@@ -67,18 +70,18 @@ def _is_traced(tree) -> bool:
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
-  """``x``, a product, rounded before something is added to it.
+  """Returns ``x``, a product, rounded before something is added to it.
 
-  Compilers make one operation of both in some loops and not in others, so that
-  sums would differ in a bit between programs and between meshes. What comes of
-  integers they do not join; a `select` they move out of the loop.
+  Compilers fuse a product and a sum into one operation (FMA) in some loops and
+  not in others, so sums would differ in a bit between programs and meshes. They
+  do not fuse through integers. A `select` would be moved out of the loop.
 
   Args:
-    x: of float32 or float64, any shape; of any other dtype it is returned as it
-      is (half precision is rounded by being stored).
-    number: int32 [], 0 or more, which no compiler can know: its sign is a 0.
-      None where none is at hand: then the 0 says that an element is not NaN
-      (the lowest bit of one that is changes; it stays NaN).
+    x: A float32 or float64 array. Arrays of other dtypes are returned as they
+      are, since storing half precision rounds it.
+    number: int32 [], 0 or more, whose sign the compiler cannot know to be 0.
+      Defaults to None: then the 0 is whether an element is NaN. (The lowest bit
+      of a NaN changes; it stays NaN.)
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     return x
@@ -89,17 +92,17 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
 
 
 def made_first(fn: Callable[..., Any], *args: Any) -> Any:
-  """Returns ``fn(*args)``, in memory before it is used: not again for each use.
-  """
+  """Returns ``fn(*args)``, stored before it is used instead of recomputed for
+  each use."""
   return lax.platform_dependent(
       *args, cpu=apart(fn), default=lambda *args: _barrier(fn(*args)))
 
 
 def _barrier(tree):
-  """Returns the same values behind a barrier, with the same types.
+  """Returns the same values behind barriers, with the same types.
 
-  One barrier would have all values vary over the manual axes that any of them
-  varies over; in `jax.shard_map` those that vary alike have one.
+  Values that vary over the same manual axes of `jax.shard_map` share a barrier;
+  behind one barrier, all would vary over the axes of any of them.
   """
   leaves, structure = jax.tree.flatten(tree)
   alike = {}

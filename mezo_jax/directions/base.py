@@ -1,7 +1,6 @@
-r"""What z is: its distribution, its generator, where it is not zero.
+r"""Distributions of z: `Normal`, `Rademacher`, and what all have in common.
 
-A `Directions` says all that there is to say of a direction but its key, and
-nothing else does.
+A `Directions` and a key determine a direction.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,26 +23,28 @@ _U32 = jnp.uint32
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-  r"""What z is, as a function of a key; base of the kinds of it.
+  r"""A distribution of z; the base class of all distributions.
 
   Attributes:
-    generator: 'hash32', cheap and tested (benchmarks/results/noise.md); or
-      'threefry2x32', with which draws are, bit for bit, those of `jax.random`.
-    mask: where z is not 0: None (every floating-point leaf), a tree or prefix
-      tree of bools (or, for elements, bool arrays of the leaves' shapes), a
-      function from params to one, or a regular expression that is searched for
-      in the leaves' paths. Leaves without z are neither perturbed nor updated.
-    stacked: a mask of the leaves whose first axis is that of layers, each with
+    generator: Generator of random bits. 'hash32' is cheap and tested
+      (benchmarks/results/noise.md). With 'threefry2x32', draws are bitwise
+      those of `jax.random`.
+    mask: The leaves that have a z; others are neither perturbed nor updated. It
+      is None (every floating-point leaf), a tree or prefix tree of bools (or,
+      for elements, bool arrays of the leaves' shapes), a function from params
+      to one, or a regular expression that is searched for in the leaves' paths.
+    stacked: A mask of the leaves whose first axis is that of layers, each with
       a key of its own. Defaults to None: leaves whose path has a component
       named ``layer[s]``, ``block[s]`` or ``h``, without a number, and whose
       shapes agree.
     multiplier: What each element of z is multiplied by, a `Multiplier`.
       Defaults to None, for 1.
-    on_grid: whether `Codes` are evaluated at codes, c z rounded to their grid
-      stochastically with bits of its key; or else wherever c z leads.
+    on_grid: Whether quantised weights (`Codes`) are evaluated on their grid,
+      with c z rounded stochastically. Defaults to False: they are evaluated at
+      their value plus c z.
 
   Raises:
-    ValueError: for an unknown generator, or a mask that is not one.
+    ValueError: For an unknown generator, or a mask that is not one.
   """
 
   generator: str = 'hash32'
@@ -54,7 +55,7 @@ class Directions:
   on_grid: bool = False
 
   unrolled: ClassVar[int] = 8  # terms that are added in one pass
-  dear: ClassVar[bool] = False  # cost of a draw: better kept than made again
+  dear: ClassVar[bool] = False  # whether a draw costs more than to store it
 
   def __post_init__(self) -> None:
     if not isinstance(self.generator, str) or (
@@ -77,48 +78,47 @@ class Directions:
     arguments.boolean('on_grid', self.on_grid)
 
   def keys(self, key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
-    """The keys [n] of the directions of step number ``count`` of a run."""
+    """Returns the keys [n] of the directions of a step."""
     return noise.step_keys(key, count, n)
 
   def of_columns(self, keys: jax.Array) -> jax.Array | None:
-    """Keys [n] that columns are drawn with, where it is not with these."""
+    """Returns keys [n] for the columns of matrices, if they have their own."""
     return None
 
   def draw(self, bits: jax.Array) -> jax.Array:
-    """float32 draws of mean 0 and variance 1 from uint32 words."""
+    """Returns float32 draws with mean 0 and variance 1 from uint32 words."""
     raise NotImplementedError
 
   def takes(self, leaf: Any) -> bool:
-    """Whether z has a part for a leaf of this dtype."""
+    """Returns whether a leaf of this dtype can have a z."""
     return paths.is_floating(leaf)
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> 'Draws':
-    """The draws of a leaf of this shape; ``columns`` is its stream of the keys
-    `of_columns`."""
+    """Returns the draws of a leaf of this shape; ``columns`` is the stream with
+    the keys `of_columns`."""
     del shape, columns
     return Draws((stream,), coefs, self.bare())
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
-    """Direction j of the streams of a block, in a shape that broadcasts to
-    that of ``like``."""
+    """Returns direction j of a block, in a shape that broadcasts to that of
+    ``like``."""
     return self.draw(noise.words(streams[0], j, like, self.generator))
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
-    """`z` of directions 0 to n - 1, each in a shape that broadcasts to that of
-    ``like``."""
+    """Returns `z` of directions 0 to n - 1."""
     return [self.z(streams, j, like) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable | None:
-    """``(streams, coefs, start, like) -> start + sum``, a way to add all terms
-    that costs a TPU less than one after the other; None where there is none."""
+    """Returns ``(streams, coefs, start, like) -> start + sum``, which adds all
+    terms at once and is faster on TPUs; None if there is no such way."""
     return None
 
   def selected(self, params: Any) -> Any:
-    """Where z is not 0: a tree of bools, or arrays of them for elements."""
+    """Returns where z is not 0: a tree of bools, with arrays for elements."""
     return paths.selected(params, self.mask, self.takes)
 
   def bare(self) -> 'Directions':
@@ -149,8 +149,8 @@ class Rademacher(Directions):
 
 @functools.partial(jax.jit, inline=True)  # traced once, for each shape
 def _inverse(bits: jax.Array) -> jax.Array:
-  r"""Normal draws as `jax.random.normal` makes them: :math:`\sqrt 2\,
-  \mathrm{erf}^{-1}(u)`, u uniform on (-1, 1) of 23 bits."""
+  r"""Returns normal draws as `jax.random.normal` does: :math:`\sqrt 2\,
+  \mathrm{erf}^{-1}(u)`, with u uniform on (-1, 1), of 23 bits."""
   one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
   unit = lax.bitcast_convert_type(
       (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
@@ -160,16 +160,16 @@ def _inverse(bits: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _quantile(bits: jax.Array) -> jax.Array:
-  r"""Normal draws: bit 0 is the sign, the others the two-sided tail t.
+  r"""Returns normal draws: bit 0 is the sign, the others the two-sided tail t.
 
   .. math:: w = -2 \ln t, \quad y = \sqrt{w}, \quad
             |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
 
-  The form is that of Abramowitz and Stegun 26.2.23; the coefficients are our
-  least-maximum fit; in float32 |z| is within 5e-6 of the quantile for all
-  t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial too, in the
-  fraction bits of t: multiplications, additions, one square root, one division,
-  no branch.
+  The form is that of Abramowitz and Stegun 26.2.23, with coefficients fitted to
+  the least maximum error. In float32, |z| is within 5e-6 of the quantile for
+  all t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial in the
+  fraction bits of t, so a draw takes multiplications, additions, one square
+  root and one division, and no branch.
   """
   tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
           + np.float32(0.5)) * np.float32(2**-31)
@@ -194,7 +194,7 @@ _Q = (1.0, 1.1099032, 1.1097076, 0.5660853, 0.1643640)
 
 
 def _polynomial(coefs, x):
-  """Horner's rule, constant coefficient first."""
+  """Evaluates a polynomial by Horner's rule, constant coefficient first."""
   total = np.float32(coefs[-1])
   for c in coefs[-2::-1]:
     total = total * x + np.float32(c)

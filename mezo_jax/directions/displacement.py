@@ -1,7 +1,8 @@
-r"""Σ c·z(key) as a pytree, and each leaf's share of it: `Draws`.
+r"""Displacements Σ c·z(key), and the share of each leaf, `Draws`.
 
-`Draws` are one leaf's share of a displacement, or a view of it, to be added to
-weights where they are used. What z is, their `Directions` say.
+`Draws` are one leaf's share of a displacement, or a view of it. They are added
+to weights where the weights are used. Their `Directions` are the distribution
+of z.
 """
 
 from collections import OrderedDict
@@ -28,8 +29,8 @@ _AT_ONCE = 2**20  # elements of terms that are made at once
 class Displacement(NamedTuple):
   r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
 
-  It is never stored: a pytree of two arrays, to be scanned, joined, kept or
-  sent. A single key and number are n = 1.
+  It is never stored. It is a pytree of two small arrays, which can be scanned,
+  joined, saved or sent. A single key and number stand for n = 1.
   """
 
   keys: jax.Array  # typed keys [n]
@@ -38,17 +39,21 @@ class Displacement(NamedTuple):
   coefs: jax.typing.ArrayLike | OrderedDict[str, Any]
 
   def times(self, factors: Any) -> 'Displacement':
-    """With each term multiplied by a factor [n], or an OrderedDict of them."""
+    """Returns it with terms multiplied by factors [n], or an OrderedDict of
+    them."""
     return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
 
   def joined(self, other: 'Displacement') -> 'Displacement':
-    """The sum of both."""
+    """Returns the sum of both."""
     return jax.tree.map(lambda a, b: jnp.concatenate(
         [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
 
   def after(self, value: jax.Array) -> 'Displacement':
-    """With keys that depend on ``value`` for the compiler: it would otherwise
-    find the same z in what came before and keep it, as large as the model."""
+    """Returns it with keys that depend on ``value`` for the compiler.
+
+    The compiler would otherwise find the same z in an earlier evaluation and
+    keep it, as large as the model.
+    """
     words = jax.random.key_data(self.keys)
     words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
     return self._replace(keys=jax.random.wrap_key_data(
@@ -80,21 +85,19 @@ class Multiplier(NamedTuple):
     data_fields=('streams', 'coefs'), meta_fields=('directions',))
 @dataclasses.dataclass(frozen=True)
 class Draws:
-  """One leaf's ``sum_j coefs[j] * z_j``, or a view of it: nothing is drawn.
+  """Stands for ``sum_j coefs[j] * z_j`` of one leaf, or of a view of it.
 
-  A view (rows by index, a run, a transpose, a reshape) is of the same draws:
-  see `mezo_jax.directions.streams`. The methods that make one return None where
-  they cannot.
+  Nothing is drawn until `add` or `built` is called.
   """
 
-  # Of a block: of its elements; or of its rows and its columns.
+  # One stream for the elements, or two: for the rows and for the columns.
   streams: tuple[noise.Stream, ...]
   coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
   directions: Any  # `Directions`, bare
 
   @property
   def is_everywhere(self) -> bool:
-    """Whether no element of z is 0, or scaled, by what is said of it."""
+    """Whether z is neither masked nor multiplied."""
     first = self.streams[0]
     return first.there is None and first.values is None
 
@@ -122,7 +125,7 @@ class Draws:
     return x if self._factors is None else x * self._factors
 
   def add(self, w: jax.Array | Codes) -> jax.Array:
-    """``w + sum`` in float32 (float64 for float64 weights)."""
+    """Returns ``w + sum`` in float32 (float64 for float64 weights)."""
     if is_codes(w):
       if self.directions.on_grid and len(self.coefs):
         steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
@@ -150,13 +153,13 @@ class Draws:
     return self.masked(like, total, 0 if start is None else start)
 
   def _bits(self, like) -> jax.Array:
-    """Words of the keys of the first term, independent of what it draws."""
+    """Returns random words that are independent of the draws."""
     s = self.streams[0]
     return noise.words(
         dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
 
   def term(self, j: jax.Array | int, like: jax.Array) -> jax.Array:
-    """``coefs[j] * z_j`` in float32."""
+    """Returns ``coefs[j] * z_j`` in float32."""
     return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
 
   def _scaled(self, c, z):
@@ -177,8 +180,10 @@ class Draws:
     return total
 
   def _each_term(self, first: int, like) -> jax.Array:
-    """Those of directions ``first`` on, along a new axis; no key is looked up,
-    which TPUs are slow at."""
+    """Returns the terms of directions ``first`` and later along a new axis.
+
+    Terms are mapped over, because TPUs are slow at looking up keys.
+    """
     def one(keys, cores, c):
       streams = [dataclasses.replace(
           s, keys=key[..., None, :],
@@ -204,13 +209,14 @@ class Draws:
     return dataclasses.replace(self, streams=streams)
 
   def where(self, there: jax.Array) -> 'Draws':
-    """Zero elsewhere."""
+    """Returns the same draws where ``there`` is True, and 0 elsewhere."""
     if self.streams[0].there is not None:
       there = there & self.streams[0].there
     return self._first(there=there)
 
   def multiplied(self, values: jax.Array) -> 'Draws':
-    """With the values of a `Multiplier`, which broadcast with the block."""
+    """Returns the draws with the values of a `Multiplier`, which broadcast with
+    the block."""
     if self._keeps is None and values.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
     if self._keeps is None:
@@ -223,8 +229,8 @@ class Draws:
         dataclasses.replace(first, **changes), *rest))
 
   def rows(self, length: int) -> tuple[list[jax.Array], Callable[..., Any]]:
-    """Of each entry of the first axis: ``along, of_row``, a list of arrays to
-    scan over, and a function from those of one entry to its draws."""
+    """Returns ``along, of_row``: a list of arrays to scan over, and a function
+    from their entries for one index of the first axis to its draws."""
     arrays, tree = jax.tree.flatten(tuple(
         streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
@@ -243,24 +249,25 @@ class Draws:
     return [s.keys for s in self.streams]
 
   def tied(self, keys: jax.Array) -> 'Draws':
-    """With the same keys, as the compiler is to see them."""
+    """Returns the draws with these keys, which are the same behind a barrier of
+    the compiler."""
     return dataclasses.replace(self, streams=tuple(
         dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
 
   def lies(self) -> list[int]:
-    """The block's axes in the order in which the leaf has them."""
+    """Returns the block's axes in the order in which the leaf has them."""
     steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
     return sorted(range(len(steps)), key=lambda a: (
         any(steps[a]), *(-step for step in steps[a])))
 
   def is_stack(self) -> bool:
-    """Whether a leaf has a key for each entry of its first axis."""
+    """Returns whether a leaf has a key for each entry of its first axis."""
     keys = self.streams[0].keys
     return keys.ndim > 2 and keys.shape[0] > 1
 
 
 def stack(several: list[Draws]) -> Draws:
-  """The draws of blocks of one shape as those of one, with a new first axis."""
+  """Returns draws of blocks of one shape as draws of their stack."""
   streams, coefs = jax.tree.map(
       lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
   streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
@@ -273,10 +280,11 @@ def stack(several: list[Draws]) -> Draws:
 
 def of_leaves(params: Any, displacement: Displacement, directions: Any
               ) -> list[tuple[str, Any, Draws | None]]:
-  """Paths, leaves and their draws; None where z is 0.
+  """Returns paths, leaves and their draws, which are None where z is 0.
 
   Raises:
-    ValueError: for what is no displacement, or a mask that does not fit.
+    ValueError: For something that is not a displacement, or a mask that does
+      not fit.
   """
   keys, coefs = _arrays(displacement)
   leaves = paths.named_leaves(params)
@@ -324,13 +332,13 @@ def _of_each(name: str, values, leaves: list) -> list:
 
 
 def _of_block(value, x) -> jax.Array:
-  """A number, or an array [L] or of all elements, with the axes of a leaf."""
+  """Returns a value of a leaf with as many axes as the leaf has."""
   value, axes = jnp.asarray(value), len(paths.shape_of(x))
   return value.reshape(value.shape + (1,) * (axes - value.ndim))
 
 
 def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
-  """Keys and coefficients [n]."""
+  """Returns keys and coefficients [n]."""
   if not isinstance(displacement, Displacement):
     raise ValueError(
         'displacement must be a mezo_jax.Displacement(keys, coefs), got a '

@@ -4,14 +4,14 @@ r"""Directions whose matrices are products of two narrow ones.
           \quad V \in \{\pm 1\}^{k \times r}
 
 Elements have mean 0 and variance 1 and are uncorrelated, :math:`E[zz^\top] =
-I`, as those of every other kind. A product with perturbed weights is then
+I`, as in every other distribution. A product with perturbed weights is then
 
 .. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top,
 
-which builds nothing of the size of W. Elementwise, with the r signs of a row of
-U and of V in the bits of one word each, :math:`z_{ij} = (r - 2\,
-\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r`: three operations an element, and
-no matrix product, so an update is added in one pass and in place, too.
+which builds nothing of the size of W. Element by element, with the r signs of a
+row of U and of V in the bits of one word each, :math:`z_{ij} = (r - 2\,
+\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r`. That takes three operations per
+element and no matrix product, so an update is added in one pass, in place.
 
 Source: factors in place of z, Chen et al., 2024 (LOZO, arXiv:2410.07698) and
 Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
@@ -34,30 +34,31 @@ from mezo_jax.directions.base import Directions, Rademacher
 from mezo_jax.directions.displacement import Draws
 
 _WORD = 32
-_WINDOWS = np.uint32(0x56565656)  # tells keys of windows from those of steps
-_MANY = 3  # terms, of which a TPU adds more sooner by a matrix product
+_WINDOWS = np.uint32(0x56565656)  # separates keys of windows and of steps
+_MANY = 3  # terms from which on a matrix product is faster on TPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Directions):
-  r"""Matrices of rank r: :math:`UV^\top / \sqrt r` of factors of signs.
+  r"""Matrices of rank r, :math:`UV^\top / \sqrt r`, with factors of signs.
 
-  A leaf (or layer) of more than two axes is the matrix whose rows and columns
-  are as equal in number as a cut between its axes can make them. Vectors, and
-  matrices with fewer than 2r rows or columns, are drawn whole, as signs.
+  A leaf (or layer) with more than two axes counts as a matrix: the cut between
+  its axes is where the numbers of rows and columns are most equal. Vectors, and
+  matrices with fewer than 2r rows or columns, have no factors and are drawn as
+  signs.
 
-  Products with weights build none; a convolution, what a loop uses whole, and
-  anything inside `jax.shard_map` or on Explicit mesh axes is built, as of other
-  directions.
+  Products with perturbed weights build no weights. They are built for a
+  convolution, for a weight that a loop uses whole, inside `jax.shard_map` and
+  on Explicit mesh axes.
 
   Attributes:
-    rank: r. For each forward ranks 4 and 16 learned as well as full normal
-      draws on one task and slightly less on another, 1 and 2 less on one; for
-      each second 4 and 16 learned more on both (benchmarks/README.md, 8 seeds).
-    generator, mask, stacked: see `Directions`.
+    rank: r. Per forward pass, ranks 4 and 16 learned as well as normal draws on
+      one task and slightly less on another, and ranks 1 and 2 less on one. Per
+      second, 4 and 16 learned more on both (benchmarks/README.md, 8 seeds).
+    generator, mask, stacked, multiplier: See `Directions`.
 
   Raises:
-    ValueError: for a rank below 1, or an unknown generator.
+    ValueError: For a rank below 1, or an unknown generator.
   """
 
   _: dataclasses.KW_ONLY
@@ -81,7 +82,7 @@ class LowRank(Directions):
     cut = self._cut(shape[layers:])
     if cut is None:
       return signs
-    # Row i has words i * w, ..., the w that r bits need; the columns' follow.
+    # Row i has the w words from i * w on; r bits need w. Columns follow.
     words, cut = -(-self.rank // _WORD), layers + cut
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
     strides = lambda first, last: tuple(
@@ -97,7 +98,7 @@ class LowRank(Directions):
                  self.bare())
 
   def _cut(self, shape) -> int | None:
-    """Number of the axes that count rows; None for what is drawn whole."""
+    """Returns how many axes are rows; None for a leaf without factors."""
     sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
     cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
     least = self.least * self.rank
@@ -105,18 +106,19 @@ class LowRank(Directions):
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
-    """Times the root of the rank, which is in the coefficients."""
+    """Returns z times the root of the rank, by which coefficients are divided.
+    """
     return self.each([noise.only(s, j) for s in streams], 1, like)[0]
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
     parts = [*map(len, self._bits(1))]
-    def words(s, i, bits):  # [n, *axes], of all terms
+    def words(s, i, bits):  # [n, *axes], for all terms
       s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
           dataclasses.replace(s, keys=key[..., None, :]), 0, like,
           self.generator)
       return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
-    # Few words, each of many elements: a loop would make them for each.
+    # These few words serve many elements: a loop would draw them for each.
     made = xla.made_first(lambda streams: [
         [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
                                 streams)
@@ -131,16 +133,19 @@ class LowRank(Directions):
     return self._by_product
 
   def _by_product(self, streams, coefs, start, like):
-    """The same sum by a matrix product, of which adding it to weights and
-    rounding them is the end to a TPU: one pass, whatever n is. Coefficients are
-    two bfloat16 each, 16 bits, beside factors that are exact."""
+    """Returns the same sum by a matrix product.
+
+    A TPU fuses adding it to weights and rounding them with the product, so it
+    takes one pass for any n. Factors are exact in bfloat16, and coefficients
+    are sums of two bfloat16.
+    """
     axes = [counted(s, like.shape) for s in streams]
     u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
     high = coefs.astype(jnp.bfloat16)
     low = (coefs - high.astype(jnp.float32)).astype(jnp.bfloat16)
     of = np.concatenate([np.repeat((0, 1), len(b) // 2) for b in self._bits(2)])
     u = u * jnp.stack([high, low], -1)[:, of]
-    n, r = like.ndim, like.ndim + 1  # names of axes that are none of like's
+    n, r = like.ndim, like.ndim + 1  # names of axes that like does not have
     there = sorted({*axes[0], *axes[1]})
     total = jnp.einsum(
         u, [*axes[0], n, r], v, [*axes[1], n, r], there,
@@ -150,19 +155,21 @@ class LowRank(Directions):
     return total if start is None else start + total
 
   def _bits(self, times: int) -> list[np.ndarray]:
-    """Those of each word that are signs, so many times."""
+    """Returns which bits of each word are signs, repeated."""
     return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
                     times) for at in range(0, self.rank, _WORD)]
 
   def factor(self, stream: noise.Stream, shape: tuple[int, ...],
              dtype: jax.typing.DTypeLike, times: int = 1) -> jax.Array:
-    """U or V of a block, of all n directions: 1 and -1, [*axes, n, rank].
+    """Returns U or V of a block for all n directions: 1 and -1, [*axes, n,
+    rank].
 
     Args:
-      stream: of its rows or its columns.
-      shape: of the block; axes that the stream does not count are left out.
-      dtype: of the result.
-      times: repeat the rank's columns, those of each word together.
+      stream: The stream of its rows or of its columns.
+      shape: Shape of the block. Axes that the stream does not count are left
+        out.
+      dtype: Dtype of the result.
+      times: How often the columns of each word are repeated.
     """
     axes, n = counted(stream, shape), stream.keys.shape[-2]
     kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
@@ -182,24 +189,23 @@ class LowRank(Directions):
 
 @dataclasses.dataclass(frozen=True)
 class LazyLowRank(LowRank):
-  r"""`LowRank` with the same V for some steps on end, and a new U each step.
+  r"""`LowRank` with the same V for a window of steps, and a new U in each step.
 
   .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
 
-  All steps of a window together change a matrix by one of rank r. What is drawn
-  whole is drawn anew each step. Of the two words of a direction's key one is
-  the step's and one the window's, from which alone V comes: z is a function of
-  its key as every other.
+  All steps of a window together change a matrix by one of rank r. Leaves
+  without factors are drawn anew in each step. A direction's key has two words:
+  one belongs to the step, and one to the window. V depends on the latter alone.
 
   Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
-  without the root, which learning rates there make up for.
+  without the root, for which its learning rates compensate.
 
   Attributes:
-    every: :math:`\nu`, steps.
+    every: :math:`\nu`, the number of steps of a window.
     rank, generator, mask, stacked, multiplier: see `LowRank`.
 
   Raises:
-    ValueError: as `LowRank`; for ``every`` below 1.
+    ValueError: As `LowRank`; for ``every`` below 1.
   """
 
   _: dataclasses.KW_ONLY
@@ -228,22 +234,25 @@ class LazyLowRank(LowRank):
 
 
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
-  """``sum_b rows[..., b] * columns[..., b]``, of axes that broadcast: element
-  by element, so it fuses into what adds it to weights and is in no memory."""
+  """Returns ``sum_b rows[..., b] * columns[..., b]``, where axes broadcast.
+
+  It is computed element by element, so it fuses and takes no memory.
+  """
   return cast(jax.Array, sum(
       rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
 
 
 def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
              ) -> jax.Array:
-  """A factor of one direction, [*axes, 1, rank], with all axes of a block."""
+  """Returns a factor of one direction, [*axes, 1, rank], with all axes of a
+  block."""
   axes = counted(stream, shape)
   return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
                         factor.shape[-1])
 
 
 def counted(stream: noise.Stream, shape: tuple[int, ...]) -> list[int]:
-  """The axes of a block along which a stream has words of its own."""
+  """Returns the axes of a block along which the words of a stream differ."""
   arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
   return [a for a, n in enumerate(shape) if n > 1 and (
       stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]

@@ -48,15 +48,14 @@ _U32 = jnp.uint32
     meta_fields=('strides',))
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Where the draws of a block lie: an affine view into those of a leaf.
+  """Locates the elements of a block among the draws of its leaf.
 
-  Element i of a block of ``len(strides)`` axes is draw number
-  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays
-  have the block's axes, of its length or of length 1 (then they are broadcast),
-  and those of keys and cores more axes after them, so that
-  a row, a run, a transpose or a reshape of a leaf is a stream again: see
-  `mezo_jax.directions.streams`. Those of all n keys of a displacement are held
-  at once.
+  Element i of a block with ``len(strides)`` axes is draw number
+  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays begin
+  with the axes of the block, which have the block's length or length 1 (then
+  they broadcast). So a row, a slice, a transpose or a reshape of a leaf has a
+  stream again: see `mezo_jax.directions.streams`. A stream has all n keys of a
+  displacement.
   """
 
   keys: jax.Array  # uint32 [*axes, n, 2]
@@ -75,12 +74,12 @@ def as_key(key: Any, name: str = 'key') -> jax.Array:
   """Returns a typed threefry key.
 
   Args:
-    key: A typed key of any implementation, the data of a raw one, or a seed
-      that `jax.random.key` takes, of which it makes the same key.
+    key: A typed key of any implementation, the data of a raw key, or a seed
+      that `jax.random.key` accepts.
     name: The argument's name, for the error.
 
   Raises:
-    ValueError: if it is something else.
+    ValueError: If it is something else.
   """
   if is_typed(key):
     if key.shape:
@@ -111,9 +110,9 @@ def as_key(key: Any, name: str = 'key') -> jax.Array:
 
 
 def check_key(key: Any, name: str = 'key') -> None:
-  """Raises ValueError for something that `as_key` does not take.
+  """Raises ValueError for something that `as_key` does not accept.
 
-  Nothing is computed for a seed: devices may not be set up yet.
+  Nothing is computed for a seed, since devices may not be set up yet.
   """
   if not isinstance(key, (int, np.integer)):
     as_key(key, name)
@@ -128,9 +127,8 @@ def is_typed(key: Any) -> bool:
 def state_key(key: Any) -> jax.Array:
   """Returns a copy of a key for an optimizer's state, which may be donated.
 
-  `flax.serialization` cannot save typed keys until someone registers how. In
-  programs that import it, this does, so that it saves states: a key as its
-  data.
+  In programs that import `flax.serialization`, this registers how it saves a
+  typed key: as the key's data.
   """
   flax = sys.modules.get('flax.serialization')
   if flax is not None:
@@ -152,8 +150,8 @@ def as_keys(keys: jax.Array) -> jax.Array:
   """Returns typed threefry keys [n].
 
   Args:
-    keys: An array of typed keys [n], the data of raw ones [n, 2], or one key as
-      `as_key` takes it.
+    keys: An array of typed keys [n], the data of raw keys [n, 2], or one key
+      that `as_key` accepts.
   """
   if is_typed(keys) and keys.ndim == 1:
     if jax.random.key_impl(keys) == 'threefry2x32':
@@ -167,17 +165,17 @@ def as_keys(keys: jax.Array) -> jax.Array:
 
 def direction_key(key: jax.Array, count: jax.Array | int,
                   sample: jax.Array | int = 0) -> jax.Array:
-  """The key of direction number ``sample`` of step number ``count``."""
+  """Returns the key of a direction of a step."""
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
 def step_keys(key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
-  """The keys [n] of the directions of step number ``count``."""
+  """Returns the keys [n] of the directions of a step."""
   return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-  """The key of one leaf; of one layer where the path has a layer number."""
+  """Returns the key of a leaf, or of a layer if the path has its number."""
   name, layer, _ = paths.locate(path)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
   return key if layer is None else jax.random.fold_in(key, layer)
@@ -203,14 +201,14 @@ def bits(key: jax.Array, index: jax.Array, generator: str) -> jax.Array:
 
 def words(s: Stream, j: int | jax.Array, like: jax.Array,
           generator: str) -> jax.Array:
-  """A uint32 word for each element of a block.
+  """Returns a random uint32 word for each element of a block.
 
   Args:
-    s: the stream of the block.
-    j: which of its directions.
-    like: gives the shape of the block and, where mesh axes are Explicit, its
-      sharding.
-    generator: one of `GENERATORS`; or 'rounding', cheaper than either and good
+    s: The stream of the block.
+    j: The number of the direction.
+    like: An array with the shape of the block and, where mesh axes are
+      Explicit, its sharding.
+    generator: One of `GENERATORS`; or 'rounding', which is cheaper and good
       enough for `stochastic_round`.
   """
   return _words(
@@ -218,15 +216,15 @@ def words(s: Stream, j: int | jax.Array, like: jax.Array,
       shape=like.shape, place=_explicit(like, s.strides), generator=generator)
 
 
-# Blocks of one shape are traced once. XLA sees what it would without `jit`.
+# Blocks of one shape are traced once. For XLA, inline=True changes nothing.
 @functools.partial(jax.jit, inline=True, static_argnames=(
     'strides', 'shape', 'place', 'generator'))
 def _words(key, lo, hi, *, strides, shape, place, generator):
   index_shape = tuple(n if step else 1 for n, step in zip(
       shape, strides, strict=True))
 
-  # Counters start from lo plus a word of the key: XLA would share one index, as
-  # large as a layer, between the layers, and keep it.
+  # Add a word of the key to the counter first. Otherwise XLA shares one index,
+  # as large as a layer, between the layers, and keeps it alive.
   def lo_plus(word):
     total = lo + word
     for axis, step in enumerate(strides):
@@ -245,7 +243,8 @@ def _words(key, lo, hi, *, strides, shape, place, generator):
 
 def _explicit(like: jax.Array,
               strides: tuple) -> jax.sharding.NamedSharding | None:
-  """The sharding of a block's counted axes, if it is part of its type."""
+  """Returns the sharding of a block's counted axes, if mesh axes are Explicit.
+  """
   sharding = jax.typeof(like).sharding
   if not any(t == jax.sharding.AxisType.Explicit
              for t in sharding.mesh.axis_types):
@@ -255,8 +254,9 @@ def _explicit(like: jax.Array,
 
 
 def _threefry2x32(k0, k1, hi, lo_plus):
-  """Threefry-2x32, 20 rounds, unrolled: jax's own is a loop on CPU, which
-  does not fuse and needs four temporaries of the leaf's size."""
+  """Returns words of Threefry-2x32 with 20 rounds, unrolled. That of JAX is a
+  loop on CPU, which does not fuse and needs four temporaries of a leaf's size.
+  """
   ks = (k0, k1, k0 ^ k1 ^ _U32(0x1BD11BDA))
   x0, x1 = hi + k0, lo_plus(k1)
   for i in range(5):
@@ -268,12 +268,12 @@ def _threefry2x32(k0, k1, hi, lo_plus):
 
 
 def _hash32(k0, k1, hi, lo_plus):
-  """Keyed rounds of 32-bit finalisers over a Weyl sequence of the counter.
+  """Returns keyed rounds of 32-bit finalisers over a Weyl sequence.
 
-  Far cheaper than threefry. The sum at the end makes a key's draws a random
-  function of the counter and not a permutation, which would lack repetitions.
-  Not cryptographic; its statistics are tested (benchmarks/noise.py), not
-  proven.
+  This is far cheaper than Threefry. The sum at the end makes the words a random
+  function of the counter instead of a permutation, which would never repeat.
+  The generator is not cryptographic, and its statistics are tested
+  (benchmarks/noise.py), not proven.
   """
   weyl = lo_plus(k0 * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + lo * G
   x = _finalise(weyl, 0x7FEB352D, 0x846CA68B)
@@ -283,12 +283,12 @@ def _hash32(k0, k1, hi, lo_plus):
 
 
 def _rounding(k0, k1, hi, lo_plus):
-  """One keyed finaliser."""
+  """Returns the words of one keyed finaliser."""
   return _finalise(lo_plus(k0) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
 
 
 def _finalise(x, m0, m1):
-  """A bijection of 32-bit words in which each bit comes to matter to each."""
+  """Applies a bijection of 32-bit words that mixes all bits."""
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)
   return x ^ (x >> 16)

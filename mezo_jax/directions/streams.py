@@ -25,7 +25,7 @@ _first: contextvars.ContextVar[np.uint32 | jax.Array] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def stacks_begin_at(layer: int | jax.Array):
-  """Where stacked leaves are parts of stacks, from this layer on."""
+  """Declares that stacked leaves are parts of stacks, beginning at a layer."""
   token = _first.set(jnp.asarray(layer).astype(jnp.uint32))
   try:
     yield
@@ -87,16 +87,16 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
 
 
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
-  """Returns the stream of one leaf, a stack if its name says so.
+  """Returns the stream of one leaf, which is a stack if its name says so.
 
-  A name alone is believed here, for lack of the rest of the tree: see
-  `of_leaves`."""
+  Without the rest of the tree, only the name can tell; see `of_leaves`.
+  """
   stacked = paths.locate(path)[2] and bool(shape)
   return of_leaves(keys, {path: (shape, stacked)})[path]
 
 
 def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
-  """The stream of a leaf from the words of its keys, [(layers,) n, 2]."""
+  """Returns the stream of a leaf with keys [(layers,) n, 2]."""
   inner, first = len(shape), words.ndim - 2
   words = words.reshape(words.shape[:first] + (1,) * (inner - first)
                         + words.shape[first:])
@@ -117,7 +117,8 @@ def _map(fn, s: Stream, **changes) -> Stream:
 
 
 def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
-  """Adds ``index * step`` to the counters (in 64 bits if need be)."""
+  """Adds ``index * step`` to the counters, in 64 bits if they have a high word.
+  """
   index = index.astype(jnp.uint32)
   if s.hi is None:
     return dataclasses.replace(s, lo=s.lo + index * _U32(step))
@@ -128,12 +129,12 @@ def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
 
 
 def moved(s: Stream, steps: int) -> Stream:
-  """With all counters so many on."""
+  """Returns the stream with a number added to all counters."""
   return dataclasses.replace(s, lo=s.lo + _U32(steps)) if steps else s
 
 
 def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-  """(high, low) words of the 64-bit product of uint32 ``a`` and an int."""
+  """Returns the high and low words of the 64-bit product of ``a`` and ``b``."""
   if b >= 2**32:
     hi, lo = _mul_wide(a, b % 2**32)
     return hi + a * _U32(b >> 32), lo
@@ -173,7 +174,7 @@ def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
 
 
 def spread(s: Stream, axis: int, size: int) -> Stream:
-  """The same view, with an entry of its arrays for each of the axis's."""
+  """Returns the same stream with arrays that have entries along an axis."""
   if s.lo.shape[axis] == size:
     return s
   index = jnp.arange(size, dtype=jnp.uint32)

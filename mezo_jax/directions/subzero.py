@@ -1,16 +1,17 @@
-r"""Directions in a subspace of matrices that stays for a while: SubZero.
+r"""SubZero: directions in a subspace of matrices that is kept for a window.
 
 .. math:: z = \frac{\sqrt{m k}}{r} \hat U Z \hat V^\top, \qquad
           \hat U^\top \hat U = \hat V^\top \hat V = I_r, \quad
           Z \in \mathcal{N}(0, I_{r \times r})
 
-with bases that are the same for some steps on end and a new Z each step, so
-that :math:`E[zz^\top] = I` over bases, and in a window it is :math:`mk / r^2`
-times the projection on the subspace (Yu et al., 2024, arXiv:2410.08989).
+The bases are the same for a window of steps, and Z is new in each step. Over
+bases, :math:`E[zz^\top] = I`; within a window it is :math:`mk / r^2` times the
+projection on the subspace. Source: Yu et al., 2024, arXiv:2410.08989.
 
-The paper's bases are of QR, and kept. Ours are those of factors of signs,
-:math:`\hat U = U L^{-\top}` with :math:`L L^\top = U^\top U`, made again from
-keys: with :math:`C = L_U^{-\top} Z L_V^{-1} \sqrt{mk} / r`, r by r,
+The paper's bases come from a QR decomposition and are stored. Here they come
+from factors of signs, :math:`\hat U = U L^{-\top}` with :math:`L L^\top =
+U^\top U`, and are regenerated from keys. With the r by r matrix :math:`C =
+L_U^{-\top} Z L_V^{-1} \sqrt{mk} / r`,
 
 .. math:: z = U C V^\top, \qquad x (W + c z) = x W + c\, ((x U) C) V^\top.
 """
@@ -34,14 +35,15 @@ from mezo_jax.directions.low_rank import LazyLowRank
 
 @dataclasses.dataclass(frozen=True)
 class SubZero(LazyLowRank):
-  r"""Matrices in a subspace of :math:`r \times r` dimensions that stays for
-  ``every`` steps; what has fewer than 8r rows or columns is drawn whole, as
-  signs, anew each step.
+  r"""Matrices in a subspace of :math:`r \times r` dimensions, which is the same
+  for ``every`` steps.
+
+  Leaves with fewer than 8r rows or columns are drawn as signs in each step.
 
   Attributes:
-    rank: r; the paper has 8 to 24.
-    every: steps; the paper has 1,000 to 2,000. What a window adds up to stays
-      in its subspace.
+    rank: r. The paper uses 8 to 24.
+    every: Number of steps of a window. The paper uses 1,000 to 2,000. The sum
+      of the updates of a window stays in its subspace.
     generator, mask, stacked, multiplier: see `Directions`.
 
   Raises:
@@ -53,7 +55,7 @@ class SubZero(LazyLowRank):
   every: int = 1000
 
   unrolled: ClassVar[int] = 8
-  # Signs of so many rows are all but never dependent: r^2 / 2^(8r) pairs are.
+  # With 8r rows, signs are almost never dependent: r^2 / 2^(8r) pairs are.
   least: ClassVar[int] = 8
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
@@ -83,7 +85,7 @@ class SubZero(LazyLowRank):
     return dataclasses.replace(draws, streams=(rows, others), coefs=coefs)
 
   def _z(self, stream, layers) -> jax.Array:
-    """Z, [*layers, n, r, r], of the step's keys."""
+    """Returns Z, [*layers, n, r, r], from the keys of the step."""
     r, n = self.rank, stream.keys.shape[-2]
     keys = stream.keys.reshape(*layers, n, 1, 1, 1, 2)
     every = noise.Stream(

@@ -1,16 +1,17 @@
-"""Weights that are displaced where they are consumed, and not before.
+"""An interpreter of jaxprs that displaces weights where they are consumed.
 
-`evaluate` runs a jaxpr in which some values are lazy:
+In `evaluate`, some values are lazy:
 
-* a `Block` is (a view of) a parameter leaf, ``w`` beside its `Draws`: rows by
-  index, runs, transposes, reshapes and casts of it are blocks again, and a scan
-  over its first axis hands each iteration one row of it;
-* an `Expression` is what an operation makes of lazy values alone (a
-  concatenation, a product with a scale, LoRA's A @ B): it waits too.
+* A `Block` is a parameter leaf, or a view of it, with its `Draws`. A lookup,
+  slice, transpose, reshape or cast of a block is a block again, and a scan over
+  its first axis passes one row of it to each iteration.
+* An `Expression` is the result of an operation on lazy values alone, such as a
+  concatenation, a product with a scale, or LoRA's A @ B.
 
-An operation in which a lazy value meets anything else consumes it: there it is
-built. Where layers are not scanned, each such operation is a function of its
-own to the compiler, so that what is built in it is gone when it is done.
+An operation of a lazy value and another value consumes it: the displaced weight
+is built there. If layers are not scanned, a large operation of this kind is a
+function of its own (on CPU) or behind a barrier (on GPU), so that the compiler
+frees what is built for it when it is done.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from mezo_jax.directions.displacement import Draws
 RULES: dict[str, Callable[..., Any]] = {}  # the modules `rules_...` fill it
 # Programs of one operation, whose arguments have no names.
 _NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
-SMALL = 2**16  # elements; below, a weight is built wherever that is
+SMALL = 2**16  # elements; a smaller weight may be built anywhere
 
 
 @functools.partial(
@@ -39,13 +40,12 @@ SMALL = 2**16  # elements; below, a weight is built wherever that is
     data_fields=('w', 'draws'), meta_fields=('casts', 'leaf'))
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """``w + sum_j coefs[j] * z_j``, of a view ``w`` of a leaf."""
+  """Stands for ``w + sum_j coefs[j] * z_j``, for a view ``w`` of a leaf."""
 
   w: jax.Array | Codes
   draws: Draws  # of the same view
-  # The dtypes that the program has cast the weights to since.
-  casts: tuple[Any, ...] = ()
-  leaf: str | None = None  # path of the leaf that this is all of; '' if part
+  casts: tuple[Any, ...] = ()  # dtypes to which the program cast the weights
+  leaf: str | None = None  # path of the leaf; '' for a part of it
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -76,8 +76,8 @@ class Block:
     return self.view(new, draws)
 
   def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
-    """The block with its axes in the order of the leaf, and the order that
-    they have here: a transpose must not be built before it is read."""
+    """Returns the block with its axes in the order of the leaf, and the order
+    that they have here: a transpose must not be built before it is read."""
     lies = self.draws.lies()
     block = self.transpose(lies)
     return block, tuple(lies.index(a) for a in range(len(lies)))
@@ -88,7 +88,7 @@ class Block:
     return block
 
   def build(self) -> jax.Array:
-    """The weights, displaced and cast."""
+    """Returns the weights, displaced and cast."""
     w = self.draws.add(self.w).astype(self.w.dtype)
     for dtype in self.casts:
       w = w.astype(dtype)
@@ -100,7 +100,7 @@ class Block:
     data_fields=('args',), meta_fields=('op', 'index', 'shape'))
 @dataclasses.dataclass(frozen=True)
 class Expression:
-  """Result number ``index`` of an operation on lazy values (and scalars)."""
+  """Stands for result ``index`` of an operation on lazy values and scalars."""
 
   args: tuple[Any, ...]
   op: 'Operation'
@@ -112,7 +112,7 @@ Lazy = Block | Expression
 
 
 class Operation:
-  """An equation's operation; equal to others that do the same."""
+  """The operation of an equation. Operations that do the same are equal."""
 
   def __init__(self, eqn: Any) -> None:
     self.eqn = eqn
@@ -134,17 +134,17 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """How an evaluation goes."""
+  """Holds what one evaluation has in common."""
 
-  total: int  # elements of all leaves
-  apart: bool = True  # consume in functions apart: not so within a layer
-  # By operation, order of axes and whether there is a form for CPUs.
+  total: int  # number of elements of all leaves
+  apart: bool = True  # whether operations consume in functions of their own
+  # Functions by operation, order of axes and whether there is a form for CPUs.
   functions: dict[Any, Any] = dataclasses.field(default_factory=dict)
   # {leaf: why it is built whole}.
   built: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def force(self, x: Any) -> Any:
-    """The array that a value stands for."""
+    """Returns the array that a value stands for."""
     if isinstance(x, Expression):
       return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
     if not isinstance(x, Block):
@@ -152,19 +152,21 @@ class Context:
     x, order = x.as_it_lies()
     w = x.build()
     if x.draws.directions.dear:
-      # A TPU would make z anew for each tile of rows that it multiplies by w.
+      # A TPU would draw z again for each tile of rows that it multiplies by w.
       w = lax.optimization_barrier(w)
     return w.transpose(order)
 
   def consume(self, fn: Callable[..., Any], op: Operation, ins: list[Any],
               fn_on_cpu: Callable[..., Any] | None = None) -> list[Any]:
-    """``fn(ins)``, in which lazy values are built, for it alone.
+    """Returns ``fn(ins)``, for which alone lazy values are built.
 
     Args:
-      fn: of lazy and other values; the same for all ``op`` that are equal.
-      op: what it does.
-      ins: lazy and other values; None for literals.
-      fn_on_cpu: does the same, with less memory.
+      fn: A function of lazy and other values. It must be the same for all
+        operations that are equal.
+      op: The operation.
+      ins: Lazy and other values; None for literals.
+      fn_on_cpu: A function that does the same with less memory. It is not used
+        for parts of leaves.
     """
     size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
     small = size < SMALL and 1000 * size < self.total
@@ -189,7 +191,8 @@ class Context:
                                   cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x: Any, why: str, stacked: bool = False) -> None:
-    """Remembers that a large leaf (or: stack of layers) is built whole."""
+    """Records that a large leaf is built whole: one of more than 4 % of all
+    elements. With ``stacked``, only stacks of layers count."""
     if isinstance(x, Expression):
       for arg in x.args:
         self.note(arg, why, stacked)
@@ -200,15 +203,17 @@ class Context:
 
 
 def _is_part(x) -> bool:
-  """Whether a value is cut out of a leaf."""
+  """Returns whether a value is a part of a leaf."""
   if isinstance(x, Expression):
     return any(map(_is_part, x.args))
   return isinstance(x, Block) and x.leaf == ''
 
 
 def _tied(values) -> list:
-  """Blocks that are there only when what they meet is: a compiler for GPUs
-  would build those of all layers at once, too."""
+  """Returns values in which blocks wait, by a barrier, for the other values.
+
+  A compiler for GPUs would otherwise build the blocks of all layers at once.
+  """
   met = [x for x in values if x is not None and not isinstance(x, Lazy)]
   def one(x):
     if isinstance(x, Expression):
@@ -221,8 +226,11 @@ def _tied(values) -> list:
 
 
 def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
-  """Values as arguments of a function that equal layers share: without names,
-  and each block as it lies; with the orders that `unpack` wants."""
+  """Returns values as arguments of a function that equal layers share.
+
+  They have no names, and blocks have the axes of their leaves. The second
+  result has the orders of axes, for `unpack`.
+  """
   out, orders = [], []
   for x in values:
     order = None
@@ -237,7 +245,7 @@ def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
 
 
 def unpack(values: Any, orders: Any) -> list[Any]:
-  """The inverse of `pack`, but for the names."""
+  """Undoes `pack`, except for the names."""
   def one(x, order):
     if isinstance(x, Block):
       return x.transpose(order)
@@ -274,7 +282,7 @@ def _evaluate_one(eqn, ins, context: Context) -> list:
 
 
 def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
-  """The operation itself, on arrays."""
+  """Evaluates an operation on arrays."""
   known = {v: x for v, x in zip(eqn.invars, ins)
            if not isinstance(v, core.Literal)}
   alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects, _NO_NAMES)
@@ -283,8 +291,8 @@ def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
 
 def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
               by_parts: Callable[..., Any] | None = None) -> list[Any]:
-  """What no rule is for: wait for the rest of an expression, or consume; where
-  ``by_parts`` is given, it does the same with less memory."""
+  """Evaluates an operation without a rule, as an expression or by consuming its
+  lazy values. ``by_parts``, if given, does the same with less memory."""
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
          for v, x in zip(eqn.invars, ins)]
@@ -299,7 +307,8 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
 
 
 def _waits(eqn, ins) -> bool:
-  """Whether an operation is on weights alone and gives something as large."""
+  """Returns whether an operation is on weights alone and its results are large.
+  """
   return (
       all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
       and all(math.prod(v.aval.shape) >= SMALL for v in eqn.outvars)
@@ -307,7 +316,7 @@ def _waits(eqn, ins) -> bool:
 
 
 def _inner(eqn) -> bool:
-  """Whether an operation has programs of its own."""
+  """Returns whether an operation contains programs, as loops do."""
   return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
              for value in eqn.params.values()
              for x in (value if isinstance(value, tuple) else (value,)))

@@ -1,4 +1,4 @@
-"""The rules of operations that have programs of their own: calls and loops.
+"""Rules of operations that contain programs: calls and loops.
 
 A call is evaluated in line. A loop over stacked weights takes one layer of them
 per iteration. Weights that each iteration uses whole are built before the loop,
@@ -33,13 +33,14 @@ def _nested(eqn):
 
 
 def _call(eqn, ins, context):
-  """A nested function (jit, remat, ...), evaluated in line."""
+  """Evaluates a nested function (jit, remat, ...) in line."""
   jaxpr, consts = _nested(eqn)
   return evaluate(jaxpr, consts, ins, context)
 
 
 def _forced(eqn, ins, context):
-  """An inner function's results as arrays, in line and by its own rules."""
+  """Returns two ways to evaluate a nested function to arrays: in line, and by
+  its own rules."""
   jaxpr, consts = _nested(eqn)
   in_line = lambda ins: [*map(context.force, evaluate(
       jaxpr, consts, ins, context))]
@@ -48,7 +49,7 @@ def _forced(eqn, ins, context):
 
 
 def _custom_jvp(eqn, ins, context):
-  """In line; differentiated, by the rule that its author gave it."""
+  """Evaluates in line, and differentiates by the function's own rule."""
   in_line, by_rule = _forced(eqn, ins, context)
   run = jax.custom_jvp(in_line)
   run.defjvp(lambda primals, tangents: jax.jvp(by_rule, primals, tangents))
@@ -67,7 +68,7 @@ def _custom_vjp(eqn, ins, context):
 
 
 def _scan(eqn, ins, context):
-  """Stacked weights among ``xs`` become one layer and its key per iteration."""
+  """Passes one layer of stacked weights, and its key, to each iteration."""
   body, (n, m) = eqn.params['jaxpr'].jaxpr, jax_versions.scan_starts(eqn.params)
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
@@ -88,7 +89,7 @@ def _scan(eqn, ins, context):
 
 
 class _Loop(Operation):
-  """A loop that is a function apart, by which of its weights are built."""
+  """A loop as a function of its own, by which of its weights are built."""
 
   def __init__(self, eqn, whole):
     super().__init__(eqn)
@@ -119,13 +120,13 @@ def _scan_layers(eqn, ins, context):
 
 
 def _rowwise(x: Block) -> bool:
-  """Whether a row of a block has codes and scales of its own."""
+  """Returns whether each row of a block has integers and scales of its own."""
   return not is_codes(x.w) or all(
       len(a) == len(x.w) for a in jax.tree.leaves(x.w))
 
 
 def _rows(x: Block, length: int):
-  """Arrays to scan over, and what makes the block of a row of them."""
+  """Returns arrays to scan over, and a function from their rows to blocks."""
   along, draws_of = x.draws.rows(length)
   def remake(row):
     w, along = row
@@ -177,7 +178,7 @@ def _cond(eqn, ins, context):
 
 
 def _shard_map(eqn, ins, context):
-  """Each device's part of a leaf has that part of the leaf's noise."""
+  """Gives each device's part of a leaf that part of the leaf's draws."""
   p = eqn.params
   args, specs, trees = [], [], []
   for x, spec in zip(ins, p['in_specs']):
@@ -218,8 +219,8 @@ def _shard_map(eqn, ins, context):
 
 
 def _by_parts(jaxpr, var) -> bool:
-  """Whether each iteration consumes a part (a layer, some rows) of a constant
-  of a loop: otherwise its noise would be made anew each time."""
+  """Returns whether each iteration of a loop consumes a part (a layer, some
+  rows) of a constant. Otherwise it would be drawn again in each iteration."""
   if any(v is var for v in jaxpr.outvars):
     return False
   for eqn in jaxpr.eqns:
@@ -233,7 +234,7 @@ def _by_parts(jaxpr, var) -> bool:
 
 
 def _eqn_by_parts(eqn, i: int) -> bool:
-  """Whether operand ``i`` is passed on, or taken apart by layers or rows."""
+  """Returns whether operand ``i`` is passed on, or used by layers or rows."""
   name, p = eqn.primitive.name, eqn.params
   if name in _PASSING:
     return True

@@ -1,4 +1,4 @@
-"""The rule of matrix products, in which most weights are consumed."""
+"""The rule of matrix products, which consume most weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def _dot(eqn, ins, context):
 
 
 class _Product(Operation):
-  """A product that is a function apart, and builds no weights."""
+  """A product that is a function of its own and builds no weights."""
 
   def __init__(self, eqn):
     super().__init__(eqn)
@@ -42,8 +42,8 @@ class _Product(Operation):
 
 
 def _factors(eqn, ins, at) -> tuple | None:
-  """Of x @ (W + c z): which of the factors of z is multiplied first, and the
-  axes (of W) of both; None if z has none, or W must be built."""
+  """Returns which factor of z comes first in x @ (W + c z), and the axes of both
+  in W; None if z has no factors, or W must be built."""
   w, x = ins[at], ins[1 - at]
   draws = w.draws
   if (len(draws.streams) < 2 or not draws.is_everywhere or
@@ -60,7 +60,10 @@ def _factors(eqn, ins, at) -> tuple | None:
 
 
 def _by_factors(eqn, ins, at):
-  r"""``x W + c / sqrt(r) (x U) V^T``, or with V first; added in float32."""
+  r"""Returns ``x W + c / sqrt(r) (x U) V^T``, or the same with V first.
+
+  The terms are added in float32.
+  """
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
   factors = _factors(eqn, ins, at)
@@ -123,8 +126,9 @@ def _precision(params):
 
 
 def _by_parts(eqn, ins, at, context) -> Callable | None:
-  """A product with a matrix that is a good part of the model (an embedding as
-  the head): the same product, of some of the matrix's rows at a time."""
+  """Returns a function for a product with a matrix that is a large part of the
+  model (an embedding as the head): it uses some rows of the matrix at a time.
+  """
   p = eqn.params
   w = ins[at]
   contracted, batch = (pair[at] for pair in p['dimension_numbers'])
@@ -166,8 +170,8 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
 
 
 def in_sharded_types(w: Any) -> bool:
-  """Whether a mesh's axes are Explicit or Manual here: a loop must then say of
-  its carry how it lies."""
+  """Returns whether axes of the mesh are Explicit or Manual here. A loop must
+  then specify the sharding of its carry."""
   w = w.codes if is_codes(w) else w
   mesh = jax.typeof(w).sharding.mesh
   return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(

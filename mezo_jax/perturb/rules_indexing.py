@@ -1,5 +1,5 @@
-"""The rules of operations that only say where a leaf's elements lie: their
-results are blocks again."""
+"""Rules of operations that select or move elements. Their results are blocks.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -89,7 +89,8 @@ def _gather(eqn, ins, context):
 
 
 def gathered_axis(eqn: Any) -> tuple[int, int] | None:
-  """(axis, where its index's axes stand) of a gather of whole entries."""
+  """Returns the axis of a gather of whole entries, and the first axis of the
+  index in its result; None for another gather."""
   p, shape = eqn.params, eqn.invars[0].aval.shape
   d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim
   if len(d.start_index_map) != 1 or d.operand_batching_dims or (
@@ -113,7 +114,7 @@ def _cast(eqn, ins, context):
 
 
 def _put(eqn, ins, context):
-  """Where arrays are is not where their elements lie."""
+  """Moves arrays to other devices, which does not move elements in them."""
   del context
   if any(isinstance(x, Lazy) and (not isinstance(x, Block) or is_codes(x.w))
          for x in ins):
@@ -124,13 +125,13 @@ def _put(eqn, ins, context):
 
 
 def _resharded(eqn, ins, context):
-  """The arrays of draws follow the weights to other mesh axes or types."""
+  """Moves the arrays of draws along with the weights to other mesh axes."""
   del context
   (x,), to = ins, eqn.params['dst_sharding']
   if not isinstance(x, Block) or is_codes(x.w):
     return None
 
-  def follow(a):  # an array with the axes of the block, or with length 1
+  def follow(a):  # an array that broadcasts with the block
     names = [name if n == m > 1 else None
              for name, n, m in zip(to.spec, x.w.shape, a.shape)]
     names += (None,) * (a.ndim - len(names))
@@ -143,7 +144,7 @@ def _resharded(eqn, ins, context):
 
 
 def _barrier(eqn, ins, context):
-  """A barrier keeps values from being moved; lazy ones are nowhere yet."""
+  """Applies a barrier to values that are not lazy."""
   del eqn, context
   at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]
   outs = [*ins]
