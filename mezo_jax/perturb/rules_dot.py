@@ -42,8 +42,8 @@ class _Product(Operation):
 
 
 def _factors(eqn, ins, at) -> tuple | None:
-  """Returns which factor of z comes first in x @ (W + c z), and the axes of both
-  in W; None if z has no factors, or W must be built."""
+  """Returns which factor of z comes first in x @ (W + c z), and the axes in W of
+  both; None if z has no factors, or W must be built."""
   w, x = ins[at], ins[1 - at]
   draws = w.draws
   if (len(draws.streams) < 2 or not draws.is_everywhere or
