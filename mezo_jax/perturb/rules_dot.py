@@ -42,7 +42,7 @@ class _Product(Operation):
 
 
 def _factors(eqn, ins, at) -> tuple | None:
-  """Returns which factor of z comes first in x @ (W + c z), and the axes in W of
+  """Returns which factor of z is first in x @ (W + c z), and the axes in W of
   both; None if z has no factors, or W must be built."""
   w, x = ins[at], ins[1 - at]
   draws = w.draws
