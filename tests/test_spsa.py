@@ -336,6 +336,12 @@ def test_the_halves_of_an_estimator_are_its_update():
     tx.apply(state, params, mezo_jax.Numbers(0.0, jnp.zeros(3)))
 
 
+def test_an_estimator_with_memory_needs_its_own_apply():
+  with pytest.raises(ValueError, match='apply'):
+    transforms.Estimator(
+        transforms.Spsa(1e-3, key=0), memory=lambda params: jnp.zeros(3))
+
+
 def test_a_value_that_is_not_finite_makes_all_numbers_nan():
   spsa = transforms.Spsa(1e-3, key=0)
   tx = transforms.Estimator(spsa, measure=lambda *args: (

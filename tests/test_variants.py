@@ -266,6 +266,18 @@ def test_svrg_flushed_out_of_turn_moves_nothing_before_its_next_anchor():
   assert np.any(params['w'] != before['w'])
 
 
+def test_svrg_forgets_its_anchor_when_updates_are_applied_out_of_turn():
+  tx = variants.svrg(RATE, EPS, key=KEY, every=4)
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
+  state = tx.init(params)
+  step = jax.jit(lambda params, state, fold: tx.update(
+      None, state, params, projected_grad=jnp.ones(1), fold=fold),
+                 static_argnums=2)
+  for fold in (False, True):
+    _, state = step(params, state, fold)
+  assert np.all(np.isnan(optax.tree.get(state, 'anchor_grad')))
+
+
 def test_svrg_without_its_anchor_moves_nothing():
   """Where that step is skipped, nor does the window after it."""
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)

@@ -2,9 +2,9 @@ r"""Updates that are accumulated for k steps before they are applied.
 
 The last steps are a `Displacement` like any other, so the losses of a step are
 those of :math:`\theta + \sum_i c_i z_i \pm \epsilon z` without the weights
-having moved. The memory traffic of an update, which at short prompts is a good
-part of that of a step, is divided by k. Adding up what is factorised before it
-touches the weights is an idea of LOZO (Chen et al., 2024, arXiv:2410.07698).
+having moved. This divides the memory traffic of updates by k; with short
+prompts that traffic is a large part of a step. LOZO proposed to accumulate
+low-rank updates before they are applied (Chen et al., 2024, arXiv:2410.07698).
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ class Rule(NamedTuple):
     fn: ``(pending [k, n], slot, g [n], count, *memory) -> pending, *memory``,
       with the coefficients of the step in row ``slot``, its number modulo k.
     init: ``n -> memory``, for n directions. Defaults to None, for no memory.
-    missed: ``(slot, memory) -> memory``, called for a step that was skipped;
-      with a slot of None, when updates were applied out of turn.
+    missed: ``(slot, memory) -> memory``, called with the slot of each step that
+      was skipped, and with None when updates were applied out of turn.
   """
 
   fn: Callable
@@ -138,6 +138,10 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     else:
       out = (add if fold else wait)(ring, rest)
     added, ring, rest = out
+    if fold:  # perhaps out of turn
+      due = is_due(state)
+      memory = [jax.tree.map(lambda x, lost: jnp.where(due, x, lost), m,
+                             rule.missed(None, m)) for m in memory]
     return added, (after, ring, rest, *memory)
 
   return ZerothOrderTransformation(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""Backpropagation in SPSA's place: the baseline, with the same ``update``."""
+"""Backpropagation with the same ``update`` as SPSA, as a baseline."""
 
 from typing import cast, NamedTuple
 
@@ -22,7 +22,7 @@ class BackpropState(NamedTuple):
 
 
 def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
-  """The gradient by differentiation, first in a chain as `mezo_jax.spsa` is.
+  """Computes the gradient by backpropagation, first in a chain like `spsa`.
 
   ``update(None, state, params, value_fn=..., **kwargs)`` differentiates
   ``value_fn(params, ...)``; to train some of the parameters,
@@ -30,11 +30,11 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
   and is counted: ``skip_not_finite(chain(backprop(), adam(1e-5)))``.
 
   Args:
-    micro_batches: gradient accumulation: the gradient is that of the whole
-      batch, made of this many equal parts, one at a time.
+    micro_batches: Number of equal parts of the batch over which the gradient is
+      accumulated. Defaults to 1.
   """
   def init_fn(params):
-    # Arrays of their own: one that stood twice could not be donated.
+    # One array each: an array that is in the state twice cannot be donated.
     return sharding.beside(BackpropState(
         count=jnp.zeros([], jnp.int32), value=jnp.zeros([], jnp.float32),
         grad_norm=jnp.zeros([], jnp.float32),
@@ -42,7 +42,8 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
         total_notfinite=jnp.zeros([], jnp.int32)), params)
 
   def gradient(value_fn, params, batch):
-    """(loss, gradient), float32 sums over the parts divided by the weights'."""
+    """Returns the loss and its gradient. Over several parts, both are summed in
+    float32 and divided by the sum of the weights."""
     if micro_batches == 1:
       return jax.value_and_grad(lambda params: losses.mean(
           value_fn(params, **batch)).astype(jnp.float32))(params)

@@ -1,4 +1,4 @@
-r"""What the losses of n directions become: a value and n coefficients of z."""
+r"""Combines the losses of n directions into a value and n coefficients of z."""
 
 from collections.abc import Callable
 import dataclasses
@@ -79,7 +79,7 @@ def _one_sided(losses, eps):
 
 
 def _fzoo(losses, eps):
-  del eps  # of the size of the differences, as their deviation is
+  del eps  # the differences and their deviation are both proportional to it
   losses, loss = losses.T
   if len(losses) < 2:
     raise ValueError('fzoo divides by the standard deviation of the losses of '
@@ -93,9 +93,9 @@ def _fzoo(losses, eps):
 two_sided: Combine = Combine((1.0, -1.0), _two_sided, needs_all=False)
 # Its bias is O(eps); it takes n + 1 evaluations.
 one_sided: Combine = Combine((1.0, 0.0), _one_sided, needs_all=False)
-# FZOO (arXiv:2506.09034), with signs: (l_j - l_0) / std(l), so that steps have
-# a size that does not depend on the gradient. The deviation is the sample's
-# (n - 1), and no less than the rounding of a float32 loss.
+# FZOO (arXiv:2506.09034) is for Rademacher directions: (l_j - l_0) / std(l), so
+# the length of a step does not depend on the gradient. The deviation is that of
+# a sample (n - 1), and no less than the rounding error of a float32 loss.
 fzoo: Combine = Combine((1.0, 0.0), _fzoo)
 COMBINES: dict[str, Combine] = {
     'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}

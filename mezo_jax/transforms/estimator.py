@@ -57,14 +57,13 @@ class SpsaState(NamedTuple):
 
 
 class SpsaStateWithMemory(NamedTuple):
-  """State of an estimator that remembers more than `SpsaState`, whose fields it
-  has too."""
+  """State of an estimator with memory. It has the attributes of `SpsaState`."""
 
   spsa: SpsaState
   memory: Any
 
   @property
-  def count(self) -> jax.Array:  # a tuple's method otherwise
+  def count(self) -> jax.Array:  # overrides the method of tuples
     return self.spsa.count
 
   def __getattr__(self, name: str) -> Any:
@@ -72,12 +71,12 @@ class SpsaStateWithMemory(NamedTuple):
 
 
 class Numbers(NamedTuple):
-  """What a step knows of the losses.
+  """The result of `measure`: all that `apply` knows of the losses.
 
   Attributes:
     value: Mean loss, float32 [].
-    projected_grad: Numbers from which the update is made, float32 [n]: of
-      `mezo_jax.spsa` the projected gradient of each direction.
+    projected_grad: Numbers from which `apply` makes the update, float32 [size].
+      For `mezo_jax.spsa` they are the projected gradient of each direction.
   """
 
   value: Any
@@ -168,8 +167,9 @@ class Spsa:
         those of the first group alone.
     """
     if isinstance(self.eps, Mapping):
-      raise ValueError('eps of groups cannot be used here, where one projected '
-                       'gradient is for all: give one number or schedule.')
+      raise ValueError('eps: this variant has one projected gradient per '
+                       'direction and cannot have groups of eps: give one '
+                       'number or schedule.')
     return self
 
   def eps_at(self, state: Any) -> Any:
@@ -296,15 +296,18 @@ class Estimator(ZerothOrderTransformation):
         replica evaluates. Pass it on to `Spsa.measure` or `Spsa.losses`, or
         leave it out of the arguments if the estimator supports neither.
       apply: ``(state, params, Numbers) -> updates``, float32; with a memory,
-        ``-> updates, memory``. It may depend on nothing else, since a replayed
-        step has only the numbers that were recorded, and perhaps no value (it
-        is NaN then). The numbers of a step that is skipped are NaN:
-        `unless_skipped` keeps the memory as it was.
+        which needs it, ``-> updates, memory``. It may depend on nothing else,
+        since a replayed step has only the numbers that were recorded, and
+        perhaps no value (it is NaN then). The numbers of a step that is skipped
+        are NaN: `unless_skipped` keeps the memory as it was.
       memory: Returns ``state.memory`` before the first step, from params.
         Defaults to None, for no memory.
       size: Length of the numbers. Defaults to the number of directions.
       check: Raises ValueError for params that cannot be used.
     """
+    if memory is not None and apply is None:
+      raise ValueError('an estimator with a memory needs apply, which returns '
+                       'updates and the next memory.')
     made = dict(measure=measure, apply=apply, memory=memory, size=size,
                 check=check)
     self = super().__new__(
@@ -350,8 +353,9 @@ class Estimator(ZerothOrderTransformation):
     where = {'around': around, 'part': part}
     where = {name: x for name, x in where.items() if x is not None}
     for name in where.keys() - losses.accepted(measure, where).keys():
-      raise ValueError(f'{name}= cannot be used with this estimator, whose '
-                       'measure does not take it.')
+      raise ValueError(
+          f'this estimator does not support {name}=, since its measure has no '
+          'such argument; fold_every of mezo needs around=.')
     value, g = measure(state, params, value_fn, batch, **where)
     if value is None:
       value = jnp.nan
@@ -431,8 +435,8 @@ class Estimator(ZerothOrderTransformation):
         state, params, value_fn, batch, around=around, part=part)
     if measure_only:
       raise Measured(numbers)
-    # The compiler would otherwise find the same z in both halves, and keep it,
-    # as large as the model.
+    # Make the key depend on the loss. Otherwise XLA finds the same z in both
+    # halves and keeps it in between, as large as the model.
     later = with_key(state, after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
     return updates, with_key(new, state.key)

@@ -68,7 +68,7 @@ def estimate(
       one after the other, with one forward pass in memory. 'batch' evaluates
       all in one pass, each on the whole batch. 'rows' evaluates all in one
       pass, each on its own n-th of the rows. With `LowRank` directions all
-      share one product with each weight; others build n layers at a time.
+      share one product with each weight; others build a layer per point.
     micro_batches: Number of parts of the batch that are evaluated one after the
       other. With 'rows' it must divide n.
     batch: Arguments of ``value_fn``, by name; others are ignored.
@@ -100,14 +100,14 @@ def estimate(
     _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
                                       // sharding.direction_groups()))
   n = z.keys.shape[0]
-  if around is not None and (  # all points' alike: made once
+  if around is not None and (  # all points share it, so apply it once
       over == 'rows' or over == 'batch' and n > 1):
     value_fn = _displaced(value_fn, around, directions)
     around = None
 
   def at(z, part):
     point = z.times(eps)
-    if around is not None:  # one sum, so no second pass of anything
+    if around is not None:  # one sum, so weights are perturbed in one pass
       point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
     return perturbed(value_fn, directions)(params, point, **part)
 
@@ -121,7 +121,7 @@ def estimate(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
-  # Of NumPy: what JAX makes of it would not be a constant to the compiler.
+  # In NumPy, since a JAX array would not be a constant to the compiler.
   moved: Any = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())

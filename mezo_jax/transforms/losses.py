@@ -37,9 +37,10 @@ def sums(out: Any) -> tuple[jax.Array, jax.Array]:
                        or jnp.shape(values) != jnp.shape(weights[0]))):
     found = jax.tree.map(lambda x: getattr(x, 'shape', x), out)
     raise ValueError(
-        'value_fn must return a scalar, the rows\' values [B], or (values [B], '
-        f'weights [B]); it returned shape {found}. Of (loss, aux) return the '
-        'loss alone: value_fn=lambda *args, **kwargs: f(*args, **kwargs)[0].')
+        'value_fn must return a scalar, per-example losses [B], or (losses '
+        f'[B], weights [B]); it returned shape {found}. If it returns (loss, '
+        'aux), drop aux: value_fn=lambda *args, **kwargs: f(*args, '
+        '**kwargs)[0].')
   values = jnp.asarray(values)
   if values.dtype in (jnp.bfloat16, jnp.float16):
     raise ValueError(

@@ -72,11 +72,11 @@ def mezo(
       `mezo_jax.spsa`. Defaults to 1.
     estimator: `mezo_jax.spsa` with other options, or a variant from
       `mezo_jax.variants`, in place of the five arguments above.
-    weight_decay: :math:`\lambda`. The product :math:`\lambda\theta` is float32
-      and is rounded before it is added, in every program alike.
-    decay: The leaves that are decayed, as `Directions.mask`. Defaults to None:
-      matrices whose names are not those of biases and norms, which a warning
-      lists.
+    weight_decay: :math:`\lambda`. The product :math:`\lambda\theta` is rounded
+      to float32 before it is added, so all programs give the same bits.
+    decay: The leaves that are decayed, as `Directions.mask`. Defaults to None,
+      for all matrices except those with names of biases and norms; a warning
+      lists the choice.
     stochastic_rounding: Whether bfloat16 and float16 weights are rounded
       stochastically (`mezo_jax.round_stochastically`), with bits of the step's
       key, instead of to nearest.
@@ -96,8 +96,8 @@ def mezo(
   Raises:
     ValueError: As `spsa`; for ``estimator`` together with options of `spsa`;
       for a learning rate that is not a number, a schedule or groups; for weight
-      decay with a mask of elements; and for ``fold_every`` below 1, or above it
-      with weight decay or groups.
+      decay with a mask of elements; and for ``fold_every`` below 1, or above 1
+      with weight decay, groups or an estimator that has its own ``apply``.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -139,7 +139,8 @@ def mezo(
         options.eps, Mapping) or not estimator.is_linear:
       raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
                        'needs weight_decay=0, one learning_rate and eps, no '
-                       'groups, and an estimator without memory.')
+                       'groups, and an estimator whose updates are those of '
+                       'spsa.')
     return accumulated(estimator, fold_every, sgd(learning_rate), finish)
 
   def decayed(params):

@@ -27,8 +27,8 @@ def make_step(tx: optax.GradientTransformation,
   metrics``, where ``more`` are further arguments of ``tx.update``.
 
   A step of MeZO is two programs, the two halves of the estimator. ``measure``
-  is compiled for each shape of a batch. ``apply`` is compiled once, and besides
-  the weights its only input is the projected gradients. So replaying recorded
+  is compiled for each shape of a batch. ``apply`` is compiled once. Its inputs
+  are the weights, the state and the numbers of a step. So replaying recorded
   numbers moves the weights bitwise as training did. A step of backpropagation
   is one program.
 
@@ -38,7 +38,7 @@ def make_step(tx: optax.GradientTransformation,
       tree that `jax.jit` takes. None for a step that only replays.
     mesh: The mesh of the params. Programs are traced under it.
     on_compile: ``(batch, program, seconds)``, called for each program that was
-      compiled; the batch is None for the update.
+      compiled; the batch is None for all but the losses.
     part: For a replica, ``(i, r)``: the directions that it evaluates. It calls
       ``g, value = step.losses(...)``, sends these to the others, and calls
       ``step.update(params, state, g, value)`` with the numbers of all.
@@ -71,7 +71,7 @@ class Step:
                mesh: jax.sharding.Mesh | None,
                on_compile: Callable[..., Any] | None,
                part: tuple[int, int] | None) -> None:
-    # Programs by the shape of the batch; the update by None.
+    # By the shape of the batch; by None (the update) and by 'flush'.
     self.compiled: dict[Any, Any] = {}
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
     only = {} if part is None else dict(part=part)
@@ -89,7 +89,7 @@ class Step:
     def update(params, state, projected_grad, value):
       moved = functools.partial(
           _moved, tx, projected_grad=projected_grad, value=value)
-      def noted(params, state):  # no weight is read or written
+      def noted(params, state):  # counts the step without touching weights
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
             fold=False)[1]
@@ -127,7 +127,8 @@ class Step:
              **more: Any) -> tuple[Any, ...]:
     """Returns ``projected_grad, value`` of a step; nothing is donated.
 
-    For backpropagation, which is one program, it makes the whole step.
+    With `backprop` it makes the whole step instead: it returns ``params, state,
+    metrics``, and ``params`` and ``state`` are donated.
     """
     program = self._program(_shape((batch, more)), batch, lambda: (
         self._trace_losses(params, state, batch, frozen, more)))
@@ -139,7 +140,7 @@ class Step:
     """Makes a step from projected gradients [n], without evaluating losses."""
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
-    # Numbers of the host are placed by the program: that costs no program.
+    # The compiled program transfers arrays of the host by itself.
     numbers = [_numbers(name, x, shape) for name, x, shape in zip(
         ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
     return program(params, state, *numbers)
@@ -204,8 +205,8 @@ class Step:
     return self._trace(self._flush, (params, state), (params, state))
 
   def _trace(self, fn, args, kept=()):
-    """Traces a program. It consumes ``kept``, the first of its arguments, whose
-    results have the same shardings."""
+    """Traces a program that donates ``kept``, its first arguments, and returns
+    their new values with the same shardings."""
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
       out = (*jax.tree.map(_place, kept), out)
@@ -249,7 +250,7 @@ def _moved(tx, params, state, **how):
   def one(layer, away):
     rows = sharding.fetched(jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
-    with streams.stacks_begin_at(layer):  # of which these are the next
+    with streams.stacks_begin_at(layer):  # the rows begin with this layer
       updates, _ = tx.update(None, state, rows, **how)
     return jax.tree.map(
         lambda x, new: lax.dynamic_update_slice_in_dim(
@@ -267,13 +268,12 @@ def _depth(away, state) -> int:
   shapes = {x.shape for x in jax.tree.leaves(away)}
   if len(depths) > 1 or 0 in depths:
     raise ValueError(
-        'only stacks of layers, all of one number, may be in the memory of the '
+        'only stacks of the same number of layers may be in the memory of the '
         f'host; found {sorted(p for p, _ in paths.named_leaves(away))}.')
   if any(x.shape in shapes for x in jax.tree.leaves(state)):
     raise ValueError(
-        'weights in the memory of the host are updated a layer at a time, '
-        'which an optimizer that keeps something of their size cannot: use '
-        'mezo_jax.mezo.')
+        'weights in the memory of the host are updated layer by layer, but '
+        'this optimizer has state as large as the weights: use mezo_jax.mezo.')
   return depths.pop()
 
 

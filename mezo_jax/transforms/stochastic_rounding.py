@@ -1,4 +1,4 @@
-"""Rounding by which half-precision weights move as far as float32 ones do."""
+"""Stochastic rounding, by which half-precision weights move as float32 ones."""
 
 from typing import Any, cast, NamedTuple
 
@@ -27,7 +27,7 @@ class RoundingState(NamedTuple):
 
 def round_stochastically(key: Any, mask: Any = None
                          ) -> optax.GradientTransformation:
-  r"""Rounds bfloat16 and float16 weights stochastically.
+  r"""Rounds bfloat16, float16 and quantised weights stochastically.
 
   The expectation of :math:`\theta + u` is then exact.
 
@@ -107,16 +107,16 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array
                      ) -> jax.Array:
   """Rounds float32 to a narrower float so that the expectation is ``x``.
 
-  Of the two neighbours of ``x`` the farther is taken with probability equal
-  to its closeness (Connolly, Higham and Mary, 2021, "Stochastic rounding").
+  It rounds up with probability (x - lower) / (upper - lower), where lower and
+  upper are the neighbours of ``x`` (Connolly, Higham and Mary, 2021).
 
   Args:
-    x: float32.
-    dtype: bfloat16, whose 16 lost bits ``bits`` decide about exactly, or
-      float16, where the probability has 24 bits.
-    bits: uint32 words of x's shape, uniform and independent of x.
+    x: A float32 array.
+    dtype: bfloat16, with exact probabilities, or float16, with probabilities of
+      24 bits.
+    bits: uint32 words of the shape of ``x``, uniform and independent of it.
   """
-  if dtype == jnp.bfloat16:  # float32 cut short: a carry out of the part cut
+  if dtype == jnp.bfloat16:  # the cut part carries with that probability
     word = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
     cut = lax.bitcast_convert_type(word & _U32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)

@@ -25,10 +25,10 @@ class Update(Protocol):
 
 
 class ZerothOrderTransformation(optax.GradientTransformationExtraArgs):
-  """An `optax.GradientTransformationExtraArgs` whose ``update`` takes None in
-  the place of gradients, as type checkers are to know.
+  """The type of a transform whose ``update`` accepts None instead of gradients.
 
-  States are of type Any, since optax's own type for them has no attributes.
+  It exists for type checkers. States have the type Any, because optax's own
+  type for them has no attributes.
   """
 
   init: Init

@@ -1,4 +1,4 @@
-"""Provides the variants of MeZO, one per file.
+"""Provides the variants of MeZO; related ones share a file.
 
 Each is a `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa` in any
 chain, or in ``mezo_jax.mezo(learning_rate, estimator=...)``. docs/variants.md

@@ -65,7 +65,7 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
     v = \frac{\sum_s \beta_2^{t-s} \hat g_s^2}{\sum_s \beta_2^{t-s}}, \quad
     u_t = \frac{m}{\sqrt v + \epsilon_{Adam}}
 
-  over the last h steps that were not skipped. With one direction of
+  where skipped steps contribute nothing. With one direction of
   `Rademacher`, v is the same for all elements, and `scalar_adam` is cheaper.
 
   Args:

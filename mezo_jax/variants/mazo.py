@@ -93,7 +93,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     raise ValueError('saliency needs directions=mezo_jax.Normal(...), got '
                      f'{directions!r}.')
   if any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes))):
-    raise ValueError('saliency scores floats, and the params have codes.')
+    raise ValueError('saliency cannot score quantised weights (Codes).')
   if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
     raise ValueError('saliency chooses elements: directions may have a mask of '
                      'leaves, not of elements.')
@@ -139,7 +139,8 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     return order < k
 
   def of_leaf(g, h, w, draws):
-    """Layer by layer, some rows at a time: several arrays of their size are."""
+    """Scores a leaf layer by layer and some rows at a time, since scores need
+    several arrays of that size."""
     if w.ndim < 2:
       return of_rows(g, h, w, draws)
     if draws.is_stack():
@@ -186,15 +187,15 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
 
   Args:
     eps: Perturbation scale, as for `mezo_jax.spsa`.
-    mask: M, one byte per element. Its arrays are the memory of the state, so
-      checkpoints contain them and programs do not.
+    mask: M, one byte per element. Its arrays are stored in the state, so
+      checkpoints include them and programs do not have them as constants.
     **options: Other options of `mezo_jax.spsa`. Its directions may not have a
       mask.
   """
   spsa = Spsa(eps, **options)
   if spsa.directions.mask is not None:
-    raise ValueError('mazo has the mask of saliency: give a mask of your own '
-                     'to the directions of saliency instead.')
+    raise ValueError('directions.mask cannot be used together with mask=: pass '
+                     'your mask to saliency(directions=...) instead.')
   if mask is None or isinstance(mask, str) or callable(mask):
     raise ValueError('mask must be a tree of bools, such as saliency returns, '
                      f'got {mask!r}.')

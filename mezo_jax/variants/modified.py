@@ -1,16 +1,16 @@
 r"""SPSA with a scale per layer: variance-modified and expectation-modified.
 
-With a number d per layer, and z/d the elements divided by the number of their
-layer,
+Each layer has a scale d, and z/d divides each element of z by the scale of its
+layer.
 
 .. math:: g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
           - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon},
           \qquad \hat\nabla = g\, (d \odot z) \text{ or } g\, z.
 
 The first has the mean of the gradient, with another variance. The second has
-the mean of the gradient over d, which is equally long for all layers where d is
-the gradient's norm. Source: Malladi et al. (2023), Appendix B.3, Definitions 6
-and 7.
+the mean :math:`\nabla \mathcal{L} / d`, which is equally long in every layer if
+d is the norm of the layer's gradient. Source: Malladi et al. (2023), Appendix
+B.3, Definitions 6 and 7.
 """
 
 from collections.abc import Callable

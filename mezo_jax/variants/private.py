@@ -12,7 +12,7 @@ one number. The sum of these numbers is released with noise:
 The sum runs over the rows of a Poisson sample, and B is their expected number.
 Adding or removing a row changes the sum by at most C. Source: DPZero (Zhang et
 al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et al., 2024,
-arXiv:2401.04343). docs/variants.md explains how to find :math:`\sigma` for a
+arXiv:2401.04343). `mezo_jax.training.privacy` computes :math:`\sigma` for a
 budget.
 """
 
@@ -131,9 +131,9 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
   values = jnp.asarray(values)
   if not jnp.ndim(values):
     raise ValueError(
-        'private clips what each row adds: value_fn must return the rows\' '
-        'values [B], or (values, weights) with weight 0 for rows that are not '
-        'there, and returned a scalar.')
+        'private clips per-example losses, and value_fn returned a scalar: '
+        'return losses [B], or (losses, weights) with weight 0 for rows that '
+        'are absent.')
   lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch)
              if hasattr(x, 'shape') and jnp.ndim(x)}
   if lengths and len(values) not in lengths:
@@ -148,11 +148,11 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
 
 
 def noise(key: Any, n: int, mechanism: str) -> jax.Array:
-  r""":math:`\xi`, float32 [n]: standard normal, or Laplace's of scale 1.
+  r"""Returns :math:`\xi`, float32 [n]: standard normal, or Laplace of scale 1.
 
-  They are made from uniform numbers u of 64 bits, for which :math:`-\ln u` goes
-  up to 45. Those of `jax.random` have 23 bits, so its normal draws end at 5.4;
-  over thousands of steps, a draw beyond that is likelier than any delta.
+  They are computed from 64-bit uniform numbers. `jax.random.normal` uses 23
+  bits and never exceeds 5.4; over thousands of steps, the missing tail would be
+  more likely than any delta.
   """
   if not noise_lib.is_typed(key):
     key = noise_lib.as_key(key, 'noise_key')

@@ -25,16 +25,16 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
   r"""SPSA that evaluates `mezo_jax.Codes` on their grid.
 
-  `mezo_jax.spsa` evaluates them next to it, at :math:`s q + o \pm \epsilon z`,
-  with less noise; that is enough unless products with the weights are computed
-  with integers. `mezo_jax.mezo` moves them on their grid in any case. Weights
+  `mezo_jax.spsa` evaluates them off the grid, at :math:`s q + o \pm \epsilon
+  z`, with less noise. That is better unless products with the weights need
+  integers. `mezo_jax.mezo` moves them on their grid in any case. Weights
   that are not `Codes` (norms, biases) are trained as usual.
 
   Args:
     eps: Perturbation scale, as for `mezo_jax.spsa`. Below a step s of the grid,
       most of :math:`u_1` is 0 and the rest is as large as s.
     **options: Other options of `mezo_jax.spsa`. ``directions`` may not be of
-      low rank, of which nothing is built that could be rounded.
+      low rank, since their elements are never built and cannot be rounded.
 
   Raises:
     ValueError: For directions of low rank, or params without `Codes`.
