@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import mezo_jax
-from mezo_jax.core import paths, sharding
+from mezo_jax.core import fingerprint, paths, sharding
 from mezo_jax.directions import noise
 from mezo_jax.directions.displacement import Draws
 
@@ -287,3 +287,21 @@ def test_params_on_a_mesh_compile_one_step(make):
   with helpers.compilations() as seen:
     params, state = step(params, state)
   assert not seen
+
+
+def test_collisions_are_those_of_the_stacks_that_were_declared():
+  tree = {'block': {'w': jnp.zeros((2, 3))}, 'block_0': {'w': jnp.zeros(3)}}
+  both = mezo_jax.Normal(stacked={'block': True, 'block_0': False})
+  with pytest.raises(ValueError, match='same noise'):
+    mezo_jax.direction(tree, STEP, both)
+  one = mezo_jax.direction(tree, STEP, mezo_jax.Normal(stacked=False))
+  assert not np.any(np.asarray(one['block']['w'][0]) == one['block_0']['w'])
+
+
+def test_fingerprints_of_64_bits():
+  with jax.enable_x64(True):
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert x.dtype == jnp.float64
+    found = {fingerprint.of_weights({'w': y}) for y in (
+        x, x.at[1, 2].add(1e-15), x[::-1], x.astype(jnp.float32))}
+  assert len(found) == 4

@@ -1,4 +1,4 @@
-"""What weights and rows are: equal for equal ones, on any mesh."""
+"""Fingerprints of weights, rows, models and files, the same on any mesh."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -15,14 +15,14 @@ from mezo_jax.core import sharding
 
 
 def of_weights(params: Any, but: str | None = None) -> str:
-  """32 hex digits of a tree's paths, shapes, dtypes and elements.
+  """Returns 32 hex digits of a tree's paths, shapes, dtypes and elements.
 
-  One pass over the weights, where they are, without a copy. It tells what is
-  another model by accident, not one that somebody made to look like this one.
+  It takes one pass over the weights, without a copy. It detects accidental
+  differences, not deliberate collisions.
 
   Args:
-    params: the tree.
-    but: an expression for paths that do not count.
+    params: The tree.
+    but: A regular expression of paths that do not count.
   """
   leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
             if but is None or not re.search(but, jax.tree_util.keystr(
@@ -33,12 +33,12 @@ def of_weights(params: Any, but: str | None = None) -> str:
 
 
 def checksum(params: Any) -> int:
-  """32 bits of `of_weights`."""
+  """Returns 32 bits of `of_weights`."""
   return int(of_weights(params)[:8], 16)
 
 
 def of(values: dict[str, Any]) -> str:
-  """32 hex digits of JSON values."""
+  """Returns 32 hex digits of JSON values."""
   return _digest([json.dumps(values, sort_keys=True)])
 
 
@@ -63,17 +63,17 @@ def of_files(*paths: Path) -> str:
 
 
 def of_leaves(tree: Any) -> str:
-  """32 hex digits of a tree's paths, shapes and dtypes."""
+  """Returns 32 hex digits of a tree's paths, shapes and dtypes."""
   return _digest((jax.tree_util.keystr(path, simple=True), x.shape,
                   str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree))
 
 
 def of_rows(*data: Any, key: bytes = b'') -> str:
-  """32 hex digits of rows as tokens, with their right answers.
+  """Returns 32 hex digits of rows as tokens, with their right answers.
 
   Args:
     *data: Encoded rows, as `mezo_jax.tasks.encode` returns them.
-    key: without which nobody can tell what rows they are of.
+    key: A secret. Without it, the digits reveal nothing about the rows.
   """
   return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
                  key)
@@ -92,8 +92,7 @@ def _checksums(leaves: list) -> list:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-  """uint32; differs, but for one in 2**32, where an element does, or two are
-  exchanged."""
+  """Returns a uint32 checksum of the positions and values of all elements."""
   if not sharding.is_on_host(x):
     return _sum(x, 0)
   def add(layer, total):  # one is on the device at a time
@@ -103,14 +102,13 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _sum(x: jax.Array, first) -> jax.Array:
-  """Of the rows of an array from number ``first`` on."""
+  """Returns the checksum of rows, of which the first has number ``first``."""
   if x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4):
     x = x.astype(jnp.int8)
-  words = jax.lax.bitcast_convert_type(
-      x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  ).astype(jnp.uint32)
-  for axis, n in enumerate(x.shape):
-    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  for axis in range(words.ndim):  # one more for dtypes of 64 bits
+    at = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     if axis == 0:
       at = at + jnp.asarray(first).astype(jnp.uint32)
     words = (words ^ (at + 1)) * jnp.uint32(0x9E3779B1)

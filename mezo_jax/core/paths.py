@@ -56,8 +56,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def size_of(tree: Any) -> int:
-  """Returns how many numbers the leaves have; a quantised weight counts as one.
-  """
+  """Returns the number of elements of all leaves."""
   return sum(x.size for _, x in named_leaves(tree))
 
 
@@ -124,7 +123,7 @@ def layer_of(path: str) -> tuple[str, int | None]:
 
 
 def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
-  """Checks that no two leaves would draw the same noise.
+  """Checks that no two leaves have the same key.
 
   Args:
     leaves: (path, number of layers) of each leaf; None if it is not a stack.
@@ -301,8 +300,8 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
 # --- masks and groups -------------------------------------------------------
 
 
-def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None
-             ) -> Any:
+def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
+             stacks: Any = None) -> Any:
   """Returns which leaves are perturbed and updated, as a tree of bools.
 
   An array of bools in place of a bool selects elements of its leaf.
@@ -315,6 +314,7 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None
       (``'attn/(q|v)/'``). True means trained.
     takes: Returns whether a leaf can be trained. Defaults to None, for leaves
       of floating point.
+    stacks: A mask of the leaves that are stacks of layers, as for `stacked`.
 
   Raises:
     ValueError: If a mask selects nothing or does not fit the tree.
@@ -345,8 +345,8 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None
           'it out with mask=... .')
   check_paths([
       (path, shape_of(x)[0] if is_stack else None)
-      for (path, x), c, is_stack in zip(found, chosen, stacked(params))
-      if c is not False])
+      for (path, x), c, is_stack in zip(
+          found, chosen, stacked(params, stacks)) if c is not False])
   return jax.tree.unflatten(structure(params), chosen)
 
 

@@ -9,7 +9,6 @@ built whole: `mezo_jax.perturbed` and `mezo_jax.dequantized` take views of them
 consumed. Training moves q by integers and changes nothing else.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, TYPE_CHECKING
@@ -88,7 +87,8 @@ class Codes:
     view = self.viewed(views.Take(0, jnp.asarray(rows)))
     if view is None:
       raise IndexError(
-          'rows that share a byte or a scale cannot be taken apart.')
+          'rows of a weight of which two share a byte cannot be selected: '
+          'quantise it along another axis.')
     return view.astype(self.dtype)
 
   # --- what it stands for ---
@@ -184,11 +184,6 @@ class Codes:
         self, codes=codes, scales=scales, offsets=offsets,
         packed=packed[0] if packed else None)
 
-  def transpose(self, order: Sequence[int]) -> 'Codes':
-    view = self.viewed(views.Transpose(order))
-    assert view is not None  # axes can always be exchanged
-    return view
-
 
 def is_codes(x: Any) -> 'TypeIs[Codes]':
   """Returns whether a leaf is a quantised weight."""
@@ -237,7 +232,8 @@ def quantized(w: np.ndarray, bits: int, axis: int
 
 
 def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
-  """Returns a weight as `Codes`, with a scale for each 32 along an axis.
+  """Returns a weight as `Codes`, with a scale for each 32 along an axis, or one
+  for the whole axis if 32 does not divide it.
 
   Args:
     w: An array of floats with one axis or more.

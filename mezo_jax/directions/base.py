@@ -39,9 +39,8 @@ class Directions:
       shapes agree.
     multiplier: What each element of z is multiplied by, a `Multiplier`.
       Defaults to None, for 1.
-    on_grid: Whether quantised weights (`Codes`) are evaluated on their grid,
-      with c z rounded stochastically. Defaults to False: they are evaluated at
-      their value plus c z.
+    on_grid: Whether c z is rounded stochastically to multiples of the scale
+      where it is added to quantised weights (`Codes`). Defaults to False.
 
   Raises:
     ValueError: For an unknown generator, or a mask that is not one.
@@ -119,7 +118,7 @@ class Directions:
 
   def selected(self, params: Any) -> Any:
     """Returns where z is not 0: a tree of bools, with arrays for elements."""
-    return paths.selected(params, self.mask, self.takes)
+    return paths.selected(params, self.mask, self.takes, self.stacked)
 
   def bare(self) -> 'Directions':
     """Returns these directions without values of leaves, which is hashable."""

@@ -27,7 +27,7 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
               stacked: bool = False) -> jax.Array:
   """Returns z of one leaf, float32 of its shape.
 
-  Every other way to compute z is bitwise equal to this one.
+  On one kind of hardware, every other way to compute z is bitwise equal.
 
   Args:
     key: The key of a direction, for example ``fold_in(fold_in(key, step), j)``.
@@ -35,7 +35,8 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
       a layer in it (``'layers/3/attn/q/kernel'``) selects that layer.
     shape: The shape of the leaf.
     directions: `Normal` or `Rademacher`, of either generator.
-    stacked: Whether the first axis is that of layers.
+    stacked: Whether the first axis is that of layers. It must be False for a
+      path that has the number of a layer.
   """
   name, layer, _ = paths.locate(path, stacked)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))

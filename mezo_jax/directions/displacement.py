@@ -22,8 +22,8 @@ from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
 
 _U32 = jnp.uint32
-_ROUNDED = np.uint32(0x3C6EF372)  # tells keys of bits from those of draws
-_AT_ONCE = 2**20  # elements of terms that are made at once
+_ROUNDED = np.uint32(0x3C6EF372)  # makes rounding bits independent of draws
+_AT_ONCE = 2**20  # elements of all terms; above, a loop adds them
 
 
 class Displacement(NamedTuple):
@@ -52,7 +52,8 @@ class Displacement(NamedTuple):
     """Returns it with keys that depend on ``value`` for the compiler.
 
     The compiler would otherwise find the same z in an earlier evaluation and
-    keep it, as large as the model.
+    keep it, as large as the model. The keys are unchanged unless the value is
+    above 3e38.
     """
     words = jax.random.key_data(self.keys)
     words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
@@ -125,7 +126,8 @@ class Draws:
     return x if self._factors is None else x * self._factors
 
   def add(self, w: jax.Array | Codes) -> jax.Array:
-    """Returns ``w + sum`` in float32 (float64 for float64 weights)."""
+    """Returns ``w + sum`` in float32 (float64 for float64 weights). With
+    ``on_grid``, quantised weights move by whole steps of their grid."""
     if is_codes(w):
       if self.directions.on_grid and len(self.coefs):
         steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
@@ -261,7 +263,7 @@ class Draws:
         any(steps[a]), *(-step for step in steps[a])))
 
   def is_stack(self) -> bool:
-    """Returns whether a leaf has a key for each entry of its first axis."""
+    """Returns whether a leaf has several keys along its first axis."""
     keys = self.streams[0].keys
     return keys.ndim > 2 and keys.shape[0] > 1
 

@@ -82,7 +82,7 @@ class LowRank(Directions):
     cut = self._cut(shape[layers:])
     if cut is None:
       return signs
-    # Row i has the w words from i * w on; r bits need w. Columns follow.
+    # A row has as many words as r bits need. Those of columns follow.
     words, cut = -(-self.rank // _WORD), layers + cut
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
     strides = lambda first, last: tuple(
@@ -161,8 +161,8 @@ class LowRank(Directions):
 
   def factor(self, stream: noise.Stream, shape: tuple[int, ...],
              dtype: jax.typing.DTypeLike, times: int = 1) -> jax.Array:
-    """Returns U or V of a block for all n directions: 1 and -1, [*axes, n,
-    rank].
+    """Returns U or V of a block for all n directions: 1 and -1, of the shape
+    [*axes, n, times * rank].
 
     Args:
       stream: The stream of its rows or of its columns.
@@ -181,7 +181,7 @@ class LowRank(Directions):
       moved = streams_lib.moved(every, word)
       words = noise.words(moved, 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
-      few = few.reshape((1,) * words.ndim + few.shape)  # ranks may be strict
+      few = few.reshape((1,) * words.ndim + few.shape)  # no rank promotion
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
@@ -193,9 +193,10 @@ class LazyLowRank(LowRank):
 
   .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
 
-  All steps of a window together change a matrix by one of rank r. Leaves
-  without factors are drawn anew in each step. A direction's key has two words:
-  one belongs to the step, and one to the window. V depends on the latter alone.
+  With n directions per step, all steps of a window together change a matrix by
+  one of rank n r. Leaves without factors are drawn anew in each step. The key
+  of a direction has two words: one belongs to the step, and one to the window.
+  V depends on the latter alone.
 
   Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
   without the root, for which its learning rates compensate.

@@ -112,10 +112,6 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
   return s
 
 
-def _map(fn, s: Stream, **changes) -> Stream:
-  return dataclasses.replace(jax.tree.map(fn, s), **changes)
-
-
 def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
   """Adds ``index * step`` to the counters, in 64 bits if they have a high word.
   """

@@ -42,8 +42,8 @@ class SubZero(LazyLowRank):
 
   Attributes:
     rank: r. The paper uses 8 to 24.
-    every: Number of steps of a window. The paper uses 1,000 to 2,000. The sum
-      of the updates of a window stays in its subspace.
+    every: Number of steps of a window, in which each direction of a step keeps
+      its own subspace. The paper uses 1,000 to 2,000.
     generator, mask, stacked, multiplier: see `Directions`.
 
   Raises:

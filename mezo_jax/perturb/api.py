@@ -37,7 +37,7 @@ from mezo_jax.perturb.rules_control_flow import evaluate
 
 def _blocks(params, displacement: Displacement,
             directions: Directions) -> list:
-  """The leaves of a tree; those that have a z as blocks to be displaced."""
+  """Returns the leaves of a tree; those that have a z are blocks."""
   leaves = of_leaves(params, displacement, directions)
   _check_shards([(path, x) for path, x, draws in leaves if draws is not None])
   return [x if draws is None else Block(
@@ -46,17 +46,18 @@ def _blocks(params, displacement: Displacement,
 
 
 def _still(path: str, x) -> Block:
-  """Codes that are not displaced, as a block."""
+  """Returns quantised weights without a z as a block."""
   keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
   return Block(x, Rademacher().of_leaf(
       streams.of_leaf(keys, path, x.shape), jnp.zeros(0), x.shape), leaf=path)
 
 
 def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
-  """Within `jax.shard_map` a shard knows not which part of a leaf it is.
+  """Checks that no leaf is sharded inside `jax.shard_map`, where each shard
+  would draw the same z.
 
   Raises:
-    ValueError: if a leaf differs between devices there.
+    ValueError: If a leaf differs between devices there.
   """
   manual = jax.sharding.get_abstract_mesh().manual_axes
   if not manual:
@@ -76,10 +77,10 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
 
 
 def _small(blocks: list[Block]) -> set[int]:
-  """The smallest leaves, together 2 % of all; none of them large or stacked.
+  """Returns indices of the smallest leaves that are not stacked, together at
+  most 2 % of all elements.
 
-  They are most of the leaves of a model whose layers are not stacked, and one
-  by one they would be most of its program.
+  Building them together keeps the programs of unrolled models short.
   """
   order = sorted(range(len(blocks)), key=lambda i: blocks[i].w.size)
   left, found = sum(x.w.size for x in blocks) // 50, set()
@@ -93,7 +94,7 @@ def _small(blocks: list[Block]) -> set[int]:
 
 
 def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
-  """``fn(w, draws)`` of blocks; `_small` ones of one shape at once."""
+  """Applies ``fn(w, draws)`` to blocks, at once to small ones of one shape."""
   alike = {}
   for i, x in enumerate(blocks):
     key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
@@ -116,7 +117,7 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
 
 
 def _map_blocks(fn: Callable, leaves: list, other: Callable) -> list:
-  """``fn(w, draws)`` of the blocks, ``other`` of the other leaves."""
+  """Applies ``fn(w, draws)`` to blocks, and ``other`` to the other leaves."""
   blocks = [x for x in leaves if isinstance(x, Block)]
   done = iter(_each(fn, blocks, _small(blocks)))
   return [next(done) if isinstance(x, Block) else other(x) for x in leaves]
@@ -133,8 +134,9 @@ def displace(params: Any, displacement: Displacement,
              directions: Directions | str = Normal()) -> Any:
   r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
 
-  Elementwise, so that under `jax.jit` with donated params it is in place. The
-  arithmetic is float32, rounded once to each leaf's dtype.
+  The sum is elementwise, so under `jax.jit` with donated params it is in place.
+  It is taken in float32 (float64 for float64 leaves) and rounded once to each
+  leaf's dtype.
 
   Args:
     params: a tree of arrays.
@@ -174,7 +176,7 @@ def direction(params: Any, displacement: Displacement,
 def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
            directions: Directions, *, dtype: jax.typing.DTypeLike | None = None
            ) -> Any:
-  """``fn(w, draws)`` of the leaves that have a z, zeros of the others."""
+  """Maps ``fn(w, draws)`` over leaves that have a z; others become zeros."""
   return jax.tree.unflatten(paths.structure(params), _map_blocks(
       lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
       _blocks(params, displacement, directions),
@@ -298,7 +300,7 @@ def dequantized(fn: Callable) -> Callable:
 
 
 def _evaluated(fn: Callable, params, leaves: list):
-  """``fn(params)`` with lazy leaves in their place."""
+  """Evaluates ``fn(params)`` with lazy leaves."""
   as_read = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if (
       is_codes(x)) else x
   closed, out = jax.make_jaxpr(fn, return_shape=True)(
@@ -318,7 +320,7 @@ def _evaluated(fn: Callable, params, leaves: list):
   outs = [*map(context.force, outs)]
   if context.built:
     warnings.warn(
-        'weights of this size are built whole, beside the weights themselves: '
+        'these weights are built whole, in addition to the stored ones: '
         + '; '.join(f'{leaf} ({why})' for leaf, why in context.built.items())
         + '.', stacklevel=3)
   return jax.tree.unflatten(jax.tree.structure(out), outs)

@@ -5,10 +5,10 @@ In `evaluate`, some values are lazy:
 * A `Block` is a parameter leaf, or a view of it, with its `Draws`. A lookup,
   slice, transpose, reshape or cast of a block is a block again, and a scan over
   its first axis passes one row of it to each iteration.
-* An `Expression` is the result of an operation on lazy values alone, such as a
-  concatenation, a product with a scale, or LoRA's A @ B.
+* An `Expression` is a large result of an operation on lazy values and scalars,
+  such as a concatenation, a product with a scale, or LoRA's A @ B.
 
-An operation of a lazy value and another value consumes it: the displaced weight
+Any other operation of a lazy value consumes it: the displaced weight
 is built there. If layers are not scanned, a large operation of this kind is a
 function of its own (on CPU) or behind a barrier (on GPU), so that the compiler
 frees what is built for it when it is done.
@@ -136,7 +136,7 @@ class Operation:
 class Context:
   """Holds what one evaluation has in common."""
 
-  total: int  # number of elements of all leaves
+  total: int  # number of elements of all lazy leaves
   apart: bool = True  # whether operations consume in functions of their own
   # Functions by operation, order of axes and whether there is a form for CPUs.
   functions: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -158,7 +158,7 @@ class Context:
 
   def consume(self, fn: Callable[..., Any], op: Operation, ins: list[Any],
               fn_on_cpu: Callable[..., Any] | None = None) -> list[Any]:
-    """Returns ``fn(ins)``, for which alone lazy values are built.
+    """Returns ``fn(ins)``, after which what it builds can be freed.
 
     Args:
       fn: A function of lazy and other values. It must be the same for all
@@ -183,10 +183,10 @@ class Context:
       self.functions[kind] = called, tied, jitted
     called, tied, jitted = self.functions[kind]
     if _inner(op.eqn) and jax.sharding.get_abstract_mesh().manual_axes:
-      # Tied values vary over as many manual axes as all of them do, which a
-      # loop's carry must not.
+      # Behind a barrier, values vary over all manual axes of all of them, which
+      # the carry of a loop must not.
       tied = jitted
-    # Part of a leaf would be cut out, and kept, to be handed to a function.
+    # A part of a leaf would be copied to be passed to a function.
     return lax.platform_dependent(ins, cpu=jitted if part else called,
                                   cuda=tied, rocm=tied, default=jitted)
 

@@ -74,7 +74,7 @@ def _scan(eqn, ins, context):
   for i, x in enumerate(ins):
     if isinstance(x, Lazy) and n <= i < m or i >= m and (
         isinstance(x, Expression) or isinstance(x, Block) and not _rowwise(x)):
-      context.note(x, 'it is what a scan starts from' if i < m else
+      context.note(x, 'it is in the initial carry of a scan' if i < m else
                    'something is computed of all layers before a scan')
       ins[i] = context.force(x)
     elif isinstance(x, Lazy) and i < n and not _by_parts(body, body.invars[i]):
@@ -146,7 +146,7 @@ def _while(eqn, ins, context):
     if built:
       context.note(x, 'each iteration of a while_loop uses all of it')
   for x in ins[m:]:
-    context.note(x, 'it is what a while_loop starts from')
+    context.note(x, 'it is in the initial carry of a while_loop')
   ins = [*ins[:m], *map(context.force, ins[m:])]
   whole += [False] * (len(ins) - m)
 

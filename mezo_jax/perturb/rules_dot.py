@@ -98,7 +98,7 @@ def _by_factors(eqn, ins, at):
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
   narrow = narrow * w.draws.coefs.reshape(
-      (1,) * (narrow.ndim - 2) + (-1, 1))  # ranks may be strict
+      (1,) * (narrow.ndim - 2) + (-1, 1))  # no rank promotion
   core = w.draws.streams[0].core
   if core is not None:  # between the factors
     there = [a for a in range(n_) if core.shape[a] > 1]
@@ -108,10 +108,10 @@ def _by_factors(eqn, ins, at):
         (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
   narrow = narrow.astype(x.dtype)
   there = [a for a in result if a in kept or a in axes[1 - first]]
-  # Half as many bytes; of a small term, the same relative error as of the sum.
+  # This term is small, so x.dtype is precise enough, and halves the traffic.
   added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
                dtype=x.dtype)
-  # An axis of length 1 that neither factor has.
+  # Restore axes of length 1 that neither factor has.
   added = added.reshape([1 if a not in there else n for a, n in zip(
       result, out.shape)])
   return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
@@ -126,9 +126,8 @@ def _precision(params):
 
 
 def _by_parts(eqn, ins, at, context) -> Callable | None:
-  """Returns a function for a product with a matrix that is a large part of the
-  model (an embedding as the head): it uses some rows of the matrix at a time.
-  """
+  """Returns a product that builds some rows of the matrix at a time, for CPUs;
+  None if the matrix is at most 1/8 of the model, or cannot be split."""
   p = eqn.params
   w = ins[at]
   contracted, batch = (pair[at] for pair in p['dimension_numbers'])
