@@ -1,4 +1,4 @@
-"""Meshes and one rule for where arrays live on them."""
+"""Device meshes, and how arrays are split over them."""
 
 from collections.abc import Sequence
 import contextlib
@@ -24,24 +24,25 @@ _TENSOR = 'vnf'  # vocabulary, heads, feed-forward
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
               direction: int = 1, devices: Sequence[Any] | None = None
               ) -> Mesh:
-  """A mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
+  """Returns a mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
 
   Batches are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`,
   which splits the arithmetic of a layer too. Axis types are Auto: the compiler
   propagates shardings through any Flax model.
 
   Args:
-    data: groups that hold a full copy of the parameters each.
-    fsdp: devices that share one copy and split the rows.
-    tensor: devices that share one copy and split heads, feed-forward and
-      vocabulary.
-    direction: groups that hold a full copy each and evaluate, on the same rows,
-      each its part of a step's points: directions and their signs. What they
-      exchange is losses. One of the four may be -1: the rest.
-    devices: in the order of the axes; None for all that there are.
+    data: Number of groups that each hold a full copy of the parameters.
+    fsdp: Number of devices that share one copy and split the rows. Defaults to
+      -1, for all remaining devices; one of the four sizes may be -1.
+    tensor: Number of devices that share one copy and split heads, feed-forward
+      and vocabulary.
+    direction: Number of groups that each hold a full copy and evaluate, on the
+      same rows, their part of the points of a step (directions and signs). They
+      exchange losses.
+    devices: The devices in the order of the axes. Defaults to None, for all.
 
   Raises:
-    ValueError: if the product of the four is not the number of devices.
+    InputError: If the product of the four is not the number of devices.
   """
   n = jax.device_count() if devices is None else len(devices)
   sizes = [direction, data, fsdp, tensor]
@@ -60,8 +61,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
 
 
 def without_directions(mesh: Mesh) -> Mesh:
-  """The same devices, those of `direction` as more of `data`: for what has
-  rows alone to be split, as evaluation has. Parameters lie on it as they do.
+  """Returns the mesh with its axis `direction` merged into `data`, for programs
+  that split only rows, such as evaluation. Parameters keep their placement.
   """
   if mesh.shape.get('direction', 1) == 1:
     return mesh
@@ -74,17 +75,17 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
                axes: str = '', stacked: bool | None = None) -> P:
   """Returns how a parameter is split; never along the layer axis.
 
-  `tensor` splits the axis that ``axes`` calls vocabulary, heads or
-  feed-forward; `fsdp` the one it calls width, else the largest of the others;
-  either only an axis that it divides. Small leaves (below 2**16
-  elements to a layer) are replicated: splitting them saves nothing and costs a
-  collective each.
+  `tensor` splits the axis that is vocabulary, heads or feed-forward in
+  ``axes``. `fsdp` splits the axis that is width, or else the largest other
+  axis. Each splits only an axis that it divides. Small leaves (below 2**16
+  elements per layer) are replicated, since splitting them saves nothing and
+  costs a collective each.
 
   Args:
     path: Path of the leaf, such as ``'layers/attn/q/kernel'``.
-    shape: of the leaf, the layer axis included.
-    mesh: split over its axes `fsdp` and, if ``axes`` is given, `tensor`.
-    axes: a letter for each axis of one layer, as in `models.table.Row`.
+    shape: Shape of the leaf, with the layer axis.
+    mesh: A mesh with the axes `fsdp` and, if ``axes`` is given, `tensor`.
+    axes: A letter for each axis of one layer, as in `models.table.Row`.
     stacked: Whether the first axis is that of layers. Defaults to None, which
       believes the path: a component named ``layer[s]``, ``block[s]`` or ``h``
       without a number means a stack.
@@ -110,22 +111,22 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
 
 def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
                     ) -> Any:
-  """Returns the tree of `NamedSharding`s of anyone's parameters.
+  """Returns a tree of `NamedSharding`s for parameters of any model.
 
-  A leaf is split as the first rule says whose regular expression is found in
-  its path, else as `param_spec` does: large ones are split over `fsdp`.
+  The first rule whose regular expression is found in a leaf's path decides how
+  it is split. Without one, `param_spec` does: large leaves are split over
+  `fsdp`.
 
   Args:
-    params: arrays or shapes, in any pytree.
-    mesh: with the axes of the rules, and `fsdp` if a leaf has none.
-    rules: (expression, spec). A spec that is shorter than a leaf has axes is
-      of the last ones where the first is the layers' (a component of the path
-      named ``layer[s]``, ``block[s]`` or ``h`` says so, and shapes that agree).
-      An axis that a mesh axis does not divide stays whole.
+    params: Arrays or shapes, in any pytree.
+    mesh: A mesh with the axes of the rules, and `fsdp` for leaves without one.
+    rules: Pairs (expression, spec). For a stack of layers, a spec with fewer
+      entries than the leaf has axes begins at the second axis. An axis that a
+      mesh axis does not divide is not split.
 
   Raises:
-    InputError: for a rule that no leaf has, that is longer than a leaf has
-      axes, or that names no axis of the mesh.
+    InputError: For a rule that fits no path, has more entries than a leaf has
+      axes, or names an axis that the mesh does not have.
   """
   unused = {pattern for pattern, _ in rules}
 
@@ -164,13 +165,13 @@ def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh,
 
 
 def on_host(shardings: Any) -> Any:
-  """The same places in the memory of the host, from which a program takes a
-  layer at a time; for stacks of layers that are more than devices hold."""
+  """Returns shardings in the host's memory, for stacks of layers too large for
+  devices; a program fetches one layer at a time."""
   return jax.tree.map(lambda s: s.with_memory_kind('pinned_host'), shardings)
 
 
 def is_on_host(x: Any) -> bool:
-  """Of an array, a tracer or a shape."""
+  """Returns whether an array, a tracer or a shape is in the host's memory."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return getattr(x.sharding, 'memory_kind', None) == 'pinned_host'
   return isinstance(x, jax.Array) and (
@@ -178,8 +179,7 @@ def is_on_host(x: Any) -> bool:
 
 
 def fetched(tree: Any) -> Any:
-  """With copies on the device of what is in the host's memory: of a layer,
-  where it is computed with."""
+  """Returns a tree with arrays of the host's memory copied to the device."""
   return jax.tree.map(lambda x: jax.device_put(
       x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
 
@@ -189,7 +189,7 @@ def to_host(x: Any) -> Any:
 
 
 def row_groups(mesh: Mesh) -> int:
-  """How many parts a batch's rows are split into."""
+  """Returns how many parts the rows of a batch are split into."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
@@ -198,20 +198,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-  """A tree of arrays that each process has made for itself, laid out anew.
+  """Places a tree of arrays that each process has computed for itself.
 
-  Typed keys too: `jax.device_put` refuses those on other processes' devices.
+  It may have typed keys, which `jax.device_put` refuses on devices of other
+  processes.
   """
   return jax.jit(_same, out_shardings=shardings)(tree)
 
 
-def _same(tree):  # one function, so that jax knows its programs again
+def _same(tree):  # one function, so that jax finds its programs again
   return tree
 
 
 def beside(state: Any, params: Any) -> Any:
-  """The state, where it is on no mesh, on the one that params are on: else a
-  second step compiles again, for a state that the first one has put there."""
+  """Returns a state with its arrays on the mesh of the params, replicated.
+
+  Otherwise the second step would be compiled again, since the first one places
+  the state there.
+  """
   on_mesh = lambda x: isinstance(x, jax.Array) and not isinstance(
       x, Tracer) and isinstance(x.sharding, NamedSharding)
   mesh = next((x.sharding.mesh for x in jax.tree.leaves(params)
@@ -225,7 +229,7 @@ def beside(state: Any, params: Any) -> Any:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
 
-  Every process holds the whole (small) batch and hands over its own rows.
+  Every process holds the whole (small) batch and passes on its own rows.
   Numbers and arrays without axes are returned as they are.
 
   Raises:
@@ -299,7 +303,7 @@ def split_rows(x: Any, parts: int) -> Any:
 
 
 def _mesh_in_context():
-  """The mesh that `jax.set_mesh` set, if it is one of ours."""
+  """Returns the mesh that `jax.set_mesh` set, if it has the axes of ours."""
   mesh = jax.sharding.get_abstract_mesh()
   ours = {*ROWS, 'tensor'} <= set(mesh.axis_names) and all(
       t == AxisType.Auto for t in mesh.axis_types)
@@ -316,14 +320,16 @@ def rows_axes() -> tuple[str, ...] | None:
 
 
 def direction_groups() -> int:
-  """The groups, under `jax.set_mesh`, that a step's points are split over."""
+  """Returns the number of groups over which the points of a step are split,
+  under `jax.set_mesh`."""
   mesh = _mesh_in_context()
   return 1 if mesh is None else mesh.shape.get('direction', 1)
 
 
 @contextlib.contextmanager
 def rows_have_directions():
-  """Where directions, each with rows of its own, are what is split."""
+  """Declares that directions with rows of their own are split instead of rows,
+  so `constrain_rows` leaves axis 0 whole."""
   token = _apart.set(True)
   try:
     yield
@@ -334,8 +340,8 @@ def rows_have_directions():
 def constrain_rows(x: jax.Array) -> jax.Array:
   """Splits axis 0 over `data` and `fsdp`, under `jax.set_mesh`.
 
-  Inside a model it settles what the compiler should gather: weights that are
-  split over `fsdp`, and never the rows.
+  Inside a model it makes the compiler gather the weights that are split over
+  `fsdp` instead of the rows.
   """
   if not _mesh_in_context():
     return x
@@ -343,6 +349,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def splits_vocabulary() -> bool:
-  """Whether, under `jax.set_mesh`, tables are split along the vocabulary."""
+  """Returns whether tables are split along the vocabulary, under
+  `jax.set_mesh`."""
   mesh = _mesh_in_context()
   return mesh is not None and mesh.shape['tensor'] > 1
