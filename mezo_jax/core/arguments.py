@@ -95,7 +95,7 @@ def floating(name: str, dtype: Any) -> Any:
 
 
 def tree(name: str, value: Any) -> Any:
-  """Returns parameters, if there are any."""
+  """Returns a tree, which may not be None."""
   if value is None:
     raise ValueError(f'{name} must be a tree of arrays, got None.')
   return value
@@ -135,7 +135,7 @@ def rate(name: str, value: Any, *, above: float | None = None,
 
 
 def at(value: Any, count: jax.Array | int) -> Any:
-  """Returns what `rate` has returned, at a step: a schedule is called."""
+  """Returns the value of a rate at a step; a schedule is called."""
   return value(count) if callable(value) else value
 
 
@@ -157,15 +157,15 @@ def expression(name: str, pattern: Any) -> re.Pattern[str]:
 
 
 def check_names(value_fn: Callable[..., Any], **given: Any) -> None:
-  """Raises if ``value_fn`` has an argument that ``tx.update`` keeps to itself.
+  """Checks that ``value_fn`` needs no argument that ``tx.update`` consumes.
 
   Args:
-    value_fn: the loss.
-    **given: arguments of ``tx.update`` that it does not pass on; None for those
+    value_fn: The loss.
+    **given: Arguments of ``tx.update`` that it does not pass on; None for those
       that were not given.
 
   Raises:
-    ValueError: if ``value_fn`` waits for one of those that were given.
+    ValueError: If ``value_fn`` has an argument of the name of one of them.
   """
   try:
     taken = inspect.signature(value_fn).parameters

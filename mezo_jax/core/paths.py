@@ -83,12 +83,11 @@ def locate(path: str, stacked: bool | None = None
            ) -> tuple[str, int | None, bool]:
   """Splits a path into (path without layer number, layer, stacked?).
 
-  The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h``
-  decides: followed by a number (``layers_3``, ``layers/3``) the leaf is that
-  layer; without one its leading axis may be the layer axis, which a name alone
-  cannot say (see `stacked`). ``layers/3/q/kernel`` of shape [a, b] is thus row
-  3 of ``layers/q/kernel`` of shape [L, a, b]. Any other path has neither; its
-  leaf is one block, however it is scanned.
+  The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h`` marks
+  layers. A number in it or after it (``layers_3``, ``layers/3``) is that of the
+  layer. Without a number, the first axis may be that of layers; see `stacked`.
+  So ``layers/3/q/kernel`` of shape [a, b] is row 3 of ``layers/q/kernel`` of
+  shape [L, a, b]. A leaf with any other path is one block.
 
   Args:
     path: Path of a leaf.
@@ -200,17 +199,17 @@ def _named_layers(path: str) -> list[str]:
 def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
   """Returns whether shapes agree that a part of the tree is stacked layers.
 
-  All must have the same first axis, and one of them must have an axis more than
-  it would have in one layer: three axes or more, or two where it is called as
-  biases and norms are. If all have one axis, or all two, and names that say
-  nothing of how many a layer has, then ``layers`` in the plural decides. A
-  kernel of two axes, or a bias of one, is one layer's.
+  All must have the same first length, and one of them must have more axes than
+  in a single layer: three or more, or two if it has a name of biases and norms.
+  If all have one axis, or all two, with names that do not tell how many axes a
+  layer has, a plural (``layers``) decides. A kernel with two axes, or a bias
+  with one, belongs to one layer.
 
   Args:
     part: The path of the part of the tree.
     leaves: The leaves below it, with their paths within it.
   """
-  # Scalars and what cannot be trained say nothing: rates, counters, PRNG keys.
+  # Scalars and leaves that cannot be trained (counters, keys) do not count.
   shapes = [(path, shape_of(x)) for path, x in leaves
             if len(shape_of(x)) and (is_codes(x) or is_floating(x))]
   if not shapes or len({shape[0] for _, shape in shapes}) > 1:

@@ -52,9 +52,8 @@ class LowRank(Directions):
   on Explicit mesh axes.
 
   Attributes:
-    rank: r. Per forward pass, ranks 4 and 16 learned as well as normal draws on
-      one task and slightly less on another, and ranks 1 and 2 less on one. Per
-      second, 4 and 16 learned more on both (benchmarks/README.md, 8 seeds).
+    rank: r. Defaults to 16. In benchmarks/README.md, ranks 4 and 16 learned
+      about as well as normal draws per forward pass, and more per second.
     generator, mask, stacked, multiplier: See `Directions`.
 
   Raises:

@@ -44,9 +44,9 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     leaves: Shapes, and whether they are stacks of layers, by path.
 
   Returns:
-    Streams by path: an axis of keys for a stacked leaf (its first), none for
-    any other; and an array of first counters along those first axes that more
-    than 2**32 elements make necessary.
+    Streams by path. A stacked leaf has one key per layer. If a leaf or a layer
+    has more than 2**32 elements, ``lo`` and ``hi`` hold a first counter for
+    each entry of its leading axes.
   """
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
   found = {path: paths.locate(path, stacked)
