@@ -1,7 +1,7 @@
-"""What the user can mend, and how a program says it: in one sentence.
+"""Errors that the user can fix, which are reported in one sentence.
 
-Every other exception is a bug of ours, or a machine that is too small, and
-keeps its traceback.
+Any other exception is a bug of ours, or comes from a machine that is too small,
+and keeps its traceback.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _OF_THE_DISK = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
      errno.EFBIG, errno.EIO, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
      errno.ENAMETOOLONG})
-# Those of them whose text nothing else has.
+# Those of them whose text is unmistakable.
 _IN_TEXT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
             errno.EIO)
 
@@ -26,12 +26,11 @@ AGAIN = 75  # the exit status: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 class InputError(ValueError):
-  """A config, a file or an argument that cannot work; it says how to mend it.
-  """
+  """A config, file or argument that cannot work. It says how to fix it."""
 
 
 class MissingError(InputError, FileNotFoundError):
-  """A file, a model or a data set that is not there."""
+  """A file, model or data set that does not exist."""
 
 
 class Damaged(InputError):
@@ -39,22 +38,22 @@ class Damaged(InputError):
 
 
 class Stopped(InputError):
-  """A run that cannot go on; nothing that was saved is lost."""
+  """A run that cannot go on. What was saved is not lost."""
 
 
 class Again(Stopped):
-  """A run that was told to stop: the same command goes on with it."""
+  """A run that was asked to stop. The same command resumes it."""
 
 
 class ExistsError(InputError, FileExistsError):
-  """A directory that is in the way."""
+  """A directory that exists already."""
 
 
 def local(path: str | os.PathLike[str]) -> Path:
   """Returns the local path that a user names; ``~`` is the home directory.
 
   Raises:
-    InputError: for an address, or a name that not all libraries can open.
+    InputError: For an address, or a name that not all libraries can open.
   """
   text = os.fspath(path)
   if re.match(r'\w+:/', text):
@@ -63,20 +62,20 @@ def local(path: str | os.PathLike[str]) -> Path:
   if bad or text != text.encode('utf-8', 'replace').decode():
     raise InputError(
         f'{text!r} has a character that checkpoints cannot have in their path '
-        '(a backslash, or one that is not UTF-8): choose another name.')
+        '(a backslash, NUL, or one that is not UTF-8): choose another name.')
   return Path(text).expanduser()
 
 
 def first_line(error: Any) -> str:
-  """What an error of another library says, to be put into a sentence."""
+  """Returns the first line of another library's error, for a sentence."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def of_the_disk(e: BaseException) -> int | None:
-  """Returns the number of the system's error if an exception comes from a disk
-  that is full, read-only, forbidden or broken, else None.
+  """Returns the errno of an error of the file system that the user can fix, such
+  as a full disk; None for another exception.
 
-  Libraries in C++ report such errors as text, so that is searched too.
+  Libraries in C++ report such errors as text, so the text is searched, too.
   """
   seen, left = set(), [e]
   while left:
@@ -96,9 +95,11 @@ def of_the_disk(e: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
-  """Ends the program with a sentence and no traceback for what the user can
-  mend: `InputError`, and a disk that is full or may not be written. The status
-  is 1, and `AGAIN` where nothing has to be mended."""
+  """Ends the program with a sentence instead of a traceback for errors that the
+  user can fix: `InputError`, and errors of the file system.
+
+  The exit status is 1, or `AGAIN` if nothing needs to be fixed.
+  """
   try:
     yield
   except Again as e:
