@@ -72,8 +72,8 @@ def first_line(error: Any) -> str:
 
 
 def of_the_disk(e: BaseException) -> int | None:
-  """Returns the errno of an error of the file system that the user can fix, such
-  as a full disk; None for another exception.
+  """Returns the errno of a file-system error that the user can fix, such as a
+  full disk; None for another exception.
 
   Libraries in C++ report such errors as text, so the text is searched, too.
   """
