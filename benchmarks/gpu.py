@@ -62,7 +62,7 @@ def programs(name, model, params, ids):
     tx = optax.chain(backprop.backprop(), {
         'SGD': optax.sgd, 'Adam': optax.adam}[name](1e-6))
   else:
-    tx = mezo_jax.mezo(1e-6, key=0, **PROGRAMS[name])
+    tx = harness.mezo(1e-6, key=0, **PROGRAMS[name])
   step = mezo_jax.make_step(tx, loss_fn)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                           (params, ids))

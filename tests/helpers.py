@@ -3,13 +3,13 @@
 import contextlib
 import socket
 
+from estimators import whole
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
 
-import mezo_jax
 from mezo_jax import models, peft
 from mezo_jax.core import sharding
 
@@ -78,7 +78,7 @@ def replay_setup(dtype='float32', trained=None, learning_rate=1e-2, mesh=None,
     return jnp.where(batch['lost'], jnp.nan, -jnp.mean(log_p, -1))
   batches = [{'ids': (ids + t) % 64, 'lost': jnp.full(len(ids), t == 2)}
              for t in range(5)]
-  tx = mezo_jax.mezo(learning_rate, key=3, **options)
+  tx = whole.spsa(learning_rate, key=3, **options)
   return (tx, value_fn, *peft.split(params, trained), batches)
 
 
