@@ -123,7 +123,7 @@ def test_scores_are_those_of_each_layer_and_row():
   assert jax.tree.map(jnp.shape, whole) == jax.tree.map(
       jnp.shape, params) | {'b': ()}
   with pytest.MonkeyPatch.context() as m:
-    m.setattr(sys.modules['mezo_jax.whole.mazo'], '_PART', 40)
+    m.setattr(sys.modules['mezo_jax.variants.mazo'], '_PART', 40)
     parts = made()
   helpers.assert_bitwise(parts, whole)
   for mask in (whole['layers']['w'], whole['head']):
