@@ -39,11 +39,13 @@ whole = Whole()
 
 def with_spsa(learning_rate, eps=1e-3, *, key, directions='normal',
               combine='two_sided', num_samples=None, over='scan',
-              micro_batches=None, weight_decay=0.0):
+              micro_batches=None, weight_decay=0.0, decay=None):
   """`mezo` with all options of `spsa`, none of them in a dict."""
-  return mezo(learning_rate, weight_decay=weight_decay, estimator=mezo_jax.spsa(
+  estimator = mezo_jax.spsa(
       eps, key=key, directions=directions, combine=combine,
-      num_samples=num_samples, over=over, micro_batches=micro_batches))
+      num_samples=num_samples, over=over, micro_batches=micro_batches)
+  return mezo(learning_rate, weight_decay=weight_decay, decay=decay,
+              estimator=estimator)
 
 
 def chained(rest, **kwargs):
