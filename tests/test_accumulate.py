@@ -161,3 +161,11 @@ def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
                     tmp_path / 'again')['final']
   np.testing.assert_allclose(
       found['loss'], result['final']['loss'], rtol=2e-5)
+
+
+def test_around_is_refused_where_updates_accumulate():
+  tx = mezo_jax.mezo(1e-3, key=0, fold_every=2)
+  params = {'w': jnp.ones(3)}
+  with pytest.raises(ValueError, match='around'):
+    tx.update(None, tx.init(params), params, value_fn=lambda p: p['w'].sum(),
+              around=mezo_jax.Displacement(jax.random.key(1), 1.0))

@@ -360,3 +360,10 @@ def test_memory_is_that_of_quantised_inference(dtype, most):
   losses, update = map(peak, step.compiled.values())
   assert losses < most * inference
   assert update < (0.27 if dtype == 'int8' else 0.18) * inference
+
+
+def test_rows_are_counted_from_the_end_too():
+  w = mezo_jax.quantize(jnp.arange(96.0).reshape(3, 32), axis=-1)
+  rows = w.astype(jnp.float32)
+  helpers.assert_bitwise(w[-1], rows[-1])
+  helpers.assert_bitwise(w[np.array([-1, 0])], rows[np.array([-1, 0])])

@@ -84,7 +84,9 @@ class Codes:
     return self * factor
 
   def __getitem__(self, rows: Any) -> jax.Array:
-    view = self.viewed(views.Take(0, jnp.asarray(rows)))
+    rows = jnp.asarray(rows)
+    rows = jnp.where(rows < 0, rows + len(self), rows)
+    view = self.viewed(views.Take(0, rows))
     if view is None:
       raise IndexError(
           'rows of a weight of which two share a byte cannot be selected: '

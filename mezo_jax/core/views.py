@@ -155,10 +155,10 @@ class Reshape(NamedTuple):
 
 
 class Keep(NamedTuple):
-  """Marks elements that exist: a lookup out of bounds finds others.
+  """Marks the elements that a lookup found within bounds.
 
   Attributes:
-    there: bools that broadcast with the weight.
+    there: Bools that broadcast with the weight.
   """
 
   there: jax.Array

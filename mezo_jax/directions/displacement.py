@@ -62,7 +62,7 @@ class Displacement(NamedTuple):
 
 
 class Multiplier(NamedTuple):
-  r"""What each element of z is multiplied by.
+  r"""Multiplies the elements of z, or keeps only some of them.
 
   Attributes:
     values: A number s, or a tree like the params of numbers, of arrays [L] for
@@ -98,7 +98,7 @@ class Draws:
 
   @property
   def is_everywhere(self) -> bool:
-    """Whether z is neither masked nor multiplied."""
+    """Returns whether z is neither masked nor multiplied."""
     first = self.streams[0]
     return first.there is None and first.values is None
 

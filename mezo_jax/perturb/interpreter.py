@@ -8,10 +8,10 @@ In `evaluate`, some values are lazy:
 * An `Expression` is a large result of an operation on lazy values and scalars,
   such as a concatenation, a product with a scale, or LoRA's A @ B.
 
-Any other operation of a lazy value consumes it: the displaced weight
-is built there. If layers are not scanned, a large operation of this kind is a
-function of its own (on CPU) or behind a barrier (on GPU), so that the compiler
-frees what is built for it when it is done.
+Any other operation of a lazy value consumes it: the displaced weight is built
+there. If layers are not scanned, a large operation of this kind is a function
+of its own (on CPU) or behind a barrier (on GPU), so that the compiler frees
+what is built for it when it is done.
 """
 
 from collections.abc import Callable, Sequence

@@ -95,8 +95,8 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
         (state, ring, finish.init(params), *memory), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, fold=None, flush=False, part=None,
-                measure_only=False, **batch):
+                projected_grad=None, fold=None, flush=False, around=None,
+                part=None, measure_only=False, **batch):
     spsa_state, ring, rest, *memory = state
     ring = jax.tree.map(jnp.asarray, ring)  # NumPy's, if it was restored
     if flush:
@@ -107,10 +107,14 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
           *(rule.missed(None, m) for m in memory))
 
     check_update(updates, spsa_state, params, value_fn, projected_grad)
+    if around is not None:
+      raise ValueError('around= cannot be used together with fold_every, which '
+                       'evaluates losses around the accumulated updates.')
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
-      arguments.check_names(value_fn, fold=fold, flush=flush or None, part=part)
+      arguments.check_names(value_fn, fold=fold, flush=flush or None, part=part,
+                            measure_only=measure_only or None)
       numbers = estimator.measure(
           spsa_state, params, value_fn, batch, part=part, around=displacement(
               spsa_state, ring, directions, spsa_state.count))

@@ -52,7 +52,7 @@ class SpsaState(NamedTuple):
 
   @property
   def memory(self) -> tuple[()]:
-    """What the estimator remembers from earlier steps: nothing."""
+    """Returns an empty memory: this estimator keeps nothing between steps."""
     return ()
 
 
@@ -163,8 +163,8 @@ class Spsa:
     """Returns itself.
 
     Raises:
-      ValueError: for groups of eps: the projected gradients of a state are
-        those of the first group alone.
+      ValueError: For groups of eps, since the projected gradients in a state
+        are those of the first group.
     """
     if isinstance(self.eps, Mapping):
       raise ValueError('eps: this variant has one projected gradient per '
@@ -250,7 +250,7 @@ def check_part(part: Any) -> tuple[int, int]:
   """Returns ``(i, r)``, part i of r.
 
   Raises:
-    ValueError: if it is something else.
+    ValueError: If it is something else.
   """
   is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(
       isinstance(x, (int, np.integer)) and not isinstance(x, bool)
@@ -321,12 +321,12 @@ class Estimator(ZerothOrderTransformation):
 
   @property
   def size(self) -> int:
-    """Length of the numbers of a step."""
+    """Returns how many numbers a step has."""
     return self._made['size'] or self.options.num_samples
 
   @property
   def is_linear(self) -> bool:
-    """Whether updates are the sum of the numbers times z."""
+    """Returns whether updates are the sum of the numbers times z."""
     return self._made['apply'] is None
 
   def in_float32(self) -> 'Estimator':
@@ -443,7 +443,7 @@ class Estimator(ZerothOrderTransformation):
 
 
 def measure(tx: optax.GradientTransformation, state: Any, params: Any,
-            **arguments: Any) -> Numbers:
+            **given: Any) -> Numbers:
   """Evaluates the losses of a chain with an estimator in it.
 
   optax calls all links of a chain, so the numbers leave it as an exception,
@@ -453,11 +453,11 @@ def measure(tx: optax.GradientTransformation, state: Any, params: Any,
     tx: A transform with an estimator in it.
     state: State of ``tx``.
     params: The weights.
-    **arguments: Those of ``tx.update``, ``value_fn`` among them.
+    **given: Further arguments of ``tx.update``, with ``value_fn``.
   """
   try:
     optax.with_extra_args_support(tx).update(
-        cast(Any, None), state, params, measure_only=True, **arguments)
+        cast(Any, None), state, params, measure_only=True, **given)
   except Measured as e:
     return e.numbers
   raise ValueError('tx has no estimator in it, such as mezo_jax.spsa.')

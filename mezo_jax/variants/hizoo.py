@@ -55,6 +55,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
                            spsa.directions.selected(params))
 
   def measure(state, params, value_fn, batch):
+    # A float32 eps, as from eps_at, has a square that differs in the last bit.
     eps = arguments.at(spsa.eps, state.count)
     losses = spsa.along(multiplier=Multiplier(state.memory)).losses(
         state, params, value_fn, batch, signs=(1.0, -1.0, 0.0))
@@ -69,7 +70,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
         numbers, (h / n, jnp.float32(alpha)), (jnp.zeros(n), jnp.float32(0)))
     scaled = spsa.along(multiplier=Multiplier(state.memory))
     updates = scaled.apply(state, params, numbers._replace(projected_grad=g))
-    # Of scaled draws: with s for H^(-1/2), H z^2 is (s z)^2 / s^4.
+    # Draws are scaled by s = H^(-1/2), so H z^2 is (s z)^2 / s^4.
     squares = mapped(
         lambda w, draws: sum(h[j] * draws.term(j, w)**2 for j in range(n)),
         params, spsa.z(state), scaled.directions, dtype=jnp.float32)
