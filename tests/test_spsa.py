@@ -268,8 +268,8 @@ def test_bad_calls():
     tx.update(None, state, PARAMS)
   for bad, message in (
       (lambda p: p['a'], r'returned shape \(2, 2\)'),
-      (lambda p: (quadratic(p), {'logits': p['b']}), r'Of \(loss, aux\)'),
-      (lambda p: (quadratic(p), p['b']), r'Of \(loss, aux\)'),
+      (lambda p: (quadratic(p), {'logits': p['b']}), 'drop aux'),
+      (lambda p: (quadratic(p), p['b']), 'drop aux'),
       (lambda p: None, 'value_fn'),
       (lambda p: quadratic(p).astype(jnp.bfloat16), 'returned bfloat16'),
       (lambda p: p['b'].astype(jnp.float16), 'returned float16')):
