@@ -15,9 +15,9 @@ import signal
 if __name__ == '__main__':  # Ctrl-C while importing needs no traceback
   ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mezo_jax.cli import launch
+from mezo_jax.cli import train_command
 from mezo_jax.training import run
 
 if __name__ == '__main__':
   signal.signal(signal.SIGINT, ctrl_c)
-  launch.main(run, Path(__file__).parent / 'configs')
+  train_command.main(run, Path(__file__).parent / 'configs')

@@ -43,7 +43,7 @@ from mezo_jax.tasks import (
   data,
   Task,  # noqa: E402
 )
-from mezo_jax.training import records
+from mezo_jax.training import run_files
 from mezo_jax.training.config import to_json, Train
 
 WORD = re.compile(rb'-?\d+(\.\d+)?(e-?\d+)?|"[^"]*"|true|false|null')
@@ -226,7 +226,7 @@ KINDS = {  # how it is made, the file that is changed, what reads it
     'adapter': (adapter, 'adapter/adapter_config.json', read_adapter),
     'adapter weights': (
         adapter, 'adapter/adapter_model.safetensors', read_adapter),
-    'run': (run_directory, 'config.json', records.read_config),
+    'run': (run_directory, 'config.json', run_files.read_config),
     'metrics': (run_directory, 'metrics.jsonl',
                 lambda path: loggers.Metrics(path, 5).close()),
     # Of these what is accepted must be what was written, or its beginning.

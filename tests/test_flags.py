@@ -11,7 +11,7 @@ from mezo_jax.cli import command_line
 from mezo_jax.cli.command_line import read_config
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import Task
-from mezo_jax.training import checks, fields
+from mezo_jax.training import checks, config_fields
 from mezo_jax.training import config as config_lib
 from mezo_jax.training.config import Also, Data
 
@@ -58,7 +58,7 @@ def _examples(path):
 
 def test_every_field_is_set_on_the_command_line():
   """With each of the values that its type documents."""
-  paths = [*fields.leaves()]
+  paths = [*config_fields.leaves()]
   assert len(paths) > 100
   assert {'objective', 'task.row', 'task.calibration', 'also', 'spsa.eps',
           'mesh.fsdp', 'model.remat'} <= {*paths}
@@ -70,7 +70,7 @@ def test_every_field_is_set_on_the_command_line():
     for path, (text, value) in given.items():
       found = _leaf(config, path)
       assert found == value and type(found) is type(value), (path, text, found)
-    fields.check_types(config)
+    config_fields.check_types(config)
 
 
 def test_a_function_of_the_file_gives_way_to_a_name(tmp_path):

@@ -218,7 +218,7 @@ def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
   code = '''
 from pathlib import Path
-from mezo_jax.cli import launch
+from mezo_jax.cli import train_command
 from mezo_jax.tasks import score
 import train
 def make_loss_fn(*args):
@@ -226,7 +226,7 @@ def make_loss_fn(*args):
     raise ValueError('a bug in a step')
   return loss_fn
 score.make_loss_fn = make_loss_fn
-launch.main(train.run, Path('configs'))
+train_command.main(train.run, Path('configs'))
 '''
   script, *arguments = command(
       tiny_dir, reviews_file, tmp_path, '--config.zero_shot=False')[1:]

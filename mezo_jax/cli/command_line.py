@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training.fields import unknown, WHERE
+from mezo_jax.training.config_fields import unknown, WHERE
 
 # The configs that come with the package. In a clone this is a link to the
 # folder configs/ at its top.

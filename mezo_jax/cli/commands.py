@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from mezo_jax.cli import command_line, launch, suite
+from mezo_jax.cli import command_line, suite, train_command
 from mezo_jax.cli.command_line import parse
 from mezo_jax.core.errors import in_one_sentence, InputError
 from mezo_jax.distributed import hosts
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(argv: Sequence[str]) -> None:
   """Fine-tunes a model, or evaluates a baseline."""
   from mezo_jax.training import run  # imports what only training needs
-  launch.main(run, program=argv[0], argv=argv[1:])
+  train_command.main(run, program=argv[0], argv=argv[1:])
 
 
 def export(argv: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from mezo_jax.models.formats.save import check_new
 from mezo_jax.runs import checkpoint, replay
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
-from mezo_jax.training import build, methods, optimizer, records, trainable
+from mezo_jax.training import build, methods, optimizer, run_files, trainable
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
@@ -56,7 +56,7 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
       model changed since the run began, or a parameter is not finite.
   """
   workdir, directory = local(workdir), local(directory)
-  run = records.read_config(workdir)
+  run = run_files.read_config(workdir)
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
@@ -175,7 +175,7 @@ def _check_base(run: config_lib.Train, model, tokenizer, params,
     recorded: What the run recorded of its inputs.
     source: Where that was recorded.
   """
-  now = records.inputs_of(run, model.config, tokenizer)
+  now = run_files.inputs_of(run, model.config, tokenizer)
   if params is not None:
     now['weights'] = fingerprint.of_weights(
         peft.join(*params), methods.made(run))

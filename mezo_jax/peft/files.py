@@ -30,7 +30,7 @@ from mezo_jax.models.formats.save import (
 )
 from mezo_jax.models.layers import apply_rope, Config, rope_tables
 from mezo_jax.models.transformer import prefix_length, Transformer
-from mezo_jax.peft import fields, lora
+from mezo_jax.peft import adapter_config, lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
@@ -104,7 +104,7 @@ def _task_type(about: dict, c: Config, classes: int) -> str | None:
   """Returns the task for which PEFT applies an adapter as we do; one that PEFT
   does not know, and refuses, where there is none."""
   lora = about['peft_type'] == 'LORA'
-  if fields.POSITIONS in about or not (lora or c.causal):
+  if adapter_config.POSITIONS in about or not (lora or c.causal):
     return 'MEZO_JAX'
   if classes:
     return 'SEQ_CLS'
@@ -166,7 +166,8 @@ def load(directory: str | os.PathLike[str], model: Transformer
     return model, {'prompt': {'embedding': found}}, kind
   k, v = jnp.moveaxis(found.reshape(
       m, c.num_layers, 2, c.num_kv_heads, c.head_width), (1, 2), (1, 0))
-  return model.clone(prefix_positions=about.get(fields.POSITIONS, 'after')), {
+  positions = about.get(adapter_config.POSITIONS, 'after')
+  return model.clone(prefix_positions=positions), {
       'layers': {'attn': {'prefix_k': k, 'prefix_v': v}}}, kind
 
 
@@ -204,7 +205,7 @@ def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
   if not isinstance(name, str) or name not in _KINDS:
     raise InputError(f'{directory} has an adapter of type {name!r}; '
                      f'{", ".join(_KINDS)} are supported.')
-  fields.check_adapter_config(about, directory / 'adapter_config.json')
+  adapter_config.check(about, directory / 'adapter_config.json')
   return _KINDS[name], about
 
 
@@ -223,7 +224,7 @@ def _prefix_tensors(model: Transformer, attn: dict):
   if positions == 'zero' and c.rope:
     k, positions = _turned(c, k, m), 'after'  # M further on, as the tokens are
   both = np.stack([k, v])  # [2, L, M, K, H]
-  own = {} if positions == 'after' else {fields.POSITIONS: positions}
+  own = {} if positions == 'after' else {adapter_config.POSITIONS: positions}
   return {'prompt_embeddings': np.ascontiguousarray(
       np.moveaxis(both, 2, 0).swapaxes(1, 2).reshape(m, -1))}, _virtual(
           'PREFIX_TUNING', c, m) | {
@@ -407,7 +408,7 @@ def _pair(about: dict, left: dict, module: str, directory):
     ``(A, B, scale)``, or None where the module has no adapter.
   """
   a, b = (left.pop(f'{_TOP}{module}.lora_{x}.weight', None) for x in 'AB')
-  wanted = fields.targets(about, module)
+  wanted = adapter_config.targets(about, module)
   if a is None and b is None:
     if wanted and about.get('init_lora_weights') is False:
       raise InputError(
@@ -426,15 +427,16 @@ def _pair(about: dict, left: dict, module: str, directory):
   if not (a.ndim == b.ndim == 2 and a.size):
     raise InputError(f'{directory} does not fit the model: {module} has A '
                      f'{a.shape} and B {b.shape}.')
-  if len(a) != fields.rank(about, module):
+  rank = adapter_config.rank(about, module)
+  if len(a) != rank:
     raise InputError(
         f'{directory} does not fit its adapter_config.json: by r and '
-        f'rank_pattern {module} has rank {fields.rank(about, module)}, and its '
-        f'matrices have {len(a)}.')
+        f'rank_pattern {module} has rank {rank}, and its matrices have '
+        f'{len(a)}.')
   return a, b, _scale(about, module, len(a))
 
 
 def _scale(about: dict, module: str, rank: int) -> float:
   """Returns what PEFT multiplies the product of a module's matrices by."""
   root = rank ** 0.5 if about.get('use_rslora') else rank
-  return fields.alpha(about, module) / root
+  return adapter_config.alpha(about, module) / root

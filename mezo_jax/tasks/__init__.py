@@ -10,11 +10,12 @@ import dataclasses
 from typing import Any
 
 from mezo_jax.core.errors import InputError
-from mezo_jax.tasks import glue, opt, roberta
+from mezo_jax.tasks import glue_tasks, opt_tasks, roberta_tasks
 from mezo_jax.tasks.task import Task
 
 TASKS = {task.name: task
-         for task in (*opt.TASKS, *roberta.TASKS, *glue.TASKS)}
+         for task in (*opt_tasks.TASKS, *roberta_tasks.TASKS,
+                      *glue_tasks.TASKS)}
 
 
 def get(name: str, **changes: Any) -> Task:

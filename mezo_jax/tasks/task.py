@@ -56,8 +56,8 @@ KINDS = {
     'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
-# Annotations by which `mezo_jax.training.fields` finds how a command line sets
-# a field.
+# Annotations by which `mezo_jax.training.config_fields` finds how a command
+# line sets a field.
 TextOrNone = Annotated[str | None, 'a text, or None']
 RowFunction = Annotated[
     Callable[[dict[str, Any]], dict[str, Any] | None] | None,

@@ -13,13 +13,13 @@ from mezo_jax.core.errors import InputError
 from mezo_jax.core.quantized import QUANTISED
 from mezo_jax.directions.by_name import KINDS, options_of
 from mezo_jax.directions.noise import GENERATORS
-from mezo_jax.peft.fields import PLACES
+from mezo_jax.peft.adapter_config import PLACES
 from mezo_jax.peft.kinds import PARTS
 from mezo_jax.peft.prefix import INITS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import fields, methods, optimizer
+from mezo_jax.training import config_fields, methods, optimizer
 from mezo_jax.transforms.combine import COMBINES
 from mezo_jax.transforms.evaluate_points import OVER
 
@@ -30,7 +30,7 @@ def check_config(config: config_lib.Train) -> None:
   Raises:
     InputError: if one cannot; it names the field.
   """
-  fields.check_types(config)
+  config_fields.check_types(config)
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
   task_lib.check_task(config.task)
   of_task = config.task.traits
@@ -189,7 +189,7 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
 
   Args:
     config: The config, with what the command line sets.
-    given: The fields that the command line sets, from `fields.given`.
+    given: The fields that the command line sets, from `config_fields.given`.
 
   Raises:
     InputError: if a field changes nothing.

@@ -160,8 +160,8 @@ class Mesh:
   direction: int = 1  # copies that share a step's directions and signs
 
 
-# Annotations by which `mezo_jax.training.fields` finds how a command line sets
-# a field.
+# Annotations by which `mezo_jax.training.config_fields` finds how a command
+# line sets a field.
 Objective = Annotated[str | Callable, 'a name, or in a config file a function']
 Tasks = tuple[Also, ...]
 

@@ -25,8 +25,8 @@ from mezo_jax.training import (
   methods,
   mixture,
   privacy,
-  records,
-  scoring,
+  run_files,
+  scoring_pass,
   trainable,
 )
 from mezo_jax.training import config as config_lib
@@ -82,7 +82,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   agreement.agree_on('the versions', versions, 'install the same on every host')
   agreement.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
-  records.check_workdir(config, workdir)
+  run_files.check_workdir(config, workdir)
   method = methods.method_of(config)
 
   # Build: data, model, parameters and optimizer.
@@ -100,7 +100,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   # From here on only `state` refers to the trained parameters, which steps
   # consume, and only `tasks` to the frozen ones. The others are freed.
   built = built.without_weights()
-  finish = functools.partial(records.write_result, config, workdir, splits,
+  finish = functools.partial(run_files.write_result, config, workdir, splits,
                              mesh, model=model_name)
 
   # Baselines: a method that has no steps has its result now.
@@ -141,9 +141,9 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   if plan:
     secret = privacy.secret(
         workdir, new=not (workdir / 'config.json').exists())
-  records.check_inputs(config, workdir, built.model.config, built.tokenizer,
+  run_files.check_inputs(config, workdir, built.model.config, built.tokenizer,
                        weights, tasks.splits, secret)
-  records.write_config(config, workdir)
+  run_files.write_config(config, workdir)
 
   # Zero-shot: the untrained model, with which the result is compared. It is
   # evaluated before its weights are replaced by those of a checkpoint.
@@ -157,11 +157,11 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
       workdir / 'checkpoints', config.keep_checkpoints, state, _say)
   if method.scores and not start:
     state = state._replace(opt_state=optax.tree.set(
-        state.opt_state, memory=scoring.score_weights(
+        state.opt_state, memory=scoring_pass.score_weights(
             config, tasks, state.params, mesh, _say)))
   projected_grad = field(state.opt_state, 'projected_grad')
   log = workdir_lib.open_log(
-      workdir, records.log_header(config, workdir, weights),
+      workdir, run_files.log_header(config, workdir, weights),
       0 if projected_grad is None else projected_grad.size, start, _say)
   others = None
   if place:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mezo_jax.models.families import table as t
-from mezo_jax.models.families.fields import Fields
+from mezo_jax.models.families.config_json import Fields
 from mezo_jax.models.layers import Config
 
 RENAMES = (

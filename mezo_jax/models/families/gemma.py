@@ -4,7 +4,7 @@ from typing import Any
 
 from mezo_jax.models.families import llama
 from mezo_jax.models.families import table as t
-from mezo_jax.models.families.fields import (
+from mezo_jax.models.families.config_json import (
   Fields,
   read_local_layers,
   read_rope,

@@ -3,7 +3,11 @@
 from typing import Any
 
 from mezo_jax.models.families import table as t
-from mezo_jax.models.families.fields import Fields, read_local_layers, read_rope
+from mezo_jax.models.families.config_json import (
+  Fields,
+  read_local_layers,
+  read_rope,
+)
 from mezo_jax.models.layers import Config
 
 RENAMES = (  # the body of transformers' classes for question answering

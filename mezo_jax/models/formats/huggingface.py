@@ -25,7 +25,7 @@ from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.core.quantized import QUANTISED
 from mezo_jax.models import transformer
 from mezo_jax.models.families import bert, gemma, gpt2, llama, opt, table
-from mezo_jax.models.families.fields import check_sizes
+from mezo_jax.models.families.config_json import check_sizes
 from mezo_jax.models.formats import gguf, quantize, weights
 from mezo_jax.models.layers import Config
 

@@ -56,7 +56,7 @@ _UNUSED = {
 _PLAIN_STARTS = ('gaussian', 'eva', 'orthogonal', 'mica')
 
 
-def check_adapter_config(about: dict[str, Any], file: Any) -> None:
+def check(about: dict[str, Any], file: Any) -> None:
   """Checks that an adapter computes what its config says.
 
   Args:
