@@ -29,7 +29,7 @@ KINDS = {
     'local': dict(local_layers=(True, False, True), window=4)}
 
 
-@pytest.mark.slow_except(kind=['llama'])
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_trunk_and_top_are_the_model(kind):
   model, params, ids = helpers.tiny_model(**KINDS[kind])

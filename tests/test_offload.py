@@ -91,6 +91,7 @@ def on_device(jaxpr):
         yield from on_device(getattr(x, 'jaxpr', x))
 
 
+@pytest.mark.slow
 def test_no_more_than_a_layer_is_on_the_device(problem):
   """Nothing that either program makes there is as large as two matrices."""
   host, ids, loss_fn = problem

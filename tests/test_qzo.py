@@ -33,6 +33,7 @@ def problem(bits):
 
 
 @pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.slow_except(bits=[8])
 def test_it_is_its_papers_equations(bits):
   """20 steps in NumPy, of two directions; some are clipped, some end at 0."""
   with jax.enable_x64(True):

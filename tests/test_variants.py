@@ -166,7 +166,7 @@ RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
              Conservative, ForwardGrad, Svrg]
 
 
-@pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
+@pytest.mark.slow_except(relative=[Sparse, Svrg])
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)
 def test_it_is_its_papers_equations(relative):
   variants_reference.agrees(
@@ -223,6 +223,7 @@ def test_svrg_refuses_a_batch_that_its_rows_do_not_part():
 
 
 @pytest.mark.parametrize('name', ['forward_grad', 'conservative'])
+@pytest.mark.slow_except(name=['forward_grad'])
 def test_half_precision_updates_are_rounded_once(name):
   """After the learning rate, not before it as well."""
   tx = getattr(whole, name)(1e-4, key=KEY, stochastic_rounding=False)
@@ -278,6 +279,7 @@ def test_svrg_forgets_its_anchor_when_updates_are_applied_out_of_turn():
   assert np.all(np.isnan(optax.tree.get(state, 'anchor_grad')))
 
 
+@pytest.mark.slow
 def test_svrg_without_its_anchor_moves_nothing():
   """Where that step is skipped, nor does the window after it."""
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)
