@@ -388,7 +388,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     if not prompt:
       raise InputError(
           f'the answers of row {r} alone have {max(map(len, rest))} tokens, '
-          f'but prompt and answer may have at most {max_length} together; raise '
+          f'but at most {max_length} are allowed, prompt included; raise '
           '--config.data.max_length.')
     prompts.append(prompt)
     candidates.append(rest)
