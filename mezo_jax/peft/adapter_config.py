@@ -193,19 +193,22 @@ def _named(names: str | list, module: str) -> bool:
 
 
 # --- values -----------------------------------------------------------------
-# Each predicate returns whether a value read from JSON is valid for a field.
+# The predicates below tell whether a value from JSON is valid for a field.
 
 
 # `type` instead of `isinstance`, because a bool is an int in Python.
 def _is_number(x) -> bool:
+  """Returns whether x is a finite number."""
   return type(x) in (int, float) and math.isfinite(x)
 
 
 def _is_count(x) -> bool:
+  """Returns whether x is a positive integer."""
   return type(x) is int and x >= 1
 
 
 def _is_expression(x) -> bool:
+  """Returns whether x is a valid regular expression."""
   if not isinstance(x, str):
     return False
   try:
@@ -225,6 +228,7 @@ def _is_names(x) -> bool:
 
 
 def _are_expressions(x) -> bool:
+  """Returns whether x is a regular expression, a list of them, or None."""
   several = x if isinstance(x, list) else [x]
   return x is None or all(map(_is_expression, several))
 
@@ -236,6 +240,7 @@ def _is_pattern_of(fits):
 
 
 def _are_layers(x) -> bool:
+  """Returns whether x is an integer, a list of integers, or None."""
   several = x if isinstance(x, list) else [x]
   return x is None or all(type(layer) is int for layer in several)
 

@@ -335,10 +335,12 @@ def _check_virtual(kind: str, about: dict, c: Config, m: int,
 
 
 def _modules(c: Config) -> dict[str, list[Row]]:
-  """Returns the table rows of the matrices of a checkpoint by module name.
+  """Groups the matrices of a checkpoint by the module that has them.
 
-  A module such as the fused q, k and v of a GPT-2 has several rows, in the
-  order of its outputs.
+  Returns:
+    A dict from the names of modules, with {l} for the number of the layer, to
+    the table rows of their matrices. The fused q, k and v of a GPT-2 are one
+    module with three rows, in the order of its outputs.
   """
   out = collections.defaultdict(list)
   for row in huggingface.table_of(c):
@@ -362,6 +364,7 @@ def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
     layer.
   """
   def of(*path):
+    """Returns the LoRA leaves below a path, or {}."""
     tree = params
     for name in path:
       tree = tree.get(name, {})
@@ -381,9 +384,9 @@ def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
 def _lora_tensors(c: Config, params: dict):
   """Returns PEFT's tensors and config of the LoRA adapters in some parameters.
 
-  ``r`` and ``lora_alpha`` of the config hold the largest rank and the scale
-  that the adapters share. Modules of another rank are in ``rank_pattern`` and
-  ``alpha_pattern``.
+  PEFT's scale is ``lora_alpha / r``. ``r`` is the largest rank, and modules of
+  another rank are named in ``rank_pattern``. ``alpha_pattern`` gives them the
+  same scale.
   """
   tensors, ranks, modules = {}, {}, _modules(c)
   have = {name: [*zip(*(_leaves(params, row, c.num_layers) for row in rows))]

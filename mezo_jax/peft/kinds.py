@@ -12,7 +12,7 @@ import dataclasses
 class Part:
   """Describes one choice of trained parameters.
 
-  The flags tell the other modules how to prepare the model for it.
+  Other modules prepare the model according to the flags.
   """
 
   # Regular expression that is searched for in the paths of parameters. It
@@ -35,7 +35,7 @@ class Part:
   last_layers: bool = False
   # Whether factors of the scales of quantised weights are trained.
   factors: bool = False
-  # Fields of `config.peft` that only adapters of these kinds read.
+  # Fields of `config.peft` that only the choices that list them read.
   reads: tuple[str, ...] = ()
   # Returns for `config.peft` how many of the model's positions the adapter
   # takes from each text.

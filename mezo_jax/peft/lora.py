@@ -121,6 +121,7 @@ def _add(params: dict, sign: float) -> dict:
   """Adds ``sign * s A B`` to the weights and drops the LoRA leaves."""
   flat: dict[tuple, Any] = flatten_dict(params)
   def sum_of(path, x):
+    """Returns a leaf, with the product added if it has an adapter."""
     beside = lambda name: flat[*path[:-1], name]
     if path[-1] != 'kernel' or (*path[:-1], 'lora_a') not in flat:
       return x

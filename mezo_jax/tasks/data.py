@@ -358,6 +358,7 @@ def _parse(text: str, line: int = 0):
       has half of a surrogate pair.
   """
   def object_of(pairs):
+    """Builds a JSON object and checks that no name occurs twice."""
     _check_names([name for name, _ in pairs])
     return dict(pairs)
   try:
@@ -718,6 +719,13 @@ def encode_rows(
       task, rows.pool, num_demos, len(rows.test))} if num_demos else {}
 
   def read(name, of_prior=False, **kwargs):
+    """Tokenises a split, after its demonstrations and the soft prompt.
+
+    Args:
+      name: Name of the split.
+      of_prior: Whether to use prompts without content.
+      **kwargs: Arguments of `encode` to change.
+    """
     some, prompts = getattr(rows, name), None
     if of_prior:
       prompts = [task.prior(r) for r in some]

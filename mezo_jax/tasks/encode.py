@@ -394,7 +394,8 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     candidates.append(rest)
     scored.append(numbers)
   golds = [()] * len(rows)  # `encode` replaces them.
-  # Label words of one token after equal prompts are read at one position.
+  # If the candidates of all rows are the same single tokens, as label words
+  # usually are, they are read at the end of the prompt.
   one = {tuple(map(tuple, some)) for some in candidates}
   if len(one) == 1 and not (write_out or gold_only) and all(
       len(ids) == 1 for ids in candidates[0]):

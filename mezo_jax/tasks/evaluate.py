@@ -399,6 +399,7 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
                for name in ('dev', 'test'))
 
   def both(params):
+    """Calibrates on the dev rows and applies the offsets to the test rows."""
     on_dev, scores = dev(params)
     offsets = None
     if scores is not None and task.traits.classes and all(splits.dev.golds):
@@ -444,8 +445,9 @@ def report(scores: np.ndarray, golds: Any, offsets: np.ndarray | None = None,
   Returns:
     A report with ``accuracy``, the metric, ``loss`` and ``count``, the number
     of rows. If a loss is given, the cross-entropy is in ``cross_entropy``. If
-    some rows have no prediction, their number is in ``not_finite``. With
-    offsets there is ``calibrated_`` and the name of the metric.
+    the cross-entropy of some rows is not finite, their number is in
+    ``not_finite``. With offsets the report has ``calibrated_accuracy``, or
+    ``calibrated_`` with the name of another metric.
   """
   several = [g if isinstance(g, tuple) else (int(g),) for g in golds]
   labels = np.array([g[0] for g in several])
@@ -603,8 +605,8 @@ def rank(report: dict[str, Any], metric: str, select: str
           'loss': report.get('cross_entropy', loss)}
 
 
-# Numbers between 0 and 1, which are formatted in percent, and other numbers of a
-# report that are not the value of a user's function.
+# Numbers between 0 and 1, which are formatted in percent, and the other numbers
+# of a report that are not the value of a user's function.
 _SHARES = ('accuracy', 'macro_f1', 'f1', 'exact_match', 'drop_f1')
 _PLAIN = ('loss', 'cross_entropy', 'matthews')
 

@@ -38,6 +38,7 @@ def _wsc(row):
 def _copa(row):
   """Prepares premise, connective and choices as parts of one sentence."""
   def continues(choice):
+    """Writes the first word of a choice in lower case, unless it is 'I'."""
     first, *rest = choice.split(' ')
     return ' '.join([first if first == 'I' else first.lower(), *rest])
   premise = row['premise'].rstrip()

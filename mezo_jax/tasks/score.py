@@ -305,6 +305,7 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
     return -sums / jnp.maximum(counts, 1), counts * batch['weight']
 
   def predict(params, batch):
+    """Returns the chosen candidates, and whether their scores are finite."""
     found = scores(*likely(params, batch))
     return jnp.argmax(found, -1), jnp.isfinite(jnp.max(found, -1))
 
@@ -338,6 +339,7 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
       shape: Function from a batch to the shape of the value.
     """
     def call(predictions, row, weight):
+      """Computes the loss on the host, with 0 for rows of weight 0."""
       there = np.flatnonzero(np.asarray(weight) > 0)
       value = -np.asarray(measure(np.asarray(predictions)[there], [
           data.rows[r] for r in np.asarray(row)[there]]), np.float32)
