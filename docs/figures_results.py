@@ -1,4 +1,4 @@
-"""Draws the figures of docs/results.md and docs/variants.md.
+"""Draws the figures of docs/results.md, variants.md and hyperparameters.md.
 
   python docs/figures_results.py
 
@@ -96,6 +96,33 @@ def learning() -> None:
   save(figure, 'learning', title='Test loss for four distributions of z')
 
 
+def rates() -> None:
+  _, rows = table('rates', 1)
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+  for rate, label, colour in (
+      ('5e-06', '5e-6: far too low', SKY), ('0.0005', '5e-4', BLUE),
+      ('0.05', '5e-2: far too high', RED)):
+    mine = [row for row in rows if row['learning rate'] == rate]
+    steps = [row['last step'] for row in mine]
+    for axes, name in ((left, 'mean loss'), (right, 'mean |g|')):
+      axes.plot(steps, [float(row[name]) for row in mine], color=colour,
+                marker='o', markersize=4, linewidth=1.6, label=label)
+  left.axhline(1.055, color=GRAY, linewidth=0.9, linestyle='--')
+  left.annotate('dev loss before training', (1500, 1.055), xytext=(0, 5),
+                textcoords='offset points', ha='right', fontsize=9, color=GRAY)
+  left.set_ylabel('loss, mean of 100 steps')
+  right.set_ylabel('|g|, mean of 100 steps')
+  for axes in (left, right):
+    axes.set_ylim(0)
+    axes.set_xlabel('step')
+    axes.grid(axis='y', color='#e5e7eb')
+    axes.set_axisbelow(True)
+  figure.legend(*left.get_legend_handles_labels(), ncols=3, loc='lower center',
+                frameon=False, fontsize=9)
+  figure.tight_layout(rect=(0, 0.07, 1, 1), w_pad=3)
+  save(figure, 'rates', title='Loss and |g| for three learning rates')
+
+
 def variants() -> None:
   figure, axes = plt.subplots(figsize=(7, 4.2))
   draw_curves(axes, 'variants_last_layer', 'method', {
@@ -172,7 +199,7 @@ def main() -> None:
       'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
       'svg.hashsalt': 'mezo_jax', 'svg.fonttype': 'none',
       'font.family': 'sans-serif', 'figure.facecolor': 'white'})
-  for draw in (learning, variants, quickstart, memory):
+  for draw in (learning, rates, variants, quickstart, memory):
     draw()
 
 
