@@ -1,4 +1,5 @@
-"""The command line: ``mezo-jax COMMAND`` or ``python -m mezo_jax COMMAND``."""
+"""Starts the command line: ``mezo-jax COMMAND``, ``python -m mezo_jax COMMAND``.
+"""
 
 import signal
 import sys
@@ -6,7 +7,8 @@ import sys
 
 def main() -> None:
   """Runs the command that the command line names."""
-  # Ctrl-C while importing needs no traceback.
+  # Imports take seconds. Ctrl-C should end them without a traceback, so the
+  # default action of SIGINT applies until they are done.
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   from mezo_jax.core import extras
   try:

@@ -199,8 +199,7 @@ class Mesh:
   direction: int = 1
 
 
-# These aliases tell the command line apart from plain types: a parser is
-# registered for each of them in `mezo_jax.cli.command_line`.
+# Annotations for which `mezo_jax.cli.command_line` registers parsers.
 Objective = Annotated[str | Callable, 'a name, or in a config file a function']
 Tasks = tuple[Also, ...]
 
