@@ -1,5 +1,4 @@
-"""Starts the command line: ``mezo-jax COMMAND``, ``python -m mezo_jax COMMAND``.
-"""
+"""Runs ``mezo-jax COMMAND``, also as ``python -m mezo_jax COMMAND``."""
 
 import signal
 import sys

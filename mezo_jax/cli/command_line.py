@@ -284,7 +284,7 @@ def _check_is_config(config) -> None:
   if not isinstance(config, config_lib.Train):
     raise InputError(
         'get_config() of the config file returned a '
-        f'{type(config).__name__}, but must return a '
+        f'{type(config).__name__} and must return a '
         'mezo_jax.training.config.Train.')
 
 
