@@ -50,8 +50,8 @@ def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits,
             ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
   """Yields the batches of a private run, in the same form as `batches`.
 
-  All batches are padded to the same number of rows and tokens, so their shapes
-  reveal nothing about the rows that were sampled.
+  All batches are padded to the same number of rows and tokens, and ``tokens``
+  includes the padding, so neither reveals anything about the sampled rows.
 
   Args:
     plan: Plan of the run.
