@@ -4,10 +4,10 @@
 
 MaZO (Zhang et al., 2025, arXiv:2502.11513) trains Llama-2-7B and Mistral-7B on
 several tasks together. The tables of the paper were not available to us, so no
-results are quoted. The tasks are SST-2, RTE and BoolQ, with the prompts of the MeZO paper
-and 1,000 training rows each. The batch of a step belongs to one task, which is
-drawn by weight. The best step is the one with the best mean of the metrics on
-the dev rows.
+results are quoted. The tasks are SST-2, RTE and BoolQ, with the prompts of the
+MeZO paper and 1,000 training rows each. The batch of a step belongs to one
+task, which is drawn by weight. The best step is the one with the best mean of
+the metrics on the dev rows.
 """
 
 from mezo_jax import tasks
