@@ -7,8 +7,8 @@ tasks.
 Reproduces benchmarks/results/cpu_suite.md. The data of the quickstart are
 installed with pip. Those of the other tasks are read from data/TASK_train.jsonl
 and data/TASK_test.jsonl if these files exist (the functions below show their
-columns), and otherwise downloaded from the hub. The files for BoolQ have 69 rows
-together.
+columns), and otherwise downloaded from the hub. The files for BoolQ have 69
+rows together.
 """
 
 import dataclasses

@@ -68,7 +68,8 @@ class Data:
   test_seed: int = 0  # seed that chooses the test rows
   # Maximum number of tokens. A longer prompt is truncated from the left.
   max_length: int = 2048
-  # Sequence lengths that batches are padded to. A step is compiled for each.
+  # Sequence lengths that batches are padded to. A step is compiled for each
+  # length that occurs.
   buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
   batch_size: int = 16  # rows per step
 
@@ -112,10 +113,10 @@ class Spsa:
   lazy_every: int = 50
   # Generator of random bits: 'hash32', or 'threefry2x32' as in jax.random.
   generator: str = 'hash32'
-  # How losses become projected gradients. 'two_sided': the difference of the
-  # losses at +eps and -eps. 'one_sided': the difference of the losses at +eps
-  # and at the weights. 'fzoo': as one_sided, divided by the standard deviation
-  # of the losses over the directions.
+  # How losses become projected gradients. 'two_sided': (loss at +eps - loss at
+  # -eps) / (2 eps). 'one_sided': (loss at +eps - loss at the weights) / eps.
+  # 'fzoo': as one_sided, but divided by the standard deviation of the losses
+  # over the directions instead of eps.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at

@@ -304,8 +304,8 @@ def _modified(make: Callable) -> Callable:
 
 def _label_words(config):
   return (config.task.traits.words,
-          f'method {config.method!r} needs a task with label words; use a task '
-          'of another kind, or the method head_only')
+          f'method {config.method!r} needs a task with label words; set '
+          'task.kind to classification, or use the method head_only')
 
 
 def _derivative(config):
