@@ -190,9 +190,9 @@ def test_a_run_goes_on_with_the_mask_it_began_with(
       optimizer__learning_rate=1e-2, variant__share=0.5, variant__num_scores=4)
   train.run(config(4), tmp_path / 'whole')
   train.run(config(2), tmp_path / 'part')
-  assert 'looked at the weights' in capsys.readouterr().out
+  assert 'scoring pass' in capsys.readouterr().out
   train.run(config(4), tmp_path / 'part')
-  assert 'looked at the weights' not in capsys.readouterr().out
+  assert 'scoring pass' not in capsys.readouterr().out
   whole = runs.saved(tmp_path / 'whole')[1]
   helpers.assert_bitwise(runs.saved(tmp_path / 'part')[1], whole)
   b = np.asarray(whole['layers']['attn']['q']['lora_b'])  # began as 0

@@ -197,7 +197,7 @@ def test_a_method_is_an_entry_of_the_table_and_nothing_else(
           small_config(tiny_dir, reviews_file, method='toy', **bad))
   checks.check_given(config, ['variant.share'])
   for given in ('variant.window', 'spsa.rank', 'privacy.epsilon'):
-    with pytest.raises(InputError, match=f'{given} changes nothing'):
+    with pytest.raises(InputError, match=f'--config.{given} '):
       checks.check_given(config, [given])
 
 
