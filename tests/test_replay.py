@@ -126,8 +126,8 @@ def test_what_is_missing_is_said(tmp_path):
   log, said = replay.open_log(path, {}, 1)
   assert log.end == 10 and 'step 10' in said
   log.close()
-  for content, message in ((data, 'ends with step 12'), (b'', 'is not the log'),
-                           (b'{}\n', 'is not the log'), (None, 'not there')):
+  for content, message in ((data, 'step 12'), (b'', 'step 21'),
+                           (b'{}\n', 'step 21'), (None, 'step 21')):
     path.unlink()
     if content is not None:
       path.write_bytes(content)
