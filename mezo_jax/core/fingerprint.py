@@ -124,6 +124,7 @@ def _checksum(x: jax.Array) -> jax.Array:
   # An array in the host's memory may be too large for the device, so only one
   # layer at a time is copied there.
   def add(layer, total):
+    """Adds the checksum of one layer."""
     return total + _sum(sharding.fetched(
         jax.lax.dynamic_slice_in_dim(x, layer, 1)), layer)
   return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))

@@ -317,6 +317,7 @@ def decayed(params: Any, how: Any = None) -> Any:
         stacked(params), _seem_stacked(found))]
   else:
     is_stack = [*map(bool, resolved(params, how, 'stacked'))]
+  # The layer axis of a stack does not count.
   return jax.tree.unflatten(structure(params), [
       len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
       and not _NOT_DECAYED.search(path)
@@ -333,6 +334,7 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
       parts.setdefault(part, []).append((path, shape_of(x)))
 
   def looks_stacked(leaves):
+    """Returns whether the shapes of a part of the tree look stacked."""
     shapes = [shape for _, shape in leaves]
     return (all(shapes) and len({shape[0] for shape in shapes}) == 1
             and max(map(len, shapes)) >= 3
@@ -435,6 +437,7 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   out = []
 
   def of_leaf(m, x):
+    """Checks the mask of one leaf and appends it to the result."""
     if not isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array)):
       raise ValueError(f'{m!r} is not a bool or an array of bools')
     if jnp.ndim(m) and jnp.shape(m) != shape_of(x):

@@ -143,6 +143,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
   unused = {pattern for pattern, _ in rules}
 
   def place(path, x, is_stack):
+    """Returns the sharding of one leaf."""
     for pattern, spec in rules:
       if re.search(pattern, path):
         unused.discard(pattern)
@@ -273,6 +274,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   groups = row_groups(mesh)
 
   def put(path, x):
+    """Puts one array on the mesh."""
     if not getattr(x, 'ndim', 0):
       return x
     if x.shape[0] % groups:

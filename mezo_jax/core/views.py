@@ -266,6 +266,8 @@ def axis_groups(old: Sequence[int], new: Sequence[int]
   while a < len(old) or b < len(new):
     was, will = [], []
     size_was = size_will = 1
+    # An old axis of length 1 forms a pair without a new axis. Otherwise axes
+    # are added to the side with fewer elements until the sides are equal.
     if a < len(old):
       was, size_was, a = [a], old[a], a + 1
     if b < len(new) and (size_was > 1 or not was):

@@ -25,10 +25,12 @@ def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
       into it.
   """
   def alone(*args):
+    """Calls ``fn``, inside of the function that is not inlined."""
     with set_xla_metadata(inlineable=None):  # callees of `fn` may be inlined
       return fn(*args)
   jitted = jax.jit(alone)
   def called(*args):
+    """Calls the compiled function with the mark that forbids inlining."""
     with set_xla_metadata(inlineable='false'):
       return jitted(*args)
   return called

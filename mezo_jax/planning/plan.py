@@ -193,6 +193,7 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
   built = frozen_features.keep(config, built, '', _silent)
   params, frozen, splits = built.params, built.frozen, built.splits
   budget = build.privacy_plan(config, splits, mesh)
+  # A private run samples batches of varying size and pads them to a capacity.
   rows = budget.capacity if budget else config.data.batch_size
   batch_of = lambda rows: build.batch_shapes(splits.train, tokens, rows, mesh)
   programs, everywhere = {}, sharding.replicated(mesh)

@@ -116,6 +116,8 @@ class Checkpoints:
     if metrics and not _is_finite(metrics):
       metrics = None
     state = _key_data(state)
+    # The record is saved with the checkpoint. `load` compares it with what it
+    # reads, since orbax alone may not notice that a file is damaged.
     recorded = {'state': fingerprint.of_weights(state), 'metrics': metrics,
                 'leaves': fingerprint.of_leaves(state)}
     recorded['check'] = fingerprint.of(recorded)
@@ -170,6 +172,7 @@ class Checkpoints:
       OSError: If the system does not allow to read it.
     """
     def abstract(x):
+      """Returns the shape of a leaf as it is stored."""
       data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
       return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
     like_data, recorded = jax.tree.map(abstract, like), self._recorded(step)
@@ -185,6 +188,7 @@ class Checkpoints:
     if recorded['state'] != fingerprint.of_weights(state):
       raise self._damaged(step, 'its checksum differs')
     def restored(x, like):
+      """Returns a loaded leaf, with the data of a key turned into a key."""
       if not _is_key(like):
         return x
       return jax.jit(_wrap, out_shardings=like.sharding)(x)
