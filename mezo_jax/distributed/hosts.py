@@ -5,9 +5,9 @@ together and receives a heartbeat from each. Where JAX alone aborts a process,
 this module prints a message and sets the exit status. It relies on JAX to
 detect failures: with `jax_enable_recoverability`,
 `jax.experimental.multihost_utils.live_devices` tells which processes died. Even
-so, JAX aborts all processes when process 0 dies, and has no working hook for it
-(`missed_heartbeat_callback` of the client throws std::bad_cast in jax 0.10.2
-and 0.12.0.1), so `_before_abort` adds one.
+so, JAX aborts the other processes when process 0 dies. It has no working hook
+for that (`missed_heartbeat_callback` of the client throws std::bad_cast in jax
+0.10.2 and 0.12.0.1), so `_before_abort` adds one.
 
 The table shows what the other processes do after ``kill -9`` of one. It was
 measured with two and three processes over loopback on CPU and jax 0.10.2, in a
@@ -131,8 +131,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
 def _check_given(given: dict[str, Any]) -> None:
   """Checks the arguments of `join`, and prepares for a failure to join.
 
-  It makes the process print a message instead of an abort of JAX if the other
-  processes do not join in time.
+  If the other processes do not join in time, JAX aborts this one. This function
+  arranges for a message and exit status 1 instead.
 
   Args:
     given: The arguments that are known, by name.

@@ -90,7 +90,8 @@ def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
     Stopped: If every step was skipped, if no step has a finite evaluation, or
       if the checkpoint of the best step is damaged for the second time.
     Again: If the checkpoint of the best step is damaged for the first time. It
-      is moved aside, and a resumed run makes and saves that step again.
+      is moved aside. If the log can replay every step, a resumed run replays
+      and saves that step again.
   """
   if optax.tree.get(state.opt_state, 'total_notfinite') >= steps:
     raise Stopped(
