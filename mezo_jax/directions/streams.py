@@ -62,8 +62,8 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
   # Layers with a number in their paths have the same name without it, and so
-  # the same hash. Each distinct hash is folded into the keys only once; ``rank``
-  # numbers these hashes.
+  # the same hash. Each distinct hash is folded into the keys only once, and
+  # ``rank`` numbers these hashes.
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
   own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
@@ -263,8 +263,8 @@ def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
       strides += [last * math.prod(new[b + 1:will[-1] + 1])
                   if new[b] > 1 else 0 for b in will]
     elif any(step):
-      # Arrays have entries along these axes, and there are strides, too. Only an
-      # axis that stays as it is keeps both.
+      # Arrays have entries along these axes, and there are strides, too. Only
+      # an axis that stays as it is keeps both.
       if len(was) > 1 or len(will) > 1:
         return None
       strides += step
