@@ -88,6 +88,7 @@ class Directions:
   dear: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     if not isinstance(self.generator, str) or (
         self.generator not in noise.GENERATORS):
       raise ValueError(f'generator must be one of {noise.GENERATORS}, got '

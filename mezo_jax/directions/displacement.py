@@ -158,7 +158,7 @@ class Draws:
 
   @property
   def is_everywhere(self) -> bool:
-    """Returns whether z is neither masked nor multiplied."""
+    """Returns whether z has neither a mask nor factors of its elements."""
     first = self.streams[0]
     return first.there is None and first.values is None
 
@@ -241,6 +241,7 @@ class Draws:
     return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
 
   def _scaled(self, c, z):
+    """Returns ``c * z`` times the factors of z."""
     return self.scaled_by(c * z)
 
   def _by_terms(self, start, like):
@@ -267,6 +268,7 @@ class Draws:
     up by index.
     """
     def one(keys, cores, c):
+      """Returns the term of one direction."""
       streams = [dataclasses.replace(
           s, keys=key[..., None, :],
           core=None if core is None else core[..., None, :, :])
@@ -315,6 +317,8 @@ class Draws:
     Args:
       values: Values of this leaf, which broadcast with the block.
     """
+    # One number can be a part of the coefficients, so that a low-rank product
+    # still needs no weights.
     if self._keeps is None and values.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
     if self._keeps is None:
@@ -322,6 +326,7 @@ class Draws:
     return self._first(values=values)
 
   def _first(self, **changes):
+    """Returns the draws with fields of their first stream replaced."""
     first, *rest = self.streams
     return dataclasses.replace(self, streams=(
         dataclasses.replace(first, **changes), *rest))
@@ -337,6 +342,8 @@ class Draws:
       second is a function that takes their entries for one index and returns
       the draws at this index.
     """
+    # Arrays with an entry per index are scanned over. Those of length 1 are the
+    # same for all of them.
     arrays, tree = jax.tree.flatten(tuple(
         streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
@@ -391,6 +398,7 @@ def stack(several: list[Draws]) -> Draws:
       lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
   streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
                   for s in streams)
+  # Coefficients become [n, blocks, 1, ...], which broadcasts with the stack.
   axes = len(streams[0].strides) - 1
   return dataclasses.replace(
       several[0], streams=streams,
@@ -422,6 +430,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
   shapes = {
       path: (paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
           leaves, used, stacks) if use is not False}
+  # Low-rank distributions may draw the factor V from keys of its own.
   streams = streams_lib.of_leaves(keys, shapes)
   others = directions.of_columns(keys)
   columns = {} if others is None else streams_lib.of_leaves(others, shapes)
@@ -432,6 +441,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
     values = _of_each('the values of multiplier', multiplier.values, leaves)
 
   def draws(path, x, use, value):
+    """Returns the draws of one leaf, or None."""
     if use is False:
       return None
     c = coefs
@@ -439,7 +449,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
       c = c[paths.group_of(path, c)]
     out = directions.of_leaf(
         streams[path], c, paths.shape_of(x), columns.get(path))
-    if use is not True:
+    if use is not True:  # a bool array, which selects elements
       out = out.where(use)
     return out if multiplier is None else out.multiplied(_of_block(value, x))
 

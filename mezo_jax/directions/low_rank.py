@@ -106,6 +106,7 @@ class LowRank(Directions):
   least: ClassVar[int] = 2
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     super().__post_init__()
     if not isinstance(self.rank, int) or isinstance(
         self.rank, bool) or self.rank < 1:
@@ -115,6 +116,7 @@ class LowRank(Directions):
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> Draws:
+    """Returns draws with two streams, or with one if there are no factors."""
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
     layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
@@ -154,6 +156,7 @@ class LowRank(Directions):
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
+    """Returns z of directions 0 to n - 1, times the square root of the rank."""
     parts = [*map(len, self._bits(1))]  # number of signs in each word
     def words(s, i, bits):  # [n, *axes], word number i for all directions
       s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
@@ -171,6 +174,7 @@ class LowRank(Directions):
     return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable[..., Any] | None:
+    """Returns `_by_product`, if there are enough terms to be worth it."""
     if coefs.ndim > 1 or len(coefs) < _MANY:
       return None
     return self._by_product
@@ -291,6 +295,7 @@ class LazyLowRank(LowRank):
   every: int = 50
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     super().__post_init__()
     if not isinstance(self.every, int) or isinstance(
         self.every, bool) or self.every < 1:
@@ -298,6 +303,7 @@ class LazyLowRank(LowRank):
                        f'{self.every!r}.')
 
   def keys(self, key: Any, count: jax.Array | int, n: int) -> jax.Array:
+    """Returns keys [n] that combine a key of the step and one of the window."""
     # The first word of a direction's key belongs to the step, the second to the
     # window. `of_columns` derives the keys of V from the second word alone.
     step = jax.random.key_data(noise.step_keys(key, count, n))
@@ -306,6 +312,7 @@ class LazyLowRank(LowRank):
     return self._typed(step[:, 0], window[:, 1])
 
   def of_columns(self, keys: jax.Array) -> jax.Array:
+    """Returns keys [n] that depend only on the window, for V."""
     words = jax.random.key_data(keys)[:, 1]
     return self._typed(jnp.full_like(words, _WINDOWS), words)
 

@@ -43,8 +43,8 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
               ) -> dict[str, Stream]:
   """Returns the streams of whole leaves.
 
-  The number of operations does not grow with the number of leaves: the keys of
-  all leaves are derived together, which keeps programs short.
+  The keys of all leaves are derived together, in a few batched operations. This
+  keeps programs short, however many leaves there are.
 
   Args:
     keys: Typed keys [n], one for each direction.
@@ -86,10 +86,12 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     if path in rows:
       continue
     rows[path] = shape[0] if stacked else 'own', by_name[path]
+    # All stacks of the same depth share a table of keys.
     if stacked and shape[0] not in tables:
       layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
       tables[shape[0]] = jax.random.key_data(
           jax.vmap(lambda k, layers=layers: fold(k, layers))(own))
+  # Take the entry of each leaf from its table.
   out = {}
   for name, table in tables.items():
     mine = [path for path in leaves if rows[path][0] == name]
@@ -116,6 +118,7 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
     words: Raw data of the leaf's keys, [n, 2], or [layers, n, 2] for a stack.
     shape: Shape of the leaf.
   """
+  # Insert an axis of length 1 for each axis of the leaf that is not a layer.
   inner, first = len(shape), words.ndim - 2
   words = words.reshape(words.shape[:first] + (1,) * (inner - first)
                         + words.shape[first:])

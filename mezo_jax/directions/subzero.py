@@ -93,6 +93,7 @@ class SubZero(LazyLowRank):
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> Draws:
+    """Returns draws whose first stream has the matrix C of each direction."""
     # Both bases are drawn from the key of the window. The key of the step is
     # for Z, and for leaves without bases.
     draws = super().of_leaf(columns or stream, coefs, shape)
@@ -130,6 +131,7 @@ class SubZero(LazyLowRank):
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
+    """Returns U C Vᵀ of direction j for a block."""
     def factors(streams, j):
       rows, columns = (noise.only(s, j) for s in streams)
       u, v = (low_rank.of_block(

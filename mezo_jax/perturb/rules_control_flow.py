@@ -82,6 +82,7 @@ def _scan(eqn, ins, context):
   constant is built if an iteration uses all of it.
   """
   body, (n, m) = eqn.params['jaxpr'].jaxpr, jax_versions.scan_starts(eqn.params)
+  # Inputs before n are constants, and those from m on are scanned over.
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
     if isinstance(x, Lazy) and n <= i < m or i >= m and (
@@ -125,6 +126,7 @@ def _scan_layers(eqn, ins, context):
       context, apart=context.apart and not any(of_row))
 
   def step(carry, rows):
+    """Evaluates the body with the blocks of one iteration."""
     rows = [x if remake is None else remake(x)
             for x, remake in zip(rows, of_row)]
     outs = evaluate(body.jaxpr, body.consts, [*ins[:n], *carry, *rows], within)
@@ -164,6 +166,8 @@ def _while(eqn, ins, context):
   p = eqn.params
   cond, body = p['cond_jaxpr'], p['body_jaxpr']
   n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
+  # Inputs before n are constants of the condition, those before m are constants
+  # of the body, and the others are the initial carry.
   variables = [*cond.jaxpr.invars[:n], *body.jaxpr.invars[:m - n]]
   whole = [isinstance(x, Lazy) and not _by_parts(
       cond.jaxpr if i < n else body.jaxpr, v)
@@ -181,6 +185,7 @@ def _while(eqn, ins, context):
     within = dataclasses.replace(context, apart=False) if any(whole) else (
         context)
     def part(closed, consts, carry):
+      """Evaluates the condition or the body to arrays."""
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, [*consts, *carry], within))]
     return lax.while_loop(
@@ -196,6 +201,7 @@ def _cond(eqn, ins, context):
   """Evaluates each branch with lazy weights; its results are built."""
   index, *operands = ins
   def branch(closed):
+    """Returns a function that evaluates one branch to arrays."""
     def run(*args):
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, args, context))]
@@ -226,13 +232,14 @@ def _shard_map(eqn, ins, context):
     trees.append(tree)
 
   def body(*args):
+    """Evaluates the body with the shards of one device."""
     local = []
     for x, lazy, tree, spec in zip(args, ins, trees, p['in_specs']):
       if tree is not None:
         w, arrays = x
         starts = [0] * w.ndim
         for axis, names in enumerate(spec):
-          if names is not None:
+          if names is not None:  # a mesh axis, or several, that split this axis
             starts[axis] = lax.axis_index(names) * w.shape[axis]
         draws = jax.tree.unflatten(tree, arrays).viewed(
             views.Window(starts, w.shape, (1,) * w.ndim), lazy.shape)

@@ -103,15 +103,21 @@ def _by_factors(eqn, ins, at):
   n_, r_ = len(w.shape), len(w.shape) + 1
   (of_x, of_w), (batch_x, batch_w) = ((pair[1 - at], pair[at]) for pair in
                                       p['dimension_numbers'])
+  # An axis of x that is contracted or a batch axis has the name of its partner
+  # in W. The free axes of x get names of their own.
   met = dict(zip((*of_x, *batch_x), (*of_w, *batch_w)))
   of_x_alone = [a for a in range(x.ndim) if a not in met]
   names = {a: r_ + 1 + a for a in of_x_alone} | met
   free = [a for a in range(n_) if a not in (*of_w, *batch_w)]
   mine = [names[a] for a in of_x_alone]
   result = [*batch_w, *(mine + free if at else free + mine)]
+  # ``result`` has the names of the axes of the product, as dot_general orders
+  # them: batch axes, then the free axes of both operands.
   factors = [w.draws.directions.factor(s, w.shape, x.dtype)
              for s in w.draws.streams]
   subs = [[*sorted(a), n_, r_] for a in axes]
+  # ``kept`` has the axes of the narrow product: all but the contracted ones. An
+  # axis that the second factor has, too, is contracted only with it.
   kept = [a for a in (*names.values(), *sorted(axes[first]))
           if a not in of_w or a in axes[1 - first]]
   kept = [*dict.fromkeys(kept), n_, r_]
@@ -124,7 +130,7 @@ def _by_factors(eqn, ins, at):
       # The explicit axes work under jax_numpy_rank_promotion='raise', too.
       (1,) * (narrow.ndim - 2) + (-1, 1))
   core = w.draws.streams[0].core
-  if core is not None:  # SubZero has a matrix C between the factors.
+  if core is not None:  # Multiply by the matrix C of SubZero, or its transpose.
     there = [a for a in range(n_) if core.shape[a] > 1]
     core = core.reshape([core.shape[a] for a in there] + [*core.shape[n_:]])
     new = r_ + 1 + x.ndim
@@ -132,8 +138,9 @@ def _by_factors(eqn, ins, at):
         (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
   narrow = narrow.astype(x.dtype)
   there = [a for a in result if a in kept or a in axes[1 - first]]
-  # The perturbation is small relative to x W. The dtype of x is precise enough
-  # for it, and half precision halves the memory traffic.
+  # This also sums over the directions. The perturbation is small relative to
+  # x W, so the dtype of x is precise enough, and half precision halves the
+  # memory traffic.
   added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
                dtype=x.dtype)
   # Restore the axes of length 1 along which neither factor varies.
@@ -187,6 +194,7 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     return None
 
   def run(ins):
+    """Computes the product, one part of the rows at a time."""
     (w, _), x = ins[at].as_it_lies(), ins[1 - at]
     rows = w.viewed(split)
     def part(i, out):

@@ -88,12 +88,17 @@ def _gather(eqn, ins, context):
     return None
   axis, at = found
   index, n = others[0][..., 0], x.shape[axis]
+  # JAX fills entries that are out of bounds. The view looks up any entry there,
+  # and `Keep` removes its z. The clean weights, including the fill values, come
+  # from the gather itself (`_bound`).
   chain: list[views.View] = [views.Take(axis, jnp.clip(index, 0, n - 1))]
   order = [*range(len(x.shape) - 1 + index.ndim)]
   if eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP:
     inside = (index >= 0) & (index < n)
     chain.append(views.Keep(inside.reshape(
         (1,) * axis + index.shape + (1,) * (len(x.shape) - axis - 1))))
+  # `Take` puts the axes of the index in the place of the looked-up axis. Move
+  # them to where this gather has them.
   moved = order[axis:axis + index.ndim]
   rest = [a for a in order if a not in moved]
   chain.append(views.Transpose(rest[:at] + moved + rest[at:]))

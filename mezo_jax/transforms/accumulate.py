@@ -119,7 +119,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     spsa_state, ring, rest, *memory = state
     # The arrays of a restored state may be NumPy arrays, which have no `.at`.
     ring = jax.tree.map(jnp.asarray, ring)
-    if flush:
+    if flush:  # Apply the updates of earlier steps, and make no step.
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
       return added, (
@@ -130,6 +130,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     if around is not None:
       raise ValueError('around= cannot be combined with fold_every, which uses '
                        'it to add the accumulated updates to the weights.')
+    # Measure the numbers of this step, or take recorded ones.
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
@@ -140,6 +141,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
               spsa_state, ring, directions, spsa_state.count))
       if measure_only:
         raise Measured(numbers)
+    # Add the coefficients of this step. A skipped step adds none.
     after = counted(spsa_state, numbers)
     g = numbers.projected_grad
     finite = jnp.all(jnp.isfinite(g))
@@ -152,11 +154,15 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
         (ring, [rule.missed(slot, m) for m in memory]))
 
     def add(ring, rest):
+      """Applies the accumulated updates."""
       added, rest = _sum(params, after, ring, directions, finish, rest,
                          spsa_state.count)
       return added, _emptied(ring), rest
     def wait(ring, rest):
+      """Keeps accumulating: all updates are zero."""
       return jax.tree.map(zeros, params), ring, rest
+    # Every k-th step applies the sum. `make_step` passes ``fold``, since it has
+    # decided this outside of ``update``.
     if fold is None:
       out = lax.cond(is_due(state), add, wait, ring, rest)
     else:

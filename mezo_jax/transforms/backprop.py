@@ -67,6 +67,7 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
     rows, with_rows = losses.split_batch(batch, micro_batches)
     count = losses.rows_of_parts(rows)
     def of_part(params, part):
+      """Returns the sum of weighted losses of a part, and its weight."""
       out = value_fn(params, **with_rows(part))
       losses.check_parts(out, micro_batches, rows=count)
       return losses.sums(out)

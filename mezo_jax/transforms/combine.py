@@ -54,6 +54,7 @@ class Combine:
   needs_all: bool = True
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     if not isinstance(self.signs, (tuple, list)) or not self.signs:
       raise ValueError('signs must be a non-empty tuple of numbers, such as '
                        f'(1.0, -1.0); got {self.signs!r}.')
@@ -90,16 +91,19 @@ class Combine:
 
 
 def _two_sided(losses, eps):
+  """Returns central differences of the losses; see `two_sided`."""
   loss_plus, loss_minus = losses.T
   return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
 
 
 def _one_sided(losses, eps):
+  """Returns forward differences of the losses; see `one_sided`."""
   loss_plus, loss = losses.T
   return loss[0], (loss_plus - loss) / eps
 
 
 def _fzoo(losses, eps):
+  """Returns differences divided by their deviation; see `fzoo`."""
   del eps  # It cancels: differences and deviation are both proportional to it.
   losses, loss = losses.T
   if len(losses) < 2:

@@ -101,6 +101,7 @@ class SpsaStateWithMemory(NamedTuple):
     return self.spsa.count
 
   def __getattr__(self, name: str) -> Any:
+    """Returns a field of the state without the memory."""
     return getattr(self.spsa, name)
 
 
@@ -185,6 +186,7 @@ class Spsa:
   dtype: Any = None
 
   def __post_init__(self) -> None:
+    """Checks the fields and replaces names by the objects they stand for."""
     def put(name, value):
       object.__setattr__(self, name, value)
     for name in ('num_samples', 'micro_batches'):
@@ -290,8 +292,10 @@ class Spsa:
   def apply(self, state: Any, params: Any, numbers: Numbers) -> Any:
     r"""Returns :math:`\frac{1}{n} \sum_j g_j z_j`, float32."""
     g = numbers.projected_grad
+    # In a step that is skipped, g is NaN and the updates are 0.
     mean = jnp.where(jnp.isfinite(g), g, 0.0) / self.num_samples
     eps = self.eps_at(state)
+    # Convert projected gradients, which refer to the first eps, to each group.
     of_group = jax.tree.map(lambda e: mean * (_first(eps) / e), eps)
     return direction(params, self.z(state).times(of_group), self.directions,
                      dtype=jnp.float32)
@@ -463,11 +467,14 @@ class Estimator(ZerothOrderTransformation):
     measure = self._made['measure'] or self.options.measure
     where = {'around': around, 'part': part}
     where = {name: x for name, x in where.items() if x is not None}
+    # Refuse an argument that this ``measure`` does not have.
     for name in where.keys() - losses.accepted(measure, where).keys():
       raise ValueError(
           f'{name}= is not supported by this estimator, since its measure has '
           'no such argument. (fold_every of mezo needs around=.)')
     value, g = measure(state, params, value_fn, batch, **where)
+    # A loss that is not finite invalidates all numbers. If no loss is reported,
+    # only the numbers themselves decide whether the step is skipped.
     if value is None:
       value = jnp.nan
     else:
@@ -491,6 +498,7 @@ class Estimator(ZerothOrderTransformation):
     """
     numbers = self.checked(*numbers)
     g = numbers.projected_grad
+    # If any number is not finite, the step is skipped: all of them become NaN.
     valid = numbers._replace(
         projected_grad=jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan))
     apply, memory = self._made['apply'] or self.options.apply, ()
@@ -520,6 +528,7 @@ class Estimator(ZerothOrderTransformation):
     return Numbers(jnp.float32(value), g.astype(jnp.float32))
 
   def _init(self, params):
+    """Returns the first state; this is ``init``."""
     arguments.tree('params', params)
     _check_holes(params)
     if self._made['check'] is not None:
@@ -539,6 +548,7 @@ class Estimator(ZerothOrderTransformation):
   def _update(self, updates, state, params=None, *, value_fn=None,
               projected_grad=None, around=None, part=None, measure_only=False,
               **batch):
+    """Makes a step or replays one; this is ``update``."""
     check_update(updates, state, params, value_fn, projected_grad)
     if value_fn is None:
       return self.apply(state, params, Numbers(
@@ -553,6 +563,7 @@ class Estimator(ZerothOrderTransformation):
     # halves and keeps it in between, as large as the model.
     later = with_key(state, after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
+    # The next state gets the original key.
     return updates, with_key(new, state.key)
 
 

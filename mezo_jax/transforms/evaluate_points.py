@@ -132,6 +132,7 @@ def estimate(
     around = None
 
   def at(z, part):
+    """Evaluates the loss of a part of the batch at one point."""
     point = z.times(eps)
     if around is not None:  # One sum perturbs the weights in a single pass.
       point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
@@ -148,8 +149,9 @@ def estimate(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
-  # These are NumPy arrays, since the compiler would not see a JAX array as a
-  # constant.
+  # A point is one term: a direction with a coefficient. The points of the
+  # nonzero signs come first, direction by direction, and then that of sign 0.
+  # The signs are a NumPy array, so that they are constants of the program.
   moved: Any = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
@@ -157,9 +159,11 @@ def estimate(
     points = Displacement(jnp.append(points.keys, z.keys[0]),
                           jnp.append(cast(jax.Array, points.coefs), 0.0))
   def loss_at(batch, point):
+    """Evaluates the loss of the batch at one point."""
     return losses_lib.mean_over_parts(
         lambda part: at(point, part), batch, micro_batches)
   def of_all(batch, points):
+    """Evaluates the loss of the batch at several points."""
     loss = functools.partial(loss_at, batch)
     return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
   groups = sharding.direction_groups()
@@ -172,6 +176,7 @@ def estimate(
         z.keys, c[None])))(points.coefs)
   else:
     losses = of_all(batch, points)
+  # Order the losses by direction and sign.
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
@@ -225,6 +230,7 @@ def _losses_of_rows(at, z, signs, parts, batch):
   count = losses_lib.rows_of_parts(rows)
 
   def of_rows(term, rows):
+    """Evaluates all signs of one direction on its own rows."""
     def of_sign(s):
       out = at(term.times(s), with_rows(rows))
       losses_lib.check_parts(

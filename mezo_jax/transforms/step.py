@@ -118,11 +118,13 @@ class Step:
       return lambda params, batch: loss_fn(_join(params, frozen), batch)
 
     def losses(params, state, frozen, batch, more):
+      """Evaluates losses: the first program."""
       numbers = measure(tx, state, params, value_fn=loss_of(frozen),
                         batch=batch, **more, **only)
       return numbers.projected_grad, numbers.value
 
     def update(params, state, projected_grad, value):
+      """Updates the weights from recorded numbers: the second program."""
       moved = functools.partial(
           _moved, tx, projected_grad=projected_grad, value=value)
       def noted(params, state):
@@ -131,6 +133,8 @@ class Step:
             None, state, params, projected_grad=projected_grad, value=value,
             fold=False)[1]
       if pends(state):
+        # Most steps only record coefficients. A branch of `lax.cond` that does
+        # not touch the weights avoids reading and writing them.
         params, state = jax.lax.cond(
             accumulate.is_due(state), functools.partial(moved, fold=True),
             noted, params, state)
@@ -139,10 +143,12 @@ class Step:
       return params, state, _metrics(state)
 
     def flush(params, state):
+      """Applies accumulated updates."""
       params, state = _moved(tx, params, state, flush=True)
       return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
+      """Makes a step of backpropagation."""
       updates, state = tx.update(
           None, state, params, value_fn=loss_of(frozen), batch=batch, **more)
       return optax.apply_updates(params, updates), state, _metrics(state)
@@ -252,6 +258,7 @@ class Step:
       self._program(None, None, lambda: self._trace_update(params, state))
 
   def _trace_losses(self, params, state, batch, frozen, more):
+    """Traces the program of the losses, or of a whole step."""
     _check_state(state)
     arguments.function('value_fn', self._value_fn)
     args = params, state, frozen, batch, more
@@ -260,6 +267,7 @@ class Step:
     return self._trace(self._whole, args, (params, state))
 
   def _trace_update(self, params, state):
+    """Traces the program that updates the weights."""
     _check_state(state)
     if not _replays(state):
       raise ValueError('tx: a step of backpropagation is one program and '
@@ -270,6 +278,7 @@ class Step:
     return self._trace(self._update, (params, state, *numbers), (params, state))
 
   def _trace_flush(self, params, state):
+    """Traces the program that applies accumulated updates."""
     return self._trace(self._flush, (params, state), (params, state))
 
   def _trace(self, fn, args, kept=()):
@@ -291,14 +300,17 @@ class Step:
       return jitted.trace(*args)
 
   def _lower(self, traced):
+    """Lowers a traced program under the mesh."""
     with self._on_mesh():
       return traced.lower()
 
   def _on_mesh(self):
+    """Returns a context that sets the mesh, if there is one."""
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
         self._mesh)
 
   def _program(self, shape, batch, trace: Callable):
+    """Returns a compiled program, which is compiled on first use."""
     if shape not in self.compiled:
       began = time.time()
       self.compiled[shape] = self._lower(trace()).compile()
@@ -323,18 +335,23 @@ def _moved(tx, params, state, **how):
     ``(params, state)`` after the update.
   """
   def only(on_host):
+    """Returns the params with None for those that are elsewhere."""
     return jax.tree.map(
         lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  # Update the params on the device as usual. This also gives the next state.
   offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
   here = only(False) if offloads else params
   updates, new_state = tx.update(None, state, here, **how)
   here = optax.apply_updates(here, updates)
   if not offloads:
     return here, new_state
+  # Update the other params layer by layer. Each call of ``tx.update`` returns
+  # the same state, which is ignored.
   away = only(True)
   depth = _depth(away, state)
 
   def one(layer, away):
+    """Updates one layer of each stack in the memory of the host."""
     rows = sharding.fetched(jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
     with streams.stacks_begin_at(layer):  # ``rows`` has only this layer

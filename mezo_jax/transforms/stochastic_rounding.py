@@ -102,6 +102,7 @@ def round_stochastically(key: Any, mask: Any = None
     streams = streams_lib.of_leaves(key_, half)
 
     def finish(path, p, update):
+      """Returns the rounded update of one leaf."""
       if path not in half:
         return _cast(p, update)
       if is_codes(p):

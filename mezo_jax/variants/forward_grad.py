@@ -54,6 +54,7 @@ def forward_grad(**options: Unpack[SampleOptions]) -> Estimator:
   def measure(state, params, value_fn, batch):
     loss = spsa.loss_at(params, value_fn, batch)
     def derivative(key):
+      """Returns the loss and its derivative along one direction."""
       return jax.jvp(lambda c: loss(Displacement(key, c)),
                      (jnp.float32(0.0),), (jnp.float32(1.0),))
     values, g = lax.map(derivative, spsa.z(state).keys)

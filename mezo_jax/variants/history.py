@@ -132,11 +132,13 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
     def weights(beta):
+      """Returns normalised weights [h] of the steps, 0 for skipped ones."""
       there = jnp.where(jnp.isnan(g[:, 0]), 0.0, _powers(beta, age))
       return there / jnp.maximum(jnp.sum(there), 1e-30)
     w1, w2 = weights(b1), weights(b2)
     g = jnp.where(jnp.isnan(g), 0.0, g) / n
     def moments(w, draws):
+      """Returns the update of one leaf."""
       m = v = jnp.zeros(w.shape, jnp.float32)
       # This loop is unrolled, so that XLA fuses all terms. A `lax.fori_loop`
       # would store m and v, which are as large as the leaf.

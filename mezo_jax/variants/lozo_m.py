@@ -94,6 +94,7 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
         for count in (state.count, jnp.maximum(state.count - 1, 0)))
 
     def of_leaf(x, draws, old, momentum):
+      """Returns the update and the next momentum of one leaf."""
       if draws is None:
         return zeros(x), None
       if momentum is None:

@@ -152,6 +152,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     total = 0.0
     for t in range(len(g)):
       def add(j, sums, t=t):
+        """Adds the terms of direction j to the two sums."""
         z = jnp.broadcast_to(draws.term(t * n + j, w), w.shape)
         return sums[0] + g[t, j] * z, sums[1] + h[t, j] * (z**2 - 1)
       zero = jnp.zeros(w.shape, g.dtype)
@@ -194,6 +195,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
   @jax.jit
   def masks(params, g, h):
+    """Returns the masks of all leaves."""
     return mapped(
         lambda w, draws: of_leaf(g, h, w, dataclasses.replace(
             draws, coefs=jnp.ones(len(keys)))), params,

@@ -91,6 +91,7 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
 
   @jax.jit
   def squares(params):
+    """Returns the squared norms of all layers."""
     def of_layer(layer):
       only = _tree(params, [(of == layer).astype(jnp.float32) for of in layers])
       at = perturbed(value_fn, dataclasses.replace(

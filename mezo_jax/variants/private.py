@@ -128,18 +128,21 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
       found = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, found)
 
+    # `lax.map` evaluates one point after the other, with one forward pass in
+    # memory.
     values, there = lax.map(rows_at, Displacement(
         jnp.repeat(spsa.z(state).keys, 2),
         jnp.tile(jnp.float32([eps, -eps]), n)))
     plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
     d = (plus - minus) / (2 * eps)  # [n, B]
+    # An example counts as 0 if it does not exist or a difference is not finite.
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
     # Clip the n differences of each example to a Euclidean length of C.
     length = jnp.sqrt(jnp.sum(d**2, 0))
     d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
-    return None, total / batch_size
+    return None, total / batch_size  # None, since the loss is not private.
 
   return Estimator(spsa, measure=measure)
 

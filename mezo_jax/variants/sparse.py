@@ -68,6 +68,7 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
       paths.structure(params), paths.stacked(params, stacked))
 
   def limit(path, x, is_stack):
+    """Returns the threshold of one leaf, or those of its layers."""
     del path
     if is_codes(x):
       x = x.astype(x.dtype)

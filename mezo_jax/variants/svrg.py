@@ -129,6 +129,7 @@ def svrg(
     # of two evaluations at once could wait for each other.
     key = after(state.key, value)
     def there(key):
+      """Returns the projected gradients at the anchor."""
       return parts.measure(with_key(state, key), params, value_fn, batch)[1]
     anchors = lax.cond(state.count % every == 0,
                        lambda key: jnp.zeros_like(here), there, key)
