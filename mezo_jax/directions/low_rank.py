@@ -40,7 +40,7 @@ from mezo_jax.directions import streams as streams_lib
 from mezo_jax.directions.base import Directions, Rademacher
 from mezo_jax.directions.displacement import Draws
 
-_WORD = 32  # signs per random word
+_WORD = 32  # Number of signs in a random word.
 # Folded into keys, so that the keys of windows differ from those of steps.
 _WINDOWS = np.uint32(0x56565656)
 _MANY = 3  # With this many terms, a matrix product is faster on TPUs.
@@ -157,8 +157,9 @@ class LowRank(Directions):
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
     """Returns z of directions 0 to n - 1, times the square root of the rank."""
-    parts = [*map(len, self._bits(1))]  # number of signs in each word
-    def words(s, i, bits):  # [n, *axes], word number i for all directions
+    parts = [*map(len, self._bits(1))]  # The number of signs in each word.
+    def words(s, i, bits):
+      """Returns word number i of each row, for all directions, [n, *axes]."""
       s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
           dataclasses.replace(s, keys=key[..., None, :]), 0, like,
           self.generator)

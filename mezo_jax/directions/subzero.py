@@ -101,7 +101,8 @@ class SubZero(LazyLowRank):
       return super().of_leaf(stream, coefs, shape)
     n, r = stream.keys.shape[-2], self.rank
     layers = shape[:int(draws.is_stack())]
-    def inverse(s):  # L^{-T}, [*layers, n, r, r]
+    def inverse(s):
+      """Returns L^{-T} of the factor of a stream, [*layers, n, r, r]."""
       signs = self.factor(s, shape, jnp.float32)
       signs = signs.reshape(*layers, -1, n, r)
       gram = jnp.einsum('...mna,...mnb->...nab', signs, signs,

@@ -118,7 +118,8 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
           lambda there, moved, g, u, momentum: jnp.where(
               there, beta * moved + (1 - beta) * g * u, momentum),
           there, moved, g, u, momentum)
-      step = draws.coefs[0] * low_rank.product(moved, v)  # 1 / sqrt(r)
+      # The coefficient of the direction is 1 / sqrt(r).
+      step = draws.coefs[0] * low_rank.product(moved, v)
       step = draws.scaled_by(step)
       return jnp.where(there, draws.masked(x, step, 0.0), 0.0), moved
 

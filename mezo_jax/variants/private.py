@@ -142,7 +142,8 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
     d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
-    return None, total / batch_size  # None, since the loss is not private.
+    # The loss is not reported, since only g is private.
+    return None, total / batch_size
 
   return Estimator(spsa, measure=measure)
 
