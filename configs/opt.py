@@ -77,7 +77,7 @@ METHODS = {
                Optimizer(learning_rate=1e-2), Spsa(eps=1e-1)),
     'lozo': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
         eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50,
-        fold_every=50)),
+        apply_every=50)),
     'lozo_m': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
         eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50)),
     'subzero': (Peft(), Optimizer(learning_rate=1e-6), Spsa(

@@ -9,7 +9,7 @@ some of them need the packages of ``mezo_jax[train]``.
 import importlib
 from typing import Any, TYPE_CHECKING
 
-from mezo_jax.core.quantized import Codes, dequantize, quantize
+from mezo_jax.core.quantized import dequantize, quantize, QuantizedArray
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # at run time, __getattr__ imports these on first use
   from mezo_jax.runs import replay as replay
 
 __all__ = (
-    'Codes', 'Combine', 'Directions', 'Displacement', 'Estimator',
+    'QuantizedArray', 'Combine', 'Directions', 'Displacement', 'Estimator',
     'LazyLowRank', 'LowRank', 'Multiplier', 'Normal', 'Numbers', 'Rademacher',
     'SpsaState', 'SubZero', 'dequantize', 'dequantized', 'direction',
     'displace', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',

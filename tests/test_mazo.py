@@ -170,7 +170,7 @@ def test_what_is_refused():
                                              'b': True})), 'directions.*mask')):
     with pytest.raises(ValueError, match=message):
       variants.saliency([value_fn], START, KEY, **more)
-  with pytest.raises(ValueError, match='Codes'):
+  with pytest.raises(ValueError, match='QuantizedArray'):
     variants.saliency([value_fn], {'w': mezo_jax.quantize(
         jnp.ones((4, 32)), 8)}, KEY)
   with pytest.raises(ValueError, match='share .*0.0'):

@@ -296,7 +296,7 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
      'weight_decay'),
     (dict(method='adam_by_history', spsa__fold_every=2),
-     'spsa.fold_every'),
+     'spsa.apply_every'),
     (dict(method='momentum_by_history', variant__window=0),
      'variant.window'),
     (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4),

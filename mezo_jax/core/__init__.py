@@ -7,8 +7,8 @@ the others.
 """
 
 from mezo_jax.core.errors import InputError
-from mezo_jax.core.quantized import Codes, dequantize, quantize
+from mezo_jax.core.quantized import dequantize, quantize, QuantizedArray
 from mezo_jax.core.sharding import make_mesh, on_host, param_shardings
 
-__all__ = ('Codes', 'dequantize', 'InputError', 'make_mesh', 'on_host',
+__all__ = ('QuantizedArray', 'dequantize', 'InputError', 'make_mesh', 'on_host',
            'param_shardings', 'quantize')

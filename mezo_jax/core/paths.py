@@ -36,11 +36,11 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
   """Returns pairs (path, leaf), with paths such as ``'layers/attn/q/kernel'``.
 
   The paths are the same for Linen and NNX models: an NNX Variable is one leaf,
-  and the path does not contain the name of its value. `Codes` are one leaf,
+  and the path does not contain the name of its value. `QuantizedArray` are one leaf,
   too.
 
   Args:
-    tree: A tree of arrays, shapes, NNX Variables or `Codes`.
+    tree: A tree of arrays, shapes, NNX Variables or `QuantizedArray`.
 
   Raises:
     ValueError: If two leaves have the same path.
@@ -84,7 +84,7 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
   Args:
     fn: Function of a leaf's path, the leaf, and the leaves of ``rest``.
-    tree: A tree of arrays and `Codes`.
+    tree: A tree of arrays and `QuantizedArray`.
     *rest: Trees that have the structure of ``tree`` as a prefix.
   """
   flat = [structure(tree).flatten_up_to(t) for t in rest]
@@ -294,7 +294,7 @@ def _log_guess(stacks: tuple[str, ...], others: tuple[str, ...]) -> None:
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
-  """Returns the shape of a leaf; for `Codes`, that of the weight."""
+  """Returns the shape of a leaf; for `QuantizedArray`, that of the weight."""
   return x.shape if is_codes(x) else jnp.shape(x)
 
 
@@ -354,7 +354,7 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
   An array of bools in place of a bool selects elements of its leaf.
 
   Args:
-    params: The parameters, a tree of arrays and `Codes`.
+    params: The parameters, a tree of arrays and `QuantizedArray`.
     mask: The leaves to train: a tree or prefix tree of bools, in which a bool
       array of a leaf's shape selects elements; a function that maps ``params``
       to such a tree; or a regular expression that is searched for in the paths
@@ -418,7 +418,7 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   """Returns a mask as a list with True, False or a bool array for each leaf.
 
   Args:
-    params: The parameters, a tree of arrays or shapes and `Codes`.
+    params: The parameters, a tree of arrays or shapes and `QuantizedArray`.
     mask: A mask in any of the forms that `selected` accepts.
     name: Name of the argument, for the error. Defaults to 'mask'.
 
@@ -458,7 +458,7 @@ def matches(params: Any, pattern: str) -> Any:
   """Returns a tree of bools: True for leaves whose path contains a match.
 
   Args:
-    params: A tree of arrays and `Codes`.
+    params: A tree of arrays and `QuantizedArray`.
     pattern: A regular expression that is searched for in the paths.
   """
   return map_named(

@@ -3,9 +3,9 @@ r"""Represents quantised weights: integers with a scale per group of elements.
 .. math:: w = s\,q + o, \qquad q \in \{-127, \dots, 127\},
           \{-8, \dots, 7\} \text{ or } \{0, \dots, 15\}
 
-A `Codes` object replaces a weight in a tree of parameters. Training does not
+A `QuantizedArray` object replaces a weight in a tree of parameters. Training does not
 dequantise the whole weight: `mezo_jax.perturbed` and `mezo_jax.dequantized`
-take views of the `Codes` (a layer, rows of an embedding, a transpose) and
+take views of the `QuantizedArray` (a layer, rows of an embedding, a transpose) and
 dequantise a weight where an operation consumes it. Training adds integers to q
 and leaves s and o unchanged.
 """
@@ -35,7 +35,7 @@ FACTORS = 'factors'
     data_fields=('codes', 'scales', 'offsets'),
     meta_fields=('bits', 'packed', 'dtype'))
 @dataclasses.dataclass(frozen=True)
-class Codes:
+class QuantizedArray:
   r"""Holds a quantised weight :math:`w = s q + o`.
 
   It has the interface of an array as far as models need it: shape, indexing by
@@ -148,7 +148,7 @@ class Codes:
     w = q.astype(jnp.float32) * self._each(self.scales)
     return w if self.offsets is None else w + self._each(self.offsets)
 
-  def rescaled(self, factors: jax.Array) -> 'Codes':
+  def rescaled(self, factors: jax.Array) -> 'QuantizedArray':
     """Returns the weight with its scales multiplied by factors, in float32.
 
     Args:
@@ -179,7 +179,7 @@ class Codes:
     far = jnp.minimum(jnp.floor(jnp.abs(x) + up), most)
     return (jnp.sign(x) * far).astype(jnp.int32)
 
-  def moved_by(self, steps: jax.Array) -> 'Codes':
+  def moved_by(self, steps: jax.Array) -> 'QuantizedArray':
     """Returns the update that adds steps to q, clipped to the range of q.
 
     The update is applied as in optax: by adding its arrays to those of the
@@ -206,7 +206,7 @@ class Codes:
     # the update is added, which gives exactly `new`.
     return self.still(new - self.codes)
 
-  def still(self, codes: jax.Array | None = None) -> 'Codes':
+  def still(self, codes: jax.Array | None = None) -> 'QuantizedArray':
     """Returns an update that leaves scales and offsets unchanged.
 
     Args:
@@ -221,8 +221,8 @@ class Codes:
 
   # --- views ---
 
-  def viewed(self, view: views.View) -> 'Codes | None':
-    """Returns a view of the weight as `Codes`, without dequantising it.
+  def viewed(self, view: views.View) -> 'QuantizedArray | None':
+    """Returns a view of the weight as `QuantizedArray`, without dequantising it.
 
     Args:
       view: The view; see `mezo_jax.core.views`.
@@ -251,9 +251,9 @@ class Codes:
         packed=packed[0] if packed else None)
 
 
-def is_codes(x: Any) -> 'TypeIs[Codes]':
+def is_codes(x: Any) -> 'TypeIs[QuantizedArray]':
   """Returns whether a leaf is a quantised weight."""
-  return isinstance(x, Codes)
+  return isinstance(x, QuantizedArray)
 
 
 def pack(q: Any, axis: int) -> Any:
@@ -313,7 +313,7 @@ def quantized(w: np.ndarray, bits: int, axis: int
   return q.astype(np.int8).reshape(w.shape), scale, offset
 
 
-def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
+def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
   """Quantises a weight.
 
   There is one scale for each 32 elements along an axis, or one for the whole
@@ -351,27 +351,27 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
 
 
 def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
-              dtype: str) -> Codes:
-  """Returns `Codes` from unpacked integers, scales and offsets.
+              dtype: str) -> QuantizedArray:
+  """Returns `QuantizedArray` from unpacked integers, scales and offsets.
 
   Args:
     q: The integers, in the weight's shape.
-    scales: The scales, as in `Codes`.
+    scales: The scales, as in `QuantizedArray`.
     offsets: The offsets, or None.
     bits: 8 or 4.
     axis: The axis, counted from the end, along which 4-bit integers are packed.
     dtype: Name of the dtype that the weight is dequantised to.
   """
   if bits == 8:
-    return Codes(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
-  return Codes(pack(q, axis), scales, offsets, 4, axis, dtype)
+    return QuantizedArray(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
+  return QuantizedArray(pack(q, axis), scales, offsets, 4, axis, dtype)
 
 
 def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
-  """Returns a tree with arrays of floats in the place of `Codes`.
+  """Returns a tree with arrays of floats in the place of `QuantizedArray`.
 
   Args:
-    params: A tree of arrays and `Codes`.
+    params: A tree of arrays and `QuantizedArray`.
     dtype: Floating-point dtype of the dequantised weights. Defaults to None,
       for the dtype that each of them records. Other arrays are unchanged.
 

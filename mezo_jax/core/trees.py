@@ -11,10 +11,10 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
   Trained factors of a quantised weight's scales are a subtree
   ``{'factors': array}`` at the path of the weight. Such a subtree and its
-  `Codes` are joined into one leaf with rescaled scales.
+  `QuantizedArray` are joined into one leaf with rescaled scales.
 
   Args:
-    *trees: Nested dicts of arrays and `Codes`.
+    *trees: Nested dicts of arrays and `QuantizedArray`.
 
   Raises:
     ValueError: If two trees have a leaf of the same path.

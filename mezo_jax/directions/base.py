@@ -54,7 +54,7 @@ class Directions:
       without a number, and the shapes below it must look like stacks.
     multiplier: A `Multiplier`, which scales the elements of z or sets some of
       them to 0. Defaults to None, which leaves z as it is drawn.
-    on_grid: Whether a perturbation of quantised weights (`Codes`) is rounded
+    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is rounded
       stochastically to whole steps of their grid. Defaults to False, which adds
       the perturbation to the dequantised weights.
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import arguments, dtypes, paths, sharding, views
-from mezo_jax.core.quantized import Codes, is_codes
+from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
 
@@ -192,7 +192,7 @@ class Draws:
     """Returns ``x`` multiplied by the factors of z, if there are any."""
     return x if self._factors is None else x * self._factors
 
-  def add(self, w: jax.Array | Codes) -> jax.Array:
+  def add(self, w: jax.Array | QuantizedArray) -> jax.Array:
     """Returns the weights w plus the sum of all terms.
 
     The sum is computed in float32, or in float64 for float64 weights. If
@@ -206,7 +206,7 @@ class Draws:
       w = w.astype(jnp.float32)
     return self._sum(w.astype(dtypes.wide(w.dtype)), w)
 
-  def built(self, like: jax.Array | Codes) -> jax.Array:
+  def built(self, like: jax.Array | QuantizedArray) -> jax.Array:
     """Returns the sum of all terms, float32.
 
     Args:

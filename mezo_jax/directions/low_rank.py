@@ -289,7 +289,7 @@ class LazyLowRank(LowRank):
     >>> import mezo_jax
     >>> lozo = mezo_jax.mezo(
     ...     1e-6, key=0, directions=mezo_jax.LazyLowRank(rank=2, every=50),
-    ...     fold_every=50)
+    ...     apply_every=50)
   """
 
   _: dataclasses.KW_ONLY

@@ -93,7 +93,7 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
         f'{workdir} has no checkpoint of step {step}; the steps with one are: '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, opt_state = checkpoints.load(step, (shapes, opt_state))
-  params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
+  params, _ = make_step(tx, None, mesh=mesh).apply_accumulated(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 step, workdir_lib.read_result(workdir), merged, say)
@@ -156,7 +156,7 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
   _check_base(run, model, tokenizer, (params, frozen), recorded.header, log)
   steps, began = steps.until(until or steps.last), time.time()
   step = make_step(tx, None, mesh=mesh)
-  params, state = step.flush(*replay.rebuild(
+  params, state = step.apply_accumulated(*replay.rebuild(
       step, params, build.init_state(tx, params, mesh), steps))
   jax.block_until_ready(params)
   say(f'replayed {steps.last} steps in {time.time() - began:.1f} s')

@@ -307,7 +307,7 @@ def zeros(x: Any) -> Any:
   """Returns an update that leaves a param unchanged.
 
   Args:
-    x: A param: an array, `Codes` or a typed PRNG key.
+    x: A param: an array, `QuantizedArray` or a typed PRNG key.
   """
   if is_codes(x):
     return jnp.zeros(x.shape, x.dtype)
@@ -377,9 +377,9 @@ def dequantized(fn: Callable) -> Callable:
   r"""Transforms a function so that it accepts quantised params.
 
   ``dequantized(f)(params, *args)`` equals ``f(dequantize(params), *args)`` up
-  to float32 rounding. A quantised weight :math:`s q + o` (`Codes`) is
+  to float32 rounding. A quantised weight :math:`s q + o` (`QuantizedArray`) is
   dequantised only where ``f`` consumes it, so that one layer of dequantised
-  weights is alive at a time. Params without `Codes` are passed to ``f``
+  weights is alive at a time. Params without `QuantizedArray` are passed to ``f``
   unchanged.
 
   Args:

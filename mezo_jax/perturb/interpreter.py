@@ -29,7 +29,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mezo_jax.core import jax_versions, views, xla
-from mezo_jax.core.quantized import Codes, is_codes
+from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions.displacement import Draws
 
 # Maps the name of a primitive to its rule, ``(eqn, ins, context) -> outs``. A
@@ -59,7 +59,7 @@ class Block:
       inside loops and shared functions, where the path is not known.
   """
 
-  w: jax.Array | Codes
+  w: jax.Array | QuantizedArray
   draws: Draws
   casts: tuple[Any, ...] = ()
   leaf: str | None = None
@@ -68,7 +68,7 @@ class Block:
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
-  def view(self, w: jax.Array | Codes, draws: Draws) -> 'Block':
+  def view(self, w: jax.Array | QuantizedArray, draws: Draws) -> 'Block':
     """Returns the block of a view, given its weights and its draws."""
     leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
@@ -80,11 +80,11 @@ class Block:
     Args:
       *chain: Views, which are applied one after the other.
       w: The view of the clean weights, if the caller has it and the weights are
-        not `Codes`. Defaults to None, which computes it.
+        not `QuantizedArray`. Defaults to None, which computes it.
 
     Returns:
       The view, or None if the block must be built instead, because its draws or
-      its `Codes` have no such view.
+      its `QuantizedArray` have no such view.
     """
     draws, new, shape = self.draws, self.w if w is None else w, self.shape
     for view in chain:

@@ -43,7 +43,7 @@ class Plan:
     on_host: Size of the weights in the host's memory, in bytes per device.
     programs: The compiled programs by name. 'inference' is a forward pass of a
       training batch. A step of MeZO consists of 'losses' and 'update' and, if
-      updates accumulate, 'flush'; a step of backpropagation is 'step'.
+      updates accumulate, 'apply'; a step of backpropagation is 'step'.
       'evaluation' evaluates a batch of dev rows, and 'anchor' the batch of an
       SVRG anchor.
   """
@@ -94,8 +94,8 @@ class Plan:
   @property
   def cycles(self) -> float:
     """Returns the cycles of a step; NaN if the compiler estimates none."""
-    every = self.config.spsa.fold_every
-    share = {'losses': 1, 'step': 1, 'update': 1, 'flush': 1 / every}
+    every = self.config.spsa.apply_every
+    share = {'losses': 1, 'step': 1, 'update': 1, 'apply': 1 / every}
     return sum(p.cycles * share[name] for name, p in self.programs.items()
                if name in share)
 
@@ -215,7 +215,7 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
     add('inference', forward, params, frozen, batch)
     step = make_step(built.tx, built.loss_fn, mesh=mesh)
     traced = step.trace(params, built.opt_state, batch, frozen, **more)
-    names = ('losses', 'update', 'flush') if len(traced) > 1 else ('step',)
+    names = ('losses', 'update', 'apply') if len(traced) > 1 else ('step',)
     programs |= {name: (x, mesh) for name, x in zip(names, traced)}
     if methods.anchor_every(config):
       many = rows * methods.anchor_batches(config, len(splits.train.prompts))
@@ -373,5 +373,5 @@ def gib(size: float) -> str:
 
 def _ratio(found: Plan) -> str:
   """Formats the peak memory of a step, relative to that of inference."""
-  peak = found.peak('losses', 'update', 'flush', 'step', 'anchor')
+  peak = found.peak('losses', 'update', 'apply', 'step', 'anchor')
   return '?' if math.isinf(peak) else f'{peak / found.peak("inference"):.3f}'

@@ -601,5 +601,5 @@ def rebuild(step: Any, params: Any, state: Any, steps: Steps
   for number in range(steps.first, steps.last + 1):
     params, state, _ = step.update(params, state, *steps.at(number))
     if number in steps.added:
-      params, state = step.flush(params, state)
+      params, state = step.apply_accumulated(params, state)
   return params, state

@@ -114,9 +114,9 @@ def check_config(config: config_lib.Train) -> None:
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
       (z.lazy_every >= 1, 'spsa.lazy_every must be at least 1'),
-      (z.fold_every == 1 or z.fold_every > 1 and not o.groups
+      (z.apply_every == 1 or z.apply_every > 1 and not o.groups
        and not o.weight_decay,
-       'spsa.fold_every must be at least 1; if it is more than 1, '
+       'spsa.apply_every must be at least 1; if it is more than 1, '
        'optimizer.weight_decay must be 0 and optimizer.groups must be empty'),
       (z.combine != 'fzoo' or z.num_samples > 1,
        "spsa.combine 'fzoo' needs spsa.num_samples of at least 2"),

@@ -121,7 +121,7 @@ class Spsa:
   stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at
   # the weights plus the accumulated updates.
-  fold_every: int = 1
+  apply_every: int = 1
 
 
 @dataclasses.dataclass

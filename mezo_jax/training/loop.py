@@ -128,7 +128,7 @@ def steps(state: TrainState, numbered: range, step_fn: Step, log: replay.Log,
     source = replayed if step <= log.steps.last else made
     state, numbers = source(step, state)
     if evaluates(step):
-      state = TrainState(*step_fn.flush(*state))
+      state = TrainState(*step_fn.apply_accumulated(*state))
     yield step, state, numbers
 
 

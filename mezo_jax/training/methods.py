@@ -218,7 +218,7 @@ class Method:
       return self.make(setup)
     return mezo(
         setup.learning_rate, estimator=self.estimator(setup),
-        fold_every=setup.config.spsa.fold_every, **setup.finish)
+        apply_every=setup.config.spsa.apply_every, **setup.finish)
 
   @property
   def scores(self) -> bool:
@@ -335,10 +335,10 @@ def _no_groups(config):
           'it empty')
 
 
-def _no_fold(config):
-  return (config.spsa.fold_every == 1,
+def _no_accumulation(config):
+  return (config.spsa.apply_every == 1,
           f'method {config.method!r} does not accumulate updates; set '
-          'spsa.fold_every to 1')
+          'spsa.apply_every to 1')
 
 
 def _two_sided(config):
@@ -455,7 +455,7 @@ def _per_example(config):
 
 
 # The rules that all variants share, except quzo, which can accumulate updates.
-_PLAIN = _no_groups, _no_fold
+_PLAIN = _no_groups, _no_accumulation
 
 # --- scoring passes before the first step -----------------------------------
 

@@ -179,7 +179,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   others = None
   if place:
     # If updates accumulate, all replicas must apply them at the same steps.
-    applied_every = config.eval_every if config.spsa.fold_every > 1 else None
+    applied_every = config.eval_every if config.spsa.apply_every > 1 else None
     others = replicas_lib.join(
         place, config_lib.bound(config) | {'versions': versions}, weights,
         tasks.splits, config.spsa.num_samples, config.steps, applied_every, log,

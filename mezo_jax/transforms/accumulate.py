@@ -90,10 +90,10 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
     \text{ if } k \mid t + 1, \text{ else } 0.
 
-  ``update`` takes two more arguments. ``fold`` is a Python bool that decides
+  ``update`` takes two more arguments. ``apply`` is a Python bool that decides
   whether accumulated updates are applied after this step, whatever its number.
-  Defaults to None, for every k-th step. ``flush=True`` applies the accumulated
-  updates without making a step.
+  Defaults to None, for every k-th step. ``apply_only=True`` applies the
+  accumulated updates without making a step.
 
   Args:
     estimator: An estimator whose updates are linear in its numbers.
@@ -114,12 +114,12 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
         (state, ring, finish.init(params), *memory), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, fold=None, flush=False, around=None,
-                part=None, measure_only=False, **batch):
+                projected_grad=None, apply=None, apply_only=False,
+                around=None, part=None, measure_only=False, **batch):
     spsa_state, ring, rest, *memory = state
     # The arrays of a restored state may be NumPy arrays, which have no `.at`.
     ring = jax.tree.map(jnp.asarray, ring)
-    if flush:  # Apply the updates of earlier steps, and make no step.
+    if apply_only:  # Apply the updates of earlier steps, and make no step.
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
       return added, (
@@ -128,14 +128,15 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
 
     check_update(updates, spsa_state, params, value_fn, projected_grad)
     if around is not None:
-      raise ValueError('around= cannot be combined with fold_every, which uses '
+      raise ValueError('around= cannot be combined with apply_every, which uses '
                        'it to add the accumulated updates to the weights.')
     # Measure the numbers of this step, or take recorded ones.
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
-      arguments.check_names(value_fn, fold=fold, flush=flush or None, part=part,
-                            measure_only=measure_only or None)
+      arguments.check_names(
+          value_fn, apply=apply, apply_only=apply_only or None, part=part,
+          measure_only=measure_only or None)
       numbers = estimator.measure(
           spsa_state, params, value_fn, batch, part=part, around=displacement(
               spsa_state, ring, directions, spsa_state.count))
@@ -161,14 +162,14 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     def wait(ring, rest):
       """Keeps accumulating: all updates are zero."""
       return jax.tree.map(zeros, params), ring, rest
-    # Every k-th step applies the sum. `make_step` passes ``fold``, since it has
+    # Every k-th step applies the sum. `make_step` passes ``apply``, since it has
     # decided this outside of ``update``.
-    if fold is None:
+    if apply is None:
       out = lax.cond(is_due(state), add, wait, ring, rest)
     else:
-      out = (add if fold else wait)(ring, rest)
+      out = (add if apply else wait)(ring, rest)
     added, ring, rest = out
-    if fold:  # The caller decided, perhaps before k steps were complete.
+    if apply:  # The caller decided, perhaps before k steps were complete.
       due = is_due(state)
       memory = [jax.tree.map(lambda x, lost: jnp.where(due, x, lost), m,
                              rule.missed(None, m)) for m in memory]

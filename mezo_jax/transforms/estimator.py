@@ -363,7 +363,7 @@ class Estimator(ZerothOrderTransformation):
       or None if it must not be reported. If it is not finite, all numbers are
       replaced by NaN. ``state.memory`` can be read but not changed. ``where``
       may contain ``around``, a displacement that is added to the params (for
-      ``fold_every`` of `mezo_jax.mezo`), and ``part``, the part of the
+      ``apply_every`` of `mezo_jax.mezo`), and ``part``, the part of the
       directions that this replica evaluates. Pass them on to ``Spsa.measure``
       or ``Spsa.losses``. If an estimator does not support them, leave them out
       of the arguments. Defaults to None, for that of SPSA.
@@ -471,7 +471,7 @@ class Estimator(ZerothOrderTransformation):
     for name in where.keys() - losses.accepted(measure, where).keys():
       raise ValueError(
           f'{name}= is not supported by this estimator, since its measure has '
-          'no such argument. (fold_every of mezo needs around=.)')
+          'no such argument. (apply_every of mezo needs around=.)')
     value, g = measure(state, params, value_fn, batch, **where)
     # A loss that is not finite invalidates all numbers. If no loss is reported,
     # only the numbers themselves decide whether the step is skipped.

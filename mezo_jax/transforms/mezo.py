@@ -44,7 +44,7 @@ def mezo(
     weight_decay: float = 0.0,
     decay: Any = None,
     stochastic_rounding: bool = True,
-    fold_every: int | None = None,
+    apply_every: int | None = None,
 ) -> ZerothOrderTransformation:
   r"""Optimizes with MeZO, a memory-efficient zeroth-order SGD.
 
@@ -97,13 +97,13 @@ def mezo(
       are rounded stochastically (`mezo_jax.round_stochastically`) instead of to
       nearest. The random bits are derived from the key and the step. Defaults
       to True.
-    fold_every: Number of steps k after which updates are applied. In between,
+    apply_every: Number of steps k after which updates are applied. In between,
       losses are evaluated at the weights plus the accumulated updates, so that
       the trajectory is unchanged. This saves time if updates take long compared
       with forward passes (short prompts) and a term of z is cheap (`LowRank`),
       under `mezo_jax.make_step`. It needs a single learning rate and eps, no
       weight decay, and no links after it that change updates. Call
-      ``step.flush(params, state)`` before you read the weights. Defaults to
+      ``step.apply_accumulated(params, state)`` before you read the weights. Defaults to
       None, for 1.
 
   Returns:
@@ -115,7 +115,7 @@ def mezo(
     ValueError: If an option is out of range, as in `spsa`; if neither ``key``
       nor ``estimator`` is given; if ``estimator`` is given together with
       options of `spsa`; if there is weight decay and a mask of elements; or if
-      ``fold_every`` is above 1 and there is weight decay, groups, or an
+      ``apply_every`` is above 1 and there is weight decay, groups, or an
       estimator whose updates are not linear in its numbers.
 
   References:
@@ -153,14 +153,14 @@ def mezo(
   arguments.number('weight_decay', weight_decay, least=0)
   never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   finish = rounding(options.key, options.directions, stochastic_rounding)
-  if fold_every is not None and arguments.whole('fold_every', fold_every) > 1:
+  if apply_every is not None and arguments.whole('apply_every', apply_every) > 1:
     if not never or isinstance(learning_rate, Mapping) or isinstance(
         options.eps, Mapping) or not estimator.is_linear:
-      raise ValueError('fold_every above 1 stores only coefficients of z. It '
+      raise ValueError('apply_every above 1 stores only coefficients of z. It '
                        'needs weight_decay=0, a single learning_rate and eps '
                        'instead of groups, and an estimator whose updates are '
                        'those of spsa.')
-    return accumulated(estimator, fold_every, sgd(learning_rate), finish)
+    return accumulated(estimator, apply_every, sgd(learning_rate), finish)
 
   def decayed(params):
     """Returns which leaves are decayed: those that have a z and are chosen."""

@@ -101,7 +101,7 @@ class Step:
 
   Attributes:
     compiled: The compiled programs: that of the losses by the shape of the
-      batch, the update under the key None, and `flush` under 'flush'.
+      batch, the update under the key None, and `apply_accumulated` under 'apply'.
   """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
@@ -131,20 +131,20 @@ class Step:
         """Records the numbers of a step, without reading the weights."""
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
-            fold=False)[1]
+            apply=False)[1]
       if pends(state):
         # Most steps only record coefficients. A branch of `lax.cond` that does
         # not touch the weights avoids reading and writing them.
         params, state = jax.lax.cond(
-            accumulate.is_due(state), functools.partial(moved, fold=True),
+            accumulate.is_due(state), functools.partial(moved, apply=True),
             noted, params, state)
       else:
         params, state = moved(params, state)
       return params, state, _metrics(state)
 
-    def flush(params, state):
+    def apply_accumulated(params, state):
       """Applies accumulated updates."""
-      params, state = _moved(tx, params, state, flush=True)
+      params, state = _moved(tx, params, state, apply_only=True)
       return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
@@ -154,7 +154,7 @@ class Step:
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
-    self._flush, self._value_fn = flush, value_fn
+    self._apply, self._value_fn = apply_accumulated, value_fn
     # Shapes of projected_grad and value, set when the update is traced.
     self._shapes = ()
 
@@ -211,8 +211,8 @@ class Step:
         ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
     return program(params, state, *numbers)
 
-  def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
-    """Applies accumulated updates (``fold_every`` of `mezo_jax.mezo`).
+  def apply_accumulated(self, params: Any, state: Any) -> tuple[Any, Any]:
+    """Applies accumulated updates (``apply_every`` of `mezo_jax.mezo`).
 
     Both arguments are donated. Without accumulated updates they are returned
     unchanged.
@@ -222,7 +222,7 @@ class Step:
     """
     if not pends(state):
       return params, state
-    return self._program('flush', None, lambda: self._trace_flush(
+    return self._program('apply', None, lambda: self._trace_apply(
         params, state))(params, state)[:2]
 
   def trace(self, params: Any, state: Any, batch: Any, frozen: Any = None,
@@ -234,13 +234,13 @@ class Step:
 
     Returns:
       A list of `jax.stages.Traced`: the losses, the update and, if updates
-      accumulate, `flush`. For backpropagation it has only the whole step.
+      accumulate, `apply_accumulated`. For backpropagation it has only the whole step.
     """
     out = [self._trace_losses(params, state, batch, frozen, more)]
     if _replays(state):
       out.append(self._trace_update(params, state))
     if pends(state):
-      out.append(self._trace_flush(params, state))
+      out.append(self._trace_apply(params, state))
     return out
 
   def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
@@ -277,9 +277,9 @@ class Step:
     self._shapes = [x.shape for x in numbers]
     return self._trace(self._update, (params, state, *numbers), (params, state))
 
-  def _trace_flush(self, params, state):
+  def _trace_apply(self, params, state):
     """Traces the program that applies accumulated updates."""
-    return self._trace(self._flush, (params, state), (params, state))
+    return self._trace(self._apply, (params, state), (params, state))
 
   def _trace(self, fn, args, kept=()):
     """Traces a program of a step.
@@ -479,7 +479,7 @@ def _replays(state) -> bool:
 
 
 def pends(state: Any) -> bool:
-  """Returns whether the optimizer accumulates updates (``fold_every``)."""
+  """Returns whether the optimizer accumulates updates (``apply_every``)."""
   return field(state, 'pending') is not None
 
 

@@ -11,7 +11,7 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
   r"""Runs SPSA on quantised weights, evaluated on their grid (QuZO).
 
-  A quantised weight is :math:`s q + o` with an integer q (`mezo_jax.Codes`).
+  A quantised weight is :math:`s q + o` with an integer q (`mezo_jax.QuantizedArray`).
   Let :math:`\lfloor x \rceil` be x rounded stochastically to an integer, so
   that :math:`E \lfloor x \rceil = x`. A step is
 
@@ -28,7 +28,7 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
   around it moves the weights on the grid. `mezo_jax.spsa` instead evaluates
   losses off the grid, at :math:`s q + o \pm \epsilon z`, which adds less noise.
   Prefer it, unless the products of your model need integer weights. Weights
-  that are not `Codes` (norms, biases) are trained as usual.
+  that are not `QuantizedArray` (norms, biases) are trained as usual.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
@@ -45,7 +45,7 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
   Raises:
     ValueError: If ``directions`` are of low rank, or for an option that
       `mezo_jax.spsa` does not accept. ``init`` raises it for params without
-      `Codes`.
+      `QuantizedArray`.
 
   References:
     Zhou et al., 2025, `QuZO: Quantized Zeroth-Order Fine-Tuning for Large
@@ -66,7 +66,7 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
 
   def check(params):
     if not any(is_codes(x) for _, x in paths.named_leaves(params)):
-      raise ValueError('params: quzo needs quantised weights (mezo_jax.Codes). '
+      raise ValueError('params: quzo needs quantised weights (mezo_jax.QuantizedArray). '
                        "See mezo_jax.quantize and models.load(..., dtype="
                        "'int8').")
 

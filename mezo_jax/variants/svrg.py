@@ -2,7 +2,7 @@ r"""Provides MeZO-SVRG, which reduces variance by differences to an anchor.
 
 The paper keeps a copy of the anchor :math:`\bar\theta`. Here the stored weights
 are the anchor. The updates of the steps since then are accumulated as
-coefficients of z, as with ``fold_every`` of `mezo_jax.mezo`, and losses are
+coefficients of z, as with ``apply_every`` of `mezo_jax.mezo`, and losses are
 evaluated at the weights plus these updates. Both points together therefore take
 the memory of one model, and the anchor is exact in every precision.
 """
@@ -64,9 +64,9 @@ def svrg(
   many examples to this ``update`` (or to the step of `mezo_jax.make_step`). An
   anchor takes 2n evaluations, and every other step 4n.
 
-  As with ``fold_every`` of `mezo_jax.mezo`, weights change only every q steps,
+  As with ``apply_every`` of `mezo_jax.mezo`, weights change only every q steps,
   and all other updates are zero. Evaluate your model after such a step.
-  Otherwise call ``step.flush`` first, and note that the weights then stay where
+  Otherwise call ``step.apply_accumulated`` first, and note that the weights then stay where
   they are until the next anchor.
 
   The paper also divides both learning rates by a constant when losses rise.
