@@ -41,11 +41,11 @@ from mezo_jax.training import config as config_lib
 ROWS = 16
 MEZO = harness.MEZO | {
     'MeZO rank 4, both signs in one pass, pending over 16 steps': dict(
-        directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=16),
+        directions=mezo_jax.LowRank(rank=4), over='batch', apply_every=16),
     'MeZO rank 4, pending over 16 steps': dict(
-        directions=mezo_jax.LowRank(rank=4), fold_every=16),
+        directions=mezo_jax.LowRank(rank=4), apply_every=16),
     'MeZO rank 4, both signs in one pass, pending over 32 steps': dict(
-        directions=mezo_jax.LowRank(rank=4), over='batch', fold_every=32)}
+        directions=mezo_jax.LowRank(rank=4), over='batch', apply_every=32)}
 FEW = tuple(MEZO)[:3]
 PENDING = 'MeZO low rank, pending'
 # Topology, (data, fsdp, tensor), shape, tokens of a row, programs.

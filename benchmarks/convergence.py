@@ -168,7 +168,7 @@ class Runs:
       params, state, _ = step(params, state, batch, self.frozen)
       if t in due:
         if not k.every or t % k.every == 0 or t == steps:
-          params, state = step.flush(params, state)
+          params, state = step.apply_accumulated(params, state)
         curve.append(self.evaluate(params))
     return np.array(curve)
 

@@ -130,7 +130,7 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
       rows.append(row | {'s a step': 'does not fit'})
       params = made(config)  # they may have been donated
       continue
-    pends = 'fold_every' in (PROGRAMS.get(name) or {})
+    pends = 'apply_every' in (PROGRAMS.get(name) or {})
     spent = (np.mean if pends else np.median)(took[2:])
     base = base or dict(memory=needs, seconds=spent)
     rows.append(row | {

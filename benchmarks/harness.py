@@ -53,11 +53,11 @@ LABEL_WORDS = (1372, 372)
 LOW = LowRank(rank=16)
 
 
-def mezo(learning_rate, eps=1e-3, *, estimator=mezo_jax.spsa, fold_every=None,
+def mezo(learning_rate, eps=1e-3, *, estimator=mezo_jax.spsa, apply_every=None,
          stochastic_rounding=True, **options):
   """Returns `mezo_jax.mezo` with an estimator of these options."""
   return mezo_jax.mezo(
-      learning_rate, estimator=estimator(eps, **options), fold_every=fold_every,
+      learning_rate, estimator=estimator(eps, **options), apply_every=apply_every,
       stochastic_rounding=stochastic_rounding)
 
 
@@ -66,9 +66,9 @@ MEZO = {  # forms of a step: options of `mezo`
     'MeZO rademacher': dict(directions='rademacher'),
     'MeZO low rank': dict(directions=LOW),
     'MeZO low rank, both signs in one pass': dict(directions=LOW, over='batch'),
-    'MeZO low rank, pending': dict(directions=LOW, fold_every=8),
+    'MeZO low rank, pending': dict(directions=LOW, apply_every=8),
     'MeZO low rank, both signs in one pass, pending': dict(
-        directions=LOW, over='batch', fold_every=8),
+        directions=LOW, over='batch', apply_every=8),
     'MeZO 16 directions of rows, rank 4': dict(
         directions=LowRank(rank=4), num_samples=16, over='rows')}
 

@@ -39,7 +39,7 @@ WAYS = {
         '--config.model.dtype=bfloat16', '--config.optimizer.weight_decay=0.1',
         '--config.optimizer.schedule=linear'],
     'pending, low rank': [
-        '--config.spsa.fold_every=8', '--config.spsa.distribution=low_rank',
+        '--config.spsa.apply_every=8', '--config.spsa.distribution=low_rank',
         '--config.spsa.rank=2'],
     'svrg': ['--config.method=svrg', '--config.variant.every=4'],
     'adam, backpropagation': ['--config.method=finetune'],

@@ -41,7 +41,7 @@ PROGRAMS = {
     'MeZO, low rank, both signs in one pass': dict(
         directions=harness.LOW, over='batch'),
     'MeZO, low rank, pending over 8 steps': dict(
-        directions=harness.LOW, fold_every=8),
+        directions=harness.LOW, apply_every=8),
     'MeZO, low rank, a direction a row': dict(
         directions=mezo_jax.LowRank(rank=4), num_samples=ROWS, over='rows'),
     'backprop SGD': optax.sgd,

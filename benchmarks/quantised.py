@@ -30,7 +30,7 @@ from mezo_jax.training.config import Peft
 import train  # noqa: E402
 
 SEEDS, STEPS = (0, 1), 4000
-RUNS = {  # (dtype, method, fold_every[, learning rate])
+RUNS = {  # (dtype, method, apply_every[, learning rate])
     'float': ('float32', 'mezo', 1),
     'int8_mezo': ('int8', 'mezo', 1),
     'int8_quzo': ('int8', 'quzo', 1),
@@ -79,7 +79,7 @@ def learned(folder: Path) -> list[dict]:
     for seed in SEEDS:
       config = quickstart.get_config()
       config.model.dtype, config.method, config.seed = dtype, method, seed
-      config.spsa.fold_every = fold
+      config.spsa.apply_every = fold
       if rate:
         config.peft = Peft(mask='^last_layers/', num_layers=1)
         config.spsa.eps, (config.optimizer.learning_rate,) = 1e-2, rate
@@ -89,7 +89,7 @@ def learned(folder: Path) -> list[dict]:
     percent = lambda x: f'{100 * x["accuracy"]:.1f}'
     before = results[0]['zero_shot']
     rows.append({
-        'dtype': dtype, 'method': method, 'fold_every': fold,
+        'dtype': dtype, 'method': method, 'apply_every': fold,
         'before: loss': f'{before["loss"]:.3f}',
         'before: accuracy, %': percent(before),
         'after: loss': ', '.join(f'{r["final"]["loss"]:.3f}' for r in results),

@@ -44,7 +44,7 @@ SMALL = {  # how it trains; dtype; what is trained
         over='rows'), 'float32', None),
     'LOZO': (lambda: mezo_jax.mezo(
         LINEAR, key=0, directions=mezo_jax.LazyLowRank(rank=2, every=50),
-        fold_every=50), 'float32', None),
+        apply_every=50), 'float32', None),
     'SVRG': (lambda: variants.svrg(
         LINEAR, key=0, every=4, anchor_learning_rate=LINEAR), 'bfloat16', None),
     'QuZO, int8': (lambda: harness.mezo(
@@ -76,7 +76,7 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
       before = time.perf_counter()
       log.append(t, g, value)
       spent += time.perf_counter() - before
-    params, state = step.flush(params, state)
+    params, state = step.apply_accumulated(params, state)
     jax.block_until_ready(params)
     trained = time.perf_counter() - began
     want, skipped = digest(params), int(metrics['skipped'])
@@ -87,7 +87,7 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
   state = tx.init(params)
   again._program(None, None, lambda: again._trace_update(params, state))
   began = time.perf_counter()
-  params, state = again.flush(*replay.rebuild(again, params, state, found))
+  params, state = again.apply_accumulated(*replay.rebuild(again, params, state, found))
   jax.block_until_ready(params)
   made = time.perf_counter() - began
   return {

@@ -1,11 +1,14 @@
-"""The paper's comparison in small: SmolLM2-135M, six tasks, on CPU cores.
+"""A suite that repeats the MeZO paper's comparison on a CPU: SmolLM2-135M, six
+tasks.
 
   python -m mezo_jax evaluate --suite configs/cpu_suite.py
   python train.py --config=configs/cpu_suite.py:sst2/mezo     one of its runs
 
-Reproduces benchmarks/results/cpu_suite.md. The quickstart's data come through
-pip; the others from files ``data/*.jsonl`` (columns: see below) if they are
-there, else from the hub. BoolQ there has 69 rows.
+Reproduces benchmarks/results/cpu_suite.md. The data of the quickstart are
+installed with pip. Those of the other tasks are read from data/TASK_train.jsonl
+and data/TASK_test.jsonl if these files exist (the functions below show their
+columns), and otherwise downloaded from the hub. The files for BoolQ have 69
+rows together.
 """
 
 import dataclasses
@@ -17,6 +20,10 @@ from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 _DATA = Path('data')
 _MASK = 'embed|attn/(q|k|o)|mlp/(gate|up)'
+
+
+# Copies of a data set name their columns differently. Each of these functions
+# accepts two names.
 
 
 def _sst2(row):
@@ -45,14 +52,16 @@ SQUAD = tasks.get(
 
 
 def _data(name: str, **kwargs) -> Data:
-  """From files under data/ if they are there, else from the task's hub id."""
+  """Selects the files of a task under data/, or its hub data set without them.
+  """
   found = [_DATA / f'{name}_{split}.jsonl' for split in ('train', 'test')]
   train, test = (str(f) if f.is_file() else '' for f in found)
   return Data(train=train, test=test, **kwargs)
 
 
-# Task, data, demonstrations that a CPU has time for; then of MeZO: batch size,
-# steps, and steps on the metric; steps of backpropagation.
+# For each task: the task, the data, the number of demonstrations of in-context
+# learning (few enough for a CPU), MeZO's (batch size, steps, steps when the
+# objective is the metric), and the steps of backpropagation.
 _TASKS = {
     'sst2': (
         tasks.get('sst2', row=_sst2),
@@ -88,15 +97,16 @@ def _config(name: str, method: str) -> Train:
   optimizer = Optimizer(learning_rate=1e-4, schedule='linear')
   spsa = Spsa(distribution='rademacher')
   if method == 'mezo_metric':
-    # The metric is flat between rows that change sides: a wider look, more
-    # rows, and a larger step for what is a smaller slope.
+    # The metric is piecewise constant: it changes only when the prediction of a
+    # row changes. A larger eps and more rows make such changes likely. The
+    # estimated slope is smaller, so the learning rate is larger.
     rows, steps = (rows if long else 2 * rows), on_metric
     optimizer = dataclasses.replace(optimizer, learning_rate=3e-4)
     spsa = dataclasses.replace(spsa, eps=1e-2)
   if method == 'finetune':
     rows, steps = 8, backprop
     optimizer = Optimizer(learning_rate=2e-5, schedule='linear')
-    spsa = Spsa()  # unused
+    spsa = Spsa()  # backpropagation does not read it
   return Train(
       method=method.removesuffix('_metric'),
       objective=on if method == 'mezo_metric' else '',

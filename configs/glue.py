@@ -1,17 +1,24 @@
-"""MeZO-SVRG's four GLUE tasks without a prompt: the MeZO they compare with.
+"""RoBERTa-large with a new head on four GLUE tasks: the setting of MeZO-SVRG.
 
-  python train.py --config=configs/glue.py:mnli
-  python train.py --config=configs/glue.py:mnli,svrg
+  python train.py --config=configs/glue.py:mnli           MeZO
+  python train.py --config=configs/glue.py:mnli,svrg      MeZO-SVRG
 
-Reproduces the setting of (Gautam et al., 2024, Section 5): RoBERTa-large with a
-new classification head, 512 training rows, 256 for testing, batches of 64,
-sequences of 128 tokens, all parameters, 32,000 epochs of 8 steps. The paper
-reports for MeZO about MNLI 43, QNLI 59, SST-2 56, CoLA 68 (accuracy, %), and
-for MeZO-SVRG 49, 80, 84, 79. That has anchors of all 512 rows every 2 steps,
-learning rates 1e-5 (anchors: 1e-4, of the code's grid) and a quarter of the
-epochs. (The paper also divides both rates by 4 where the loss rises, which is
-not supported. Its code keeps no anchor, so what it measured is another method:
-docs/variants.md.)
+Reproduces the setting of Gautam et al. (2024), Section 5: a new classification
+head and no prompt, 512 training rows, 256 test rows, batches of 64, sequences
+of 128 tokens, all parameters, and 32,000 epochs of 8 steps. The accuracies (%)
+that the paper reports are about:
+
+              MNLI  QNLI  SST-2  CoLA
+  MeZO        43    59    56     68
+  MeZO-SVRG   49    80    84     79
+
+`svrg` sets a new anchor on all 512 rows every 2 steps, with learning rates of
+1e-5 and, for the anchors, 1e-4 (from the grid in the paper's code), and takes a
+quarter of the epochs.
+
+Two things differ. The paper divides both learning rates by 4 when the loss
+rises, which is not supported. And the paper's code keeps no anchor, so its
+results are those of another method (docs/variants.md).
 """
 
 from mezo_jax import tasks
@@ -30,8 +37,8 @@ TASKS = ('mnli', 'qnli', 'sst2', 'cola')
 def get_config(name: str = 'mnli') -> Train:
   task, _, method = name.partition(',')
   if task not in TASKS or method not in ('', 'svrg'):
-    raise KeyError(f'configs/glue.py has no {name!r}: take one of '
-                   f'{", ".join(TASKS)}, and ,svrg after it or not')
+    raise KeyError(f'configs/glue.py has no variant {name!r}: use TASK or '
+                   f'TASK,svrg, where TASK is one of {", ".join(TASKS)}')
   config = Train(
       model=Model('FacebookAI/roberta-large', dtype='float32'),
       task=tasks.get(f'glue_{task}'),

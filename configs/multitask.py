@@ -1,12 +1,13 @@
-"""Three tasks at once, in the setting of MaZO: one model for all of them.
+"""Llama-2-7B on three tasks at once: the setting of MaZO.
 
   python train.py --config=configs/multitask.py
 
 MaZO (Zhang et al., 2025, arXiv:2502.11513) trains Llama-2-7B and Mistral-7B on
-several tasks together; its tables are out of our reach, so nothing is quoted.
-SST-2, RTE and BoolQ with the paper's (MeZO's) prompts and 1,000 rows each. The
-batch of a step is of one task, drawn by weight; the best step is that with the
-best mean on dev rows.
+several tasks together. The tables of the paper were not available to us, so no
+results are quoted. The tasks are SST-2, RTE and BoolQ, with the prompts of the
+MeZO paper and 1,000 training rows each. The batch of a step belongs to one
+task, which is drawn by weight. The best step is the one with the best mean of
+the metrics on the dev rows.
 """
 
 from mezo_jax import tasks

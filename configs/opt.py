@@ -1,36 +1,40 @@
-"""The paper's OPT rows: eleven tasks, OPT-13B unless another model is named.
+"""OPT-13B on the eleven tasks of the MeZO paper.
 
   python train.py --config=configs/opt.py:sst2            all parameters
   python train.py --config=configs/opt.py:sst2,lora       or prefix, lozo,
                                     lozo_m, subzero, hizoo, quzo, private
 
-Reproduces (Malladi et al., 2023, Table 1, 1,000 training rows, seed 0;
-hyper-parameters of Table 16):
+Reproduces Table 1 of Malladi et al. (2023), with 1,000 training rows, seed 0
+and the hyper-parameters of Table 16. The paper reports:
 
           SST-2 RTE  CB   BoolQ WSC  WiC  MultiRC COPA ReCoRD SQuAD DROP
   MeZO    91.4  66.1 67.9 67.6  63.5 61.1 60.1    88.0 81.7   84.7  30.9
   lora    89.6  67.9 66.1 73.8  64.4 59.7 61.5    84.0 81.2   83.8  31.4
   prefix  90.7  70.8 69.6 73.1  60.6 59.9 63.7    87.0 81.4   84.2  28.9
 
-and LOZO (Chen et al., 2024; rank 2, windows of 50 steps, rates and eps for our
-factors, which are signs and scaled by 1 / sqrt(rank)):
+`lozo` reproduces LOZO (Chen et al., 2024), with rank 2 and windows of 50 steps.
+Our factors are Rademacher and scaled by 1 / sqrt(rank), and the learning rate
+and eps are converted accordingly. The paper reports:
 
   lozo    91.7  70.4 69.6 71.9  63.5 60.8 63.0    89.0 81.3   84.9  30.7
 
-`lozo_m` is the same with its momentum, 0.9. SubZero (Yu et al., 2024: rank 24,
-bases of 1,000 steps, MeZO's rates and eps) is `subzero`, HiZOO (Zhao et al.,
-2024: MeZO's rates, 1e-8 of each step's curvature) is `hizoo`.
+`lozo_m` is LOZO with a momentum of 0.9. `subzero` is SubZero (Yu et al., 2024),
+with rank 24, new bases every 1,000 steps, and the learning rate and eps of
+MeZO. `hizoo` is HiZOO (Zhao et al., 2024), with MeZO's learning rate and a
+weight of 1e-8 for the curvature of each step.
 
-QuZO (Zhou et al., 2025: weights as int8 codes that never become floats; batches
-of 16, eps 1e-3, rates from 6e-6 to 1e-4 falling to 0, 6,000 steps) is `quzo`;
-there of --config.model.name=facebook/opt-1.3b or opt-6.7b.
+`quzo` is QuZO (Zhou et al., 2025): int8 weights that are never converted to
+floats, batches of 16, eps 1e-3, learning rates from 6e-6 to 1e-4 that decay to
+0, and 6,000 steps. The paper uses --config.model.name=facebook/opt-1.3b and
+opt-6.7b.
 
-DPZero (Zhang et al., 2024: epsilon 6 at delta 1e-5, clip 300, rate 1e-7, about
-8 rows a step) is `private`; of facebook/opt-6.7b it reports SST-2 92.6, BoolQ
-66.8, SQuAD 79.5, DROP 28.4, with noise that its directions' seeds give away and
-batches that are no Poisson samples (docs/variants.md).
+`private` is DPZero (Zhang et al., 2024): epsilon 6 at delta 1e-5, clip 300,
+learning rate 1e-7, and about 8 rows per step. For facebook/opt-6.7b the paper
+reports SST-2 92.6, BoolQ 66.8, SQuAD 79.5 and DROP 28.4. In the paper the seeds
+of the directions reveal the noise, and the batches are not Poisson samples
+(docs/variants.md).
 
-The others of the table are the same file with another method:
+The baselines of Table 1 are the same config with another method:
 
   --config.method=zero_shot
           58.8  59.6 46.4 59.0  38.5 55.0 46.9    80.0 81.2   46.2  14.6
@@ -41,11 +45,13 @@ The others of the table are the same file with another method:
     --config.optimizer.schedule=linear --config.model.dtype=float32
           92.0  70.8 83.9 77.1  63.5 70.1 71.1    79.0 74.1   84.9  31.3
 
-Table 20 is --config.model.name=facebook/opt-30b or opt-66b. The paper searched
-learning rates (all parameters {1e-6, 1e-7}, of SQuAD and DROP also 5e-7; LoRA
-{1e-4, 5e-5}, also 1e-5; prefix {1e-2, 1e-3}, of SQuAD and DROP {5e-2, 1e-2,
-5e-3}) and took the step with the lowest dev loss; of 30B and 66B the last step
-(--config.eval_every=20000).
+For Table 20, set --config.model.name=facebook/opt-30b or opt-66b.
+
+The MeZO paper searched over these learning rates: 1e-6 and 1e-7 for all
+parameters (also 5e-7 for SQuAD and DROP); 1e-4, 5e-5 and 1e-5 for LoRA; 1e-2
+and 1e-3 for prefixes (5e-2, 1e-2 and 5e-3 for SQuAD and DROP). It selected the
+step with the lowest dev loss, except for the 30B and 66B models, for which it
+used the last step (--config.eval_every=20000).
 """
 
 import copy
@@ -71,7 +77,7 @@ METHODS = {
                Optimizer(learning_rate=1e-2), Spsa(eps=1e-1)),
     'lozo': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
         eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50,
-        fold_every=50)),
+        apply_every=50)),
     'lozo_m': (Peft(), Optimizer(learning_rate=2e-6), Spsa(
         eps=1.4e-3, distribution='lazy_low_rank', rank=2, lazy_every=50)),
     'subzero': (Peft(), Optimizer(learning_rate=1e-6), Spsa(
@@ -80,10 +86,10 @@ METHODS = {
     'quzo': (Peft(), Optimizer(learning_rate=6e-6, schedule='linear'),
              Spsa(eps=1e-3)),
     'private': (Peft(), Optimizer(learning_rate=1e-7), Spsa(eps=1e-3))}
-# Sets too small for 1,000 train and 500 dev rows, as the paper's code deals
-# them out: dev rows first.
+# Numbers of training and dev rows of the data sets that are too small for 1,000
+# and 500. They follow from the paper's code, which takes the dev rows first.
 _SMALL = {'cb': (150, 100), 'copa': (300, 100), 'wsc': (54, 500)}
-# Private batches are padded to max_length, whatever their rows are.
+# Maximum lengths for `private`, which pads every batch to the maximum length.
 _LENGTHS = {'sst2': 128, 'rte': 512, 'cb': 512, 'wsc': 256, 'wic': 128,
             'copa': 128}
 
@@ -93,7 +99,7 @@ def get_config(spec: str = 'sst2') -> Train:
   num_train, num_dev = _SMALL.get(task, (1000, 500))
   peft, optimizer, spsa = copy.deepcopy(METHODS[method])
   config = Train(
-      # The paper's code puts OPT's <s> first, not its </s>.
+      # The paper's code starts a text with <s>. OPT's tokenizer uses </s>.
       model=Model('facebook/opt-13b', dtype='bfloat16', bos_token='<s>'),
       task=tasks.get(task),
       data=Data(num_train=num_train, num_dev=num_dev, num_test=1000,

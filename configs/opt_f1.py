@@ -1,11 +1,12 @@
-"""The paper's SQuAD trained on F1 itself: OPT-13B, prefix tuning.
+"""OPT-13B on SQuAD, trained on F1 itself, with prefix tuning.
 
   python train.py --config=configs/opt_f1.py
 
-Reproduces (Malladi et al., 2023, Table 3, non-differentiable objective, SQuAD):
-F1 78.5, against 46.2 zero-shot and 84.7 by cross-entropy. Learning rates of
-Table 16: {1e-1, 5e-2, 1e-2} (all parameters: {1e-6, 5e-6, 1e-5}, eps 1e-3).
-Each step generates 2 x 16 answers; dev rows are scored by F1.
+Reproduces Table 3 of Malladi et al. (2023), non-differentiable objectives,
+SQuAD: F1 78.5, compared with 46.2 zero-shot and 84.7 with cross-entropy. The
+paper searched over the learning rates of Table 16, 1e-1, 5e-2 and 1e-2 (for all
+parameters 1e-6, 5e-6 and 1e-5, with eps 1e-3). Each step generates 2 x 16
+answers, and the dev rows are scored by F1.
 """
 
 import dataclasses

@@ -1,22 +1,24 @@
-"""The quickstart: SmolLM2-135M on movie reviews, with no hub and no account.
+"""The quickstart: SmolLM2-135M on movie reviews, without a hub account.
 
   python train.py
-  python train.py --config=configs/quickstart.py:whole      all layers
+  python train.py --config=configs/quickstart.py:whole      most parameters
 
-Short, strongly worded snippets (at most 15 words, |mean score| >= 2) and a
-question that the model answers badly as it is, so that there is something to
-learn. (With the paper's "It was" it stands at 82 % of the dev rows as soon as
-its prior is corrected.)
+The data are short, strongly worded snippets of reviews (at most 15 words, |mean
+score| >= 2). The untrained model answers the prompt badly, so that there is
+something to learn. (With the prompt "It was" of the MeZO paper, it reaches 82 %
+of the dev rows as soon as the prior of its answers is corrected.)
 
-The last layer is trained, 3.5 of 135 million parameters, so the other 29 are
-computed once for each row and a step takes a hundredth of a second: 20,000
-steps, as many as in the paper. Prompt, layers (of 1 and 3), learning rate (of
-4e-4, 5e-4, 7e-4, 1e-3 and 2e-3) and number of steps were chosen on dev rows,
-never on test rows.
+The default trains the last layer, 3.5 of 135 million parameters. The
+activations of the other 29 layers are computed once for each row, so a step
+takes a hundredth of a second, and 20,000 steps are affordable, as many as in
+the paper. The prompt, the number of layers (of 1 and 3), the learning rate (of
+4e-4, 5e-4, 7e-4, 1e-3 and 2e-3) and the number of steps were chosen on dev
+rows, never on test rows.
 
-`whole` trains the embedding and the q, k, o, gate and up matrices of all
-layers, 105 million parameters (noise along v, down and the norms costs more
-than they give in so few steps): what MeZO is without anything frozen.
+`whole` shows MeZO without frozen layers. It trains the embedding and the q, k,
+o, gate and up matrices of all layers, 105 million parameters. The matrices v
+and down and the norms are not trained: in so few steps, their noise costs more
+than they contribute.
 """
 
 from mezo_jax.tasks import Task
@@ -25,8 +27,8 @@ from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 def get_config(variant: str = '') -> Train:
   if variant not in ('', 'whole'):
-    raise KeyError(f'configs/quickstart.py has no variant {variant!r}: leave '
-                   'it out, or take whole')
+    raise KeyError(f'configs/quickstart.py has no variant {variant!r}: use '
+                   'quickstart.py or quickstart.py:whole')
   config = Train(
       task=Task(template='{text} Recommended:', label_words=(' no', ' yes')),
       data=Data(train='quickstart', num_train=600, num_dev=300, num_test=400,

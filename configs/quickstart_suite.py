@@ -1,12 +1,12 @@
-"""The quickstart with three seeds, and what it is compared with.
+"""A suite that compares the quickstart, on three seeds, with two alternatives.
 
   python benchmarks/quickstart.py
   python train.py --config=configs/quickstart_suite.py:seed1/mezo   one of them
 
-Reproduces benchmarks/results/quickstart.md: all layers but the last frozen
-(`mezo`), most parameters (`whole`), and Adam by backpropagation into the last
-layer, for a tenth of the steps (`adam`; its rate was not searched for), these
-two with one seed.
+Reproduces benchmarks/results/quickstart.md. `mezo` trains the last layer.
+`whole` trains most parameters. `adam` trains the last layer by backpropagation
+with Adam, for a tenth of the steps and with a learning rate that was not tuned.
+The last two are run with one seed.
 """
 
 from mezo_jax.configs import quickstart

@@ -1,10 +1,10 @@
-"""The paper's RoBERTa-large rows: six tasks, k labelled rows of each class.
+"""RoBERTa-large on the six tasks of the MeZO paper, with k rows per class.
 
   python train.py --config=configs/roberta.py:sst2,512,13      task, k, seed
   python train.py --config=configs/roberta.py:sst2,512,13,lora or prefix
 
-Reproduces (Malladi et al., 2023, Table 18, mean of the seeds 13, 21, 42, 87
-and 100; hyper-parameters of Table 15):
+Reproduces Table 18 of Malladi et al. (2023), the mean of the seeds 13, 21, 42,
+87 and 100, with the hyper-parameters of Table 15. The paper reports:
 
                 SST-2  SST-5  SNLI   MNLI   RTE    TREC
   zero-shot     79.0   35.5   50.2   48.8   51.4   32.0
@@ -15,17 +15,19 @@ and 100; hyper-parameters of Table 15):
          lora   93.4   52.4   84.0   77.9   77.6   95.0
          prefix 93.3   53.6   84.8   79.8   77.2   94.4
 
-(standard deviations 0.1 to 6.5). The paper searched learning rates (all
-parameters {1e-7, 1e-6, 1e-5}, LoRA {1e-5, 5e-5, 1e-4}, prefix {1e-2, 5e-3,
-1e-3}). Other rows are the same file with another method: zero_shot,
+The standard deviations are 0.1 to 6.5. The paper searched over these learning
+rates: 1e-7, 1e-6 and 1e-5 for all parameters; 1e-5, 5e-5 and 1e-4 for LoRA;
+1e-2, 5e-3 and 1e-3 for prefixes.
+
+The baselines of the table are the same config with another method: zero_shot,
 linear_probe, lp_mezo, or
 
   --config.method=finetune --config.optimizer.learning_rate=1e-5
     --config.data.batch_size=8 --config.steps=1000 --config.eval_every=100
     --config.optimizer.schedule=linear        (with ,lora 3e-4; ,prefix 3e-2)
 
-Accuracy itself as the objective (Table 3, k = 512: SST-2 92.7, SST-5 48.9,
-SNLI 82.7, TREC 68.6) is --config.objective=accuracy.
+--config.objective=accuracy trains on accuracy itself (Table 3, k = 512: SST-2
+92.7, SST-5 48.9, SNLI 82.7, TREC 68.6).
 """
 
 import copy

@@ -1,14 +1,15 @@
-"""MeZO for JAX: fine-tunes language models with forward passes only.
+"""Fine-tunes language models with forward passes only: MeZO for JAX.
 
-The names below are the optimizer, and need jax, numpy and optax. The rooms
-`models`, `peft`, `tasks`, `training` and `variants`, and the modules `sharding`
-and `replay`, are imported when they are first used.
+The names in this package are the optimizer and its parts. They need only jax,
+numpy and optax. The packages `models`, `peft`, `tasks`, `training` and
+`variants`, and the modules `sharding` and `replay`, are imported on first use;
+some of them need the packages of ``mezo_jax[train]``.
 """
 
 import importlib
 from typing import Any, TYPE_CHECKING
 
-from mezo_jax.core.quantized import Codes, dequantize, quantize
+from mezo_jax.core.quantized import dequantize, quantize, QuantizedArray
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
@@ -24,7 +25,7 @@ from mezo_jax.transforms.step import make_step
 from mezo_jax.transforms.stochastic_rounding import round_stochastically
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
-if TYPE_CHECKING:  # __getattr__ imports them
+if TYPE_CHECKING:  # at run time, __getattr__ imports these on first use
   from mezo_jax import models as models
   from mezo_jax import peft as peft
   from mezo_jax import tasks as tasks
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # __getattr__ imports them
   from mezo_jax.runs import replay as replay
 
 __all__ = (
-    'Codes', 'Combine', 'Directions', 'Displacement', 'Estimator',
+    'QuantizedArray', 'Combine', 'Directions', 'Displacement', 'Estimator',
     'LazyLowRank', 'LowRank', 'Multiplier', 'Normal', 'Numbers', 'Rademacher',
     'SpsaState', 'SubZero', 'dequantize', 'dequantized', 'direction',
     'displace', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
@@ -54,10 +55,12 @@ _IMPORTED_WHEN_USED = {
 
 
 def __getattr__(name: str) -> Any:
+  """Imports a package or module on first use (PEP 562)."""
   if name in _IMPORTED_WHEN_USED:
     return importlib.import_module(_IMPORTED_WHEN_USED[name])
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
+  """Returns all names, including those that are not imported yet."""
   return sorted({*globals(), *_IMPORTED_WHEN_USED})

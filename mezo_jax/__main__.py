@@ -1,4 +1,4 @@
-"""The command line: ``mezo-jax COMMAND`` or ``python -m mezo_jax COMMAND``."""
+"""Runs ``mezo-jax COMMAND``, also as ``python -m mezo_jax COMMAND``."""
 
 import signal
 import sys
@@ -6,7 +6,8 @@ import sys
 
 def main() -> None:
   """Runs the command that the command line names."""
-  # Ctrl-C while importing needs no traceback.
+  # Imports take seconds. Ctrl-C should end them without a traceback, so the
+  # default action of SIGINT applies until they are done.
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   from mezo_jax.core import extras
   try:

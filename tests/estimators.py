@@ -24,7 +24,7 @@ class Whole:
     make = mezo_jax.spsa if name == 'spsa' else getattr(variants, name)
     def made(learning_rate, eps=1e-3, **options):
       finish = {name: options.pop(name) for name in (
-          'weight_decay', 'decay', 'stochastic_rounding', 'fold_every')
+          'weight_decay', 'decay', 'stochastic_rounding', 'apply_every')
                 if name in options}
       if name == 'conservative':
         options['learning_rate'] = learning_rate
@@ -116,7 +116,7 @@ ROWS = {
         with_spsa, directions='rademacher', combine=mezo_jax.fzoo,
         num_samples=4),
     'mezo, to nearest': functools.partial(mezo, stochastic_rounding=False),
-    'mezo, pending': functools.partial(mezo, fold_every=2),
+    'mezo, pending': functools.partial(mezo, apply_every=2),
     'sparse': functools.partial(whole.sparse_mezo, limits=5.0),
     'momentum by history': functools.partial(
         whole.momentum_by_history, beta=0.5, window=3),

@@ -27,15 +27,15 @@ KINDS = {
         directions=LowRank(rank=4), micro_batches=2)}
 
 
-def setup(fold_every, dtype='float32', mesh=None, **options):
+def setup(apply_every, dtype='float32', mesh=None, **options):
   tx, value_fn, params, _, batches = helpers.replay_setup(
       dtype, None, optax.linear_schedule(1e-2, 0.0, 9), mesh, eps=1e-2,
-      fold_every=fold_every, **options)
+      apply_every=apply_every, **options)
   step = mezo_jax.make_step(tx, value_fn, mesh=mesh)
   return tx, value_fn, step, params, batches
 
 
-def run(tx, value_fn, step, params, batches, flush_after=()):
+def run(tx, value_fn, step, params, batches, apply_after=()):
   del value_fn
   params = jax.tree.map(jnp.copy, params)
   state, log, seen = tx.init(params), [], []
@@ -43,8 +43,8 @@ def run(tx, value_fn, step, params, batches, flush_after=()):
     params, state, metrics = step(params, state, batch)
     log.append(np.asarray(metrics['projected_grad']))
     seen.append(jax.device_get(params))
-    if t in flush_after:
-      params, state = step.flush(params, state)
+    if t in apply_after:
+      params, state = step.apply_accumulated(params, state)
   return params, state, log, seen
 
 
@@ -60,9 +60,9 @@ def test_the_steps_are_those_of_updates_at_once(kind):
         jax.tree.leaves(a), jax.tree.leaves(b)))
     assert moved == (a is seen[3])
   np.testing.assert_allclose(log, at_once[2], rtol=1e-2, atol=2e-3)
-  end, state = step.flush(end, state)
+  end, state = step.apply_accumulated(end, state)
   helpers.assert_close(end, at_once[0], rtol=1e-3, atol=2e-5)
-  again, state = step.flush(jax.tree.map(jnp.copy, end), state)
+  again, state = step.apply_accumulated(jax.tree.map(jnp.copy, end), state)
   helpers.assert_bitwise(again, end)
   assert len(step.compiled) == 3
   assert state[0].total_notfinite == 1
@@ -77,12 +77,12 @@ def test_the_door_gives_the_same_weights(dtype, devices):
       3, dtype, mesh, directions=LowRank(rank=4))
   if mesh is not None:
     batches = [sharding.put_batch(jax.device_get(b), mesh) for b in batches]
-  end, _, log, _ = run(tx, value_fn, step, params, batches, flush_after=[3])
+  end, _, log, _ = run(tx, value_fn, step, params, batches, apply_after=[3])
   got, state = jax.tree.map(jnp.copy, params), tx.init(params)
   for t, g in enumerate(log):
     got, state, _ = step.update(got, state, g)
     if t == 3:
-      got, state = step.flush(got, state)
+      got, state = step.apply_accumulated(got, state)
   helpers.assert_bitwise(got, end)
   assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(
       jax.tree.leaves(end), jax.tree.leaves(params)))
@@ -119,7 +119,7 @@ def test_no_weights_are_built_nor_copied():
   memory = []
   for every in (1, 8):
     tx = mezo_jax.mezo(1e-3, key=0, directions=LowRank(rank=4),
-                       fold_every=every)
+                       apply_every=every)
     step = mezo_jax.make_step(tx, value_fn)
     memory.append([p.compile().memory_analysis() for p in step.lower(
         shapes, jax.eval_shape(tx.init, shapes), ids)])
@@ -132,13 +132,13 @@ def test_no_weights_are_built_nor_copied():
 
 
 @pytest.mark.parametrize('options,message', [
-    (dict(fold_every=0), 'fold_every .* 0'),
+    (dict(apply_every=0), 'apply_every .* 0'),
     (dict(weight_decay=0.1), 'weight_decay'),
-    (dict(eps={'a': 1e-3, '': 1e-2}), 'fold_every'),
-    (dict(learning_rate={'a': 1e-3, '': 1e-2}), 'fold_every')])
+    (dict(eps={'a': 1e-3, '': 1e-2}), 'apply_every'),
+    (dict(learning_rate={'a': 1e-3, '': 1e-2}), 'apply_every')])
 def test_options_are_checked(options, message):
   with pytest.raises(ValueError, match=message):
-    mezo_jax.mezo(**dict(learning_rate=1e-3, key=0, fold_every=2) | options)
+    mezo_jax.mezo(**dict(learning_rate=1e-3, key=0, apply_every=2) | options)
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
 
 
 def test_around_is_refused_where_updates_accumulate():
-  tx = mezo_jax.mezo(1e-3, key=0, fold_every=2)
+  tx = mezo_jax.mezo(1e-3, key=0, apply_every=2)
   params = {'w': jnp.ones(3)}
   with pytest.raises(ValueError, match='around'):
     tx.update(None, tx.init(params), params, value_fn=lambda p: p['w'].sum(),

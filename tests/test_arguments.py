@@ -496,7 +496,7 @@ TABLE = {
     'mezo': (trained(mezo_jax.mezo, learning_rate=1e-3), without(
         OPTIONS, 'combine', 'over') | dict(
             eps=SPSA['eps'][1:], directions=SPSA['directions'][1:],
-            fold_every=[0, 1.5, 'x', True])),
+            apply_every=[0, 1.5, 'x', True])),
     'mezo, another estimator': (trained(
         lambda key, **kwargs: mezo_jax.mezo(1e-3, **(
             dict(estimator=mezo_jax.spsa(key=0)) | kwargs))), dict(
@@ -637,7 +637,7 @@ for _name in variants.__all__:
       trained(getattr(whole, _name), learning_rate=1e-3), OPTIONS))
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'Codes', 'Directions', 'Displacement', 'Estimator', 'Multiplier',
+TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator', 'Multiplier',
          'Numbers',
          'SpsaState', 'ZerothOrderTransformation'}  # and no checks
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}

@@ -121,7 +121,7 @@ def test_hyperparameters_can_be_injected(name):
   factory = ROWS[name]
   static = ('num_samples', 'decay') if any(
       x in name for x in ('four', 'decayed', 'one pass', 'fzoo')) else (
-          'fold_every', 'weight_decay') if 'pending' in name else ()
+          'apply_every', 'weight_decay') if 'pending' in name else ()
   tx = factory(learning_rate=1e-2, key=0)
   injected = optax.inject_hyperparams(factory, static_args=static)(
       learning_rate=1e-2, key=0)

@@ -14,18 +14,17 @@ from mezo_jax.core.errors import (
 )
 
 
-@pytest.mark.parametrize('error,said', [
-    (InputError('give more.'), 'prog: give more.'),
-    (MissingError('no file x.'), 'prog: no file x.'),
-    (ExistsError('x is full.'), 'prog: x is full.'),
+@pytest.mark.parametrize('error,match', [
+    (InputError('give more.'), r'^prog: give more\.$'),
+    (MissingError('no file x.'), r'^prog: no file x\.$'),
+    (ExistsError('x is full.'), r'^prog: x is full\.$'),
     (PermissionError(errno.EACCES, 'Permission denied', '/x'),
-     'prog: the system refuses /x: Permission denied.'),
+     r'^prog: .* /x: Permission denied\.$'),
     (OSError(errno.ENOSPC, 'No space left on device'),
-     'prog: the system refuses: No space left on device.')])
-def test_what_the_user_can_mend(error, said):
-  with pytest.raises(SystemExit) as e, in_one_sentence('prog'):
+     r'^prog: .*: No space left on device\.$')])
+def test_what_the_user_can_mend(error, match):
+  with pytest.raises(SystemExit, match=match), in_one_sentence('prog'):
     raise error
-  assert e.value.code == said
 
 
 def test_a_run_that_was_told_to_stop_says_how_to_go_on(capsys):

@@ -49,15 +49,15 @@ def test_export_of_a_run(tiny_dir, reviews_file, tmp_path, capsys):
   (tmp_path / 'full' / 'file').touch()
   for args, message in (
       ((workdir, tmp_path / 'full'), 'not empty'),
-      ((workdir, tmp_path / 'n', '--step', '1'), 'no checkpoint of step 1 but'),
-      ((workdir, tmp_path / 'n', '--merged'), 'only LoRA can be merged'),
-      ((tmp_path, tmp_path / 'n'), 'not the --workdir of a run')):
+      ((workdir, tmp_path / 'n', '--step', '1'), 'checkpoint of step 1'),
+      ((workdir, tmp_path / 'n', '--merged'), '--merged'),
+      ((tmp_path, tmp_path / 'n'), 'config.json')):
     assert message in run_export(*args)
   config = json.loads((workdir / 'config.json').read_text())
   for wrong, message in (
-      ('{', 'config.json is not JSON'),
-      (json.dumps(config | {'method': 'magic'}), 'not that of a run of this'),
-      (json.dumps(config | {'no_such': 1}), 'not that of a run of this')):
+      ('{', 'config.json'),
+      (json.dumps(config | {'method': 'magic'}), 'magic'),
+      (json.dumps(config | {'no_such': 1}), 'no_such')):
     (workdir / 'config.json').write_text(wrong)
     assert message in run_export(workdir, tmp_path / 'n')
   assert not (tmp_path / 'n').exists()

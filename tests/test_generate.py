@@ -93,6 +93,7 @@ def test_stops(tiny):
     assert (row[n:] == 63).all()
 
 
+@pytest.mark.slow
 def test_rows_whose_logits_are_not_finite_are_told(tiny):
   model, params, ids = tiny
   run = lambda p: models.generate(model, p, ids, max_new_tokens=4, check=True)

@@ -242,15 +242,15 @@ def test_equal_layers_share_the_kernels_of_their_noise():
 
 @pytest.mark.parametrize('f,message', [
     (lambda p: jnp.einsum('lij,bi->bj', p['layers']['w'], X[:, :WIDTH]),
-     r'layers/w \(all of it is used at once, by dot_general'),
+     r' layers/w \(.*dot_general'),
     (lambda p: lax.scan(
         lambda c, _: (c @ p['w'], None), WIDE, None, length=3)[0],
-     r'w \(each iteration of a scan uses all of it'),
+     r' w \(.*scan'),
     (lambda p: lax.fori_loop(0, 3, lambda _, c: c @ p['w'], WIDE),
-     r'w \(each iteration of a (scan|while_loop) uses all of it'),
+     r' w \(.*(scan|while_loop)'),
     (lambda p: lax.scan(lambda c, a: (c @ a, None), WIDE, jnp.stack(
-        [p['w'], p['w']]))[0], r'w \(something is computed of all layers'),
-    (lambda p: p['w'], r'w \(it is returned'),
+        [p['w'], p['w']]))[0], r' w \(.*layers.*scan'),
+    (lambda p: p['w'], r' w \(.*return'),
 ])
 def test_large_weights_that_are_built_whole_are_named(f, message):
   params = {'layers': {'w': jnp.ones((4, WIDTH, 2 * WIDTH))},

@@ -149,7 +149,7 @@ def program(p, x, ids):
       'rows': p['emb'][5:60] @ c[0, 0], 'turned': p['mlp'].T @ x[0].T}
 
 
-@pytest.mark.slow_except(rank=[16])
+@pytest.mark.slow_except(rank=[16], n=[3])
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('rank', [1, 16, 40])
 def test_the_value_is_that_of_built_weights(rank, n):

@@ -165,12 +165,12 @@ def test_the_mask_is_what_the_state_has():
 
 def test_what_is_refused():
   for more, message in (
-      (dict(directions=mezo_jax.Rademacher()), 'directions=mezo_jax.Normal'),
+      (dict(directions=mezo_jax.Rademacher()), 'directions .*Normal'),
       (dict(directions=mezo_jax.Normal(mask={'w': jnp.ones((4, 6), bool),
-                                             'b': True})), 'not of elements')):
+                                             'b': True})), 'directions.*mask')):
     with pytest.raises(ValueError, match=message):
       variants.saliency([value_fn], START, KEY, **more)
-  with pytest.raises(ValueError, match='Codes'):
+  with pytest.raises(ValueError, match='QuantizedArray'):
     variants.saliency([value_fn], {'w': mezo_jax.quantize(
         jnp.ones((4, 32)), 8)}, KEY)
   with pytest.raises(ValueError, match='share .*0.0'):
@@ -190,9 +190,9 @@ def test_a_run_goes_on_with_the_mask_it_began_with(
       optimizer__learning_rate=1e-2, variant__share=0.5, variant__num_scores=4)
   train.run(config(4), tmp_path / 'whole')
   train.run(config(2), tmp_path / 'part')
-  assert 'looked at the weights' in capsys.readouterr().out
+  assert 'scoring pass' in capsys.readouterr().out
   train.run(config(4), tmp_path / 'part')
-  assert 'looked at the weights' not in capsys.readouterr().out
+  assert 'scoring pass' not in capsys.readouterr().out
   whole = runs.saved(tmp_path / 'whole')[1]
   helpers.assert_bitwise(runs.saved(tmp_path / 'part')[1], whole)
   b = np.asarray(whole['layers']['attn']['q']['lora_b'])  # began as 0

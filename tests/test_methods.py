@@ -197,7 +197,7 @@ def test_a_method_is_an_entry_of_the_table_and_nothing_else(
           small_config(tiny_dir, reviews_file, method='toy', **bad))
   checks.check_given(config, ['variant.share'])
   for given in ('variant.window', 'spsa.rank', 'privacy.epsilon'):
-    with pytest.raises(InputError, match=f'{given} changes nothing'):
+    with pytest.raises(InputError, match=f'--config.{given} '):
       checks.check_given(config, [given])
 
 
@@ -296,7 +296,7 @@ def test_svrg_runs_and_resumes_between_anchors(
     (dict(method='svrg', eval_every=2, optimizer__weight_decay=0.1),
      'weight_decay'),
     (dict(method='adam_by_history', spsa__fold_every=2),
-     'spsa.fold_every'),
+     'spsa.apply_every'),
     (dict(method='momentum_by_history', variant__window=0),
      'variant.window'),
     (dict(method='sign', spsa__combine='fzoo', spsa__num_samples=4),

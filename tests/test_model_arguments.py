@@ -186,6 +186,7 @@ def expected():
 
 
 @pytest.mark.parametrize('given', ['ids', 'mask', 'both', 'none', 'made'])
+@pytest.mark.slow_except(given=['ids'])
 def test_generate_within_a_program(given):
   """Ids, a mask, both or neither of which are the program's arguments."""
   model, params = tiny()

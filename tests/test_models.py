@@ -105,6 +105,7 @@ def test_logits_against_numpy(name, tmp_path):
 
 
 @pytest.mark.parametrize('vocab,chunk', [(64, 64), (64, 16), (61, 16), (5, 16)])
+@pytest.mark.slow_except(vocab=[61])
 def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
   x, table = (jax.random.normal(jax.random.key(i), shape)
               for i, shape in enumerate([(3, 4, 8), (vocab, 8)]))
@@ -254,6 +255,7 @@ def test_many_files_and_an_index(tiny_dir, tmp_path):
 
 
 @pytest.mark.parametrize('data,fsdp', [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.slow_except(data=[2])
 def test_sharded_loading(tmp_path, data, fsdp):
   directory = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512, vocab_size=512)

@@ -130,6 +130,7 @@ class Hizoo:
 
 @pytest.mark.parametrize('relative', [Variance, Expectation, Hizoo],
                          ids=lambda r: r.__name__)
+@pytest.mark.slow_except(relative=[Variance])
 def test_it_is_its_papers_equations(relative):
   agrees(relative(), relative.made)
 
@@ -160,6 +161,7 @@ def test_norms_are_those_of_the_gradients_of_layers():
 # --- what they claim --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_variance_modified_is_unbiased_and_expectation_modified_is_over_d():
   """Of 4,000 estimates, within 5 standard errors."""
   slope = np.random.RandomState(0).normal(size=12)

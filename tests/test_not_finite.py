@@ -36,6 +36,7 @@ def strict(path):
           for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_run(lost):
   rows = strict(lost[0] / 'metrics.jsonl')
   assert [r['loss'] for r in rows if r['kind'] == 'dev'][-1] is None
@@ -82,6 +83,7 @@ def nan_dir(tiny_dir, tmp_path_factory):
 @pytest.mark.parametrize('method,message', [
     ('zero_shot', 'zero_shot .*40 of 40'),
     ('icl', 'icl .*40 of 40'), ('linear_probe', 'probe .*40 of 40')])
+@pytest.mark.slow_except(method=['zero_shot'])
 def test_a_model_that_is_not_finite_has_no_result(
     nan_dir, reviews_file, tmp_path, method, message):
   config = small_config(nan_dir, reviews_file, method=method, num_demos=2)
@@ -90,6 +92,7 @@ def test_a_model_that_is_not_finite_has_no_result(
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_texts_of_a_model_that_is_not_finite_are_no_result(nan_dir, tmp_path):
   row = json.dumps({'question': 'a film', 'answers': ['good']})
   data = tmp_path / 'qa.jsonl'

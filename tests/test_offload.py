@@ -28,7 +28,7 @@ FORMS = {
     'normal': (jnp.float32, dict()), 'signs, two directions': (
         jnp.bfloat16, dict(directions=mezo_jax.Rademacher(), num_samples=2)),
     'low rank, pending': (jnp.float32, dict(
-        directions=mezo_jax.LowRank(rank=4), fold_every=4)),
+        directions=mezo_jax.LowRank(rank=4), apply_every=4)),
     'decay': (jnp.bfloat16, dict(weight_decay=0.1, decay='kernel'))}
 
 
@@ -69,7 +69,7 @@ def test_fifty_steps_are_those_without(form, problem):
         np.testing.assert_allclose(value, told[0][1], rtol=1e-6)
         np.testing.assert_allclose(g, told[0][0], atol=2e-3)
       params, state, _ = step.update(params, state, *told[t])
-    params, state = step.flush(params, state)
+    params, state = step.apply_accumulated(params, state)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(params['layers'])}
     assert ('pinned_host' in kinds) == offload
     ends.append(params)
@@ -91,6 +91,7 @@ def on_device(jaxpr):
         yield from on_device(getattr(x, 'jaxpr', x))
 
 
+@pytest.mark.slow
 def test_no_more_than_a_layer_is_on_the_device(problem):
   """Nothing that either program makes there is as large as two matrices."""
   host, ids, loss_fn = problem

@@ -167,6 +167,7 @@ def test_demonstrations_that_there_are_too_few_rows_for(own):
     build.build(own, say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_rows_that_look_like_a_mistake(own, tmp_path):
   assert not warnings(own)
   own.data.train = write(tmp_path / 'a.jsonl', rows_of(230, lambda i: 0))

@@ -155,8 +155,7 @@ def test_what_is_stacked_is_told_by_shapes_or_said():
   layers = {'layers': [{'q': jnp.zeros((4, 4))}, {'q': jnp.zeros((4, 4))}]}
   assert all(jax.tree.leaves(paths.decayed(layers)))
   assert not any(jax.tree.leaves(paths.decayed({'w': one}, how='w')))
-  with pytest.warns(UserWarning, match=r'guessed.*: 1 parameters have it '
-                    r'\(a\), 1 do not \(b\).*decay='):
+  with pytest.warns(UserWarning, match=r'weight_decay.*\(a\).*\(b\).*decay='):
     mezo_jax.mezo(1e-2, key=0, weight_decay=0.1).init(PAIR)
   with warnings.catch_warnings():
     warnings.simplefilter('error')

@@ -270,23 +270,23 @@ def value_fn(params, batch):
              mask=st.sampled_from((None, '(kernel|bias)$')),
              rate=st.sampled_from(RATES), decay=st.sampled_from((0.0, 0.1)),
              num_samples=st.integers(1, 3), one_sided=st.booleans(),
-             fold_every=st.sampled_from((None, 2)), lost=st.sets(
+             apply_every=st.sampled_from((None, 2)), lost=st.sets(
                  st.integers(0, 2)), mesh=st.sampled_from(MESHES),
              other=st.sampled_from(MESHES))
 def test_steps_made_again_from_the_log_are_those_of_training(
-    tree, kind, mask, rate, decay, num_samples, one_sided, fold_every, lost,
+    tree, kind, mask, rate, decay, num_samples, one_sided, apply_every, lost,
     mesh, other):
   """Bit for bit, on whichever mesh."""
   rate = rate()
-  if fold_every and (decay or isinstance(rate, dict)):
-    fold_every = None  # which mezo refuses
+  if apply_every and (decay or isinstance(rate, dict)):
+    apply_every = None  # which mezo refuses
   if mask and not any(k in ('kernel', 'bias') for part in tree.values()
                       for k in part):
     mask = None  # nothing would be trained
   tx = whole.spsa(
       rate, 1e-2, key=3, directions=kind(mask=mask), num_samples=num_samples,
       combine=mezo_jax.one_sided if one_sided else mezo_jax.two_sided,
-      weight_decay=decay, decay='kernel', fold_every=fold_every)
+      weight_decay=decay, decay='kernel', apply_every=apply_every)
   host = jax.tree.map(
       lambda x: np.random.default_rng(0).normal(size=x[1]).astype(
           jnp.dtype(x[0])),
@@ -301,7 +301,7 @@ def test_steps_made_again_from_the_log_are_those_of_training(
       batch = np.array([1 + t, np.nan if t in lost else 0], np.float32)
       params, state, metrics = step(params, state, batch)
       log.append(t + 1, metrics['projected_grad'], metrics['loss'])
-    want, _ = step.flush(params, state)
+    want, _ = step.apply_accumulated(params, state)
     log.added(3)
     log.close()
     found = replay.read(path).steps

@@ -218,7 +218,7 @@ def test_both_roundings_are_independent():
 
 def test_what_is_refused():
   floats = {'w': jnp.ones((64, 4))}
-  with pytest.raises(ValueError, match='quzo .*mezo_jax.Codes'):
+  with pytest.raises(ValueError, match='quzo .*mezo_jax.QuantizedArray'):
     whole.quzo(1e-3, key=0).init(floats)
   with pytest.raises(ValueError, match='low rank'):
     whole.quzo(1e-3, key=0, directions='low_rank')
@@ -273,7 +273,7 @@ def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
 
 @pytest.mark.slow
 def test_the_mesh_changes_nothing(tiny):
-  """Codes, scales and their update, split over eight devices."""
+  """QuantizedArray, scales and their update, split over eight devices."""
   model, floats, ids = tiny
   params = coded(floats)
   loss_fn = helpers.lm_loss(model)
@@ -303,7 +303,7 @@ def test_pending_updates_are_rounded_once():
   size = float(w.scales.astype(jnp.float32).mean())
   errors = {}
   for k in (1, 16):
-    tx = mezo_jax.mezo(1.0, 1e-3, key=0, fold_every=k)
+    tx = mezo_jax.mezo(1.0, 1e-3, key=0, apply_every=k)
     params = jax.tree.map(jnp.copy, w)
     step, state = make_step(tx, None), tx.init(params)
     for _ in range(16):

@@ -33,6 +33,7 @@ def problem(bits):
 
 
 @pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.slow_except(bits=[8])
 def test_it_is_its_papers_equations(bits):
   """20 steps in NumPy, of two directions; some are clipped, some end at 0."""
   with jax.enable_x64(True):
@@ -86,7 +87,7 @@ def test_a_model_by_its_scales(tiny_dir, dtype):
   f = peft.factors(params)
   assert 30 * sum(x.size for x in jax.tree.leaves(f)) < sum(
       x.size for x in jax.tree.leaves(
-          params, is_leaf=lambda x: isinstance(x, mezo_jax.Codes)))
+          params, is_leaf=lambda x: isinstance(x, mezo_jax.QuantizedArray)))
   value = lambda f: models.apply(model, peft.join(f, params), ids)
   d = Displacement(KEY, 0.1)
   got = jax.jit(mezo_jax.perturbed(value))(f, d)
@@ -139,7 +140,7 @@ def test_a_new_head_is_trained_beside_the_scales(
     (dict(method='qzo', model__dtype='int8', peft__method='lora'),
      'peft.method'),
     (dict(method='qzo', model__dtype='int8', variant__clip=0.0), 'clip'),
-    (dict(peft__method='scales'), '--config.peft.*mezo_jax.Codes')])
+    (dict(peft__method='scales'), '--config.peft.*mezo_jax.QuantizedArray')])
 def test_what_is_refused(tiny_dir, reviews_file, tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
     train.run(runs.small_config(tiny_dir, reviews_file, **changes), tmp_path)

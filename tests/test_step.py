@@ -36,6 +36,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.slow_except(name=['mezo'])
 def test_a_step_is_the_usual_one(name):
   """Also with a parameter that is called as a field of the state is."""
   tx, mine, theirs = OPTIMIZERS[name](), params(), params()

@@ -82,6 +82,7 @@ def test_it_is_a_normal_matrix_between_orthonormal_bases():
   np.testing.assert_allclose(cov, np.eye(4), atol=5 * np.sqrt(2 / 2000))
 
 
+@pytest.mark.slow
 def test_directions_are_isotropic_over_bases():
   """E[zz^T] = I, of 20,000 windows, within 5 standard errors."""
   like, n = jnp.zeros((16, 16)), 20_000
@@ -157,6 +158,7 @@ def test_it_is_its_papers_equations():
   agrees(LozoM(), LozoM.made)
 
 
+@pytest.mark.slow
 def test_momentum_is_projected_on_the_next_columns():
   """Of a stack of layers and of rank 3: what a window's N V^T is, as the new V
   has it, is what is left of it if no step is made."""
@@ -199,6 +201,7 @@ def test_a_steady_slope_makes_longer_steps_than_a_changing_one():
   assert momentum < 0.3 * plain
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_no_momentum():
   tx = whole.lozo_m(RATE, EPS, key=KEY, directions=LozoM.lazy)
   step = make_step(tx, lambda params, batch: jnp.where(

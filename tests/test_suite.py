@@ -48,7 +48,7 @@ get_config = lambda name: get_suite()[name]
   assert json.loads((tmp_path / 'w/table.json').read_text()) == rows
   output, code = run('--methods', 'mezo', '--config.seed=1')
   assert 'reviews/mezo failed' in code and 'seed was 0' in output
-  for more, message in ((['--tasks', 'x'], 'has no such runs'), (
-      ['--suite', str(reviews_file) + 'x'], 'there is no suite'), (
+  for more, message in ((['--tasks', 'x'], '--tasks'), (
+      ['--suite', str(reviews_file) + 'x'], f'{reviews_file}x'), (
           ['--config.stepz=5'], 'stepz')):
     assert message in run(*more)[1]

@@ -103,6 +103,7 @@ def test_training_goes_on_from_adapters(tiny_dir, reviews_file, tmp_path):
         peft__adapter=str(out)), tmp_path / 'd')
 
 
+@pytest.mark.slow
 def test_biases_alone(tmp_path):
   """BitFit, and a model that has none says so."""
   for changes, message in ((dict(norm='layer', qkv_bias=True), ''),
@@ -148,6 +149,7 @@ def test_bad_settings(changes, message, tiny_dir, reviews_file, tmp_path):
   assert not (tmp_path / 'checkpoints').exists()
 
 
+@pytest.mark.slow
 def test_the_log_says_what_is_trained(tiny_dir, reviews_file, tmp_path, capsys):
   train.run(small_config(tiny_dir, reviews_file, peft__method='lora',
                          peft__rank=2), tmp_path)

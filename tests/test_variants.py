@@ -149,7 +149,7 @@ class Lozo:
   """In windows of 4 steps, each window added at once."""
 
   lazy = mezo_jax.LazyLowRank(rank=1, every=4)
-  made = functools.partial(mezo_jax.mezo, directions=lazy, fold_every=4)
+  made = functools.partial(mezo_jax.mezo, directions=lazy, apply_every=4)
 
   def step(self, theta, t, batch):
     like = jax.tree.map(lambda x: jnp.zeros(x.shape), START)
@@ -166,7 +166,7 @@ RELATIVES = [Lozo, Sparse, Momentum, Adam, Sign, ScalarAdam, OnePoint,
              Conservative, ForwardGrad, Svrg]
 
 
-@pytest.mark.slow_except(relative=[Lozo, Sparse, Momentum, Svrg])
+@pytest.mark.slow_except(relative=[Sparse, Svrg])
 @pytest.mark.parametrize('relative', RELATIVES, ids=lambda r: r.__name__)
 def test_it_is_its_papers_equations(relative):
   variants_reference.agrees(
@@ -223,6 +223,7 @@ def test_svrg_refuses_a_batch_that_its_rows_do_not_part():
 
 
 @pytest.mark.parametrize('name', ['forward_grad', 'conservative'])
+@pytest.mark.slow_except(name=['forward_grad'])
 def test_half_precision_updates_are_rounded_once(name):
   """After the learning rate, not before it as well."""
   tx = getattr(whole, name)(1e-4, key=KEY, stochastic_rounding=False)
@@ -249,14 +250,14 @@ def test_one_point_of_a_loss_of_zero():
 
 
 @pytest.mark.slow
-def test_svrg_flushed_out_of_turn_moves_nothing_before_its_next_anchor():
+def test_svrg_applied_out_of_turn_moves_nothing_before_its_next_anchor():
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)
   step = make_step(tx, value_fn)
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
   state = tx.init(params)
   for t in range(2):
     params, state, _ = step(params, state, batch_of(t))
-  params, state = step.flush(params, state)
+  params, state = step.apply_accumulated(params, state)
   before = jax.tree.map(jnp.copy, params)
   for t in range(2, 4):
     params, state, _ = step(params, state, batch_of(t))
@@ -270,14 +271,15 @@ def test_svrg_forgets_its_anchor_when_updates_are_applied_out_of_turn():
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
   state = tx.init(params)
-  step = jax.jit(lambda params, state, fold: tx.update(
-      None, state, params, projected_grad=jnp.ones(1), fold=fold),
+  step = jax.jit(lambda params, state, apply: tx.update(
+      None, state, params, projected_grad=jnp.ones(1), apply=apply),
                  static_argnums=2)
-  for fold in (False, True):
-    _, state = step(params, state, fold)
+  for apply in (False, True):
+    _, state = step(params, state, apply)
   assert np.all(np.isnan(optax.tree.get(state, 'anchor_grad')))
 
 
+@pytest.mark.slow
 def test_svrg_without_its_anchor_moves_nothing():
   """Where that step is skipped, nor does the window after it."""
   tx = variants.svrg(RATE, EPS, key=KEY, every=4)

@@ -54,7 +54,7 @@ def compiled_steps() -> None:
   params_, state_, metrics = step(params, state, batch)
   g = metrics['projected_grad']
   params_, state_, metrics = step.update(params_, state_, g)
-  params_, state_ = step.flush(params_, state_)
+  params_, state_ = step.apply_accumulated(params_, state_)
 
 
 def displacements(key: jax.Array) -> None:

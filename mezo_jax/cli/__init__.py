@@ -1,7 +1,7 @@
-"""Defines the commands, their arguments and their help.
+"""Defines the command line: the commands, their flags and their help.
 
-Each command checks its arguments and calls one function of another room. Only
-this room knows flags.
+Each command checks its arguments and calls one function of another package of
+mezo_jax. No other package reads flags.
 """
 
 from mezo_jax.core import extras

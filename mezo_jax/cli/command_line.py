@@ -1,5 +1,9 @@
-"""Reads a command line: the flags of a command, and a config whose fields they
-override."""
+"""Parses a command line: the flags of a command, and a config.
+
+Flags are those of absl, and ``--config`` is a flag of ml_collections. This
+module adds what they lack: configs that are found by name, default configs,
+suggestions for misspelt names, and errors in one sentence.
+"""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -21,9 +25,10 @@ from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training.config_fields import unknown, WHERE
 
-# The configs that come with the package. In a clone this is a link to the
-# folder configs/ at its top.
+# Directory of the configs that come with the package. In a clone this is a
+# symbolic link to configs/ in the root of the repository.
 CONFIGS = Path(__file__).parents[1] / 'configs'
+# Matches an argument that overrides a field of the config.
 OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
 _HELP = re.compile(r'-h|--?help(short|full)?')
 _DEFINE = {
@@ -41,30 +46,34 @@ def parse(argv: Sequence[str], about: str,
   Args:
     argv: The command line. Its first element is the name of the command.
     about: The text that --help shows above the flags.
-    options: The type and the help of each flag, by name. The value of a flag
-      that is not given is None.
-    arguments: The names of the arguments that are not flags.
-    required: The names of flags that must be given.
-    configs: The directory in which --config finds a config by its name. Without
-      it the command has no --config.
+    options: The type and the help text of each flag, by name. The value of a
+      flag that is not given is None.
+    arguments: The names of the positional arguments, for error messages.
+      Defaults to none.
+    required: The names of flags that must be given. Defaults to none.
+    configs: The directory in which --config finds a config by its name.
+      Defaults to None, for a command without --config.
 
   Returns:
-    The values of the flags, ``values.config`` among them, and the arguments
-    that are not flags.
+    The values of the flags (``values.config`` is the config, if the command has
+    one) and the list of positional arguments.
 
   Raises:
     InputError: for an unknown flag or field, a value that cannot be parsed, a
-      missing flag or argument, or a config that does not load.
+      missing flag or argument, or a config file that fails.
   """
   program, values, file = argv[0], flags.FlagValues(), ''
   if configs:
     argv = _config_first(configs, argv)
     file = argv[1].partition('=')[2].partition(':')[0]
+    # ml_collections reads argv here to find the config file, so that it can
+    # define a flag for each field.
     config_flags.DEFINE_config_file(
-        'config', None, 'The config: FILE.py or FILE.py:ARGUMENT, or the name '
-        'of one that comes with mezo_jax, such as opt:sst2. '
-        '--config.FIELD=VALUE overrides a field. Defaults to quickstart, or to '
-        'own if --config.data.train or --config.task.hub names data.',
+        'config', None, 'The config: FILE.py, FILE.py:ARGUMENT, or the name of '
+        'a config that comes with mezo_jax, such as opt:sst2. '
+        '--config.FIELD=VALUE overrides a field. Defaults to own if '
+        '--config.data.train or --config.task.hub is given, and to quickstart '
+        'otherwise.',
         flag_values=values, sys_argv=argv)
   for name, (kind, text) in options.items():
     _DEFINE[kind](name, None, text, flag_values=values)
@@ -75,8 +84,8 @@ def parse(argv: Sequence[str], about: str,
       print(flags.text_wrap(f'--{switch}{name}: {values[name].help}',
                             indent='      ', firstline_indent='  '))
     sys.exit()
-  values.append_flag_values(flags.FLAGS)  # --verbosity and others of absl
-  values.set_gnu_getopt()  # flags may follow arguments
+  values.append_flag_values(flags.FLAGS)  # absl's own, such as --verbosity
+  values.set_gnu_getopt()  # flags may follow positional arguments
   check_names(argv)
   try:
     _, *rest = values(argv)
@@ -88,19 +97,19 @@ def parse(argv: Sequence[str], about: str,
   except flags.UnrecognizedFlagError as e:
     near = difflib.get_close_matches(e.flagname, [*values], cutoff=0.7)
     meant = f'; did you mean --{" or --".join(near)}?' if near else '.'
-    raise InputError(f'there is no flag --{e.flagname}{meant} See {program} '
+    raise InputError(f'unknown flag --{e.flagname}{meant} See {program} '
                      '--help.') from e
   except Exception as e:
     raise InputError(failure(e, file)) from e
   for name in required:
     if values[name].value is None:
-      raise InputError(f'--{name} is missing. See {program} --help.')
+      raise InputError(f'the flag --{name} is missing. See {program} --help.')
   if len(rest) > len(arguments):
     raise InputError(f'unknown argument {rest[len(arguments)]!r}. See '
                      f'{program} --help.')
   if len(rest) < len(arguments):
-    raise InputError(f'{arguments[len(rest)]} is missing: write {program} '
-                     f'{" ".join(arguments)}.')
+    raise InputError(f'the argument {arguments[len(rest)]} is missing. Usage: '
+                     f'{program} {" ".join(arguments)}.')
   return values, rest
 
 
@@ -108,23 +117,31 @@ def parse(argv: Sequence[str], about: str,
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> config_lib.Train:
-  """Reads a config as the command line names it, with overrides of its fields,
-  ``--config.FIELD=VALUE``."""
+  """Returns a config, loaded as the command line would load it.
+
+  Args:
+    file: The value of --config: ``FILE.py``, ``FILE.py:ARGUMENT``, or the name
+      of a config that comes with the package.
+    overrides: Arguments of the form ``--config.FIELD=VALUE``. Defaults to none.
+
+  Raises:
+    InputError: as `parse`.
+  """
   argv = ['config', f'--config={file}', *overrides]
   return parse(argv, '', {}, configs=CONFIGS)[0].config
 
 
 def find(name: str, what: str = 'config', configs: Path = CONFIGS) -> str:
-  """Returns the path of a config's file.
+  """Returns the path of a config file.
 
   Args:
-    name: A path; or, where there is no such file, a config that comes with the
-      package: ``opt``, ``opt.py`` or ``configs/opt.py``.
-    what: What the file is called in an error.
+    name: A path or, if no such file exists, the name of a config that comes
+      with the package: ``opt``, ``opt.py`` or ``configs/opt.py``.
+    what: A noun for the file in error messages. Defaults to 'config'.
     configs: The directory of the configs that come with the package.
 
   Raises:
-    MissingError: if there is neither.
+    MissingError: if neither a file nor a config of the package has this name.
   """
   if os.path.exists(name) and not os.path.isdir(name):
     return name
@@ -134,14 +151,18 @@ def find(name: str, what: str = 'config', configs: Path = CONFIGS) -> str:
     return known[stem]
   near = difflib.get_close_matches(Path(name).stem, known)
   raise MissingError(
-      f'there is no {what} {name!r}, neither a file nor one that comes '
-      'with mezo_jax; ' + (f'did you mean {" or ".join(near)}?' if near else
-                           f'those are {", ".join(known)}.'))
+      f'there is no {what} {name!r}: it is neither a file nor a config that '
+      'comes with mezo_jax; '
+      + (f'did you mean {" or ".join(near)}?' if near else
+         f'choose one of {", ".join(known)}.'))
 
 
 def _config_first(configs: Path, argv: Sequence[str]) -> list[str]:
-  """Returns a command line that begins with --config=FILE, which must be known
-  before the fields that change it, or with the default."""
+  """Moves --config=FILE to the front of a command line, with its full path.
+
+  ml_collections needs the file before the fields that override it. Without
+  --config, the default config is inserted.
+  """
   chosen, rest, words = None, [], iter(argv[1:])
   for word in words:
     if word in ('--config', '-config'):
@@ -159,7 +180,7 @@ def _config_first(configs: Path, argv: Sequence[str]) -> list[str]:
 
 
 def _names_data(argv: Sequence[str]) -> bool:
-  """Returns whether a command line names data that are not the quickstart's."""
+  """Returns whether a command line names a data set of the user's own."""
   for i, word in enumerate(argv):
     found = re.match(r'--?config\.(?:data\.train|task\.hub)(?:=(.*))?$', word)
     if found and (found.group(1) or ''.join(argv[i + 1:i + 2])) != 'quickstart':
@@ -168,19 +189,21 @@ def _names_data(argv: Sequence[str]) -> bool:
 
 
 def failure(error: Exception, file: str = '') -> str:
-  """Returns a sentence about a config that did not load.
+  """Returns the error message for a config that did not load.
 
   Args:
-    error: What was raised.
-    file: The config's file; what fails there for reasons of its own is reported
-      with its line.
+    error: The exception that was raised while the config was loaded or its
+      fields were set.
+    file: The config file. If the exception was raised in this file, the message
+      names the line. Defaults to '', for none.
   """
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
            if file and os.path.abspath(frame.filename) == os.path.abspath(file)]
   if isinstance(error, IndexError) and not lines:
-    return ('the command line changes a task, --config.also[N], that the '
-            f'config does not have. {WHERE}')
-  # A config's file raises KeyError for a variant that it does not have.
+    return ('the command line sets --config.also[N] with an N for which the '
+            f'config has no task. {WHERE}')
+  # These exceptions carry a message for the user. For example, a config file
+  # raises KeyError for an argument that it does not know.
   expected = isinstance(error, KeyError | OSError | flags.Error) or (
       isinstance(error, TypeError) and not lines)
   text = str(error.args[-1] if expected and error.args else error)
@@ -194,7 +217,7 @@ def failure(error: Exception, file: str = '') -> str:
       if dataclasses.is_dataclass(hint)}
   if found and found.group(1) in groups:
     return unknown(groups[found.group(1)] + found.group(2))
-  if 'Traceback' in text:  # config_flags writes one into some errors
+  if 'Traceback' in text:  # ml_collections puts it into some messages
     at = re.findall(rf'"{re.escape(file)}", line (\d+)', text)
     text = text.strip().splitlines()[-1]
     return f'the config {file}{", line " + at[-1] if at else ""} failed: {text}'
@@ -206,24 +229,28 @@ def failure(error: Exception, file: str = '') -> str:
 
 
 def given(argv: Sequence[str]) -> list[str]:
-  """Returns the paths of the fields that a command line sets."""
+  """Returns the paths of the config fields that a command line sets."""
   found = [OVERRIDE.match(argument) for argument in argv[1:]]
   return [*dict.fromkeys(match.group(1) for match in found if match)]
 
 
 def check_names(argv: Sequence[str]) -> None:
-  """Raises InputError for a field of the command line that does not exist,
-  that holds other fields, or that is a tuple and given twice."""
+  """Checks the config fields that a command line sets.
+
+  Raises:
+    InputError: for a field that does not exist, a field that is a group of
+      other fields, or a tuple that is given twice.
+  """
   times = collections.Counter(
       match.group(1) for match in map(OVERRIDE.match, argv[1:]) if match)
   for path in given(argv):
     if f'--noconfig.{path}=' in ' '.join(argv):
       raise InputError(
-          f'--noconfig.{path} takes no value: it sets a field to False. Write '
-          f'--config.{path}=VALUE.')
+          f'--noconfig.{path} sets the field to False and takes no value. '
+          f'Write --config.{path}=VALUE instead.')
     if path.startswith('also.'):
       raise InputError(
-          f'--config.{path} does not say which task: write '
+          f'--config.{path} needs the index of a task: write '
           f'--config.also[0].{path.removeprefix("also.")} for the first one.')
     cls = config_lib.Train
     for name in re.sub(r'\[-?\d+\]', '', path).split('.'):
@@ -236,31 +263,39 @@ def check_names(argv: Sequence[str]) -> None:
     if dataclasses.is_dataclass(cls):
       names = [f.name for f in dataclasses.fields(cls)]
       raise InputError(
-          f'--config.{path} has no value of its own: set one of its fields, '
-          f'--config.{path}.{names[0]} for example; it has '
-          f'{", ".join(names)}.')
-    # config_flags would join the two; of other fields the last one counts.
+          f'--config.{path} is a group of fields: set one of them, such as '
+          f'--config.{path}.{names[0]}. The fields are {", ".join(names)}.')
+    # ml_collections would concatenate the two tuples. For other types the last
+    # value wins, as usual.
     if times[path] > 1 and typing.get_origin(cls) is tuple:
-      raise InputError(
-          f'--config.{path} is given {times[path]} times: give it once.')
+      raise InputError(f'--config.{path} is given {times[path]} times; give it '
+                       'once.')
 
 
 def _check_is_config(config) -> None:
-  """Raises InputError for what the get_config of a file returned, if it is not
-  a config, and OSError if the file did not load."""
-  getattr(config, 'steps', None)  # of a file that did not load it raises
+  """Checks that the get_config of a config file returned a config.
+
+  Raises:
+    InputError: if it returned something else.
+    OSError: if the file did not load.
+  """
+  # If the file did not load, ml_collections raises at the first attribute.
+  getattr(config, 'steps', None)
   if not isinstance(config, config_lib.Train):
     raise InputError(
-        f'get_config of the config file returned a {type(config).__name__} and '
-        'must return a mezo_jax.training.config.Train.')
+        'get_config() of the config file returned a '
+        f'{type(config).__name__} and must return a '
+        'mezo_jax.training.config.Train.')
 
 
 # --- flags ------------------------------------------------------------------
 
 
 class _Parser(flags.ArgumentParser):
-  """Parses the values of a field by a function, and takes what a config's
-  file gave the field as it is."""
+  """Parses text from the command line with a function.
+
+  A value that is not text comes from the config file and is returned unchanged.
+  """
 
   def __init__(self, parse, words: str):
     self._parse, self._words = parse, words
@@ -273,23 +308,25 @@ class _Parser(flags.ArgumentParser):
 
 
 def _none(argument: str):
+  """Parses the value of a field that holds a function: only None is valid."""
   if argument not in ('', 'None'):
-    raise ValueError('a Python function can be set in a config file only, with '
+    raise ValueError('a Python function can be set only in a config file, with '
                      'task=Task(row=...)')
 
 
 def _no_tasks(argument: str) -> tuple:
+  """Parses the value of `also`: only the empty tuple is valid."""
   if argument.replace(' ', '') not in ('', '()'):
     raise ValueError(
-        'more tasks can be given in a config file only; the command line can '
-        'leave them out, --config.also=(), or change their fields, '
-        '--config.also[0].weight=2')
+        'tasks can be added only in a config file; the command line can remove '
+        'them, --config.also=(), or set their fields, --config.also[0].weight=2'
+        )
   return ()
 
 
-# config_flags finds a parser by the annotation of a field. It has none for
-# unions, whose annotations are therefore wrapped in `Annotated`, nor for
-# functions and dataclasses.
+# ml_collections looks up the parser of a field by its annotation. It has none
+# for unions (which are therefore wrapped in `Annotated`), for functions, or for
+# dataclasses, so parsers for the fields with such types are registered here.
 for _hint, _parse, _what in (
     (config_lib.Objective, str, 'text'),
     (task_lib.TextOrNone, lambda text: None if text == 'None' else text,

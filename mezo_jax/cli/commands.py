@@ -1,5 +1,8 @@
-"""The commands of mezo-jax. Each checks its arguments and calls a function of
-another room."""
+"""Implements the commands of ``mezo-jax``.
+
+The docstring of a command is its help text. Each command checks its arguments
+and calls one function of another package of mezo_jax.
+"""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -22,21 +25,22 @@ from mezo_jax.export import from_run
 from mezo_jax.planning import alternatives, machines
 from mezo_jax.planning import plan as planning
 
-DOES_NOT_FIT = 3  # the exit status of a plan that does not fit
+DOES_NOT_FIT = 3  # exit status of `plan` if the run does not fit
 
-_MERGED = (bool, 'Add LoRA to the weights and write a whole model.')
+_MERGED = (bool, 'Merge LoRA into the weights and write a complete model.')
 
 
 def _doc(command: Callable[..., Any]) -> str:
-  """Returns the docstring of a command, which is its help."""
+  """Returns the docstring of a command, which is its help text."""
   return inspect.getdoc(command) or ''
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command that a command line names.
+  """Runs the command that a command line names, and exits if it fails.
 
   Args:
-    argv: The command and its arguments. Defaults to those of the process.
+    argv: The name of the command and its arguments. Defaults to ``sys.argv``
+      without the program name.
   """
   name, *argv = (sys.argv[1:] if argv is None else argv) or ['--help']
   if name in ('-h', '--help', 'help'):
@@ -48,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit()
   if name not in _COMMANDS:
     near = difflib.get_close_matches(name, _COMMANDS)
-    sys.exit(f'mezo-jax: there is no command {name!r}; ' + (
+    sys.exit(f'mezo-jax: unknown command {name!r}; ' + (
         f'did you mean {near[0]}?' if near else
-        f'the commands are {", ".join(_COMMANDS)}.'))
+        f'choose one of {", ".join(_COMMANDS)}.'))
   program = f'mezo-jax {name}'
   logging.set_verbosity(logging.WARNING)  # orbax logs a lot
   with in_one_sentence(program):
@@ -64,26 +68,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(argv: Sequence[str]) -> None:
   """Fine-tunes a model, or evaluates a baseline."""
-  from mezo_jax.training import run  # imports what only training needs
+  from mezo_jax.training import run
   train_command.main(run, program=argv[0], argv=argv[1:])
 
 
 def export(argv: Sequence[str]) -> None:
-  """Writes the model of a run as a Hugging Face directory.
+  """Exports the model of a run as a Hugging Face directory.
 
     mezo-jax export WORKDIR DIRECTORY
 
-  WORKDIR is the working directory of the run, such as runs/quickstart. The
-  command creates DIRECTORY.
+  WORKDIR is the working directory of the run, such as runs/quickstart.
+  DIRECTORY is created.
   """
   values, (workdir, directory) = parse(argv, _doc(export), {
-      'step': (int, 'The step to export. Defaults to the best on dev rows, or '
-               'to the last of a private run.'),
+      'step': (int, 'The step to export. Defaults to the best step on the dev '
+               'rows, or for a private run to the last step.'),
       'merged': _MERGED,
-      'log': (bool, 'Write no weights but the log of steps, from which '
-              '`mezo-jax replay` rebuilds them.'),
-      'base': (str, 'Where the base model is now. Defaults to where it was '
-               'during the run.'),
+      'log': (bool, 'Export the log of steps instead of the weights. '
+              '`mezo-jax replay` rebuilds the weights from it.'),
+      'base': (str, 'The base model, if it has moved: a directory or a hub id. '
+               'Defaults to the model of the config.'),
   }, arguments=('WORKDIR', 'DIRECTORY'))
   hosts.check_devices()
   found = from_run.export(workdir, directory, values.step, bool(values.merged),
@@ -92,19 +96,20 @@ def export(argv: Sequence[str]) -> None:
 
 
 def replay(argv: Sequence[str]) -> None:
-  """Rebuilds the model of a log from its base model.
+  """Rebuilds a fine-tuned model from its base model and a log of steps.
 
     mezo-jax replay --base=MODEL --log=RUN/steps.log --out=DIRECTORY
 
-  It needs neither data nor forward passes.
+  This needs neither data nor forward passes.
   """
   values, _ = parse(argv, _doc(replay), {
       'base': (str, 'The base model: a directory or a hub id.'),
       'log': (str, 'The log of steps, such as RUN/steps.log.'),
-      'out': (str, 'The directory to create.'),
-      'adapter': (str, 'The directory of the adapter that the run began with, '
-                  'if it began with one.'),
-      'until': (int, 'The last step. Defaults to the last of the log.'),
+      'out': (str, 'The directory to write to. It is created.'),
+      'adapter': (str, 'The directory of the adapter that the run started '
+                  'from, if there was one (config.peft.adapter).'),
+      'until': (int, 'The last step to replay. Defaults to the last step of '
+                'the log.'),
       'merged': _MERGED,
   }, required=('base', 'log', 'out'))
   hosts.check_devices()
@@ -118,19 +123,19 @@ def evaluate(argv: Sequence[str]) -> None:
 
     mezo-jax evaluate --suite=cpu_suite --config.FIELD=VALUE
 
-  Each run is a process of its own. A run that was stopped is resumed, and the
-  result of one that is finished is read. --config.FIELD=VALUE overrides a field
-  of all runs.
+  Each run is a separate process. A run that was stopped is resumed, and a run
+  that is finished is not repeated. --config.FIELD=VALUE overrides a field in
+  all runs.
   """
   is_override = command_line.OVERRIDE.match
   own = [word for word in argv if not is_override(word)]
   values, _ = parse(own, _doc(evaluate), {
-      'suite': (str, 'The suite: a file, or the name of one that comes with '
-                'mezo_jax, such as cpu_suite.'),
+      'suite': (str, 'The suite: FILE.py, or the name of a suite that comes '
+                'with mezo_jax, such as cpu_suite.'),
       'workdir': (str, 'The directory of the table and of the runs. Defaults '
                   'to runs/<suite>.'),
-      'tasks': (list, 'The tasks to run, a,b. Defaults to all.'),
-      'methods': (list, 'The methods to run, a,b. Defaults to all.'),
+      'tasks': (list, 'The tasks to run, as A,B. Defaults to all.'),
+      'methods': (list, 'The methods to run, as A,B. Defaults to all.'),
   }, required=('suite',))
   table, failed = suite.run(
       values.suite, values.workdir or f'runs/{Path(values.suite).stem}',
@@ -139,29 +144,32 @@ def evaluate(argv: Sequence[str]) -> None:
   if table.is_file():
     print(f'{table.read_text()}wrote {table}')
   if failed:
-    raise InputError(f'{", ".join(failed)} failed; run the same command again '
-                     'to go on.')
+    raise InputError(f'{", ".join(failed)} failed. Run the same command again '
+                     'to retry.')
 
 
 def plan(argv: Sequence[str]) -> int:
-  """Reports memory and time on hardware that is not here.
+  """Estimates memory and time of a run on hardware that you do not have.
 
     mezo-jax plan --config=opt:sst2 --topology=v5e:4x4 --config.FIELD=VALUE
 
-  The command exits with status 3 if the run does not fit.
+  The exit status is 3 if the run does not fit.
   """
-  jax.config.update('jax_platforms', 'cpu')  # a device here is not needed
+  jax.config.update('jax_platforms', 'cpu')  # do not occupy a local device
   values, _ = parse(argv, _doc(plan), {
       'topology': (str, 'The devices: v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2 '
                    '(chips), h100:8, a100:8 or cpu:8.'),
-      'mesh': (str, 'The sizes of axes, fsdp=4,tensor=2. Defaults to the mesh '
-               'of the config, or to one that splits all that is large.'),
-      'tokens': (int, 'The tokens of a row. Defaults to the most that the '
+      'mesh': (str, 'The sizes of the mesh axes, as fsdp=4,tensor=2. Defaults '
+               'to the mesh of the config, or to one that splits all large '
+               'arrays.'),
+      'tokens': (int, 'The sequence length. Defaults to the longest that the '
                  'config allows.'),
   }, required=('topology',), configs=command_line.CONFIGS)
   n = machines.size(values.topology)
   if values.topology.startswith('cpu'):
-    with contextlib.suppress(RuntimeError):  # devices are counted already
+    # JAX raises RuntimeError if its backend is initialised already. Planning
+    # then uses the devices that there are.
+    with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', n)
   found = planning.plan(
       values.config, values.topology, tokens=values.tokens,
@@ -173,28 +181,40 @@ def plan(argv: Sequence[str]) -> int:
   print(f'It does not fit into {found.limit / planning.GIB:g} GiB.')
   other = alternatives.what_fits(found)
   if other is None:
-    print('Nothing that was tried fits.')
+    print('No alternative that was tried fits.')
   else:
     change, found = other
-    print(f'What fits: {change.words} ({planning.gib(found.peak())} of '
-          f'{found.limit / planning.GIB:g} GiB a device).')
+    print(f'An alternative that fits: {change.words} '
+          f'({planning.gib(found.peak())} of {found.limit / planning.GIB:g} '
+          'GiB per device).')
   return DOES_NOT_FIT
 
 
 def read_mesh(text: str, n: int) -> dict[str, int]:
-  """Returns the sizes of a mesh, 'fsdp=4,tensor=2', of n devices; one axis may
-  be -1, the rest."""
+  """Parses the value of --mesh.
+
+  Args:
+    text: Sizes of axes, such as 'fsdp=4,tensor=2'. Axes that are not named have
+      size 1. One size may be -1, for the remaining devices.
+    n: Number of devices.
+
+  Returns:
+    The sizes of all four axes, by name.
+
+  Raises:
+    InputError: for an unknown axis, or sizes that do not fit the devices.
+  """
   sizes = dict(data=1, fsdp=1, tensor=1, direction=1)
   for part in text.split(','):
     name, _, value = part.partition('=')
     if name not in sizes or not re.fullmatch(r'-1|[1-9]\d*', value):
       raise InputError(
-          f'--mesh={text!r}: {part!r} is no axis and size, such as fsdp=4; the '
-          f'axes are {", ".join(sizes)}.')
+          f'--mesh={text!r}: {part!r} is not of the form AXIS=SIZE, such as '
+          f'fsdp=4, with one of the axes {", ".join(sizes)}.')
     sizes[name] = int(value)
   if math.prod(sizes.values()) != n and -1 not in sizes.values():
-    raise InputError(f'--mesh={text}: the product is not the number of devices '
-                     f'of the topology, {n}.')
+    raise InputError(f'--mesh={text}: the product of the sizes must be the '
+                     f'number of devices of the topology, {n}.')
   return sizes
 
 

@@ -1,4 +1,4 @@
-"""Many runs, each a process of its own, and one table of their results."""
+"""Runs a suite of configs, one process per run, and tabulates the results."""
 
 from collections.abc import Callable, Sequence
 import json
@@ -26,44 +26,46 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
         tasks: Sequence[str] = (), methods: Sequence[str] = (),
         overrides: Sequence[str] = (), say: Callable[[str], None] = print
         ) -> tuple[Path, list[str]]:
-  """Runs what a suite has no results of yet, and writes ``table.md`` and
-  ``table.json``.
+  """Runs the configs of a suite and writes a table of their results.
 
   A suite is a config file whose ``get_suite()`` returns ``{'TASK/METHOD':
-  config}`` and whose ``get_config(name)`` returns one of them, so that
-  ``mezo-jax train --config=FILE:TASK/METHOD`` is each of its runs. A run that
-  was stopped is resumed, and the result of one that is finished is read.
+  config}`` and whose ``get_config(name)`` returns one of these configs. So
+  ``mezo-jax train --config=FILE:TASK/METHOD`` executes one run of the suite. A
+  run that was stopped is resumed, and a run that is finished is not repeated.
 
   Args:
     suite: The file, or the name of a suite that comes with the package.
-    workdir: The directory of the table. Each run has a directory
-      ``TASK/METHOD`` in it.
+    workdir: The directory of ``table.md`` and ``table.json``. The working
+      directory of each run is ``TASK/METHOD`` in it.
     tasks: The tasks to run. Defaults to all.
     methods: The methods to run. Defaults to all.
-    overrides: Fields of all runs, each as ``--config.FIELD=VALUE``.
-    say: Reports progress.
+    overrides: Fields to set in all configs, each as ``--config.FIELD=VALUE``.
+      Defaults to none.
+    say: A function that reports a line of progress. Defaults to `print`.
 
   Returns:
-    The table's path, and the names of runs that failed.
+    The path of ``table.md``, and the names of the runs that failed.
 
   Raises:
-    MissingError: if there is no such suite.
-    InputError: if it is no suite, or has no run that is wanted, or a field that
-      is overridden does not exist.
+    MissingError: if the suite does not exist.
+    InputError: if the file is not a suite, if it has no run of the given tasks
+      and methods, or if an overridden field does not exist.
   """
   suite, workdir = find(os.fspath(suite), 'suite'), Path(workdir)
   check_names(['', *overrides])
   found = runpy.run_path(suite)
   if 'get_suite' not in found or 'get_config' not in found:
-    raise InputError(f'{suite} is no suite: it must define get_suite() and '
-                     'get_config(name).')
+    raise InputError(f'{suite} is not a suite: define get_suite() and '
+                     'get_config(name) in it.')
   runs = {name: read_config(f'{suite}:{name}', overrides)
           for name in found['get_suite']()}
   names = [name for name in runs if _wanted(name, tasks, methods)]
   if not names:
-    raise InputError(f'{suite} has no such runs; it has {", ".join(runs)}.')
+    raise InputError(f'--tasks and --methods: {suite} has no such runs; choose '
+                     f'from {", ".join(runs)}.')
   failed = []
-  # Runs of one task evaluate with the same programs: compile them once.
+  # Runs of the same task evaluate with the same programs. A shared compilation
+  # cache compiles them once.
   env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
          **os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
@@ -83,7 +85,8 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
         say(f'{name}: failed. {last}')
         failed.append(name)
         continue
-    # The table has all that is finished, wanted or not.
+    # The table includes finished runs of an earlier call with other tasks or
+    # methods.
     rows = {n: row_of(n, runs[n], read_result(workdir / n)) for n in runs
             if n == name or _is_finished(workdir / n, runs[n])}
     say(f'{name}: {rows[name]["metric"]} {rows[name]["score"]}')
@@ -92,20 +95,30 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
 
 
 def _wanted(name: str, tasks, methods) -> bool:
+  """Returns whether a run is selected by --tasks and --methods."""
   task, _, method = name.partition('/')
   return task in (tasks or [task]) and method in (methods or [method])
 
 
 def _is_finished(directory: Path, config: config_lib.Train) -> bool:
-  """Returns whether a directory has the result of this very config. Where it
-  has that of another, `train` continues that run or refuses."""
+  """Returns whether a directory has the result of exactly this config.
+
+  If it has the result of another config, the run is started: `train` continues
+  it (with more steps, for example) or rejects the change.
+  """
   return (directory / 'result.json').is_file() and (
       loggers.read_json(directory / 'config.json')
       == config_lib.to_json(config))
 
 
 def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:
-  """One line of the table."""
+  """Returns one row of the table, as a dict with the keys `COLUMNS`.
+
+  Args:
+    name: Name of the run, ``TASK/METHOD``.
+    config: Config of the run.
+    result: Content of the run's ``result.json``.
+  """
   task, _, method = name.partition('/')
   metric, final = result['metric'], result['final']
   examples = result['forwards'] * config.data.batch_size + (
@@ -119,7 +132,12 @@ def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_table(workdir: Path, rows: list[dict[str, Any]]) -> None:
-  """``table.md`` and ``table.json``, from a list of `row_of`."""
+  """Writes ``table.md`` and ``table.json``.
+
+  Args:
+    workdir: The directory of the files.
+    rows: Rows of the table, from `row_of`.
+  """
   (workdir / 'table.md').write_text(
       reports.markdown_table(rows, COLUMNS) + '\n')
   (workdir / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')

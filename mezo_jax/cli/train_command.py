@@ -1,4 +1,7 @@
-"""The command `train`: the hosts and replicas that a run is one of."""
+"""Implements the command `train`, including runs on several hosts or replicas.
+
+``train.py`` and ``mezo-jax train`` both call `main`.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,42 +16,46 @@ from mezo_jax.distributed import hosts, replicas
 from mezo_jax.training import checks
 
 _ABOUT = '''
-Fine-tunes a language model with forward passes only (MeZO), or evaluates what
-that is compared with (--config.method).
+Fine-tunes a language model with forward passes only (MeZO), or evaluates a
+baseline (--config.method).
 
-  {0}                                 the quickstart
-  {0} --config.data.train=FILE ...    data of your own
+  {0}                                 runs the quickstart
+  {0} --config.data.train=FILE ...    trains on your own data
   {0} --config=FILE.py --config.FIELD=VALUE --workdir=DIR
 
 Run the same command again to resume a run that was stopped.'''.strip()
 _OPTIONS = {
     'workdir': (str, 'Directory of the run. Defaults to runs/<config name>.'),
-    'distributed': (bool, 'Run on several hosts: start this on every one.'),
+    'distributed': (bool, 'Run on several hosts. Start the same command on '
+                    'each of them.'),
     'coordinator': (
-        str, 'HOST:PORT of process 0, if nothing else reports it.'),
+        str, 'HOST:PORT of process 0. Defaults to what the cluster reports.'),
     'num_processes': (
-        int, 'Number of processes, if nothing else reports it.'),
+        int, 'Number of processes. Defaults to what the cluster reports.'),
     'process_id': (
-        int, 'Number of this process, from 0, if nothing else reports it.'),
+        int, 'Index of this process, from 0. Defaults to what the cluster '
+        'reports.'),
     'replicas': (
-        int, 'Experimental: machines with weights of their own that share out '
-        'the directions of a step (docs/replicas.md).'),
-    'replica': (int, 'Which one this is, from 0.'),
-    'exchange': (str, 'Directory that all replicas see (experimental).'),
+        int, 'Number of replicas (experimental): machines that each hold the '
+        'weights and evaluate a part of the directions of a step '
+        '(docs/replicas.md).'),
+    'replica': (int, 'Index of this replica, from 0.'),
+    'exchange': (str, 'Directory that all replicas can access.'),
     'exchange_timeout': (
         float, 'Seconds to wait for another replica. Defaults to 1800.')}
 
 
 def main(run: Callable, configs: Path = command_line.CONFIGS,
          program: str = 'train.py', argv: Sequence[str] | None = None) -> None:
-  """Does what the command line says, and exits.
+  """Parses the command line, executes the run, and exits.
 
   Args:
-    run: ``run(config, workdir, place, source)``, with a
-      `mezo_jax.distributed.replicas.Place` or None, and the name of the
-      config's file.
-    configs: The directory in which a config is found by its name.
-    program: The name of the command, for help and errors.
+    run: A function ``run(config, workdir, place, source)``, where ``place`` is
+      a `mezo_jax.distributed.replicas.Place` or None, and ``source`` is the
+      name of the config file.
+    configs: The directory in which --config finds a config by its name.
+      Defaults to the configs of the package.
+    program: The name of the command in help and errors.
     argv: The arguments of the command. Defaults to those of the process.
   """
   argv = [program, *(sys.argv[1:] if argv is None else argv)]
@@ -61,11 +68,19 @@ def main(run: Callable, configs: Path = command_line.CONFIGS,
   def start(values):
     _start(run, program, values, command_line.given(argv))
 
-  app.run(start, argv, flags_parser=parse)  # app has --pdb and the like
+  app.run(start, argv, flags_parser=parse)  # it implements --pdb and others
 
 
 def _start(run: Callable, program: str, values: flags.FlagValues,
            given: Sequence[str]) -> None:
+  """Joins the other hosts, checks the config, and executes the run.
+
+  Args:
+    run: As for `main`.
+    program: As for `main`.
+    values: The values of the flags.
+    given: The paths of the config fields that the command line sets.
+  """
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs a lot
   file = config_flags.get_config_filename(values['config'])
@@ -84,5 +99,5 @@ def _start(run: Callable, program: str, values: flags.FlagValues,
           values.replicas, values.replica, values.exchange,
           1800.0 if timeout is None else timeout), source=file)
     except KeyboardInterrupt:
-      raise Again(f'interrupted; run it again to resume from {workdir}.'
-                  ) from None
+      raise Again('interrupted. Run the same command again to resume from '
+                  f'{workdir}.') from None

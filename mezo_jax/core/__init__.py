@@ -1,14 +1,14 @@
-"""Holds what every other room builds on.
+"""Provides the basics that all other packages of this library build on.
 
-Parameter paths and masks, quantised weights, meshes and shardings, checks of
-arguments, errors, fingerprints and workarounds for the compiler are here.
-Nothing in this room evaluates a loss or draws a random number, and it imports
-no other room.
+These are parameter paths and masks, quantised weights, meshes and shardings,
+argument checks, errors, fingerprints and workarounds for the compiler. Nothing
+here evaluates a loss or draws a random number, and this package imports none of
+the others.
 """
 
 from mezo_jax.core.errors import InputError
-from mezo_jax.core.quantized import Codes, dequantize, quantize
+from mezo_jax.core.quantized import dequantize, quantize, QuantizedArray
 from mezo_jax.core.sharding import make_mesh, on_host, param_shardings
 
-__all__ = ('Codes', 'dequantize', 'InputError', 'make_mesh', 'on_host',
+__all__ = ('QuantizedArray', 'dequantize', 'InputError', 'make_mesh', 'on_host',
            'param_shardings', 'quantize')

@@ -1,8 +1,8 @@
-"""Checks of arguments. Each error names the argument and says what it may be.
+"""Checks arguments. Each error names the argument and its allowed values.
 
-Numbers may be Python's or NumPy's, JAX arrays or tracers, as they come from
-`optax.inject_hyperparams` and `jax.vmap`. The values of JAX arrays are not
-looked at, since that would wait for the device.
+Numbers may be Python or NumPy numbers, JAX arrays, or tracers, as
+`optax.inject_hyperparams` and `jax.vmap` pass them. Only the dtypes and shapes
+of JAX arrays are checked: reading a value would wait for the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,28 +18,44 @@ import numpy as np
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-  """Returns an integer that is known while programs are traced.
+  """Returns an argument that must be a Python or NumPy integer.
+
+  JAX arrays are refused, because the value must be known at trace time.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The argument.
+    least: Smallest allowed value. Defaults to 1.
 
   Raises:
-    ValueError: if it is not one, or below ``least``.
+    ValueError: If the value is not such an integer or is below ``least``.
   """
   is_integer = isinstance(value, (int, np.integer)) and not isinstance(
       value, (bool, np.bool_))
   if not is_integer or value < least:
     raise ValueError(
         f'{name} must be a Python integer of at least {least}, got {value!r}; '
-        'under optax.inject_hyperparams name it in static_args.')
+        'with optax.inject_hyperparams, list it in static_args.')
   return int(value)
 
 
 def number(name: str, value: Any, *, above: float | None = None,
            least: float | None = None, below: float | None = None) -> Any:
-  """Returns a real number, whose bounds are checked where it is known.
+  """Returns an argument that must be a finite real number, unchanged.
+
+  For a JAX array or tracer, only the shape and the dtype are checked.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The argument.
+    above: Exclusive lower bound. Defaults to None, for no such bound.
+    least: Inclusive lower bound. Defaults to None, for no such bound.
+    below: Exclusive upper bound. Defaults to None, for no such bound.
 
   Raises:
-    ValueError: if it is not a number, not finite, or out of bounds.
+    ValueError: If the value is not a number, not finite, or out of bounds.
   """
-  if isinstance(value, jax.Array):  # a tracer too
+  if isinstance(value, jax.Array):  # tracers are instances of jax.Array, too
     if value.shape or not _is_real(value.dtype):
       raise ValueError(f'{name} must be a number, got an array '
                        f'{value.dtype}{list(value.shape)}.')
@@ -63,26 +79,51 @@ def number(name: str, value: Any, *, above: float | None = None,
 
 
 def _is_real(dtype) -> bool:
+  """Returns whether a dtype is of integers or floats."""
   return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(
       dtype, jnp.integer)
 
 
 def boolean(name: str, value: Any) -> bool:
-  """Returns a bool that is known while programs are traced."""
+  """Returns an argument that must be a Python or NumPy bool.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The argument.
+
+  Raises:
+    ValueError: If the value is something else, such as a JAX array.
+  """
   if not isinstance(value, (bool, np.bool_)):
     raise ValueError(f'{name} must be True or False, got {value!r}.')
   return bool(value)
 
 
 def function(name: str, value: Any) -> Callable[..., Any]:
-  """Returns something that can be called."""
+  """Returns an argument that must be callable.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The argument.
+
+  Raises:
+    ValueError: If the value cannot be called.
+  """
   if not callable(value):
     raise ValueError(f'{name} must be a function, got {value!r}.')
   return value
 
 
 def floating(name: str, dtype: Any) -> Any:
-  """Returns a dtype of real floating-point numbers; None stays None."""
+  """Returns an argument that must be a floating-point dtype or None.
+
+  Args:
+    name: Name of the argument, for the error.
+    dtype: The argument.
+
+  Raises:
+    ValueError: If it is another dtype, or not a dtype.
+  """
   if dtype is None:
     return None
   try:
@@ -95,7 +136,15 @@ def floating(name: str, dtype: Any) -> Any:
 
 
 def tree(name: str, value: Any) -> Any:
-  """Returns a tree, which may not be None."""
+  """Returns an argument that must be a tree of arrays.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: The argument.
+
+  Raises:
+    ValueError: If the value is None.
+  """
   if value is None:
     raise ValueError(f'{name} must be a tree of arrays, got None.')
   return value
@@ -103,16 +152,23 @@ def tree(name: str, value: Any) -> Any:
 
 def rate(name: str, value: Any, *, above: float | None = None,
          groups: bool = True) -> Any:
-  """Returns a number, a schedule, or groups ``{regular expression: either}``.
+  """Returns a checked hyperparameter: a number, a schedule, or groups of them.
 
-  What a schedule returns is checked when it is called.
+  A schedule is returned as a function that checks each value when it is called.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: A number, a schedule (a function of the step number), or groups
+      ``{regular expression: number or schedule}``.
+    above: Exclusive lower bound. Defaults to None, for no bound.
+    groups: Whether groups are allowed. Defaults to True.
 
   Raises:
-    ValueError: if it is something else, such as None.
+    ValueError: If the value is something else, such as None.
   """
   if isinstance(value, Mapping):
     if not groups:
-      raise ValueError(f'{name} must be one number or schedule, no groups.')
+      raise ValueError(f'{name} must be one number or schedule, not groups.')
     if not value:
       raise ValueError(f'{name} has no groups: give a number, or at least one '
                        'regular expression with its number.')
@@ -135,15 +191,19 @@ def rate(name: str, value: Any, *, above: float | None = None,
 
 
 def at(value: Any, count: jax.Array | int) -> Any:
-  """Returns the value of a rate at a step; a schedule is called."""
+  """Returns the value of a number or schedule at step ``count``."""
   return value(count) if callable(value) else value
 
 
 def expression(name: str, pattern: Any) -> re.Pattern[str]:
-  """Returns a compiled regular expression.
+  """Returns an argument, which must be a regular expression, compiled.
+
+  Args:
+    name: Name of the argument, for the error.
+    pattern: The regular expression as a string.
 
   Raises:
-    ValueError: if it is not one.
+    ValueError: If ``pattern`` is not a string or cannot be compiled.
   """
   if not isinstance(pattern, str):
     raise ValueError(
@@ -152,7 +212,7 @@ def expression(name: str, pattern: Any) -> re.Pattern[str]:
     return re.compile(pattern)
   except re.error as e:
     raise ValueError(
-        f'{name} is {pattern!r}, which is not a regular expression: {e}.'
+        f'{name} is {pattern!r}, which is not a valid regular expression: {e}.'
     ) from e
 
 
@@ -160,32 +220,36 @@ def check_names(value_fn: Callable[..., Any], **given: Any) -> None:
   """Checks that ``value_fn`` needs no argument that ``tx.update`` consumes.
 
   Args:
-    value_fn: The loss.
-    **given: Arguments of ``tx.update`` that it does not pass on; None for those
-      that were not given.
+    value_fn: The loss function.
+    **given: Arguments that ``tx.update`` received and does not pass on to
+      ``value_fn``. None means that an argument was not passed.
 
   Raises:
-    ValueError: If ``value_fn`` has an argument of the name of one of them.
+    ValueError: If ``value_fn`` has a parameter with the name of one of them.
   """
   try:
     taken = inspect.signature(value_fn).parameters
-  except (TypeError, ValueError):  # a builtin, or a compiled function
+  except (TypeError, ValueError):  # builtins may have no signature to read
     return
   for name, value in given.items():
     if value is not None and name in taken and taken[name].kind in (
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY):
       raise ValueError(
-          f'value_fn has an argument {name!r}, which tx.update takes itself '
-          'and does not pass on: give it another name, as in value_fn=lambda '
+          f'value_fn has an argument {name!r}, which tx.update uses itself and '
+          'does not pass on; rename it, for example with value_fn=lambda '
           f'params, other: loss(params, {name}=other).')
 
 
 def array(name: str, value: Any) -> jax.Array:
-  """Returns an array of real numbers.
+  """Returns an argument that must be an array of real numbers, as a JAX array.
+
+  Args:
+    name: Name of the argument, for the error.
+    value: A value that `jnp.asarray` accepts.
 
   Raises:
-    ValueError: if it is not one.
+    ValueError: If the value cannot be converted, or is not integers or floats.
   """
   try:
     out = jnp.asarray(value)

@@ -1,7 +1,7 @@
-"""Errors that the user can fix, which are reported in one sentence.
+"""Defines errors that the user can fix, and reports them in one sentence.
 
-Any other exception is a bug of ours, or comes from a machine that is too small,
-and keeps its traceback.
+Any other exception is a bug of this library or a sign of too little memory, and
+keeps its traceback.
 """
 
 from collections.abc import Iterator
@@ -13,69 +13,82 @@ import re
 import sys
 from typing import Any
 
+# Error numbers of file-system problems that the user can fix.
 _OF_THE_DISK = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
      errno.EFBIG, errno.EIO, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
      errno.ENAMETOOLONG})
-# Those of them whose text is unmistakable.
+# The subset whose message text is specific enough to be recognised inside the
+# message of another library's exception.
 _IN_TEXT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
             errno.EIO)
 
 
-AGAIN = 75  # the exit status: EX_TEMPFAIL of sysexits.h, "try again"
+# Exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h, which
+# means "try again".
+AGAIN = 75
 
 
 class InputError(ValueError):
-  """A config, file or argument that cannot work. It says how to fix it."""
+  """Reports an invalid config, file or argument, and how to fix it."""
 
 
 class MissingError(InputError, FileNotFoundError):
-  """A file, model or data set that does not exist."""
+  """Reports a file, model or data set that does not exist."""
 
 
 class Damaged(InputError):
-  """A file or directory that is not what was written."""
+  """Reports a file or directory whose contents are not what was written."""
 
 
 class Stopped(InputError):
-  """A run that cannot go on. What was saved is not lost."""
+  """Reports that a run cannot continue. Saved checkpoints are kept."""
 
 
 class Again(Stopped):
-  """A run that was asked to stop. The same command resumes it."""
+  """Reports that a run stopped early. The same command resumes it."""
 
 
 class ExistsError(InputError, FileExistsError):
-  """A directory that exists already."""
+  """Reports that an output path exists already."""
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-  """Returns the local path that a user names; ``~`` is the home directory.
+  """Returns a local path that the user gave, with ``~`` expanded.
+
+  Args:
+    path: Path of a local file or directory, which need not exist.
 
   Raises:
-    InputError: For an address, or a name that not all libraries can open.
+    InputError: If the path is an address such as ``gs://...``, or contains a
+      character that orbax or another library cannot handle.
   """
   text = os.fspath(path)
   if re.match(r'\w+:/', text):
-    raise InputError(f'{text} is an address; give a local directory or file.')
+    raise InputError(f'{text} is an address; pass a local directory or file.')
   bad = [c for c in ('\\', '\0') if c in text]
   if bad or text != text.encode('utf-8', 'replace').decode():
     raise InputError(
-        f'{text!r} has a character that checkpoints cannot have in their path '
-        '(a backslash, NUL, or one that is not UTF-8): choose another name.')
+        f'{text!r} contains a character that the path of a checkpoint cannot '
+        'have (a backslash, NUL, or one that is not UTF-8); choose another '
+        'name.')
   return Path(text).expanduser()
 
 
 def first_line(error: Any) -> str:
-  """Returns the first line of another library's error, for a sentence."""
+  """Returns the first line of an error's message, or else the error's type."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def of_the_disk(e: BaseException) -> int | None:
-  """Returns the errno of a file-system error that the user can fix, such as a
-  full disk; None for another exception.
+  """Returns the errno of a file-system error that the user can fix, or None.
 
-  Libraries in C++ report such errors as text, so the text is searched, too.
+  An example is a full disk. The causes and the members of exception groups are
+  searched, too. Libraries in C++ report such errors as text only, so messages
+  are searched for the system's description of the error.
+
+  Args:
+    e: The exception.
   """
   seen, left = set(), [e]
   while left:
@@ -95,10 +108,13 @@ def of_the_disk(e: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
-  """Ends the program with a sentence instead of a traceback for errors that the
-  user can fix: `InputError`, and errors of the file system.
+  """Reports errors that the user can fix in one sentence, and exits.
 
-  The exit status is 1, or `AGAIN` if nothing needs to be fixed.
+  These are `InputError` and file-system errors. Other exceptions pass through.
+  The exit status is 1, or `AGAIN` if the run can be resumed as it is.
+
+  Args:
+    program: Name of the program, which begins the sentence.
   """
   try:
     yield
@@ -113,4 +129,4 @@ def in_one_sentence(program: str) -> Iterator[None]:
       raise
     name = getattr(e, 'filename', None)
     where = f' {name}' if name else ''
-    sys.exit(f'{program}: the system refuses{where}: {os.strerror(code)}.')
+    sys.exit(f'{program}: cannot read or write{where}: {os.strerror(code)}.')

@@ -1,19 +1,20 @@
-"""Optional packages, and the sentence that says how to install them."""
+"""Checks that optional packages are installed."""
 
 import importlib.util
 
 
 class MissingExtraError(ModuleNotFoundError):
-  """Says in one sentence which packages are missing and how to install them."""
+  """Reports which packages are missing and how to install them."""
 
 
 def require(needed_by: str, *packages: str, extra: str = 'train') -> None:
-  """Raises in one sentence if packages of an extra are not installed.
+  """Raises an error if packages of an extra are not installed.
 
   Args:
     needed_by: Name of the module that imports the packages.
-    *packages: Names under which they are imported.
-    extra: Name of the extra of this distribution that brings them.
+    *packages: Import names of the packages.
+    extra: Name of the extra of this distribution that installs them. Defaults
+      to 'train'.
 
   Raises:
     MissingExtraError: If a package is missing.
@@ -21,5 +22,5 @@ def require(needed_by: str, *packages: str, extra: str = 'train') -> None:
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
   if missing:
     raise MissingExtraError(
-        f'{needed_by} needs {", ".join(missing)}; to install what is missing, '
-        f"run: pip install 'mezo_jax[{extra}]'", name=missing[0])
+        f'{needed_by} needs {", ".join(missing)}; to install, run: '
+        f"pip install 'mezo_jax[{extra}]'", name=missing[0])

@@ -1,4 +1,7 @@
-"""Fingerprints of weights, rows, models and files, the same on any mesh."""
+"""Computes fingerprints of weights, rows, models and files.
+
+A fingerprint does not depend on the mesh or on the number of processes.
+"""
 
 from collections.abc import Iterable
 import dataclasses
@@ -15,14 +18,16 @@ from mezo_jax.core import sharding
 
 
 def of_weights(params: Any, but: str | None = None) -> str:
-  """Returns 32 hex digits of a tree's paths, shapes, dtypes and elements.
+  """Returns the fingerprint of a tree of arrays, as 32 hex digits.
 
-  It takes one pass over the weights, without a copy. It detects accidental
+  It covers the paths, shapes, dtypes and elements of all leaves. Computing it
+  takes one pass over the weights and no copy of them. It detects accidental
   differences, not deliberate collisions.
 
   Args:
-    params: The tree.
-    but: A regular expression of paths that do not count.
+    params: A tree of arrays.
+    but: A regular expression that is searched for in the paths; leaves whose
+      path has a match are left out. Defaults to None, for all leaves.
   """
   leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
             if but is None or not re.search(but, jax.tree_util.keystr(
@@ -33,53 +38,73 @@ def of_weights(params: Any, but: str | None = None) -> str:
 
 
 def checksum(params: Any) -> int:
-  """Returns 32 bits of `of_weights`."""
+  """Returns the first 32 bits of `of_weights(params)`, as an integer."""
   return int(of_weights(params)[:8], 16)
 
 
 def of(values: dict[str, Any]) -> str:
-  """Returns 32 hex digits of JSON values."""
+  """Returns the fingerprint of a dict of JSON values, as 32 hex digits.
+
+  The order of keys does not matter.
+  """
   return _digest([json.dumps(values, sort_keys=True)])
 
 
 def of_model(config: Any) -> dict[str, Any]:
-  """Returns what a model computes with its weights: the fields of its config as
-  JSON values, so that two of different versions can be compared."""
+  """Returns the fields of a model's config as JSON values.
+
+  They are not hashed, so that the configs of two versions of this library can
+  be compared field by field. The field `source` is left out, since it has no
+  influence on what the model computes.
+
+  Args:
+    config: A `mezo_jax.models.Config`.
+  """
   fields = dataclasses.asdict(config)
   fields.pop('source')
   return json.loads(json.dumps(fields))
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-  """Returns 32 hex digits of a tokenizer's vocabulary and special tokens."""
+  """Returns the fingerprint of a tokenizer, as 32 hex digits.
+
+  It covers the vocabulary and the special tokens.
+  """
   special = sorted((name, str(token)) for name, token in
                    tokenizer.special_tokens_map.items())
   return _digest([sorted(tokenizer.get_vocab().items()), special])
 
 
 def of_files(*paths: Path) -> str:
-  """Returns 32 hex digits of the contents of files."""
+  """Returns the fingerprint of the contents of files, as 32 hex digits."""
   return _digest(path.read_bytes() for path in paths)
 
 
 def of_leaves(tree: Any) -> str:
-  """Returns 32 hex digits of a tree's paths, shapes and dtypes."""
+  """Returns the fingerprint of a tree's structure, as 32 hex digits.
+
+  It covers the paths, shapes and dtypes of the leaves, not their elements, so
+  the leaves may be `jax.ShapeDtypeStruct`s.
+  """
   return _digest((jax.tree_util.keystr(path, simple=True), x.shape,
                   str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree))
 
 
 def of_rows(*data: Any, key: bytes = b'') -> str:
-  """Returns 32 hex digits of rows as tokens, with their right answers.
+  """Returns the fingerprint of tokenized, labelled rows, as 32 hex digits.
 
   Args:
     *data: Encoded rows, as `mezo_jax.tasks.encode` returns them.
-    key: A secret. Without it, the digits reveal nothing about the rows.
+    key: Secret key of the hash. Someone who does not know it cannot test a
+      guess about the rows against the digits. Defaults to b'', which hashes
+      without a key.
   """
   return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
                  key)
 
 
 def _digest(parts: Iterable, key: bytes = b'') -> str:
+  """Hashes the `repr` of each part and returns 32 hex digits."""
   digest = hashlib.blake2b(digest_size=16, key=key)
   for part in parts:
     digest.update(repr(part).encode())
@@ -88,6 +113,7 @@ def _digest(parts: Iterable, key: bytes = b'') -> str:
 
 @jax.jit
 def _checksums(leaves: list) -> list:
+  """Returns the checksum of each array, computed by one compiled program."""
   return [*map(_checksum, leaves)]
 
 
@@ -95,19 +121,32 @@ def _checksum(x: jax.Array) -> jax.Array:
   """Returns a uint32 checksum of the positions and values of all elements."""
   if not sharding.is_on_host(x):
     return _sum(x, 0)
-  def add(layer, total):  # one is on the device at a time
+  # An array in the host's memory may be too large for the device, so only one
+  # layer at a time is copied there.
+  def add(layer, total):
+    """Adds the checksum of one layer."""
     return total + _sum(sharding.fetched(
         jax.lax.dynamic_slice_in_dim(x, layer, 1)), layer)
   return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
 
 
 def _sum(x: jax.Array, first) -> jax.Array:
-  """Returns the checksum of rows, of which the first has number ``first``."""
+  """Returns the checksum of a block of an array along its first axis.
+
+  Each element is hashed with its position, and the hashes are added modulo
+  2**32. That sum is exact in any order, so the checksum depends neither on how
+  the array is sharded nor on the blocks in which it is read.
+
+  Args:
+    x: The block.
+    first: Index in the whole array of the block's first row.
+  """
   if x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4):
     x = x.astype(jnp.int8)
   word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-  for axis in range(words.ndim):  # one more for dtypes of 64 bits
+  # The bitcast of a 64-bit dtype adds an axis of length 2, which is included.
+  for axis in range(words.ndim):
     at = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     if axis == 0:
       at = at + jnp.asarray(first).astype(jnp.uint32)

@@ -1,8 +1,8 @@
-"""Reads what JAX keeps private, or changes between supported versions.
+"""Wraps the parts of JAX that are private or differ between versions.
 
-JAX 0.10 and later are supported. Whatever has no public name, or has a
-different form in some of these versions, is read in this module and nowhere
-else, so that a new version of JAX needs changes in one place.
+JAX 0.10 and later are supported. Anything that has no public name, or whose
+form differs between these versions, is used in this module and nowhere else. So
+a new version of JAX requires changes in one place only.
 """
 
 from typing import Any
@@ -19,17 +19,19 @@ import jax.typing
 # chooses the axes itself.
 ROWS_HAVE_AXES = jax.__version_info__[:2] != (0, 11)
 
-# What `multihost_utils.live_devices` raises where a process died. JAX 0.10.0
-# has no error of its own for that.
+# The exception that `multihost_utils.live_devices` raises when a process has
+# died. JAX 0.10.0 has no exception type of its own for that and raises
+# ValueError.
 PROCESS_DIED = getattr(multihost_utils, 'ProcessFailureError', ValueError)
 
 
 def scan_starts(params: dict[str, Any]) -> tuple[int, int]:
-  """Returns where the carry and ``xs`` begin among a scan's operands.
+  """Returns the positions of a scan's first carry and first ``xs`` operand.
 
   Args:
-    params: Parameters of a scan equation. JAX 0.10 stores two counts; JAX 0.11
-      stores the three flat trees of operands instead.
+    params: Parameters of a scan equation. JAX 0.10 stores the number of
+      constants and of carries; JAX 0.11 stores the flat trees of constants,
+      carries and ``xs`` instead.
   """
   if 'ft_in' in params:
     consts, carry, _ = map(len, params['ft_in'].unpack())
@@ -41,21 +43,28 @@ def scan_starts(params: dict[str, Any]) -> tuple[int, int]:
 def context_of(eqn: core.JaxprEqn) -> Any:
   """Returns a context manager that restores the context of an equation.
 
-  The mesh in context may change within a program: `jax.sharding.auto_axes` and
-  `.at[...].get(out_sharding=...)` make Explicit axes Auto for a while.
+  It is needed because the mesh in context may change within a program:
+  `jax.sharding.auto_axes` and `.at[...].get(out_sharding=...)` make Explicit
+  axes Auto for a part of it.
+
+  Args:
+    eqn: An equation of a jaxpr.
   """
   return eqn.ctx.manager
 
 
 def manual_axis_type(x: jax.typing.ArrayLike) -> Any:
-  """Returns over which axes of `jax.shard_map` a value varies; hashable."""
+  """Returns the axes of `jax.shard_map` over which a value varies.
+
+  The result is hashable and is only compared for equality.
+  """
   return jax.typeof(x).mat
 
 
 def distributed_state() -> Any:
-  """Returns what `jax.distributed.initialize` has set up in this process.
+  """Returns the state that `jax.distributed.initialize` set up in this process.
 
-  JAX publishes only whether it was called. The attributes used are `client`
-  and `coordinator_address`.
+  The public API tells only whether it was called. This library uses the
+  attributes `client` and `coordinator_address`.
   """
   return distributed.global_state

@@ -1,8 +1,8 @@
-"""Paths of leaves, layers in them, and masks and groups that refer to them.
+"""Names the leaves of parameter trees, and resolves masks and groups.
 
-A *mask* chooses leaves of a parameter tree; *groups* ``{regular expression:
-value}`` give each leaf the value of the first expression that is found in its
-path.
+A leaf is identified by its path, such as ``'layers/attn/q/kernel'``. A *mask*
+selects leaves of a tree. *Groups* ``{regular expression: value}`` assign to
+each leaf the value of the first expression that is found in its path.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,19 +20,27 @@ import numpy as np
 from mezo_jax.core import arguments
 from mezo_jax.core.quantized import is_codes
 
+# The name of a component that holds layers, with an optional layer number.
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
+# A plural name suggests that all layers are stored in one array.
 _PLURAL = re.compile(r'(?i).*(layers|blocks)')
+# Leaves whose names tell how many axes they have in a single layer.
 _MATRIX = re.compile(r'(?i)(.*/)?(kernel|embedding|weight)')
 _BIAS = re.compile(r'(?i)(.*/)?(bias|b)')
+# Biases and norms, to which weight decay is not applied.
 _NOT_DECAYED = re.compile(
     r'(?i)(^|/)(bias|b|scale|beta|gamma|\w*norm\w*|ln(_?\w+)?)(/|$)')
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  """Returns leaves with their paths, such as ``'layers/attn/q/kernel'``.
+  """Returns pairs (path, leaf), with paths such as ``'layers/attn/q/kernel'``.
 
-  Paths of Linen and NNX are alike: an NNX Variable is one leaf with its own
-  name. `Codes` are one leaf, too.
+  The paths are the same for Linen and NNX models: an NNX Variable is one leaf,
+  and the path does not contain the name of its value. `QuantizedArray` are one leaf,
+  too.
+
+  Args:
+    tree: A tree of arrays, shapes, NNX Variables or `QuantizedArray`.
 
   Raises:
     ValueError: If two leaves have the same path.
@@ -49,7 +57,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
           for k in (*path, *more))
       if name in out:
         raise ValueError(
-            f'two parameters have the path {name!r}, and would draw the same '
+            f'two parameters have the path {name!r} and would draw the same '
             'noise; rename one of them.')
       out[name] = leaf
   return [*out.items()]
@@ -72,7 +80,13 @@ def structure(tree: Any) -> Any:
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """Maps ``fn(path, leaf, *others)`` over trees of one structure."""
+  """Maps ``fn(path, leaf, *others)`` over trees of the same structure.
+
+  Args:
+    fn: Function of a leaf's path, the leaf, and the leaves of ``rest``.
+    tree: A tree of arrays and `QuantizedArray`.
+    *rest: Trees that have the structure of ``tree`` as a prefix.
+  """
   flat = [structure(tree).flatten_up_to(t) for t in rest]
   return jax.tree.unflatten(structure(tree), [
       fn(path, leaf, *others)
@@ -81,19 +95,23 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def locate(path: str, stacked: bool | None = None
            ) -> tuple[str, int | None, bool]:
-  """Splits a path into (path without layer number, layer, stacked?).
+  """Finds the layer that a leaf belongs to, from its path.
 
-  The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h`` marks
-  layers. A number in it or after it (``layers_3``, ``layers/3``) is that of the
-  layer. Without a number, the first axis may be that of layers; see `stacked`.
-  So ``layers/3/q/kernel`` of shape [a, b] is row 3 of ``layers/q/kernel`` of
-  shape [L, a, b]. A leaf with any other path is one block.
+  The first component named ``[...]layer[s]``, ``[...]block[s]`` or ``h`` is
+  taken as the one that holds layers. A number in it or after it (``layers_3``,
+  ``layers/3``) is the number of the layer. Without a number, the leaf may be a
+  stack whose first axis is the layer axis; see `stacked`. So
+  ``layers/3/q/kernel`` of shape [a, b] corresponds to row 3 of
+  ``layers/q/kernel`` of shape [L, a, b], and both draw the same noise.
 
   Args:
     path: Path of a leaf.
-    stacked: Whether the leaf is known to be a stack of layers. Components
-      without a number decide nothing if it is known not to be. Defaults to
-      None, which believes the name.
+    stacked: Whether the leaf is a stack of layers. If False, components without
+      a number are ignored. Defaults to None, which trusts the name.
+
+  Returns:
+    The path without the layer number, the layer (None if the path has no
+    number), and whether the leaf is a stack of layers.
   """
   parts = path.split('/')
   for i, part in enumerate(parts[:-1]):
@@ -111,8 +129,14 @@ def locate(path: str, stacked: bool | None = None
 
 
 def layer_of(path: str) -> tuple[str, int | None]:
-  """Returns the path of the layers that a leaf belongs to, and its layer. For a
-  leaf outside of layers, returns the first component of its path and None."""
+  """Returns the path of the layers that a leaf belongs to, and its layer.
+
+  The layer of a stack is None. For a leaf outside of layers, returns the first
+  component of its path and None.
+
+  Args:
+    path: Path of a leaf.
+  """
   name, layer, is_stack = locate(path)
   parts = name.split('/')
   if layer is None and not is_stack:
@@ -122,14 +146,18 @@ def layer_of(path: str) -> tuple[str, int | None]:
 
 
 def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
-  """Checks that no two leaves have the same key.
+  """Checks that no two leaves draw their noise from the same key.
+
+  A key is derived from the CRC-32 of the path without the layer number, and
+  from the layer.
 
   Args:
-    leaves: (path, number of layers) of each leaf; None if it is not a stack.
+    leaves: Pairs (path, number of layers), one for each leaf. The number is
+      None for a leaf that is not a stack.
 
   Raises:
-    ValueError: If two leaves have the same key: the hashes of their names are
-      equal, or one is a layer that the other, a stack, has too.
+    ValueError: If two leaves have the same key, because the hashes of their
+      paths are equal or because a stack contains the layer of the other leaf.
   """
   seen = {}
   for path, depth in leaves:
@@ -139,22 +167,24 @@ def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
       other = seen.setdefault((name, number), path)
       if other != path:
         raise ValueError(
-            f'Parameters {other!r} and {path!r} would draw the same noise '
-            '(their names hash alike, or both have the same layer); rename '
-            'one of them.')
+            f'parameters {other!r} and {path!r} would draw the same noise '
+            '(their paths have the same hash, or both contain the same layer); '
+            'rename one of them.')
 
 
 def stacked(params: Any, how: Any = None) -> list[bool]:
   """Returns which leaves are stacks of layers along their first axis.
 
-  Each layer of a stack has a key of its own.
+  Each layer of a stack draws its noise from its own key.
 
   Args:
-    params: The parameters.
-    how: A mask that says which leaves are stacks. Defaults to None, which
-      guesses: the names of layers are a first sign (see `locate`), and the
-      shapes under that name must be a second one (see `_is_stack`). What was
-      guessed is logged once, for each tree.
+    params: The parameters, a tree of arrays or shapes.
+    how: A mask of the leaves that are stacks, as for `selected`. Defaults to
+      None, which guesses from names (see `locate`) and from the shapes below
+      these names (see `_is_stack`). The guess is logged once per tree.
+
+  Returns:
+    A list of bools in the order of `named_leaves`.
   """
   found = named_leaves(params)
   if how is None:
@@ -166,8 +196,8 @@ def stacked(params: Any, how: Any = None) -> list[bool]:
 
 
 def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
-  """Returns which leaves are stacks, by names and shapes."""
-  parts = {}  # the leaves below each component that is called layers
+  """Guesses from names and shapes which leaves are stacks of layers."""
+  parts = {}  # leaves below each component that is named like layers
   for path, x in found:
     for part in _named_layers(path):
       parts.setdefault(part, []).append((path.removeprefix(part + '/'), x))
@@ -177,15 +207,19 @@ def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
                  for s in (True, False)))
   out = []
   for path, _ in found:
-    # A number further up decides first: see `locate`.
+    # `_named_layers` stops at a layer with a number, which takes precedence
+    # over what is below it, as in `locate`.
     stack = any(is_stack[part] for part in _named_layers(path))
     out.append(stack)
   return out
 
 
 def _named_layers(path: str) -> list[str]:
-  """Returns the beginnings of a path, up to the first layer with a number,
-  that end in a name of layers without one."""
+  """Returns the prefixes of a path that may be stacks of layers.
+
+  These end in a name of layers without a number. The search ends at the first
+  layer with a number.
+  """
   parts, found = path.split('/'), []
   for i, part in enumerate(parts[:-1]):
     match = _LAYERS.fullmatch(part)
@@ -197,19 +231,20 @@ def _named_layers(path: str) -> list[str]:
 
 
 def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
-  """Returns whether shapes agree that a part of the tree is stacked layers.
+  """Returns whether the shapes below a path are those of stacked layers.
 
-  All must have the same first length, and one of them must have more axes than
-  in a single layer: three or more, or two if it has a name of biases and norms.
-  If all have one axis, or all two, with names that do not tell how many axes a
-  layer has, a plural (``layers``) decides. A kernel with two axes, or a bias
-  with one, belongs to one layer.
+  All leaves must have the same length along the first axis, and one leaf must
+  have more axes than in a single layer: three or more, or two if its name is
+  that of a bias or norm. A kernel with two axes, or a bias with one, shows that
+  the part is a single layer. If all leaves have one axis, or all have two, and
+  their names do not tell how many axes they have in a layer, then the part is a
+  stack if its name is a plural (``layers``).
 
   Args:
     part: The path of the part of the tree.
-    leaves: The leaves below it, with their paths within it.
+    leaves: The leaves below it, with their paths relative to it.
   """
-  # Scalars and leaves that cannot be trained (counters, keys) do not count.
+  # Scalars and leaves that cannot be trained (counters, keys) are ignored.
   shapes = [(path, shape_of(x)) for path, x in leaves
             if len(shape_of(x)) and (is_codes(x) or is_floating(x))]
   if not shapes or len({shape[0] for _, shape in shapes}) > 1:
@@ -227,13 +262,21 @@ def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
 
 
 def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
-  """Returns whether a leaf of this name has too few axes to be a stack."""
+  """Returns whether a leaf of this name has too few axes to be a stack.
+
+  Args:
+    path: Path of the leaf.
+    shape: Shape of the leaf.
+    others: Pairs (path, shape) of all leaves in the same part of the tree.
+  """
   if path.split('/')[-1] == 'kernel':
     return len(shape) < 3
   if not _BIAS.fullmatch(path):
     return False
-  # The bias of a convolution may be [out, 1, 1]: not a number for each layer,
-  # unless the layer has an output of length 1.
+  # A bias whose further axes all have length 1 is ambiguous. It may be the bias
+  # of a single convolution, [out, 1, 1], or a stack [layers, 1] for layers with
+  # one output. It is a stack only if another leaf of the same module has an
+  # axis of length 1 too, which would be that output.
   above = path.rpartition('/')[0]
   one_output = any(1 in other[1:] for name, other in others
                    if name != path and name.rpartition('/')[0] == above)
@@ -243,27 +286,30 @@ def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _log_guess(stacks: tuple[str, ...], others: tuple[str, ...]) -> None:
+  """Logs which parts of a tree are taken as stacks; cached to log it once."""
   logging.getLogger(__name__).info(
-      'guessed from names and shapes: stacked layers are below %s; not stacked '
-      'in spite of their names are %s. Pass stacked= to directions to say '
-      'otherwise.', list(stacks), list(others))
+      'guessed from names and shapes: layers are stacked below %s and, despite '
+      'their names, not below %s. Pass stacked= to the directions to override '
+      'this.', list(stacks), list(others))
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
+  """Returns the shape of a leaf; for `QuantizedArray`, that of the weight."""
   return x.shape if is_codes(x) else jnp.shape(x)
 
 
 def decayed(params: Any, how: Any = None) -> Any:
-  """Returns which leaves weight decay is for, as a tree of bools.
+  """Returns a tree of bools: True for leaves that weight decay applies to.
 
-  These are matrices (of each layer), not biases and norms. A leaf is taken for
-  a stack as `stacked` does, or if its shapes alone say so: a part of the tree
-  is stacked if all of its leaves begin with the same length, and one of them
-  has three axes or more.
+  These are the leaves that have two axes or more in each layer and are not
+  named like biases or norms.
 
   Args:
-    params: The parameters.
-    how: A mask that says which are stacked. Defaults to None, which guesses.
+    params: The parameters, a tree of arrays or shapes.
+    how: A mask of the leaves that are stacks of layers, as for `selected`.
+      Defaults to None. Then a leaf is a stack if `stacked` guesses so, or if
+      shapes alone suggest it: all leaves of a part of the tree have the same
+      length along the first axis, and one of them has three axes or more.
   """
   found = named_leaves(params)
   if how is None:
@@ -271,6 +317,7 @@ def decayed(params: Any, how: Any = None) -> Any:
         stacked(params), _seem_stacked(found))]
   else:
     is_stack = [*map(bool, resolved(params, how, 'stacked'))]
+  # The layer axis of a stack does not count.
   return jax.tree.unflatten(structure(params), [
       len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
       and not _NOT_DECAYED.search(path)
@@ -278,8 +325,8 @@ def decayed(params: Any, how: Any = None) -> Any:
 
 
 def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
-  """Returns which leaves are in parts of the tree whose shapes look stacked."""
-  parts = {}  # the leaves of each part of the tree, by its path
+  """Returns which leaves are in a part of a tree whose shapes look stacked."""
+  parts = {}  # leaves of each part of the tree, by the path of the part
   above = lambda path: [
       '', *(path[:i + 1] for i, c in enumerate(path) if c == '/')]
   for path, x in found:
@@ -287,6 +334,7 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
       parts.setdefault(part, []).append((path, shape_of(x)))
 
   def looks_stacked(leaves):
+    """Returns whether the shapes of a part of the tree look stacked."""
     shapes = [shape for _, shape in leaves]
     return (all(shapes) and len({shape[0] for shape in shapes}) == 1
             and max(map(len, shapes)) >= 3
@@ -306,17 +354,20 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
   An array of bools in place of a bool selects elements of its leaf.
 
   Args:
-    params: The parameters.
-    mask: None (every leaf that can be trained), a tree or prefix tree of bools
-      (or, for elements, bool arrays of the leaves' shapes), a function from
-      params to one, or a regular expression that is searched for in the paths
-      (``'attn/(q|v)/'``). True means trained.
-    takes: Returns whether a leaf can be trained. Defaults to None, for leaves
-      of floating point.
+    params: The parameters, a tree of arrays and `QuantizedArray`.
+    mask: The leaves to train: a tree or prefix tree of bools, in which a bool
+      array of a leaf's shape selects elements; a function that maps ``params``
+      to such a tree; or a regular expression that is searched for in the paths
+      (``'attn/(q|v)/'``). None selects every leaf that can be trained.
+    takes: Function that returns whether a leaf can be trained. Defaults to
+      None, which accepts floating-point leaves.
     stacks: A mask of the leaves that are stacks of layers, as for `stacked`.
+      Defaults to None, which guesses.
 
   Raises:
-    ValueError: If a mask selects nothing or does not fit the tree.
+    ValueError: If the mask does not fit the tree or selects nothing, if a
+      selected leaf is complex or has a floating-point dtype of less than 16
+      bits, or if two selected leaves would draw the same noise.
   """
   chosen, takes = resolved(params, mask), takes or is_floating
   found = named_leaves(params)
@@ -327,9 +378,9 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
     if c is not False and not is_codes(x) and jnp.issubdtype(
         jnp.result_type(x), jnp.complexfloating):
       raise ValueError(
-          f'parameter {path!r} is {jnp.result_type(x)}, and directions are '
-          'real: leave it out with mask=..., or train its real and imaginary '
-          'parts.')
+          f'parameter {path!r} is {jnp.result_type(x)}, but directions are '
+          'real; exclude it with mask=..., or train its real and imaginary '
+          'parts as two parameters.')
   chosen = [takes(x) and c for (_, x), c in zip(found, chosen)]
   if found and not any(c is not False for c in chosen):
     shown = ', '.join(path for path, _ in found[:5])
@@ -340,8 +391,8 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
     if c is not False and not is_codes(x) and is_floating(x) and (
         jnp.result_type(x).itemsize < 2):
       raise ValueError(
-          f'parameter {path!r} is {x.dtype}, too coarse to be perturbed: leave '
-          'it out with mask=... .')
+          f'parameter {path!r} is {x.dtype}, which is too coarse to be '
+          'perturbed; exclude it with mask=... .')
   check_paths([
       (path, shape_of(x)[0] if is_stack else None)
       for (path, x), c, is_stack in zip(
@@ -350,7 +401,7 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
 
 
 def _is_array(x) -> bool:
-  """Returns whether a leaf is an array, its shape, or a number."""
+  """Returns whether a leaf is an array, a shape with a dtype, or a number."""
   try:
     return hasattr(x, 'dtype') or bool(jnp.result_type(x))
   except (TypeError, ValueError):
@@ -358,20 +409,24 @@ def _is_array(x) -> bool:
 
 
 def is_floating(x: Any) -> bool:
+  """Returns whether a leaf has a real floating-point dtype."""
   dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
   return jnp.issubdtype(dtype, jnp.floating)
 
 
 def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
-  """Returns the mask of each leaf: True, False or an array of bools.
+  """Returns a mask as a list with True, False or a bool array for each leaf.
 
   Args:
-    params: The parameters.
-    mask: As for `selected`.
-    name: The argument's name, for the error.
+    params: The parameters, a tree of arrays or shapes and `QuantizedArray`.
+    mask: A mask in any of the forms that `selected` accepts.
+    name: Name of the argument, for the error. Defaults to 'mask'.
+
+  Returns:
+    A list in the order of `named_leaves`.
 
   Raises:
-    ValueError: if it does not fit the tree, or is not a mask.
+    ValueError: If the mask does not fit the tree, or is not a mask.
   """
   if mask is None or isinstance(mask, bool):
     return [mask is not False] * len(named_leaves(params))
@@ -382,11 +437,12 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   out = []
 
   def of_leaf(m, x):
+    """Checks the mask of one leaf and appends it to the result."""
     if not isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array)):
       raise ValueError(f'{m!r} is not a bool or an array of bools')
     if jnp.ndim(m) and jnp.shape(m) != shape_of(x):
-      raise ValueError(f'a mask of elements has the shape {jnp.shape(m)} and '
-                       f'its parameter {shape_of(x)}')
+      raise ValueError(f'an array of bools has the shape {jnp.shape(m)}, but '
+                       f'its parameter has the shape {shape_of(x)}')
     out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
 
   try:
@@ -399,25 +455,34 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
 
 
 def matches(params: Any, pattern: str) -> Any:
-  """Returns a tree of bools: whether an expression is found in each path."""
+  """Returns a tree of bools: True for leaves whose path contains a match.
+
+  Args:
+    params: A tree of arrays and `QuantizedArray`.
+    pattern: A regular expression that is searched for in the paths.
+  """
   return map_named(
       lambda path, _: bool(re.search(pattern, path)), params)
 
 
 def group_of(path: str, groups: Mapping[str, Any]) -> str:
-  """Returns the first regular expression of ``groups`` found in a path.
+  """Returns the first key of ``groups`` that is found in a path.
+
+  Args:
+    path: Path of a leaf.
+    groups: A mapping whose keys are regular expressions.
 
   Raises:
-    ValueError: If none is found.
+    ValueError: If no expression is found.
   """
   for pattern in groups:
     if re.search(pattern, path):
       return pattern
   raise ValueError(
-      f'parameter {path} is in none of the groups {", ".join(groups)}; end '
-      "them with '' for all others.")
+      f'parameter {path} matches none of the groups {", ".join(groups)}; add '
+      "the group '' at the end for all other parameters.")
 
 
 def groups_of(params: Any, groups: Mapping[str, Any]) -> Any:
-  """Returns a tree with the group of each leaf of ``params``."""
+  """Returns a tree with the key of each leaf's group; see `group_of`."""
   return map_named(lambda path, _: group_of(path, groups), params)

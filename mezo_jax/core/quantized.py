@@ -1,12 +1,13 @@
-r"""Quantised weights: integers with a scale for each group of them.
+r"""Represents quantised weights: integers with a scale per group of elements.
 
 .. math:: w = s\,q + o, \qquad q \in \{-127, \dots, 127\},
           \{-8, \dots, 7\} \text{ or } \{0, \dots, 15\}
 
-`Codes` take the place of a weight in a tree of parameters. They should not be
-built whole: `mezo_jax.perturbed` and `mezo_jax.dequantized` take views of them
-(a layer, rows of an embedding, a transpose) and dequantise a weight where it is
-consumed. Training moves q by integers and changes nothing else.
+A `QuantizedArray` object replaces a weight in a tree of parameters. Training does not
+dequantise the whole weight: `mezo_jax.perturbed` and `mezo_jax.dequantized`
+take views of the `QuantizedArray` (a layer, rows of an embedding, a transpose) and
+dequantise a weight where an operation consumes it. Training adds integers to q
+and leaves s and o unchanged.
 """
 
 import dataclasses
@@ -22,9 +23,11 @@ from mezo_jax.core import arguments, views
 if TYPE_CHECKING:  # in typing from Python 3.13 on
   from typing_extensions import TypeIs
 
-QUANTISED = ('int8', 'int4', 'codes')  # names of quantised dtypes of a model
-GROUP = 32  # weights that share a scale, as GGUF has it
-FACTORS = 'factors'  # name of parameters by which scales are multiplied
+# Values of `model.dtype` in a config for which weights are quantised.
+QUANTISED = ('int8', 'int4', 'codes')
+GROUP = 32  # number of weights that share a scale, as in GGUF
+# Name of trained parameters by which the scales of a weight are multiplied.
+FACTORS = 'factors'
 
 
 @functools.partial(
@@ -32,19 +35,24 @@ FACTORS = 'factors'  # name of parameters by which scales are multiplied
     data_fields=('codes', 'scales', 'offsets'),
     meta_fields=('bits', 'packed', 'dtype'))
 @dataclasses.dataclass(frozen=True)
-class Codes:
-  r"""A quantised weight :math:`s q + o`, with s and o per group of elements.
+class QuantizedArray:
+  r"""Holds a quantised weight :math:`w = s q + o`.
+
+  It has the interface of an array as far as models need it: shape, indexing by
+  rows, `astype`, and multiplication by a number, which dequantise.
 
   Attributes:
-    codes: The integers: int8 of the weight's shape; with 4 bits, uint8 with two
-      neighbours along one axis in a byte, the first in its low half.
-    scales: s, floats. Along each axis there are as many as there are groups: 1
-      if all elements share one, or a divisor of the weight's length.
-    offsets: o, as ``scales``, or None. Integers of 4 bits are 0 to 15 with
-      offsets, and -8 to 7 without.
-    bits: 8 or 4.
+    codes: The integers q. With 8 bits, int8 in the weight's shape. With 4 bits,
+      uint8 with two neighbouring elements along one axis in each byte, the
+      first in the low half.
+    scales: The scales s, floats. The length of each axis is the number of
+      groups along it: 1 if all elements share a scale, or another divisor of
+      the weight's length.
+    offsets: The offsets o, in the shape of ``scales``, or None for none. With 4
+      bits, q ranges from 0 to 15 with offsets and from -8 to 7 without.
+    bits: Number of bits of an integer, 8 or 4.
     packed: The axis, counted from the end, along which two integers share a
-      byte; None if none do.
+      byte. None if each integer has a byte of its own.
     dtype: Name of the dtype that the weight is dequantised to.
   """
 
@@ -57,6 +65,7 @@ class Codes:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Returns the shape of the weight."""
     shape = [*self.codes.shape]
     if self.packed is not None:
       shape[self.packed] *= 2
@@ -64,41 +73,56 @@ class Codes:
 
   @property
   def ndim(self) -> int:
+    """Returns the number of axes of the weight."""
     return len(self.shape)
 
   @property
   def size(self) -> int:
+    """Returns the number of elements of the weight."""
     return int(np.prod(self.shape))
 
   @property
   def nbytes(self) -> int:
+    """Returns the number of bytes that integers, scales and offsets take."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
   def __len__(self) -> int:
+    """Returns the length of the first axis."""
     return self.shape[0]
 
-  def __mul__(self, factor: Any) -> jax.Array:  # weight decay
+  def __mul__(self, factor: Any) -> jax.Array:
+    """Returns the dequantised weight times a factor, as weight decay needs."""
     return factor * self.astype(jnp.float32)
 
   def __rmul__(self, factor: Any) -> jax.Array:
+    """Returns the same as ``self * factor``."""
     return self * factor
 
   def __getitem__(self, rows: Any) -> jax.Array:
+    """Returns dequantised rows along the first axis, as an embedding lookup.
+
+    Args:
+      rows: Integers of any shape; negative ones count from the end.
+
+    Raises:
+      IndexError: If two rows share a byte.
+    """
     rows = jnp.asarray(rows)
     rows = jnp.where(rows < 0, rows + len(self), rows)
     view = self.viewed(views.Take(0, rows))
     if view is None:
       raise IndexError(
-          'rows of a weight of which two share a byte cannot be selected: '
-          'quantise it along another axis.')
+          'cannot select rows of this 4-bit weight, because two rows share a '
+          'byte; quantise it along another axis.')
     return view.astype(self.dtype)
 
-  # --- what it stands for ---
+  # --- values and updates ---
 
   def integers(self) -> jax.Array:
-    """Returns q, int32 of the weight's shape."""
+    """Returns the integers q, unpacked, as int32 in the weight's shape."""
     if self.packed is None:
       return self._signed(self.codes)
+    # A new axis of length 2 holds the low and the high half of each byte.
     axis = self.codes.ndim + self.packed
     shifts = np.array([0, 4], np.uint8).reshape(
         (2,) + (1,) * (self.codes.ndim - axis - 1))
@@ -106,75 +130,115 @@ class Codes:
     return self._signed(halves.reshape(self.shape))
 
   def _signed(self, q: jax.Array) -> jax.Array:
+    """Returns stored integers as int32, with the sign of 4-bit ones."""
     q = q.astype(jnp.int32)
+    # `(q ^ 8) - 8` extends the sign bit of a 4-bit two's complement number.
     return (q ^ 8) - 8 if self.bits == 4 and self.offsets is None else q
 
   def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns the dequantised weight, computed in float32, in this dtype."""
     return self.at(self.integers()).astype(dtype)
 
   def at(self, q: jax.Array) -> jax.Array:
-    """Returns float32 weights for other integers q."""
+    """Returns the float32 weight with other integers in the place of q.
+
+    Args:
+      q: Integers in the weight's shape.
+    """
     w = q.astype(jnp.float32) * self._each(self.scales)
     return w if self.offsets is None else w + self._each(self.offsets)
 
-  def rescaled(self, factors: jax.Array) -> 'Codes':
-    """Returns the weight with scales multiplied by factors, in float32."""
+  def rescaled(self, factors: jax.Array) -> 'QuantizedArray':
+    """Returns the weight with its scales multiplied by factors, in float32.
+
+    Args:
+      factors: Floats in the shape of ``scales``.
+    """
     return dataclasses.replace(
         self, scales=self.scales.astype(jnp.float32) * factors)
 
   def steps(self, change: jax.Array, bits: jax.Array | None) -> jax.Array:
-    r"""Returns a change of the weights in steps of the grid, int32.
+    r"""Returns a change of the weight as integers to add to q, int32.
 
     Args:
-      change: A change of the weights, float32.
-      bits: Uniform uint32 words for stochastic rounding, after which
-        :math:`E[s\,\text{steps}]` is the change, and -change gives -steps.
-        None to round to nearest.
+      change: The change of the weight, float32 in its shape.
+      bits: Uniform uint32 words in the same shape, for stochastic rounding.
+        Then :math:`E[s\,\text{steps}]` equals the change, and the opposite
+        change with the same words gives the opposite steps. None rounds to
+        nearest.
     """
     scale = self._each(self.scales)
     x = jnp.where(scale == 0, 0.0, change / jnp.where(scale == 0, 1.0, scale))
+    # The magnitude is rounded down after adding 1/2 (to nearest) or a uniform
+    # number in [0, 1) (stochastically); the sign is restored afterwards.
     up = np.float32(0.5) if bits is None else (
         (bits >> 8).astype(jnp.float32) * np.float32(2**-24))
-    most = np.float32(2**self.bits)  # no two integers are farther apart
+    # No two integers of the range are farther apart than this. Larger steps
+    # would not change the result and could overflow int32.
+    most = np.float32(2**self.bits)
     far = jnp.minimum(jnp.floor(jnp.abs(x) + up), most)
     return (jnp.sign(x) * far).astype(jnp.int32)
 
-  def moved_by(self, steps: jax.Array) -> 'Codes':
-    """Returns the update that moves each integer by a number of steps, within
-    its range. The update is to be added."""
+  def moved_by(self, steps: jax.Array) -> 'QuantizedArray':
+    """Returns the update that adds steps to q, clipped to the range of q.
+
+    The update is applied as in optax: by adding its arrays to those of the
+    weight.
+
+    Args:
+      steps: Integers in the weight's shape.
+    """
     low, high = {(8, False): (-127, 127), (8, True): (-127, 127),
                  (4, False): (-8, 7), (4, True): (0, 15)}[
                      self.bits, self.offsets is not None]
     moved = lambda q, steps: jnp.clip(self._signed(q) + steps, low, high)
     if self.packed is None:
       new = moved(self.codes, steps).astype(jnp.int8)
-    else:  # byte by byte, and so in place
+    else:
+      # Both halves of a byte are computed separately and joined, without
+      # unpacking the whole weight, so that XLA can update it in place.
       axis = steps.ndim + self.packed
       low_half, high_half = (
           moved(q, jax.lax.slice_in_dim(steps, i, None, 2, axis)) & 15
           for i, q in enumerate((self.codes & np.uint8(15), self.codes >> 4)))
       new = (low_half | high_half << 4).astype(jnp.uint8)
-    return self.still(new - self.codes)  # modulo 256, as the sum will be
+    # The difference of bytes may wrap around modulo 256. So does the sum when
+    # the update is added, which gives exactly `new`.
+    return self.still(new - self.codes)
 
-  def still(self, codes: jax.Array | None = None) -> 'Codes':
-    """Returns an update that changes only ``codes``."""
+  def still(self, codes: jax.Array | None = None) -> 'QuantizedArray':
+    """Returns an update that leaves scales and offsets unchanged.
+
+    Args:
+      codes: What to add to ``self.codes``. Defaults to None, for zeros.
+    """
     out = jax.tree.map(jnp.zeros_like, self)
     return out if codes is None else dataclasses.replace(out, codes=codes)
 
   def _each(self, x: jax.Array) -> jax.Array:
+    """Returns scales or offsets as float32 with an entry for each element."""
     return views.each(x.astype(jnp.float32), self.shape)
 
   # --- views ---
 
-  def viewed(self, view: views.View) -> 'Codes | None':
-    """Returns a view of the weight, or None if it cannot be one: if it would
-    divide a byte, or by a reshape the elements that share a scale."""
+  def viewed(self, view: views.View) -> 'QuantizedArray | None':
+    """Returns a view of the weight as `QuantizedArray`, without dequantising it.
+
+    Args:
+      view: The view; see `mezo_jax.core.views`.
+
+    Returns:
+      The view, or None if it would separate two integers that share a byte, or
+      if a reshape would separate elements that share a scale.
+    """
     shape, others = self.shape, (self.scales, self.offsets)
     if view.cuts(shape, self.codes.shape) or (
         isinstance(view, views.Reshape)
         and view.cuts(shape, self.scales.shape)):
       return None
-    if isinstance(view, views.Keep):  # what a lookup finds elsewhere is NaN
+    if isinstance(view, views.Keep):
+      # A lookup out of bounds gives NaN. Integers cannot be NaN, but the scale
+      # by which they are multiplied can.
       scales = jnp.where(view.there, self.scales, jnp.nan)
       return dataclasses.replace(
           self, scales=scales.astype(self.scales.dtype))
@@ -187,32 +251,48 @@ class Codes:
         packed=packed[0] if packed else None)
 
 
-def is_codes(x: Any) -> 'TypeIs[Codes]':
+def is_codes(x: Any) -> 'TypeIs[QuantizedArray]':
   """Returns whether a leaf is a quantised weight."""
-  return isinstance(x, Codes)
+  return isinstance(x, QuantizedArray)
 
 
 def pack(q: Any, axis: int) -> Any:
-  """Returns uint8 with two neighbours along an axis (counted from the end) in
-  each byte."""
+  """Returns uint8 with two neighbours along an axis in each byte.
+
+  Args:
+    q: Integers of 4 bits, signed or unsigned. The first of two neighbours is
+      stored in the low half.
+    axis: The axis, counted from the end (negative). Its length is even.
+  """
   axis += q.ndim
   pairs = (q & 15).astype(np.uint8).reshape(
       *q.shape[:axis], q.shape[axis] // 2, 2, *q.shape[axis + 1:])
   shifts = np.array([1, 16], np.uint8).reshape(
       (2,) + (1,) * (q.ndim - axis - 1))
-  return (pairs * shifts).sum(axis + 1, dtype=np.uint8)  # one pass over q
+  # The halves do not overlap, so the sum joins them, in one pass over q.
+  return (pairs * shifts).sum(axis + 1, dtype=np.uint8)
 
 
-# --- to codes and back ------------------------------------------------------
+# --- quantise and dequantise ------------------------------------------------
 
 
 def quantized(w: np.ndarray, bits: int, axis: int
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """Returns q, scales and offsets of a block in the host's memory.
+  """Quantises a block of a weight in the host's memory.
 
-  There is a float16 scale for each `GROUP` along an axis, or one for the whole
-  axis if `GROUP` does not divide it. Integers of 8 bits are symmetric; 4 bits
-  span the range from the least to the greatest weight.
+  There is one float16 scale for each `GROUP` of elements along an axis, or one
+  for the whole axis if `GROUP` does not divide its length. Quantisation with 8
+  bits is symmetric about zero. With 4 bits it spans the range from the smallest
+  to the largest weight of a group, with a float16 offset.
+
+  Args:
+    w: Floats.
+    bits: 8 or 4.
+    axis: The axis along which elements are grouped, 0 or more.
+
+  Returns:
+    The integers (int8 in the shape of ``w``), the scales, and the offsets (None
+    with 8 bits).
   """
   n = w.shape[axis]
   run = GROUP if n % GROUP == 0 else n
@@ -233,19 +313,26 @@ def quantized(w: np.ndarray, bits: int, axis: int
   return q.astype(np.int8).reshape(w.shape), scale, offset
 
 
-def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
-  """Returns a weight as `Codes`, with a scale for each 32 along an axis, or one
-  for the whole axis if 32 does not divide it.
+def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
+  """Quantises a weight.
+
+  There is one scale for each 32 elements along an axis, or one for the whole
+  axis if 32 does not divide its length.
 
   Args:
-    w: An array of floats with one axis or more.
-    bits: 8 or 4.
-    axis: The axis that products with it sum over: the first of a kernel
-      [inputs, outputs], the last of an embedding.
+    w: An array of floats with at least one axis.
+    bits: Number of bits of an integer, 8 or 4. Defaults to 8.
+    axis: The axis along which elements share scales. It should be the one that
+      matrix products sum over: the first of a kernel [inputs, outputs], the
+      last of an embedding. Defaults to -2.
+
+  Returns:
+    The quantised weight. It is dequantised to the dtype of ``w``.
 
   Raises:
-    ValueError: For something other than floats, an axis that w does not have,
-      other ``bits``, or 4 bits along an axis of odd length.
+    ValueError: If ``w`` is not an array of floats or does not have this axis,
+      if ``bits`` is neither 8 nor 4, or if ``bits`` is 4 and the length of the
+      axis is odd.
   """
   if bits not in (8, 4):
     raise ValueError(f'bits must be 8 or 4, got {bits!r}.')
@@ -253,10 +340,10 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
       w.dtype, jnp.floating):
     raise ValueError(f'w must be an array of floats, got {w!r}.')
   if not isinstance(axis, (int, np.integer)) or not -w.ndim <= axis < w.ndim:
-    raise ValueError(f'axis must be one of the {w.ndim} of w, got {axis!r}.')
+    raise ValueError(f'axis must be an axis of w ({w.ndim}), got {axis!r}.')
   axis = axis % w.ndim - w.ndim
   if bits == 4 and w.shape[axis] % 2:
-    raise ValueError('4 bits need an axis of even length, got '
+    raise ValueError('bits=4 needs an axis of even length, got w of shape '
                      f'{list(w.shape)} and axis {axis}.')
   q, scales, offsets = quantized(np.asarray(w), bits, axis % w.ndim)
   return assembled(jnp.asarray(q), jnp.asarray(scales), offsets if (
@@ -264,19 +351,33 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> Codes:
 
 
 def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
-              dtype: str) -> Codes:
-  """Returns `Codes` from integers q, scales and offsets."""
+              dtype: str) -> QuantizedArray:
+  """Returns `QuantizedArray` from unpacked integers, scales and offsets.
+
+  Args:
+    q: The integers, in the weight's shape.
+    scales: The scales, as in `QuantizedArray`.
+    offsets: The offsets, or None.
+    bits: 8 or 4.
+    axis: The axis, counted from the end, along which 4-bit integers are packed.
+    dtype: Name of the dtype that the weight is dequantised to.
+  """
   if bits == 8:
-    return Codes(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
-  return Codes(pack(q, axis), scales, offsets, 4, axis, dtype)
+    return QuantizedArray(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
+  return QuantizedArray(pack(q, axis), scales, offsets, 4, axis, dtype)
 
 
 def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
-  """Returns params with floats in place of `Codes`.
+  """Returns a tree with arrays of floats in the place of `QuantizedArray`.
 
   Args:
-    params: A tree of arrays and `Codes`.
-    dtype: A floating-point dtype. Defaults to None, for each weight's own.
+    params: A tree of arrays and `QuantizedArray`.
+    dtype: Floating-point dtype of the dequantised weights. Defaults to None,
+      for the dtype that each of them records. Other arrays are unchanged.
+
+  Raises:
+    ValueError: If ``params`` is None or ``dtype`` is not a floating-point
+      dtype.
   """
   arguments.tree('params', params)
   arguments.floating('dtype', dtype)

@@ -1,4 +1,4 @@
-"""Tables for reports."""
+"""Formats tables for reports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 
 def markdown_table(rows: Sequence[dict[str, Any]],
                    columns: Sequence[str] | None = None) -> str:
-  """Rows as a Markdown table, without a line break at its end.
+  """Returns rows as a Markdown table, without a final line break.
 
   Args:
-    rows: dicts; floats are written with four digits, what a row lacks is empty.
-    columns: in order; those of the first row if None.
+    rows: Dicts from column name to value. Floats are written with four
+      significant digits. The cell of a missing value is empty.
+    columns: Names of the columns, in order. Defaults to None, for the keys of
+      the first row.
   """
   columns = [*rows[0]] if columns is None else columns
   cell = lambda x: f'{x:.4g}' if isinstance(x, float) else str(x)

@@ -1,4 +1,4 @@
-"""Device meshes, and how arrays are split over them."""
+"""Builds device meshes, and chooses how arrays are split over them."""
 
 from collections.abc import Sequence
 import contextlib
@@ -16,9 +16,11 @@ import numpy as np
 from mezo_jax.core import jax_versions, paths
 from mezo_jax.core.errors import InputError
 
-AXES = ('direction', 'data', 'fsdp', 'tensor')
-ROWS = ('data', 'fsdp')  # the axes that a batch's rows are split over
-_TENSOR = 'vnf'  # vocabulary, heads, feed-forward
+AXES = ('direction', 'data', 'fsdp', 'tensor')  # mesh axes, in order
+ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
+# Letters of the parameter axes that `tensor` splits: vocabulary, heads and
+# feed-forward.
+_TENSOR = 'vnf'
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
@@ -26,23 +28,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
               ) -> Mesh:
   """Returns a mesh with the axes `direction`, `data`, `fsdp` and `tensor`.
 
-  Batches are split over `data` and `fsdp`; parameters over `fsdp` and `tensor`,
-  which splits the arithmetic of a layer too. Axis types are Auto: the compiler
-  propagates shardings through any Flax model.
+  Batches are split over `data` and `fsdp`. Parameters are split over `fsdp` and
+  `tensor`; `tensor` splits the arithmetic of a layer, too. Axis types are Auto:
+  the compiler propagates shardings through any Flax model.
 
   Args:
-    data: Number of groups that each hold a full copy of the parameters.
+    data: Number of groups that each hold a full copy of the parameters and
+      process their part of the rows. Defaults to 1.
     fsdp: Number of devices that share one copy and split the rows. Defaults to
-      -1, for all remaining devices; one of the four sizes may be -1.
+      -1, for all remaining devices. Any one of the four sizes may be -1.
     tensor: Number of devices that share one copy and split heads, feed-forward
-      and vocabulary.
-    direction: Number of groups that each hold a full copy and evaluate, on the
-      same rows, their part of the points of a step (directions and signs). They
-      exchange losses.
+      and vocabulary. Defaults to 1.
+    direction: Number of groups that each hold a full copy and share the loss
+      evaluations of a step: each group evaluates some of the points
+      (directions and signs) on the same rows, and they exchange losses.
+      Defaults to 1.
     devices: The devices in the order of the axes. Defaults to None, for all.
 
   Raises:
-    InputError: If the product of the four is not the number of devices.
+    InputError: If the product of the sizes is not the number of devices.
   """
   n = jax.device_count() if devices is None else len(devices)
   sizes = [direction, data, fsdp, tensor]
@@ -54,15 +58,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
     raise InputError(
         f'mesh data={data} x fsdp={fsdp} x tensor={tensor}'
         f'{"" if direction == 1 else f" x direction={direction}"} does not fit '
-        f'{n} device(s); their product must be that number, and one of them '
-        'may be -1 (the rest).')
+        f'{n} device(s): the product of the sizes must be that number. One of '
+        'them may be -1 (all remaining devices).')
   return jax.make_mesh(tuple(sizes), AXES, devices=devices,
                        axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def without_directions(mesh: Mesh) -> Mesh:
-  """Returns the mesh with its axis `direction` merged into `data`, for programs
-  that split only rows, such as evaluation. Parameters keep their placement.
+  """Returns the mesh with its axis `direction` merged into `data`.
+
+  Programs that split only rows, such as evaluation, use it. Parameters keep
+  their placement.
+
+  Args:
+    mesh: A mesh of `make_mesh`.
   """
   if mesh.shape.get('direction', 1) == 1:
     return mesh
@@ -73,21 +82,22 @@ def without_directions(mesh: Mesh) -> Mesh:
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
                axes: str = '', stacked: bool | None = None) -> P:
-  """Returns how a parameter is split; never along the layer axis.
+  """Returns how a parameter is split. The layer axis is never split.
 
   `tensor` splits the axis that is vocabulary, heads or feed-forward in
   ``axes``. `fsdp` splits the axis that is width, or else the largest other
-  axis. Each splits only an axis that it divides. Small leaves (below 2**16
-  elements per layer) are replicated, since splitting them saves nothing and
-  costs a collective each.
+  axis. An axis is split only if the size of the mesh axis divides its length.
+  Small leaves (below 2**16 elements per layer) are replicated, since splitting
+  them saves little and costs a collective each.
 
   Args:
     path: Path of the leaf, such as ``'layers/attn/q/kernel'``.
     shape: Shape of the leaf, with the layer axis.
     mesh: A mesh with the axes `fsdp` and, if ``axes`` is given, `tensor`.
-    axes: A letter for each axis of one layer, as in `models.table.Row`.
-    stacked: Whether the first axis is that of layers. Defaults to None, which
-      believes the path: a component named ``layer[s]``, ``block[s]`` or ``h``
+    axes: One letter for each axis of a single layer, as in
+      `mezo_jax.models.families.table.Row`. Defaults to '', for unknown axes.
+    stacked: Whether the first axis is the layer axis. Defaults to None, which
+      trusts the path: a component named ``layer[s]``, ``block[s]`` or ``h``
       without a number means a stack.
   """
   first = int(paths.locate(path)[2] if stacked is None else stacked)
@@ -111,26 +121,29 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
 
 def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
                     ) -> Any:
-  """Returns a tree of `NamedSharding`s for parameters of any model.
+  """Returns a tree of `NamedSharding`s for the parameters of any model.
 
   The first rule whose regular expression is found in a leaf's path decides how
-  it is split. Without one, `param_spec` does: large leaves are split over
-  `fsdp`.
+  the leaf is split. If no rule matches, `param_spec` decides: large leaves are
+  split over `fsdp`.
 
   Args:
     params: Arrays or shapes, in any pytree.
-    mesh: A mesh with the axes of the rules, and `fsdp` for leaves without one.
-    rules: Pairs (expression, spec). For a stack of layers, a spec with fewer
-      entries than the leaf has axes begins at the second axis. An axis that a
-      mesh axis does not divide is not split.
+    mesh: A mesh with the axes that the rules name, and `fsdp` if some leaves
+      match no rule.
+    rules: Pairs (regular expression, `PartitionSpec`). For a stack of layers, a
+      spec with fewer entries than the leaf has axes begins at the second axis.
+      An entry is ignored if the mesh axes do not divide the leaf's axis.
+      Defaults to no rules.
 
   Raises:
-    InputError: For a rule that fits no path, has more entries than a leaf has
+    InputError: If a rule matches no path, has more entries than a leaf has
       axes, or names an axis that the mesh does not have.
   """
   unused = {pattern for pattern, _ in rules}
 
   def place(path, x, is_stack):
+    """Returns the sharding of one leaf."""
     for pattern, spec in rules:
       if re.search(pattern, path):
         unused.discard(pattern)
@@ -142,31 +155,37 @@ def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = ()
   out = paths.map_named(place, params, stacks)
   if unused:
     raise InputError(
-        f'rules {sorted(unused)} are found in no path; paths are such as '
+        f'rules {sorted(unused)} match no path; examples of paths are '
         f'{", ".join(p for p, _ in paths.named_leaves(params)[:4])}.')
   return out
 
 
 def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh,
             is_stack: bool) -> P:
-  """Returns a rule's spec for one leaf."""
+  """Returns a rule's spec, adapted to one leaf."""
   parts = [*spec]
   if is_stack and len(parts) < len(shape):
-    parts = [None, *parts]  # layers are never split
+    parts = [None, *parts]  # the layer axis is not split
   names = [p if isinstance(p, tuple) else (p,) * (p is not None) for p in parts]
   strange = {a for axes in names for a in axes} - {*mesh.axis_names}
   if strange or len(parts) > len(shape):
     raise InputError(
         f'the rule for {path!r}, {spec}, does not fit its shape {shape} or the '
-        f"mesh's axes {mesh.axis_names}.")
+        f'mesh axes {mesh.axis_names}.')
   return P(*(
       p if n % math.prod(mesh.shape[a] for a in axes) == 0 else None
       for p, axes, n in zip(parts, names, shape)))
 
 
 def on_host(shardings: Any) -> Any:
-  """Returns shardings in the host's memory, for stacks of layers too large for
-  devices; a program fetches one layer at a time."""
+  """Returns the same shardings in the host's pinned memory.
+
+  They are for stacks of layers that are too large for the devices. A program
+  copies one layer at a time to the device.
+
+  Args:
+    shardings: A tree of shardings.
+  """
   return jax.tree.map(lambda s: s.with_memory_kind('pinned_host'), shardings)
 
 
@@ -179,42 +198,54 @@ def is_on_host(x: Any) -> bool:
 
 
 def fetched(tree: Any) -> Any:
-  """Returns a tree with arrays of the host's memory copied to the device."""
+  """Returns a tree with arrays in the host's memory copied to the device."""
   return jax.tree.map(lambda x: jax.device_put(
       x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
 
 
 def to_host(x: Any) -> Any:
+  """Returns an array copied to the host's memory."""
   return jax.device_put(x, jax.memory.Space.Host)
 
 
 def row_groups(mesh: Mesh) -> int:
-  """Returns how many parts the rows of a batch are split into."""
+  """Returns the number of parts into which the rows of a batch are split."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that each device holds in full."""
   return NamedSharding(mesh, P())
 
 
 def place(tree: Any, shardings: Any) -> Any:
   """Places a tree of arrays that each process has computed for itself.
 
-  It may have typed keys, which `jax.device_put` refuses on devices of other
-  processes.
+  It goes through `jax.jit` because the tree may contain typed PRNG keys, which
+  `jax.device_put` refuses to put on devices of other processes.
+
+  Args:
+    tree: Arrays that have the same values on each process.
+    shardings: A sharding, or a tree prefix of shardings.
   """
   return jax.jit(_same, out_shardings=shardings)(tree)
 
 
-def _same(tree):  # one function, so that jax finds its programs again
+def _same(tree):
+  """Returns its argument; a named function lets `jax.jit` reuse programs."""
   return tree
 
 
 def beside(state: Any, params: Any) -> Any:
-  """Returns a state with its arrays on the mesh of the params, replicated.
+  """Returns a state with its arrays replicated on the mesh of the parameters.
 
-  Otherwise the second step would be compiled again, since the first one places
-  the state there.
+  Arrays that are on a mesh already, and all arrays if the parameters are on
+  none, are returned as they are. Without this, the first step would move the
+  state to the mesh, and the second step would be compiled again for it.
+
+  Args:
+    state: State of the optimizer.
+    params: The parameters.
   """
   on_mesh = lambda x: isinstance(x, jax.Array) and not isinstance(
       x, Tracer) and isinstance(x.sharding, NamedSharding)
@@ -227,43 +258,53 @@ def beside(state: Any, params: Any) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Puts a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
+  """Puts a batch on a mesh, with its rows split over `data` and `fsdp`.
 
-  Every process holds the whole (small) batch and passes on its own rows.
-  Numbers and arrays without axes are returned as they are.
+  Every process has the whole batch, which is small, and puts its own rows on
+  its devices. Numbers and arrays without axes are returned as they are.
+
+  Args:
+    batch: A tree of NumPy arrays [B, ...].
+    mesh: A mesh of `make_mesh`.
 
   Raises:
-    ValueError: for an array whose first axis cannot be split equally.
+    ValueError: If the first axis of an array cannot be split equally.
   """
   sharding = NamedSharding(mesh, P(ROWS))
   groups = row_groups(mesh)
 
   def put(path, x):
+    """Puts one array on the mesh."""
     if not getattr(x, 'ndim', 0):
       return x
     if x.shape[0] % groups:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
           f'{name or "the batch"} of shape {[*x.shape]} cannot be split over '
-          f'{groups} groups of devices along its first axis: close over arrays '
-          'that do not have one entry for each row.')
+          f'{groups} groups of devices along its first axis. Close over arrays '
+          'that do not have one entry per row instead of passing them in the '
+          'batch.')
     return jax.make_array_from_callback(
         x.shape, sharding, lambda index, x=x: x[index])
   return jax.tree_util.tree_map_with_path(put, batch)
 
 
 def is_explicit(x: Any) -> bool:
-  """Returns whether an array's sharding is part of its type here."""
+  """Returns whether an array is on a mesh with Explicit axes.
+
+  Then its sharding is a part of its type.
+  """
   return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
-  """Returns an array with the type of sharding that a block has.
+  """Returns an array, resharded like a block if mesh axes are Explicit.
 
   Args:
-    x: An array whose first axes are those of the block, of the same length or
-      of length 1; more may follow.
-    block: Where no mesh axis is Explicit, ``x`` is returned as it is.
+    x: An array whose first axes correspond to those of the block and have the
+      same lengths, or length 1. More axes may follow; they are not split.
+    block: The array whose sharding is adopted. If it is not on a mesh with
+      Explicit axes, ``x`` is returned as it is.
   """
   if not is_explicit(block):
     return x
@@ -275,11 +316,15 @@ def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
 
 
 def split_rows(x: Any, parts: int) -> Any:
-  """Returns an array [B, ...] as [parts, B / parts, ...].
+  """Reshapes an array [B, ...] to [parts, B / parts, ...].
 
-  On Explicit mesh axes the rows of each part are split over the axes that all
-  rows were split over, as far as these divide them. (On Auto axes the compiler
-  decides.)
+  On Explicit mesh axes, the rows of each part are split over the mesh axes over
+  which all rows were split, up to the first axis that does not divide them. On
+  Auto axes the compiler chooses the sharding.
+
+  Args:
+    x: A NumPy or JAX array.
+    parts: Number of parts, which divides B.
   """
   shape = (parts, x.shape[0] // parts, *x.shape[1:])
   if not isinstance(x, jax.Array):
@@ -303,33 +348,49 @@ def split_rows(x: Any, parts: int) -> Any:
 
 
 def _mesh_in_context():
-  """Returns the mesh that `jax.set_mesh` set, if it has the axes of ours."""
+  """Returns the mesh that `jax.set_mesh` set, or None.
+
+  A mesh without the axes of `make_mesh`, or with axes that are not Auto, counts
+  as none.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   ours = {*ROWS, 'tensor'} <= set(mesh.axis_names) and all(
       t == AxisType.Auto for t in mesh.axis_types)
   return mesh if ours else None
 
 
+# Whether `constrain_rows` leaves axis 0 whole; see `rows_have_directions`.
 _apart = contextvars.ContextVar('_apart', default=False)
 
 
 def rows_axes() -> tuple[str, ...] | None:
-  """Returns the mesh axes that `jax.vmap` splits rows over, or None."""
+  """Returns the mesh axes over which `jax.vmap` splits rows, or None.
+
+  The result is None if no mesh is set, or if this version of JAX cannot be
+  given the axes; see `jax_versions.ROWS_HAVE_AXES`.
+  """
   has_axes = jax_versions.ROWS_HAVE_AXES and _mesh_in_context()
   return ROWS if has_axes else None
 
 
 def direction_groups() -> int:
-  """Returns the number of groups over which the points of a step are split,
-  under `jax.set_mesh`."""
+  """Returns the number of groups that share the loss evaluations of a step.
+
+  It is the size of the axis `direction` of the mesh that `jax.set_mesh` set, or
+  1 without one.
+  """
   mesh = _mesh_in_context()
   return 1 if mesh is None else mesh.shape.get('direction', 1)
 
 
 @contextlib.contextmanager
 def rows_have_directions():
-  """Declares that directions with rows of their own are split instead of rows,
-  so `constrain_rows` leaves axis 0 whole."""
+  """Makes `constrain_rows` leave axis 0 whole inside of this context.
+
+  It is used where each direction is evaluated on its own rows. The mesh axes
+  `data` and `fsdp` then split the directions instead of the rows of one
+  direction.
+  """
   token = _apart.set(True)
   try:
     yield
@@ -338,10 +399,13 @@ def rows_have_directions():
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-  """Splits axis 0 over `data` and `fsdp`, under `jax.set_mesh`.
+  """Splits axis 0 of an array over `data` and `fsdp`, under `jax.set_mesh`.
 
-  Inside a model it makes the compiler gather the weights that are split over
-  `fsdp` instead of the rows.
+  Inside of a model it makes the compiler gather the weights, which are split
+  over `fsdp`, instead of the rows.
+
+  Args:
+    x: An array [B, ...]. Without a mesh it is returned as it is.
   """
   if not _mesh_in_context():
     return x
@@ -349,7 +413,9 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def splits_vocabulary() -> bool:
-  """Returns whether tables are split along the vocabulary, under
-  `jax.set_mesh`."""
+  """Returns whether embedding tables are split along the vocabulary.
+
+  They are if `jax.set_mesh` set a mesh whose axis `tensor` is larger than 1.
+  """
   mesh = _mesh_in_context()
   return mesh is not None and mesh.shape['tensor'] > 1

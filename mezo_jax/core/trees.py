@@ -1,4 +1,4 @@
-"""Nested dicts of parameters."""
+"""Joins nested dicts of parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,17 @@ from mezo_jax.core.quantized import FACTORS, is_codes
 
 
 def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """The nested dict with the leaves of all of ``trees``, which are not copied;
-  `factors` and the `Codes` that they are of become one leaf.
+  """Returns one nested dict with the leaves of all trees, which are not copied.
+
+  Trained factors of a quantised weight's scales are a subtree
+  ``{'factors': array}`` at the path of the weight. Such a subtree and its
+  `QuantizedArray` are joined into one leaf with rescaled scales.
+
+  Args:
+    *trees: Nested dicts of arrays and `QuantizedArray`.
 
   Raises:
-    ValueError: if two of them have a leaf of the same path.
+    ValueError: If two trees have a leaf of the same path.
   """
   out: dict[str, Any] = {}
   for tree in trees:
@@ -26,5 +32,5 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
           FACTORS in out[name]):
         out[name] = x.rescaled(out[name][FACTORS])
       else:
-        raise ValueError(f'two trees have the parameter {name!r}.')
+        raise ValueError(f'parameter {name!r} is in two of the trees to join.')
   return out

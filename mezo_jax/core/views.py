@@ -1,14 +1,20 @@
-"""Views: a lookup, a slice, a transpose or a reshape, described once.
+"""Describes views of a weight: a lookup, slice, transpose or reshape.
 
-A weight comes with other arrays: the scales of quantised weights, the keys of
-its layers, the counters of its draws. Each has one entry for each *group* of
-consecutive elements. Along an axis of the weight, such an array has as many
-entries as there are groups: 1 if all elements share one, or a divisor of the
-axis's length. It may have more axes after those of the weight.
+Other arrays belong to a weight: the scales if it is quantised, the keys of its
+layers, the counters of its random draws. Each of these has one entry for each
+*group* of consecutive elements. Along an axis of the weight, such an array has
+as many entries as there are groups: 1 if all elements share an entry, or
+another divisor of the axis's length. It may have more axes after those of the
+weight.
 
-A view is a small object. ``view.array(x, shape)`` applies it to an array that
-belongs to a weight of this shape, and ``view.shape(shape)`` to the shape. One
-description serves the weight, its scales and its draws.
+The same view must be applied to all of these arrays, so it is represented by a
+small object with three methods:
+
+- ``view.shape(shape)`` returns the shape of the view of a weight.
+- ``view.array(x, shape)`` applies the view to an array ``x`` that belongs to a
+  weight of this shape (or is the weight).
+- ``view.cuts(shape, entries)`` returns whether the view would separate elements
+  of a group, for an array with so many entries along each axis.
 """
 
 from collections.abc import Sequence
@@ -20,25 +26,28 @@ import jax.numpy as jnp
 
 
 class Take(NamedTuple):
-  """Looks up entries of an axis; the axes of the index take its place.
+  """Looks up entries along an axis. The axes of the index replace that axis.
 
   Attributes:
     axis: An axis of the weight.
-    index: Integers within the axis, of any shape.
+    index: Integers of any shape, at least 0 and below the axis's length.
   """
 
   axis: int
   index: jax.Array
 
   def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the view of a weight of shape ``old``."""
     return (*old[:self.axis], *self.index.shape, *old[self.axis + 1:])
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
-    """Returns whether groups are divided, given an array's entries."""
+    """Returns whether groups along the axis have more than one element."""
     return entries[self.axis] != shape[self.axis]
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the view of an array that belongs to a weight of this shape."""
     axis, index = self.axis, self.index
+    # One entry for the whole axis is kept as one entry for the whole index.
     if x.shape[axis] == 1 < shape[axis]:
       return x.reshape(
           x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:])
@@ -63,16 +72,23 @@ class Window(NamedTuple):
   steps: Sequence[int]
 
   def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the view."""
     del old
     return tuple(self.sizes)
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+    """Returns whether the window begins or ends within a group."""
     return any(
         m != n and not self._is_whole(axis, n) and not self._is_aligned(
             axis, n // m)
         for axis, (n, m) in enumerate(zip(shape, entries)))
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the view of an array that belongs to a weight of this shape.
+
+    Along an axis where the window divides groups, the result has one entry for
+    each element.
+    """
     for axis, n in enumerate(shape):
       m = x.shape[axis]
       if m == 1 or self._is_whole(axis, n):
@@ -88,50 +104,69 @@ class Window(NamedTuple):
     return x
 
   def _is_whole(self, axis: int, n: int) -> bool:
+    """Returns whether the window is known to be a whole axis of length n."""
     start = self.starts[axis]
     return isinstance(start, int) and start == 0 and (
         self.sizes[axis] == n and self.steps[axis] == 1)
 
   def _is_aligned(self, axis: int, run: int) -> bool:
+    """Returns whether the window is known to consist of whole groups."""
     start, size = self.starts[axis], self.sizes[axis]
     return isinstance(start, int) and self.steps[axis] == 1 and (
         start % run == size % run == 0)
 
 
 class Transpose(NamedTuple):
-  """Puts axis ``order[a]`` in the place of axis a."""
+  """Moves axis ``order[a]`` to position a.
+
+  Attributes:
+    order: A permutation of the axes of the weight.
+  """
 
   order: Sequence[int]
 
   def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the view of a weight of shape ``old``."""
     return tuple(old[a] for a in self.order)
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+    """Returns False: a transpose keeps groups together."""
     del shape, entries
     return False
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the view of an array that belongs to a weight of this shape."""
     return x.transpose(*self.order, *range(len(shape), x.ndim))
 
 
 class Reshape(NamedTuple):
-  """Reshapes a weight to ``new``, row by row."""
+  """Reshapes a weight in row-major order.
+
+  Attributes:
+    new: The new shape.
+  """
 
   new: Sequence[int]
 
   def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the view."""
     del old
     return tuple(self.new)
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+    """Returns whether a group would not be consecutive along one new axis."""
     return any(self._entries(shape, entries, was, will) is None
                for was, will in axis_groups(shape, self.new))
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the view of an array that belongs to a weight of this shape.
+
+    Where the reshape divides groups, the result has one entry for each element.
+    """
     rest, ndim, sizes = x.shape[len(shape):], len(shape), []
     for was, will in axis_groups(shape, self.new):
       found = self._entries(shape, x.shape, was, will)
-      if found is None:  # groups are divided: one entry for each element
+      if found is None:  # expand these axes to one entry for each element
         full = [shape[a] if a in was else n for a, n in enumerate(x.shape)]
         x = jnp.broadcast_to(each(x, [
             shape[a] if a in was else x.shape[a] for a in range(ndim)]), full)
@@ -140,14 +175,26 @@ class Reshape(NamedTuple):
     return x.reshape(*sizes, *rest)
 
   def _entries(self, shape, entries, was, will) -> list[int] | None:
-    """Returns how many entries an array has along the new axes of a group of
-    axes, or None if groups of elements would be divided."""
+    """Returns how many entries an array has along new axes.
+
+    Args:
+      shape: Shape of the weight.
+      entries: Number of entries of the array along each axis of the weight.
+      was: Neighbouring axes of the weight; see `axis_groups`.
+      will: The new axes into which the axes ``was`` are reshaped.
+
+    Returns:
+      The number of entries along each axis of ``will``, or None if groups of
+      elements would be divided.
+    """
     have, there = [shape[a] for a in was], [entries[a] for a in was]
     want = [self.new[b] for b in will]
     if have == there:
       return want
     if all(n == 1 for n in there):
       return [1] * len(want)
+    # Groups along the last old axis stay consecutive if they fit into the last
+    # new axis and all other axes have an entry for each element.
     run = have[-1] // there[-1]
     if there[:-1] == have[:-1] and want[-1] % run == 0:
       return [*want[:-1], want[-1] // run]
@@ -157,20 +204,26 @@ class Reshape(NamedTuple):
 class Keep(NamedTuple):
   """Marks the elements that a lookup found within bounds.
 
+  It does not change arrays by itself. Whoever applies it decides what an
+  element out of bounds becomes, such as NaN.
+
   Attributes:
-    there: Bools that broadcast with the weight.
+    there: Bools that broadcast with the weight; False for out of bounds.
   """
 
   there: jax.Array
 
   def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+    """Returns the same shape."""
     return tuple(old)
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+    """Returns False: elements are neither moved nor removed."""
     del shape, entries
     return False
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the array as it is."""
     del shape
     return x
 
@@ -179,8 +232,14 @@ View = Take | Window | Transpose | Reshape | Keep
 
 
 def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """Returns an array with one entry for each element, where it has one for each
-  group of them. Axes of length 1 are left as they are."""
+  """Repeats the entries of groups, so that there is one for each element.
+
+  Axes of length 1 are not expanded, since they broadcast.
+
+  Args:
+    x: An array that belongs to a weight, with one entry per group.
+    shape: Shape of the weight.
+  """
   for axis, n in enumerate(shape):
     m = x.shape[axis]
     if 1 < m < n:
@@ -193,15 +252,22 @@ def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def axis_groups(old: Sequence[int], new: Sequence[int]
                 ) -> list[tuple[list[int], list[int]]]:
-  """Returns which axes hold the same elements before and after a reshape.
+  """Matches the axes of two shapes between which an array is reshaped.
+
+  Args:
+    old: The shape before the reshape.
+    new: The shape after it.
 
   Returns:
-    Pairs of lists of neighbouring axes, old and new, each as short as possible.
+    Pairs (old axes, new axes) of lists of neighbouring axes with the same
+    number of elements. Each list is as short as possible.
   """
   groups, a, b = [], 0, 0
   while a < len(old) or b < len(new):
     was, will = [], []
     size_was = size_will = 1
+    # An old axis of length 1 forms a pair without a new axis. Otherwise axes
+    # are added to the side with fewer elements until the sides are equal.
     if a < len(old):
       was, size_was, a = [a], old[a], a + 1
     if b < len(new) and (size_was > 1 or not was):

@@ -1,4 +1,4 @@
-"""Workarounds that control where and when XLA computes a value."""
+"""Works around the compiler: controls where and when XLA computes a value."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,39 +16,50 @@ from mezo_jax.core import jax_versions
 def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
   """Returns ``fn`` as a function that XLA:CPU does not inline.
 
-  XLA:CPU computes values as soon as it can, but does not move them out of such
-  a function.
+  XLA:CPU schedules a computation as early as it can, so large intermediate
+  values may be stored long before they are used. It does not move computations
+  out of a function that is not inlined.
+
+  Args:
+    fn: A function that JAX can trace. Functions that it calls may be inlined
+      into it.
   """
   def alone(*args):
-    with set_xla_metadata(inlineable=None):  # what it calls may be
+    """Calls ``fn``, inside of the function that is not inlined."""
+    with set_xla_metadata(inlineable=None):  # callees of `fn` may be inlined
       return fn(*args)
   jitted = jax.jit(alone)
   def called(*args):
+    """Calls the compiled function with the mark that forbids inlining."""
     with set_xla_metadata(inlineable='false'):
       return jitted(*args)
   return called
 
 
 def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
-  """Returns ``fn(*args)``; XLA:CPU does not inline the function."""
+  """Returns ``fn(*args)``, computed in a function that XLA:CPU does not inline.
+
+  Outside of `jax.jit` and on other platforms, it just calls ``fn``.
+  """
   if not _is_traced(args):
     return fn(*args)
   return lax.platform_dependent(*args, cpu=apart(fn), default=fn)
 
 
 def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
-  """Returns the entries ``x[i]`` of the first axis.
+  """Returns the entries ``x[i]`` of the first axis, with one kernel for all.
 
-  XLA:CPU takes 10 ms to compile each distinct kernel, however small it is;
-  equal kernels are compiled once. A static slice is fused with its use, and
-  then the uses of all entries differ in an index, for example the draws of each
-  weight in a model of many layers. A function that is not inlined gets its
-  index from outside, behind a barrier that keeps it from being propagated into
-  the function, so all entries share a kernel.
+  XLA:CPU takes 10 ms to compile each distinct kernel, however small it is, and
+  compiles equal kernels once. It fuses a static slice with its use, so the
+  kernels of two entries differ in an index. In a model of many layers that
+  applies to the random draws of each weight. Here the slice is in a function
+  that is not inlined and takes the index as an argument. A barrier keeps XLA
+  from propagating the constant index into the function. So all entries share
+  one kernel.
 
   Args:
     x: An array.
-    indices: Python integers.
+    indices: Python integers, the entries to return.
   """
   if not _is_traced(x):
     return [x[i] for i in indices]
@@ -60,28 +71,33 @@ def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
 
 @apart
 def _entry(x, i):
+  """Returns ``x[i]`` for an index that is known only at run time."""
   out = lax.dynamic_slice(x, [i, *[np.int32(0)] * (x.ndim - 1)],
                           (1, *x.shape[1:]), allow_negative_indices=False)
   return out.reshape(x.shape[1:])
 
 
 def _is_traced(tree) -> bool:
+  """Returns whether a leaf of the tree is a tracer."""
   return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
-  """Returns ``x``, a product, rounded before something is added to it.
+  """Returns a product that is rounded before something is added to it.
 
   Compilers fuse a product and a sum into one operation (FMA) in some loops and
-  not in others, so sums would differ in a bit between programs and meshes. They
-  do not fuse through integers. A `select` would be moved out of the loop.
+  not in others, so sums could differ in the last bit between programs and
+  meshes. This function casts the product to integers, applies an exclusive or
+  with a zero that the compiler cannot prove to be zero, and casts it back:
+  compilers do not fuse through integers. A `select` would not do, since it
+  would be moved out of the loop.
 
   Args:
     x: A float32 or float64 array. Arrays of other dtypes are returned as they
       are, since storing half precision rounds it.
-    number: int32 [], 0 or more, whose sign the compiler cannot know to be 0.
-      Defaults to None: then the 0 is whether an element is NaN. (The lowest bit
-      of a NaN changes; it stays NaN.)
+    number: int32 [], at least 0 at run time. Its sign bit is the zero. Defaults
+      to None: then the zero is the result of testing each element for NaN. (For
+      a NaN that changes the lowest bit; it stays NaN.)
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     return x
@@ -92,17 +108,19 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
 
 
 def made_first(fn: Callable[..., Any], *args: Any) -> Any:
-  """Returns ``fn(*args)``, stored before it is used instead of recomputed for
-  each use."""
+  """Returns ``fn(*args)``, computed once and stored instead of once per use.
+
+  Otherwise XLA may fuse the computation into each of its uses.
+  """
   return lax.platform_dependent(
       *args, cpu=apart(fn), default=lambda *args: _barrier(fn(*args)))
 
 
 def _barrier(tree):
-  """Returns the same values behind barriers, with the same types.
+  """Returns the tree behind optimization barriers, with its types unchanged.
 
-  Values that vary over the same manual axes of `jax.shard_map` share a barrier;
-  behind one barrier, all would vary over the axes of any of them.
+  Values that vary over the same manual axes of `jax.shard_map` share a barrier.
+  With a single barrier, each value would vary over the axes of all of them.
   """
   leaves, structure = jax.tree.flatten(tree)
   alike = {}

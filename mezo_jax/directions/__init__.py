@@ -1,9 +1,10 @@
-"""Defines the directions z: how a key becomes random numbers.
+"""Defines the directions z: how a PRNG key becomes random numbers.
 
-A direction is a function of a key, a parameter's path, a layer and the index of
-an element, so it can be drawn for a whole parameter or for a part of one. The
-distributions are here, and `Displacement`, the vector Σ c·z(key). Nothing in
-this room evaluates a loss.
+An element of z is a function of a key, the path of a parameter, the number of a
+layer and the index of the element. z can therefore be drawn for a whole
+parameter or for any part of one. This package contains the distributions of z
+and `Displacement`, which represents the vector Σ c·z(key). Nothing here
+evaluates a loss.
 """
 
 from mezo_jax.directions.base import Directions, Normal, Rademacher

@@ -1,6 +1,8 @@
-r"""Distributions of z: `Normal`, `Rademacher`, and what all have in common.
+r"""Defines distributions of z: the base class, `Normal` and `Rademacher`.
 
-A `Directions` and a key determine a direction.
+An instance of `Directions` and a PRNG key together determine a direction z.
+The low-rank distributions are in `mezo_jax.directions.low_rank` and
+`mezo_jax.directions.subzero`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,27 +25,53 @@ _U32 = jnp.uint32
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-  r"""A distribution of z; the base class of all distributions.
+  r"""Describes a distribution of z. All distributions derive from this class.
+
+  Before a multiplier is applied, the elements of z have mean 0 and variance 1
+  and are uncorrelated:
+
+  .. math:: E[z] = 0, \qquad E[zz^\top] = I.
+
+  A subclass overrides `draw`, which turns random bits into independent
+  elements. `LowRank` overrides other methods too, because its elements are not
+  independent.
 
   Attributes:
-    generator: Generator of random bits. 'hash32' is cheap and tested
-      (benchmarks/results/noise.md). With 'threefry2x32', draws are bitwise
-      those of `jax.random`.
-    mask: The leaves that have a z; others are neither perturbed nor updated. It
-      is None (every floating-point leaf), a tree or prefix tree of bools (or,
-      for elements, bool arrays of the leaves' shapes), a function from params
-      to one, or a regular expression that is searched for in the leaves' paths.
-    stacked: A mask of the leaves whose first axis is that of layers, each with
-      a key of its own. Defaults to None: leaves whose path has a component
-      named ``layer[s]``, ``block[s]`` or ``h``, without a number, and whose
-      shapes agree.
-    multiplier: What each element of z is multiplied by, a `Multiplier`.
-      Defaults to None, for 1.
-    on_grid: Whether c z is rounded stochastically to multiples of the scale
-      where it is added to quantised weights (`Codes`). Defaults to False.
+    generator: Name of the random bit generator. 'hash32', the default, is a
+      cheap hash whose statistics are tested in benchmarks/results/noise.md.
+      With 'threefry2x32', `Normal` draws the same float32 bits as
+      `jax.random.normal`.
+    mask: The leaves that have a z. All other leaves are neither perturbed nor
+      updated. A mask is a tree or prefix tree of bools, a function that returns
+      such a tree for the params, or a regular expression that is searched for
+      in the path of each leaf. In a tree, a bool array of a leaf's shape
+      selects single elements. Defaults to None, which selects every
+      floating-point leaf.
+    stacked: The leaves that stack the weights of all layers along their first
+      axis, in the same forms as ``mask``. Each layer of a stack has its own
+      key. Defaults to None, which selects leaves by their paths and shapes: a
+      component of the path must be named ``layer[s]``, ``block[s]`` or ``h``,
+      without a number, and the shapes below it must look like stacks.
+    multiplier: A `Multiplier`, which scales the elements of z or sets some of
+      them to 0. Defaults to None, which leaves z as it is drawn.
+    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is rounded
+      stochastically to whole steps of their grid. Defaults to False, which adds
+      the perturbation to the dequantised weights.
 
   Raises:
-    ValueError: For an unknown generator, or a mask that is not one.
+    ValueError: If ``generator`` is unknown, if ``mask`` or ``stacked`` is a
+      number or an invalid regular expression, if ``multiplier`` is not a
+      `Multiplier`, or if ``on_grid`` is not a bool.
+
+  References:
+    Spall, 1992, "Multivariate stochastic approximation using a simultaneous
+    perturbation gradient approximation".
+
+  Example:
+    >>> import mezo_jax
+    >>> directions = mezo_jax.Normal(mask='attn/(q|v)/')  # queries and values
+    >>> directions.generator
+    'hash32'
   """
 
   generator: str = 'hash32'
@@ -53,10 +81,14 @@ class Directions:
   multiplier: Multiplier | None = None
   on_grid: bool = False
 
-  unrolled: ClassVar[int] = 8  # terms that are added in one pass
-  dear: ClassVar[bool] = False  # whether a draw costs more than to store it
+  # Largest number of terms c_j z_j that are added in one fused operation.
+  # `Draws` adds more terms than this in a loop.
+  unrolled: ClassVar[int] = 8
+  # Whether drawing an element of z costs more than storing and reloading it.
+  dear: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     if not isinstance(self.generator, str) or (
         self.generator not in noise.GENERATORS):
       raise ValueError(f'generator must be one of {noise.GENERATORS}, got '
@@ -68,60 +100,106 @@ class Directions:
       elif not isinstance(value, bool) and isinstance(
           value, (int, float, complex)):
         raise ValueError(
-            f'{name} must be None, a tree of bools, a function of the params '
-            f'or a regular expression, got {value!r}.')
+            f'{name} must be None, a tree of bools, a function that returns '
+            f'one for the params, or a regular expression; got {value!r}.')
     if self.multiplier is not None and not isinstance(
         self.multiplier, Multiplier):
-      raise ValueError('multiplier must be a mezo_jax.Multiplier, got '
+      raise ValueError('multiplier must be a mezo_jax.Multiplier or None, got '
                        f'{self.multiplier!r}.')
     arguments.boolean('on_grid', self.on_grid)
 
   def keys(self, key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
-    """Returns the keys [n] of the directions of a step."""
+    """Returns the keys of the directions of one step.
+
+    Args:
+      key: The key of the whole run.
+      count: Number of the step, counted from 0.
+      n: Number of directions per step.
+
+    Returns:
+      Typed keys of shape [n].
+    """
     return noise.step_keys(key, count, n)
 
   def of_columns(self, keys: jax.Array) -> jax.Array | None:
-    """Returns keys [n] for the columns of matrices, if they have their own."""
+    """Returns the keys from which low-rank distributions draw V in z = U Vᵀ.
+
+    Args:
+      keys: Typed keys [n], one for each direction.
+
+    Returns:
+      Typed keys [n], or None if this distribution has no separate keys for V.
+    """
     return None
 
   def draw(self, bits: jax.Array) -> jax.Array:
-    """Returns float32 draws with mean 0 and variance 1 from uint32 words."""
+    """Converts random uint32 words to float32 draws, one draw for each word."""
     raise NotImplementedError
 
   def takes(self, leaf: Any) -> bool:
-    """Returns whether a leaf of this dtype can have a z."""
+    """Returns whether a leaf can have a z, which depends on its dtype."""
     return paths.is_floating(leaf)
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> 'Draws':
-    """Returns the draws of a leaf of this shape; ``columns`` is the stream with
-    the keys `of_columns`."""
+    """Returns the `Draws` of one leaf.
+
+    Args:
+      stream: The stream of the leaf's elements.
+      coefs: Coefficients of the n directions, float32 [n].
+      shape: Shape of the leaf.
+      columns: The stream that `of_columns` provides the keys for. Defaults to
+        None, for distributions without such keys.
+    """
     del shape, columns
     return Draws((stream,), coefs, self.bare())
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
-    """Returns direction j of a block, in a shape that broadcasts to that of
-    ``like``."""
+    """Returns z of direction j for a block, which is a leaf or a view of one.
+
+    Args:
+      streams: The streams of the block; see `Draws`.
+      j: Index of the direction.
+      like: An array with the shape and the sharding of the block.
+
+    Returns:
+      A float32 array that broadcasts to the shape of ``like``.
+    """
     return self.draw(noise.words(streams[0], j, like, self.generator))
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
-    """Returns `z` of directions 0 to n - 1."""
+    """Returns z of directions 0 to n - 1; see `z`."""
     return [self.z(streams, j, like) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable | None:
-    """Returns ``(streams, coefs, start, like) -> start + sum``, which adds all
-    terms at once and is faster on TPUs; None if there is no such way."""
+    """Returns a function that adds all terms c_j z_j in one operation, or None.
+
+    `Draws` calls the function on TPUs only, where it is the faster way.
+
+    Args:
+      coefs: Coefficients of the n directions.
+
+    Returns:
+      ``(streams, coefs, start, like) -> start + sum``, or None if the
+      distribution has no such function.
+    """
     return None
 
   def selected(self, params: Any) -> Any:
-    """Returns where z is not 0: a tree of bools, with arrays for elements."""
+    """Returns the mask as a tree of bools with the structure of the params.
+
+    A bool array in place of a bool selects single elements of its leaf.
+    """
     return paths.selected(params, self.mask, self.takes, self.stacked)
 
   def bare(self) -> 'Directions':
-    """Returns these directions without values of leaves, which is hashable."""
+    """Returns these directions without masks and without multiplier values.
+
+    The result is hashable, so that JAX can use it as static data of a pytree.
+    """
     multiplier = self.multiplier
     if multiplier is not None:
       multiplier = multiplier._replace(values=None)
@@ -130,7 +208,39 @@ class Directions:
 
 
 class Normal(Directions):
-  """Elements are independent standard normal draws (MeZO, Algorithm 1)."""
+  r"""Draws the elements of z independently from the standard normal.
+
+  .. math:: z_i \sim \mathcal{N}(0, 1)
+
+  Attributes:
+    generator: Name of the random bit generator, 'hash32' (the default) or
+      'threefry2x32'.
+    mask: The leaves that have a z. Defaults to None, for every floating-point
+      leaf.
+    stacked: The leaves that are stacks of layers. Defaults to None, which
+      selects them by their paths and shapes.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None.
+    on_grid: Whether perturbations of quantised weights are rounded to the grid
+      of the weights. Defaults to False.
+
+  `Directions` describes these attributes in full.
+
+  Raises:
+    ValueError: See `Directions`.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> params = {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}
+    >>> z = mezo_jax.direction(
+    ...     params, mezo_jax.Displacement(jax.random.key(0), 1.0),
+    ...     mezo_jax.Normal(mask='w'))
+    >>> z['w'].shape, bool(jnp.all(z['b'] == 0))
+    ((2, 3), True)
+  """
 
   dear = True
 
@@ -139,17 +249,56 @@ class Normal(Directions):
 
 
 class Rademacher(Directions):
-  """Elements are 1 or -1, independently, with probability 1/2 each."""
+  r"""Draws each element of z as 1 or -1, with probability 1/2 each.
+
+  .. math:: P(z_i = 1) = P(z_i = -1) = \tfrac{1}{2}
+
+  On a CPU, adding Rademacher draws to weights takes about a quarter of the time
+  of adding normal draws (benchmarks/results/noise.md).
+
+  Attributes:
+    generator: Name of the random bit generator, 'hash32' (the default) or
+      'threefry2x32'.
+    mask: The leaves that have a z. Defaults to None, for every floating-point
+      leaf.
+    stacked: The leaves that are stacks of layers. Defaults to None, which
+      selects them by their paths and shapes.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None.
+    on_grid: Whether perturbations of quantised weights are rounded to the grid
+      of the weights. Defaults to False.
+
+  `Directions` describes these attributes in full.
+
+  Raises:
+    ValueError: See `Directions`.
+
+  References:
+    Spall, 1992, "Multivariate stochastic approximation using a simultaneous
+    perturbation gradient approximation".
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> z = mezo_jax.direction(
+    ...     jnp.zeros(4), mezo_jax.Displacement(jax.random.key(0), 1.0),
+    ...     mezo_jax.Rademacher())
+    >>> bool(jnp.all(jnp.abs(z) == 1))
+    True
+  """
 
   def draw(self, bits: jax.Array) -> jax.Array:
-    one = (bits & _U32(0x80000000)) | _U32(0x3F800000)  # a sign and 1.0
+    # The top bit of the word becomes the sign bit of the float 1.0.
+    one = (bits & _U32(0x80000000)) | _U32(0x3F800000)
     return lax.bitcast_convert_type(one, jnp.float32)
 
 
-@functools.partial(jax.jit, inline=True)  # traced once, for each shape
+# `jax.jit` caches the trace, so that leaves of one shape are traced once.
+@functools.partial(jax.jit, inline=True)
 def _inverse(bits: jax.Array) -> jax.Array:
-  r"""Returns normal draws as `jax.random.normal` does: :math:`\sqrt 2\,
-  \mathrm{erf}^{-1}(u)`, with u uniform on (-1, 1), of 23 bits."""
+  r"""Returns the normal draws of `jax.random.normal`.
+
+  A draw is :math:`\sqrt 2\, \mathrm{erf}^{-1}(u)`, where u is uniform on (-1,
+  1) and has 23 random bits.
+  """
   one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
   unit = lax.bitcast_convert_type(
       (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
@@ -159,21 +308,26 @@ def _inverse(bits: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _quantile(bits: jax.Array) -> jax.Array:
-  r"""Returns normal draws: bit 0 is the sign, the others the two-sided tail t.
+  r"""Returns normal draws by an approximate quantile function.
+
+  Bit 0 of a word is the sign of the draw. The other 31 bits are the two-sided
+  tail probability t of its absolute value.
 
   .. math:: w = -2 \ln t, \quad y = \sqrt{w}, \quad
             |z| = \Phi^{-1}(1 - t/2) \approx w\, P_3(y) / Q_4(y)
 
-  The form is that of Abramowitz and Stegun 26.2.23, with coefficients fitted to
-  the least maximum error. In float32, |z| is within 5e-6 of the quantile for
-  all t >= 2**-32, that is |z| <= 6.34. The logarithm is a polynomial in the
-  fraction bits of t, so a draw takes multiplications, additions, one square
-  root and one division, and no branch.
+  This rational form follows Abramowitz and Stegun, 26.2.23. Its coefficients
+  were fitted to minimise the largest error. In float32, |z| is within 5e-6 of
+  the exact quantile for all t >= 2**-32, which means |z| <= 6.34. A polynomial
+  in the fraction bits of t replaces the logarithm. A draw therefore takes
+  multiplications, additions, one square root and one division, and no branch.
   """
   tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
           + np.float32(0.5)) * np.float32(2**-31)
   word = lax.bitcast_convert_type(tail, jnp.int32)
-  exponent = (word - 0x3F3504F3) >> 23  # the fraction is in [sqrt(1/2), sqrt 2)
+  # 0x3F3504F3 is the float32 nearest to sqrt(1/2). Subtracting it splits t into
+  # 2**exponent times a fraction in [sqrt(1/2), sqrt(2)).
+  exponent = (word - 0x3F3504F3) >> 23
   m = lax.bitcast_convert_type(word - (exponent << 23), jnp.float32)
   m = m - np.float32(1)
   w = m * _polynomial(_LOG, m) + exponent.astype(jnp.float32) * np.float32(
@@ -186,14 +340,16 @@ def _quantile(bits: jax.Array) -> jax.Array:
       lax.bitcast_convert_type(z, jnp.uint32) | sign, jnp.float32)
 
 
+# Coefficients of the polynomial that approximates -2 ln(1 + m) / m.
 _LOG = (-2.0000064, 1.0000393, -0.6660660, 0.4976268, -0.4120935, 0.3780396,
-        -0.2365496)  # of -2 ln(1 + m) / m
+        -0.2365496)
+# Coefficients of the numerator and of the denominator in `_quantile`.
 _P = (0.6271003, 0.6916010, 0.5510004, 0.1647054)
 _Q = (1.0, 1.1099032, 1.1097076, 0.5660853, 0.1643640)
 
 
 def _polynomial(coefs, x):
-  """Evaluates a polynomial by Horner's rule, constant coefficient first."""
+  """Evaluates a polynomial; ``coefs`` begins with the constant coefficient."""
   total = np.float32(coefs[-1])
   for c in coefs[-2::-1]:
     total = total * x + np.float32(c)

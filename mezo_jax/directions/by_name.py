@@ -1,4 +1,4 @@
-"""The distributions of z, by the names that configs have for them."""
+"""Maps the names of distributions, as configs spell them, to their classes."""
 
 import dataclasses
 
@@ -12,20 +12,25 @@ KINDS: dict[str, type[Directions]] = {
 
 
 def options_of(name: str) -> set[str]:
-  """Returns which of the options 'rank' and 'every' a distribution has."""
+  """Returns which of the fields 'rank' and 'every' a distribution has."""
   fields = {field.name for field in dataclasses.fields(KINDS[name])}
   return fields & {'rank', 'every'}
 
 
 def as_directions(directions: Directions | str) -> Directions:
-  """Returns directions, which may be given by name.
+  """Returns the distribution that a name stands for.
+
+  Args:
+    directions: A `Directions`, which is returned unchanged, or a key of
+      `KINDS`, which is replaced by that distribution with default options.
 
   Raises:
-    ValueError: for an unknown name, or something else.
+    ValueError: If ``directions`` is neither.
   """
   if isinstance(directions, Directions):
     return directions
   if not isinstance(directions, str) or directions not in KINDS:
-    raise ValueError(f'directions must be one of {tuple(KINDS)}, or such as '
-                     f'mezo_jax.Normal(), got {directions!r}.')
+    raise ValueError(f'directions must be one of the names {tuple(KINDS)} or a '
+                     'mezo_jax.Directions such as mezo_jax.Normal(), got '
+                     f'{directions!r}.')
   return KINDS[directions]()

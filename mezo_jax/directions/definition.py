@@ -1,13 +1,17 @@
-r"""The definition of z, for directions with independent elements.
+r"""Defines z for distributions with independent elements.
 
 .. math::
   z[i] = f(\text{bits}(k, i)), \qquad
   k = \text{fold\_in}(key, \text{crc32}(path))
 
-For a layer l of a stack, k is :math:`\text{fold\_in}(k, l)`. Here i is the
-row-major index of the element within its leaf, or within its layer. The rest of
-the library computes the same numbers without building them: of some rows, of a
-transpose, on the shards of a mesh, in the middle of a matrix product.
+Here i is the row-major index of an element within its leaf. A layer l of a
+stack has a key of its own, :math:`\text{fold\_in}(k, l)`, and i is then the
+index within the layer. The function f is `Directions.draw`.
+
+This module states the definition in its simplest form and builds all of z. The
+rest of the library computes the same numbers without building all of them: for
+some rows of a leaf, for its transpose, on the shards of a mesh, or as a part of
+a matrix product. Tests compare these numbers with `z_of_leaf`.
 """
 
 import math
@@ -25,18 +29,30 @@ from mezo_jax.directions.base import Directions, Normal
 def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
               directions: Directions = Normal(), *,
               stacked: bool = False) -> jax.Array:
-  """Returns z of one leaf, float32 of its shape.
+  """Returns z of one leaf, as its definition says.
 
-  On one kind of hardware, every other way to compute z is bitwise equal.
+  Every other way in which the library computes z gives bitwise the same numbers
+  on one kind of hardware.
 
   Args:
-    key: The key of a direction, for example ``fold_in(fold_in(key, step), j)``.
-    path: The path of the leaf, such as ``'layers/attn/q/kernel'``. A number of
-      a layer in it (``'layers/3/attn/q/kernel'``) selects that layer.
-    shape: The shape of the leaf.
-    directions: `Normal` or `Rademacher`, of either generator.
-    stacked: Whether the first axis is that of layers. It must be False for a
-      path that has the number of a layer.
+    key: Typed key of one direction. For direction j of step t,
+      `mezo_jax.spsa` uses ``fold_in(fold_in(key, t), j)``.
+    path: Path of the leaf, such as ``'layers/attn/q/kernel'``. If the path
+      contains the number of a layer, as ``'layers/3/attn/q/kernel'`` does, the
+      leaf is that layer of a stack.
+    shape: Shape of the leaf.
+    directions: A `Normal` or a `Rademacher`. Its mask and its multiplier are
+      ignored. Defaults to ``Normal()``.
+    stacked: Whether the first axis of the leaf counts layers. Must be False for
+      a path that contains the number of a layer. Defaults to False.
+
+  Returns:
+    A float32 array of shape ``shape``.
+
+  Example:
+    >>> import jax
+    >>> z_of_leaf(jax.random.key(0), 'layers/3/w', (2, 3)).shape
+    (2, 3)
   """
   name, layer, _ = paths.locate(path, stacked)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
@@ -50,6 +66,7 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
 
 
 def _draw(key, shape, directions):
+  """Returns z of a leaf, or of one layer, whose key is ``key``."""
   index = jnp.arange(math.prod(shape), dtype=jnp.uint32)
   bits = noise.bits(key, index, directions.generator)
   return directions.draw(bits).reshape(shape)

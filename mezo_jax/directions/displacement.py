@@ -1,8 +1,9 @@
-r"""Displacements Σ c·z(key), and the share of each leaf, `Draws`.
+r"""Defines displacements Σ c·z(key), and `Draws`, their part in one leaf.
 
-`Draws` are one leaf's share of a displacement, or a view of it. They are added
-to weights where the weights are used. Their `Directions` are the distribution
-of z.
+A `Displacement` is a vector as large as the model, held as keys and numbers.
+`of_leaves` splits it into `Draws`, one for each parameter leaf. Draws can be
+viewed (sliced, transposed, ...) like the leaf, and are added to weights only
+where the weights are used.
 """
 
 from collections import OrderedDict
@@ -17,43 +18,78 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import arguments, dtypes, paths, sharding, views
-from mezo_jax.core.quantized import Codes, is_codes
+from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
 
 _U32 = jnp.uint32
-_ROUNDED = np.uint32(0x3C6EF372)  # makes rounding bits independent of draws
-_AT_ONCE = 2**20  # elements of all terms; above, a loop adds them
+# XORed into keys, so that the bits of stochastic rounding are independent of z.
+_ROUNDED = np.uint32(0x3C6EF372)
+# Largest number of elements, of all terms together, that are built as one array
+# and summed. A loop adds more.
+_AT_ONCE = 2**20
 
 
 class Displacement(NamedTuple):
-  r"""The vector :math:`\sum_{j=1}^n c_j z(key_j)`, as large as the model.
+  r"""Represents a vector as large as the model by n keys and n numbers.
 
-  It is never stored. It is a pytree of two small arrays, which can be scanned,
-  joined, saved or sent. A single key and number stand for n = 1.
+  .. math:: \sum_{j=1}^n c_j z(key_j)
+
+  The vector itself is never stored. A displacement is a pytree of two small
+  arrays, which can be scanned over, concatenated, saved or sent to another
+  host. `perturbed` evaluates a function at displaced weights, and `displace`
+  builds them.
+
+  Attributes:
+    keys: Typed keys [n], one for each direction. A single key or integer seed
+      is accepted for n = 1.
+    coefs: The coefficients c_j, float32 [n], or one number for n = 1. To give
+      groups of leaves their own coefficients, pass an OrderedDict ``{regular
+      expression: coefficients}``. A leaf has those of the first expression that
+      is found in its path. It must be an OrderedDict because JAX sorts the keys
+      of a plain dict.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, which regenerates z from
+    a seed.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> step = mezo_jax.Displacement(
+    ...     jax.random.split(jax.random.key(0), 2), jnp.array([0.1, -0.1]))
+    >>> mezo_jax.displace(jnp.ones(3), step).shape
+    (3,)
   """
 
-  keys: jax.Array  # typed keys [n]
-  # float32 [n]; or {regular expression: [n]}, by the first that is found in a
-  # leaf's path: an OrderedDict, since JAX sorts the keys of a dict.
+  keys: jax.Array
   coefs: jax.typing.ArrayLike | OrderedDict[str, Any]
 
   def times(self, factors: Any) -> 'Displacement':
-    """Returns it with terms multiplied by factors [n], or an OrderedDict of
-    them."""
+    """Multiplies the coefficients by factors.
+
+    Args:
+      factors: A number, an array [n], or an OrderedDict of either, which gives
+        groups of leaves their own coefficients; see ``coefs``.
+    """
     return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
 
   def joined(self, other: 'Displacement') -> 'Displacement':
-    """Returns the sum of both."""
+    """Returns the sum of two displacements, which has the terms of both."""
     return jax.tree.map(lambda a, b: jnp.concatenate(
         [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
 
   def after(self, value: jax.Array) -> 'Displacement':
-    """Returns it with keys that depend on ``value`` for the compiler.
+    """Makes the keys depend on a value, so that z is drawn after it is known.
 
-    The compiler would otherwise find the same z in an earlier evaluation and
-    keep it, as large as the model. The keys are unchanged unless the value is
-    above 3e38.
+    If a program evaluates losses along z and then updates the weights along the
+    same z, XLA recognises the common subexpression and keeps z in memory, which
+    is as large as the model. With keys that depend on the loss, XLA has to draw
+    z again. The keys change only if ``value`` is above 3e38, which no finite
+    loss is.
+
+    Args:
+      value: A float32 scalar, such as a loss.
     """
     words = jax.random.key_data(self.keys)
     words = jnp.where(value > jnp.float32(3e38), words ^ _U32(1), words)
@@ -62,23 +98,41 @@ class Displacement(NamedTuple):
 
 
 class Multiplier(NamedTuple):
-  r"""Multiplies the elements of z, or keeps only some of them.
+  r"""Scales the elements of z, or sets some of them to 0.
+
+  With values s, the direction is one of
+
+  .. math:: s \odot z \qquad \text{or} \qquad z \odot [\text{keeps}(w, s)].
 
   Attributes:
-    values: A number s, or a tree like the params of numbers, of arrays [L] for
-      the layers of stacked leaves, or of arrays of the leaves' shapes. The
-      direction is :math:`s \odot z`.
-    keeps: ``(w, values) -> bool``, of the weights that z is added to. If it is
-      given, z is kept where it is True and is 0 elsewhere, and values are not
-      factors. It must be a function that is defined once, since programs are
-      cached by it.
+    values: The values s: one number, or a tree with the structure of the
+      params. The leaves of the tree are numbers, arrays [L] for stacks of L
+      layers, or arrays of the leaves' shapes.
+    keeps: A function ``(w, values) -> bools``, where w are the weights that z
+      is added to. z is kept where the result is True and is 0 elsewhere; the
+      values are not factors then. Programs are cached by this function, so
+      define it once, outside of any loop. Defaults to None, for factors.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.3, which scales z by layer.
+    Liu et al., 2024, `Sparse MeZO <https://arxiv.org/abs/2402.15751>`_, which
+    keeps z for small weights only.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> half = mezo_jax.Normal(multiplier=mezo_jax.Multiplier(0.5))
+    >>> step = mezo_jax.Displacement(jax.random.key(0), 1.0)
+    >>> z = mezo_jax.direction(jnp.ones(3), step)
+    >>> bool(jnp.allclose(mezo_jax.direction(jnp.ones(3), step, half), z / 2))
+    True
   """
 
   values: Any
   keeps: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
-# --- of leaves --------------------------------------------------------------
+# --- the part of a displacement in one leaf ---------------------------------
 
 
 @functools.partial(
@@ -86,34 +140,47 @@ class Multiplier(NamedTuple):
     data_fields=('streams', 'coefs'), meta_fields=('directions',))
 @dataclasses.dataclass(frozen=True)
 class Draws:
-  """Stands for ``sum_j coefs[j] * z_j`` of one leaf, or of a view of it.
+  """Represents ``sum_j coefs[j] * z_j`` for a block: a leaf or a view of one.
 
-  Nothing is drawn until `add` or `built` is called.
+  Nothing is drawn until `add`, `built` or `term` is called.
+
+  Attributes:
+    streams: One stream, which locates the elements. Low-rank distributions have
+      two: one for the rows of U and one for the rows of V in z = U Vᵀ.
+    coefs: Coefficients of the directions, float32 [n], or [n, ...] with axes
+      that broadcast with the block.
+    directions: The distribution of z, without masks; see `Directions.bare`.
   """
 
-  # One stream for the elements, or two: for the rows and for the columns.
   streams: tuple[noise.Stream, ...]
-  coefs: jax.Array  # float32 [n], or [n, ...] that broadcasts with the block
-  directions: Any  # `Directions`, bare
+  coefs: jax.Array
+  directions: Any
 
   @property
   def is_everywhere(self) -> bool:
-    """Returns whether z is neither masked nor multiplied."""
+    """Returns whether z has neither a mask nor factors of its elements."""
     first = self.streams[0]
     return first.there is None and first.values is None
 
   @property
   def _keeps(self) -> Callable | None:
+    """Returns the mask function of the multiplier, or None."""
     multiplier = self.directions.multiplier
     return None if multiplier is None else multiplier.keeps
 
   @property
   def _factors(self) -> jax.Array | None:
-    """Factors of the elements of z, if there are any."""
+    """Returns the factors of the elements of z, or None for 1."""
     return None if self._keeps else self.streams[0].values
 
   def masked(self, w: jax.Array, x: jax.Array, other: Any) -> jax.Array:
-    """Returns ``x`` where z is kept next to weights w, else ``other``."""
+    """Returns ``x`` where z is kept, and ``other`` where a mask removes z.
+
+    Args:
+      w: The clean weights, on which the mask of a `Multiplier` may depend.
+      x: An array of the shape of w.
+      other: A number, or an array of the shape of w.
+    """
     first, keeps = self.streams[0], self._keeps
     for there in (
         first.there, None if keeps is None else keeps(w, first.values)):
@@ -122,12 +189,16 @@ class Draws:
     return x
 
   def scaled_by(self, x: jax.Array) -> jax.Array:
-    """Returns ``x`` times the factors of z."""
+    """Returns ``x`` multiplied by the factors of z, if there are any."""
     return x if self._factors is None else x * self._factors
 
-  def add(self, w: jax.Array | Codes) -> jax.Array:
-    """Returns ``w + sum`` in float32 (float64 for float64 weights). With
-    ``on_grid``, quantised weights move by whole steps of their grid."""
+  def add(self, w: jax.Array | QuantizedArray) -> jax.Array:
+    """Returns the weights w plus the sum of all terms.
+
+    The sum is computed in float32, or in float64 for float64 weights. If
+    directions have ``on_grid``, quantised weights move by whole steps of their
+    grid.
+    """
     if is_codes(w):
       if self.directions.on_grid and len(self.coefs):
         steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
@@ -135,18 +206,23 @@ class Draws:
       w = w.astype(jnp.float32)
     return self._sum(w.astype(dtypes.wide(w.dtype)), w)
 
-  def built(self, like: jax.Array | Codes) -> jax.Array:
-    """Returns ``sum`` in float32, in the shape and sharding of ``like``."""
+  def built(self, like: jax.Array | QuantizedArray) -> jax.Array:
+    """Returns the sum of all terms, float32.
+
+    Args:
+      like: The weights, which determine the shape and the sharding.
+    """
     like = like.astype(jnp.float32) if is_codes(like) else like
     total = jnp.broadcast_to(self._sum(None, like), like.shape)
     return sharding.split_as(total, like)
 
   def _sum(self, start, like):
+    """Returns ``start`` plus the sum of all terms; ``start`` may be None."""
     plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
     if self._factors is not None or sharding.is_explicit(like):
-      # Terms are scaled one by one; and a product of factors would be whole on
-      # each device where shardings are part of types.
+      # Factors of elements apply to each term, not to a product of U and V. On
+      # Explicit mesh axes, each device would compute the whole product.
       at_once = None
     total = plain(self, start, like) if at_once is None else (
         lax.platform_dependent(self, start, like, default=plain,
@@ -155,27 +231,31 @@ class Draws:
     return self.masked(like, total, 0 if start is None else start)
 
   def _bits(self, like) -> jax.Array:
-    """Returns random words that are independent of the draws."""
+    """Returns random words for rounding, which are independent of z."""
     s = self.streams[0]
     return noise.words(
         dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
 
   def term(self, j: jax.Array | int, like: jax.Array) -> jax.Array:
-    """Returns ``coefs[j] * z_j`` in float32."""
+    """Returns the term ``coefs[j] * z_j``, float32."""
     return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
 
   def _scaled(self, c, z):
+    """Returns ``c * z`` times the factors of z."""
     return self.scaled_by(c * z)
 
   def _by_terms(self, start, like):
+    """Returns ``start`` plus the sum of all terms, computed term by term."""
     n = self.coefs.shape[0]
-    if n <= self.directions.unrolled:  # fuses: no sum of a leaf's size is kept
+    # XLA fuses a few unrolled terms, so that no partial sum is stored.
+    if n <= self.directions.unrolled:
       terms = map(self._scaled, self.coefs,
                   self.directions.each(self.streams, n, like))
       return sum(terms, next(terms) if start is None else start)
     term = lambda j: self.term(j, like)
     first, total = (1, term(0)) if start is None else (0, start)
-    if n * like.size <= _AT_ONCE:  # rounds of a loop would cost more
+    # For few elements, the iterations of a loop would cost more than they save.
+    if n * like.size <= _AT_ONCE:
       total = total + jnp.sum(self._each_term(first, like), 0)
     else:
       total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
@@ -184,9 +264,11 @@ class Draws:
   def _each_term(self, first: int, like) -> jax.Array:
     """Returns the terms of directions ``first`` and later along a new axis.
 
-    Terms are mapped over, because TPUs are slow at looking up keys.
+    `jax.vmap` passes the keys of each term, since TPUs are slow at looking them
+    up by index.
     """
     def one(keys, cores, c):
+      """Returns the term of one direction."""
       streams = [dataclasses.replace(
           s, keys=key[..., None, :],
           core=None if core is None else core[..., None, :, :])
@@ -201,7 +283,16 @@ class Draws:
          for s in self.streams], rest(self.coefs, axis=0))
 
   def viewed(self, view: views.View, shape: Sequence[int]) -> 'Draws | None':
-    """Returns the draws of a view of a block of this shape, if there are."""
+    """Returns the draws of a view of the block.
+
+    Args:
+      view: The view.
+      shape: Shape of the block.
+
+    Returns:
+      The draws, or None if they are not evenly spaced in the view; see
+      `mezo_jax.directions.streams.viewed`.
+    """
     if isinstance(view, views.Keep):
       return self.where(view.there)
     streams = tuple(
@@ -211,14 +302,23 @@ class Draws:
     return dataclasses.replace(self, streams=streams)
 
   def where(self, there: jax.Array) -> 'Draws':
-    """Returns the same draws where ``there`` is True, and 0 elsewhere."""
+    """Returns draws that are 0 where ``there`` is False.
+
+    Args:
+      there: Bools that broadcast with the block.
+    """
     if self.streams[0].there is not None:
       there = there & self.streams[0].there
     return self._first(there=there)
 
   def multiplied(self, values: jax.Array) -> 'Draws':
-    """Returns the draws with the values of a `Multiplier`, which broadcast with
-    the block."""
+    """Returns the draws with the values of their `Multiplier`.
+
+    Args:
+      values: Values of this leaf, which broadcast with the block.
+    """
+    # One number can be a part of the coefficients, so that a low-rank product
+    # still needs no weights.
     if self._keeps is None and values.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
     if self._keeps is None:
@@ -226,13 +326,24 @@ class Draws:
     return self._first(values=values)
 
   def _first(self, **changes):
+    """Returns the draws with fields of their first stream replaced."""
     first, *rest = self.streams
     return dataclasses.replace(self, streams=(
         dataclasses.replace(first, **changes), *rest))
 
   def rows(self, length: int) -> tuple[list[jax.Array], Callable[..., Any]]:
-    """Returns ``along, of_row``: a list of arrays to scan over, and a function
-    from their entries for one index of the first axis to its draws."""
+    """Splits the draws along the first axis of the block, for a scan.
+
+    Args:
+      length: Length of the first axis.
+
+    Returns:
+      ``(along, of_row)``. The first is a list of arrays to scan over. The
+      second is a function that takes their entries for one index and returns
+      the draws at this index.
+    """
+    # Arrays with an entry per index are scanned over. Those of length 1 are the
+    # same for all of them.
     arrays, tree = jax.tree.flatten(tuple(
         streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
@@ -248,32 +359,46 @@ class Draws:
     return [a for a, v in zip(arrays, varies) if v], of_row
 
   def keys(self) -> list[Any]:
+    """Returns the raw key data of each stream."""
     return [s.keys for s in self.streams]
 
   def tied(self, keys: jax.Array) -> 'Draws':
-    """Returns the draws with these keys, which are the same behind a barrier of
-    the compiler."""
+    """Returns the draws with the keys replaced.
+
+    Args:
+      keys: The result of `keys`, passed through an optimisation barrier.
+    """
     return dataclasses.replace(self, streams=tuple(
         dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
 
   def lies(self) -> list[int]:
-    """Returns the block's axes in the order in which the leaf has them."""
-    steps = [*zip(*(s.strides for s in self.streams))]  # rows before columns
+    """Returns the axes of the block in the order that they have in the leaf.
+
+    An axis with a larger stride comes first. Axes without strides, such as that
+    of a stack's layers, come before all others.
+    """
+    # For a low-rank distribution, the axes of rows come before those of
+    # columns, since the stride of a row is compared first.
+    steps = [*zip(*(s.strides for s in self.streams))]
     return sorted(range(len(steps)), key=lambda a: (
         any(steps[a]), *(-step for step in steps[a])))
 
   def is_stack(self) -> bool:
-    """Returns whether a leaf has several keys along its first axis."""
+    """Returns whether the first axis stacks layers with keys of their own."""
     keys = self.streams[0].keys
     return keys.ndim > 2 and keys.shape[0] > 1
 
 
 def stack(several: list[Draws]) -> Draws:
-  """Returns draws of blocks of one shape as draws of their stack."""
+  """Returns the draws of several blocks of one shape as draws of their stack.
+
+  The blocks must have the same distribution and the same number of directions.
+  """
   streams, coefs = jax.tree.map(
       lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
   streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
                   for s in streams)
+  # Coefficients become [n, blocks, 1, ...], which broadcasts with the stack.
   axes = len(streams[0].strides) - 1
   return dataclasses.replace(
       several[0], streams=streams,
@@ -282,11 +407,21 @@ def stack(several: list[Draws]) -> Draws:
 
 def of_leaves(params: Any, displacement: Displacement, directions: Any
               ) -> list[tuple[str, Any, Draws | None]]:
-  """Returns paths, leaves and their draws, which are None where z is 0.
+  """Splits a displacement into the draws of each parameter leaf.
+
+  Args:
+    params: The parameters.
+    displacement: Keys and coefficients.
+    directions: The distribution of z.
+
+  Returns:
+    The path, the leaf and the draws of each leaf. The draws are None for a leaf
+    that the mask excludes.
 
   Raises:
-    ValueError: For something that is not a displacement, or a mask that does
-      not fit.
+    ValueError: If ``displacement`` is not a `Displacement` or its keys and
+      coefficients do not match, or if a mask or a tree of multiplier values
+      does not fit the params.
   """
   keys, coefs = _arrays(displacement)
   leaves = paths.named_leaves(params)
@@ -295,6 +430,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
   shapes = {
       path: (paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
           leaves, used, stacks) if use is not False}
+  # Low-rank distributions may draw the factor V from keys of its own.
   streams = streams_lib.of_leaves(keys, shapes)
   others = directions.of_columns(keys)
   columns = {} if others is None else streams_lib.of_leaves(others, shapes)
@@ -305,6 +441,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
     values = _of_each('the values of multiplier', multiplier.values, leaves)
 
   def draws(path, x, use, value):
+    """Returns the draws of one leaf, or None."""
     if use is False:
       return None
     c = coefs
@@ -312,7 +449,7 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
       c = c[paths.group_of(path, c)]
     out = directions.of_leaf(
         streams[path], c, paths.shape_of(x), columns.get(path))
-    if use is not True:
+    if use is not True:  # a bool array, which selects elements
       out = out.where(use)
     return out if multiplier is None else out.multiplied(_of_block(value, x))
 
@@ -321,33 +458,38 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
 
 
 def _of_each(name: str, values, leaves: list) -> list:
-  """Returns the value of each leaf, from a number or a tree of them."""
+  """Returns the value of each leaf, given one number or a tree of values."""
   if isinstance(values, (int, float, np.generic)):
     return [values] * len(leaves)
   values = jax.tree.leaves(values)
   for value in values:
     arguments.array(name, value)
   if len(values) != len(leaves):
-    raise ValueError(f'{name} are of {len(values)} leaves, but the params have '
-                     f'{len(leaves)}: give one number, or one for each leaf.')
+    raise ValueError(f'{name} have {len(values)} leaves, but the params have '
+                     f'{len(leaves)}: pass one number, or a value for each '
+                     'leaf.')
   return values
 
 
 def _of_block(value, x) -> jax.Array:
-  """Returns a value of a leaf with as many axes as the leaf has."""
+  """Returns a leaf's value with axes of length 1 appended.
+
+  The result has as many axes as the leaf and broadcasts with it.
+  """
   value, axes = jnp.asarray(value), len(paths.shape_of(x))
   return value.reshape(value.shape + (1,) * (axes - value.ndim))
 
 
 def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
-  """Returns keys and coefficients [n]."""
+  """Returns the checked keys and coefficients, both [n]."""
   if not isinstance(displacement, Displacement):
     raise ValueError(
         'displacement must be a mezo_jax.Displacement(keys, coefs), got a '
         f'{type(displacement).__name__}.')
   if type(displacement.coefs) is dict:
-    raise ValueError('coefs of groups must be a collections.OrderedDict: their '
-                     'order counts, and JAX sorts the keys of a dict.')
+    raise ValueError('coefs of groups must be a collections.OrderedDict, since '
+                     'the order of groups matters and JAX sorts the keys of a '
+                     'plain dict.')
   keys = noise.as_keys(displacement.keys)
   coefs = jax.tree.map(
       lambda c: arguments.array(
@@ -356,6 +498,6 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
   sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
   if not keys.shape[0] or sizes != {keys.shape[0]}:
     raise ValueError(
-        f'a displacement needs at least one key and a coefficient for each, '
-        f'got {keys.shape[0]} and {sorted(sizes)}.')
+        f'a displacement needs at least one key and one coefficient for each '
+        f'key, got {keys.shape[0]} keys and {sorted(sizes)} coefficients.')
   return keys, coefs

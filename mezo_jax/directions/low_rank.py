@@ -1,20 +1,27 @@
-r"""Directions whose matrices are products of two narrow ones.
+r"""Defines directions of low rank: each matrix is a product of two factors.
 
 .. math:: z = \frac{1}{\sqrt r} U V^\top, \qquad U \in \{\pm 1\}^{m \times r},
           \quad V \in \{\pm 1\}^{k \times r}
 
-Elements have mean 0 and variance 1 and are uncorrelated, :math:`E[zz^\top] =
-I`, as in every other distribution. A product with perturbed weights is then
+The elements of z have mean 0 and variance 1 and are uncorrelated,
+:math:`E[zz^\top] = I`, as in all other distributions. The library computes with
+the factors in two ways. A forward pass multiplies by them, which builds nothing
+of the size of W:
 
-.. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top,
+.. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top.
 
-which builds nothing of the size of W. Element by element, with the r signs of a
-row of U and of V in the bits of one word each, :math:`z_{ij} = (r - 2\,
-\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r`. That takes three operations per
-element and no matrix product, so an update is added in one pass, in place.
+An update computes the elements of z one by one. The r signs of row i of U are
+the bits of a word :math:`u_i`, those of row j of V the bits of :math:`v_j`, so
 
-Source: factors in place of z, Chen et al., 2024 (LOZO, arXiv:2410.07698) and
-Sarkar et al., 2025 (EGGROLL, arXiv:2511.16652), both with normal factors.
+.. math:: z_{ij} = (r - 2\,\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r.
+
+This takes three operations per element and no matrix product. XLA fuses it with
+the addition to the weights, which happens in place.
+
+References:
+  Chen et al., 2024, `LOZO <https://arxiv.org/abs/2410.07698>`_, and Sarkar et
+  al., 2025, `EGGROLL <https://arxiv.org/abs/2511.16652>`_, both with normal
+  factors in place of signs.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,40 +40,73 @@ from mezo_jax.directions import streams as streams_lib
 from mezo_jax.directions.base import Directions, Rademacher
 from mezo_jax.directions.displacement import Draws
 
-_WORD = 32
-_WINDOWS = np.uint32(0x56565656)  # separates keys of windows and of steps
-_MANY = 3  # terms from which on a matrix product is faster on TPUs
+_WORD = 32  # Number of signs in a random word.
+# Folded into keys, so that the keys of windows differ from those of steps.
+_WINDOWS = np.uint32(0x56565656)
+_MANY = 3  # With this many terms, a matrix product is faster on TPUs.
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Directions):
-  r"""Matrices of rank r, :math:`UV^\top / \sqrt r`, with factors of signs.
+  r"""Draws each matrix as a product of two random factors of rank r.
 
-  A leaf (or layer) with more than two axes counts as a matrix: the cut between
-  its axes is where the numbers of rows and columns are most equal. Vectors, and
-  matrices with fewer than 2r rows or columns, have no factors and are drawn as
-  signs.
+  .. math:: z = \frac{1}{\sqrt r} U V^\top, \qquad
+            U \in \{\pm 1\}^{m \times r}, \quad V \in \{\pm 1\}^{k \times r}
 
-  Products with perturbed weights build no weights. They are built for a
-  convolution, for a weight that a loop uses whole, inside `jax.shard_map` and
-  on Explicit mesh axes.
+  A matrix product with perturbed weights, :math:`x (W + c z)`, is computed as
+  :math:`x W + \frac{c}{\sqrt r} (x U) V^\top` and builds no perturbed weights.
+  The perturbed weight is built nevertheless if a convolution consumes it, if
+  every iteration of a loop uses all of it, inside `jax.shard_map`, and on
+  Explicit mesh axes.
+
+  A leaf (or a layer of a stack) with more than two axes is treated as a matrix.
+  Its first axes are the rows and the others are the columns, split so that the
+  sum of both numbers is smallest. Vectors, and matrices with fewer than 2r rows
+  or columns, have no factors and are drawn like `Rademacher`.
 
   Attributes:
-    rank: r. Defaults to 16. In benchmarks/README.md, ranks 4 and 16 learned
-      about as well as normal draws per forward pass, and more per second.
-    generator, mask, stacked, multiplier: See `Directions`.
+    rank: Rank r of the factors, at least 1. Defaults to 16. In
+      benchmarks/README.md, models learned about as well with ranks 4 and 16 as
+      with normal draws per forward pass, and better per second.
+    generator: Name of the random bit generator, 'hash32' (the default) or
+      'threefry2x32'.
+    mask: The leaves that have a z. Defaults to None, for every floating-point
+      leaf.
+    stacked: The leaves that are stacks of layers. Defaults to None, which
+      selects them by their paths and shapes.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None. Products
+      build the weights of a leaf unless the leaf has one number as its value.
+
+  `Directions` describes the last four attributes in full.
 
   Raises:
-    ValueError: For a rank below 1, or an unknown generator.
+    ValueError: If ``rank`` is not an integer of at least 1, or for an attribute
+      that `Directions` does not accept.
+
+  References:
+    Chen et al., 2024, `LOZO <https://arxiv.org/abs/2410.07698>`_, and Sarkar et
+    al., 2025, `EGGROLL <https://arxiv.org/abs/2511.16652>`_, both with normal
+    factors in place of signs.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> step = mezo_jax.Displacement(jax.random.key(0), 1.0)
+    >>> z = mezo_jax.direction(
+    ...     jnp.zeros((8, 6)), step, mezo_jax.LowRank(rank=2))
+    >>> int(jnp.linalg.matrix_rank(z)) <= 2
+    True
   """
 
   _: dataclasses.KW_ONLY
   rank: int = 16
 
   unrolled: ClassVar[int] = 32
-  least: ClassVar[int] = 2  # times the rank: rows (columns) of what has factors
+  # A matrix has factors only if it has at least ``least * rank`` rows and
+  # columns.
+  least: ClassVar[int] = 2
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     super().__post_init__()
     if not isinstance(self.rank, int) or isinstance(
         self.rank, bool) or self.rank < 1:
@@ -76,12 +116,14 @@ class LowRank(Directions):
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> Draws:
+    """Returns draws with two streams, or with one if there are no factors."""
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
     layers = int(signs.is_stack())
     cut = self._cut(shape[layers:])
     if cut is None:
       return signs
-    # A row has as many words as r bits need. Those of columns follow.
+    # Each row of U takes as many words as r bits need. The counters of V begin
+    # after those of U, so that both factors can share a key.
     words, cut = -(-self.rank // _WORD), layers + cut
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
     strides = lambda first, last: tuple(
@@ -97,7 +139,8 @@ class LowRank(Directions):
                  self.bare())
 
   def _cut(self, shape) -> int | None:
-    """Returns how many axes are rows; None for a leaf without factors."""
+    """Returns how many leading axes are rows; None for a leaf without factors.
+    """
     sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
     cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
     least = self.least * self.rank
@@ -105,19 +148,24 @@ class LowRank(Directions):
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
-    """Returns z times the root of the rank, by which coefficients are divided.
+    """Returns z times the square root of the rank.
+
+    `of_leaf` has divided the coefficients by that square root.
     """
     return self.each([noise.only(s, j) for s in streams], 1, like)[0]
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
-    parts = [*map(len, self._bits(1))]
-    def words(s, i, bits):  # [n, *axes], for all terms
+    """Returns z of directions 0 to n - 1, times the square root of the rank."""
+    parts = [*map(len, self._bits(1))]  # The number of signs in each word.
+    def words(s, i, bits):
+      """Returns word number i of each row, for all directions, [n, *axes]."""
       s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
           dataclasses.replace(s, keys=key[..., None, :]), 0, like,
           self.generator)
       return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
-    # These few words serve many elements: a loop would draw them for each.
+    # A word is shared by a whole row or column. Store the words first, since
+    # XLA would otherwise compute them again for every element.
     made = xla.made_first(lambda streams: [
         [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
                                 streams)
@@ -127,24 +175,30 @@ class LowRank(Directions):
     return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable[..., Any] | None:
+    """Returns `_by_product`, if there are enough terms to be worth it."""
     if coefs.ndim > 1 or len(coefs) < _MANY:
       return None
     return self._by_product
 
   def _by_product(self, streams, coefs, start, like):
-    """Returns the same sum by a matrix product.
+    """Returns the sum of all terms, computed as one matrix product.
 
-    A TPU fuses adding it to weights and rounding them with the product, so it
-    takes one pass for any n. Factors are exact in bfloat16, and coefficients
-    are sums of two bfloat16.
+    XLA for TPUs fuses the product with its addition to the weights and with
+    their rounding, so that it takes one pass over the weights for any n. The
+    product is in bfloat16, which represents signs exactly. Each coefficient is
+    split into a sum of two bfloat16 numbers, so the columns of both factors are
+    repeated.
     """
     axes = [counted(s, like.shape) for s in streams]
     u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
     high = coefs.astype(jnp.bfloat16)
     low = (coefs - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    # 0 for the columns that are multiplied by ``high``, 1 for those by ``low``.
     of = np.concatenate([np.repeat((0, 1), len(b) // 2) for b in self._bits(2)])
     u = u * jnp.stack([high, low], -1)[:, of]
-    n, r = like.ndim, like.ndim + 1  # names of axes that like does not have
+    # jnp.einsum names axes by integers: 0, 1, ... are the axes of ``like``, n
+    # is that of the directions and r that of the rank.
+    n, r = like.ndim, like.ndim + 1
     there = sorted({*axes[0], *axes[1]})
     total = jnp.einsum(
         u, [*axes[0], n, r], v, [*axes[1], n, r], there,
@@ -154,21 +208,28 @@ class LowRank(Directions):
     return total if start is None else start + total
 
   def _bits(self, times: int) -> list[np.ndarray]:
-    """Returns which bits of each word are signs, repeated."""
+    """Returns, for each word of a row, the positions of the bits that are used.
+
+    Args:
+      times: How often the positions of each word are repeated.
+    """
     return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
                     times) for at in range(0, self.rank, _WORD)]
 
   def factor(self, stream: noise.Stream, shape: tuple[int, ...],
              dtype: jax.typing.DTypeLike, times: int = 1) -> jax.Array:
-    """Returns U or V of a block for all n directions: 1 and -1, of the shape
-    [*axes, n, times * rank].
+    """Returns U or V of a block for all n directions.
 
     Args:
-      stream: The stream of its rows or of its columns.
-      shape: Shape of the block. Axes that the stream does not count are left
-        out.
+      stream: The stream of the rows of U, or that of the rows of V.
+      shape: Shape of the block.
       dtype: Dtype of the result.
-      times: How often the columns of each word are repeated.
+      times: How often the columns of the factor are repeated, word by word.
+        Defaults to 1.
+
+    Returns:
+      An array of 1 and -1 of shape [*axes, n, times * rank]. Its leading axes
+      are the axes of the block along which the factor varies; see `counted`.
     """
     axes, n = counted(stream, shape), stream.keys.shape[-2]
     kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
@@ -180,7 +241,8 @@ class LowRank(Directions):
       moved = streams_lib.moved(every, word)
       words = noise.words(moved, 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
-      few = few.reshape((1,) * words.ndim + few.shape)  # no rank promotion
+      # The explicit axes work under jax_numpy_rank_promotion='raise', too.
+      few = few.reshape((1,) * words.ndim + few.shape)
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
@@ -188,30 +250,53 @@ class LowRank(Directions):
 
 @dataclasses.dataclass(frozen=True)
 class LazyLowRank(LowRank):
-  r"""`LowRank` with the same V for a window of steps, and a new U in each step.
+  r"""Draws low-rank matrices whose factor V stays the same for several steps.
 
   .. math:: z_t = \frac{1}{\sqrt r} U_t V_{\lfloor t / \nu \rfloor}^\top
 
-  With n directions per step, all steps of a window together change a matrix by
-  one of rank n r. Leaves without factors are drawn anew in each step. The key
-  of a direction has two words: one belongs to the step, and one to the window.
-  V depends on the latter alone.
+  The factor U is new in each step t, and V changes every :math:`\nu` steps. The
+  updates of such a window of steps add up to a matrix of rank at most n r, for
+  n directions per step. Leaves without factors have a new z in each step.
 
-  Source: Chen et al., 2024, LOZO (arXiv:2410.07698), with normal factors and
-  without the root, for which its learning rates compensate.
+  The paper's factors are normal, and it has no :math:`1 / \sqrt r`. Its
+  learning rates therefore correspond to r times as large ones here.
 
   Attributes:
-    every: :math:`\nu`, the number of steps of a window.
-    rank, generator, mask, stacked, multiplier: see `LowRank`.
+    rank: Rank r of the factors, at least 1. Defaults to 16.
+    every: Number of steps :math:`\nu` for which V stays the same, at least 1.
+      Defaults to 50.
+    generator: Name of the random bit generator, 'hash32' (the default) or
+      'threefry2x32'.
+    mask: The leaves that have a z. Defaults to None, for every floating-point
+      leaf.
+    stacked: The leaves that are stacks of layers. Defaults to None, which
+      selects them by their paths and shapes.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None.
+
+  `LowRank` describes when a leaf has factors; `Directions` describes the last
+  four attributes in full.
 
   Raises:
-    ValueError: As `LowRank`; for ``every`` below 1.
+    ValueError: If ``every`` is not an integer of at least 1, or for an
+      attribute that `LowRank` does not accept.
+
+  References:
+    Chen et al., 2024, `Enhancing Zeroth-order Fine-tuning for Language Models
+    with Low-rank Structures <https://arxiv.org/abs/2410.07698>`_ (LOZO),
+    Algorithm 1.
+
+  Example:
+    >>> import mezo_jax
+    >>> lozo = mezo_jax.mezo(
+    ...     1e-6, key=0, directions=mezo_jax.LazyLowRank(rank=2, every=50),
+    ...     apply_every=50)
   """
 
   _: dataclasses.KW_ONLY
   every: int = 50
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     super().__post_init__()
     if not isinstance(self.every, int) or isinstance(
         self.every, bool) or self.every < 1:
@@ -219,16 +304,21 @@ class LazyLowRank(LowRank):
                        f'{self.every!r}.')
 
   def keys(self, key: Any, count: jax.Array | int, n: int) -> jax.Array:
+    """Returns keys [n] that combine a key of the step and one of the window."""
+    # The first word of a direction's key belongs to the step, the second to the
+    # window. `of_columns` derives the keys of V from the second word alone.
     step = jax.random.key_data(noise.step_keys(key, count, n))
     window = jax.random.key_data(noise.step_keys(
         jax.random.fold_in(key, _WINDOWS), count // self.every, n))
     return self._typed(step[:, 0], window[:, 1])
 
   def of_columns(self, keys: jax.Array) -> jax.Array:
+    """Returns keys [n] that depend only on the window, for V."""
     words = jax.random.key_data(keys)[:, 1]
     return self._typed(jnp.full_like(words, _WINDOWS), words)
 
   def _typed(self, first, second):
+    """Returns typed keys whose data are these two words."""
     return jax.random.wrap_key_data(
         jnp.stack([first, second], -1), impl='threefry2x32')
 
@@ -236,7 +326,8 @@ class LazyLowRank(LowRank):
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
   """Returns ``sum_b rows[..., b] * columns[..., b]``, where axes broadcast.
 
-  It is computed element by element, so it fuses and takes no memory.
+  The sum is a chain of elementwise operations instead of a matrix product, so
+  that XLA can fuse it into its consumer without storing the result.
   """
   return cast(jax.Array, sum(
       rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
@@ -244,15 +335,21 @@ def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
              ) -> jax.Array:
-  """Returns a factor of one direction, [*axes, 1, rank], with all axes of a
-  block."""
+  """Returns a factor with one axis for each axis of the block, then the rank.
+
+  Args:
+    factor: A factor of one direction, [*axes, 1, rank], from `LowRank.factor`.
+    stream: The stream that the factor was drawn from.
+    shape: Shape of the block. Axes along which the factor does not vary have
+      length 1 in the result.
+  """
   axes = counted(stream, shape)
   return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
                         factor.shape[-1])
 
 
 def counted(stream: noise.Stream, shape: tuple[int, ...]) -> list[int]:
-  """Returns the axes of a block along which the words of a stream differ."""
+  """Returns the axes of a block along which the words of a stream vary."""
   arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
   return [a for a, n in enumerate(shape) if n > 1 and (
       stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]

@@ -1,28 +1,37 @@
-r"""Keys and random bits of directions z, drawn on demand and never stored.
+r"""Derives keys and generates the random bits of the directions z.
 
-One leaf of the parameters has one stream of draws,
+The elements of one parameter leaf are drawn as
 
 .. math:: z_{leaf}[i] = f(\text{bits}(k_{leaf}, i)), \qquad
           k_{leaf} = \text{fold\_in}(key, \text{crc32}(path)),
 
-where ``i`` is the row-major index of the element (for low-rank directions, that
-of a row or a column) and ``bits`` is a counter-based generator. A layer of a
-stacked ``[L, ...]`` leaf has the key of that layer alone, ``fold_in(leaf_key,
-l)``, so a stacked leaf and L separate ones have the same noise (see
-`mezo_jax.core.paths.locate`). Normal draws with the generator 'threefry2x32'
-are, bit for bit,
+where i is the row-major index of the element. (For low-rank directions, i is
+the index of a row or of a column.) ``bits`` is a counter-based generator: it
+computes the bits of any index directly, without those before it. Layer l of a
+stacked ``[L, ...]`` leaf has the key ``fold_in(leaf_key, l)``. A stacked leaf
+and L separate leaves therefore have the same z; see
+`mezo_jax.core.paths.locate`. With the generator 'threefry2x32', normal draws
+equal those of JAX bit for bit::
 
-  ``z[leaf] == jax.random.normal(leaf_key(key, path), shape)``      (float32)
-  ``z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])``;
+  z[leaf] == jax.random.normal(leaf_key(key, path), shape)  # float32
+  z[leaf][l] == jax.random.normal(fold_in(leaf_key, l), shape[1:])
 
-The default generator, 'hash32', is cheaper (benchmarks/results/noise.md). z
-depends on nothing else: not on the dtype, the sharding, the mesh, other leaves,
-their order, or the batch. Draws are elementwise integer and float32 operations:
-they fuse into whatever consumes them, need no temporary of a leaf's size, are
-partitioned without communication, and can be indexed.
+The default generator, 'hash32', is cheaper (benchmarks/results/noise.md).
 
-Source: SPSA directions, Spall (1992); "z is never stored but regenerated",
-Malladi et al. (2023), Algorithm 1; Threefry, Salmon et al. (2011), Random123.
+z depends on nothing else. The dtype and the sharding of a leaf, the mesh, other
+leaves and their order, and the batch do not change it. Draws are elementwise
+integer and float32 operations. XLA can therefore fuse them into the operation
+that consumes them, needs no temporary of a leaf's size for them, and partitions
+them without communication.
+
+References:
+  Spall, 1992, "Multivariate stochastic approximation using a simultaneous
+  perturbation gradient approximation".
+  Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+  <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, which regenerates z from a
+  seed instead of storing it.
+  Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3", for
+  Threefry.
 """
 
 import dataclasses
@@ -50,53 +59,71 @@ _U32 = jnp.uint32
 class Stream:
   """Locates the elements of a block among the draws of its leaf.
 
-  Element i of a block with ``len(strides)`` axes is draw number
-  ``2**32 * hi + lo + sum_a strides[a] * i[a]`` of its keys. The arrays begin
-  with the axes of the block, which have the block's length or length 1 (then
-  they broadcast). So a row, a slice, a transpose or a reshape of a leaf has a
-  stream again: see `mezo_jax.directions.streams`. A stream has all n keys of a
-  displacement.
+  A block is a leaf or a view of one. Element (i_0, i_1, ...) of a block is draw
+  number ``2**32 * hi + lo + sum_a strides[a] * i_a`` of its keys. This number
+  is called the counter of the element. Because the counter is an affine
+  function of the index, a row, a slice, a transpose or a reshape of a block has
+  a stream, too; see `mezo_jax.directions.streams`.
+
+  Every array begins with the axes of the block. Each of these axes has either
+  the length that it has in the block, or length 1, in which case it broadcasts.
+
+  Attributes:
+    keys: Raw key data of the n directions, uint32 [*axes, n, 2].
+    lo: Lower 32 bits of the first counter, uint32 [*axes].
+    strides: Difference of the counters of neighbours along each axis, Python
+      integers from 0 to 2**32 - 1.
+    hi: Upper 32 bits of the first counter, uint32 [*axes]. Defaults to None,
+      for a leaf whose counters all fit in 32 bits.
+    there: True where z is kept; z is 0 elsewhere. bool [*axes]. Defaults to
+      None, which keeps all of z.
+    values: Values of a `Multiplier`, [*axes]. Defaults to None, for no
+      multiplier.
+    core: The matrix C of `SubZero`, float32 [*axes, n, r, r]. Defaults to None,
+      for all other distributions.
   """
 
-  keys: jax.Array  # uint32 [*axes, n, 2]
-  lo: jax.Array  # uint32 [*axes]
-  strides: tuple[int, ...]  # below 2**32
-  hi: jax.Array | None = None  # uint32 [*axes]; None where 0 for all
-  there: jax.Array | None = None  # bool [*axes], where z is kept; None for all
-  values: jax.Array | None = None  # [*axes], of a `Multiplier`
-  core: jax.Array | None = None  # float32 [*axes, n, r, r], of `SubZero`
+  keys: jax.Array
+  lo: jax.Array
+  strides: tuple[int, ...]
+  hi: jax.Array | None = None
+  there: jax.Array | None = None
+  values: jax.Array | None = None
+  core: jax.Array | None = None
 
 
 # --- keys -------------------------------------------------------------------
 
 
 def as_key(key: Any, name: str = 'key') -> jax.Array:
-  """Returns a typed threefry key.
+  """Converts a key or a seed to one typed threefry2x32 key.
 
   Args:
     key: A typed key of any implementation, the data of a raw key, or a seed
       that `jax.random.key` accepts.
-    name: The argument's name, for the error.
+    name: Name of the argument, for the error message. Defaults to 'key'.
 
   Raises:
-    ValueError: If it is something else.
+    ValueError: If ``key`` is something else, or an array of several keys.
   """
   if is_typed(key):
     if key.shape:
-      raise ValueError(f'{name} must be one key, got an array of {key.shape}.')
+      raise ValueError(f'{name} must be a single key, got an array of keys of '
+                       f'shape {key.shape}.')
     if jax.random.key_impl(key) == 'threefry2x32':
       return key
     return _wrap(jax.random.bits(key, (2,), jnp.uint32))
   if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32:
     if key.shape == (2,):
       return _wrap(jnp.asarray(key))
-    if key.shape == (4,):  # of jax.random.PRNGKey where 'rbg' is the default
+    # Where 'rbg' is JAX's default, jax.random.PRNGKey returns four words.
+    if key.shape == (4,):
       return as_key(jax.random.wrap_key_data(jnp.asarray(key), impl='rbg'))
-  try:  # jax takes bools for seeds, too
+  try:  # The kind 'b' is included because JAX accepts bools as seeds.
     is_seed = not np.shape(key) and jnp.result_type(key).kind in 'iub'
   except (TypeError, ValueError):
     is_seed = False
-  except OverflowError:  # a Python integer that is decided about below
+  except OverflowError:  # jax.random.key below decides about large integers
     is_seed = True
   if not is_seed:
     found = f'{key.dtype}{[*key.shape]}' if hasattr(key, 'dtype') else repr(key)
@@ -104,35 +131,47 @@ def as_key(key: Any, name: str = 'key') -> jax.Array:
         f'{name} must be a jax.random.key or an integer seed, got {found}.')
   try:
     return jax.random.key(key, impl='threefry2x32')
-  except (OverflowError, TypeError) as e:  # bools, too, if they are NumPy's
-    raise ValueError(f'{name} must be a seed that jax.random.key takes, below '
-                     f'2**63, got {key!r}.') from e
+  except (OverflowError, TypeError) as e:  # JAX rejects NumPy's bools
+    raise ValueError(f'{name} must be a seed that jax.random.key accepts, an '
+                     f'integer below 2**63; got {key!r}.') from e
 
 
 def check_key(key: Any, name: str = 'key') -> None:
-  """Raises ValueError for something that `as_key` does not accept.
+  """Checks that `as_key` will accept a key or a seed.
 
-  Nothing is computed for a seed, since devices may not be set up yet.
+  An integer seed is accepted without any computation, because optimizers may be
+  constructed before JAX has set up its devices.
+
+  Args:
+    key: A key or a seed; see `as_key`.
+    name: Name of the argument, for the error message. Defaults to 'key'.
+
+  Raises:
+    ValueError: If `as_key` does not accept ``key``.
   """
   if not isinstance(key, (int, np.integer)):
     as_key(key, name)
 
 
 def is_typed(key: Any) -> bool:
-  """Returns whether something is an array of typed PRNG keys."""
+  """Returns whether an object is a typed PRNG key or an array of them."""
   return hasattr(key, 'dtype') and jnp.issubdtype(
       key.dtype, jax.dtypes.prng_key)
 
 
 def state_key(key: Any) -> jax.Array:
-  """Returns a copy of a key for an optimizer's state, which may be donated.
+  """Copies a key for the state of an optimizer.
 
-  In programs that import `flax.serialization`, this registers how it saves a
-  typed key: as the key's data.
+  The copy can be donated together with the state, while the caller's key stays
+  valid.
+
+  `flax.serialization` cannot save typed keys by itself. If the program has
+  imported it, this function registers a rule that saves the data of the key.
   """
   flax = sys.modules.get('flax.serialization')
   if flax is not None:
-    with jax.ensure_compile_time_eval():  # its type, not that of a tracer
+    # Under `jax.jit` the key would be a tracer, which has another type.
+    with jax.ensure_compile_time_eval():
       kind = type(jax.random.key(0, impl='threefry2x32'))
     if not flax.is_serializable(kind):
       flax.register_serialization_state(
@@ -143,15 +182,22 @@ def state_key(key: Any) -> jax.Array:
 
 
 def _wrap(words: jax.Array) -> jax.Array:
+  """Returns typed threefry2x32 keys with these data, uint32 [..., 2]."""
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
 def as_keys(keys: jax.Array) -> jax.Array:
-  """Returns typed threefry keys [n].
+  """Converts keys to typed threefry2x32 keys.
 
   Args:
-    keys: An array of typed keys [n], the data of raw keys [n, 2], or one key
-      that `as_key` accepts.
+    keys: An array of typed keys [n], the data of raw keys, uint32 [n, 2], or
+      one key or seed that `as_key` accepts, for n = 1.
+
+  Returns:
+    Typed keys of shape [n].
+
+  Raises:
+    ValueError: If ``keys`` is something else.
   """
   if is_typed(keys) and keys.ndim == 1:
     if jax.random.key_impl(keys) == 'threefry2x32':
@@ -165,24 +211,27 @@ def as_keys(keys: jax.Array) -> jax.Array:
 
 def direction_key(key: jax.Array, count: jax.Array | int,
                   sample: jax.Array | int = 0) -> jax.Array:
-  """Returns the key of a direction of a step."""
+  """Returns the key of direction number ``sample`` of step number ``count``."""
   return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
 def step_keys(key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
-  """Returns the keys [n] of the directions of a step."""
+  """Returns the keys of the n directions of step number ``count``, [n]."""
   return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-  """Returns the key of a leaf, or of a layer if the path has its number."""
+  """Returns the key of a leaf.
+
+  If the path contains the number of a layer, this is the key of the layer.
+  """
   name, layer, _ = paths.locate(path)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
   return key if layer is None else jax.random.fold_in(key, layer)
 
 
 def only(s: Stream, j: int | jax.Array) -> Stream:
-  """Returns the stream of direction j alone."""
+  """Returns the stream whose only direction is direction j of ``s``."""
   if isinstance(j, int):
     keys = lax.index_in_dim(s.keys, j, -2)
   else:
@@ -190,11 +239,20 @@ def only(s: Stream, j: int | jax.Array) -> Stream:
   return dataclasses.replace(s, keys=keys)
 
 
-# --- words ----------------------------------------------------------------
+# --- random words ---------------------------------------------------------
 
 
 def bits(key: jax.Array, index: jax.Array, generator: str) -> jax.Array:
-  """Returns the uint32 word of a key for each index, a uint32 array."""
+  """Returns the random words of one key at some indices.
+
+  Args:
+    key: A typed key.
+    index: Counters, a uint32 array.
+    generator: One of `GENERATORS`.
+
+  Returns:
+    A uint32 array of the shape of ``index``.
+  """
   k0, k1 = jax.random.key_data(key)
   return _generators[generator](k0, k1, _U32(0), lambda word: index + word)
 
@@ -205,26 +263,34 @@ def words(s: Stream, j: int | jax.Array, like: jax.Array,
 
   Args:
     s: The stream of the block.
-    j: The number of the direction.
-    like: An array with the shape of the block and, where mesh axes are
-      Explicit, its sharding.
-    generator: One of `GENERATORS`; or 'rounding', which is cheaper and good
+    j: Index of the direction.
+    like: An array with the shape of the block. If mesh axes are Explicit, the
+      words have the sharding of this array.
+    generator: One of `GENERATORS`, or 'rounding', which is cheaper and random
       enough for `stochastic_round`.
+
+  Returns:
+    A uint32 array that broadcasts to the shape of the block. An axis has length
+    1 if all elements along it share a word.
   """
   return _words(
       only(s, j).keys[..., 0, :], s.lo, s.hi, strides=s.strides,
       shape=like.shape, place=_explicit(like, s.strides), generator=generator)
 
 
-# Blocks of one shape are traced once. For XLA, inline=True changes nothing.
+# `jax.jit` caches the trace, so that blocks of one shape are traced once. With
+# inline=True, the lowered program contains no call.
 @functools.partial(jax.jit, inline=True, static_argnames=(
     'strides', 'shape', 'place', 'generator'))
 def _words(key, lo, hi, *, strides, shape, place, generator):
+  """Returns the words of one key; see `words`."""
   index_shape = tuple(n if step else 1 for n, step in zip(
       shape, strides, strict=True))
 
-  # Add a word of the key to the counter first. Otherwise XLA shares one index,
-  # as large as a layer, between the layers, and keeps it alive.
+  # Generators receive this function instead of the counters, so that they add a
+  # word of the key before anything else. If the counters were computed alone,
+  # they would be equal for all layers. XLA would then share one layer-sized
+  # array of counters between the layers and keep it in memory.
   def lo_plus(word):
     total = lo + word
     for axis, step in enumerate(strides):
@@ -237,13 +303,17 @@ def _words(key, lo, hi, *, strides, shape, place, generator):
   if hi is None:
     hi = jnp.zeros((), jnp.uint32)
   else:
+    # Add 1 where the lower 32 bits of the counter overflow.
     hi = hi + (lo_plus(_U32(0)) < lo).astype(jnp.uint32)
   return _generators[generator](k0, k1, hi, lo_plus)
 
 
 def _explicit(like: jax.Array,
               strides: tuple) -> jax.sharding.NamedSharding | None:
-  """Returns the sharding of a block's counted axes, if mesh axes are Explicit.
+  """Returns the sharding of a block's counters, or None.
+
+  The result is None unless mesh axes are Explicit. Only axes with a stride are
+  sharded, because the counters have length 1 along the others.
   """
   sharding = jax.typeof(like).sharding
   if not any(t == jax.sharding.AxisType.Explicit
@@ -254,8 +324,10 @@ def _explicit(like: jax.Array,
 
 
 def _threefry2x32(k0, k1, hi, lo_plus):
-  """Returns words of Threefry-2x32 with 20 rounds, unrolled. That of JAX is a
-  loop on CPU, which does not fuse and needs four temporaries of a leaf's size.
+  """Returns words of Threefry-2x32 with 20 unrolled rounds.
+
+  JAX's own Threefry is a loop on CPU. XLA cannot fuse that loop, and it needs
+  four temporary arrays of the size of a leaf.
   """
   ks = (k0, k1, k0 ^ k1 ^ _U32(0x1BD11BDA))
   x0, x1 = hi + k0, lo_plus(k1)
@@ -268,14 +340,17 @@ def _threefry2x32(k0, k1, hi, lo_plus):
 
 
 def _hash32(k0, k1, hi, lo_plus):
-  """Returns keyed rounds of 32-bit finalisers over a Weyl sequence.
+  """Returns words that two keyed finalisers make of a Weyl sequence.
 
-  This is far cheaper than Threefry. The sum at the end makes the words a random
-  function of the counter instead of a permutation, which would never repeat.
-  The generator is not cryptographic, and its statistics are tested
-  (benchmarks/noise.py), not proven.
+  This takes far fewer operations than Threefry. Without the sum at the end,
+  different counters of a key would always have different words, as in a
+  permutation. With the sum, words repeat as often as random words do. The
+  generator is not cryptographic. Its statistics are tested by
+  benchmarks/noise.py, not proven.
   """
-  weyl = lo_plus(k0 * _U32(0x144CBC89)) * _U32(0x9E3779B9)  # k0 + lo * G
+  # The two constants are inverses modulo 2**32, so this is k0 + lo * G, where G
+  # is the second constant.
+  weyl = lo_plus(k0 * _U32(0x144CBC89)) * _U32(0x9E3779B9)
   x = _finalise(weyl, 0x7FEB352D, 0x846CA68B)
   x = x ^ (k1 + hi * _U32(0x85EBCA6B))
   x = _finalise((x ^ (x >> 17)) * _U32(0xED5AD4BB), 0xAC4C1B51, 0x31848BAB)
@@ -283,12 +358,12 @@ def _hash32(k0, k1, hi, lo_plus):
 
 
 def _rounding(k0, k1, hi, lo_plus):
-  """Returns the words of one keyed finaliser."""
+  """Returns words of a single keyed finaliser, for stochastic rounding."""
   return _finalise(lo_plus(k0) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
 
 
 def _finalise(x, m0, m1):
-  """Applies a bijection of 32-bit words that mixes all bits."""
+  """Applies a bijection of 32-bit words, in which all bits are mixed."""
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)
   return x ^ (x >> 16)

@@ -1,7 +1,8 @@
-"""Random access to the draws of a leaf: its stream, and views of it.
+"""Computes the streams of parameter leaves and of their views.
 
-A view (a lookup, a slice, a transpose, a reshape) draws nothing: it computes
-the counters of the elements that are in the view.
+A `Stream` says which draws belong to which elements. A view (a lookup, a slice,
+a transpose or a reshape) draws nothing: it only computes the counters of the
+elements that it selects.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,18 @@ from mezo_jax.core import paths, views, xla
 from mezo_jax.directions.noise import Stream
 
 _U32 = jnp.uint32
+# Number of the first layer of every stack; see `stacks_begin_at`.
 _first: contextvars.ContextVar[np.uint32 | jax.Array] = contextvars.ContextVar(
     '_first', default=np.uint32(0))
 
 
 @contextlib.contextmanager
 def stacks_begin_at(layer: int | jax.Array):
-  """Declares that stacked leaves are parts of stacks, beginning at a layer."""
+  """Declares that stacked leaves hold the layers from number ``layer`` on.
+
+  Within this context, the first entry of a stack has the z of that layer. This
+  is used where weights in the host's memory are updated layer by layer.
+  """
   token = _first.set(jnp.asarray(layer).astype(jnp.uint32))
   try:
     yield
@@ -37,22 +43,27 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
               ) -> dict[str, Stream]:
   """Returns the streams of whole leaves.
 
-  All keys are derived in a few operations, however many leaves there are.
+  The keys of all leaves are derived together, in a few batched operations. This
+  keeps programs short, however many leaves there are.
 
   Args:
     keys: Typed keys [n], one for each direction.
-    leaves: Shapes, and whether they are stacks of layers, by path.
+    leaves: For each path, the shape of the leaf and whether the leaf is a stack
+      of layers.
 
   Returns:
-    Streams by path. A stacked leaf has one key per layer. If a leaf or a layer
-    has more than 2**32 elements, ``lo`` and ``hi`` hold a first counter for
-    each entry of its leading axes.
+    The stream of each path. A stacked leaf has one key per layer and direction.
+    If a leaf or a layer has more than 2**32 elements, ``lo`` and ``hi`` hold a
+    first counter for each entry of its leading axes.
   """
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
   found = {path: paths.locate(path, stacked)
            for path, (_, stacked) in leaves.items()}
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
+  # Layers with a number in their paths have the same name without it, and so
+  # the same hash. Each distinct hash is folded into the keys only once, and
+  # ``rank`` numbers these hashes.
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
   own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
@@ -63,7 +74,9 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     parents = own[np.array([by_name[p] for p in numbered])]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  # Each table is [entries, (layers,) n, 2]; those of stacks are named by depth.
+  # Each table holds the keys of several leaves, [entries, (layers,) n, 2]:
+  # 'own' those of single leaves, 'numbered' those of leaves with the number of
+  # a layer in their path, and an integer those of stacks of so many layers.
   tables: dict[str | int, jax.Array] = {'own': jax.random.key_data(own)}
   if of_layer is not None:
     tables['numbered'] = of_layer
@@ -73,10 +86,12 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     if path in rows:
       continue
     rows[path] = shape[0] if stacked else 'own', by_name[path]
+    # All stacks of the same depth share a table of keys.
     if stacked and shape[0] not in tables:
       layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
       tables[shape[0]] = jax.random.key_data(
           jax.vmap(lambda k, layers=layers: fold(k, layers))(own))
+  # Take the entry of each leaf from its table.
   out = {}
   for name, table in tables.items():
     mine = [path for path in leaves if rows[path][0] == name]
@@ -87,16 +102,23 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
 
 
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
-  """Returns the stream of one leaf, which is a stack if its name says so.
+  """Returns the stream of one leaf.
 
-  Without the rest of the tree, only the name can tell; see `of_leaves`.
+  The leaf counts as a stack of layers if its path names layers. Unlike
+  `of_leaves`, this function does not know the shapes of the other leaves.
   """
   stacked = paths.locate(path)[2] and bool(shape)
   return of_leaves(keys, {path: (shape, stacked)})[path]
 
 
 def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
-  """Returns the stream of a leaf with keys [(layers,) n, 2]."""
+  """Returns the stream of a whole leaf.
+
+  Args:
+    words: Raw data of the leaf's keys, [n, 2], or [layers, n, 2] for a stack.
+    shape: Shape of the leaf.
+  """
+  # Insert an axis of length 1 for each axis of the leaf that is not a layer.
   inner, first = len(shape), words.ndim - 2
   words = words.reshape(words.shape[:first] + (1,) * (inner - first)
                         + words.shape[first:])
@@ -106,6 +128,9 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
   zero = jnp.zeros(words.shape[:-2], jnp.uint32)
   wide = math.prod(shape[first:]) > 2**32
   s = Stream(words, zero, tuple(strides), zero if wide else None)
+  # Strides and the indices that they multiply must fit in 32 bits. Give leading
+  # axes a first counter for each entry until the rest has at most 2**32
+  # elements.
   axis = first
   while math.prod(shape[axis:]) > 2**32:
     s, axis = spread(s, axis, shape[axis]), axis + 1
@@ -113,7 +138,14 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
 
 
 def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
-  """Adds ``index * step`` to the counters, in 64 bits if they have a high word.
+  """Returns the stream with ``index * step`` added to its counters.
+
+  The sum is computed in 64 bits if the counters have upper 32 bits.
+
+  Args:
+    s: A stream.
+    index: Integers that broadcast with ``s.lo``.
+    step: A Python integer.
   """
   index = index.astype(jnp.uint32)
   if s.hi is None:
@@ -125,12 +157,23 @@ def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
 
 
 def moved(s: Stream, steps: int) -> Stream:
-  """Returns the stream with a number added to all counters."""
+  """Returns the stream with the Python integer ``steps`` added to all counters.
+
+  Only the lower 32 bits are changed, so the sum must fit in them.
+  """
   return dataclasses.replace(s, lo=s.lo + _U32(steps)) if steps else s
 
 
 def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the high and low words of the 64-bit product of ``a`` and ``b``."""
+  """Returns the upper and lower 32 bits of the 64-bit product of a and b.
+
+  JAX has no 64-bit integers by default, so the factors are multiplied in halves
+  of 16 bits.
+
+  Args:
+    a: A uint32 array.
+    b: A Python integer below 2**64.
+  """
   if b >= 2**32:
     hi, lo = _mul_wide(a, b % 2**32)
     return hi + a * _U32(b >> 32), lo
@@ -142,8 +185,17 @@ def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 
 
 def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
-  """Returns the stream of a view of a block of this shape, or None if the
-  counters of its elements are not affine then."""
+  """Returns the stream of a view of a block.
+
+  Args:
+    s: Stream of the block.
+    view: The view.
+    shape: Shape of the block.
+
+  Returns:
+    The stream of the view, or None if the counters of the view are not an
+    affine function of the index. This is only possible for a reshape.
+  """
   strides: list[int] | None = [*s.strides]
   if isinstance(view, views.Reshape):
     strides = _reshaped_strides(s, shape, view.new)
@@ -170,7 +222,16 @@ def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
 
 
 def spread(s: Stream, axis: int, size: int) -> Stream:
-  """Returns the same stream with arrays that have entries along an axis."""
+  """Replaces the stride of an axis by one first counter for each entry.
+
+  The elements keep their counters. `lax.scan` over the axis needs this form,
+  since it takes an array with one entry for each iteration.
+
+  Args:
+    s: A stream.
+    axis: An axis of the block.
+    size: Length of the block along this axis.
+  """
   if s.lo.shape[axis] == size:
     return s
   index = jnp.arange(size, dtype=jnp.uint32)
@@ -183,24 +244,33 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
 
 def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
                       ) -> list[int] | None:
-  """Returns the strides of a row-major reshape, or None."""
+  """Returns the strides of a block after a row-major reshape.
+
+  Returns:
+    A stride for each new axis, or None if the counters of the reshaped block
+    are not an affine function of the index.
+  """
   if 0 in old:
     return None
+  # Axes along which an array has entries of its own.
   arrays = jax.tree.leaves((s.keys, s.lo, s.hi, s.core))
   spread_axes = {a for x in arrays for a in range(len(old)) if x.shape[a] > 1}
   strides = []
   for was, will in views.axis_groups(old, new):
     step = [s.strides[a] for a in was]
     if not spread_axes & set(was):
+      # The axes can be merged only if their elements are evenly spaced.
       if any(x != y * old[b] for x, y, b in zip(step, step[1:], was[1:])):
         return None
       last = step[-1] if step else 0
       strides += [last * math.prod(new[b + 1:will[-1] + 1])
                   if new[b] > 1 else 0 for b in will]
     elif any(step):
+      # Arrays have entries along these axes, and there are strides, too. Only
+      # an axis that stays as it is keeps both.
       if len(was) > 1 or len(will) > 1:
         return None
       strides += step
-    else:
+    else:  # the arrays alone locate the elements, and they are reshaped, too
       strides += [0] * len(will)
   return strides

@@ -1,19 +1,24 @@
-r"""SubZero: directions in a subspace of matrices that is kept for a window.
+r"""Defines the directions of SubZero, which lie in a random subspace.
 
 .. math:: z = \frac{\sqrt{m k}}{r} \hat U Z \hat V^\top, \qquad
           \hat U^\top \hat U = \hat V^\top \hat V = I_r, \quad
           Z \in \mathcal{N}(0, I_{r \times r})
 
-The bases are the same for a window of steps, and Z is new in each step. Over
-bases, :math:`E[zz^\top] = I`; within a window it is :math:`mk / r^2` times the
-projection on the subspace. Source: Yu et al., 2024, arXiv:2410.08989.
+The bases :math:`\hat U` and :math:`\hat V` stay the same for a window of steps.
+Z is new in each step. On average over bases, :math:`E[zz^\top] = I`. Within a
+window, :math:`E[zz^\top]` is :math:`mk / r^2` times the projection onto the
+subspace that the bases span.
 
-The paper's bases come from a QR decomposition and are stored. Here they come
-from factors of signs, :math:`\hat U = U L^{-\top}` with :math:`L L^\top =
-U^\top U`, and are regenerated from keys. With the r by r matrix :math:`C =
-L_U^{-\top} Z L_V^{-1} \sqrt{mk} / r`,
+The paper computes the bases by QR decompositions and stores them. Here they are
+regenerated from keys. They are orthonormalised matrices U and V of signs,
+:math:`\hat U = U L_U^{-\top}`, where :math:`L_U` is the Cholesky factor of
+:math:`U^\top U`. With the r by r matrix :math:`C = L_U^{-\top} Z L_V^{-1}
+\sqrt{mk} / r`, a direction and a product with perturbed weights are
 
 .. math:: z = U C V^\top, \qquad x (W + c z) = x W + c\, ((x U) C) V^\top.
+
+References:
+  Yu et al., 2024, `SubZero <https://arxiv.org/abs/2410.08989>`_.
 """
 
 from collections.abc import Sequence
@@ -35,19 +40,44 @@ from mezo_jax.directions.low_rank import LazyLowRank
 
 @dataclasses.dataclass(frozen=True)
 class SubZero(LazyLowRank):
-  r"""Matrices in a subspace of :math:`r \times r` dimensions, which is the same
-  for ``every`` steps.
+  r"""Draws matrices from a random subspace that stays the same for some steps.
 
-  Leaves with fewer than 8r rows or columns are drawn as signs in each step.
+  .. math:: z = \frac{\sqrt{m k}}{r} \hat U Z \hat V^\top, \qquad
+            \hat U^\top \hat U = \hat V^\top \hat V = I_r, \quad
+            Z \in \mathcal{N}(0, I_{r \times r})
+
+  The bases stay the same for ``every`` steps, and Z is new in each step. Each
+  of the n directions of a step has bases of its own. Leaves with fewer than 8r
+  rows or columns have no bases and are drawn like `Rademacher` in each step.
 
   Attributes:
-    rank: r. The paper uses 8 to 24.
-    every: Number of steps of a window, in which each direction of a step keeps
-      its own subspace. The paper uses 1,000 to 2,000.
-    generator, mask, stacked, multiplier: see `Directions`.
+    rank: Rank r, so that the subspace has :math:`r^2` dimensions. Defaults to
+      8. The paper uses 8 to 24.
+    every: Number of steps for which the bases stay the same. Defaults to 1000.
+      The paper uses 1,000 to 2,000.
+    generator: Name of the random bit generator, 'hash32' (the default) or
+      'threefry2x32'.
+    mask: The leaves that have a z. Defaults to None, for every floating-point
+      leaf.
+    stacked: The leaves that are stacks of layers. Defaults to None, which
+      selects them by their paths and shapes.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None.
+
+  `Directions` describes the last four attributes in full.
 
   Raises:
-    ValueError: as `LazyLowRank`.
+    ValueError: If ``rank`` or ``every`` is not an integer of at least 1, or for
+      an attribute that `Directions` does not accept.
+
+  References:
+    Yu et al., 2024, `SubZero: Random Subspace Zeroth-Order Optimization for
+    Memory-Efficient LLM Fine-Tuning <https://arxiv.org/abs/2410.08989>`_,
+    Algorithms 1 to 3.
+
+  Example:
+    >>> import mezo_jax
+    >>> tx = mezo_jax.mezo(
+    ...     1e-6, key=0, directions=mezo_jax.SubZero(rank=8, every=1000))
   """
 
   _: dataclasses.KW_ONLY
@@ -55,18 +85,24 @@ class SubZero(LazyLowRank):
   every: int = 1000
 
   unrolled: ClassVar[int] = 8
-  # With 8r rows, signs are almost never dependent: r^2 / 2^(8r) pairs are.
+  # The Cholesky factor exists only if the columns of U are linearly
+  # independent. With 8r rows of random signs they almost always are: two
+  # columns are equal or opposite with a probability of about r^2 / 2^(8r).
   least: ClassVar[int] = 8
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> Draws:
+    """Returns draws whose first stream has the matrix C of each direction."""
+    # Both bases are drawn from the key of the window. The key of the step is
+    # for Z, and for leaves without bases.
     draws = super().of_leaf(columns or stream, coefs, shape)
     if len(draws.streams) < 2:
       return super().of_leaf(stream, coefs, shape)
     n, r = stream.keys.shape[-2], self.rank
     layers = shape[:int(draws.is_stack())]
-    def inverse(s):  # L^{-T}, [*layers, n, r, r]
+    def inverse(s):
+      """Returns L^{-T} of the factor of a stream, [*layers, n, r, r]."""
       signs = self.factor(s, shape, jnp.float32)
       signs = signs.reshape(*layers, -1, n, r)
       gram = jnp.einsum('...mna,...mnb->...nab', signs, signs,
@@ -85,7 +121,7 @@ class SubZero(LazyLowRank):
     return dataclasses.replace(draws, streams=(rows, others), coefs=coefs)
 
   def _z(self, stream, layers) -> jax.Array:
-    """Returns Z, [*layers, n, r, r], from the keys of the step."""
+    """Returns Z, float32 [*layers, n, r, r], from the keys of the step."""
     r, n = self.rank, stream.keys.shape[-2]
     keys = stream.keys.reshape(*layers, n, 1, 1, 1, 2)
     every = noise.Stream(
@@ -96,21 +132,26 @@ class SubZero(LazyLowRank):
 
   def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
         like: jax.Array) -> jax.Array:
+    """Returns U C Vᵀ of direction j for a block."""
     def factors(streams, j):
       rows, columns = (noise.only(s, j) for s in streams)
       u, v = (low_rank.of_block(
           self.factor(s, like.shape, jnp.float32), s, like.shape)
               for s in (rows, columns))
-      assert rows.core is not None  # every stream of SubZero has one
+      assert rows.core is not None  # `of_leaf` has set it
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
+    # U C and V are small, and each of their rows is used for many elements.
+    # Store them, since XLA would otherwise compute them again for each use.
     u, v = xla.made_first(factors, streams, j)
     return low_rank.product(
         sharding.split_as(u, like), sharding.split_as(v, like))
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
+    # `LowRank.each` counts the bits of U and V, which are not the bases here.
     return Directions.each(self, streams, n, like)
 
   def at_once(self, coefs: jax.Array) -> None:
+    """Returns None: the product in `LowRank` has no place for the matrix C."""
     return None

@@ -1,7 +1,7 @@
-"""Checks what the processes of a run must have in common.
+"""Checks that all processes of a run have the same inputs.
 
-Each function raises the same error on all processes, so that none waits for
-another that has left.
+All processes must call these functions. An error is raised on all of them, so
+that none waits for another that has ended.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,16 @@ from mezo_jax.core.errors import InputError
 
 
 def agree(what: str, digest: Callable[[], str], fix: str) -> None:
-  """Raises InputError, on all processes, if one differs from process 0.
+  """Checks that a digest is the same on all processes.
 
   Args:
-    what: What must be the same, in words.
-    digest: Returns hexadecimal digits of it. It is not called in a run of one
-      process.
-    fix: What to do if it is not the same.
+    what: Description of what must be the same, for the error.
+    digest: Function that returns hexadecimal digits; the number of digits is
+      even and equal on all processes. It is not called in a run of one process.
+    fix: What the user can do about a difference, for the error.
+
+  Raises:
+    InputError: On all processes, if one has another digest than process 0.
   """
   if jax.process_count() == 1:
     return
@@ -40,18 +43,23 @@ def agree(what: str, digest: Callable[[], str], fix: str) -> None:
 
 
 def agree_on(what: str, values: dict[str, Any], fix: str) -> None:
-  """Raises InputError, on all processes, if one has other values than process
-  0; the error names those that differ.
+  """Checks that values are the same on all processes.
 
   Args:
-    what: What must be the same, in words.
-    values: A dict of JSON values, also nested, with the same keys everywhere.
-    fix: What to do if they are not the same.
+    what: Description of the values, for the error.
+    values: A dict of JSON values, possibly nested, with the same keys on all
+      processes.
+    fix: What the user can do about a difference, for the error.
+
+  Raises:
+    InputError: On all processes, if one has other values than process 0. It
+      names the values that differ.
   """
   if jax.process_count() == 1:
     return
 
   def leaves(values, before=''):
+    """Yields pairs (name such as 'spsa.eps', value as JSON)."""
     for name, value in values.items():
       if isinstance(value, dict):
         yield from leaves(value, f'{before}{name}.')
@@ -72,7 +80,16 @@ def agree_on(what: str, values: dict[str, Any], fix: str) -> None:
 
 
 def check_shared(directory: Path) -> None:
-  """Raises InputError, on all processes, if one does not see the directory."""
+  """Checks that all processes see the same directory.
+
+  Process 0 writes a random token into a file, and all try to read it.
+
+  Args:
+    directory: Path of the directory, which must exist on process 0.
+
+  Raises:
+    InputError: On all processes, if one cannot read the token.
+  """
   if jax.process_count() == 1:
     return
   file, token = directory / '.shared', np.frombuffer(
@@ -82,7 +99,7 @@ def check_shared(directory: Path) -> None:
     file.write_bytes(token)
   multihost_utils.sync_global_devices('written')
   seen = False
-  for _ in range(20):  # a file system may take a moment to show it
+  for _ in range(20):  # a network file system may show the file with a delay
     with contextlib.suppress(OSError):
       seen = file.read_bytes() == token
     if seen:
@@ -95,4 +112,4 @@ def check_shared(directory: Path) -> None:
     others = ', '.join(map(str, np.flatnonzero(~found)))
     raise InputError(
         f'process {others} does not see the working directory of process 0, '
-        f'{directory}: give one on a file system that all hosts share.')
+        f'{directory}; choose one on a file system that all hosts share.')

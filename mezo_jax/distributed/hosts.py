@@ -1,24 +1,25 @@
-"""A run of several processes: how they join, and how they end together.
+"""Joins the processes of a run, and ends them together if one of them dies.
 
 JAX's coordination service, which is part of process 0, brings the processes
-together and receives a heartbeat of each. This module adds a sentence and an
-exit status where JAX alone aborts a process. It uses JAX's own detection: with
-`jax_enable_recoverability`, `jax.experimental.multihost_utils.live_devices`
-names the processes that died. The loss of process 0 is fatal in JAX even so,
-and there is no hook for it (`missed_heartbeat_callback` of the client throws
-std::bad_cast in jax 0.10.2 and 0.12.0.1), so `_before_abort` adds one.
+together and receives a heartbeat from each. Where JAX alone aborts a process,
+this module prints a message and sets the exit status. It relies on JAX to
+detect failures: with `jax_enable_recoverability`,
+`jax.experimental.multihost_utils.live_devices` tells which processes died. Even
+so, JAX aborts the other processes when process 0 dies. It has no working hook
+for that (`missed_heartbeat_callback` of the client throws std::bad_cast in jax
+0.10.2 and 0.12.0.1), so `_before_abort` adds one.
 
-What the other processes do after ``kill -9`` of one, with two and three
-processes over loopback on CPU and jax 0.10.2, in a collective, in a wait on the
-host and in a loop of Python:
+The table shows what the other processes do after ``kill -9`` of one. It was
+measured with two and three processes over loopback on CPU and jax 0.10.2, in a
+collective, in a wait on the host and in a Python loop:
 
   =========  =============================  ===================================
   killed     JAX alone, heartbeats of 10 s  `watch`, heartbeats of 15 s
   =========  =============================  ===================================
-  a worker   SIGABRT after 6 to 10 s, with  status 75 and one sentence, after
+  a worker   SIGABRT after 6 to 10 s, with  status 75 and one message, after
              20 to 60 lines of log          14 to 19 s
   process 0  SIGABRT after 0.3 s, with 20   status 75 after 0.2 to 4 s; the
-             lines of log                   sentence follows JAX's 20 lines
+             lines of log                   message follows JAX's 20 lines
   =========  =============================  ===================================
 """
 
@@ -40,25 +41,32 @@ from jax.experimental import multihost_utils
 from mezo_jax.core import jax_versions
 from mezo_jax.core.errors import AGAIN, first_line, InputError
 
-HEARTBEAT = 15  # Seconds without a heartbeat after which a process is dead.
-JOIN = 300  # Seconds to wait for the other processes of a run.
-_TURN = 1.0  # Seconds between two questions to the coordination service.
-_FAILED = 'mezo_jax/failed/'  # Where a process that failed leaves its number.
+HEARTBEAT = 15  # seconds without a heartbeat after which a process is dead
+JOIN = 300  # seconds to wait for the other processes of a run
+_TURN = 1.0  # seconds between two requests to the coordination service
+# Prefix of a key in JAX's key-value store, under which a process that failed
+# stores its number.
+_FAILED = 'mezo_jax/failed/'
 _EXITED = 'exited (see its output). Restart all processes to resume.'
-_handlers = []  # Functions that C calls, which keeps no reference to them.
+# Signal handlers that C code calls. C holds no reference to them, so they are
+# stored here to keep Python from freeing them.
+_handlers = []
 
 
 def check_devices() -> None:
-  """Raises InputError if JAX finds no device of the platform that it is asked
-  for."""
+  """Checks that JAX finds devices of the platform that was requested.
+
+  Raises:
+    InputError: If it finds none.
+  """
   try:
     jax.devices()
-  except Exception as e:  # of many types, an AssertionError among them
+  except Exception as e:  # JAX raises many types here, even AssertionError
     platforms = getattr(jax.config, 'jax_platforms', None)
     asked = f' of JAX_PLATFORMS={platforms}' if platforms else ''
     raise InputError(
         f'JAX finds no device{asked} ({first_line(e)[:300]}). Install JAX for '
-        'that kind of device and see that its driver works, or set '
+        'this kind of device and check its driver, or set '
         'JAX_PLATFORMS=cpu.') from e
 
 
@@ -67,22 +75,24 @@ def check_devices() -> None:
 
 def join(coordinator: str | None = None, num_processes: int | None = None,
          process_id: int | None = None) -> None:
-  """Joins the processes of a run.
+  """Joins this process with the others of a run.
 
-  Arguments that are missing are read from JAX_COORDINATOR_ADDRESS,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from torchrun's MASTER_ADDR,
-  MASTER_PORT, WORLD_SIZE and RANK. Without these, JAX asks Slurm, Open MPI,
-  Kubernetes or the TPU pod.
+  Missing arguments are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID, or from torchrun's MASTER_ADDR, MASTER_PORT, WORLD_SIZE and
+  RANK. Without these, JAX gets them from Slurm, Open MPI, Kubernetes or the TPU
+  pod.
+
+  If the other processes do not join within `JOIN` seconds, this process prints
+  a message and exits with status 1.
 
   Args:
-    coordinator: HOST:PORT of process 0, which listens there.
+    coordinator: HOST:PORT at which process 0 listens.
     num_processes: Number of processes of the run.
     process_id: Number of this process, from 0.
 
   Raises:
-    InputError: If the arguments cannot work, or if process 0 was started with
-      another number of processes. If the others do not come within `JOIN`
-      seconds, the process ends with a sentence.
+    InputError: If the arguments are invalid or incomplete, or if process 0 was
+      started with another number of processes.
   """
   arguments: dict[str, Any] = dict(
       coordinator=coordinator, num_processes=num_processes,
@@ -90,10 +100,11 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
   arguments = {k: v for k, v in arguments.items() if v is not None}
   given = _environment() | arguments
   if not arguments and {*given} == {'coordinator'}:
-    given = {}  # JAX reads this variable too, and asks the cluster for the rest
+    given = {}  # JAX reads this variable and gets the rest from the cluster
   if given:
     _check_given(given)
-  # A process that dies must not make JAX abort the others: `watch` ends them.
+  # With this option JAX does not abort the other processes when one dies, so
+  # that `watch` can end them with a message.
   jax.config.update('jax_enable_recoverability', True)
   try:
     jax.distributed.initialize(
@@ -102,38 +113,48 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
         heartbeat_timeout_seconds=HEARTBEAT)
   except (RuntimeError, ValueError) as e:
     raise InputError(
-        f'--distributed finds no other processes: {first_line(e)} Start it '
-        'on each host with srun or mpirun, or with --coordinator=HOST:PORT '
-        '--num_processes=N --process_id=I, or leave it out on one host.') from e
+        f'--distributed finds no other processes ({first_line(e)}). Start one '
+        'process per host with srun or mpirun, or with --coordinator=HOST:PORT '
+        '--num_processes=N --process_id=I; omit --distributed on a single '
+        'host.') from e
   finally:
     _before_abort(None)
   check_devices()
-  # JAX takes the number of process 0 where the numbers differ.
+  # If the numbers differ, JAX uses that of process 0 without an error.
   count = given.get('num_processes', jax.process_count())
   if count != jax.process_count():
     raise InputError(
         f'--num_processes is {count} here and {jax.process_count()} on process '
-        '0: start all with the same number.')
+        '0; start all processes with the same number.')
 
 
 def _check_given(given: dict[str, Any]) -> None:
-  """Raises InputError for arguments of `join` that cannot work, and arranges
-  for a sentence if the others do not come."""
+  """Checks the arguments of `join`, and prepares for a failure to join.
+
+  If the other processes do not join in time, JAX aborts this one. This function
+  arranges for a message and exit status 1 instead.
+
+  Args:
+    given: The arguments that are known, by name.
+
+  Raises:
+    InputError: If arguments are missing or invalid.
+  """
   missing = {'coordinator', 'num_processes', 'process_id'} - {*given}
   if missing:
     raise InputError(
-        f'several processes: --{" and --".join(sorted(missing))} must be given '
-        f'along with --{" and --".join(sorted(given))}.')
+        f'--{" and --".join(sorted(missing))} must be given together with '
+        f'--{" and --".join(sorted(given))}.')
   index, count = given['process_id'], given['num_processes']
   if not 0 <= index < count:
-    raise InputError(f'--process_id is {index} and must be at least 0 and '
-                     f'below --num_processes, {count}.')
+    raise InputError(f'--process_id is {index}, but must be at least 0 and '
+                     f'below --num_processes ({count}).')
   where = given['coordinator']
   host, _, port = where.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
     raise InputError(
-        f'--coordinator is {where!r} and must be HOST:PORT of the first '
-        'process, with a port from 1 to 65535.')
+        f'--coordinator is {where!r}, but must be HOST:PORT of process 0, with '
+        'a port from 1 to 65535.')
   if index == 0 and 'JAX_COORDINATOR_BIND_ADDRESS' not in os.environ:
     _check_port(int(port))
   who, why = f'process {index} of {count}', ''
@@ -145,32 +166,42 @@ def _check_given(given: dict[str, Any]) -> None:
         flush=True)
 
   def give_up():
+    """Prints what to check, and ends the process."""
     print(
-        f'{who}: the others did not all come to {where} within {JOIN} s. Start '
-        '--num_processes processes, each with another --process_id from 0 and '
-        'all with the same --coordinator and --num_processes; the first one on '
-        'the host of --coordinator, whose port must be open.', file=sys.stderr,
-        flush=True)
+        f'{who}: not all processes joined at {where} within {JOIN} s. Start '
+        '--num_processes processes, each with its own --process_id from 0 and '
+        'all with the same --coordinator and --num_processes. Start process 0 '
+        'on the host of --coordinator, whose port must be open.',
+        file=sys.stderr, flush=True)
     os._exit(1)
 
   _before_abort(give_up)
 
 
 def _check_port(port: int) -> None:
-  """Raises InputError if process 0 cannot listen at its port, which is a
-  segmentation fault in JAX."""
+  """Checks that process 0 can listen on its port.
+
+  Without this check, JAX ends with a segmentation fault if it cannot.
+
+  Raises:
+    InputError: If the port cannot be used.
+  """
   both = socket.has_dualstack_ipv6()
   try:
     socket.create_server(
         ('', port), family=socket.AF_INET6 if both else socket.AF_INET,
         dualstack_ipv6=both).close()
   except OSError as e:
-    raise InputError(f'--coordinator: process 0 cannot listen at port {port} '
+    raise InputError(f'--coordinator: process 0 cannot listen on port {port} '
                      f'({e.strerror}); choose another port.') from e
 
 
 def _environment() -> dict[str, Any]:
-  """Returns arguments of `join` that the environment has."""
+  """Returns the arguments of `join` that are set in the environment.
+
+  Raises:
+    InputError: If a variable that should be a number is not one.
+  """
   env = os.environ
   found: dict[str, Any]
   if 'JAX_COORDINATOR_ADDRESS' in env:
@@ -183,7 +214,7 @@ def _environment() -> dict[str, Any]:
     return {}
   for argument, name in zip(('num_processes', 'process_id'), names):
     if name in env and not env[name].isdigit():
-      raise InputError(f'{name} is {env[name]!r} and must be a number.')
+      raise InputError(f'{name} is {env[name]!r}, but must be a number.')
     if name in env:
       found[argument] = int(env[name])
   return found
@@ -194,14 +225,18 @@ def _environment() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def watch(program: str) -> Iterator[None]:
-  """Ends this process, with a sentence and the status `AGAIN`, when another
-  process of the run has died.
+  """Ends this process when another process of the run dies or fails.
 
-  An error in this process ends it without waiting for the others. They end
-  too: with status 1, since running again would not help.
+  If another process died, for example because its machine was taken away, this
+  one prints a message and exits with status `AGAIN`, so that all can be
+  restarted. If another process failed with an error, this one exits with status
+  1, since restarting would not help.
+
+  An error in the body ends this process without waiting for the others, and is
+  reported to them.
 
   Args:
-    program: Name of the program, with which the sentence begins.
+    program: Name of the program, which begins the message.
   """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     yield
@@ -213,6 +248,7 @@ def watch(program: str) -> Iterator[None]:
   follower.start()
 
   def lost():
+    """Prints a message if JAX aborts because process 0 died."""
     if _coordinator_is_gone():
       _report(program, 0, _EXITED)
       os._exit(AGAIN)
@@ -227,7 +263,8 @@ def watch(program: str) -> Iterator[None]:
     _before_abort(None)
   except BaseException as e:
     if not isinstance(e, SystemExit):
-      # If another process died, that broke this one too: `_follow` says so.
+      # This error may be a consequence of the death of another process. Then
+      # `_follow` ends this process, with the right message, in the meantime.
       time.sleep(HEARTBEAT + 5)
     status = _status_of(e)
     sys.stdout.flush()
@@ -235,16 +272,21 @@ def watch(program: str) -> Iterator[None]:
     if status != AGAIN:
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f'{_FAILED}{jax.process_index()}', '')
-      time.sleep(2 * _TURN)  # The others read it.
+      time.sleep(2 * _TURN)  # gives the others time to read it
     ending.set()
     _leave(status)
 
 
 def _follow(program: str, client: Any, ending: threading.Event) -> None:
-  """Ends this process when another one has died or failed.
+  """Ends this process when another one has died or failed; runs in a thread.
 
-  It returns after ``ending``; on process 0, whose service all others need in
-  order to leave, when they have left.
+  It returns after ``ending`` was set. On process 0 it returns only when all
+  others have left, since they need its coordination service until then.
+
+  Args:
+    program: Name of the program, which begins the message.
+    client: Client of the coordination service.
+    ending: Event that is set when this process is about to end.
   """
   devices, gone = jax.devices(), set()
   first, count = jax.process_index() == 0, jax.process_count()
@@ -253,7 +295,8 @@ def _follow(program: str, client: Any, ending: threading.Event) -> None:
       with multihost_utils.live_devices(devices) as alive:
         gone = {*range(count)} - {device.process_index for device in alive}
         failed = client.key_value_dir_get(_FAILED)
-        # An error of one is often one of all: this process may report its own.
+        # The same error often occurs in all processes, so this process gets
+        # some time to report its own.
         if failed and not ending.wait(3 * _TURN):
           name, _ = failed[0]
           number = int(name.rpartition('/')[2])
@@ -264,19 +307,25 @@ def _follow(program: str, client: Any, ending: threading.Event) -> None:
           _leave(AGAIN)
         time.sleep(_TURN)
     except jax_versions.PROCESS_DIED:
-      continue  # The next turn says which.
+      continue  # the next turn tells which process died
     except jax.errors.JaxRuntimeError:
-      return  # The service is gone, so JAX aborts: see `watch`.
+      return  # the service is gone, so JAX aborts this process; see `watch`
 
 
 def _report(program: str, number: int, what: str) -> None:
+  """Prints what happened to the process with this number."""
   print(f'{program}: process {number} of {jax.process_count()} {what}',
         file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> None:
-  """Ends this process at once; process 0, whose service the others need to
-  learn why they end, a little later."""
+  """Ends this process at once, or a little later if it is process 0.
+
+  The other processes need the service of process 0 to learn why they end.
+
+  Args:
+    status: The exit status.
+  """
   _before_abort(lambda: os._exit(status))
   if jax.process_index() == 0:
     time.sleep(3 * _TURN)
@@ -284,7 +333,7 @@ def _leave(status: int) -> None:
 
 
 def _status_of(e: BaseException) -> int:
-  """Returns the exit status of an exception, and prints it, as Python does."""
+  """Prints an exception and returns its exit status, as Python would."""
   if not isinstance(e, SystemExit):
     traceback.print_exc()
     return 1
@@ -295,7 +344,10 @@ def _status_of(e: BaseException) -> int:
 
 
 def _coordinator_is_gone() -> bool:
-  """Returns whether nothing listens at process 0's address any more."""
+  """Returns whether the coordination service of process 0 has ended.
+
+  That is so if nothing listens at its address any more.
+  """
   address = str(jax_versions.distributed_state().coordinator_address)
   host, _, port = address.rpartition(':')
   try:
@@ -306,11 +358,16 @@ def _coordinator_is_gone() -> bool:
 
 
 def _before_abort(act: Callable[[], object] | None) -> None:
-  """Calls a function before JAX aborts this process; None undoes that.
+  """Makes a function run before JAX aborts this process.
 
-  JAX does not report the loss of its service to a program: it logs the error
-  and calls abort(). A handler of Python's signal module would run too late,
-  after abort() has ended the process, so this one is called by C.
+  JAX does not report the loss of its service to the program: it logs the error
+  and calls abort(), which raises SIGABRT. A handler of Python's signal module
+  would run too late, because Python only notes the signal in C and runs the
+  handler later, when abort() has already ended the process. So the handler is
+  registered with C's signal().
+
+  Args:
+    act: The function. None restores the default.
   """
   handler = None
   if act is not None:

@@ -1,5 +1,7 @@
-"""A run that is one of several replicas (experimental); see
-`mezo_jax.distributed.exchange`."""
+"""Sets up a run as one of several replicas (experimental).
+
+See `mezo_jax.distributed.exchange`.
+"""
 
 from collections.abc import Callable, Sequence
 import copy
@@ -18,12 +20,12 @@ from mezo_jax.transforms.combine import COMBINES
 
 
 class Place(NamedTuple):
-  """The place of a run among its replicas.
+  """Holds the flags that make a run one of several replicas.
 
   Attributes:
     replica: Number of this replica, from 0.
     replicas: Number of replicas.
-    directory: Directory that all replicas see.
+    directory: Directory that all replicas see, for the exchange.
     timeout: Seconds to wait for another replica.
   """
 
@@ -34,44 +36,57 @@ class Place(NamedTuple):
 
   @property
   def part(self) -> tuple[int, int]:
+    """Returns the argument `part` of `mezo_jax.make_step`."""
     return self.replica, self.replicas
 
 
 def place(replicas: int | None, replica: int | None, directory: str | None,
           timeout: float) -> Place | None:
-  """Returns the place that flags name; None where none is given.
+  """Checks the flags about replicas.
+
+  Args:
+    replicas: Value of --replicas, the number of replicas.
+    replica: Value of --replica, the number of this replica from 0.
+    directory: Value of --exchange, a directory that all replicas see.
+    timeout: Value of --exchange_timeout, in seconds.
+
+  Returns:
+    The place of the run, or None if the first three are None.
 
   Raises:
-    InputError: If some are missing, or out of range.
+    InputError: If some flags are missing or invalid.
   """
   if replicas is None and replica is None and directory is None:
     return None
   if replicas is None or replica is None or directory is None:
-    raise InputError('replicas: --replicas, --replica and --exchange must be '
-                     'given together.')
+    raise InputError('--replicas, --replica and --exchange must be given '
+                     'together.')
   if not 0 <= replica < replicas:
-    raise InputError(f'--replica is {replica} and must be at least 0 and below '
-                     f'--replicas, {replicas}.')
+    raise InputError(f'--replica is {replica}, but must be at least 0 and '
+                     f'below --replicas ({replicas}).')
   if not timeout > 0:
-    raise InputError(f'--exchange_timeout is {timeout} and must be positive.')
+    raise InputError(f'--exchange_timeout is {timeout}, but must be positive.')
   path = local(directory)
   if re.fullmatch(r'[^/]+:\d+', directory) and not path.is_dir():
     raise InputError(
-        f'--exchange is {directory!r}, but replicas no longer exchange over '
-        'the network: give the path of a directory that all of them see.')
+        f'--exchange is {directory!r}, but replicas no longer exchange steps '
+        'over the network; pass the path of a directory that all of them see.')
   return Place(replica, replicas, path, timeout)
 
 
 def check_replicas(place: Place | None, method: str, methods: Sequence[str],
           combine: str, num_samples: int) -> None:
-  """Raises InputError for a run whose directions cannot be shared out.
+  """Checks that replicas can divide the directions of a run among them.
 
   Args:
-    place: Place of the run; None for a run alone, which is always right.
-    method: Name of the method of the run.
-    methods: Names of the methods whose directions replicas can share out.
+    place: Place of the run; None for a run without replicas, which passes.
+    method: Name of the run's method.
+    methods: Names of the methods whose directions replicas can divide.
     combine: Name of the combine function, `spsa.combine` of the config.
     num_samples: Number of directions of a step.
+
+  Raises:
+    InputError: If they cannot.
   """
   if place is None:
     return
@@ -85,33 +100,35 @@ def check_replicas(place: Place | None, method: str, methods: Sequence[str],
        f'spsa.num_samples {num_samples}: make it a multiple of {n}'),
       (jax.process_count() == 1, '--distributed: a replica is one process')):
     if not holds:
-      raise InputError(f'{n} replicas cannot share out {why}.')
+      raise InputError(f'{n} replicas are not possible with {why}.')
 
 
 def join(place: Place, settings: dict[str, Any], weights: str,
          splits: Sequence[Splits], num_samples: int, steps: int,
          applied_every: int | None, log: Log, say: Callable[[str], None]
          ) -> Exchange | None:
-  """Opens the exchange of a run, and gives its log the steps that it missed.
+  """Opens the exchange of a run, and adds to its log the steps that it missed.
 
   Args:
     place: Place of the run among its replicas.
-    settings: What all replicas must share, as JSON values: the fields of the
-      config, of which paths of data may differ, and what else the caller adds.
-    weights: `mezo_jax.core.fingerprint.of_weights` before training.
+    settings: Settings that must be the same for all replicas, as JSON values:
+      the fields of the config and any that the caller adds. Paths of data may
+      differ.
+    weights: Fingerprint of the weights before training; see
+      `mezo_jax.core.fingerprint.of_weights`.
     splits: The rows of each task.
     num_samples: Number of directions of a step.
     steps: Number of steps of the run.
     applied_every: Number of steps after which accumulated updates are applied
-      to be evaluated; None where none accumulate.
+      for an evaluation. None if updates do not accumulate.
     log: Log of the run.
     say: Reports a line to the user.
 
   Returns:
-    The exchange, or None where the log has all steps.
+    The exchange, or None if the log has all steps.
 
   Raises:
-    InputError: If another replica runs something else.
+    InputError: If another replica belongs to another run.
   """
   if log.end >= steps:
     return None
@@ -129,5 +146,5 @@ def join(place: Place, settings: dict[str, Any], weights: str,
   others.catch_up(log, lambda step: applied_every is not None and (
       step % applied_every == 0 or step == steps))
   if log.end > before:
-    say(f'steps {before + 1} to {log.end} are taken from the other replicas')
+    say(f'received steps {before + 1} to {log.end} from the other replicas')
   return others

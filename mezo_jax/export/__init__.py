@@ -1,8 +1,8 @@
-"""Makes a model to share from a run, or from a base model and a log.
+"""Writes a model to share from a run, or from a base model and a log.
 
-`export` writes the best step of a run as a Hugging Face directory, an adapter
-or a log. `rebuild` makes the fine-tuned weights again from a base model and
-such a log.
+`export` writes the best step of a run as a Hugging Face model, an adapter or a
+log. `rebuild` reconstructs the fine-tuned weights from a base model and such a
+log.
 """
 
 from mezo_jax.export.from_run import export, rebuild

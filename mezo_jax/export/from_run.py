@@ -1,4 +1,4 @@
-"""A run's working directory to what transformers and PEFT load."""
+"""Exports a run as files that transformers and PEFT can load."""
 
 from collections.abc import Callable
 import os
@@ -22,7 +22,8 @@ from mezo_jax.training import build, methods, optimizer, run_files, trainable
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
-_QUICKSTART = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # the file is made of it
+# The model from which the quickstart's GGUF file was converted.
+_QUICKSTART = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 
 
 def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
@@ -32,35 +33,39 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
   """Writes the model of a checkpoint, its tokenizer and a model card.
 
   Args:
-    workdir: The working directory of a run of ``train.py``.
-    directory: The directory to make. It must not hold anything yet.
-    step: The step of the checkpoint. Defaults to the one that is best on dev
-      rows, of a private run to the last.
-    merged: Adds LoRA to the weights and writes a whole model.
-    log: Writes the steps and the card alone, 4 bytes a step and direction, from
-      which `rebuild` makes the weights.
-    base: Where the base model is now, a directory or a hub id. Defaults to
+    workdir: Working directory of a run of ``train.py``. The run may still be in
+      progress; its files are not changed.
+    directory: The directory to create. If it exists, it must be empty.
+    step: Step of the checkpoint. Defaults to None, for the best step on the dev
+      rows, or the last step of a private run.
+    merged: Whether to merge LoRA factors into the weights and write a whole
+      model. Defaults to False.
+    log: Whether to write only the log of steps and the card, from which
+      `rebuild` reconstructs the weights. The log takes 4 bytes per step and
+      direction. Defaults to False.
+    base: Directory or hub id where the base model is now. Defaults to None, for
       where it was during the run.
-    say: Reports what the user should know of the files.
+    say: Reports notes about the files to the user. Defaults to `print`.
 
   Returns:
-    The directory, which ``transformers`` and `mezo_jax.models.load` load. It
-    has the class for sequence classification if the run trained a
-    classification head. Of LoRA or a prefix it has the adapters alone:
-    ``peft`` loads them on the base model, and so does `mezo_jax.peft.load`.
+    The directory. ``transformers`` and `mezo_jax.models.load` can load it; the
+    class is for sequence classification if the run trained a classification
+    head. After training LoRA or a prefix, it contains only the adapters, unless
+    ``merged``. Then ``peft`` and `mezo_jax.peft.load` can load it.
 
   Raises:
-    FileNotFoundError: if the run, or a checkpoint of that step, is not there.
-    FileExistsError: if ``directory`` is not empty.
-    ValueError: if the run's config or the checkpoint cannot be read, the base
-      model changed since the run began, or a parameter is not finite.
+    FileNotFoundError: If there is no such run, or no checkpoint of the step.
+    FileExistsError: If ``directory`` is not empty.
+    ValueError: If the run's config or the checkpoint cannot be read, if the
+      base model has changed since the run began, or if a parameter is not
+      finite.
   """
   workdir, directory = local(workdir), local(directory)
   run = run_files.read_config(workdir)
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
-  # The run may not have ended yet, so nothing in its directory is changed.
+  # The run may still be writing checkpoints, so incomplete ones stay.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   if log:
     step = _chosen(run, checkpoints) if step is None else step
@@ -69,12 +74,15 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
       raise MissingError(f'{workdir} has no checkpoint yet.')
     return share(workdir, directory, run, step)
   _check_merged(run, merged)
+  # If all parameters are trained, the checkpoint contains them all, and the
+  # weights of the base model need not be read.
   whole = not (methods.part_of(run).pattern or run.peft.mask)
   try:
     model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
   except MissingError as e:
     raise MissingError(
-        f'{e} If the base model was moved, --base says where it is.') from e
+        f'{e} If the base model was moved, pass its location as --base.'
+    ) from e
   _check_base(run, model, tokenizer, None if whole else (shapes, frozen),
               workdir_lib.read_inputs(workdir), workdir)
   opt_state = build.init_state(tx, shapes, mesh, abstract=True)
@@ -82,10 +90,10 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
     step = _chosen(run, checkpoints)
   if step not in checkpoints.steps():
     raise MissingError(
-        f'{workdir} has no checkpoint of step {step} but of '
+        f'{workdir} has no checkpoint of step {step}; the steps with one are: '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, opt_state = checkpoints.load(step, (shapes, opt_state))
-  params, _ = make_step(tx, None, mesh=mesh).flush(params, opt_state)
+  params, _ = make_step(tx, None, mesh=mesh).apply_accumulated(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 step, workdir_lib.read_result(workdir), merged, say)
@@ -95,24 +103,30 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
             directory: str | os.PathLike[str], until: int | None = None,
             merged: bool = False, say: Callable[[str], None] = print,
             adapter: str | os.PathLike[str] | None = None) -> Path:
-  """Replays the steps of a log, and writes the model that they give.
+  """Replays the steps of a log and writes the resulting model.
 
-  Neither data nor forward passes are needed, but the weights that the run began
-  with.
+  This needs the weights with which the run began, but neither data nor forward
+  passes.
 
   Args:
-    base: The base model, a directory or a hub id.
-    log: The log of a run, or one that `share` wrote.
-    directory: The directory to make. It must not hold anything yet.
-    until: The last step to replay. Defaults to the last of the log.
-    merged: Adds LoRA to the weights and writes a whole model.
-    say: Reports what is found.
-    adapter: The directory of the adapter that the run began with, if it began
-      with one. Defaults to the one that the log names.
+    base: Directory or hub id of the base model.
+    log: File of a run's log, or of one that `share` wrote.
+    directory: The directory to create. If it exists, it must be empty.
+    until: The last step to replay. Defaults to None, for the last step of the
+      log.
+    merged: Whether to merge LoRA factors into the weights and write a whole
+      model. Defaults to False.
+    say: Reports a line to the user. Defaults to `print`.
+    adapter: Directory of the adapter with which the run began. Defaults to
+      None, for the one that the log names, if any.
+
+  Returns:
+    The directory; see `export`.
 
   Raises:
-    InputError: if the log is not whole, if ``base`` is not what the run began
-      with, or if more than the log is needed.
+    InputError: If the log cannot be read, does not begin with step 1 or does
+      not contain ``until``, if ``base`` is not the model with which the run
+      began, or if the run's method needs more than the log.
   """
   log, directory = local(log), local(directory)
   check_new(directory)
@@ -125,55 +139,63 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
   steps = recorded.steps
   if steps.first != 1:
     raise InputError(
-        f'{log} begins with step {steps.first}: what was before it, a '
-        'checkpoint alone has. Export that, with python -m mezo_jax export.')
+        f'{log} begins with step {steps.first}, so the steps before it cannot '
+        'be replayed. Export a checkpoint with python -m mezo_jax export.')
   if methods.looks_first(run):
     raise InputError(
-        f'--config.method={run.method} looked at its rows and weights before '
-        'the first step, and the log has not what it found; export a '
-        'checkpoint of the run.')
+        f'a log of --config.method={run.method} cannot be replayed, since it '
+        'lacks the results of the pass over rows and weights before the first '
+        'step. Export a checkpoint of the run instead.')
   if until is not None and not 1 <= until <= steps.last:
-    raise InputError(f'{log} has the steps 1 to {steps.last}, and --until is '
+    raise InputError(f'{log} has the steps 1 to {steps.last}, but --until is '
                      f'{until}.')
   if recorded.damaged and until is None:
-    say(f'warning: the last {recorded.damaged} bytes of {log} are damaged: it '
-        f'is whole up to step {steps.last}.')
+    say(f'warning: the last {recorded.damaged} bytes of {log} are damaged; '
+        f'replaying up to step {steps.last}.')
   model, tokenizer, params, frozen, tx, mesh = _parts(run)
   _check_base(run, model, tokenizer, (params, frozen), recorded.header, log)
   steps, began = steps.until(until or steps.last), time.time()
   step = make_step(tx, None, mesh=mesh)
-  params, state = step.flush(*replay.rebuild(
+  params, state = step.apply_accumulated(*replay.rebuild(
       step, params, build.init_state(tx, params, mesh), steps))
   jax.block_until_ready(params)
-  say(f'made {steps.last} steps again in {time.time() - began:.1f} s')
+  say(f'replayed {steps.last} steps in {time.time() - began:.1f} s')
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 steps.last, {}, merged, say)
 
 
 def _config_of(log: Path, header: dict) -> config_lib.Train:
+  """Returns the config in the header of a log.
+
+  Raises:
+    InputError: If there is none, or none that this version can read.
+  """
   try:
     run = config_lib.from_json(header['config'])
-    # Names that are not known raise.
+    # These look-ups raise if the config has an unknown name.
     methods.part_of(run)
     _ = run.task.traits
     return run
   except (AttributeError, KeyError, TypeError) as e:
-    raise InputError(f'the header of {log} has no config of a run of this '
-                     f'version ({e}): it is not a log of train.py.') from e
+    raise InputError(f'the header of {log} has no config that this version can '
+                     f'read ({e}); pass the log of a run of train.py.') from e
 
 
 def _check_base(run: config_lib.Train, model, tokenizer, params,
                 recorded: dict, source: Path) -> None:
-  """Raises InputError if the base model is not the one that a run began with.
+  """Checks that the base model is the one with which a run began.
 
   Args:
-    run: The config of the run, with the base model of now.
-    model: The base model of now.
+    run: Config of the run, with the current location of the base model.
+    model: The current base model.
     tokenizer: Its tokenizer.
-    params: Two trees that together are its parameters, or None where nothing of
-      its weights is used.
-    recorded: What the run recorded of its inputs.
-    source: Where that was recorded.
+    params: Two trees that together contain its parameters. None if the weights
+      are not used, which skips their check.
+    recorded: Fingerprints of the inputs that the run recorded.
+    source: Directory or file in which they were recorded, for the error.
+
+  Raises:
+    InputError: If it is another model.
   """
   now = run_files.inputs_of(run, model.config, tokenizer)
   if params is not None:
@@ -184,24 +206,34 @@ def _check_base(run: config_lib.Train, model, tokenizer, params,
   if what:
     raise InputError(
         f'{what} from what the run of {source} began with (in '
-        f'{run.model.dtype}): say with --base where that is.')
+        f'{run.model.dtype}); pass the original base model as --base.')
 
 
 def share(workdir: Path, directory: Path, run: config_lib.Train,
           step: int) -> Path:
-  """Writes the log of a run up to ``step`` and a model card: all that there is
-  to share of a fine-tuned model with anyone who has the base model. Neither has
-  losses or local paths.
+  """Writes the log of a run, up to a step, and a model card.
+
+  Anyone with the base model can rebuild the fine-tuned weights from them. The
+  log contains no losses, and neither file contains local paths.
+
+  Args:
+    workdir: Working directory of the run.
+    directory: The directory to write to.
+    run: Config of the run.
+    step: The last step.
+
+  Returns:
+    The directory.
 
   Raises:
-    InputError: if the log does not have all that is needed.
+    InputError: If the log alone is not enough to rebuild the weights.
   """
   recorded = replay.read(workdir / workdir_lib.LOG)
   steps = recorded.steps.until(step)
   if steps.first != 1 or steps.last != step or methods.looks_first(run):
     raise InputError(
-        f'the log of {workdir} alone does not give step {step}; export the '
-        'weights, without --log.')
+        f'the log of {workdir} is not enough to rebuild step {step}; export '
+        'the weights, without --log.')
   header = dict(recorded.header)
   config = header['config']
   for data in (config['data'], *(a['data'] for a in config['also'])):
@@ -216,28 +248,41 @@ def share(workdir: Path, directory: Path, run: config_lib.Train,
   more = ' --adapter ADAPTER' if adapter else ''
   (directory / 'README.md').write_text('\n'.join([
       card(run, step, workdir_lib.read_result(workdir)),
-      'These are not the weights, but the steps that made them. With the base '
-      'model:', '', '```', f'python -m mezo_jax replay --base {base} --log '
+      'This directory contains not the weights but the training steps. To '
+      'rebuild the weights from the base model:', '', '```',
+      f'python -m mezo_jax replay --base {base} --log '
       f'{workdir_lib.LOG}{more} --out DIR', '```', '']))
   return directory
 
 
 def _check_merged(run: config_lib.Train, merged: bool) -> None:
+  """Raises InputError if ``merged`` is set for a run without LoRA."""
   if merged and not methods.part_of(run).added:
-    raise InputError('only LoRA can be merged into the weights; leave --merged '
-                     'out.')
+    raise InputError('--merged: only LoRA can be merged into the weights; omit '
+                     'the flag.')
 
 
 def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints
             ) -> int | None:
+  """Returns the best step, or the last one if dev rows must not choose it."""
   return (checkpoints.best_step if methods.selects(run)
           else checkpoints.latest_step)()
 
 
 def _parts(run: config_lib.Train, abstract: bool = False):
-  """Returns ``model, tokenizer, trained params, frozen, tx, mesh`` as they were
-  before training."""
-  run.model.offload = False  # all that is written passes through here
+  """Builds what a run began with.
+
+  Args:
+    run: Config of the run.
+    abstract: Whether to return shapes instead of reading the weights. Defaults
+      to False.
+
+  Returns:
+    ``model, tokenizer, trained params, frozen params, tx, mesh``.
+  """
+  # Offloading layers to the host is for training; here weights are only read
+  # and written.
+  run.model.offload = False
   tokenizer, mesh = build.read_tokenizer(run), sharding.make_mesh()
   model, params = build.load(run, build.read_config(run), mesh, abstract)
   model, params = build.add(run, model, params, tokenizer, mesh)
@@ -249,7 +294,22 @@ def _parts(run: config_lib.Train, abstract: bool = False):
 def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
            step: int, result: dict, merged: bool,
            say: Callable[[str], None]) -> Path:
-  """Writes the files of a model, or of its adapters."""
+  """Writes the files of a model, or of its adapters.
+
+  Args:
+    directory: The directory to create.
+    run: Config of the run.
+    model: The model.
+    params: All parameters, trained and frozen ones.
+    tokenizer: The tokenizer.
+    step: The step after which the model has these parameters, for the card.
+    result: Result of the run, for the card; {} if it has none.
+    merged: Whether to merge LoRA factors into the weights.
+    say: Reports a line to the user.
+
+  Returns:
+    The directory.
+  """
   about: dict[str, Any] = dict(
       tokenizer=tokenizer, card=card(run, step, result))
   _check_finite(params, step)
@@ -258,14 +318,14 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
     if run.model.name == 'quickstart':
       base = _QUICKSTART
     elif _is_gguf(run):
-      base = ''  # PEFT loads no GGUF files
-      say('note: PEFT cannot load the GGUF file that these adapters are of; '
-          f'{directory}/README.md has the lines that make a base of it.')
+      base = ''  # PEFT cannot load GGUF files
+      say('note: PEFT cannot load the GGUF file of the base model; '
+          f'{directory}/README.md shows how to convert it.')
     elif Path(base).expanduser().exists():
       base = str(Path(base).expanduser().resolve())
-      say(f'note: {directory}/adapter_config.json names the base model by its '
-          f'path, {base}, for PEFT to find it. Put the id of a hub there '
-          'before you share the directory.')
+      say(f'note: {directory}/adapter_config.json contains the path of the '
+          f'base model, {base}. Replace it by a hub id before you share the '
+          'directory.')
     about['card'] += _usage(run, model.config)
     return peft.save(directory, model, params, base=base, **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)
@@ -289,11 +349,17 @@ def _labels(run: config_lib.Train) -> list[str]:
 
 
 def _is_gguf(run: config_lib.Train) -> bool:
+  """Returns whether the base model is a GGUF file."""
   return run.model.name.endswith('.gguf')
 
 
 def _usage(run: config_lib.Train, config: models.Config) -> str:
-  """Returns the Markdown of a card that says how PEFT loads these adapters."""
+  """Returns Markdown for a card that shows how to load the adapters with PEFT.
+
+  Args:
+    run: Config of the run.
+    config: Config of the model.
+  """
   name, classes = build.plain_name(run), run.task.traits.new_head
   if classes:
     auto = 'AutoModelForSequenceClassification'
@@ -318,16 +384,23 @@ def _usage(run: config_lib.Train, config: models.Config) -> str:
 
 
 def _check_finite(params: dict, step: int) -> None:
-  """Raises ValueError for the first parameter that is not finite."""
+  """Raises InputError for the first parameter that is not finite."""
   for path, x in paths.named_leaves(params):
     if not all(jnp.isfinite(a).all() for a in jax.tree.leaves(x)):
       raise InputError(
-          f'{path} of step {step} is not finite: such a model '
-          'computes nothing. Choose an earlier --step, if one was kept.')
+          f'{path} of step {step} is not finite, so the model is unusable. '
+          'Choose an earlier --step, if its checkpoint was kept.')
 
 
 def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
-  """README.md of an exported model: base model, method, result."""
+  """Returns the README.md of an exported model: base model, settings, result.
+
+  Args:
+    run: Config of the run.
+    step: The exported step.
+    result: Result of the run; see `mezo_jax.runs.workdir.read_result`. It is
+      reported if it belongs to this step.
+  """
   base, note = _base(run)
   hub_id = base.count('/') == 1
   o, metric = run.optimizer, result.get('metric', run.task.main_metric)
@@ -336,7 +409,7 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   kind = z.distribution
   if 'rank' in options_of(kind):
     kind = f'{kind} {z.rank}'
-  rows = ' (of rows of their own)' if z.over == 'rows' else ''
+  rows = ' (each on its own rows)' if z.over == 'rows' else ''
   settings = {
       'data': _data(run),
       'prompt': f'`{_cell(run.task.template)}`',
@@ -376,14 +449,14 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
 
 
 def _base(run: config_lib.Train) -> tuple[str, str]:
-  """Returns the base model's name without a local path, and a note on it."""
+  """Returns the base model's name without a local path, and a note about it."""
   if run.model.name == 'quickstart':
-    return _QUICKSTART, ' (its weights as a Q4_1 GGUF file has them)'
+    return _QUICKSTART, ' (with the weights of a Q4_1 GGUF file)'
   return build.plain_name(run), ''
 
 
 def _data(run: config_lib.Train) -> str:
-  """Returns what a card says of the data: the id of a hub, or no name."""
+  """Returns the name of the training data for a card, without local paths."""
   train = run.data.train
   if not train:
     return run.task.hub
@@ -392,6 +465,7 @@ def _data(run: config_lib.Train) -> str:
 
 
 def _trained(run: config_lib.Train) -> str:
+  """Returns a description of the trained parameters for a card."""
   p = run.peft
   if p.adapter:
     return f'{p.method}, from an adapter'
@@ -401,5 +475,5 @@ def _trained(run: config_lib.Train) -> str:
 
 
 def _cell(text: str) -> str:
-  """Text that a table's cell can hold: line breaks and bars are escaped."""
+  """Returns text for a cell of a table, with line breaks and bars escaped."""
   return repr(text)[1:-1].replace('|', r'\|')

@@ -1,9 +1,10 @@
-"""Fine-tunes with few parameters: LoRA, prefixes, soft prompts, last layers.
+"""Fine-tunes few parameters: LoRA, prefixes, soft prompts or last layers.
 
-`lora` and `prefix` create parameters that `join` adds to those of a model, and
-the model then uses them wherever it is applied. `TRAINED` maps the name of each
-kind to an expression for the paths of the parameters that it trains, which
-`split` takes. `load` and `save` read and write adapters as PEFT does.
+`lora` and `prefix` create adapters. `join` adds them to the parameters of a
+model, which then uses them in every forward pass. `split` separates the trained
+from the frozen parameters; `TRAINED` maps the name of each kind to the regular
+expression that `split` takes for it. `load` and `save` read and write adapters
+in the format of Hugging Face's PEFT.
 """
 
 from mezo_jax.core import extras

@@ -1,8 +1,8 @@
-"""Adapters as directories of Hugging Face's PEFT: one that it loads, and back.
+"""Reads and writes adapters as directories of Hugging Face's PEFT.
 
-``adapter_config.json`` says what they are, ``adapter_model.safetensors`` has
-LoRA's matrices under the names of the base model's modules, or the keys and
-values of a prefix, or a soft prompt.
+``adapter_config.json`` describes the adapter. ``adapter_model.safetensors``
+contains the matrices of LoRA under the names of the base model's modules, the
+keys and values of a prefix, or the vectors of a soft prompt.
 """
 
 import collections
@@ -34,8 +34,8 @@ from mezo_jax.peft import adapter_config, lora
 
 _FILE = 'adapter_model.safetensors'
 _TOP = 'base_model.model.'
-# Modules of transformers' classes that the classification head is; 'score' of
-# causal models.
+# Modules that are the classification head in transformers' classes. In causal
+# models it is 'score'.
 _HEADS = {'bert': ['classifier', 'pooler'], 'roberta': ['classifier']}
 _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
@@ -43,36 +43,46 @@ _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 def save(directory: str | os.PathLike[str], model: Transformer,
          params: dict[str, Any], *, base: str = '', tokenizer: Any = None,
          card: str | None = None) -> Path:
-  """Writes the adapters in ``params`` so that PEFT loads them.
+  """Writes the adapters in some parameters so that PEFT can load them.
 
-  LoRA of q, k and v of a GPT-2, which PEFT has as one matrix, is written as one
-  adapter of their ranks together; the product is the same.
+  On several hosts every process must call this function.
+
+  The queries, keys and values of a GPT-2 are one matrix in PEFT. Their LoRA
+  adapters are written as one adapter whose rank is the sum of theirs, which
+  computes the same.
+
+  PEFT cannot compute two kinds of adapters: prefixes and prompts of masked
+  models, which it would ignore, and prefixes after which learned positions
+  start at 0. They are written with a task type that PEFT does not know, so that
+  it refuses to load them. `load` reads them.
 
   Args:
-    directory: to make.
-    model: that they are of.
-    params: with LoRA, a prefix or a soft prompt; other leaves are not written.
-    base: name of the base model, for PEFT to find it.
-    tokenizer: to write beside them.
-    card: the text of README.md.
+    directory: Directory to create. It may exist if it is empty.
+    model: Model of the adapters.
+    params: Parameters with LoRA, a prefix or a soft prompt. Other leaves are
+      not written, apart from a classification head.
+    base: Name or path of the base model, by which PEFT finds it. Defaults to
+      '', which leaves it out.
+    tokenizer: Tokenizer to save with the adapter. Defaults to None.
+    card: Text of README.md. Defaults to None, which writes no such file.
 
   Returns:
-    The directory. What PEFT has no equal of, it refuses to load (a task type
-    that it does not know), and only `load` reads: prefixes and prompts of
-    masked models, which it would ignore, and prefixes after which learned
-    positions start at 0. On several hosts every process must call this.
+    The directory.
 
   Raises:
-    FileExistsError: if the directory is there and not empty.
-    ValueError: for no adapters.
+    FileExistsError: If the directory exists and is not empty.
+    InputError: If there is no adapter, or if PEFT cannot combine it with the
+      classification head.
   """
   c, classes = model.config, num_classes(params)
   if classes:
     classifier.check_head(c)
     if 'prompt' in params or prefix_length(params):
-      raise InputError('a prefix or a prompt with a classification head has no '
-                       'equal in PEFT: only LoRA can be saved with one.')
-    c = dataclasses.replace(c, head=True)  # PEFT sees the class with a head
+      raise InputError('PEFT has no adapter of a prefix or a prompt with a '
+                       'classification head; only LoRA can be saved with one.')
+    # PEFT wraps transformers' class with a head. Its module names apply even if
+    # the model was loaded from files without a head.
+    c = dataclasses.replace(c, head=True)
   if 'prompt' in params:
     rows = _host(params['prompt']['embedding'])
     tensors, about = {'prompt_embeddings': rows}, _virtual(
@@ -101,8 +111,11 @@ def save(directory: str | os.PathLike[str], model: Transformer,
 
 
 def _task_type(about: dict, c: Config, classes: int) -> str | None:
-  """Returns the task for which PEFT applies an adapter as we do; one that PEFT
-  does not know, and refuses, where there is none."""
+  """Returns the task type with which PEFT computes what this library computes.
+
+  If no type does, the result is one that PEFT does not know. PEFT then refuses
+  to load the adapter instead of computing something else.
+  """
   lora = about['peft_type'] == 'LORA'
   if adapter_config.POSITIONS in about or not (lora or c.causal):
     return 'MEZO_JAX'
@@ -110,38 +123,42 @@ def _task_type(about: dict, c: Config, classes: int) -> str | None:
     return 'SEQ_CLS'
   if c.causal and c.head:
     return 'CAUSAL_LM'
-  # Without a task PEFT loads a prefix or a prompt and then ignores it.
+  # Without a task type PEFT applies LoRA, but loads a prefix or a prompt and
+  # then ignores it.
   return None if lora else 'FEATURE_EXTRACTION'
 
 
 def _head_tensors(c: Config, params: dict, classes: int) -> dict:
-  """Returns PEFT's tensors of a classification head."""
+  """Returns the tensors of a classification head under PEFT's names."""
   flat = flatten_dict(params, sep='/')
   return {_TOP + row.name: np.ascontiguousarray(row.write(
       _host(flat[row.path]))) for row in classifier.head(c, classes)}
 
 
 def _host(x) -> np.ndarray:
+  """Returns an array in the memory of the host, in float32."""
   return np.asarray(on_host(x), np.float32)
 
 
 def load(directory: str | os.PathLike[str], model: Transformer
          ) -> tuple[Transformer, dict[str, Any], str]:
-  """Reads a directory that `save` or PEFT wrote.
+  """Reads an adapter that `save` or PEFT wrote.
 
   Args:
-    directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-    model: that they are of.
+    directory: Directory with ``adapter_config.json`` and
+      ``adapter_model.safetensors``.
+    model: Model of the adapter.
 
   Returns:
-    ``model, adapters, kind``: the model (with a prefix, counting positions as
-    it was trained with), the leaves to `mezo_jax.peft.join` to its parameters,
-    and 'lora', 'prefix' or 'prompt'.
+    A tuple ``(model, adapters, kind)``. For a prefix, the model counts
+    positions as in the training of the prefix; otherwise it is unchanged.
+    `mezo_jax.peft.join` adds the adapters, a nested dict of float32 arrays, to
+    the parameters. The kind is 'lora', 'prefix' or 'prompt'.
 
   Raises:
-    FileNotFoundError: if a file is missing.
-    ValueError: for another kind of adapter, an option that is not supported,
-      or tensors that do not fit the model.
+    FileNotFoundError: If a file is missing.
+    InputError: If a file cannot be read, the kind of adapter or an option is
+      not supported, or the tensors do not fit the model.
   """
   directory, c = Path(directory), model.config
   kind, about = describe(directory)
@@ -149,7 +166,7 @@ def load(directory: str | os.PathLike[str], model: Transformer
     with safe_open(directory / _FILE, 'numpy') as f:
       tensors = {name: f.get_tensor(name) for name in f.keys()}
   except (SafetensorError, TypeError) as e:
-    raise InputError(f'{directory / _FILE} cannot be read ({e}).') from e
+    raise InputError(f'cannot read {directory / _FILE} ({e}).') from e
   if kind == 'lora':
     return model, _lora_leaves(c, about, tensors, directory), kind
   found = tensors.get('prompt_embeddings', np.zeros((0, 0)))
@@ -158,8 +175,8 @@ def load(directory: str | os.PathLike[str], model: Transformer
         'prompt': c.embed_width or c.width}[kind]
   if not m or width != of:
     raise InputError(
-        f'{directory} does not fit the model: prompt_embeddings are '
-        f'{found.shape}, not (tokens, {of}).')
+        f'{directory} does not fit the model: prompt_embeddings has shape '
+        f'{found.shape} instead of (tokens, {of}).')
   _check_virtual(kind, about, c, m, directory)
   found = jnp.asarray(found, jnp.float32)
   if kind == 'prompt':
@@ -172,39 +189,50 @@ def load(directory: str | os.PathLike[str], model: Transformer
 
 
 def files_of(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
-  """Returns the two files of an adapter.
+  """Returns the paths of adapter_config.json and adapter_model.safetensors.
+
+  Args:
+    directory: Directory of an adapter.
 
   Raises:
-    FileNotFoundError: if one is missing.
+    FileNotFoundError: If one of the files is missing.
   """
   found = Path(directory) / 'adapter_config.json', Path(directory) / _FILE
   for file in found:
     if not file.is_file():
       raise MissingError(
-          f'{directory} has no {file.name}: it is not a directory that PEFT '
-          'wrote with safetensors.')
+          f'{directory} has no {file.name}; give the directory of an adapter '
+          'that PEFT saved as safetensors.')
   return found
 
 
 def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-  """``kind, about``: 'lora', 'prefix' or 'prompt', and the adapter's config.
+  """Reads and checks the config of an adapter.
+
+  Args:
+    directory: Directory of the adapter.
+
+  Returns:
+    A pair ``(kind, about)``: 'lora', 'prefix' or 'prompt', and the contents of
+    adapter_config.json.
 
   Raises:
-    FileNotFoundError: if a file is missing.
-    ValueError: for another kind of adapter, or a config that is not JSON.
+    FileNotFoundError: If a file is missing.
+    InputError: If the config is not JSON, or if the kind of adapter or one of
+      its options is not supported.
   """
   directory = Path(directory)
   config_file, _ = files_of(directory)
   try:
     about = json.loads(config_file.read_text())
   except ValueError as e:
-    raise InputError(f'{directory}/adapter_config.json cannot be read '
+    raise InputError(f'{directory}/adapter_config.json is not valid JSON '
                      f'({e}).') from e
   about = about if isinstance(about, dict) else {}
   name = about.get('peft_type')
   if not isinstance(name, str) or name not in _KINDS:
-    raise InputError(f'{directory} has an adapter of type {name!r}; '
-                     f'{", ".join(_KINDS)} are supported.')
+    raise InputError(f'{directory}/adapter_config.json: unsupported peft_type '
+                     f'{name!r}; use one of {", ".join(_KINDS)}.')
   adapter_config.check(about, directory / 'adapter_config.json')
   return _KINDS[name], about
 
@@ -213,16 +241,34 @@ def describe(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _virtual(peft_type: str, c: Config, m: int) -> dict:
+  """Returns the fields that the configs of prefixes and prompts share.
+
+  Args:
+    peft_type: PEFT's name of the kind of adapter.
+    c: Config of the model.
+    m: Number of virtual tokens.
+  """
   return {'peft_type': peft_type, 'num_virtual_tokens': m,
           'num_layers': c.num_layers, 'num_transformer_submodules': 1}
 
 
 def _prefix_tensors(model: Transformer, attn: dict):
-  """PEFT's tensor and config. It counts positions from after the prefix."""
+  """Returns PEFT's tensor and config of a prefix.
+
+  PEFT gives the first token after a prefix of M tokens the position M. If this
+  model starts at 0 instead, rotary keys are moved M positions further on. Their
+  distances to the tokens, on which rotary attention depends, then stay the
+  same. With learned positions there is no such correction, and the config
+  records the positions in a field of its own.
+
+  Args:
+    model: Model of the prefix.
+    attn: Dict with ``prefix_k`` and ``prefix_v`` [L, M, K, H].
+  """
   c, (k, v) = model.config, (_host(attn[f'prefix_{x}']) for x in 'kv')
   m, positions = k.shape[1], model.prefix_positions
   if positions == 'zero' and c.rope:
-    k, positions = _turned(c, k, m), 'after'  # M further on, as the tokens are
+    k, positions = _turned(c, k, m), 'after'
   both = np.stack([k, v])  # [2, L, M, K, H]
   own = {} if positions == 'after' else {adapter_config.POSITIONS: positions}
   return {'prompt_embeddings': np.ascontiguousarray(
@@ -235,20 +281,37 @@ def _prefix_tensors(model: Transformer, attn: dict):
 
 
 def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
-  """Rotary keys as they would be ``by`` positions further on."""
+  """Rotates keys to where they would be some positions further on.
+
+  Args:
+    c: Config of the model.
+    k_LxMxKxH: Keys, float32 [L, M, K, H].
+    by: Number of positions.
+  """
   local = c.local_layers or (False,) * c.num_layers
   at = jnp.full((1, k_LxMxKxH.shape[1]), by)
   turned = []
   for k, is_local in zip(k_LxMxKxH, local):
     rope = (is_local and c.local_rope) or c.rope
-    assert rope is not None  # asked for with rotary positions alone
+    assert rope is not None  # The caller checks that the model has rotary keys.
     turned.append(apply_rope(k[None], *rope_tables(rope, c.head_width, at))[0])
   return np.stack(turned)
 
 
 def _check_virtual(kind: str, about: dict, c: Config, m: int,
                    directory) -> None:
-  """Raises InputError where PEFT would read a prefix or prompt otherwise."""
+  """Checks that PEFT would use a prefix or a prompt as this library does.
+
+  Args:
+    kind: 'prefix' or 'prompt'.
+    about: Contents of adapter_config.json.
+    c: Config of the model.
+    m: Number of virtual tokens.
+    directory: Directory of the adapter, for the error message.
+
+  Raises:
+    InputError: If a field of the config does not fit the model.
+  """
   sizes = {'num_virtual_tokens': m}
   if kind == 'prompt':
     sizes['token_dim'] = c.embed_width or c.width
@@ -256,7 +319,8 @@ def _check_virtual(kind: str, about: dict, c: Config, m: int,
     sizes |= {'token_dim': c.num_kv_heads * c.head_width,
               'num_attention_heads': c.num_kv_heads,
               'num_layers': c.num_layers}
-  # PEFT reads the adapter for no other tasks; without one it ignores it.
+  # With other task types PEFT does not use the adapter as this library does.
+  # Without one it ignores the adapter.
   tasks = ['CAUSAL_LM', 'MEZO_JAX'] if c.head else [
       'FEATURE_EXTRACTION', 'MEZO_JAX', None]
   for name, fits in (*((name, [size]) for name, size in sizes.items()),
@@ -271,7 +335,13 @@ def _check_virtual(kind: str, about: dict, c: Config, m: int,
 
 
 def _modules(c: Config) -> dict[str, list[Row]]:
-  """The rows of each matrix of the checkpoint, by its module's name."""
+  """Groups the matrices of a checkpoint by the module that has them.
+
+  Returns:
+    A dict from the names of modules, with {l} for the number of the layer, to
+    the table rows of their matrices. The fused q, k and v of a GPT-2 are one
+    module with three rows, in the order of its outputs.
+  """
   out = collections.defaultdict(list)
   for row in huggingface.table_of(c):
     if row.path.endswith('/kernel'):
@@ -281,9 +351,20 @@ def _modules(c: Config) -> dict[str, list[Row]]:
 
 
 def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
-  """LoRA's leaves of a module in each of its layers, float32 on the host; {}
-  where there are none."""
+  """Returns the LoRA leaves of one matrix for every layer of the model.
+
+  Args:
+    params: Parameters of the model, with or without ``last_layers``.
+    row: Table row of the matrix.
+    layers: Number of layers of the model.
+
+  Returns:
+    A list with one dict of float32 host arrays per layer, which is empty for a
+    layer without an adapter. The list has one entry if the matrix is not in a
+    layer.
+  """
   def of(*path):
+    """Returns the LoRA leaves below a path, or {}."""
     tree = params
     for name in path:
       tree = tree.get(name, {})
@@ -295,16 +376,25 @@ def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
   each = lambda leaves: [{k: v[l] for k, v in leaves.items()} for l in range(
       len(leaves['lora_scale']) if leaves else 0)]
   stack, last = each(stack), each(last)
+  # If only `layers` or only `last_layers` has adapters, the other layers get
+  # empty dicts: `stack` is at the start of the model and `last` at its end.
   return stack + [{}] * (layers - len(stack) - len(last)) + last
 
 
 def _lora_tensors(c: Config, params: dict):
-  """PEFT's tensors and config: one rank and scale for all, others by name."""
+  """Returns PEFT's tensors and config of the LoRA adapters in some parameters.
+
+  PEFT's scale is ``lora_alpha / r``. ``r`` is the largest rank, and modules of
+  another rank are named in ``rank_pattern``. ``alpha_pattern`` gives them the
+  same scale.
+  """
   tensors, ranks, modules = {}, {}, _modules(c)
   have = {name: [*zip(*(_leaves(params, row, c.num_layers) for row in rows))]
           for name, rows in modules.items()}
   found = {float(x['lora_scale']) for layers in have.values()
            for parts in layers for x in parts if x}
+  # If scales differ, the config has the scale 1 and `_fused` multiplies each B
+  # by its own scale.
   scale, short = found.pop() if len(found) == 1 else 1.0, {}
   for name, layers in have.items():
     those = [l for l, parts in enumerate(layers) if any(parts)]
@@ -317,9 +407,10 @@ def _lora_tensors(c: Config, params: dict):
       short[name] = _short(name, modules) if len(those) == len(layers) else (
           name.format(l=f'({"|".join(map(str, those))})'))
   if not tensors:
-    raise InputError('these parameters have no LoRA, prefix or prompt to save.')
+    raise InputError('the parameters have no LoRA, prefix or prompt to save.')
   rank, names = max(ranks.values()), sorted(short.values())
-  # PEFT takes the ends of names, or one regular expression of whole names.
+  # PEFT takes either a list of ends of names or one regular expression that
+  # matches whole names. One name that needs an expression decides for all.
   one = any(r'\d+' in name or '(' in name for name in names)
   return tensors, {
       'peft_type': 'LORA', 'r': rank, 'lora_alpha': scale * rank,
@@ -333,7 +424,18 @@ def _lora_tensors(c: Config, params: dict):
 
 
 def _fused(parts: Sequence[dict], rows: list[Row], scale: float):
-  """PEFT's A [R, I] and B [O, R] of the parts of a matrix, to be scaled."""
+  """Combines the adapters of the parts of a matrix into one A and one B.
+
+  The ranks add up: each part has its own rows of A, and B is block diagonal.
+
+  Args:
+    parts: LoRA leaves of each part, {} for a part without an adapter.
+    rows: Table rows of the parts.
+    scale: Scale that PEFT multiplies the product by. B is divided by it.
+
+  Returns:
+    A pair of A [R, I] and B [O, R], float32.
+  """
   ranks = [x['lora_a'].shape[-1] if x else 0 for x in parts]
   inputs = next(x['lora_a'].shape[0] for x in parts if x)
   a = np.zeros((sum(ranks), inputs), np.float32)
@@ -349,8 +451,15 @@ def _fused(parts: Sequence[dict], rows: list[Row], scale: float):
 
 
 def _short(name: str, modules: dict) -> str:
-  """No more of a module's name than tells it from others; where that takes the
-  number of the layer, a regular expression."""
+  """Returns the shortest end of a module's name that no other module has.
+
+  If that end contains the number of the layer, the result is a regular
+  expression.
+
+  Args:
+    name: Name of the module, with {l} for the number of the layer.
+    modules: All modules by name.
+  """
   parts = name.split('.')
   for i in range(len(parts) - 1, -1, -1):
     end = '.'.join(parts[i:])
@@ -360,7 +469,20 @@ def _short(name: str, modules: dict) -> str:
 
 
 def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
-  """Our leaves of PEFT's tensors; layers without an adapter get zeros."""
+  """Converts PEFT's tensors of a LoRA adapter to this library's leaves.
+
+  The leaves of all layers are stacked. Layers without an adapter get zeros, and
+  adapters of a smaller rank are padded with zeros.
+
+  Args:
+    c: Config of the model.
+    about: Contents of adapter_config.json.
+    tensors: Tensors by PEFT's names.
+    directory: Directory of the adapter, for error messages.
+
+  Raises:
+    InputError: If the tensors do not fit the model or the config.
+  """
   left, out = dict(tensors), {}
   for name, rows in _modules(c).items():
     layers = range(c.num_layers if rows[0].stacked else 1)
@@ -386,8 +508,8 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
         if a.shape[1:] != (inputs,) or part.shape != (outputs, len(a)):
           raise InputError(
               f'{directory} does not fit the model: {name.format(l=l)} has A '
-              f'{a.shape} and B {b.shape} for {inputs} inputs and '
-              f'{sum(r.shape[1] for r in rows)} outputs.')
+              f'of shape {a.shape} and B of shape {b.shape}, but {inputs} '
+              f'inputs and {sum(r.shape[1] for r in rows)} outputs.')
         leaves['lora_a'][l, :, :len(a)] = a.T
         leaves['lora_b'][l, :len(a)] = part.T
         leaves['lora_scale'][l] = scale
@@ -396,47 +518,58 @@ def _lora_leaves(c: Config, about: dict, tensors: dict, directory) -> dict:
       o += outputs
   if left or not out:
     shown = ', '.join(sorted(left)[:5]) or 'none'
-    raise InputError(f'{directory} has tensors that no matrix of a {c.family} '
-                     f'takes: {shown}.')
+    raise InputError(f'{directory} does not fit the model: these tensors '
+                     f'belong to no matrix of a {c.family}: {shown}.')
   return unflatten_dict(out, sep='/')
 
 
 def _pair(about: dict, left: dict, module: str, directory):
-  """Takes a module's matrices out of the tensors that are left.
+  """Removes the matrices of a module from the tensors that are left.
+
+  Args:
+    about: Contents of adapter_config.json.
+    left: Tensors by PEFT's names. The module's tensors are removed.
+    module: Full name of the module in the base model.
+    directory: Directory of the adapter, for error messages.
 
   Returns:
-    ``(A, B, scale)``, or None where the module has no adapter.
+    A tuple ``(A, B, scale)``, or None if the module has no adapter.
+
+  Raises:
+    InputError: If the tensors do not fit the config.
   """
   a, b = (left.pop(f'{_TOP}{module}.lora_{x}.weight', None) for x in 'AB')
   wanted = adapter_config.targets(about, module)
   if a is None and b is None:
     if wanted and about.get('init_lora_weights') is False:
       raise InputError(
-          f'{directory} has no tensors for {module}, which target_modules '
-          'names, and with init_lora_weights false PEFT would draw them at '
-          'random: name the modules that have an adapter.')
+          f'{directory} has no tensors for {module}, which matches '
+          'target_modules, and PEFT would draw them at random because '
+          'init_lora_weights is false. Let target_modules match only modules '
+          'that have an adapter.')
     return None
   if not wanted:
     raise InputError(
-        f'{directory} has tensors for {module}, to which its fields '
-        'target_modules, exclude_modules, layers_to_transform and '
-        'layers_pattern give no adapter: PEFT would ignore them.')
+        f'{directory} has tensors for {module}, which PEFT would ignore '
+        'because of target_modules, exclude_modules, layers_to_transform or '
+        'layers_pattern. Correct these fields of adapter_config.json.')
   if a is None or b is None:
-    raise InputError(f'{directory} has only one of the two matrices of '
-                     f'{module}.')
+    raise InputError(f'{directory} has only one of the two LoRA matrices of '
+                     f'{module}; the file is incomplete.')
   if not (a.ndim == b.ndim == 2 and a.size):
-    raise InputError(f'{directory} does not fit the model: {module} has A '
-                     f'{a.shape} and B {b.shape}.')
+    raise InputError(f'{directory} does not fit the model: {module} has A of '
+                     f'shape {a.shape} and B of shape {b.shape}, which are not '
+                     'two matrices.')
   rank = adapter_config.rank(about, module)
   if len(a) != rank:
     raise InputError(
-        f'{directory} does not fit its adapter_config.json: by r and '
-        f'rank_pattern {module} has rank {rank}, and its matrices have '
-        f'{len(a)}.')
+        f'{directory} does not fit its adapter_config.json: r and '
+        f'rank_pattern give {module} the rank {rank}, but its matrices have '
+        f'the rank {len(a)}.')
   return a, b, _scale(about, module, len(a))
 
 
 def _scale(about: dict, module: str, rank: int) -> float:
-  """Returns what PEFT multiplies the product of a module's matrices by."""
+  """Returns the factor by which PEFT multiplies B A of a module."""
   root = rank ** 0.5 if about.get('use_rslora') else rank
   return adapter_config.alpha(about, module) / root

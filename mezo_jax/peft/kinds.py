@@ -1,5 +1,8 @@
-"""The table of what can be trained: all parameters, adapters, or a few of
-them."""
+"""Defines the table of the parts of a model that can be trained.
+
+These are all parameters, newly created adapters, or some of the model's own
+parameters.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -7,22 +10,41 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Which parameters are trained."""
+  """Describes one choice of trained parameters.
 
-  pattern: str  # regular expression of their paths
-  words: str  # of a model card, with the fields of `config.peft` in braces
-  adapter: str = ''  # the same of all that is not the model's own
-  added: bool = False  # to matrices: new ones change nothing; can be merged
-  soft: bool = False  # tokens that are put into the rows themselves
-  own_head: bool = False  # a head apart from the embedding is made
-  last_layers: bool = False  # layers are set apart; see `layers_apart`
-  factors: bool = False  # of quantised weights, which stay as they are
-  reads: tuple[str, ...] = ()  # fields of `config.peft` that it alone reads
-  # `tokens(config.peft)`: positions that a text has less.
+  Other modules prepare the model according to the flags.
+  """
+
+  # Regular expression that is searched for in the paths of parameters. It
+  # selects the trained ones; '' selects all.
+  pattern: str
+  # Description in a model card. Fields of `config.peft` are in braces.
+  words: str
+  # Regular expression of all new parameters, whether they are trained or not.
+  # '' if the choice adds none to the model's own.
+  adapter: str = ''
+  # Whether the adapter is a sum with weight matrices. A new one then changes
+  # no output, and a trained one can be merged into the weights.
+  added: bool = False
+  # Whether the adapter adds soft tokens to the input of the model.
+  soft: bool = False
+  # Whether the model needs a head of its own, apart from the embedding.
+  own_head: bool = False
+  # Whether the last layers become a stack of their own; see
+  # `mezo_jax.training.methods.layers_apart`.
+  last_layers: bool = False
+  # Whether factors of the scales of quantised weights are trained.
+  factors: bool = False
+  # Fields of `config.peft` that only the choices that list them read.
+  reads: tuple[str, ...] = ()
+  # Returns for `config.peft` how many of the model's positions the adapter
+  # takes from each text.
   tokens: Callable = lambda peft: 0
-  # Learning rates of the paper's searches (Tables 15 and 16); it has no soft
-  # prompts, for which a prefix's stand here.
+  # Lowest and highest usual learning rate for MeZO: those of the searches in
+  # Tables 15 and 16 of Malladi et al. (2023). They did not train soft prompts,
+  # which get the rates of a prefix here. None if no rates are known.
   usual: tuple[float, float] | None = None
+  # The same for backpropagation.
   usual_backprop: tuple[float, float] | None = None
 
 

@@ -1,5 +1,8 @@
-"""Parameters laid out otherwise, so that a part of them can be trained alone:
-the last k layers, or a head that was the embedding."""
+"""Changes the layout of parameters so that a part of them can be trained alone.
+
+The last k layers can become a stack of their own, and a tied head can become a
+copy of the embedding.
+"""
 
 import dataclasses
 import json
@@ -15,24 +18,32 @@ from mezo_jax.models.transformer import Transformer
 
 def split_layers(params: dict[str, Any], k: int, take: bool = False
                  ) -> dict[str, Any]:
-  """The same parameters with the last k layers under ``last_layers``.
+  """Moves the last k layers from ``layers`` to ``last_layers``.
 
   `mezo_jax.models.Transformer` runs either layout.
 
   Args:
-    params: with ``layers/...`` [L, ...].
-    k: layers at the end, 1 to L; with L none is left under ``layers``.
-    take: take the layers out of ``params`` leaf by leaf, so that no more than
-      one stacked leaf is ever held twice.
+    params: Parameters with leaves ``layers/...`` of shape [L, ...].
+    k: Number of layers to move, from 1 to L. With L, the result has no
+      ``layers``.
+    take: Whether to remove the layers from ``params`` leaf by leaf, which keeps
+      at most one stacked leaf in memory twice. ``params['layers']`` is empty
+      afterwards. Defaults to False.
+
+  Returns:
+    The parameters with leaves ``layers/...`` of shape [L - k, ...] and
+    ``last_layers/...`` of shape [k, ...].
 
   Raises:
-    ValueError: for k out of range.
+    InputError: If k is out of range.
   """
   total = len(jax.tree.leaves(params['layers'])[0])
   if not 1 <= k <= total:
-    raise InputError(f'{k} last layers cannot be taken of {total}.')
+    raise InputError(f'{k} last layers cannot be split off a model with '
+                     f'{total}; choose a number from 1 to that.')
   rest = {name: x for name, x in params.items() if name != 'layers'}
-  run = lambda x, *at: jax.tree.map(lambda a: a[slice(*at)], x)  # of Codes too
+  # jax.tree.map also slices the arrays inside quantised weights (QuantizedArray).
+  run = lambda x, *at: jax.tree.map(lambda a: a[slice(*at)], x)
   first, last = _unzip(
       lambda x: (run(x, total - k), run(x, total - k, None)),
       params['layers'], take)
@@ -41,7 +52,13 @@ def split_layers(params: dict[str, Any], k: int, take: bool = False
 
 
 def _unzip(fn, tree: dict, take: bool) -> tuple[dict, dict]:
-  """Two trees, of the two results of ``fn`` for each leaf."""
+  """Maps a function that returns a pair over a tree; returns a pair of trees.
+
+  Args:
+    fn: Function of a leaf.
+    tree: Nested dict.
+    take: Whether to delete each leaf from ``tree`` once it is mapped.
+  """
   one, two = {}, {}
   for name in list(tree):
     x = tree[name]
@@ -53,7 +70,19 @@ def _unzip(fn, tree: dict, take: bool) -> tuple[dict, dict]:
 
 
 def join_layers(params: dict[str, Any], take: bool = False) -> dict[str, Any]:
-  """The inverse of `split_layers`; as they are without ``last_layers``."""
+  """Moves ``last_layers`` back to the end of ``layers``.
+
+  This is the inverse of `split_layers`.
+
+  Args:
+    params: Parameters in either layout. Without ``last_layers`` they are
+      returned unchanged.
+    take: Whether to remove the layers from ``params`` leaf by leaf to save
+      memory, as in `split_layers`. Defaults to False.
+
+  Returns:
+    Parameters without ``last_layers``.
+  """
   if 'last_layers' not in params:
     return params
   out = {k: v for k, v in params.items() if k != 'last_layers'}
@@ -64,6 +93,7 @@ def join_layers(params: dict[str, Any], take: bool = False) -> dict[str, Any]:
 
 
 def _zip(first: dict, last: dict, take: bool) -> dict:
+  """Concatenates the leaves of two trees along their layer axis."""
   out = {}
   for name in list(first):
     x, y = first[name], last[name]
@@ -75,7 +105,10 @@ def _zip(first: dict, last: dict, take: bool) -> dict:
 
 
 def untied(config: Config) -> Config:
-  """The config of a model whose head is no longer its embedding."""
+  """Returns the config of the same model with an untied head.
+
+  ``config.source``, the JSON text of the original config.json, is updated too.
+  """
   source = json.loads(config.source) if config.source else None
   return dataclasses.replace(
       config, tied_head=False, source=source and json.dumps(
@@ -84,17 +117,26 @@ def untied(config: Config) -> Config:
 
 def untie(model: Transformer, params: dict[str, Any]
           ) -> tuple[Transformer, dict[str, Any]]:
-  """``model, params`` with a copy of the embedding as a head of its own.
+  """Gives a model with a tied head a copy of its embedding as the head.
 
-  The head can then be trained, or written to, without the embedding (the
-  original's linear probe overwrites input embeddings of OPT's label words).
+  The head can then be trained or overwritten without changing the embedding.
+  (The linear probe of the paper's own code overwrites the input embeddings of
+  OPT's label words, too.)
+
+  Args:
+    model: Model of the parameters.
+    params: Parameters with ``embed/embedding`` [V, D].
+
+  Returns:
+    A pair ``(model, params)``, in which the parameters have
+    ``lm_head/embedding`` [V, D]. Both are unchanged if the head is not tied.
 
   Raises:
-    ValueError: for a model that was loaded without its head.
+    InputError: If the model was loaded without its head.
   """
   if not model.config.head:
-    raise InputError(f'this {model.config.family} has no head to be trained: '
-                     'load a model that was saved with its head.')
+    raise InputError(f'this {model.config.family} has no head to train; load a '
+                     'model that was saved with its language-model head.')
   if not model.config.tied_head:
     return model, params
   config = untied(model.config)

@@ -1,6 +1,6 @@
-"""A nested dict of parameters in two: what is trained, and what is not.
+"""Splits a nested dict of parameters into a trainable and a frozen part.
 
-So that optimizer state, noise and checkpoints hold only what is trained.
+Optimizer state, noise and checkpoints then cover the trainable part only.
 """
 
 from typing import Any
@@ -15,14 +15,23 @@ from mezo_jax.core.quantized import FACTORS, is_codes
 
 def split(params: dict[str, Any], mask: Any
           ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """``trainable, frozen``: two nested dicts that share no leaf.
+  """Splits parameters into a trainable and a frozen tree.
+
+  `mezo_jax.peft.join` puts the two together again.
 
   Args:
-    params: a nested dict, such as Flax Linen's.
-    mask: see `selected`.
+    params: Nested dict of arrays, such as the parameters of a Flax Linen model.
+    mask: Mask of the trainable leaves. It may be a regular expression that is
+      searched for in the paths of leaves, a tree of bools, or a function from
+      the parameters to such a tree. None selects every leaf that can be
+      trained.
+
+  Returns:
+    A pair ``(trainable, frozen)`` of nested dicts. Each leaf is in one of them.
 
   Raises:
-    ValueError: if the tree has other containers than dicts.
+    ValueError: If the tree has containers other than dicts, if the mask selects
+      single elements of a leaf, or if it selects nothing.
 
   Example:
     >>> split({'a': {'w': 1., 'b': 2.}, 'c': 3.}, '^a/w|c')
@@ -31,30 +40,41 @@ def split(params: dict[str, Any], mask: Any
   chosen, leaves = (flatten_dict(x) for x in (selected(params, mask), params))
   for path, x in leaves.items():
     if not isinstance(chosen[path], bool):
-      raise ValueError(f'split takes nested dicts of arrays; {path[-1]!r} is a '
-                       f'{type(x).__name__}.')
+      raise ValueError('split needs nested dicts of arrays and one bool per '
+                       f'leaf; {path[-1]!r} is a {type(x).__name__}.')
   part = lambda wanted: unflatten_dict(
       {path: x for path, x in leaves.items() if chosen[path] == wanted})
   return part(True), part(False)
 
 
 def factors(params: dict[str, Any]) -> dict[str, Any]:
-  """A factor of 1 for each scale of the `Codes` of a nested dict, float32: all
-  that a model has to train whose integers stay. `join` multiplies them.
+  """Creates a trainable factor of 1 for every scale of the quantised weights.
+
+  Training the factors fine-tunes a quantised model without changing its
+  integers. `mezo_jax.peft.join` multiplies the scales by their factors.
+
+  Args:
+    params: Nested dict of parameters, some of which are `mezo_jax.QuantizedArray`.
+
+  Returns:
+    A nested dict with a float32 leaf ``.../factors`` of ones for each of the
+    `mezo_jax.QuantizedArray`. It has the shape of the scales. Abstract parameters
+    (`jax.ShapeDtypeStruct`) give abstract factors.
 
   Raises:
-    ValueError: if there are no `Codes`.
+    ValueError: If no parameter is quantised.
   """
   flat: dict[tuple, Any] = flatten_dict(params)
   codes = {path: x for path, x in flat.items() if is_codes(x)}
   if not codes:
-    raise ValueError('the parameters have no mezo_jax.Codes, of which scales '
-                     "could be trained: see models.load(..., dtype='int8').")
+    raise ValueError('no parameter is quantised (mezo_jax.QuantizedArray), so there are '
+                     "no scales to train; see models.load(..., dtype='int8').")
   return unflatten_dict({(*path, FACTORS): _ones(x.scales)
                          for path, x in codes.items()})
 
 
 def _ones(x):
+  """Returns float32 ones of the shape of ``x``, abstract if ``x`` is."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
   return jnp.ones_like(x, jnp.float32)

@@ -1,10 +1,19 @@
-"""Prefix tuning and prompt tuning: trained context before every text.
+"""Trains context before every text: prefix tuning and prompt tuning.
 
-A prefix is M keys and values for each layer (Li and Liang, 2021), trained as
-they are, without a network that makes them: ``layers/attn/prefix_k`` and
-``prefix_v`` [L, M, K, H]. A prompt is M soft tokens, rows that the embedding
-lacks (Lester et al., 2021): ``prompt/embedding`` [M, D], used at the token ids
-V to V + M - 1, which `prepend` puts before a text.
+A prefix is M keys and M values per layer (Li and Liang, 2021). The parameters
+are ``layers/attn/prefix_k`` and ``prefix_v`` [L, M, K, H], with L layers, K
+key-value heads and H elements per head. They are trained directly, without the
+network that generates them in the paper.
+
+A prompt is M soft tokens (Lester et al., 2021), which extend the embedding of V
+tokens: the parameter ``prompt/embedding`` [M, D] holds the vectors of the token
+ids V to V + M - 1. `prepend` puts these ids before the texts of a batch.
+
+References:
+  Li and Liang (2021), Prefix-Tuning: Optimizing Continuous Prompts for
+    Generation.
+  Lester et al. (2021), The Power of Scale for Parameter-Efficient Prompt
+    Tuning.
 """
 
 from collections.abc import Sequence
@@ -27,20 +36,27 @@ INITS = ('tokens', 'normal', 'text')
 def init(model: Transformer, params: dict[str, Any], key: jax.Array, *,
          num_tokens: int = 5, init: str = 'tokens',
          token_ids: Sequence[int] = ()) -> dict[str, Any]:
-  """A prefix, float32, that starts as the context of real tokens.
+  """Creates a prefix, by default from the keys and values of real tokens.
 
   Args:
-    model: from `mezo_jax.models.load`.
-    params: its parameters.
-    key: of what is random.
-    num_tokens: M; the paper's is 5.
-    init: 'tokens', what the layers make of M random tokens of the vocabulary
-      read as one text (Malladi et al., 2023); 'text', of the
-      given tokens; 'normal', N(0, 1).
-    token_ids: of 'text', repeated or cut to M.
+    model: Model from `mezo_jax.models.load`.
+    params: Parameters of the model.
+    key: PRNG key.
+    num_tokens: Length M of the prefix. Defaults to 5, as in Malladi et al.
+      (2023).
+    init: Initial keys and values. 'tokens' computes them from M random tokens
+      of the vocabulary, read as one text (Malladi et al., 2023). 'text'
+      computes them from ``token_ids``. 'normal' draws them from N(0, 1).
+      Defaults to 'tokens'.
+    token_ids: Token ids for 'text', which are repeated or cut to M.
+
+  Returns:
+    A nested dict ``layers/attn/prefix_k`` and ``prefix_v``, float32
+    [L, M, K, H]. `mezo_jax.peft.join` adds it to the parameters.
 
   Raises:
-    ValueError: for another ``init``, no tokens, or M below 1.
+    InputError: If ``init`` is unknown, ``num_tokens`` is below 1, or ``init``
+      is 'text' and there are no ``token_ids``.
   """
   ids = _ids(model, key, num_tokens, init, token_ids)
   c = model.config
@@ -60,25 +76,49 @@ def init(model: Transformer, params: dict[str, Any], key: jax.Array, *,
 def init_prompt(model: Transformer, params: dict[str, Any], key: jax.Array, *,
                 num_tokens: int = 10, init: str = 'tokens',
                 token_ids: Sequence[int] = ()) -> dict[str, Any]:
-  """A soft prompt, float32; arguments as for `init`."""
+  """Creates a soft prompt, by default from the embeddings of real tokens.
+
+  Args:
+    model: Model from `mezo_jax.models.load`.
+    params: Parameters of the model.
+    key: PRNG key.
+    num_tokens: Length M of the prompt. Defaults to 10.
+    init: Initial vectors. 'tokens' copies the embeddings of M random tokens of
+      the vocabulary, 'text' those of ``token_ids``. 'normal' draws them from
+      N(0, 1). Defaults to 'tokens'.
+    token_ids: Token ids for 'text', which are repeated or cut to M.
+
+  Returns:
+    A nested dict ``prompt/embedding``, float32 [M, D].
+
+  Raises:
+    InputError: As for `init`.
+  """
   ids = _ids(model, key, num_tokens, init, token_ids)
   table = params['embed']['embedding']
   if ids is None:
     rows = jax.random.normal(key, (num_tokens, table.shape[1]))
   else:
+    # The model scales the embeddings of its tokens but not those of a prompt.
     rows = table[ids].astype(jnp.float32) * (model.config.embed_scale or 1)
   return {'prompt': {'embedding': rows}}
 
 
 def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
-  """int32 [M], the tokens to start from."""
+  """Checks the arguments of `init` and returns the tokens to start from.
+
+  Returns:
+    Token ids, int32 [M], or None for random vectors.
+  """
   if num_tokens < 1:
     raise InputError(f'num_tokens must be at least 1, got {num_tokens}.')
   if init not in INITS:
-    raise InputError(f'init {init!r} is none of {", ".join(INITS)}.')
+    raise InputError(
+        f'unknown init {init!r}; choose one of {", ".join(INITS)}.')
   if init == 'text':
     if not len(token_ids):
-      raise InputError("init 'text' needs a text of at least one token.")
+      raise InputError("init 'text' needs a text of at least one token; give "
+                       'token_ids, or peft.text in a config.')
     ids, _ = known_ids(
         'token_ids', token_ids, model.config.vocab_size, (None,))
     return jnp.resize(jnp.asarray(ids), num_tokens)
@@ -89,23 +129,34 @@ def _ids(model, key, num_tokens, init, token_ids) -> jax.Array | None:
 
 
 def soft_ids(vocab_size: int, params: dict[str, Any]) -> list[int]:
-  """The token ids of the soft prompt in ``params``; none without one."""
+  """Returns the token ids of the soft prompt in some parameters.
+
+  Args:
+    vocab_size: Number V of tokens of the model.
+    params: Parameters of the model.
+
+  Returns:
+    The ids V to V + M - 1, or [] if the parameters have no soft prompt.
+  """
   rows = len(params['prompt']['embedding']) if 'prompt' in params else 0
   return list(range(vocab_size, vocab_size + rows))
 
 
 def prepend(ids: Sequence[int], input_ids: Any, attention_mask: Any = None
             ) -> tuple[jax.Array, jax.Array]:
-  """Puts the soft tokens ``ids`` before the texts of a batch.
+  """Puts the tokens of a soft prompt before the texts of a batch.
+
+  The model counts positions over tokens and skips padding, so padding between
+  the prompt and a text is harmless.
 
   Args:
-    ids: from `soft_ids`.
-    input_ids: integers [B, S], padded on either side.
-    attention_mask: [B, S]; None for no padding.
+    ids: Token ids of the prompt, from `soft_ids`.
+    input_ids: Integers [B, S], padded on either side.
+    attention_mask: Integers [B, S], 0 at padding and 1 at tokens. Defaults to
+      None, which means no padding.
 
   Returns:
-    ``input_ids, attention_mask``, int32 [B, M + S]. Positions count tokens, so
-    padding between the soft tokens and a text does not matter.
+    A pair ``(input_ids, attention_mask)`` of int32 [B, M + S].
   """
   input_ids = jnp.asarray(input_ids, jnp.int32)
   mask = (jnp.ones_like(input_ids) if attention_mask is None

@@ -1,19 +1,20 @@
-r"""Evaluate at θ + Σ c·z(key) without building θ + Σ c·z(key).
+r"""Evaluates functions at θ + Σ c·z(key) without building that vector.
 
-* `perturbed` is a function transformation in the family of `jax.jvp`: it traces
-  ``value_fn`` to a jaxpr and evaluates that with every parameter leaf as a lazy
-  `Block`, which turns into ``w + c*z`` where an operation consumes it, except
-  for the smallest leaves, which are built first
-  (`mezo_jax.perturb.interpreter`). A `lax.scan` over stacked layers hands its
-  body one layer and that layer's key, an unrolled model consumes its layers one
-  by one: either way one layer's perturbed weights are alive at a time; a lookup
-  of embedding rows draws noise for those rows alone. The model needs no change.
-* `displace` builds the displaced tree.
-* `direction` builds the displacement itself: an optax ``updates`` tree.
+* `perturbed` is a function transformation, like `jax.jvp`. It traces
+  ``value_fn`` to a jaxpr and evaluates the jaxpr with lazy params. A param is a
+  `Block` until an operation consumes it and builds ``w + c*z`` (see
+  `mezo_jax.perturb.interpreter`). Only the smallest leaves are built first. A
+  `lax.scan` over stacked layers passes one layer and its key to each iteration,
+  and an unrolled model consumes its layers one by one. Either way, one layer of
+  perturbed weights is alive at a time. A lookup of embedding rows draws z for
+  these rows only. The model itself needs no change.
+* `dequantized` does the same for quantised weights, without a displacement.
+* `displace` builds the displaced params.
+* `direction` builds the displacement itself, as an optax ``updates`` tree.
 
-The clean weights are never changed, so nothing has to be restored and no
-rounding error can accumulate (Malladi et al., 2023, Algorithm 1, adds +ε, -2ε
-and +ε in place).
+The clean weights are never changed. Algorithm 1 of Malladi et al., 2023, in
+contrast, adds +ε z, -2ε z and +ε z in place, so that rounding errors accumulate
+in the weights.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from mezo_jax.perturb.rules_control_flow import evaluate
 
 def _blocks(params, displacement: Displacement,
             directions: Directions) -> list:
-  """Returns the leaves of a tree; those that have a z are blocks."""
+  """Returns the leaves of a tree, with a `Block` for each leaf that has a z."""
   leaves = of_leaves(params, displacement, directions)
   _check_shards([(path, x) for path, x, draws in leaves if draws is not None])
   return [x if draws is None else Block(
@@ -46,41 +47,51 @@ def _blocks(params, displacement: Displacement,
 
 
 def _still(path: str, x) -> Block:
-  """Returns quantised weights without a z as a block."""
+  """Returns quantised weights as a block without directions.
+
+  The interpreter then dequantises them where they are consumed.
+  """
   keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
   return Block(x, Rademacher().of_leaf(
       streams.of_leaf(keys, path, x.shape), jnp.zeros(0), x.shape), leaf=path)
 
 
 def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
-  """Checks that no leaf is sharded inside `jax.shard_map`, where each shard
-  would draw the same z.
+  """Checks that no leaf is sharded over a manual axis of `jax.shard_map`.
+
+  Inside `jax.shard_map` a device sees its shard as the whole leaf, so all
+  shards would draw the same z.
 
   Raises:
-    ValueError: If a leaf differs between devices there.
+    ValueError: If a leaf varies over a manual mesh axis.
   """
   manual = jax.sharding.get_abstract_mesh().manual_axes
   if not manual:
     return
   varies = lambda x: jax_versions.manual_axis_type(x).varying
+  # An axis index varies by definition. If its type does not say so, JAX does
+  # not track over which axes values vary.
   if not varies(jax.lax.axis_index(manual[0])):
     warnings.warn(
-        'inside pmap, or shard_map with check_vma=False, sharded weights '
-        'cannot be told from replicated ones: if they are sharded, each shard '
-        'draws the same z, which is wrong.', stacklevel=4)
+        'params: inside pmap, or shard_map with check_vma=False, sharded '
+        'weights cannot be distinguished from replicated ones. If these are '
+        'sharded, each shard draws the same z, which is wrong; call the '
+        'optimizer outside of pmap or shard_map.', stacklevel=4)
   for path, x in leaves:
     if not is_codes(x) and varies(x):
       raise ValueError(
           f'parameter {path!r} is sharded over {sorted(varies(x))} inside '
-          'shard_map, where each shard would draw the same z: call the '
-          'optimizer outside it, with shard_map inside value_fn if need be.')
+          'shard_map, where each shard would draw the same z. Call the '
+          'optimizer outside of shard_map; value_fn may use shard_map.')
 
 
 def _small(blocks: list[Block]) -> set[int]:
-  """Returns indices of the smallest leaves that are not stacked, together at
-  most 2 % of all elements.
+  """Returns the indices of small leaves, which are built at the start.
 
-  Building them together keeps the programs of unrolled models short.
+  These are the smallest leaves that are neither stacked nor quantised, with at
+  most 2 % of all elements together. An unrolled model has many norms and biases
+  of equal shapes. Building them in one operation per shape keeps its program
+  short, and costs little memory.
   """
   order = sorted(range(len(blocks)), key=lambda i: blocks[i].w.size)
   left, found = sum(x.w.size for x in blocks) // 50, set()
@@ -94,14 +105,25 @@ def _small(blocks: list[Block]) -> set[int]:
 
 
 def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
-  """Applies ``fn(w, draws)`` to blocks, at once to small ones of one shape."""
+  """Applies ``fn(w, draws)`` to each block.
+
+  Args:
+    fn: An elementwise function.
+    blocks: The blocks.
+    small: Indices of blocks. Those that have the same shape are stacked, and
+      ``fn`` is applied to the stack.
+
+  Returns:
+    The result for each block.
+  """
   alike = {}
   for i, x in enumerate(blocks):
     key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
         i in small) else i
     alike.setdefault(key, []).append(i)
   if any(isinstance(x.w, Tracer) for x in blocks):
-    fn = jax.jit(fn)  # so that leaves of one shape share a program's lines
+    # Leaves of one shape then share one function in the lowered program.
+    fn = jax.jit(fn)
   out = [None] * len(blocks)
   for members in alike.values():
     one = [blocks[i] for i in members]
@@ -117,13 +139,14 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
 
 
 def _map_blocks(fn: Callable, leaves: list, other: Callable) -> list:
-  """Applies ``fn(w, draws)`` to blocks, and ``other`` to the other leaves."""
+  """Applies ``fn(w, draws)`` to blocks and ``other`` to all other leaves."""
   blocks = [x for x in leaves if isinstance(x, Block)]
   done = iter(_each(fn, blocks, _small(blocks)))
   return [next(done) if isinstance(x, Block) else other(x) for x in leaves]
 
 
 def _build(w, draws):
+  """Returns the displaced weights in the dtype of the clean ones."""
   return draws.add(w).astype(w.dtype)
 
 
@@ -132,21 +155,38 @@ def _build(w, draws):
 
 def displace(params: Any, displacement: Displacement,
              directions: Directions | str = Normal()) -> Any:
-  r"""Builds :math:`\theta + \sum_j c_j z(key_j)`.
+  r"""Adds a displacement to the params.
 
-  The sum is elementwise, so under `jax.jit` with donated params it is in place.
-  It is taken in float32 (float64 for float64 leaves) and rounded once to each
-  leaf's dtype.
+  .. math:: \theta + \sum_{j=1}^n c_j z(key_j)
+
+  The sum is elementwise. Under `jax.jit` with donated params, XLA computes it
+  in place. It is computed in float32 (float64 for float64 leaves) and rounded
+  once to the dtype of each leaf.
 
   Args:
-    params: a tree of arrays.
-    displacement: Keys and coefficients [n].
-    directions: What z is, or its name; leaves without z are returned as they
-      are.
+    params: The params :math:`\theta`, any pytree of arrays.
+    displacement: A `Displacement` of n keys and coefficients.
+    directions: Distribution of z, or its name. Leaves that its mask excludes
+      are returned unchanged. Defaults to ``Normal()``.
+
+  Returns:
+    A tree with the structure, shapes and dtypes of ``params``.
 
   Raises:
-    ValueError: for something that is not a displacement, or directions whose
-      mask does not fit.
+    ValueError: If ``displacement`` is not a `Displacement`, or if a mask of
+      ``directions`` does not fit the params.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, ``PerturbParameters``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> params = {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}
+    >>> step = mezo_jax.Displacement(jax.random.key(0), 1e-3)
+    >>> moved = mezo_jax.displace(params, step)
+    >>> bool(jnp.max(jnp.abs(moved['w'] - params['w'])) < 0.01)
+    True
   """
   directions = as_directions(directions)
   return jax.tree.unflatten(paths.structure(params), _map_blocks(
@@ -156,17 +196,40 @@ def displace(params: Any, displacement: Displacement,
 def direction(params: Any, displacement: Displacement,
               directions: Directions | str = Normal(), *,
               dtype: jax.typing.DTypeLike | None = None) -> Any:
-  r"""Builds :math:`\sum_j c_j z(key_j)`, zero where there is no z.
+  r"""Returns a displacement as a tree of optax updates.
+
+  .. math:: \sum_{j=1}^n c_j z(key_j)
 
   Args:
-    params: A tree that gives paths, shapes and dtypes.
-    displacement: Keys and coefficients [n].
-    directions: What z is, or its name.
-    dtype: A floating-point dtype of the result; None for the parameters' own,
-      and then PRNG keys among the params have `Unmoved`.
+    params: The params, any pytree of arrays. Their paths and shapes determine
+      z. Their values matter only to a `Multiplier` with ``keeps``.
+    displacement: A `Displacement` of n keys and coefficients.
+    directions: Distribution of z, or its name. Leaves that its mask excludes
+      have zeros in the result. Defaults to ``Normal()``.
+    dtype: A floating-point dtype for the result. Defaults to None, which takes
+      the dtype of each param. `optax.apply_updates` can then be used even if
+      there are PRNG keys among the params; it leaves them unchanged.
+
+  Returns:
+    A tree with the structure and the shapes of ``params``.
 
   Raises:
-    ValueError: as for `displace`.
+    ValueError: If ``displacement`` is not a `Displacement`, if a mask of
+      ``directions`` does not fit the params, or if ``dtype`` is not a
+      floating-point dtype.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax, optax
+    >>> params = {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}
+    >>> step = mezo_jax.Displacement(jax.random.key(0), 1e-3)
+    >>> updates = mezo_jax.direction(params, step)
+    >>> moved = optax.apply_updates(params, updates)
+    >>> bool(jnp.allclose(moved['w'], mezo_jax.displace(params, step)['w']))
+    True
   """
   return mapped(lambda w, draws: draws.built(w), params, displacement,
                 as_directions(directions),
@@ -176,7 +239,19 @@ def direction(params: Any, displacement: Displacement,
 def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
            directions: Directions, *, dtype: jax.typing.DTypeLike | None = None
            ) -> Any:
-  """Maps ``fn(w, draws)`` over leaves that have a z; others become zeros."""
+  """Applies a function to the leaves that have a z; other leaves become zeros.
+
+  Args:
+    fn: An elementwise function ``(w, draws) -> array`` of the weights and the
+      `Draws` of a leaf.
+    params: The params.
+    displacement: Keys and coefficients.
+    directions: Distribution of z.
+    dtype: Dtype of the result. Defaults to None, for that of each param.
+
+  Returns:
+    A tree with the structure of ``params``.
+  """
   return jax.tree.unflatten(paths.structure(params), _map_blocks(
       lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
       _blocks(params, displacement, directions),
@@ -186,14 +261,16 @@ def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
 
 @jax.tree_util.register_pytree_node_class
 class Unmoved:
-  """The update of a PRNG key, to which nothing can be added.
+  """Serves as the update of a PRNG key, which cannot be added to.
 
-  It is a tree without leaves, so whatever maps over updates passes it by, and
-  ``key + Unmoved()`` is the key, so `optax.apply_updates` can be used on params
-  that have keys among them, such as the whole state of an NNX model.
+  `optax.apply_updates` can therefore be used on params with keys among them,
+  such as the whole state of an NNX model. This class is a pytree without
+  leaves, so functions that map over updates skip it, and ``key + Unmoved()`` is
+  the key.
   """
 
   def __radd__(self, key: Any) -> Any:
+    """Returns the key in a form that `optax.apply_updates` can cast."""
     return key if isinstance(key, Tracer) else _Sum(key)
 
   def tree_flatten(self) -> tuple[tuple[()], None]:
@@ -206,10 +283,10 @@ class Unmoved:
 
 
 class _Sum(jax.Array):
-  """A key that can be cast to its own dtype.
+  """Wraps a key so that it can be cast to its own dtype.
 
-  `optax.apply_updates` casts every sum, for which concrete keys, unlike traced
-  ones, have no method.
+  `optax.apply_updates` calls ``jnp.asarray(param + update).astype(dtype)``.
+  Concrete keys have no ``astype``, unlike traced ones.
   """
 
   def __init__(self, key):
@@ -227,7 +304,11 @@ class _Sum(jax.Array):
 
 
 def zeros(x: Any) -> Any:
-  """Returns the update of a leaf that is not trained."""
+  """Returns an update that leaves a param unchanged.
+
+  Args:
+    x: A param: an array, `QuantizedArray` or a typed PRNG key.
+  """
   if is_codes(x):
     return jnp.zeros(x.shape, x.dtype)
   if noise.is_typed(x):
@@ -240,31 +321,45 @@ def zeros(x: Any) -> Any:
 
 def perturbed(value_fn: Callable[..., Any],
               directions: Directions | str = Normal()) -> Callable[..., Any]:
-  r"""Transforms ``value_fn`` to evaluate it at displaced parameters.
+  r"""Transforms a function so that it is evaluated at displaced params.
 
-  ``perturbed(f)(params, displacement, *args)`` is
-  ``f(displace(params, displacement), *args)`` up to float32 rounding, at the
-  memory of ``f(params, *args)`` plus one layer. Where that cannot be, because a
-  program uses a large weight whole, a warning names the weight and the reason.
+  ``perturbed(f)(params, displacement, *args)`` returns
+
+  .. math:: f\Bigl(\theta + \sum_{j=1}^n c_j z(key_j), \ldots\Bigr)
+
+  and equals ``f(displace(params, displacement), *args)`` up to float32
+  rounding. It takes the memory of ``f(params, *args)`` plus that of one layer.
+  If ``f`` needs a large weight in full, so that this is impossible, a warning
+  names the weight and the reason.
 
   Args:
-    value_fn: A traceable function ``(params, *args, **kwargs) -> tree``.
-    directions: What z is, or its name; leaves without z are not perturbed.
+    value_fn: A function ``(params, *args, **kwargs) -> tree`` that JAX can
+      trace.
+    directions: Distribution of z, or its name. Leaves that its mask excludes
+      are not perturbed. Defaults to ``Normal()``.
 
   Returns:
-    A function ``(params, displacement, *args, **kwargs)``. ``params`` may be
-    any tree (a Linen dict, an NNX state, an Equinox module).
+    A function ``(params, displacement, *args, **kwargs) -> tree``. Its
+    ``params`` may be any pytree, such as a Linen dict, an NNX state or an
+    Equinox module.
 
   Raises:
-    ValueError: for something that is not a displacement, or directions whose
-      mask does not fit.
+    ValueError: If ``value_fn`` is not callable. The returned function raises
+      it if ``displacement`` is not a `Displacement`, or if a mask of
+      ``directions`` does not fit the params.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, which perturbs the
+    weights in place instead.
 
   Example:
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, mezo_jax
     >>> f = lambda w, x: jnp.sum((w * x) ** 2)
-    >>> w, x, d = jnp.ones(3), jnp.arange(3.), Displacement(
-    ...     jax.random.key(0), 1e-3)
-    >>> bool(jnp.allclose(perturbed(f)(w, d, x), f(displace(w, d), x)))
+    >>> w, x = jnp.ones(3), jnp.arange(3.0)
+    >>> step = mezo_jax.Displacement(jax.random.key(0), 1e-3)
+    >>> lazy = mezo_jax.perturbed(f)(w, step, x)
+    >>> bool(jnp.allclose(lazy, f(mezo_jax.displace(w, step), x)))
     True
   """
 
@@ -279,13 +374,34 @@ def perturbed(value_fn: Callable[..., Any],
 
 
 def dequantized(fn: Callable) -> Callable:
-  r"""Transforms ``fn`` to evaluate it at params with `Codes` in them.
+  r"""Transforms a function so that it accepts quantised params.
 
-  Weights are dequantised where ``fn`` consumes them, so that one layer of them
-  is alive at a time, and nothing else changes. Without `Codes` it is ``fn``.
+  ``dequantized(f)(params, *args)`` equals ``f(dequantize(params), *args)`` up
+  to float32 rounding. A quantised weight :math:`s q + o` (`QuantizedArray`) is
+  dequantised only where ``f`` consumes it, so that one layer of dequantised
+  weights is alive at a time. Params without `QuantizedArray` are passed to ``f``
+  unchanged.
 
   Args:
-    fn: A traceable function ``(params, *args, **kwargs) -> tree``.
+    fn: A function ``(params, *args, **kwargs) -> tree`` that JAX can trace.
+
+  Returns:
+    A function with the arguments and the results of ``fn``.
+
+  Raises:
+    ValueError: If ``fn`` is not callable.
+
+  References:
+    Zhou et al., 2025, `QuZO <https://arxiv.org/abs/2502.12346>`_, trains such
+    weights.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> f = lambda params, x: x @ params['w']
+    >>> codes = {'w': mezo_jax.quantize(w)}
+    >>> mezo_jax.dequantized(f)(codes, jnp.ones((1, 64))).shape
+    (1, 8)
   """
   arguments.function('fn', fn)
 
@@ -300,11 +416,18 @@ def dequantized(fn: Callable) -> Callable:
 
 
 def _evaluated(fn: Callable, params, leaves: list):
-  """Evaluates ``fn(params)`` with lazy leaves."""
+  """Evaluates ``fn(params)`` with lazy leaves.
+
+  Args:
+    fn: A function of the params.
+    params: The params, which are only used for tracing.
+    leaves: The leaves of the params, with a `Block` for each lazy one.
+  """
   as_read = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if (
       is_codes(x)) else x
   closed, out = jax.make_jaxpr(fn, return_shape=True)(
       jax.tree.map(as_read, params, is_leaf=is_codes))
+  # Quantised leaves without a z become blocks too, to be dequantised lazily.
   leaves = [_still(path, x) if is_codes(x) else x for x, (path, _) in zip(
       leaves, paths.named_leaves(params))]
   blocks = [x for x in leaves if isinstance(x, Block)]
@@ -316,11 +439,12 @@ def _evaluated(fn: Callable, params, leaves: list):
             for x in leaves]
   outs = evaluate(closed.jaxpr, closed.consts, leaves, context)
   for x in outs:
-    context.note(x, 'it is returned')
+    context.note(x, 'the function returns it')
   outs = [*map(context.force, outs)]
   if context.built:
     warnings.warn(
-        'these weights are built whole, in addition to the stored ones: '
+        'these weights are built in full, which takes memory in addition to '
+        'the stored weights: '
         + '; '.join(f'{leaf} ({why})' for leaf, why in context.built.items())
         + '.', stacklevel=3)
   return jax.tree.unflatten(jax.tree.structure(out), outs)

@@ -1,17 +1,20 @@
-"""An interpreter of jaxprs that displaces weights where they are consumed.
+"""Interprets jaxprs, and displaces weights where operations consume them.
 
-In `evaluate`, some values are lazy:
+During `evaluate`, some values are lazy:
 
-* A `Block` is a parameter leaf, or a view of it, with its `Draws`. A lookup,
-  slice, transpose, reshape or cast of a block is a block again, and a scan over
-  its first axis passes one row of it to each iteration.
-* An `Expression` is a large result of an operation on lazy values and scalars,
-  such as a concatenation, a product with a scale, or LoRA's A @ B.
+* A `Block` is a parameter leaf, or a view of one, with its `Draws`. A lookup,
+  slice, transpose, reshape or cast of a block is a block again. A scan over its
+  first axis passes one entry to each iteration.
+* An `Expression` is a recorded operation on lazy values and scalars with a
+  large result, such as a concatenation, a product with a scale, or A @ B of
+  LoRA.
 
-Any other operation of a lazy value consumes it: the displaced weight is built
-there. If layers are not scanned, a large operation of this kind is a function
-of its own (on CPU) or behind a barrier (on GPU), so that the compiler frees
-what is built for it when it is done.
+Every other operation on a lazy value consumes it: the displaced weight is built
+for this operation. In a model whose layers are not scanned, the compiler might
+build the weights of all layers early and keep them. A large operation of this
+kind therefore becomes a function of its own (on CPU), or its weights wait
+behind a barrier (on GPU). The compiler can then free the weights right after
+the operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +29,18 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mezo_jax.core import jax_versions, views, xla
-from mezo_jax.core.quantized import Codes, is_codes
+from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions.displacement import Draws
 
-RULES: dict[str, Callable[..., Any]] = {}  # the modules `rules_...` fill it
-# Programs of one operation, whose arguments have no names.
+# Maps the name of a primitive to its rule, ``(eqn, ins, context) -> outs``. A
+# rule may return None to decline; `otherwise` then evaluates the equation. The
+# modules rules_*.py add their rules when they are imported.
+RULES: dict[str, Callable[..., Any]] = {}
+# Debug information for the jaxprs in `bind`, whose arguments have no names.
 _NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
-SMALL = 2**16  # elements; a smaller weight may be built anywhere
+# Number of elements below which a weight may be built anywhere, since it takes
+# so little memory.
+SMALL = 2**16
 
 
 @functools.partial(
@@ -40,28 +48,43 @@ SMALL = 2**16  # elements; a smaller weight may be built anywhere
     data_fields=('w', 'draws'), meta_fields=('casts', 'leaf'))
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Stands for ``w + sum_j coefs[j] * z_j``, for a view ``w`` of a leaf."""
+  """Represents ``w + sum_j coefs[j] * z_j`` for a leaf w, or a view of one.
 
-  w: jax.Array | Codes
-  draws: Draws  # of the same view
-  casts: tuple[Any, ...] = ()  # dtypes to which the program cast the weights
-  leaf: str | None = None  # path of the leaf; '' for a part of it
+  Attributes:
+    w: The clean weights.
+    draws: The draws of the same view.
+    casts: Dtypes to which the program has cast the weights, in order. They are
+      applied after z has been added.
+    leaf: Path of the leaf, or '' if the block is only a part of the leaf. None
+      inside loops and shared functions, where the path is not known.
+  """
+
+  w: jax.Array | QuantizedArray
+  draws: Draws
+  casts: tuple[Any, ...] = ()
+  leaf: str | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.w.shape
 
-  def view(self, w: jax.Array | Codes, draws: Draws) -> 'Block':
+  def view(self, w: jax.Array | QuantizedArray, draws: Draws) -> 'Block':
+    """Returns the block of a view, given its weights and its draws."""
     leaf = self.leaf if w.size == self.w.size else ''
     return dataclasses.replace(self, w=w, draws=draws, leaf=leaf)
 
   def viewed(self, *chain: views.View, w: jax.Array | None = None
              ) -> 'Block | None':
-    """Returns a view of the block, or None if it must be built.
+    """Returns a view of the block.
 
     Args:
-      *chain: Views, applied one after the other.
-      w: The result for the weights, if it is known and they are not `Codes`.
+      *chain: Views, which are applied one after the other.
+      w: The view of the clean weights, if the caller has it and the weights are
+        not `QuantizedArray`. Defaults to None, which computes it.
+
+    Returns:
+      The view, or None if the block must be built instead, because its draws or
+      its `QuantizedArray` have no such view.
     """
     draws, new, shape = self.draws, self.w if w is None else w, self.shape
     for view in chain:
@@ -76,19 +99,28 @@ class Block:
     return self.view(new, draws)
 
   def as_it_lies(self) -> tuple['Block', tuple[int, ...]]:
-    """Returns the block with its axes in the order of the leaf, and the order
-    that they have here: a transpose must not be built before it is read."""
+    """Undoes a transpose of the block.
+
+    Weights are built with their axes in the order of the leaf and transposed
+    afterwards. XLA can then fuse the transpose with the operation that consumes
+    the weights, instead of storing a transposed copy.
+
+    Returns:
+      The block with its axes in the order of the leaf, and the order of axes
+      that transposes it back.
+    """
     lies = self.draws.lies()
     block = self.transpose(lies)
     return block, tuple(lies.index(a) for a in range(len(lies)))
 
   def transpose(self, order: Sequence[int]) -> 'Block':
+    """Returns the block with axis ``order[a]`` in the place of axis a."""
     block = self.viewed(views.Transpose(order))
-    assert block is not None  # axes can always be exchanged
+    assert block is not None  # every block has a transpose
     return block
 
   def build(self) -> jax.Array:
-    """Returns the weights, displaced and cast."""
+    """Returns the displaced weights, with all casts applied."""
     w = self.draws.add(self.w).astype(self.w.dtype)
     for dtype in self.casts:
       w = w.astype(dtype)
@@ -100,7 +132,15 @@ class Block:
     data_fields=('args',), meta_fields=('op', 'index', 'shape'))
 @dataclasses.dataclass(frozen=True)
 class Expression:
-  """Stands for result ``index`` of an operation on lazy values and scalars."""
+  """Represents a result of an operation that has not been executed yet.
+
+  Attributes:
+    args: Inputs of the operation, lazy values and scalars. None stands for a
+      literal, which the equation holds itself.
+    op: The operation.
+    index: Which of the results of the operation it is.
+    shape: Shape of the result.
+  """
 
   args: tuple[Any, ...]
   op: 'Operation'
@@ -112,7 +152,11 @@ Lazy = Block | Expression
 
 
 class Operation:
-  """The operation of an equation. Operations that do the same are equal."""
+  """Wraps an equation so that equations that do the same compare equal.
+
+  An operation is a dictionary key in `Context.functions` and static data in
+  pytrees. The layers of an unrolled model thus share one traced function.
+  """
 
   def __init__(self, eqn: Any) -> None:
     self.eqn = eqn
@@ -122,7 +166,9 @@ class Operation:
         eqn.params.items(), key=lambda item: item[0]))
     try:
       self._hash = hash(self._key)
-    except TypeError:  # a parameter that is a list, an array, ...
+    except TypeError:
+      # A parameter is not hashable (a list, an array). The operation is then
+      # equal to itself only.
       self._key, self._hash = id(self), id(self)
 
   def __hash__(self) -> int:
@@ -134,17 +180,25 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """Holds what one evaluation has in common."""
+  """Holds the state that all equations of one evaluation share.
 
-  total: int  # number of elements of all lazy leaves
-  apart: bool = True  # whether operations consume in functions of their own
-  # Functions by operation, order of axes and whether there is a form for CPUs.
+  Attributes:
+    total: Number of elements of all lazy leaves.
+    apart: Whether large operations consume weights in functions of their own or
+      behind barriers. It is False inside loops that hold one layer at a time.
+    functions: Functions that consume weights. Their keys are the operation, the
+      order of axes, and whether there is a separate function for CPUs.
+    built: The path of each large leaf that is built in full, and the reason.
+  """
+
+  total: int
+  apart: bool = True
   functions: dict[Any, Any] = dataclasses.field(default_factory=dict)
-  # {leaf: why it is built whole}.
   built: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def force(self, x: Any) -> Any:
-    """Returns the array that a value stands for."""
+    """Returns the array that a lazy value represents. Returns other values
+    unchanged."""
     if isinstance(x, Expression):
       return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
     if not isinstance(x, Block):
@@ -152,22 +206,28 @@ class Context:
     x, order = x.as_it_lies()
     w = x.build()
     if x.draws.directions.dear:
-      # A TPU would draw z again for each tile of rows that it multiplies by w.
+      # XLA for TPUs would fuse the draws into a product and draw z again for
+      # each tile of rows that is multiplied by w.
       w = lax.optimization_barrier(w)
     return w.transpose(order)
 
   def consume(self, fn: Callable[..., Any], op: Operation, ins: list[Any],
               fn_on_cpu: Callable[..., Any] | None = None) -> list[Any]:
-    """Returns ``fn(ins)``, after which what it builds can be freed.
+    """Evaluates an operation so that the weights it builds can be freed.
 
     Args:
-      fn: A function of lazy and other values. It must be the same for all
-        operations that are equal.
+      fn: A function of ``ins`` that builds the weights. Equal operations must
+        have equivalent functions, since the first one is cached for all.
       op: The operation.
-      ins: Lazy and other values; None for literals.
-      fn_on_cpu: A function that does the same with less memory. It is not used
-        for parts of leaves.
+      ins: Lazy and other values, and None for literals.
+      fn_on_cpu: A function that does the same with less memory on CPUs.
+        Defaults to None, for ``fn``. It is not used for parts of leaves.
+
+    Returns:
+      ``fn(ins)``.
     """
+    # Small weights do not need a function of their own, unless the whole model
+    # is small (as in tests and examples).
     size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
     small = size < SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
@@ -183,16 +243,25 @@ class Context:
       self.functions[kind] = called, tied, jitted
     called, tied, jitted = self.functions[kind]
     if _inner(op.eqn) and jax.sharding.get_abstract_mesh().manual_axes:
-      # Behind a barrier, values vary over all manual axes of all of them, which
-      # the carry of a loop must not.
+      # Values that pass one barrier vary over the manual axes of all of them,
+      # but the carry of a loop must keep its type. So there is no barrier here.
       tied = jitted
-    # A part of a leaf would be copied to be passed to a function.
+    # On CPU, a part of a leaf would be copied to be an argument of a function.
+    # On other platforms than CPU and GPU, a plain function is enough.
     return lax.platform_dependent(ins, cpu=jitted if part else called,
                                   cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x: Any, why: str, stacked: bool = False) -> None:
-    """Records that a large leaf is built whole: one of more than 4 % of all
-    elements. With ``stacked``, only stacks of layers count."""
+    """Records that a leaf is built in full, if the leaf is large.
+
+    A leaf is large if it has more than `SMALL` elements and more than 4 % of
+    the elements of all lazy leaves.
+
+    Args:
+      x: Any value. The leaves of an expression are recorded one by one.
+      why: The reason, for the warning.
+      stacked: Whether to record only stacks of layers. Defaults to False.
+    """
     if isinstance(x, Expression):
       for arg in x.args:
         self.note(arg, why, stacked)
@@ -203,16 +272,18 @@ class Context:
 
 
 def _is_part(x) -> bool:
-  """Returns whether a value is a part of a leaf."""
+  """Returns whether a value is, or depends on, only a part of a leaf."""
   if isinstance(x, Expression):
     return any(map(_is_part, x.args))
   return isinstance(x, Block) and x.leaf == ''
 
 
 def _tied(values) -> list:
-  """Returns values in which blocks wait, by a barrier, for the other values.
+  """Makes lazy values depend on the other values, by a barrier.
 
-  A compiler for GPUs would otherwise build the blocks of all layers at once.
+  The other values are the activations that an operation multiplies by weights.
+  Without this dependence, XLA for GPUs may build the weights of all layers
+  before the first layer is evaluated.
   """
   met = [x for x in values if x is not None and not isinstance(x, Lazy)]
   def one(x):
@@ -226,10 +297,16 @@ def _tied(values) -> list:
 
 
 def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
-  """Returns values as arguments of a function that equal layers share.
+  """Prepares values to be arguments of a function that equal layers share.
 
-  They have no names, and blocks have the axes of their leaves. The second
-  result has the orders of axes, for `unpack`.
+  Paths are removed, since they differ between layers. Transposes of blocks are
+  undone, so that an argument is stored as the leaf is.
+
+  Args:
+    values: Lazy and other values.
+
+  Returns:
+    The prepared values, and the orders of axes that `unpack` needs.
   """
   out, orders = [], []
   for x in values:
@@ -245,7 +322,7 @@ def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
 
 
 def unpack(values: Any, orders: Any) -> list[Any]:
-  """Undoes `pack`, except for the names."""
+  """Transposes blocks back after `pack`. Their paths are not restored."""
   def one(x, order):
     if isinstance(x, Block):
       return x.transpose(order)
@@ -260,7 +337,17 @@ def unpack(values: Any, orders: Any) -> list[Any]:
 
 def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Any,
              context: Context) -> list[Any]:
-  """Evaluates a jaxpr. Inputs may be lazy, and then so may outputs be."""
+  """Evaluates a jaxpr, in which inputs and results may be lazy.
+
+  Args:
+    jaxpr: The jaxpr.
+    consts: Values of its ``constvars``.
+    args: Values of its ``invars``.
+    context: The state of this evaluation.
+
+  Returns:
+    The results, some of which may be lazy; see `Context.force`.
+  """
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:
@@ -272,7 +359,7 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Any,
 
 
 def _evaluate_one(eqn, ins, context: Context) -> list:
-  """Evaluates an operation by its rule, if a value is lazy."""
+  """Evaluates an equation, by its rule if an input is lazy."""
   if not any(isinstance(x, Lazy) for x in ins):
     return bind(eqn, ins)
   outs = None
@@ -282,7 +369,12 @@ def _evaluate_one(eqn, ins, context: Context) -> list:
 
 
 def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
-  """Evaluates an operation on arrays."""
+  """Evaluates an equation on arrays, as JAX itself would.
+
+  It evaluates a jaxpr that contains only this equation. JAX then converts the
+  parameters of primitives such as custom_jvp_call, which cannot be passed to
+  ``eqn.primitive.bind`` as they are.
+  """
   known = {v: x for v, x in zip(eqn.invars, ins)
            if not isinstance(v, core.Literal)}
   alone = core.Jaxpr((), [*known], eqn.outvars, [eqn], eqn.effects, _NO_NAMES)
@@ -291,8 +383,19 @@ def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
 
 def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
               by_parts: Callable[..., Any] | None = None) -> list[Any]:
-  """Evaluates an operation without a rule, as an expression or by consuming its
-  lazy values. ``by_parts``, if given, does the same with less memory."""
+  """Evaluates an equation that no rule handles.
+
+  Args:
+    eqn: The equation.
+    ins: Its inputs, some of which are lazy.
+    context: The state of this evaluation.
+    by_parts: A function of the inputs that does the same as the equation with
+      less memory, for CPUs. Defaults to None, for no such function.
+
+  Returns:
+    Expressions, if the operation is on weights alone and its results are large.
+    Otherwise arrays, for which the lazy inputs are built.
+  """
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
          for v, x in zip(eqn.invars, ins)]
@@ -300,14 +403,17 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
     return [Expression(tuple(ins), op, i, v.aval.shape)
             for i, v in enumerate(eqn.outvars)]
   for x in ins:
-    context.note(x, f'all of it is used at once, by {eqn.primitive.name}',
+    context.note(x, f'{eqn.primitive.name} uses all of it at once',
                  stacked=not _inner(eqn))
   return context.consume(
       lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins, by_parts)
 
 
 def _waits(eqn, ins) -> bool:
-  """Returns whether an operation is on weights alone and its results are large.
+  """Returns whether an equation becomes an expression instead of being run.
+
+  It does if its inputs are weights, scalars and literals, and its results are
+  large. Running it now would keep a large result until it is used.
   """
   return (
       all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
@@ -316,7 +422,7 @@ def _waits(eqn, ins) -> bool:
 
 
 def _inner(eqn) -> bool:
-  """Returns whether an operation contains programs, as loops do."""
+  """Returns whether an equation contains jaxprs or functions, as loops do."""
   return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
              for value in eqn.params.values()
              for x in (value if isinstance(value, tuple) else (value,)))

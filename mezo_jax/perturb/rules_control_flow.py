@@ -1,8 +1,9 @@
-"""Rules of operations that contain programs: calls and loops.
+"""Defines the rules of primitives that contain jaxprs: calls and loops.
 
-A call is evaluated in line. A loop over stacked weights takes one layer of them
-per iteration. Weights that each iteration uses whole are built before the loop,
-and so are weights that a loop starts from.
+The jaxpr of a call is evaluated in line. A scan over stacked weights takes one
+layer in each iteration. Weights that each iteration uses in full are built
+before the loop, since z would otherwise be drawn again in each iteration.
+Weights in the initial carry of a loop are built, too.
 """
 
 import dataclasses
@@ -27,20 +28,25 @@ from mezo_jax.perturb.rules_indexing import gathered_axis
 
 
 def _nested(eqn):
+  """Returns the jaxpr that an equation calls, and its constants."""
   p = eqn.params
   inner = p['jaxpr'] if 'jaxpr' in p else p['call_jaxpr']
   return getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ())
 
 
 def _call(eqn, ins, context):
-  """Evaluates a nested function (jit, remat, ...) in line."""
+  """Evaluates the jaxpr of a call (jit, remat, ...) in line."""
   jaxpr, consts = _nested(eqn)
   return evaluate(jaxpr, consts, ins, context)
 
 
 def _forced(eqn, ins, context):
-  """Returns two ways to evaluate a nested function to arrays: in line, and by
-  its own rules."""
+  """Returns two functions of the inputs that evaluate a call to arrays.
+
+  The first evaluates the jaxpr in line, with lazy weights. The second builds
+  the weights and binds the original primitive, which keeps the function's
+  custom derivative.
+  """
   jaxpr, consts = _nested(eqn)
   in_line = lambda ins: [*map(context.force, evaluate(
       jaxpr, consts, ins, context))]
@@ -49,7 +55,7 @@ def _forced(eqn, ins, context):
 
 
 def _custom_jvp(eqn, ins, context):
-  """Evaluates in line, and differentiates by the function's own rule."""
+  """Evaluates a `jax.custom_jvp` function in line, and keeps its derivative."""
   in_line, by_rule = _forced(eqn, ins, context)
   run = jax.custom_jvp(in_line)
   run.defjvp(lambda primals, tangents: jax.jvp(by_rule, primals, tangents))
@@ -57,6 +63,7 @@ def _custom_jvp(eqn, ins, context):
 
 
 def _custom_vjp(eqn, ins, context):
+  """Evaluates a `jax.custom_vjp` function in line, and keeps its derivative."""
   in_line, by_rule = _forced(eqn, ins, context)
   run = jax.custom_vjp(in_line)
   run.defvjp(lambda ins: jax.vjp(by_rule, ins),
@@ -68,20 +75,28 @@ def _custom_vjp(eqn, ins, context):
 
 
 def _scan(eqn, ins, context):
-  """Passes one layer of stacked weights, and its key, to each iteration."""
+  """Passes one layer of stacked weights, and its key, to each iteration.
+
+  Inputs of a scan are, in this order, constants, the initial carry and arrays
+  to scan over. Only the last kind can stay lazy without condition. A lazy
+  constant is built if an iteration uses all of it.
+  """
   body, (n, m) = eqn.params['jaxpr'].jaxpr, jax_versions.scan_starts(eqn.params)
+  # Inputs before n are constants, and those from m on are scanned over.
   ins, whole = [*ins], [False] * len(ins)
   for i, x in enumerate(ins):
     if isinstance(x, Lazy) and n <= i < m or i >= m and (
         isinstance(x, Expression) or isinstance(x, Block) and not _rowwise(x)):
       context.note(x, 'it is in the initial carry of a scan' if i < m else
-                   'something is computed of all layers before a scan')
+                   'an operation on all layers precedes a scan over them')
       ins[i] = context.force(x)
     elif isinstance(x, Lazy) and i < n and not _by_parts(body, body.invars[i]):
       context.note(x, 'each iteration of a scan uses all of it')
       whole[i] = True
   if not any(whole):
     return _scan_layers(eqn, ins, context)
+  # The whole loop consumes the weights that are built before it. Its body needs
+  # no functions of its own then.
   def run(ins):
     ins = [context.force(x) if b else x for x, b in zip(ins, whole)]
     return _scan_layers(eqn, ins, dataclasses.replace(context, apart=False))
@@ -89,7 +104,7 @@ def _scan(eqn, ins, context):
 
 
 class _Loop(Operation):
-  """A loop as a function of its own, by which of its weights are built."""
+  """Identifies a loop together with the inputs that are built before it."""
 
   def __init__(self, eqn, whole):
     super().__init__(eqn)
@@ -97,6 +112,7 @@ class _Loop(Operation):
 
 
 def _scan_layers(eqn, ins, context):
+  """Evaluates a scan whose constants and arrays may still be lazy."""
   p, body = eqn.params, eqn.params['jaxpr']
   (n, m), length = jax_versions.scan_starts(p), p['length']
   xs, of_row = [], []
@@ -104,10 +120,13 @@ def _scan_layers(eqn, ins, context):
     rows, remake = _rows(x, length) if isinstance(x, Block) else (x, None)
     xs.append(rows)
     of_row.append(remake)
+  # A scan over weights holds one layer at a time, so that its operations can
+  # consume weights in line.
   within = dataclasses.replace(
       context, apart=context.apart and not any(of_row))
 
   def step(carry, rows):
+    """Evaluates the body with the blocks of one iteration."""
     rows = [x if remake is None else remake(x)
             for x, remake in zip(rows, of_row)]
     outs = evaluate(body.jaxpr, body.consts, [*ins[:n], *carry, *rows], within)
@@ -120,13 +139,21 @@ def _scan_layers(eqn, ins, context):
 
 
 def _rowwise(x: Block) -> bool:
-  """Returns whether each row of a block has integers and scales of its own."""
+  """Returns whether a block can be split along its first axis.
+
+  Quantised weights can only be split if each entry has scales of its own.
+  """
   return not is_codes(x.w) or all(
       len(a) == len(x.w) for a in jax.tree.leaves(x.w))
 
 
 def _rows(x: Block, length: int):
-  """Returns arrays to scan over, and a function from their rows to blocks."""
+  """Splits a block along its first axis, for a scan.
+
+  Returns:
+    A tree of arrays to scan over, and a function that takes their entries in
+    one iteration and returns the block of this iteration.
+  """
   along, draws_of = x.draws.rows(length)
   def remake(row):
     w, along = row
@@ -135,9 +162,12 @@ def _rows(x: Block, length: int):
 
 
 def _while(eqn, ins, context):
+  """Evaluates a while_loop, like `_scan` but without arrays to scan over."""
   p = eqn.params
   cond, body = p['cond_jaxpr'], p['body_jaxpr']
   n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
+  # Inputs before n are constants of the condition, those before m are constants
+  # of the body, and the others are the initial carry.
   variables = [*cond.jaxpr.invars[:n], *body.jaxpr.invars[:m - n]]
   whole = [isinstance(x, Lazy) and not _by_parts(
       cond.jaxpr if i < n else body.jaxpr, v)
@@ -155,6 +185,7 @@ def _while(eqn, ins, context):
     within = dataclasses.replace(context, apart=False) if any(whole) else (
         context)
     def part(closed, consts, carry):
+      """Evaluates the condition or the body to arrays."""
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, [*consts, *carry], within))]
     return lax.while_loop(
@@ -167,8 +198,10 @@ def _while(eqn, ins, context):
 
 
 def _cond(eqn, ins, context):
+  """Evaluates each branch with lazy weights; its results are built."""
   index, *operands = ins
   def branch(closed):
+    """Returns a function that evaluates one branch to arrays."""
     def run(*args):
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, args, context))]
@@ -178,13 +211,18 @@ def _cond(eqn, ins, context):
 
 
 def _shard_map(eqn, ins, context):
-  """Gives each device's part of a leaf that part of the leaf's draws."""
+  """Passes each device its shard of a leaf and the draws of this shard.
+
+  A device sees its shard as a whole array. Draws, however, depend on the index
+  of an element in the whole leaf. The draws of the leaf are therefore passed to
+  all devices, which is cheap, and each device takes the window of its shard.
+  """
   p = eqn.params
   args, specs, trees = [], [], []
   for x, spec in zip(ins, p['in_specs']):
     tree = None
     if isinstance(x, Expression) or isinstance(x, Block) and is_codes(x.w):
-      context.note(x, 'something is computed of it before a shard_map')
+      context.note(x, 'an operation on it precedes a shard_map')
       x = context.force(x)
     elif isinstance(x, Block):
       arrays, tree = jax.tree.flatten(x.draws)
@@ -194,13 +232,14 @@ def _shard_map(eqn, ins, context):
     trees.append(tree)
 
   def body(*args):
+    """Evaluates the body with the shards of one device."""
     local = []
     for x, lazy, tree, spec in zip(args, ins, trees, p['in_specs']):
       if tree is not None:
         w, arrays = x
         starts = [0] * w.ndim
         for axis, names in enumerate(spec):
-          if names is not None:
+          if names is not None:  # a mesh axis, or several, that split this axis
             starts[axis] = lax.axis_index(names) * w.shape[axis]
         draws = jax.tree.unflatten(tree, arrays).viewed(
             views.Window(starts, w.shape, (1,) * w.ndim), lazy.shape)
@@ -215,12 +254,19 @@ def _shard_map(eqn, ins, context):
       axis_names=p['newly_manual_axes'])(*args)]
 
 
-# --- which weights a loop takes apart ---------------------------------------
+# --- which weights a loop uses in parts --------------------------------------
 
 
 def _by_parts(jaxpr, var) -> bool:
-  """Returns whether each iteration of a loop consumes a part (a layer, some
-  rows) of a constant. Otherwise it would be drawn again in each iteration."""
+  """Returns whether an iteration of a loop uses only parts of a constant.
+
+  A part is a layer or some rows. A constant of which all is used should be
+  built before the loop, since z would be drawn again in each iteration.
+
+  Args:
+    jaxpr: The body of the loop.
+    var: The variable of the constant in the body.
+  """
   if any(v is var for v in jaxpr.outvars):
     return False
   for eqn in jaxpr.eqns:
@@ -234,7 +280,10 @@ def _by_parts(jaxpr, var) -> bool:
 
 
 def _eqn_by_parts(eqn, i: int) -> bool:
-  """Returns whether operand ``i`` is passed on, or used by layers or rows."""
+  """Returns whether an equation uses only parts of operand number ``i``.
+
+  An equation that passes the operand on, as a reshape does, counts as well.
+  """
   name, p = eqn.primitive.name, eqn.params
   if name in _PASSING:
     return True
@@ -260,6 +309,8 @@ def _eqn_by_parts(eqn, i: int) -> bool:
   return False
 
 
+# Primitives whose result is the operand, in another form. `_by_parts` then asks
+# how the result is used.
 _PASSING = ('convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy',
             'sharding_constraint', 'reshard', 'pvary')
 _CALLS = {

@@ -1,4 +1,9 @@
-"""The rule of matrix products, which consume most weights."""
+"""Defines the rule of dot_general, which consumes most weights.
+
+The rule has three forms. With low-rank directions, x (W + c z) is computed from
+the factors of z, without building W + c z. On CPUs, a large matrix is built and
+multiplied in parts. In all other cases the weight is built for the product.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +25,7 @@ from mezo_jax.perturb.interpreter import (
 
 
 def _dot(eqn, ins, context):
+  """Evaluates a product, in one of the three forms described above."""
   if sum(isinstance(x, Lazy) for x in ins) == 1:
     at = 0 if isinstance(ins[0], Lazy) else 1
     if isinstance(ins[at], Block):
@@ -34,7 +40,11 @@ def _dot(eqn, ins, context):
 
 
 class _Product(Operation):
-  """A product that is a function of its own and builds no weights."""
+  """Identifies a product that is computed from the factors of z.
+
+  `Context.consume` caches functions by operation. This one must differ from the
+  same product of a weight that is built.
+  """
 
   def __init__(self, eqn):
     super().__init__(eqn)
@@ -42,8 +52,17 @@ class _Product(Operation):
 
 
 def _factors(eqn, ins, at) -> tuple | None:
-  """Returns which factor of z is first in x @ (W + c z), and the axes in W of
-  both; None if z has no factors, or W must be built."""
+  """Decides whether x @ (W + c z) can be computed from the factors of z.
+
+  With z = U Vᵀ, x is first multiplied by the factor whose axes are contracted:
+  by U for x @ W, and by V for x @ Wᵀ. This fails if the contraction runs over
+  axes of both factors.
+
+  Returns:
+    ``(first, axes)``, or None if the weight must be built. ``first`` is 0 if x
+    is multiplied by U first, and 1 if by V. ``axes`` has, for each factor, the
+    set of axes of W along which the factor varies.
+  """
   w, x = ins[at], ins[1 - at]
   draws = w.draws
   if (len(draws.streams) < 2 or not draws.is_everywhere or
@@ -60,14 +79,16 @@ def _factors(eqn, ins, at) -> tuple | None:
 
 
 def _by_factors(eqn, ins, at):
-  r"""Returns ``x W + c / sqrt(r) (x U) V^T``, or the same with V first.
+  r"""Returns the product ``x W + c / sqrt(r) (x U) V^T``, or with V first.
 
-  The terms are added in float32.
+  Both terms are added in float32, or in float64 for a float64 result. The
+  product may have several contracted, batch and free axes, so the factors are
+  multiplied by `jnp.einsum` with numbered axes.
   """
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
   factors = _factors(eqn, ins, at)
-  assert factors is not None  # the caller has asked
+  assert factors is not None  # `_dot` has checked this
   first, axes = factors
   wide = dtypes.wide(out.dtype)
   product = lambda a, b: lax.dot_general(
@@ -77,30 +98,39 @@ def _by_factors(eqn, ins, at):
   for dtype in w.casts:
     clean = clean.astype(dtype)
 
-  # Einstein's sums, by numbers: 0, 1, ... are the axes of W.
-  n_, r_ = len(w.shape), len(w.shape) + 1  # directions, rank
+  # jnp.einsum names axes by integers. 0, 1, ... are the axes of W, followed by
+  # n_ for the directions and r_ for the rank, and then by the free axes of x.
+  n_, r_ = len(w.shape), len(w.shape) + 1
   (of_x, of_w), (batch_x, batch_w) = ((pair[1 - at], pair[at]) for pair in
                                       p['dimension_numbers'])
+  # An axis of x that is contracted or a batch axis has the name of its partner
+  # in W. The free axes of x get names of their own.
   met = dict(zip((*of_x, *batch_x), (*of_w, *batch_w)))
   of_x_alone = [a for a in range(x.ndim) if a not in met]
   names = {a: r_ + 1 + a for a in of_x_alone} | met
   free = [a for a in range(n_) if a not in (*of_w, *batch_w)]
   mine = [names[a] for a in of_x_alone]
   result = [*batch_w, *(mine + free if at else free + mine)]
+  # ``result`` has the names of the axes of the product, as dot_general orders
+  # them: batch axes, then the free axes of both operands.
   factors = [w.draws.directions.factor(s, w.shape, x.dtype)
              for s in w.draws.streams]
   subs = [[*sorted(a), n_, r_] for a in axes]
+  # ``kept`` has the axes of the narrow product: all but the contracted ones. An
+  # axis that the second factor has, too, is contracted only with it.
   kept = [a for a in (*names.values(), *sorted(axes[first]))
           if a not in of_w or a in axes[1 - first]]
   kept = [*dict.fromkeys(kept), n_, r_]
   sums = lambda *args, dtype=wide: jnp.einsum(
       *args, preferred_element_type=dtype, precision=_precision(p))
+  # x U, or x V: a narrow array with axes for the directions and the rank.
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
   narrow = narrow * w.draws.coefs.reshape(
-      (1,) * (narrow.ndim - 2) + (-1, 1))  # no rank promotion
+      # The explicit axes work under jax_numpy_rank_promotion='raise', too.
+      (1,) * (narrow.ndim - 2) + (-1, 1))
   core = w.draws.streams[0].core
-  if core is not None:  # between the factors
+  if core is not None:  # Multiply by the matrix C of SubZero, or its transpose.
     there = [a for a in range(n_) if core.shape[a] > 1]
     core = core.reshape([core.shape[a] for a in there] + [*core.shape[n_:]])
     new = r_ + 1 + x.ndim
@@ -108,16 +138,19 @@ def _by_factors(eqn, ins, at):
         (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
   narrow = narrow.astype(x.dtype)
   there = [a for a in result if a in kept or a in axes[1 - first]]
-  # This term is small, so x.dtype is precise enough, and halves the traffic.
+  # This also sums over the directions. The perturbation is small relative to
+  # x W, so the dtype of x is precise enough, and half precision halves the
+  # memory traffic.
   added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
                dtype=x.dtype)
-  # Restore axes of length 1 that neither factor has.
+  # Restore the axes of length 1 along which neither factor varies.
   added = added.reshape([1 if a not in there else n for a, n in zip(
       result, out.shape)])
   return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
 
 
 def _precision(params):
+  """Returns the precision of a product, in a form that jnp.einsum accepts."""
   p = params['precision']
   return p if isinstance(p, (tuple, lax.Precision)) else None
 
@@ -126,8 +159,17 @@ def _precision(params):
 
 
 def _by_parts(eqn, ins, at, context) -> Callable | None:
-  """Returns a product that builds some rows of the matrix at a time, for CPUs;
-  None if the matrix is at most 1/8 of the model, or cannot be split."""
+  """Returns a product that builds only some rows of a large matrix at a time.
+
+  Some weights, such as the embedding of a language model's output, are a large
+  part of the model. On CPU, the perturbed matrix would be an array of this
+  size. The returned function multiplies by at most about 1/32 of the model at a
+  time.
+
+  Returns:
+    A function of the inputs, or None if the matrix has at most 1/8 of the
+    model's elements or cannot be split into rows.
+  """
   p = eqn.params
   w = ins[at]
   contracted, batch = (pair[at] for pair in p['dimension_numbers'])
@@ -137,11 +179,12 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
   axis = max(free, key=lambda a: w.shape[a])
   size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
   parts = next((n for n in range(wanted, size) if size % n == 0), size)
-  if parts > 16 * wanted:
+  if parts > 16 * wanted:  # no suitable divisor, such as for a prime length
     return None
   others = len(ins[1 - at].shape) - len(contracted) - len(batch)
   out_axis = len(batch) + (others if at else 0) + free.index(axis)
-  # Every parts-th row: runs of rows may be on different devices.
+  # Part i has the rows i, i + parts, i + 2 * parts, ..., so that the rows of a
+  # part are on all devices of a mesh. Neighbouring rows may be on one device.
   apart = lambda shape, axis: (
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
@@ -151,10 +194,11 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     return None
 
   def run(ins):
+    """Computes the product, one part of the rows at a time."""
     (w, _), x = ins[at].as_it_lies(), ins[1 - at]
     rows = w.viewed(split)
     def part(i, out):
-      i = jnp.asarray(i)  # a Python number under jax.disable_jit
+      i = jnp.asarray(i)  # under jax.disable_jit it is a Python integer
       some = rows.viewed(views.Take(along + 1, i))
       built = context.force(some).transpose(order)
       lhs, rhs = (x, built) if at else (built, x)
@@ -169,8 +213,11 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
 
 
 def in_sharded_types(w: Any) -> bool:
-  """Returns whether axes of the mesh are Explicit or Manual here. A loop must
-  then specify the sharding of its carry."""
+  """Returns whether any mesh axis is Explicit or Manual at this point.
+
+  Types of arrays then include shardings, and a loop would have to specify that
+  of its carry. The rules above do not do this.
+  """
   w = w.codes if is_codes(w) else w
   mesh = jax.typeof(w).sharding.mesh
   return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(

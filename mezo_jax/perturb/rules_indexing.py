@@ -1,4 +1,7 @@
-"""Rules of operations that select or move elements. Their results are blocks.
+"""Defines the rules of primitives that select or move elements.
+
+Applied to a block, these primitives return a block again. Nothing is built: the
+view is applied to the clean weights and to the counters of their draws.
 """
 
 from collections.abc import Callable
@@ -16,11 +19,13 @@ from mezo_jax.perturb.interpreter import bind, Block, Lazy, RULES
 
 
 def _view(view_of: Callable) -> Callable:
-  """Returns the rule of an operation that only selects or moves elements.
+  """Returns the rule of a primitive that only selects or moves elements.
 
   Args:
-    view_of: ``(eqn, shape, *others) -> View | None``, of a block of this shape
-      and the other operands; None if the operation must be consumed.
+    view_of: A function ``(eqn, shape, *others) -> View | None``. It is called
+      with the equation, the shape of the block and the other operands, and
+      returns the view that the equation computes. None means that the operation
+      is not a view, so that it consumes the block.
   """
   def rule(eqn, ins, context):
     x, *others = ins
@@ -34,40 +39,48 @@ def _view(view_of: Callable) -> Callable:
 
 
 def _bound(eqn, ins) -> jax.Array | None:
-  """Returns the result of an operation on the clean weights; its parameters may
-  say how that is sharded. None for `Codes`."""
+  """Returns the result of an equation on clean weights, or None for `QuantizedArray`.
+
+  The equation itself is evaluated, since its parameters may contain a sharding
+  of the result.
+  """
   x, *others = ins
   return None if is_codes(x.w) else bind(eqn, [x.w, *others])[0]
 
 
 def _same(eqn, ins, context):
-  """Changes neither the elements nor their order."""
+  """Evaluates an operation that changes neither elements nor their order."""
   (x,) = ins
   return [x.viewed(w=_bound(eqn, ins))] if isinstance(x, Block) else None
 
 
 def _reshaped(eqn, shape, *others):
+  """Returns the view of a reshape, squeeze or broadcast_in_dim, or None."""
   del others
   new = eqn.outvars[0].aval.shape
-  if math.prod(new) != math.prod(shape):  # a broadcast, by which draws repeat
+  if math.prod(new) != math.prod(shape):
+    # This is a broadcast that copies elements, so that draws repeat.
     return None
   return views.Reshape(new)
 
 
 def _sliced(eqn, shape):
+  """Returns the view of a slice."""
   p = eqn.params
   return views.Window(p['start_indices'], eqn.outvars[0].aval.shape,
                       p['strides'] or (1,) * len(shape))
 
 
 def _dynamically_sliced(eqn, shape, *starts):
+  """Returns the view of a dynamic_slice, whose start XLA clamps to the array.
+  """
   size = eqn.outvars[0].aval.shape
   starts = [jnp.clip(i, 0, n - m) for i, n, m in zip(starts, shape, size)]
   return views.Window(starts, size, (1,) * len(shape))
 
 
 def _gather(eqn, ins, context):
-  """Looks up entries of one axis, whole along the others."""
+  """Evaluates a lookup of entries along one axis, such as embedding rows."""
   x, *others = ins
   found = gathered_axis(eqn)
   if found is None or not isinstance(x, Block) or any(
@@ -75,12 +88,17 @@ def _gather(eqn, ins, context):
     return None
   axis, at = found
   index, n = others[0][..., 0], x.shape[axis]
+  # JAX fills entries that are out of bounds. The view looks up any entry there,
+  # and `Keep` removes its z. The clean weights, including the fill values, come
+  # from the gather itself (`_bound`).
   chain: list[views.View] = [views.Take(axis, jnp.clip(index, 0, n - 1))]
   order = [*range(len(x.shape) - 1 + index.ndim)]
   if eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP:
     inside = (index >= 0) & (index < n)
     chain.append(views.Keep(inside.reshape(
         (1,) * axis + index.shape + (1,) * (len(x.shape) - axis - 1))))
+  # `Take` puts the axes of the index in the place of the looked-up axis. Move
+  # them to where this gather has them.
   moved = order[axis:axis + index.ndim]
   rest = [a for a in order if a not in moved]
   chain.append(views.Transpose(rest[:at] + moved + rest[at:]))
@@ -89,8 +107,13 @@ def _gather(eqn, ins, context):
 
 
 def gathered_axis(eqn: Any) -> tuple[int, int] | None:
-  """Returns the axis of a gather of whole entries, and the first axis of the
-  index in its result; None for another gather."""
+  """Returns the axis along which a gather looks up entries.
+
+  Returns:
+    ``(axis, at)``, or None if the gather does anything else. ``axis`` is the
+    axis of the operand, and ``at`` is the first axis in the result that belongs
+    to the index.
+  """
   p, shape = eqn.params, eqn.invars[0].aval.shape
   d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim
   if len(d.start_index_map) != 1 or d.operand_batching_dims or (
@@ -106,6 +129,10 @@ def gathered_axis(eqn: Any) -> tuple[int, int] | None:
 
 
 def _cast(eqn, ins, context):
+  """Records a cast to a floating-point dtype.
+
+  `Block.build` applies the cast after z has been added, as the program would.
+  """
   del context
   x, dtype = ins[0], eqn.params['new_dtype']
   if not isinstance(x, Block) or not jnp.issubdtype(dtype, jnp.floating):
@@ -114,7 +141,7 @@ def _cast(eqn, ins, context):
 
 
 def _put(eqn, ins, context):
-  """Moves arrays to other devices, which does not move elements in them."""
+  """Evaluates a device_put, which changes placement but not indexing."""
   del context
   if any(isinstance(x, Lazy) and (not isinstance(x, Block) or is_codes(x.w))
          for x in ins):
@@ -125,13 +152,14 @@ def _put(eqn, ins, context):
 
 
 def _resharded(eqn, ins, context):
-  """Moves the arrays of draws along with the weights to other mesh axes."""
+  """Reshards weights together with the arrays of their draws."""
   del context
   (x,), to = ins, eqn.params['dst_sharding']
   if not isinstance(x, Block) or is_codes(x.w):
     return None
 
-  def follow(a):  # an array that broadcasts with the block
+  def follow(a):
+    """Reshards an array that broadcasts with the block."""
     names = [name if n == m > 1 else None
              for name, n, m in zip(to.spec, x.w.shape, a.shape)]
     names += (None,) * (a.ndim - len(names))
@@ -144,7 +172,10 @@ def _resharded(eqn, ins, context):
 
 
 def _barrier(eqn, ins, context):
-  """Applies a barrier to values that are not lazy."""
+  """Applies a barrier to the values that are not lazy.
+
+  Lazy values pass unchanged, since nothing of them has been computed yet.
+  """
   del eqn, context
   at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]
   outs = [*ins]

@@ -1,8 +1,8 @@
-"""Compiles the programs of a run for hardware that is not here.
+"""Predicts the memory and time of a run on hardware that is not available.
 
-The compiler reports the memory and the arithmetic of each program; no weights,
-no data and no device are needed. `plan` answers what a run will hold and how
-long a step will take.
+The programs of the run are compiled for a described device. The compiler
+reports the memory and the arithmetic of each program, without weights, data or
+a device.
 """
 
 from mezo_jax.core import extras

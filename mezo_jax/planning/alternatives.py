@@ -1,5 +1,7 @@
-"""Finds what would fit where a plan does not: a change of the config, of the
-mesh or of the devices."""
+"""Searches for a change that makes a plan fit into the devices' memory.
+
+It tries changes of the config, of the mesh and of the devices.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -14,7 +16,14 @@ from mezo_jax.training import config as config_lib
 
 
 class Change(NamedTuple):
-  """A way to need less."""
+  """Describes a change that may reduce the memory per device.
+
+  Attributes:
+    words: Description of the change for the user.
+    topology: The devices; see `mezo_jax.planning.machines`.
+    sizes: Sizes of the mesh axes, by name.
+    config: The changed config of the run.
+  """
 
   words: str
   topology: str
@@ -23,8 +32,14 @@ class Change(NamedTuple):
 
 
 def changes(found: Plan) -> Iterator[Change]:
-  """What may make a plan fit that does not: from what costs nothing, another
-  mesh, by what costs time to what costs money, more devices."""
+  """Yields changes that may make a plan fit.
+
+  The order is from those that cost nothing (another mesh), over those that cost
+  time, to those that cost money (more devices).
+
+  Args:
+    found: The plan that does not fit.
+  """
   config, sizes = found.config, dataclasses.asdict(found.config.mesh)
   name, n = found.topology, machines.size(found.topology)
   at = lambda words, **fields: Change(
@@ -67,6 +82,7 @@ def changes(found: Plan) -> Iterator[Change]:
 
 
 def _is_allowed(config: config_lib.Train) -> bool:
+  """Returns whether a config passes the checks of every run."""
   try:
     checks.check_config(config)
     return True
@@ -75,6 +91,7 @@ def _is_allowed(config: config_lib.Train) -> bool:
 
 
 def _halves(n: int) -> Iterator[int]:
+  """Yields n / 2, n / 4, ..., 1, rounded down."""
   while n > 1:
     n //= 2
     yield n
@@ -82,14 +99,23 @@ def _halves(n: int) -> Iterator[int]:
 
 def what_fits(found: Plan, say: Callable[[str], None] = print
               ) -> tuple[Change, Plan] | None:
-  """The first of `changes` that fits, and its plan."""
+  """Returns the first of `changes` that fits, and its plan.
+
+  Args:
+    found: The plan that does not fit.
+    say: Reports each change that is tried. Defaults to `print`.
+
+  Returns:
+    The change and its plan, or None if no change fits.
+  """
   def may(change):
-    """Whether the weights alone leave room; that costs no compilation."""
+    """Returns whether the weights alone leave room, without compiling."""
     if change.config.model.offload:
       return True
     share = math.prod(change.sizes[a] for a in ('fsdp', 'tensor'))
     before = math.prod(getattr(found.config.mesh, a) for a in (
         'fsdp', 'tensor'))
+    # The optimizer's state is counted only if the method stays the same.
     same = change.config.method == found.config.method
     resident = found.resident['weights'] + same * found.resident['state']
     return resident * before / share < found.limit
@@ -98,7 +124,7 @@ def what_fits(found: Plan, say: Callable[[str], None] = print
     try:
       other = plan(change.config, change.topology, sizes=change.sizes,
                    tokens=found.tokens, model_config=found.model)
-    except InputError:  # batch and mesh, say, do not divide
+    except InputError:  # for example, the mesh does not divide the batch
       continue
     if other.fits:
       return change, other

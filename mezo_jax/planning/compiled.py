@@ -1,5 +1,8 @@
-"""What a compiler says of a program: memory, cycles, collectives; and what its
-jaxpr says: floating-point operations."""
+"""Reads the cost of compiled programs.
+
+Memory, cycles and collectives are read from the compiler's output, and
+floating-point operations from the jaxpr.
+"""
 
 from collections.abc import Iterator
 import dataclasses
@@ -14,44 +17,63 @@ from typing import Any
 import jax
 import numpy as np
 
+# A collective operation in HLO: its result types and its kind. Of asynchronous
+# pairs (-start, -done), only the start matches.
 _COLLECTIVE = re.compile(
     r' = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|'
     r'collective-permute|collective-broadcast)(?:-start)?\(')
-_BITS = re.compile(r'(\d+)')
+_BITS = re.compile(r'(\d+)')  # the number of bits in the name of a dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Of one device, a run of a program."""
+  """Holds the cost of one execution of a program on one device.
 
-  memory: float | None  # bytes held at the peak; None if too many to say
-  fits: bool = True  # whether the compiler took it
-  weights: int = 0  # bytes of arguments
-  kept: int = 0  # bytes of them that results take the place of
-  flops: float = math.nan  # of matrix products, an equal part of all devices'
-  cycles: float = math.nan  # the TPU compiler's estimate, without collectives
-  # By kind: how many, and the bytes that they make, loops counted.
+  Attributes:
+    memory: Peak memory, in bytes. None if the program is so much too large that
+      the compiler does not report its memory.
+    fits: Whether the compiler accepted the program.
+    weights: Size of the arguments, in bytes.
+    kept: Size of the arguments whose memory results reuse, in bytes.
+    flops: Floating-point operations of matrix products and convolutions: those
+      of the whole program divided by the number of devices. NaN if unknown.
+    cycles: The TPU compiler's estimate of cycles, without collectives. NaN for
+      other devices.
+    collectives: Number of collectives of each kind, and total size of their
+      results in bytes. A collective in a loop counts once per iteration.
+    seconds: How long compiling took.
+  """
+
+  memory: float | None
+  fits: bool = True
+  weights: int = 0
+  kept: int = 0
+  flops: float = math.nan
+  cycles: float = math.nan
   collectives: dict[str, tuple[int, float]] = dataclasses.field(
       default_factory=dict)
-  seconds: float = 0.0  # of compiling
+  seconds: float = 0.0
 
   @property
   def temporaries(self) -> float:
-    assert self.memory is not None  # asked for where it is known
+    """Returns the peak memory in addition to the arguments, in bytes."""
+    assert self.memory is not None  # callers check this
     return self.memory - self.weights
 
 
 def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
          ) -> Program:
-  """Compiles, and reads what was found.
+  """Compiles a program and returns its cost.
 
-  A TPU's compiler refuses a program that is too large, and says by how much
-  unless it is much too large; a GPU's compiles it.
+  The TPU compiler refuses a program that does not fit into memory. It reports
+  how much memory the program needs, unless that is far too much. The GPU
+  compiler compiles such programs.
 
   Args:
-    lowered: the program.
-    jaxpr: the same, for its operations.
-    devices: that it runs on.
+    lowered: The lowered program.
+    jaxpr: The closed jaxpr of the same program, for its floating-point
+      operations. Defaults to None, which leaves them unknown.
+    devices: Number of devices that the program runs on. Defaults to 1.
   """
   began = time.time()
   with tempfile.TemporaryDirectory() as dump:
@@ -64,14 +86,15 @@ def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
       needs = float(next(x for x in found.groups() if x)) if found else None
       return Program(needs and needs * 2**30, fits=False,
                      seconds=time.time() - began)
-    # `memory_analysis` counts a TPU's fragmentation twice.
+    # For a TPU, `memory_analysis` counts fragmentation twice, so the peak is
+    # read from the report that the compiler writes to a file.
     reports = glob.glob(f'{dump}/*memory-usage-report.txt')
     total = re.search(r'Total bytes: (\d+)', Path(reports[0]).read_text()) if (
         reports) else None
   m, text = compiled.memory_analysis(), compiled.as_text()
-  assert m is not None and text is not None  # each of our compilers has them
+  assert m is not None and text is not None  # CPU, GPU and TPU provide both
   peak, count = held(m), math.nan
-  if total is not None and '"estimated_cycles"' in text:  # a TPU's
+  if total is not None and '"estimated_cycles"' in text:  # a TPU
     peak, count = int(total[1]), cycles(text)
   return Program(
       peak, weights=m.argument_size_in_bytes, kept=m.alias_size_in_bytes,
@@ -80,7 +103,11 @@ def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
 
 
 def held(memory: Any) -> int:
-  """Bytes that a program holds at its peak, of its `memory_analysis()`."""
+  """Returns the peak memory of a program, in bytes.
+
+  Args:
+    memory: Result of `jax.stages.Compiled.memory_analysis`.
+  """
   return (memory.argument_size_in_bytes + memory.output_size_in_bytes
           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
@@ -89,7 +116,13 @@ def held(memory: Any) -> int:
 
 
 def cycles(text: str) -> float:
-  """Estimated cycles of a TPU program, loop bodies times their trip counts."""
+  """Returns the estimated cycles of a TPU program.
+
+  The cycles of a loop body are multiplied by the number of its iterations.
+
+  Args:
+    text: The program as HLO.
+  """
   bodies = _computations(text)
   times = _times(bodies, r' while\(.*body=%?([\w.\-]+)')
   return float(sum(
@@ -98,7 +131,15 @@ def cycles(text: str) -> float:
 
 
 def collectives(text: str) -> dict[str, tuple[int, float]]:
-  """``{kind: (number, bytes of results)}``; a loop's count each time."""
+  """Counts the collectives of a program.
+
+  Args:
+    text: The program as HLO.
+
+  Returns:
+    ``{kind: (number, size of the results in bytes)}``. A collective in a loop
+    counts once per iteration.
+  """
   bodies, found = _computations(text), {}
   times = _times(
       bodies, r'(?:body|calls|to_apply|called_computations)=\{?%?([\w.\-]+)')
@@ -106,7 +147,8 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
     for number, line in enumerate(bodies[name]):
       m = _COLLECTIVE.search(line)
       if m:
-        # A compiler that starts one early may write it down several times.
+        # A compiler that overlaps a collective with computation may list it
+        # several times with the same channel, which is counted once.
         channel = re.search(r'channel_id=(\d+)', line)
         key = channel[1] if channel else (name, number)
         found[key] = max(found.get(key, (0, '', 0)),
@@ -120,7 +162,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
 
 def _bytes(shape: str) -> float:
-  """Of an array such as 'bf16[8,128]'."""
+  """Returns the size in bytes of an array such as 'bf16[8,128]'."""
   dtype, dims = shape.rstrip(']').split('[')
   bits = _BITS.search(dtype)
   elements = math.prod(int(d) for d in dims.split(',') if d)
@@ -128,7 +170,10 @@ def _bytes(shape: str) -> float:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  """The lines of each computation; of the first, 'ENTRY'."""
+  """Returns the lines of each computation in HLO text, by its name.
+
+  The name of the main computation is replaced by 'ENTRY'.
+  """
   bodies, name = {}, None
   for line in text.splitlines():
     start = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
@@ -141,10 +186,17 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(bodies: dict[str, list[str]], calls: str) -> dict[str, int]:
-  """How often each computation runs that is reached by what ``calls`` finds."""
+  """Returns how often each computation runs.
+
+  Args:
+    bodies: Lines of each computation; see `_computations`.
+    calls: Regular expression that finds the names of computations that a line
+      calls. Computations that are not reached are left out.
+  """
   times = {}
 
   def visit(name, n):
+    """Adds n runs to a computation and to those that it calls."""
     times[name] = times.get(name, 0) + n
     for line in bodies[name]:
       loop = re.search(r' while\(.*condition=%?([\w.\-]+)', line)
@@ -157,6 +209,15 @@ def _times(bodies: dict[str, list[str]], calls: str) -> dict[str, int]:
 
 
 def _trips(line: str, condition: list[str]) -> int:
+  """Returns the number of iterations of a loop.
+
+  If the compiler does not report it, the largest constant in the loop's
+  condition is assumed to be the bound.
+
+  Args:
+    line: The line of the while operation.
+    condition: Lines of the computation of its condition.
+  """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
   if known:
     return int(known[1])
@@ -168,12 +229,20 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def flops(jaxpr: Any) -> float:
-  """Of the matrix products and convolutions of a closed jaxpr, loops counted;
-  of branches the most, and of loops without a known end one turn."""
+  """Returns the floating-point operations of a program.
+
+  Matrix products and convolutions are counted, those in a scan once per
+  iteration. Of the branches of a cond, the most expensive one counts. A while
+  loop, whose number of iterations is unknown, counts as one iteration.
+
+  Args:
+    jaxpr: A closed jaxpr.
+  """
   return _flops(jaxpr.jaxpr)
 
 
 def _flops(jaxpr) -> float:
+  """Returns the floating-point operations of an open jaxpr."""
   total = 0.0
   for eqn in jaxpr.eqns:
     p: dict[str, Any] = eqn.params
@@ -195,7 +264,7 @@ def _flops(jaxpr) -> float:
 
 
 def _inner(params: dict) -> Iterator:
-  """The jaxprs of an equation."""
+  """Yields the jaxprs in the parameters of an equation, such as loop bodies."""
   for value in params.values():
     for x in value if isinstance(value, (tuple, list)) else (value,):
       x = getattr(x, 'jaxpr', x)

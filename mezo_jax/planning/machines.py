@@ -1,8 +1,13 @@
-"""Devices that are not there: TPU slices and GPUs, described for a compiler.
+"""Describes TPU slices and GPUs that are not available, for their compilers.
 
-The TPU's compiler comes with ``pip install 'mezo_jax[plan]'`` (libtpu, Linux
-x86-64), the GPU's with ``pip install jax-cuda12-plugin jax-cuda12-pjrt
-nvidia-cuda-nvcc-cu12`` of jax's version; neither needs a device or a driver.
+``pip install 'mezo_jax[plan]'`` installs the TPU compiler (libtpu, for Linux
+x86-64). ``pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12``
+installs the GPU compiler; the first two packages must have the version of jax.
+Neither compiler needs a device or a driver.
+
+A topology is named by the kind of device and its number: the number of chips in
+each direction of a TPU slice, such as 'v5e:4x4', or the number of GPUs or CPU
+devices, such as 'h100:8'.
 """
 
 import dataclasses
@@ -19,20 +24,29 @@ from mezo_jax.core.errors import first_line, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A kind of device."""
+  """Describes a kind of device.
 
-  memory: float = math.inf  # GiB that a program may hold
-  clock: float = math.nan  # GHz of the compiler's cycles
-  links: float = math.nan  # GB/s out of a chip to its neighbours, all together
-  slices: tuple[str, ...] = ()  # what can be had, from small to large
+  Attributes:
+    memory: Memory that a program may use, in GiB. Infinite if unknown.
+    clock: Clock rate, in GHz, that converts the compiler's cycles to seconds.
+      NaN if the compiler does not estimate cycles.
+    links: Total bandwidth from a chip to its neighbours, in GB/s. NaN if
+      unknown.
+    slices: Available sizes of a slice, from small to large.
+  """
+
+  memory: float = math.inf
+  clock: float = math.nan
+  links: float = math.nan
+  slices: tuple[str, ...] = ()
 
 
 _FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _CUBES = ('1x1x1', '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8',
           '4x8x8', '8x8x8')
 _GPUS = ('1', '2', '4', '8', '16', '32', '64')
-# Memory is what the compilers allow. Clocks are those that give the published
-# peak rates with the published matrix units; links are published.
+# The memory is what the compilers allow. The clock rates follow from the
+# published peak rates and matrix units. The bandwidths are published.
 KINDS = {
     'v4': Kind(30.75, 1.05, 300, _CUBES),
     'v5e': Kind(15.75, 1.5, 200, _FLAT),
@@ -42,7 +56,7 @@ KINDS = {
     'h100': Kind(79.1, slices=_GPUS),
     'cpu': Kind(slices=_GPUS),
 }
-# A GpuTargetConfigProto of the published limits.
+# A GpuTargetConfigProto in text format, with the published limits of a GPU.
 _GPU = '''gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
 shared_memory_per_block_optin: {most} threads_per_core_limit: 2048
@@ -65,18 +79,26 @@ _TARGETS = {
         name='NVIDIA H100 80GB HBM3')}
 
 
-CARDS = 8  # of a host
+CARDS = 8  # number of GPUs per host
 
 
 def is_card(name: str) -> bool:
+  """Returns whether a topology is one of GPUs."""
   return name.partition(':')[0] in _TARGETS
 
 
 def split(name: str) -> tuple[Kind, str, str]:
-  """The kind of a topology's devices, its name, and the slice's.
+  """Splits the name of a topology.
+
+  Args:
+    name: Name of a topology, such as 'v5e:4x4'. A kind alone, such as 'v5e',
+      means one device.
+
+  Returns:
+    The kind of device, its name ('v5e') and the size of the slice ('4x4').
 
   Raises:
-    InputError: for a name that is none.
+    InputError: If the name is not that of a topology.
   """
   kind, _, shape = name.partition(':')
   shape = shape or '1'
@@ -87,28 +109,35 @@ def split(name: str) -> tuple[Kind, str, str]:
     if shape == '1':
       return KINDS[kind], kind, KINDS[kind].slices[0]
   raise InputError(
-      f'--topology={name!r} is none that is known; such are v5e:4x4, v6e:2x4, '
+      f'--topology={name!r} is unknown; examples are v5e:4x4, v6e:2x4, '
       'v5p:2x2x1, v4:2x2x2 (chips in each direction of a slice), a100:8, '
-      'h100:8 (cards) and cpu:8.')
+      'h100:8 (GPUs) and cpu:8.')
 
 
 def size(name: str) -> int:
-  """The number of devices."""
+  """Returns the number of devices of a topology."""
   return math.prod(map(int, split(name)[2].split('x')))
 
 
 def larger(name: str) -> list[str]:
-  """Slices of the same kind with more devices, from small to large."""
+  """Returns larger topologies of the same kind of device, smallest first."""
   kind, called, _ = split(name)
   return [f'{called}:{shape}' for shape in kind.slices
           if size(f'{called}:{shape}') > size(name)]
 
 
 def devices(name: str) -> list[Any]:
-  """The devices of a topology: 'v5e:4x4', 'v5p:1x1x1', 'h100:8', 'cpu:8'.
+  """Returns the devices of a topology, for which programs can be compiled.
+
+  For TPUs and GPUs they are descriptions, on which nothing can run. For 'cpu',
+  they are real devices.
+
+  Args:
+    name: Name of a topology: 'v5e:4x4', 'v5p:1x1x1', 'h100:8', 'cpu:8'.
 
   Raises:
-    InputError: for a name that is none, or a compiler that is not installed.
+    InputError: If the topology does not exist, if its compiler is not
+      installed, or if this process has too few CPU devices.
   """
   _, kind, shape = split(name)
   n = size(name)
@@ -116,7 +145,7 @@ def devices(name: str) -> list[Any]:
     found = jax.devices('cpu')
     if len(found) < n:
       raise InputError(f'--topology={name}: this process has {len(found)} CPU '
-                       f'devices; set JAX_NUM_CPU_DEVICES={n} before it.')
+                       f'device(s); set JAX_NUM_CPU_DEVICES={n} and restart.')
     return found[:n]
   gpu = is_card(name)
   try:
@@ -124,7 +153,8 @@ def devices(name: str) -> list[Any]:
       return topologies.get_topology_desc(
           platform='cuda', target_config=_TARGETS[kind],
           topology=f'1x{-(-n // CARDS)}x{min(n, CARDS)}').devices
-    # Else libtpu looks for a machine's metadata, and for other processes.
+    # Without these variables, libtpu queries the metadata of a cloud machine
+    # and looks for other processes.
     for variable, value in dict(
         TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-4',
         TPU_WORKER_HOSTNAMES='localhost', TPU_LIBRARY_LOG_LEVEL='3',
@@ -134,7 +164,7 @@ def devices(name: str) -> list[Any]:
     if n == 1:
       more['chips_per_host_bounds'] = (1, 1, 1)
     if kind == 'v4':
-      more['chip_config_name'] = 'megacore'  # a device is a chip
+      more['chip_config_name'] = 'megacore'  # both cores form one device
     return topologies.get_topology_desc(
         platform='tpu', topology_name=f'{kind}:{shape}', **more).devices
   except (jax.errors.JaxRuntimeError, ImportError, NotImplementedError,
@@ -143,6 +173,5 @@ def devices(name: str) -> list[Any]:
              'nvidia-cuda-nvcc-cu12'.format(jax.__version__) if gpu else
              "pip install 'mezo_jax[plan]'")
     raise InputError(
-        f'--topology={name} cannot be compiled for ({first_line(e)}): the '
-        f'slice is none that there is, or the compiler is missing: {needs}.'
-    ) from e
+        f'cannot compile for --topology={name} ({first_line(e)}). Either there '
+        f'is no such slice, or the compiler is missing: {needs}.') from e

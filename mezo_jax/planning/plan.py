@@ -1,10 +1,10 @@
-"""What a run will hold and take on devices that are not there.
+"""Predicts the memory and time of a run on devices that are not available.
 
-`plan` compiles the programs of a config, as `mezo_jax.training.build` makes
-them, from shapes: of the step, of a forward pass to compare with, and of
-evaluation. No weights, no data and no device are needed. Texts and tokens are
-stand-ins, so what counts of them is rows and length; answers that are laid out
-beside a prompt are short.
+`plan` compiles the programs of a config as `mezo_jax.training.build` builds
+them, but from shapes: the step, a forward pass for comparison, and evaluation.
+No weights, data or devices are needed. Texts and tokens are placeholders, so of
+the data only the number of rows and their length matter. Answer candidates are
+short placeholders.
 """
 
 from collections.abc import Callable
@@ -26,23 +26,26 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.step import make_step
 
-GIB = 2**30
+GIB = 2**30  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Of one device, what the programs of a run hold; see `plan`.
+  """Holds the predicted cost of a run; see `plan`.
 
   Attributes:
-    config: of the run, with the mesh that was planned.
-    topology: such as 'v5e:4x4'.
-    model: its shapes.
-    tokens: of a row of a training batch.
-    resident: bytes of weights and of the optimizer's state, a device.
-    on_host: bytes of weights that are in the host's memory for a device.
-    programs: by name: 'inference' is a forward pass of the training batch;
-      'losses', 'update' and, where updates are pending, 'flush' are a step, or
-      'step' of backpropagation; 'evaluation'; 'anchor' losses of SVRG's.
+    config: Config of the run, with the mesh that was planned.
+    topology: The devices, such as 'v5e:4x4'.
+    model: Config of the model.
+    tokens: Number of tokens per row of a training batch.
+    resident: Size per device of the 'weights' and of the optimizer's 'state',
+      in bytes.
+    on_host: Size of the weights in the host's memory, in bytes per device.
+    programs: The compiled programs by name. 'inference' is a forward pass of a
+      training batch. A step of MeZO consists of 'losses' and 'update' and, if
+      updates accumulate, 'apply'; a step of backpropagation is 'step'.
+      'evaluation' evaluates a batch of dev rows, and 'anchor' the batch of an
+      SVRG anchor.
   """
 
   config: config_lib.Train
@@ -55,14 +58,25 @@ class Plan:
 
   @property
   def limit(self) -> float:
-    """Bytes that a device has."""
+    """Returns the memory of a device, in bytes."""
     return machines.split(self.topology)[0].memory * GIB
 
   def peak(self, *names: str) -> float:
-    """Bytes at the peak of these programs, or of all; inf where a compiler did
-    not say how many too many."""
+    """Returns the peak memory per device of some programs, in bytes.
+
+    Weights and optimizer state that a program does not use are included, since
+    they stay in memory.
+
+    Args:
+      *names: Names of programs. Without any, all programs count.
+
+    Returns:
+      The peak, or inf if a compiler refused a program without reporting its
+      memory.
+    """
     every = sum(self.resident.values())
     def of(name, p):
+      """Returns the peak memory while one program runs."""
       if p.memory is None:
         return math.inf
       if not p.fits or name in _ALONE:
@@ -73,48 +87,57 @@ class Plan:
 
   @property
   def fits(self) -> bool:
+    """Returns whether all programs fit into the memory of a device."""
     return self.peak() < self.limit and all(
         p.fits for p in self.programs.values())
 
   @property
   def cycles(self) -> float:
-    """Of a step; NaN where the compiler does not estimate them."""
-    every = self.config.spsa.fold_every
-    share = {'losses': 1, 'step': 1, 'update': 1, 'flush': 1 / every}
+    """Returns the cycles of a step; NaN if the compiler estimates none."""
+    every = self.config.spsa.apply_every
+    share = {'losses': 1, 'step': 1, 'update': 1, 'apply': 1 / every}
     return sum(p.cycles * share[name] for name, p in self.programs.items()
                if name in share)
 
   @property
   def sent(self) -> float:
-    """Bytes that the collectives of a step make."""
+    """Returns the size of the results of a step's collectives, in bytes."""
     return sum(size for name, p in self.programs.items()
                if name in ('losses', 'step', 'update')
                for _, size in p.collectives.values())
 
 
-_ALONE = ('inference',)  # what is compared with has no optimizer's state
+# Programs that are only compared with, without the optimizer's state.
+_ALONE = ('inference',)
 
 
-# --- to plan ----------------------------------------------------------------
+# --- planning ---------------------------------------------------------------
 
 
 def plan(config: config_lib.Train, topology: str, *,
          sizes: dict[str, int] | None = None, tokens: int | None = None,
          wanted: Callable[[str], bool] = lambda name: True,
          model_config: models.Config | None = None) -> Plan:
-  """Compiles a config's programs for a described slice or cards.
+  """Compiles a config's programs for described TPUs or GPUs.
 
   Args:
-    config: of the run. Of several tasks, the first.
-    topology: see `mezo_jax.planning.machines`.
-    sizes: of the mesh's axes; None for the config's, and where that says
-      nothing for `good_mesh`.
-    tokens: of a row; None for the longest that the config lets through.
-    wanted: which programs, by name; all by default.
-    model_config: of the model, instead of what its name says.
+    config: Config of the run. If it has several tasks, the first is planned.
+    topology: The devices; see `mezo_jax.planning.machines`.
+    sizes: Sizes of the mesh axes, by name. Defaults to None, for the mesh of
+      the config, or `good_mesh` if the config has the default mesh.
+    tokens: Number of tokens per row. Defaults to None, for the longest rows
+      that the config allows.
+    wanted: Function of a program's name that returns whether to compile it.
+      Defaults to all programs.
+    model_config: Config of the model. Defaults to None, for the one that the
+      name of the model determines.
+
+  Returns:
+    The plan, with the programs that were wanted.
 
   Raises:
-    InputError: for a config, a topology or a mesh that cannot work.
+    InputError: If the config, the topology or the mesh is invalid, or if they
+      do not fit together.
   """
   config = dataclasses.replace(config, also=())
   checks.check_config(config)
@@ -123,8 +146,8 @@ def plan(config: config_lib.Train, topology: str, *,
         build.read_config(config))
   if config.model.offload and machines.is_card(topology):
     raise InputError(
-        'model.offload cannot be planned for cards that are not there: their '
-        "compiler then knows no memory of the host. A TPU's does.")
+        'model.offload cannot be planned for GPUs, since their compiler does '
+        'not support host memory without a device; choose a TPU topology.')
   devices = machines.devices(topology)
   if sizes is None:
     sizes = dataclasses.asdict(config.mesh)
@@ -152,7 +175,17 @@ def plan(config: config_lib.Train, topology: str, *,
 def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
           tokens: int
           ) -> tuple[dict[str, int], int, dict[str, tuple[Any, ...]]]:
-  """``resident, on_host, {name: (program, its mesh)}``; see `Plan`."""
+  """Traces the programs of a run from shapes.
+
+  Args:
+    config: Config of the run.
+    mesh: The mesh, which may consist of described devices.
+    model_config: Config of the model.
+    tokens: Number of tokens per row of a training batch.
+
+  Returns:
+    ``resident, on_host, {name: (traced program, its mesh)}``; see `Plan`.
+  """
   tokenizer = standins.tokenizer(config.task)
   built = build.build(
       config, abstract=True, model_config=model_config, tokenizer=tokenizer,
@@ -160,14 +193,17 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
   built = frozen_features.keep(config, built, '', _silent)
   params, frozen, splits = built.params, built.frozen, built.splits
   budget = build.privacy_plan(config, splits, mesh)
+  # A private run samples batches of varying size and pads them to a capacity.
   rows = budget.capacity if budget else config.data.batch_size
   batch_of = lambda rows: build.batch_shapes(splits.train, tokens, rows, mesh)
   programs, everywhere = {}, sharding.replicated(mesh)
 
   def forward(params, frozen, batch):
+    """Returns the mean loss of a batch."""
     assert built.loss_fn is not None
     return losses.mean(built.loss_fn(peft.join(params, frozen), batch))
   def add(name, fn, *args, mesh=mesh):
+    """Traces a function and adds it to the programs."""
     with jax.set_mesh(mesh):
       programs[name] = jax.jit(
           fn, out_shardings=sharding.replicated(mesh)).trace(*args), mesh
@@ -179,14 +215,14 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
     add('inference', forward, params, frozen, batch)
     step = make_step(built.tx, built.loss_fn, mesh=mesh)
     traced = step.trace(params, built.opt_state, batch, frozen, **more)
-    names = ('losses', 'update', 'flush') if len(traced) > 1 else ('step',)
+    names = ('losses', 'update', 'apply') if len(traced) > 1 else ('step',)
     programs |= {name: (x, mesh) for name, x in zip(names, traced)}
     if methods.anchor_every(config):
       many = rows * methods.anchor_batches(config, len(splits.train.prompts))
       programs['anchor'] = step.trace(
           params, built.opt_state, batch_of(many), frozen)[0], mesh
 
-  # As `evaluate.each_batch` does it.
+  # The same mesh and batch size as in `evaluate.each_batch`.
   alone = sharding.without_directions(mesh)
   groups = sharding.row_groups(alone)
   rows = evaluate.rows_of_batch(
@@ -203,25 +239,42 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
 
 
 def _bytes(tree, on_host: bool = False) -> int:
-  """Of one device, or of the host for it."""
+  """Returns the size of a tree's arrays per device, in bytes.
+
+  Args:
+    tree: A tree of shapes with shardings.
+    on_host: Whether to count arrays in the host's memory instead of those in
+      the device's. Defaults to False.
+  """
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
              for x in jax.tree.leaves(tree)
              if sharding.is_on_host(x) == on_host)
 
 
 def _silent(text: str) -> None:
+  """Reports nothing."""
   del text
 
 
 def good_mesh(config: config_lib.Train, model: models.Config, topology: str
               ) -> dict[str, int]:
-  """Sizes of a mesh of a topology on which all that is large is split.
+  """Chooses the sizes of a mesh on which everything large is split.
 
-  Weights that are split over `tensor` need not be gathered, and activations
-  that are split over `fsdp` need not be added up, so both are about as large;
-  of cards, whose compiler copies a stack of layers that it gathers from,
-  `tensor` is as many as a host has. It divides the heads, `fsdp` the rows. What
-  is left shares out directions and signs, or else copies rows.
+  Splitting weights over `tensor` avoids gathering them, and splitting rows over
+  `fsdp` avoids adding up activations, so both sizes should be about equal. For
+  GPUs, `tensor` should be the number of GPUs of a host instead, since their
+  compiler copies a stack of layers from which it gathers. `tensor` should
+  divide the number of heads, and `fsdp` must divide the rows of a batch.
+  Devices that remain split directions and signs (`direction`) where the method
+  allows it, or else rows (`data`).
+
+  Args:
+    config: Config of the run.
+    model: Config of the model.
+    topology: The devices; see `mezo_jax.planning.machines`.
+
+  Returns:
+    The size of each mesh axis, by name.
   """
   n = machines.size(topology)
   wanted = min(n, machines.CARDS) if machines.is_card(topology) else n**0.5
@@ -233,31 +286,40 @@ def good_mesh(config: config_lib.Train, model: models.Config, topology: str
     rest = n // tensor // fsdp
     direction = math.gcd(rest, points) if steps else 1
     data = rest // direction
+    # A penalty for `tensor`: 1 (True) if it divides the key and value heads, 2
+    # if only the query heads, 4 if neither.
     fits = model.num_kv_heads % tensor == 0 or (
         2 if model.num_heads % tensor == 0 else 4)
+    # In this order: rows must divide, few devices should hold copies, and
+    # `tensor` should be close to the wanted size.
     cost = (rows % (data * fsdp) != 0, rest * fits,
             abs(math.log(tensor / wanted)))
     if best is None or cost < best[0]:
       best = cost, dict(
           data=data, fsdp=fsdp, tensor=tensor, direction=direction)
-  assert best is not None  # one device is a mesh
+  assert best is not None  # tensor = 1 is always tried
   return best[1]
 
 
-# --- to read ----------------------------------------------------------------
+# --- reporting --------------------------------------------------------------
 
 
 def spell_mesh(sizes: dict[str, int]) -> str:
+  """Formats the sizes of a mesh, such as 'fsdp=4,tensor=2'."""
   return ','.join(f'{name}={sizes[name]}' for name in sharding.AXES
                   if sizes.get(name, 1) > 1) or 'data=1'
 
 
 def spell(found: Plan) -> str:
-  """A table and some sentences."""
+  """Formats a plan as a table and some sentences.
+
+  Args:
+    found: The plan.
+  """
   c, kind = found.config, machines.split(found.topology)[0]
   n, limit = machines.size(found.topology), found.limit / GIB
   weights, state = (found.resident[k] / GIB for k in ('weights', 'state'))
-  of = 'of no stated memory' if math.isinf(limit) else f'of {limit:g} GiB'
+  of = 'of unknown memory' if math.isinf(limit) else f'of {limit:g} GiB'
   rows = [_row(name, found, p) for name, p in found.programs.items()]
   total = sum(math.prod(x.shape) for x in jax.tree.leaves(
       models.param_shapes(found.model)))
@@ -268,28 +330,29 @@ def spell(found: Plan) -> str:
       f'{found.topology}: {n} device(s) {of}; mesh '
       f'{spell_mesh(dataclasses.asdict(c.mesh))}',
       '', markdown_table(rows), '',
-      f'Of one device: {weights:.2f} GiB of weights, {state:.2f} of the '
-      f"optimizer's state; at the peak {gib(found.peak())} GiB."]
+      f'Memory per device: {weights:.2f} GiB of weights, {state:.2f} GiB of '
+      f'optimizer state, {gib(found.peak())} GiB at the peak.']
   if found.on_host:
     lines.append(
-        f'{gib(found.on_host)} GiB of layers are in the memory of the host '
-        'for each device; the time that they take to it and back is not '
-        'counted.')
+        f'{gib(found.on_host)} GiB of layers per device are in the memory of '
+        'the host; the time to transfer them is not included.')
   if 'inference' in found.programs and found.programs['inference'].memory:
-    lines.append(f'A step holds {_ratio(found)} times what inference holds.')
+    lines.append(f'A step needs {_ratio(found)} times the memory of inference.')
   if not math.isnan(found.cycles) and not math.isnan(kind.clock):
     seconds = found.cycles / kind.clock / 1e9
     sent = found.sent / kind.links / 1e9
     lines.append(
-        f'By the compiler a step takes {found.cycles / 1e6:.0f} million cycles,'
-        f' {seconds:.3g} s at {kind.clock} GHz, without what chips send each '
-        f'other ({found.sent / GIB:.3g} GiB, at least {sent:.2g} s); '
-        f'{c.steps:,} steps {c.steps * max(seconds, sent) / 3600:.3g} h, '
-        'without evaluations.')
+        'The compiler estimates that a step takes '
+        f'{found.cycles / 1e6:.0f} million cycles ({seconds:.3g} s at '
+        f'{kind.clock} GHz), without communication between chips '
+        f'({found.sent / GIB:.3g} GiB, at least {sent:.2g} s). '
+        f'{c.steps:,} steps take at least '
+        f'{c.steps * max(seconds, sent) / 3600:.3g} h, without evaluations.')
   return '\n'.join(lines)
 
 
 def _row(name: str, found: Plan, p: compiled.Program) -> dict[str, Any]:
+  """Returns the row of the table for one program."""
   big = p.memory is None
   return {
       'program': name,
@@ -304,9 +367,11 @@ def _row(name: str, found: Plan, p: compiled.Program) -> dict[str, Any]:
 
 
 def gib(size: float) -> str:
+  """Formats a size in bytes as GiB; inf as 'far too many'."""
   return 'far too many' if math.isinf(size) else f'{size / GIB:.2f}'
 
 
 def _ratio(found: Plan) -> str:
-  peak = found.peak('losses', 'update', 'flush', 'step', 'anchor')
+  """Formats the peak memory of a step, relative to that of inference."""
+  peak = found.peak('losses', 'update', 'apply', 'step', 'anchor')
   return '?' if math.isinf(peak) else f'{peak / found.peak("inference"):.3f}'

@@ -1,5 +1,7 @@
-"""In the place of a model's tokenizer and a task's data, where shapes are all
-that counts."""
+"""Provides placeholders for a model's tokenizer and a task's data.
+
+They are enough for planning, where only shapes matter.
+"""
 
 import string
 from typing import Any
@@ -11,14 +13,18 @@ from mezo_jax.tasks import Task
 from mezo_jax.tasks.data import Rows
 from mezo_jax.training import config as config_lib
 
-_COLUMNS = (  # of the tasks that this library declares
+_COLUMNS = (  # names of columns in the tasks that this library defines
     'answer', 'context', 'first', 'hypothesis', 'paragraph', 'passage',
     'premise', 'question', 'second', 'sentence', 'sentence1', 'sentence2',
     'span1_text', 'span2_text', 'text', 'title', 'word')
 
 
 def tokenizer(task: Task) -> Any:
-  """Of words, those of labels among them."""
+  """Returns a tokenizer with a tiny vocabulary that contains the label words.
+
+  Args:
+    task: The task.
+  """
   from transformers import PreTrainedTokenizerFast  # slow to import
   words = ('<s>', '<pad>', '</s>', '<unk>', '<mask>',
            *(w.strip() for w in task.label_words))
@@ -34,7 +40,13 @@ def tokenizer(task: Task) -> Any:
 
 
 def row(task: Task) -> dict[str, Any]:
-  """A row as `Task.prepare` gives it, with each column that is asked for."""
+  """Returns a row with placeholder texts, as `Task.prepare` would return it.
+
+  It has each column that the task's templates use.
+
+  Args:
+    task: The task.
+  """
   asked = [name for text in (task.template, task.answer, task.calibration or '')
            for _, name, _, _ in string.Formatter().parse(text) if name]
   many = len(task.choices) > 1
@@ -46,7 +58,14 @@ def row(task: Task) -> dict[str, Any]:
 
 
 def rows(config: config_lib.Train) -> Rows:
-  """As many as the config wants to train on and to evaluate with."""
+  """Returns as many placeholder rows as planning a config needs.
+
+  There are as many training rows as the config asks for (at least a batch), and
+  one evaluation batch of dev rows and of test rows.
+
+  Args:
+    config: Config of the run.
+  """
   one = row(config.task)
   d = config.data
   train = [one] * max(

@@ -1,8 +1,9 @@
-"""Everything that a run leaves on disk, and how a run resumes from it.
+"""Reads and writes the files of a run's working directory, and resumes from it.
 
-A working directory holds checkpoints, the log of steps, and the numbers that
-trackers show. `replay` reads and writes the log, in a training loop of your own
-too. Only `checkpoint` knows orbax, and nothing here knows the training loop.
+A working directory contains checkpoints, the log of steps, and the metrics.
+`replay` reads and writes the log; it can be used in your own training loop,
+too. Only `checkpoint` depends on orbax, and nothing here depends on the
+training loop.
 """
 
 from mezo_jax.runs import replay

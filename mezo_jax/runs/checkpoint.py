@@ -1,6 +1,6 @@
-"""Saves and loads the checkpoints of a run, with orbax.
+"""Saves and loads the checkpoints of a run with orbax.
 
-The newest ones are kept, and the one that is best on dev rows.
+The newest checkpoints and the best one on the dev rows are kept.
 """
 
 from collections.abc import Iterator
@@ -34,28 +34,30 @@ from mezo_jax.core.errors import (
 
 @epath.register_path_cls
 class _Directory(gpath.PosixGPath):
-  """A directory whose name may contain the characters of a glob pattern.
+  """Represents a directory whose path may contain glob characters such as [.
 
   orbax searches directories with ``path.glob('...*')``, and etils interprets
   the path itself as a part of the pattern.
   """
 
   def glob(self, pattern: str) -> Iterator['_Directory']:
+    """Yields the entries of the directory that match a pattern."""
     for name in glob.glob(pattern, root_dir=os.fspath(self)):
       yield self / name
 
 
-# orbax logs an error with its traceback in each thread that it passes through,
-# and then raises it. The exception alone is enough.
+# orbax logs an error, with its traceback, in each thread that it passes through
+# and raises it afterwards. The exception is enough, so these records are
+# dropped.
 logging.getLogger('absl').addFilter(lambda record: not (
     record.levelno >= logging.ERROR and 'orbax' in record.pathname))
 
 
 class Checkpoints:
-  """The checkpoints of one working directory.
+  """Saves and loads the checkpoints of one directory.
 
-  A checkpoint gets its final name when it is complete. A run that is killed
-  while it saves resumes from the checkpoint before.
+  A checkpoint gets its final name when it is complete. So a run that was killed
+  while it saved resumes from the previous checkpoint.
   """
 
   def __init__(self, directory: Path, keep: int = 1, clean: bool = True):
@@ -63,17 +65,19 @@ class Checkpoints:
 
     Args:
       directory: Directory of the checkpoints.
-      keep: Number of the newest checkpoints that are kept, in addition to the
-        best.
-      clean: Whether to remove what a killed run left incomplete. Must be False
-        while a run writes to the directory.
+      keep: Number of the newest checkpoints to keep, in addition to the best.
+        Defaults to 1.
+      clean: Whether to remove incomplete checkpoints of a killed run. Must be
+        False while another run may write to the directory. Defaults to True.
 
     Raises:
-      Damaged: if orbax cannot open the directory.
+      Damaged: If orbax cannot open the directory.
+      OSError: If the system does not allow it, or the disk is full.
     """
     policies = ocp.training.preservation_policies
     best = policies.BestN(
-        # orbax compares what this returns, so a tuple is as good as a float.
+        # orbax declares a float but only compares the results, so a tuple that
+        # breaks ties works, too.
         n=1, get_metric_fn=cast(Any, order),
         keep_checkpoints_without_metrics=False)
     self._directory = directory.absolute()
@@ -86,24 +90,34 @@ class Checkpoints:
       _raise_of_the_disk(e, self._directory, _REFUSED | _FULL)
       newest = self._path(latest_step(self._directory))
       raise Damaged(
-          f'a checkpoint in {directory} is damaged: orbax cannot open the '
-          f'directory ({first_line(e)[:200]}). Move the newest one, {newest}, '
-          'out of it and run the same command again; the log replays its '
-          'steps.') from e
+          f'orbax cannot open {directory}, because a checkpoint may be '
+          f'damaged ({first_line(e)[:200]}). Move the newest one, {newest}, '
+          'elsewhere and run the same command again; it resumes from the one '
+          'before.') from e
 
   def save(self, step: int, state: Any, metrics: dict[str, Any] | None = None
            ) -> None:
-    """Starts to save. The arrays may be donated as soon as this returns.
+    """Starts to save a checkpoint in the background.
+
+    The arrays may be donated after this has returned.
 
     Args:
-      step: Number of steps made.
-      state: A tree of arrays. PRNG keys must be of threefry2x32.
-      metrics: ``score`` and ``loss`` of the dev rows, where they were
-        evaluated. If one of them is not finite, the step is never the best.
+      step: Number of completed steps.
+      state: A tree of arrays. PRNG keys must have the implementation
+        threefry2x32.
+      metrics: ``{'score': ..., 'loss': ...}`` on the dev rows. Defaults to
+        None, for a step without an evaluation. A step without metrics, or with
+        one that is not finite, is never the best.
+
+    Raises:
+      OSError: If the disk does not accept the data of this checkpoint or of an
+        earlier one.
     """
     if metrics and not _is_finite(metrics):
       metrics = None
     state = _key_data(state)
+    # The record is saved with the checkpoint. `load` compares it with what it
+    # reads, since orbax alone may not notice that a file is damaged.
     recorded = {'state': fingerprint.of_weights(state), 'metrics': metrics,
                 'leaves': fingerprint.of_leaves(state)}
     recorded['check'] = fingerprint.of(recorded)
@@ -113,7 +127,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Raises OSError if the disk refuses to write in any thread of orbax."""
+    """Turns a write error of the disk in any thread of orbax into OSError."""
     try:
       yield
     except Exception as e:
@@ -121,48 +135,51 @@ class Checkpoints:
       raise
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest checkpoint, None if there is none."""
+    """Returns the step of the newest checkpoint, or None without one."""
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a checkpoint, in order."""
+    """Returns the steps that have a checkpoint, in increasing order."""
     return [c.step for c in self._checkpointer.checkpoints]
 
   def best_step(self) -> int:
-    """Returns the step with the best metrics.
+    """Returns the step with the best metrics; see `order`.
 
     Raises:
-      MissingError: if no checkpoint has metrics that are finite.
+      MissingError: If no checkpoint has finite metrics.
     """
     self.wait()
     scored = [c for c in self._checkpointer.checkpoints
               if _is_finite(c.metrics)]
     if not scored:
       raise MissingError(
-          f'{self._checkpointer.directory} has no checkpoint whose evaluation '
-          'is finite: there is no best step.')
+          f'{self._checkpointer.directory} has no checkpoint with a finite '
+          'evaluation, so there is no best step.')
     return max(scored, key=lambda c: order(c.metrics)).step
 
   def load(self, step: int, like: Any) -> Any:
-    """Returns the state of a step.
+    """Loads the state of a step.
 
     Args:
       step: A step that has a checkpoint.
-      like: A tree with the shapes, dtypes and shardings of the state.
+      like: A tree of arrays or shapes that has the structure, shapes, dtypes
+        and shardings of the state.
 
     Raises:
-      Damaged: if the checkpoint is not what was saved.
-      InputError: if the checkpoint is of another model.
+      Damaged: If the checkpoint is not what was saved.
+      InputError: If the checkpoint belongs to another model.
+      OSError: If the system does not allow to read it.
     """
     def abstract(x):
+      """Returns the shape of a leaf as it is stored."""
       data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
       return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
     like_data, recorded = jax.tree.map(abstract, like), self._recorded(step)
     if recorded['leaves'] != fingerprint.of_leaves(like_data):
       raise InputError(
-          f'checkpoint {self._path(step)} is of another model: its arrays have '
-          'other names, shapes or dtypes. Choose another --workdir.')
+          f'checkpoint {self._path(step)} belongs to another model: the names, '
+          'shapes or dtypes of its arrays differ. Choose another --workdir.')
     try:
       state = self._checkpointer.load(step, like_data)
     except Exception as e:
@@ -171,13 +188,19 @@ class Checkpoints:
     if recorded['state'] != fingerprint.of_weights(state):
       raise self._damaged(step, 'its checksum differs')
     def restored(x, like):
+      """Returns a loaded leaf, with the data of a key turned into a key."""
       if not _is_key(like):
         return x
       return jax.jit(_wrap, out_shardings=like.sharding)(x)
     return jax.tree.map(restored, state, like)
 
   def _recorded(self, step: int) -> dict:
-    """Returns the record that `save` made of a checkpoint's contents."""
+    """Returns what `save` recorded about the contents of a checkpoint.
+
+    Raises:
+      Damaged: If the record is missing or damaged, or does not match the
+        metrics.
+    """
     try:
       about = self._checkpointer.metadata(step)
       recorded: dict[str, Any] = dict(cast(Any, about.custom_metadata) or {})
@@ -187,22 +210,38 @@ class Checkpoints:
     if (recorded.pop('check', '') != fingerprint.of(recorded)
         or recorded['metrics'] != about.metrics):
       raise self._damaged(
-          step, 'it has no record of its contents, or a wrong one')
+          step, 'the record of its contents is missing or wrong')
     return recorded
 
   def _path(self, step: int) -> Path:
+    """Returns the directory of a checkpoint."""
     return self._directory / str(step)
 
   def _damaged(self, step: int, why) -> Damaged:
+    """Returns the error for a damaged checkpoint.
+
+    Args:
+      step: Step of the checkpoint.
+      why: The reason, a phrase or an exception.
+    """
     return Damaged(
         f'checkpoint {self._path(step)} is damaged ({first_line(why)[:200]}). '
         'Training moves it aside and resumes without it.')
 
   def set_aside(self, step: int) -> Path:
-    """Moves a damaged checkpoint out of the way and returns its new path."""
+    """Moves a damaged checkpoint to another directory.
+
+    All processes must call it.
+
+    Args:
+      step: Step of the checkpoint.
+
+    Returns:
+      The new path.
+    """
     self.wait()
     to = self._aside / str(step)
-    _meet('looked')  # another process may still read it
+    _meet('looked')  # no process may read it any more when it is moved
     if jax.process_index() == 0:
       shutil.rmtree(to, ignore_errors=True)
       to.parent.mkdir(exist_ok=True)
@@ -212,43 +251,48 @@ class Checkpoints:
     return to
 
   def delete_after(self, step: int) -> None:
-    """Deletes the checkpoints of all later steps."""
+    """Deletes the checkpoints of all steps after this one."""
     self.wait()
     for later in [s for s in self.steps() if s > step]:
       self._checkpointer.delete(later)
 
   def was_set_aside(self, step: int) -> bool:
-    """Returns whether a checkpoint of this step was set aside before."""
+    """Returns whether `set_aside` moved a checkpoint of this step before."""
     return (self._aside / str(step)).exists()
 
   @property
   def _aside(self) -> Path:
+    """Returns the directory for damaged checkpoints."""
     return self._directory.parent / 'damaged'
 
   def wait(self) -> None:
-    """Returns when what `save` started is on the disk."""
+    """Waits until the checkpoints that `save` started are on the disk."""
     with self._writing():
       self._checkpointer.wait()
 
   def close(self) -> None:
-    """Waits, and closes the directory."""
+    """Waits like `wait`, and closes the directory."""
     with self._writing():
       self._checkpointer.close()
 
 
-# Errors that do not mean that a checkpoint is damaged.
+# Error numbers that do not mean that a checkpoint is damaged: missing
+# permissions, and a disk that is full or read-only.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 def _raise_of_the_disk(e: Exception, path: Path,
                        codes: frozenset[int] | None = None) -> None:
-  """Raises OSError if an exception of orbax comes from the system.
+  """Raises OSError if an exception of orbax is a file-system error.
+
+  Otherwise it returns, and the caller decides what the exception means.
 
   Args:
     e: The exception.
-    path: What orbax was reading or writing.
-    codes: The error numbers that count. Defaults to all.
+    path: The file or directory that orbax was reading or writing.
+    codes: The error numbers to raise for. Defaults to None, for all that
+      `mezo_jax.core.errors.of_the_disk` recognises.
   """
   code = of_the_disk(e)
   if code is not None and (codes is None or code in codes):
@@ -256,48 +300,58 @@ def _raise_of_the_disk(e: Exception, path: Path,
 
 
 def _meet(name: str) -> None:
+  """Waits until all processes have called this function with this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def latest_step(directory: Path) -> int:
-  """Returns the last step saved in a directory, 0 for none.
+  """Returns the last step that is saved in a directory, or 0 for none.
 
-  Only the names are read. A checkpoint that is being written does not have a
-  number for its name.
+  Only names are read, so a run may be writing there: the name of an incomplete
+  checkpoint is not a number.
+
+  Args:
+    directory: Directory of checkpoints, which need not exist.
   """
   steps = [int(path.name) for path in directory.glob('*')
            if path.name.isdigit()]
   return max(steps, default=0)
 
 
-# A state has no other keys; see `mezo_jax.directions.noise.as_key`.
+# All keys in a state have this implementation; see
+# `mezo_jax.directions.noise.as_key`.
 _wrap = functools.partial(jax.random.wrap_key_data, impl='threefry2x32')
 
 
 def _key_data(state):
-  """Returns a state with the data of its keys in their place.
+  """Returns a state with PRNG keys replaced by their data.
 
-  That is an array like any other, on any number of processes.
+  The data are ordinary arrays, which orbax can save on any number of processes.
   """
   return jax.tree.map(
       lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
 
 
 def _is_key(x) -> bool:
+  """Returns whether an array is of typed PRNG keys."""
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_finite(metrics: Any) -> bool:
+  """Returns whether both the score and the loss are finite numbers."""
   return all(isinstance(x, float | int) and -np.inf < x < np.inf for x in (
       (metrics or {}).get('score'), (metrics or {}).get('loss')))
 
 
 def order(metrics: Any) -> tuple[float, float]:
-  """Returns the key by which checkpoints are ranked.
+  """Returns the sort key by which checkpoints are ranked, the best last.
 
-  A higher score is better, and of equal scores the lower loss. Metrics that are
-  not finite rank last.
+  A higher score is better. Of equal scores, the one with the lower loss is
+  better. Missing metrics, and metrics that are not finite, rank lowest.
+
+  Args:
+    metrics: ``{'score': ..., 'loss': ...}``, or None.
   """
   if metrics is None or not _is_finite(metrics):
     return -np.inf, -np.inf

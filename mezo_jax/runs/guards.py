@@ -1,8 +1,8 @@
-"""Stops a run that cannot succeed, and warns about a loss that jumps.
+"""Stops a run that cannot succeed, and warns about jumps of the loss.
 
-Losses of single batches are noisy. So the mean loss of a window of steps is
-compared with that of the first window, which a resumed run computes from its
-metrics.
+The loss of a single batch is noisy, so the mean loss of a window of steps is
+compared with that of the first window. A resumed run computes the latter from
+the metrics that it recorded before.
 """
 
 import collections
@@ -16,45 +16,51 @@ from mezo_jax.runs import replay
 
 TRY = ('Try a lower --config.optimizer.learning_rate, or '
        '--config.model.dtype=float32.')
-WINDOW = 100  # steps
-STILL = 100  # consecutive steps without any change of the weights
-_SPIKE = 8.0  # standard deviations of the window before
+WINDOW = 100  # number of steps over which losses are averaged
+# Number of consecutive steps with a projected gradient of 0 that stop a run.
+STILL = 100
+# A jump of the loss is reported above this many standard deviations of the
+# losses in the window before.
+_SPIKE = 8.0
 
 
 def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
          say: Callable[[str], None], *, max_skipped: int, max_rise: float
          ) -> Callable[[int, dict[str, Any]], None]:
-  """Returns ``watch(step, values)``, to be called with each step's metrics.
+  """Returns a function that watches the metrics of each step.
 
   Args:
-    records: The metrics of earlier steps. Those up to ``start`` are looked at
-      first.
-    log: The log of the run. A jump of the loss up to its end was reported
-      before, and is not reported again.
-    start: Number of steps that are not replayed.
-    say: Reports a loss that jumps.
-    max_skipped: Number of steps in a row whose loss is not finite that stop the
-      run.
-    max_rise: Standard deviations of a step's loss by which the mean of a window
-      may be above that of the first; 0 for no limit.
+    records: Metrics of the steps that earlier runs made. The function is called
+      for those up to ``start`` before it is returned.
+    log: Log of the run. Jumps of the loss in steps that it already contains
+      were reported before and are not reported again.
+    start: Step of the checkpoint from which the run resumes, 0 for none.
+    say: Reports a line to the user; called for jumps of the loss.
+    max_skipped: Number of consecutive steps with a loss that is not finite
+      after which the run is stopped.
+    max_rise: Limit on the rise of the mean loss from the first window to the
+      current one, in standard deviations of the losses in the first window. 0
+      means no limit.
 
   Returns:
-    A function that raises `Stopped` where one of these limits is reached, or
-    after `STILL` steps in a row whose projected gradients are 0.
+    A function ``watch(step, values)``, to be called once for each step, in
+    order. It raises `Stopped` if one of the limits is reached, or after `STILL`
+    consecutive steps whose projected gradients are 0.
   """
   window, still, quiet_until = collections.deque(maxlen=WINDOW), 0, log.end
-  # Mean and deviation of the first and the last window; the lowest mean and
-  # its step.
+  # (mean, standard deviation) of the first and of the latest window, and
+  # (lowest mean, the last step of its window).
   first, last, lowest = None, None, (np.inf, 0)
 
   def watch_loss(step: int, loss: float) -> None:
+    """Reports a jump of the loss, and stops a run whose loss has risen."""
     nonlocal first, last, lowest, quiet_until
     if not np.isfinite(loss):
       return
     if last and step > quiet_until and loss > last[0] + _SPIKE * last[1]:
-      say(f'warning: the loss of step {step} is {loss:.3f}; the {WINDOW} steps '
-          f'before had {last[0]:.3f}, with a standard deviation of '
-          f'{last[1]:.3f}.')
+      say(f'warning: the loss jumped to {loss:.3f} in step {step}; over the '
+          f'{WINDOW} steps before, its mean is {last[0]:.3f} and its standard '
+          f'deviation {last[1]:.3f}.')
       quiet_until = step + WINDOW
     window.append(loss)
     if len(window) < WINDOW:
@@ -63,28 +69,30 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
     first, lowest = first or last, min(lowest, (mean, step))
     if max_rise and mean > first[0] + max_rise * first[1]:
       raise Stopped(
-          f'the loss has risen: it was {mean:.3f} in the {WINDOW} steps up to '
-          f'{step}, and {first[0]:.3f} in the first {WINDOW}, with a standard '
-          f'deviation of {first[1]:.3f}. It was lowest up to step {lowest[1]}, '
-          f'{lowest[0]:.3f}'
-          + (', whose weights the log has (replay --until)'
+          f'the mean loss has risen to {mean:.3f} in the {WINDOW} steps up to '
+          f'{step}, from {first[0]:.3f} in the first {WINDOW} steps (standard '
+          f'deviation {first[1]:.3f}). It was lowest up to step {lowest[1]}, '
+          f'at {lowest[0]:.3f}'
+          + ('; replay --until rebuilds the weights of that step'
              if log.records else '') + f'. {TRY}')
 
   def watch(step: int, values: dict) -> None:
+    """Checks the metrics of one step; raises `Stopped` at a limit."""
     nonlocal still
     if values.get('skipped_in_a_row', 0) >= max_skipped:
       raise Stopped(
-          f'the last {max_skipped} steps, up to {step}, gave a loss '
-          'that is not finite and were skipped; the parameters are as before '
-          f'them. {TRY}')
-    # A skipped step has NaN (null in records), which does not count as 0.
+          f'the loss of the last {max_skipped} steps, up to step {step}, was '
+          'not finite; these steps were skipped and left the parameters '
+          f'unchanged. {TRY}')
+    # A skipped step has NaN here (null in records), which does not count as 0.
+    # Backpropagation has no projected gradient, so it counts as moving.
     moved = np.any(np.array(values.get('projected_grad', 1.0), float))
     still = 0 if moved else still + 1
     if still == STILL:
       raise Stopped(
-          f'the projected gradients have been 0 since step {step - still}: '
-          'the weights do not move any more, and may be lost; the log has '
-          f'those of any step before (replay --until). {TRY}')
+          f'all projected gradients after step {step - still} are 0, so the '
+          'weights no longer change and may be unusable; replay --until '
+          f'rebuilds those of an earlier step. {TRY}')
     loss = values.get('loss')
     watch_loss(step, np.nan if loss is None else float(loss))
 
@@ -97,7 +105,9 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
 def _mean_deviation(losses) -> tuple[float, float]:
   """Returns the mean and the standard deviation of losses.
 
-  The deviation is at least 1 % of the mean: losses of full batches hardly vary.
+  The deviation is at least 1 % of the mean. Otherwise a tiny rise would exceed
+  the limits in a run whose batches are the whole data set, where losses hardly
+  vary.
   """
   mean = float(np.mean(losses))
   return mean, max(float(np.std(losses)), 0.01 * abs(mean))

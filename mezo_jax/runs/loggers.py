@@ -1,6 +1,7 @@
 """Writes metrics, progress, JSON files and curves.
 
-Metrics go to metrics.jsonl, and to TensorBoard if tensorboardX is installed.
+Metrics are written to ``metrics.jsonl``, and to TensorBoard if tensorboardX is
+installed.
 """
 
 import json
@@ -18,14 +19,23 @@ from mezo_jax.core.errors import InputError
 
 
 class Metrics:
-  """Appends records to ``metrics.jsonl`` (on process 0) and keeps them.
+  """Records metrics in memory and, on process 0, in ``metrics.jsonl``.
 
-  A record is one JSON object per line, with at least ``kind`` and ``step``. A
-  number that is not finite is null. Opened for a resumed run, it drops the
-  records after ``step``.
+  Each line of the file is a record: a JSON object with at least ``kind`` and
+  ``step``. A number that is not finite is written as null.
+
+  Attributes:
+    records: All records, also those that were read from the file.
   """
 
   def __init__(self, workdir: Path, step: int = 0):
+    """Opens the metrics of a run.
+
+    Args:
+      workdir: Working directory of the run, which must exist.
+      step: Step from which the run resumes. Records of later steps are removed
+        from the file. Defaults to 0, for a new run.
+    """
     path = workdir / 'metrics.jsonl'
     self.records: list[dict[str, Any]] = [
         _plain(r) for r in read(path) if r['step'] <= step]
@@ -38,13 +48,20 @@ class Metrics:
     part.replace(path)
     self._file = path.open('a', buffering=1)
     try:
-      # It is optional: where it is not installed, pyright cannot find it.
+      # An optional package, which pyright cannot find if it is not installed.
       from tensorboardX import SummaryWriter  # pyright: ignore
     except ImportError:
       return
     self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step)
 
   def write(self, kind: str, step: int, **values: Any) -> None:
+    """Records values.
+
+    Args:
+      kind: Kind of the record, such as 'train' or 'dev'.
+      step: Number of the step.
+      **values: JSON values and arrays, by name.
+    """
     record = _plain({'kind': kind, 'step': step, **values})
     self.records.append(record)
     self._at[kind, step] = record
@@ -56,12 +73,17 @@ class Metrics:
           self._board.add_scalar(f'{kind}/{name}', record[name], step)
 
   def of(self, kind: str) -> list[dict[str, Any]]:
+    """Returns all records of a kind, in the order of writing."""
     return [r for r in self.records if r['kind'] == kind]
 
   def at(self, kind: str, step: int) -> dict[str, Any] | None:
     """Returns the values of a record, or None if there is no such record.
 
-    A number that was not finite is NaN.
+    Numbers that were not finite are NaN.
+
+    Args:
+      kind: Kind of the record.
+      step: Number of the step.
     """
     record = self._at.get((kind, step))
     if record is None:
@@ -70,23 +92,34 @@ class Metrics:
                        if k not in ('kind', 'step')}
 
   def close(self) -> None:
+    """Closes the files."""
     for sink in (self._file, self._board):
       if sink:
         sink.close()
 
 
-_LINES = 40  # lines of progress of a run whose output is not a terminal
+# Number of progress lines that a run prints if its output is not a terminal.
+_LINES = 40
 
 
 class Progress:
-  """Shows the steps, and records each in the metrics.
+  """Shows the progress of training, and records each step in the metrics.
 
-  On a terminal it shows a bar, otherwise it prints a line now and then. Without
-  ``loss``, the loss is neither shown nor recorded.
+  On a terminal it shows a progress bar; otherwise it prints a line now and
+  then. Only process 0 shows anything.
   """
 
   def __init__(self, metrics: Metrics, total: int, start: int, loss: bool = True
                ) -> None:
+    """Shows an empty bar, or one that is filled up to a resumed step.
+
+    Args:
+      metrics: Metrics of the run.
+      total: Number of steps of the run.
+      start: Step from which the run resumes.
+      loss: Whether the loss is shown and recorded. Defaults to True; it must be
+        False in a private run, whose losses reveal training rows.
+    """
     self._metrics, self._clock, self._loss = metrics, time.time(), loss
     self._total, first = total, jax.process_index() == 0
     self._lines = first and not sys.stderr.isatty()
@@ -95,12 +128,14 @@ class Progress:
         disable=not first or self._lines)
 
   def read(self, step: int, tokens: int | None, values: dict[str, Any]) -> None:
-    """Shows and records a step.
+    """Shows a step and records it, unless the metrics have it already.
 
     Args:
       step: Number of the step.
-      tokens: Number of tokens of its batch; None for a replayed step.
-      values: Metrics of `mezo_jax.make_step`, on the host.
+      tokens: Number of tokens in its batch; None for a replayed step, which is
+        recorded without tokens and seconds.
+      values: Metrics that the step of `mezo_jax.make_step` returned, on the
+        host.
     """
     seconds = time.time() - self._clock
     self.restart()
@@ -122,29 +157,37 @@ class Progress:
       print(f'step {step} of {self._total}: {text}', flush=True)
 
   def restart(self) -> None:
-    """Counts the seconds of the next step from now."""
+    """Restarts the clock that measures the seconds of the next step."""
     self._clock = time.time()
 
   def close(self) -> None:
+    """Closes the progress bar."""
     self._bar.close()
 
 
 def spell_program(batch: Any, compiled: Any, seconds: float) -> str:
-  """Returns a line about a program that `mezo_jax.make_step` compiled."""
-  batch = getattr(batch, 'batch', batch)  # `mezo_jax.training.mixture.Of`
+  """Formats a line about a program that `mezo_jax.make_step` compiled.
+
+  Args:
+    batch: The batch for which the program was compiled; None for the update.
+    compiled: The program, a `jax.stages.Compiled`.
+    seconds: How long compiling took.
+  """
+  # With several tasks, a batch is wrapped in a `mezo_jax.training.mixture.Of`.
+  batch = getattr(batch, 'batch', batch)
   extra = compiled.memory_analysis().temp_size_in_bytes
   what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
           else 'update')
   return (f'compiled the {what} in {seconds:.0f} s; it needs '
-          f'{extra / 2**20:.0f} MiB a device beside weights and batch')
+          f'{extra / 2**20:.0f} MiB per device besides weights and batch')
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value as JSON can hold it: lists, numbers, None for NaN and inf.
-  """
+  """Converts arrays to lists, and NaN and inf to None, as JSON needs it."""
   if isinstance(value, dict):
     return {k: _plain(v) for k, v in value.items()}
-  value = value.tolist() if hasattr(value, 'tolist') else value  # numpy's
+  # NumPy arrays and scalars become lists and Python numbers.
+  value = value.tolist() if hasattr(value, 'tolist') else value
   if isinstance(value, (list, tuple)):
     return [*map(_plain, value)]
   lost = isinstance(value, float) and not math.isfinite(value)
@@ -152,11 +195,16 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """Returns the records of a metrics file, without a last line that a crash cut
+  """Reads the records of a metrics file.
+
+  A last line that is not a record is ignored, since a crash may have cut it
   short.
 
+  Args:
+    path: The file. If it does not exist, the result is empty.
+
   Raises:
-    InputError: if another line is not a record.
+    InputError: If another line is not a record.
   """
   if not path.is_file():
     return []
@@ -167,18 +215,25 @@ def read(path: Path) -> list[dict[str, Any]]:
       record = json.loads(line)
       if not (isinstance(record, dict) and isinstance(record.get('kind'), str)
               and type(record.get('step')) is int):
-        raise ValueError('it has no kind and step')
+        raise ValueError('kind or step is missing')
       records.append(record)
     except ValueError as e:
       if number == len(lines):
         break
-      raise InputError(f'{path}, line {number} is no record of a run ({e}); '
+      raise InputError(f'{path}, line {number} is not a record of a run ({e}); '
                        'delete the line.') from e
   return records
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file on process 0, whole or not at all; NaN and inf as null.
+  """Writes a value to a JSON file, on process 0.
+
+  The file is replaced at once, so no reader sees a part of it. Missing
+  directories are created. NaN and inf are written as null.
+
+  Args:
+    path: The file.
+    value: JSON values and arrays.
   """
   if jax.process_index() > 0:
     return
@@ -190,21 +245,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-  """Returns the value that a JSON file holds.
+  """Reads a JSON file.
+
+  Args:
+    path: The file, which must exist.
 
   Raises:
-    InputError: if it is not JSON.
+    InputError: If it is not JSON.
   """
   try:
     return json.loads(path.read_text())
   except ValueError as e:
-    raise InputError(f'{path} is not JSON ({e}).') from e
+    raise InputError(f'{path} is not valid JSON ({e}); restore it.') from e
 
 
 def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
-  """Draws the loss and the dev metric against steps, on process 0.
+  """Plots the loss and the dev metric against the steps, on process 0.
 
-  Lines show the metric of the model before training, if it was evaluated.
+  Horizontal lines show the metric of the model before training, if it was
+  evaluated.
+
+  Args:
+    path: The image file to write.
+    metrics: Metrics of the run.
+    metric: Name of the metric, such as 'accuracy'.
+    title: Title of the figure.
   """
   if jax.process_index() > 0:
     return
@@ -216,6 +281,7 @@ def draw_curves(path: Path, metrics: Metrics, metric: str, title: str) -> None:
     left.plot([r['step'] for r in steps], [r['loss'] for r in steps],
               color='0.75', lw=0.8, label='training batch')
   def draw(axes, name):
+    """Plots the dev evaluations that have this value."""
     found = [r for r in evals if name in r]
     axes.plot([r['step'] for r in found], [r[name] for r in found],
               'o-', color='C0', label='dev')

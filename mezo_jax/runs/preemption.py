@@ -1,4 +1,4 @@
-"""Stops a run on SIGTERM, SIGHUP or Ctrl-C."""
+"""Stops a run after the current step on SIGTERM, SIGHUP or Ctrl-C."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -13,53 +13,69 @@ from jax.experimental import multihost_utils
 from mezo_jax.core.errors import AGAIN, Again
 from mezo_jax.runs.replay import Log
 
-GRACE = 10.0  # seconds; a machine that is taken away gives about 30
+# Seconds that a run has to react to a signal before the process is ended. Cloud
+# providers give about 30 seconds before they take a machine away.
+GRACE = 10.0
 
 
 @contextlib.contextmanager
 def watched(log: Log) -> Iterator[Callable[[int], bool]]:
-  """Yields ``wanted(step)``: whether a signal has asked the run to stop.
+  """Handles signals while a run trains.
 
-  A second signal ends the process at once, as the first does elsewhere.
+  The first signal asks the run to stop. A second one of the same kind ends the
+  process at once.
+
+  If the log records steps, the run can be resumed without a last checkpoint. So
+  if ``wanted`` is not called within `GRACE` seconds after a signal, for example
+  because a program is being compiled or an evaluation runs, the process ends
+  with status `AGAIN` without waiting any longer. With several processes it
+  waits.
 
   Args:
-    log: Log of the run. If steps are recorded there, nothing is lost when the
-      process ends without a last checkpoint. So it ends if nobody calls
-      ``wanted`` within ``GRACE`` seconds, for example because a program is
-      compiled or an evaluation runs.
+    log: Log of the run.
+
+  Yields:
+    A function ``wanted(step)`` that returns whether the run should stop after
+    this step. With several processes, all must call it after each step.
   """
   if jax.process_count() > 1:
-    # All processes must stop after the same step, which JAX finds.
+    # All processes must stop after the same step, which JAX chooses.
     with _as_sigterm():
       yield multihost_utils.reached_preemption_sync_point
     return
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Python handles signals in the main thread only
+    # Python can set signal handlers in the main thread only.
+    yield lambda step: False
     return
   asked, noticed, before = [], threading.Event(), {}
   def handle(number, frame):
+    """Records a signal, and restores its default for a second one."""
     del frame
     asked.append(number)
     signal.signal(number, signal.SIG_DFL)
   def wanted(step):
+    """Returns whether a signal was received, and notes that the run reacts."""
     del step
     if asked:
       noticed.set()
     return bool(asked)
   def watch():
+    """Ends the process if the run does not react to a signal in time."""
     with open(read_end, 'rb', buffering=0) as numbers:
       while number := numbers.read(1):
         if number[0] in before and not noticed.wait(GRACE):
           _leave(log)
   if log.records:
-    # Python's handlers do not run while a compiler does. So the numbers of
-    # signals are also written to a pipe, which a thread reads.
+    # Python runs signal handlers between bytecode instructions of the main
+    # thread, so not during a long call such as a compilation. But the number of
+    # each signal is written to a pipe at once, and a thread reads it there.
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
   for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-    if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+    # A signal that is ignored stays so: nohup ignores SIGHUP.
+    if signal.getsignal(number) != signal.SIG_IGN:
       before[number] = signal.signal(number, handle)
   try:
     yield wanted
@@ -67,26 +83,31 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
     noticed.set()
     if log.records:
       signal.set_wakeup_fd(wakeup)
-      os.close(write_end)  # this ends the thread
+      os.close(write_end)  # ends the thread, which reads the other end
     for number, handler in before.items():
       signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _as_sigterm() -> Iterator[None]:
-  """Treats SIGINT and SIGHUP as SIGTERM, the only signal of which JAX informs
-  the other processes. A second signal ends the process."""
+  """Forwards SIGINT and SIGHUP as SIGTERM while a run trains.
+
+  SIGTERM is the only signal of which JAX informs the other processes. A second
+  SIGINT or SIGHUP ends the process.
+  """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
   before = {}
   def handle(number, frame):
+    """Restores the defaults for a second signal, and sends SIGTERM."""
     del number, frame
     for number in before:
       signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
   for number in (signal.SIGHUP, signal.SIGINT):
-    if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+    # A signal that is ignored stays so: nohup ignores SIGHUP.
+    if signal.getsignal(number) != signal.SIG_IGN:
       before[number] = signal.signal(number, handle)
   try:
     yield
@@ -96,13 +117,20 @@ def _as_sigterm() -> Iterator[None]:
 
 
 def stopped(step: int) -> Again:
-  """Returns the exception of a run that was stopped after a step."""
-  return Again(f'told to stop; step {step} is saved. Run the same command '
-               'again to resume.')
+  """Returns the exception that ends a run which a signal stopped.
+
+  Args:
+    step: The last step that is saved in a checkpoint or in the log.
+  """
+  return Again(f'stopped by a signal; step {step} is saved. Run the same '
+               'command again to resume.')
 
 
 def _leave(log: Log) -> None:
-  """Ends the process from another thread than the main one."""
+  """Saves the log and ends the process, from a thread other than the main one.
+
+  `sys.exit` would only end that thread.
+  """
   try:
     log.sync()
     print(f'\ntrain.py: {stopped(log.end)}', file=sys.stderr, flush=True)

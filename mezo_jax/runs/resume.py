@@ -1,4 +1,4 @@
-"""The state that a run resumes from, and the state that is its result."""
+"""Loads the state that a run resumes from, and the state that it results in."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +11,11 @@ from mezo_jax.runs import checkpoint, guards
 
 
 class TrainState(NamedTuple):
-  """The arrays that training changes.
+  """Holds the arrays that training changes.
 
-  A step consumes a `TrainState`: its arrays are donated, so that the result
-  takes their memory, and they cannot be used again. So whoever makes a step
-  replaces its `TrainState` by the result, and no array of it has another name.
+  A step donates the arrays of its `TrainState`: the result reuses their memory,
+  and they cannot be used again. So the caller of a step replaces its
+  `TrainState` by the result and keeps no other reference to the old arrays.
 
   Attributes:
     params: The trained parameters.
@@ -29,29 +29,29 @@ class TrainState(NamedTuple):
 def newest(directory: Path, keep: int, state: TrainState,
            say: Callable[[str], None]
            ) -> tuple[checkpoint.Checkpoints, int, TrainState]:
-  """Opens the checkpoints of a run and loads the newest that is whole.
+  """Opens the checkpoints of a run and loads the newest undamaged one.
 
-  Damaged ones are moved aside and reported.
+  Damaged checkpoints are moved aside and reported.
 
   Args:
     directory: Directory of the checkpoints.
-    keep: Number of the newest checkpoints that are kept.
+    keep: Number of the newest checkpoints to keep.
     state: State before the first step.
-    say: Reports what was damaged.
+    say: Reports a line to the user.
 
   Returns:
-    The checkpoints, the step of the one that was loaded, and its state. Without
-    a checkpoint these are 0 and ``state``.
+    The checkpoints, the step of the one that was loaded, and its state. If none
+    can be loaded, the step is 0 and the state is ``state``.
 
   Raises:
-    InputError: if a checkpoint is of another model.
+    InputError: If a checkpoint belongs to another model.
   """
   checkpoints = checkpoint.Checkpoints(directory, keep)
   for step in reversed(checkpoints.steps()):
     try:
       return checkpoints, step, load(checkpoints, step, state)
     except Damaged as e:
-      say(f'warning: {e} It is now {checkpoints.set_aside(step)}.')
+      say(f'warning: {e} It was moved to {checkpoints.set_aside(step)}.')
   return checkpoints, 0, state
 
 
@@ -62,21 +62,20 @@ def load(checkpoints: checkpoint.Checkpoints, step: int, like: TrainState
   Args:
     checkpoints: Checkpoints of the run.
     step: A step that has a checkpoint.
-    like: Arrays or shapes, which the result equals in shape, dtype and
-      sharding.
+    like: Arrays or shapes with the shapes, dtypes and shardings of the state.
 
   Raises:
-    Damaged: if the checkpoint is not what was saved.
-    InputError: if the checkpoint is of another model.
+    Damaged: If the checkpoint is not what was saved.
+    InputError: If the checkpoint belongs to another model.
   """
-  # Checkpoints hold a plain tuple: the names of a NamedTuple's fields would
-  # become part of the paths in the file.
+  # Checkpoints contain a plain tuple. With a NamedTuple, the names of its
+  # fields would become a part of the paths in the file.
   return TrainState(*checkpoints.load(step, tuple(like)))
 
 
 def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
          replays: bool) -> tuple[int, Any]:
-  """Returns the step that is best on dev rows, and its parameters.
+  """Returns the step that is best on the dev rows, and its parameters.
 
   Args:
     checkpoints: Checkpoints of the run.
@@ -84,16 +83,20 @@ def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
     steps: Number of the last step.
     replays: Whether the log can replay every step.
 
+  Returns:
+    The number of the step, and the trained parameters after it.
+
   Raises:
-    Stopped: if no step has a finite evaluation, or if the checkpoint of the
-      best step is damaged once more after it was saved again.
-    Again: if the checkpoint of the best step is damaged. It is moved aside, and
-      the run that resumes replays and saves that step again.
+    Stopped: If every step was skipped, if no step has a finite evaluation, or
+      if the checkpoint of the best step is damaged for the second time.
+    Again: If the checkpoint of the best step is damaged for the first time. It
+      is moved aside. If the log can replay every step, a resumed run replays
+      and saves that step again.
   """
   if optax.tree.get(state.opt_state, 'total_notfinite') >= steps:
     raise Stopped(
-        f'each of the {steps} steps gave a loss that is not finite and '
-        f'was skipped: nothing was trained. {guards.TRY}')
+        f'the loss of all {steps} steps was not finite, so every step was '
+        f'skipped and nothing was trained. {guards.TRY}')
   try:
     step = checkpoints.best_step()
   except MissingError as e:
@@ -105,15 +108,15 @@ def best(checkpoints: checkpoint.Checkpoints, state: TrainState, steps: int,
   except Damaged as e:
     damaged_before = checkpoints.was_set_aside(step)
     if replays and not damaged_before:
-      # A run resumes from its newest checkpoint. Without the later ones that is
-      # one before the damaged step, which is then replayed from the log.
+      # A run resumes from its newest checkpoint. Deleting the later ones makes
+      # it resume before the damaged step, which is then replayed from the log.
       checkpoints.delete_after(step)
     aside = checkpoints.set_aside(step)
     checkpoints.close()
     if damaged_before:
-      # A job that runs itself again on status 75 must not do so for ever.
+      # Jobs that restart on status 75 (`Again`) must not do so forever.
       raise Stopped(
-          f'{e} It is now {aside}, as one of the same step was before: what is '
-          'written to this directory cannot be read. Check the disk, or choose '
-          'another --workdir.') from e
-    raise Again(f'{e} It is now {aside}. Run the same command again.') from e
+          f'{e} It was moved to {aside}. So was an earlier checkpoint of this '
+          'step: check the disk, or choose another --workdir.') from e
+    raise Again(
+        f'{e} It was moved to {aside}. Run the same command again.') from e

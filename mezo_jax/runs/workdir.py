@@ -1,4 +1,4 @@
-"""The working directory of a run: who holds it, and what a run finds in it."""
+"""Locks the working directory of a run, and reads what it contains."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -14,50 +14,60 @@ import numpy as np
 from mezo_jax.core.errors import Damaged, InputError, local
 from mezo_jax.runs import checkpoint, loggers, replay
 
-LOG = 'steps.log'
+LOG = 'steps.log'  # name of the log of steps; see `mezo_jax.runs.replay`
 
 
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[None]:
-  """Makes a directory and holds it for one run.
+  """Creates a directory and locks it for one run.
 
-  The system releases it however the run ends. A directory that stays empty is
-  removed.
+  The lock is one of the operating system, which releases it however the process
+  ends. A directory that is still empty at the end is removed.
+
+  Args:
+    workdir: The directory.
 
   Raises:
-    InputError: if another run is at work there, or if it cannot be written to.
+    InputError: If another run uses the directory, or if it is not writable.
   """
   local(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK | os.X_OK):
-    raise InputError(f'{workdir} cannot be written to; give another --workdir.')
+    raise InputError(f'{workdir} is not writable; choose another --workdir.')
   held = os.open(workdir, os.O_RDONLY)
   try:
     if jax.process_index() == 0:
       try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as e:
-        raise InputError(f'another run is at work in {workdir}: wait for its '
-                         'end, or give another --workdir.') from e
-      except OSError:  # a file system that knows no locks
+        raise InputError(f'another run is using {workdir}; wait until it ends, '
+                         'or choose another --workdir.') from e
+      except OSError:  # the file system does not support locks
         pass
     yield
   finally:
-    os.close(held)
+    os.close(held)  # releases the lock
     with contextlib.suppress(OSError):
       workdir.rmdir()
 
 
 def last_step(workdir: Path) -> tuple[int, bool]:
-  """Returns the last step that a directory holds, and whether it is final.
+  """Returns the last recorded step of a run, and whether a run may end with it.
 
-  Steps are in the log and in checkpoints. The last step is final where the run
-  can have its result without another step: the step was evaluated, or the log
-  replays it, which includes its evaluation.
+  Steps are recorded in the log and in checkpoints. A run may end with the last
+  step if it was evaluated, or if the log has it and the newest checkpoint does
+  not: then the step is replayed, which includes its evaluation.
+
+  Args:
+    workdir: Working directory of the run, which need not exist.
+
+  Returns:
+    The number of the step, 0 for none, and whether a run of so many steps can
+    have its result without another step.
   """
   held = saved = checkpoint.latest_step(workdir / 'checkpoints')
   if (workdir / LOG).is_file():
-    with contextlib.suppress(Damaged):  # reported when it is opened
+    with contextlib.suppress(Damaged):  # reported when the run opens the log
       held = max(held, replay.read(workdir / LOG).steps.last)
   if not held or held > saved:
     return held, True
@@ -67,16 +77,16 @@ def last_step(workdir: Path) -> tuple[int, bool]:
 
 def changed(then: dict[str, Any], now: dict[str, Any], model: str, adapter: str
             ) -> str:
-  """Returns what differs between two sets of inputs, in words.
+  """Compares two sets of fingerprints of a run's inputs.
 
-  What one of them lacks, because an earlier version did not record it, is not
-  compared.
+  Entries that only one of them has are not compared, since an earlier version
+  of this library may not have recorded them.
 
   Args:
-    then: The inputs that a run recorded; see `read_inputs`.
-    now: The inputs of now.
-    model: Name of the model.
-    adapter: Directory of the adapter that the run begins with, or ''.
+    then: The fingerprints that the run recorded; see `read_inputs`.
+    now: The current fingerprints.
+    model: Name of the model, for the result.
+    adapter: Directory of the adapter with which the run begins, or '' for none.
 
   Returns:
     A phrase such as 'the weights of X differ', or '' if nothing differs.
@@ -102,10 +112,14 @@ def changed(then: dict[str, Any], now: dict[str, Any], model: str, adapter: str
 
 
 def read_inputs(workdir: Path) -> dict[str, Any]:
-  """Returns the fingerprints that a run recorded of its inputs.
+  """Reads the fingerprints of its inputs that a run recorded.
 
-  They have the names 'weights', 'model', 'tokenizer', 'adapter' and 'rows'; {}
-  if the run recorded nothing.
+  Args:
+    workdir: Working directory of the run.
+
+  Returns:
+    A dict with some of the keys 'weights', 'model', 'tokenizer', 'adapter' and
+    'rows'. It is empty if the run recorded nothing.
   """
   file = workdir / 'inputs.json'
   return loggers.read_json(file) if file.is_file() else {}
@@ -113,23 +127,25 @@ def read_inputs(workdir: Path) -> dict[str, Any]:
 
 def check_inputs(workdir: Path, now: dict[str, Any], model: str, adapter: str
                  ) -> None:
-  """Records the inputs of a run, or compares them with those recorded before.
+  """Compares the inputs of a run with those that it recorded before.
+
+  Fingerprints that were not recorded yet are recorded.
 
   Args:
-    workdir: Directory of the run.
-    now: Fingerprints of the inputs.
-    model: Name of the model.
-    adapter: Directory of the adapter that the run begins with, or ''.
+    workdir: Working directory of the run.
+    now: Current fingerprints of the inputs; see `read_inputs`.
+    model: Name of the model, for the error.
+    adapter: Directory of the adapter with which the run begins, or '' for none.
 
   Raises:
-    InputError: if an input has changed.
+    InputError: If an input has changed.
   """
   then = read_inputs(workdir)
   what = changed(then, now, model, adapter)
   if what:
     raise InputError(
-        f'{what} from what the run in {workdir} began with: bring that back '
-        '(--config.model.name says where the model is now), or choose another '
+        f'{what} from what the run in {workdir} began with. Restore it (set '
+        '--config.model.name if the model was moved), or choose another '
         '--workdir.')
   if now.keys() - then.keys():
     loggers.write_json(workdir / 'inputs.json', now | then)
@@ -139,25 +155,31 @@ def open_log(workdir: Path, header: dict[str, Any], numbers: int, start: int,
              say: Callable[[str], None]) -> replay.Log:
   """Opens the log of a run's steps.
 
-  On several processes, process 0 has the file and all know its steps.
+  With several processes, only process 0 opens the file, and it sends the
+  recorded steps to the others.
 
   Args:
-    workdir: Directory of the run.
-    header: Header of a new log.
-    numbers: Projected gradients of a step; 0 for backpropagation, whose log
-      stays empty.
-    start: Step of the checkpoint that the run resumes from.
-    say: Reports what was wrong with the log.
+    workdir: Working directory of the run.
+    header: Header of a new log; see `mezo_jax.runs.replay.open_log`.
+    numbers: Number of projected gradients per step; 0 for backpropagation,
+      whose steps cannot be replayed and are not recorded.
+    start: Step of the checkpoint from which the run resumes, 0 for none.
+    say: Reports a line to the user, if something is wrong with the log.
+
+  Returns:
+    The log. On other processes than 0, it has the steps but writes nothing.
   """
   log = None
   if numbers and jax.process_index() == 0:
     log, warning = replay.open_log(
         workdir / LOG, header, numbers, start,
-        compare=False)  # the config was compared when the run was checked
+        compare=False)  # configs were compared when the run was checked
     if warning:
       say(f'warning: {warning}.')
   steps = log.steps if log else replay.no_steps(numbers, start)
   if numbers and jax.process_count() > 1:
+    # The shapes are sent first, since a broadcast needs an array of the same
+    # shape on every process.
     first, t = multihost_utils.broadcast_one_to_all(
         np.array([steps.first, len(steps.values)])).tolist()
     blank = (np.zeros(t, np.float32), np.zeros((t, numbers), np.float32),
@@ -172,6 +194,13 @@ def open_log(workdir: Path, header: dict[str, Any], numbers: int, start: int,
 
 
 def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the result of a finished run; {} of one that is not finished."""
+  """Reads the result of a run.
+
+  Args:
+    workdir: Working directory of the run.
+
+  Returns:
+    The contents of ``result.json``, or {} if the run has not finished.
+  """
   file = Path(workdir) / 'result.json'
   return loggers.read_json(file) if file.is_file() else {}

@@ -1,9 +1,9 @@
-"""Turns a row of data into a prompt, answers, scores and a loss.
+"""Turns rows of data into prompts, answers, scores and losses.
 
-A `Task` declares how a row reads and what its answers are; `get` returns one of
-those that are declared, by its name. The other modules read rows (`data`), make
-tokens of them (`encode`), score answers (`score`) and measure predictions
-(`metrics`, `evaluate`).
+A `Task` declares how a row becomes a prompt and what its answers are. `TASKS`
+holds the declared tasks by name, and `get` returns one of them. The other
+modules read rows (`data`), tokenise them (`encode`), score answers (`score`)
+and evaluate predictions (`metrics`, `evaluate`).
 """
 
 import dataclasses
@@ -19,14 +19,18 @@ TASKS = {task.name: task
 
 
 def get(name: str, **changes: Any) -> Task:
-  """A declared task, with changes.
+  """Returns a declared task.
+
+  Args:
+    name: Name of the task, a key of `TASKS`.
+    **changes: Fields of `Task` to change in the result.
 
   Raises:
-    ValueError: if there is none of that name.
+    InputError: If no task has the name.
   """
   if name not in TASKS:
     raise InputError(
-        f'no task is called {name!r}; declared are {", ".join(TASKS)}.')
+        f'unknown task {name!r}; choose one of {", ".join(TASKS)}.')
   return dataclasses.replace(TASKS[name], **changes)
 
 

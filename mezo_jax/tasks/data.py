@@ -1,4 +1,9 @@
-"""Rows in, batches out: files and hub data sets, splits, buckets, order."""
+"""Reads rows, splits them, tokenises them and orders them in batches.
+
+Rows come from local files or from data sets on the hub. Batches take rows of
+similar length, which are padded to the smallest *bucket* (one of a few fixed
+lengths) that holds them. One program is compiled per bucket.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import csv
@@ -28,86 +33,111 @@ def load_rows(
 ) -> list[dict[str, Any]]:
   """Reads the rows of a local file or of a data set on the Hugging Face hub.
 
-  A local file is read as it is, without a cache. All columns of csv and tsv
-  files are texts: ``00501``, ``1e3``, ``True``, ``NA`` and dates stay what is
-  written there. Values of jsonl and parquet files have the types that the file
-  gives them.
+  A local file is read without a cache. All cells of csv and tsv files are
+  texts: ``00501``, ``1e3``, ``True``, ``NA`` and dates are not converted. The
+  values of jsonl and parquet files have the types that they have in the file.
 
   Args:
-    source: The path of a jsonl, json, csv, tsv or parquet file (never a
-      pattern); a directory with one such file of the split's name, or with
-      parquet files laid out as on the hub; or a hub id.
-    subset: Configuration of the hub data set (``'sst2'`` of ``nyu-mll/glue``).
-    split: Split of the hub data set or directory.
+    source: Path of a jsonl, json, csv, tsv or parquet file (never a pattern);
+      path of a directory that contains one such file with the name of the
+      split, or parquet files arranged as on the hub; or hub id of a data set.
+    subset: Configuration of the hub data set, such as ``'sst2'`` of
+      ``nyu-mll/glue``. Defaults to '', which is the data set's default.
+    split: Split of the hub data set or directory. Defaults to 'train'.
+
+  Returns:
+    Rows as dicts from columns to values.
 
   Raises:
-    FileNotFoundError: if there is neither such a file nor such a data set.
-    ValueError: if the file cannot be read or is empty; it names the line.
+    FileNotFoundError: If there is neither such a file nor such a data set.
+    InputError: If the file cannot be read or has no rows. The message names the
+      line where that is possible.
   """
   source = os.fspath(source)
   path = Path(source)
   if source.startswith('~') and not path.exists():
     path = Path(os.path.expanduser(source))
   read = _READERS.get(path.suffix.lower())
-  if path.is_dir() and not subset:  # it may have a file of the split's name
+  if path.is_dir() and not subset:  # The directory may have train.csv, say.
     named = [path / f'{split}{suffix}' for suffix in _READERS]
     found = [file for file in named if file.is_file()]
     if len(found) > 1:
       raise InputError(
-          f'the directory {path} has {" and ".join(f.name for f in found)}: '
-          'give the one to read.')
+          f'the directory {path} has {" and ".join(f.name for f in found)}; '
+          'give the path of the file to read.')
     if found:
       path, = found
       read = _READERS[path.suffix]
   if path.is_file():
     if not read:
       raise InputError(
-          f'{path} is not a .jsonl, .json, .csv, .tsv or .parquet file: '
+          f'{path} is not a .jsonl, .json, .csv, .tsv or .parquet file; '
           'convert or rename it.')
     rows = _read_file(path, read)
   elif read and not path.is_dir():
-    raise MissingError(f'no data file {path}.')
+    raise MissingError(f'the data file {path} does not exist.')
   else:
     rows = _load_data_set(source, path, subset, split)
   if not rows:
-    raise InputError(f'{source} has no rows.')
+    raise InputError(f'{source} has no rows; use a file or split with data.')
   return rows
 
 
 def _load_data_set(source: str, path: Path, subset: str,
                    split: str) -> list[dict]:
-  """Reads a hub data set, or a directory that is laid out like one."""
-  import datasets  # slow to import, not needed for local files
+  """Reads a hub data set, or a directory that is arranged like one.
+
+  Args:
+    source: Hub id, or path of a directory.
+    path: The source as a path.
+    subset: Configuration of the data set, or ''.
+    split: Split to read.
+
+  Raises:
+    MissingError: If there is no such data set.
+    InputError: If the directory would be misread, or if a cache of data sets
+      cannot be written.
+  """
+  import datasets  # slow to import, and not needed for local files
   if path.is_dir():
     source = str(path)
+    # `datasets` guesses the types of text files, and it takes some characters
+    # of a path for a pattern or a URL. Both would silently give other rows.
     guessed = [f for suffix in ('*.csv', '*.tsv', '*.jsonl')
                for f in path.rglob(suffix)]
     if guessed:
       raise InputError(
-          f'the directory {path} has files such as {guessed[0].name}, whose '
-          'texts its reader would take for numbers and dates: give the file '
-          f'itself, or name it {split}{guessed[0].suffix}.')
+          f'the directory {path} has files such as {guessed[0].name}, in which '
+          'texts could be mistaken for numbers and dates. Give the path of the '
+          f'file itself, or name it {split}{guessed[0].suffix}.')
     if re.search(r'[*?\[\]]|::|://', str(path.resolve())):
       raise InputError(
           f'the path of the directory {path} has one of the characters *?[] or '
-          '::, which its reader takes for a pattern: rename it, or give the '
-          'file itself.')
+          '::, which would be taken for a pattern. Rename the directory, or '
+          'give the path of the file itself.')
   try:
     data = datasets.load_dataset(source, subset or None, split=split)
     rows = [dict(row) for row in data]
   except Exception as e:
     _check_caches(source, e)
     raise MissingError(
-        f'{source!r} is no local .jsonl, .csv, .tsv or .parquet file, and '
-        f'the hub gave no such data set: {first_line(e)}') from e
+        f'{source!r} is not a local .jsonl, .csv, .tsv or .parquet file, and '
+        f'no data set could be loaded from the hub: {first_line(e)}') from e
   return _with_class_names(rows, {
       column: feature.names for column, feature in data.features.items()
       if isinstance(feature, datasets.ClassLabel) and feature.names})
 
 
 def _check_caches(source: str, error: Exception) -> None:
-  """Raises InputError if data could not be loaded and a cache that they go
-  through cannot be written."""
+  """Checks whether a cache that cannot be written explains an error.
+
+  Args:
+    source: Hub id, or path of a directory.
+    error: Exception of `datasets`.
+
+  Raises:
+    InputError: If one of the caches of data sets cannot be written.
+  """
   from datasets import config
   from huggingface_hub import constants
   for cache in (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE):
@@ -118,17 +148,20 @@ def _check_caches(source: str, error: Exception) -> None:
     except OSError as e:
       raise InputError(
           f'{source!r} could not be loaded ({first_line(error)}), and the '
-          f'cache {cache} cannot be written ({e.strerror}): set HF_HOME to a '
-          'directory that can.') from error
+          f'cache {cache} cannot be written ({e.strerror}). Set HF_HOME to a '
+          'directory that can be written.') from error
 
 
 def _with_class_names(rows: list[dict],
                       names: dict[str, list[str]]) -> list[dict]:
-  """Returns rows whose class numbers know the names of their classes.
+  """Replaces class numbers by `ClassNumber`, which know the names of classes.
 
   Args:
-    rows: Changed in place.
-    names: The names of the classes of each column that has numbers of classes.
+    rows: Rows, which are changed in place.
+    names: Names of the classes, for each column that contains class numbers.
+
+  Returns:
+    The rows.
   """
   for column, of_column in names.items():
     for row in rows:
@@ -142,15 +175,15 @@ def _with_class_names(rows: list[dict],
 
 
 def _read_file(path: Path, read: Callable) -> list[dict]:
-  """Reads a file; where that fails, the error says which one it is."""
+  """Reads a file with one of `_READERS`; error messages name the file."""
   try:
     return read(path)
   except OSError as e:
-    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
+    raise InputError(f'cannot read {path}: {e.strerror or e}.') from e
   except Exception as e:
     kind = path.suffix.lower()[1:].replace('jsonl', 'json')
     raise InputError(
-        f'{path} is not a readable {kind} file: {first_line(e)}') from e
+        f'{path} is not a valid {kind} file: {first_line(e)}') from e
 
 
 def _text_of(path: Path) -> str:
@@ -162,7 +195,7 @@ def _text_of(path: Path) -> str:
     line = data[:e.start].count(b'\n') + 1
     raise ValueError(
         f'line {line} is not UTF-8 (byte 0x{data[e.start]:02x}); save the file '
-        'as UTF-8, uncompressed.') from e
+        'as uncompressed UTF-8 text.') from e
   if '\0' in text:
     line = text[:text.index('\0')].count('\n') + 1
     raise ValueError(f'line {line} has a NUL character; save the file as UTF-8 '
@@ -171,18 +204,24 @@ def _text_of(path: Path) -> str:
 
 
 def _csv(path: Path) -> list[dict]:
-  """Reads a csv file: a text with a comma, line break or quotation mark in it
-  is in quotation marks, which are doubled within."""
+  """Reads a csv file.
+
+  A text that contains a comma, a line break or a quotation mark is in quotation
+  marks, and the quotation marks within it are doubled.
+  """
   return _table(_cells(_text_of(path), ','), ',')
 
 
 def _tsv(path: Path) -> list[dict]:
-  """Reads a tsv file, in which a quotation mark is a letter like any other.
+  """Reads a tsv file, in which quotation marks are ordinary characters.
 
-  There are two exceptions. Lines that lack tabs may continue a text in
-  quotation marks. And a program that quotes may have written the file: then
-  each cell with a quotation mark is in quotation marks, and the marks within
-  are doubled, or all of the header is in quotation marks.
+  There are two exceptions, in which the file is read as quoted:
+
+  * Some lines have another number of tabs than the first one, and quotation
+    marks explain that: a quoted text may contain tabs and line breaks.
+  * A program has quoted the file: every cell with a quotation mark is in
+    quotation marks, and either all of the header is or a cell has doubled marks
+    within.
   """
   text = _text_of(path)
   ends = '\n' if '\n' in text else '\r'
@@ -192,7 +231,8 @@ def _tsv(path: Path) -> list[dict]:
   if any(len(row) != len(rows[0][1]) for _, row in rows):
     try:
       return _table(_cells(text, '\t'), '\t')
-    except ValueError:  # then it is not quoted
+    except ValueError:
+      # The file is not quoted either. Report its lines as they are.
       return _table(rows, '\t')
   marked = [cell for _, row in rows for cell in row if '"' in cell]
   if marked and all(re.fullmatch(r'"([^"]|"")*"', c) for c in marked) and (
@@ -203,7 +243,18 @@ def _tsv(path: Path) -> list[dict]:
 
 
 def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-  """Yields (number of its first line, cells) of each row of a quoted table."""
+  """Splits a table with quotation marks into cells.
+
+  Args:
+    text: Contents of the file.
+    delimiter: Character between cells.
+
+  Yields:
+    A pair of the number of its first line and its cells, for each row.
+
+  Raises:
+    ValueError: If quotation marks do not match. The message names the line.
+  """
   csv.field_size_limit(max(len(text), csv.field_size_limit()))
   reader = csv.reader(
       io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
@@ -215,15 +266,26 @@ def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
       return
     except csv.Error as e:
       raise ValueError(
-          f'the quotation marks of the row that begins in line {line} do not '
-          f'match ({e}); a text with a quotation mark in it is written '
+          f'the row that begins in line {line} has quotation marks that do not '
+          f'match ({e}); write a text that contains a quotation mark '
           '"like ""this"""') from e
     if row:
       yield line, row
 
 
 def _table(rows: Iterable[tuple[int, list[str]]], delimiter: str) -> list[dict]:
-  """Makes rows of cells, of which the first are the names of the columns."""
+  """Converts cells to rows. The first row of cells has the names of columns.
+
+  Columns without a name are left out.
+
+  Args:
+    rows: Pairs of the number of a line and its cells.
+    delimiter: Character between cells, for error messages.
+
+  Raises:
+    ValueError: If a row has another number of cells than the first, or if the
+      delimiter seems to be wrong. The message names the line.
+  """
   rows = iter(rows)
   _, names = next(rows, (1, []))
   if len(names) == 1:
@@ -231,7 +293,7 @@ def _table(rows: Iterable[tuple[int, list[str]]], delimiter: str) -> list[dict]:
     if other:
       raise ValueError(
           f'its first line, {names[0]!r}, has {other!r} between the columns '
-          f'and not {delimiter!r}; save it with that, or as .jsonl.')
+          f'instead of {delimiter!r}; save it with the latter, or as .jsonl.')
   _check_names(names)
   out = []
   for line, cells in rows:
@@ -239,20 +301,26 @@ def _table(rows: Iterable[tuple[int, list[str]]], delimiter: str) -> list[dict]:
       hint = '; a text with a comma in it needs quotation marks' if (
           delimiter == ',') else ''
       raise ValueError(
-          f'the row in line {line} has {len(cells)} cells for {len(names)} '
-          f'columns{hint}.')
+          f'the row in line {line} has {len(cells)} cells, but there are '
+          f'{len(names)} columns{hint}.')
     out.append({name: cell for name, cell in zip(names, cells) if name})
   return out
 
 
 def _check_names(names: Sequence[str]) -> None:
+  """Raises ValueError if two columns have the same name."""
   twice = [name for name in names if name and names.count(name) > 1]
   if twice:
-    raise ValueError(f'two columns have the name {twice[0]!r}.')
+    raise ValueError(
+        f'two columns have the name {twice[0]!r}; rename one of them.')
 
 
 def _json(path: Path) -> list[dict]:
-  """Reads one object a line, a list of objects, or an object of columns."""
+  """Reads a JSON file.
+
+  The file has one object per line, a list of objects, or one object with a list
+  for each column. Rows that lack a column get None.
+  """
   text = _text_of(path)
   if text.lstrip()[:1] == '[':
     rows = _parse(text)
@@ -265,25 +333,39 @@ def _json(path: Path) -> list[dict]:
       rows = _rows_of_columns(text)
       if rows is None and re.match(r'\s*\{\s*\n', text):
         raise ValueError(
-            'its first object goes over several lines; write one object a '
-            'line, or all of them as a list, [...]') from None
+            'its first object extends over several lines; write one object '
+            'per line, or all objects as a list, [...]') from None
       if rows is None:
         raise
   for number, row in enumerate(rows, 1):
     if not isinstance(row, dict):
-      raise ValueError(f'row {number} is not an object but {str(row)[:80]!r}.')
+      raise ValueError(
+          f'row {number} must be an object, got {str(row)[:80]!r}.')
   names = dict.fromkeys(name for row in rows for name in row)
   return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _parse(text: str, line: int = 0):
-  """Returns a JSON value; errors name its line in the file, if it is one."""
+  """Parses a JSON value.
+
+  Args:
+    text: Text of the value.
+    line: Number of the line that the text is, for error messages. Defaults to
+      0 for a text of several lines.
+
+  Raises:
+    ValueError: If the text is not valid JSON, has a name twice in an object, or
+      has half of a surrogate pair.
+  """
   def object_of(pairs):
+    """Builds a JSON object and checks that no name occurs twice."""
     _check_names([name for name, _ in pairs])
     return dict(pairs)
   try:
     found = json.loads(text, object_pairs_hook=object_of)
-    if re.search(r'\\u[dD][89a-fA-F]', text):  # halves of a character
+    if re.search(r'\\u[dD][89a-fA-F]', text):
+      # JSON may contain half of a surrogate pair, which is not a character.
+      # Encoding raises an error for it.
       json.dumps(found, ensure_ascii=False).encode()
     return found
   except json.JSONDecodeError as e:
@@ -294,7 +376,10 @@ def _parse(text: str, line: int = 0):
 
 
 def _rows_of_columns(text: str) -> list[dict] | None:
-  """Returns the rows of an object of equally long lists; None for another."""
+  """Converts a JSON object of equally long lists, one per column, to rows.
+
+  Returns None for any other text.
+  """
   try:
     found = _parse(text)
   except ValueError:
@@ -307,8 +392,10 @@ def _rows_of_columns(text: str) -> list[dict] | None:
 
 
 def _parquet(path: Path) -> list[dict]:
+  """Reads a parquet file, with the names of classes that `datasets` stores."""
   import pyarrow.parquet  # slow to import
-  with path.open('rb') as f:  # of a path, 'name=value' would become a column
+  # Given a path, pyarrow would turn a directory 'name=value' into a column.
+  with path.open('rb') as f:
     table = pyarrow.parquet.read_table(f)
   _check_names(table.column_names)
   features = {}
@@ -330,15 +417,29 @@ _READERS = {'.jsonl': _json, '.json': _json, '.csv': _csv, '.tsv': _tsv,
 
 def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
                seed: int, k_shot: int = 0) -> tuple[np.ndarray, ...]:
-  """Indices (train, dev, test) of rows; test rows do not depend on the seed.
+  """Splits rows into train, dev and test rows.
 
-  Test rows are the first ``num_test`` of a fixed permutation. Of the rest, as
-  the paper does it, ``permutation(seed)[:num_train + num_dev]`` is the sample
-  and its tail the dev rows; or, with ``k_shot``, the first k of every label
-  are train and the next k dev.
+  Test rows are the first ``num_test`` of a fixed permutation and do not depend
+  on the seed. The other rows are permuted by the seed, as in the code of
+  Malladi et al. (2023). The first ``num_train`` of them are for training and
+  the next ``num_dev`` are dev rows. With ``k_shot``, the first k rows of each
+  label are for training and the next k are dev rows.
+
+  Args:
+    labels: Labels, integers [R]. Their values matter only with ``k_shot``.
+    num_train: Number of train rows, if ``k_shot`` is 0.
+    num_dev: Number of dev rows, if ``k_shot`` is 0.
+    num_test: Number of test rows.
+    seed: Seed of the permutation of train and dev rows.
+    k_shot: Number of train rows, and of dev rows, of each label. Defaults to 0,
+      which takes ``num_train`` and ``num_dev`` rows instead.
+
+  Returns:
+    A tuple (train, dev, test) of indices of rows.
 
   Raises:
-    InputError: if there are too few rows; it names the number to lower.
+    InputError: If there are too few rows. The message names the number to
+      lower.
   """
   test, rest = np.split(
       np.random.RandomState(0).permutation(len(labels)), [num_test])
@@ -357,8 +458,8 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
       lower += ' or --config.data.num_test' if lower else (
           '--config.data.num_test')
     raise InputError(
-        f'label {rarest} has {have} rows{held}, and --config.data.k_shot='
-        f'{k_shot} takes {2 * k_shot} of each label for train and dev; '
+        f'label {rarest} has {have} rows{held}, but --config.data.k_shot='
+        f'{k_shot} needs {2 * k_shot} of each label for train and dev; '
         + (f'lower {lower}.' if lower else 'give more rows.'))
   train = np.concatenate([i[:k_shot] for i in of.values()])
   dev = np.concatenate([i[k_shot:2 * k_shot] for i in of.values()])
@@ -367,14 +468,14 @@ def split_rows(labels: np.ndarray, num_train: int, num_dev: int, num_test: int,
 
 def _check_enough(rows: int, num_train: int, num_dev: int,
                   num_test: int) -> None:
-  """Raises InputError if the splits want more rows than there are."""
+  """Raises InputError if the splits need more rows than there are."""
   wanted = {'num_test': num_test, 'num_dev': num_dev, 'num_train': num_train}
   wanted = {name: n for name, n in wanted.items() if n}
   total = sum(wanted.values())
   if total <= rows:
     return
-  # The most that each could be if the others stay as they are. Some are not
-  # large enough to make up for it alone.
+  # The most that each number could be if the others stay as they are. If that
+  # is not positive, lowering this number alone is not enough.
   least = {name: rows - (total - n) for name, n in wanted.items()}
   alone = [f'--config.data.{name} to {n}' for name, n in least.items() if n > 0]
   numbers = ', '.join(f'{name} {n}' for name, n in reversed(wanted.items()))
@@ -383,31 +484,35 @@ def _check_enough(rows: int, num_train: int, num_dev: int,
   else:
     how = 'lower ' + ', '.join(f'--config.data.{name}' for name in wanted)
   raise InputError(
-      f'the data have {rows} rows, and {total} are wanted: data.{numbers}; '
-      f'{how}, or set one to -1 for a share of the rows.')
+      f'the data have {rows} rows, but the splits need {total} (data.{numbers})'
+      f'; {how}, or set one to -1 for a share of the rows.')
 
 
+# Relative sizes of the splits whose number of rows is -1, and the most rows
+# that such a split gets.
 _SHARES = {'train': 3, 'dev': 1, 'test': 1}
-_MOST = {'dev': 500, 'test': 1000}  # of a share
+_MOST = {'dev': 500, 'test': 1000}
 
 
 def share_out(rows: int, num_train: int, num_dev: int,
               num_test: int) -> tuple[int, int, int]:
-  """Returns the numbers of train, dev and test rows, with a share of the rows
-  for each that is -1.
+  """Replaces numbers of rows that are -1 by shares of the rows.
 
-  What the given numbers leave is divided by 3 to 1 to 1 among the others; dev
-  rows are at most 500 and test rows at most 1,000, and train rows, if they are
-  a share, take the rest.
+  The rows that the given numbers leave are divided 3 : 1 : 1 among train, dev
+  and test rows, as far as their numbers are -1. A share has at most 500 dev
+  rows and 1,000 test rows. If ``num_train`` is -1, train rows get the rest.
 
   Args:
-    rows: How many there are.
-    num_train: Train rows, or -1.
-    num_dev: Dev rows, or -1.
-    num_test: Test rows, -1, or 0 where they come from elsewhere.
+    rows: Number of rows.
+    num_train: Number of train rows, or -1.
+    num_dev: Number of dev rows, or -1.
+    num_test: Number of test rows, -1, or 0 if they have a source of their own.
+
+  Returns:
+    A tuple of the numbers of train, dev and test rows.
 
   Raises:
-    InputError: If nothing is left for a share.
+    InputError: If no rows are left for a share.
   """
   numbers = {'train': num_train, 'dev': num_dev, 'test': num_test}
   shared = [name for name, n in numbers.items() if n < 0]
@@ -419,10 +524,10 @@ def share_out(rows: int, num_train: int, num_dev: int,
     what = ' and '.join(f'data.num_{name}' for name in shared)
     if not given:
       raise InputError(
-          f'the data have {rows} row{"s" if rows != 1 else ""}, which is too '
-          f'few for one each of {", ".join(shared)}: give more rows.')
+          f'the data have {rows} row{"s" if rows != 1 else ""}, but each of '
+          f'{", ".join(shared)} needs at least one; give more rows.')
     raise InputError(
-        f'the data have {rows} rows, which leaves none for {what} next to '
+        f'the data have {rows} rows, which leaves none for {what} after '
         + ' and '.join(f'data.num_{name} {n}' for name, n in given.items())
         + '; lower ' + ' or '.join(f'--config.data.num_{name}'
                                    for name in given) + '.')
@@ -437,45 +542,52 @@ def share_out(rows: int, num_train: int, num_dev: int,
 
 
 class Rows(NamedTuple):
-  """The rows of a run, as `Task.prepare` gives them."""
+  """Holds the rows of a run, as `Task.prepare` returns them."""
 
   train: list[dict[str, Any]]
   dev: list[dict[str, Any]]
   test: list[dict[str, Any]]
-  # All that are not for testing, to take demonstrations from.
+  # All rows that are not test rows. Demonstrations are taken from them.
   pool: list[dict[str, Any]]
 
 
 class Splits(NamedTuple):
-  """The rows of a run as tokens."""
+  """Holds the tokenised rows of a run.
 
-  train: Encoded  # as the objective needs them
-  dev: Encoded  # as evaluation needs them; right answers alone for their loss
-  test: Encoded
-  prior: dict[str, Encoded]  # candidates after a prompt without content
-  buckets: dict[str, tuple[int, ...]]  # lengths that each is padded to
-  # Dev and test rows with their right answers, where answers are generated and
-  # the language-model loss is trained.
+  `prior` and `gold` have the keys 'dev' and 'test', or are empty. `buckets` has
+  the keys 'train', 'dev', 'test' and, as far as the other dicts are not empty,
+  'prior_dev', 'prior_test', 'gold_dev' and 'gold_test'.
+  """
+
+  train: Encoded  # train rows in the form that the objective needs
+  dev: Encoded  # dev rows in the form that evaluation needs
+  test: Encoded  # test rows in the form that evaluation needs
+  # Candidates after a prompt without content, for surface-form calibration.
+  prior: dict[str, Encoded]
+  # Lengths that the rows of each split are padded to, in tokens.
+  buckets: dict[str, tuple[int, ...]]
+  # Rows with their right answers, if answers are generated and the
+  # language-model loss is reported, too.
   gold: dict[str, Encoded]
 
 
 def read_rows(source: Any, task: Task) -> Rows:
-  """Reads, chooses and splits rows.
+  """Reads and splits the rows of a run.
 
   Args:
-    source: the files or data sets, and how many rows of them, as
-      `mezo_jax.training.config.Data` has them.
-    task: whose data are taken where ``source`` names none.
+    source: Files or data sets and numbers of rows, a
+      `mezo_jax.training.config.Data`.
+    task: The task. Its data are used if ``source`` names none.
 
   Raises:
-    MissingError: if there are no such data.
-    InputError: if no data are named, or they do not fit the task.
+    MissingError: If the data do not exist.
+    InputError: If no data are named, or if they do not fit the task.
   """
   d, name = source, source.train or task.hub
   if not name:
     raise InputError(
-        'there is nothing to train on: set --config.data.train to a file or '
-        'the id of a data set.')
+        'the config names no training data; set --config.data.train to a file '
+        'or the id of a data set.')
   subset = d.subset or ('' if d.train else task.subset)
   if name == 'quickstart':
     rows = quickstart_data.reviews()
@@ -497,20 +609,32 @@ def read_rows(source: Any, task: Task) -> Rows:
 
 
 def _labels(d, task: Task, rows: Sequence[dict]) -> np.ndarray:
-  """Returns the labels by which `split_rows` takes ``k_shot`` rows of each."""
+  """Returns the labels that `split_rows` needs for ``k_shot``, or zeros.
+
+  Args:
+    d: The `mezo_jax.training.config.Data` of the run.
+    task: The task.
+    rows: Rows from `Task.prepare`.
+  """
   if not d.k_shot or task.traits.generates:
     return np.zeros(len(rows), int)
   labels = np.array([task.golds(row)[0] for row in rows])
   missing = {*range(task.num_classes)} - {*labels.tolist()}
   if task.traits.classes and missing:
     raise InputError(
-        f'no row has label {min(missing)}, and --config.data.k_shot={d.k_shot} '
-        'takes as many of each; check the data and --config.task.label_words.')
+        f'no row has label {min(missing)}, but --config.data.k_shot={d.k_shot} '
+        'needs rows of each; check the data and --config.task.label_words.')
   return labels
 
 
 def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
-  """Returns how many train, dev and test rows `split_rows` is to take."""
+  """Returns the numbers of train, dev and test rows for `split_rows`.
+
+  Args:
+    d: The `mezo_jax.training.config.Data` of the run.
+    rows: Number of rows.
+    held_out: Source of the test rows, or '' if they come from these rows.
+  """
   num_test = 0 if held_out else d.num_test
   if not d.k_shot:
     return share_out(rows, d.num_train, d.num_dev, num_test)
@@ -521,18 +645,27 @@ def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
 
 def demonstrations(task: Task, pool: Sequence[dict[str, Any]], num: int,
                    count: int) -> list[str]:
-  """Returns the texts before ``count`` prompts: ``num`` rows with answers each.
+  """Returns the demonstrations that precede prompts, for in-context learning.
 
-  As in the paper's code each prompt has rows of its own: seeds
-  ``RandomState(0).randint(0, 10000, count)``, and of each seed the first
-  ``num`` rows of a permutation of the pool.
+  Each prompt has rows of its own, as in the code of Malladi et al. (2023). The
+  seeds of the prompts are ``RandomState(0).randint(0, 10000, count)``, and a
+  prompt gets the first ``num`` rows of the permutation by its seed.
+
+  Args:
+    task: The task.
+    pool: Rows to choose from.
+    num: Number of demonstrations per prompt.
+    count: Number of prompts.
+
+  Returns:
+    One text per prompt: ``num`` prompts with their answers.
 
   Raises:
-    InputError: if the pool is smaller than ``num``.
+    InputError: If the pool has fewer than ``num`` rows.
   """
   if len(pool) < num:
-    raise InputError(f'there are {len(pool)} rows for {num} demonstrations; '
-                     'lower --config.num_demos.')
+    raise InputError(f'there are only {len(pool)} rows for {num} '
+                     'demonstrations; lower --config.num_demos.')
   out = []
   for seed in np.random.RandomState(0).randint(0, 10_000, count):
     rows = [pool[i] for i in
@@ -549,33 +682,35 @@ def encode_rows(
     soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
     lm_loss: bool = False, needs_gold: bool = True,
     say: Callable[[str], None] = print) -> Splits:
-  """The rows of a run as tokens, and the lengths that they are padded to.
+  """Tokenises the rows of a run and chooses the lengths they are padded to.
 
   Args:
-    rows: from `read_rows`.
-    task: how a row reads.
-    tokenizer: the model's.
-    causal: whether the model reads from left to right.
-    limit: tokens of a prompt with its answer at most.
-    buckets: lengths to pad to, of which those are taken that are needed.
-    gold_only: which splits are laid out with their right answers alone.
-    num_demos: rows with their answers that stand before each test prompt.
-    prior: whether dev and test candidates are wanted after a prompt without
-      content, too.
-    soft_ids: of the tokens that stand before everything.
-    untold: splits that are padded to ``limit``, so that nothing tells how long
-      their rows are.
-    lm_loss: Whether the language-model loss of the right answers of dev and
-      test rows is wanted, too: candidates are then laid out in full, and where
-      answers are generated the right ones are encoded in addition.
-    needs_gold: Whether each row must have a right answer.
-    say: reports what was found.
+    rows: Rows from `read_rows`.
+    task: The task.
+    tokenizer: Tokenizer of the model.
+    causal: Whether the model is causal, not masked.
+    limit: Largest number of tokens of a prompt with its answers.
+    buckets: Lengths to pad to. Only the lengths that are needed are used.
+    gold_only: Splits whose rows are encoded with their right answer only.
+      Defaults to none.
+    num_demos: Number of demonstrations before each test prompt. Defaults to 0.
+    prior: Whether to encode dev and test candidates after a prompt without
+      content, too. Defaults to False.
+    soft_ids: Token ids of a soft prompt, which come first. Defaults to none.
+    untold: Splits that are private. Their rows are all padded to the same
+      length, and their labels and lengths are not logged. Defaults to none.
+    lm_loss: Whether the language-model loss of dev and test rows is evaluated,
+      too. Candidates are then encoded in full, and if answers are generated,
+      the right answers are encoded in addition. Defaults to False.
+    needs_gold: Whether each row must have a right answer. Defaults to True.
+    say: Function that logs a line. Defaults to `print`.
 
   Raises:
-    InputError: if rows, task and tokenizer do not fit each other.
+    InputError: If rows, task and tokenizer do not fit each other.
   """
+  # This reads private rows as well, to raise an error for labels of two kinds.
   labels = task.reading([*rows.train, *rows.dev, *rows.test])
-  if untold:  # what is reported must not depend on such rows
+  if untold:  # The log must not depend on private rows.
     labels = task.reading([*rows.dev, *rows.test])
   for text in (labels, *space_warnings(task, rows.dev, tokenizer)):
     if text:
@@ -584,6 +719,13 @@ def encode_rows(
       task, rows.pool, num_demos, len(rows.test))} if num_demos else {}
 
   def read(name, of_prior=False, **kwargs):
+    """Tokenises a split, after its demonstrations and the soft prompt.
+
+    Args:
+      name: Name of the split.
+      of_prior: Whether to use prompts without content.
+      **kwargs: Arguments of `encode` to change.
+    """
     some, prompts = getattr(rows, name), None
     if of_prior:
       prompts = [task.prior(r) for r in some]
@@ -596,6 +738,8 @@ def encode_rows(
 
   names = ('train', 'dev', 'test')
   splits = {name: read(name, write_out=lm_loss) for name in names}
+  # If label words are single tokens in some splits only, write them out in all,
+  # so that all splits are scored in the same form.
   if len({s.token_ids is None for s in splits.values() if s.width > 1}) > 1:
     splits = {name: read(name, write_out=True) for name in names}
   golds = {name: read(name, gold_only=True) for name in ('dev', 'test') if (
@@ -608,9 +752,9 @@ def encode_rows(
     if name in untold:
       if split.lengths.max() > most(split):
         raise InputError(
-            f'a {name} row has more than {most(split)} tokens, its candidates '
-            'included; raise --config.data.max_length, to which all are padded '
-            'here.')
+            f'a {name} row has more than {most(split)} tokens with its '
+            'candidates; raise --config.data.max_length, to which all rows are '
+            'padded here.')
       say(f'data: {len(split.prompts)} {name} rows, padded to {most(split)} '
           'tokens')
       continue
@@ -628,7 +772,16 @@ def encode_rows(
 
 def buckets_for(data: Encoded, buckets: Sequence[int], limit: int
                 ) -> tuple[int, ...]:
-  """Those of the buckets that the rows need, none above what a model takes."""
+  """Returns the buckets that some rows need.
+
+  The last one is the smallest bucket that holds the longest row, or ``limit``
+  if that is smaller, or the length of the longest row if no bucket holds it.
+
+  Args:
+    data: The tokenised rows.
+    buckets: Lengths to choose from, in tokens.
+    limit: Largest number of tokens that the model takes.
+  """
   longest = int(data.lengths.max())
   shorter = [b for b in buckets if b < longest]
   enough = min([b for b in buckets if b >= longest], default=longest)
@@ -636,30 +789,55 @@ def buckets_for(data: Encoded, buckets: Sequence[int], limit: int
 
 
 def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
-  """The smallest bucket that holds ``length`` tokens."""
+  """Returns the smallest bucket that holds a number of tokens.
+
+  Args:
+    length: Number of tokens.
+    buckets: Lengths in ascending order.
+
+  Raises:
+    InputError: If no bucket is large enough.
+  """
   for bucket in buckets:
     if length <= bucket:
       return bucket
-  raise InputError(f'{length} tokens exceed the largest bucket, {buckets[-1]}.')
+  raise InputError(f'{length} tokens exceed the largest bucket, {buckets[-1]}; '
+                   'add a larger one to data.buckets.')
 
 
 def used_buckets(lengths: Any, buckets: tuple[int, ...], batch_size: int
                  ) -> list[int]:
-  """The buckets that `epoch` will use: as many step functions are compiled."""
+  """Returns the buckets that `epoch` uses. Each needs a compiled step function.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+    batch_size: Number of rows per batch.
+  """
   return sorted({b for b, _ in epoch(lengths, buckets, batch_size, 0, 0)})
 
 
 def epoch(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
           seed: int, number: int) -> list[tuple[int, np.ndarray]]:
-  """The batches of one epoch: (bucket, indices of ``batch_size`` rows).
+  """Returns the batches of one epoch.
 
-  A permutation by (seed, number), dealt out by bucket so that rows of like
-  length share a batch; what a bucket has left over moves up to the next, and
-  what the largest has left over sits this epoch out. The number of batches is
-  the same in every epoch.
+  Rows are permuted and sorted into buckets, so that a batch has rows of similar
+  length. Rows that do not fill a batch of their bucket move up to the next
+  bucket. Those left over in the largest bucket are not used in this epoch. The
+  number of batches is the same in every epoch.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+    batch_size: Number of rows per batch.
+    seed: Seed of the run's permutations.
+    number: Number of the epoch, from 0 on.
+
+  Returns:
+    A list of pairs (bucket, indices of ``batch_size`` rows), in random order.
 
   Raises:
-    ValueError: if there are fewer rows than a batch takes.
+    InputError: If there are fewer rows than ``batch_size``.
   """
   if len(lengths) < batch_size:
     raise InputError(
@@ -680,7 +858,19 @@ def epoch(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
 
 def batches(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
             seed: int, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-  """The endless sequence of training batches from number ``start`` on."""
+  """Yields the training batches of successive epochs without end.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+    batch_size: Number of rows per batch.
+    seed: Seed of the run's permutations.
+    start: Number of the first batch to yield, counted from the start of the
+      run. Defaults to 0.
+
+  Yields:
+    Pairs (bucket, indices of ``batch_size`` rows).
+  """
   number, at = divmod(start, len(epoch(lengths, buckets, batch_size, seed, 0)))
   while True:
     yield from epoch(lengths, buckets, batch_size, seed, number)[at:]
@@ -689,19 +879,38 @@ def batches(lengths: np.ndarray, buckets: tuple[int, ...], batch_size: int,
 
 def spread(lengths: np.ndarray, buckets: tuple[int, ...],
            rows: int) -> tuple[int, np.ndarray]:
-  """One batch of rows evenly from all: (its bucket, their indices)."""
+  """Returns one batch whose rows are evenly spaced among all rows.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+    rows: Number of rows of the batch.
+
+  Returns:
+    A pair (bucket, indices of the rows).
+  """
   index = np.arange(rows) * len(lengths) // rows
   return bucket_of(int(np.max(lengths[index])), buckets), index
 
 
 def used_lengths(lengths: np.ndarray, buckets: tuple[int, ...]) -> list[int]:
-  """The buckets that rows of these lengths fall into."""
+  """Returns the buckets that rows of some lengths fall into."""
   return sorted({bucket_of(n, buckets) for n in lengths})
 
 
 def rows_of(lengths: np.ndarray, buckets: tuple[int, ...], bucket: int,
             batch_size: int) -> Iterator[np.ndarray]:
-  """Evaluation batches of a bucket: the indices of its rows, each once."""
+  """Yields the evaluation batches of a bucket, with each of its rows once.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+    bucket: The bucket.
+    batch_size: Number of rows per batch. The last batch may have fewer.
+
+  Yields:
+    Indices of the rows of a batch.
+  """
   rows = np.flatnonzero([bucket_of(n, buckets) == bucket for n in lengths])
   for i in range(0, len(rows), batch_size):
     yield rows[i:i + batch_size]

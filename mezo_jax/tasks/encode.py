@@ -1,15 +1,16 @@
-r"""Rows to tokens, and tokens to batches of fixed shape.
+r"""Tokenises rows and packs tokens into batches of fixed shape.
 
-Candidate answers :math:`a_c` of a row share its prompt x: they are laid out in
-one sequence, :math:`x\, a_1\, a_2 \ldots`, in which each candidate sees the
-prompt and itself (``shared_prompt`` of the model). So the prompt is computed
-once, candidates of any length and number lie side by side without padding, and
-one pass through the weights does it all, which is what `mezo_jax.perturbed`
-wants: weights perturbed once.
+The candidate answers :math:`a_c` of a row follow its prompt x in one sequence,
+:math:`x\, a_1\, a_2 \ldots`. Each candidate attends to the prompt and itself
+(``shared_prompt`` of the model). The prompt is therefore computed once per row,
+candidates of any number and length need no padding between them, and the
+weights are used once per batch. The last point matters to `mezo_jax.perturbed`,
+which perturbs a weight each time it is used.
 
-Where every candidate is one token after one and the same prompt, the usual
-case of label words, the normaliser of p is common to all and cancels in the
-loss and in every comparison: C logits at the end of the prompt then do.
+If every candidate is one token after the same prompt, as label words usually
+are, the normaliser of the probabilities is the same for all candidates. It
+cancels in the loss and in every comparison, so that the C logits at the end of
+the prompt are enough.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,52 +25,72 @@ from mezo_jax.tasks.task import Task
 
 
 class Kept(NamedTuple):
-  """What layers that are not trained give for the tokens of R rows."""
+  """Holds cached activations of frozen layers for the tokens of R rows."""
 
-  values: np.ndarray  # [tokens of all rows, D]
-  starts: np.ndarray  # [R], the first token of each
+  values: np.ndarray  # [tokens of all rows, D], the rows one after the other
+  starts: np.ndarray  # integers [R], index of each row's first token
 
 
 class Form(NamedTuple):
-  """What a program has to know of `Encoded`: for equal ones it is the same."""
+  """Holds the properties of `Encoded` on which a compiled program depends.
 
-  at_one: bool  # whether label words are read at one position
-  token_ids: tuple[int, ...] | None  # [C], as `Encoded` has them
-  width: int  # C
+  It is hashable: data of equal forms share their compiled programs.
+  """
+
+  at_one: bool  # whether answers are read at one position per row
+  token_ids: tuple[int, ...] | None  # [C], as in `Encoded`
+  width: int  # number C of candidates or classes
 
 
 class Encoded(NamedTuple):
-  """Rows as tokens: R rows, C of each row's candidates."""
+  """Holds R tokenised rows, each with up to C candidates or classes."""
 
-  rows: list[dict[str, Any]]  # what they came from
-  prompts: list[list[int]]  # [R] token ids
-  candidates: list[list[list[int]]]  # [R][C] token ids after the prompt
-  scored: list[list[int]]  # [R][C] number of answer tokens at their end
-  golds: list[tuple[int, ...]]  # [R] the right candidates, or classes
-  truncated: int  # rows that lost tokens
-  read_at: np.ndarray | None = None  # int32 [R], where label words are read
-  token_ids: np.ndarray | None = None  # int32 [C], label words of one token
-  types: list[list[int]] | None = None  # [R] token types of the prompts
-  generates: bool = False  # prompts to be continued: padded on the left
-  trunk: Kept | None = None  # see `mezo_jax.training.frozen_features`
-  classes: int = 0  # C of a new head, which names more than occur in rows
+  # The rows themselves.
+  rows: list[dict[str, Any]]
+  # Token ids of each row's prompt.
+  prompts: list[list[int]]
+  # Token ids of each candidate after the prompt, [R][C]. Empty lists if answers
+  # are read at one position or generated.
+  candidates: list[list[list[int]]]
+  # Number of answer tokens at the end of each candidate, [R][C]. The tokens
+  # before them belong to the prompt.
+  scored: list[list[int]]
+  # Indices of the right candidates or classes of each row.
+  golds: list[tuple[int, ...]]
+  # Number of rows that were cut.
+  truncated: int
+  # Position of the answer in each prompt, int32 [R]. None if candidates are in
+  # the sequence, or if answers are generated.
+  read_at: np.ndarray | None = None
+  # Label words that are read at `read_at`, int32 [C]. None otherwise.
+  token_ids: np.ndarray | None = None
+  # Token types of the prompts, or None for models without them.
+  types: list[list[int]] | None = None
+  # Whether the model continues the prompts, which are then padded on the left.
+  generates: bool = False
+  # Cached activations; see `mezo_jax.training.frozen_features`.
+  trunk: Kept | None = None
+  # Number of classes of a new head, some of which may not occur in the rows. 0
+  # for other tasks.
+  classes: int = 0
 
   @property
   def lengths(self) -> np.ndarray:
+    """Returns the number of tokens of each row, int32 [R]."""
     return np.array([*map(self.row_length, range(len(self.prompts)))], np.int32)
 
   def row_length(self, row: int) -> int:
-    """Tokens of a row, its candidates included."""
+    """Returns the number of tokens of a row with its candidates."""
     return len(self.prompts[row]) + sum(map(len, self.candidates[row]))
 
   @property
   def labels(self) -> np.ndarray:
-    """int32 [R], the first right candidate."""
+    """Returns the first right candidate of each row (0 if none), int32 [R]."""
     return np.array([g[0] if g else 0 for g in self.golds], np.int32)
 
   @property
   def width(self) -> int:
-    """C, candidates of a row at most."""
+    """Returns C, the largest number of candidates of a row or of classes."""
     if self.token_ids is not None:
       return len(self.token_ids)
     if self.classes:
@@ -79,6 +100,7 @@ class Encoded(NamedTuple):
 
   @property
   def form(self) -> Form:
+    """Returns the properties on which a compiled program depends."""
     ids = None if self.token_ids is None else tuple(self.token_ids.tolist())
     return Form(self.read_at is not None, ids, self.width)
 
@@ -87,42 +109,51 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
            max_length: int, *, gold_only: bool = False,
            prompts: Sequence[str] | None = None, write_out: bool = False,
            causal: bool = True, needs_gold: bool = True) -> Encoded:
-  """Tokenises rows; over-long prompts keep their end and what the tokenizer
-  puts before it.
+  """Tokenises rows.
 
-  What a tokenizer adds after a text (an end token, where one was saved with
-  ``add_eos_token``) is left out where a model is to continue the text or an
-  answer follows it; masked models and new heads read it, as they were trained.
+  A prompt that is too long loses its beginning, but keeps the special tokens
+  that the tokenizer puts there. Texts of kind 'head' lose their end instead.
+
+  A tokenizer may add an end token after a text (``add_eos_token``). It is left
+  out if the model continues the text or an answer follows. Masked models and
+  new heads keep it, as in their pretraining.
 
   Args:
-    task: how a row reads.
-    rows: dicts of columns, as `Task.prepare` gives them.
-    tokenizer: a transformers tokenizer.
-    max_length: tokens of a prompt with its answer at most.
-    gold_only: the right answer alone follows each prompt, to train on.
-    prompts: used instead of the task's own; may be empty texts.
-    write_out: lay candidates out even where label words of one token would do.
-    causal: whether the model reads from left to right.
-    needs_gold: Whether each row must have a right answer. If not, one without
-      has ``golds`` of ().
+    task: The task.
+    rows: Rows from `Task.prepare`.
+    tokenizer: Tokenizer of transformers.
+    max_length: Largest number of tokens of a prompt with its answers.
+    gold_only: Whether only the right answer follows each prompt. Defaults to
+      False.
+    prompts: Prompts to use instead of the task's own. They may be empty texts.
+      Defaults to None.
+    write_out: Whether to put candidates in the sequence even if they are single
+      tokens that could be read at one position. Defaults to False.
+    causal: Whether the model is causal, not masked. Defaults to True.
+    needs_gold: Whether each row must have a right answer. If not, the ``golds``
+      of a row without one are (). Defaults to True.
+
+  Returns:
+    The tokenised rows.
 
   Raises:
-    ValueError: for no rows, a row that does not fit the task, answers that do
-      not fit ``max_length``, or candidates that the tokenizer cannot tell
-      apart.
+    InputError: If there are no rows, a row does not fit the task, answers do
+      not fit into ``max_length``, or the tokenizer gives two candidates the
+      same tokens.
   """
   if not rows:
-    raise InputError('there are no rows to encode.')
+    raise InputError('there are no rows to tokenise; check config.data.')
   own, slots = prompts is None, _slots(task, tokenizer)
   rows, cut = _limited(task, rows, tokenizer)
-  if task.masked:  # a mask in the data would be read in the prompt's place
+  if task.masked:  # A mask in the data could be taken for that of the template.
     rows = [{k: v.replace(slots['mask'], ' ') if isinstance(v, str) else v
              for k, v in row.items()} for row in rows]
   prompts = ([task.prompt(r, **slots) for r in rows] if prompts is None
              else list(prompts))
   for r, text in enumerate(prompts):
     if own and not text.strip():
-      raise InputError(f'row {r} has an empty prompt: {rows[r]!r}.')
+      raise InputError(f'row {r} gives an empty prompt; fix it or leave it '
+                       f'out: {rows[r]!r}.')
   if task.traits.new_head:
     found = _for_head(task, rows, prompts, tokenizer, max_length, causal, cut)
   elif task.masked:
@@ -134,7 +165,8 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
                             gold_only, write_out)
   if gold_only and found.read_at is None:
     return found._replace(golds=[(0,)] * len(rows))
-  # Right answers of generated texts are not numbers, but must be there.
+  # Right answers of generated texts have no indices. `references` only checks
+  # that they exist.
   golds_of = task.references if found.generates else task.golds
   golds = [golds_of(row) if needs_gold or task.has_gold(row) else ()
            for row in rows]
@@ -143,13 +175,17 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
 
 def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
                    ) -> list[str]:
-  """Returns warnings of answers that follow their prompt without a space, or
-  after two, where the tokenizer tells the difference.
+  """Finds answers with no space, or with two, between them and their prompt.
+
+  It warns only if the tokenizer gives other tokens than with one space.
 
   Args:
-    task: how a row reads.
-    rows: of which the first few are looked at.
-    tokenizer: a transformers tokenizer.
+    task: The task.
+    rows: Rows from `Task.prepare`. The first 32 are checked.
+    tokenizer: Tokenizer of transformers.
+
+  Returns:
+    A list of at most one warning.
   """
   if task.traits.new_head or task.traits.generates:
     return []
@@ -160,13 +196,16 @@ def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
       problem = find(task, row, answer, tokens)
       if problem:
         field = 'task.label_words' if task.traits.words else 'task.answer'
-        return [f'warning: {problem}; if that is not meant, change '
+        return [f'warning: {problem}; if this is not intended, change '
                 f'--config.{field} or the end of task.template.']
   return []
 
 
 def _answer_space(task, row, answer: str, tokens: '_Tokens') -> str:
-  """Returns what is wrong with the space before an answer; '' for nothing."""
+  """Describes a problem with the space before an answer.
+
+  Returns '' if there is none.
+  """
   prompt = task.prompt(row).lstrip(' ')
   before, word = prompt.rstrip(' '), answer.lstrip(' ')
   if not before or not word:
@@ -182,15 +221,16 @@ def _answer_space(task, row, answer: str, tokens: '_Tokens') -> str:
     return ''
   ids, = tokens([before])
   if ids and ids[-1] in tokens.tokenizer.all_special_ids:
-    return ''  # a chat template decides what follows its tokens
+    return ''  # A chat template defines what follows its special tokens.
   return f'{where} without a space'
 
 
 def _mask_space(task, row, word: str, tokens: '_Tokens') -> str:
-  """Returns what is wrong with the space of a masked model's label word.
+  """Describes a problem with the space of a masked model's label word.
 
-  The token of a word in a text often begins with its space, which therefore
-  belongs to the word even where the template has a space before the mask.
+  The token of a word within a text often includes the space before it. The
+  space then belongs to the label word, even if the template has a space before
+  the mask. Returns '' if there is no problem.
   """
   mask = tokens.tokenizer.mask_token
   before = task.prompt(row, mask='\0').partition('\0')[0]
@@ -201,13 +241,18 @@ def _mask_space(task, row, word: str, tokens: '_Tokens') -> str:
     return ''
   with_space, without = tokens([f'{end} {mask}', f'{end}{mask}'])
   if end != before and with_space != without:
-    return ''  # the space is read before the mask, as a token of its own
+    return ''  # The space is a token of its own, before the mask.
   return (f'the label word {word!r} is read without a space after {end[-20:]!r}'
-          f', and {" " + word!r} is another token')
+          f', but {" " + word!r} is another token')
 
 
 def _wants_space(before: str, word: str) -> bool:
-  """Returns whether a writer would put a space between the two."""
+  """Returns whether a space between two texts is usual.
+
+  Args:
+    before: Text before, which is not empty.
+    word: Text after, which is not empty.
+  """
   last, first = before[-1], word[0]
   if last.isspace() or not first.isalnum() or last in _OPENING or (
       last in '"\'' and before.count(last) % 2):
@@ -216,17 +261,22 @@ def _wants_space(before: str, word: str) -> bool:
                  for c in (last, first))
 
 
-# After these characters a word follows at once.
+# Characters that a word follows without a space.
 _OPENING = '([{<«“‘„‚/\\-–—_@#$^~*+=|&'
-# Beginnings of the names of characters of scripts that write no spaces, and of
-# their punctuation.
+# Prefixes of the Unicode names of characters in scripts without spaces between
+# words, and of their punctuation.
 _WITHOUT_SPACES = ('CJK', 'HIRAGANA', 'KATAKANA', 'THAI', 'LAO', 'KHMER',
                    'MYANMAR', 'TIBETAN', 'IDEOGRAPHIC', 'FULLWIDTH',
                    'HALFWIDTH', 'LEFT CORNER', 'RIGHT CORNER', 'BOPOMOFO')
 
 
 def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
-  """The same rows with these tokens, of a soft prompt, before each prompt."""
+  """Puts the tokens of a soft prompt before each prompt.
+
+  Args:
+    data: The tokenised rows.
+    ids: Token ids of the soft prompt. With none, ``data`` is returned.
+  """
   if not ids:
     return data
   return data._replace(
@@ -236,23 +286,31 @@ def after_tokens(data: Encoded, ids: Sequence[int]) -> Encoded:
 
 
 def _slots(task: Task, tokenizer) -> dict:
+  """Returns the texts for {mask} and {sep} in a template.
+
+  A NUL character marks the separator until `_for_head` splits the text there.
+  """
   if task.masked and tokenizer.mask_token is None:
     raise InputError(
-        f'the prompt {task.template!r} has a {{mask}}, and this tokenizer no '
-        'mask token: it is not that of a masked language model. Give another '
-        '--config.task.template or model.')
+        f'the prompt {task.template!r} has a {{mask}}, but this tokenizer has '
+        'no mask token. Use a masked language model, or change '
+        '--config.task.template.')
   return dict(mask=tokenizer.mask_token or '', sep='\0')
 
 
 def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
-  """Rows with columns cut to ``task.limits`` tokens; which ones were."""
+  """Cuts the columns in ``task.limits`` to their numbers of tokens.
+
+  Returns:
+    A pair of the rows and the set of the indices of those that were cut.
+  """
   rows, cut = list(rows), set()
   for column, most in task.limits:
     for r, row in enumerate(rows):
       if column not in row:
         raise InputError(
-            f'task.limits names column {column!r}, the data have '
-            f'{sorted(row)}; set --config.task.limits.')
+            f'task.limits names the column {column!r}, but the data have the '
+            f'columns {sorted(row)}; set --config.task.limits.')
       text = str(row[column])
       short = _first_tokens(text, most, tokenizer)
       if short != text:
@@ -262,9 +320,8 @@ def _limited(task: Task, rows, tokenizer) -> tuple[list[dict], set[int]]:
 
 
 def _first_tokens(text: str, most: int, tokenizer) -> str:
-  """Returns the longest beginning of a text that has ``most`` tokens at most.
-  """
-  exact = tokenizer.is_fast  # others do not know where a token ends
+  """Returns the longest beginning of a text with at most ``most`` tokens."""
+  exact = tokenizer.is_fast  # Other tokenizers do not report where tokens end.
   found = tokenizer(text, add_special_tokens=False, padding=False,
                     truncation=False, return_offsets_mapping=exact)
   ids = found['input_ids']
@@ -274,17 +331,37 @@ def _first_tokens(text: str, most: int, tokenizer) -> str:
     return tokenizer.decode(ids[:most], clean_up_tokenization_spaces=False)
   spans = found['offset_mapping']
   n = most
-  while n and spans[n][0] < spans[n - 1][1]:  # both are of one character
+  # Do not cut between two tokens that are parts of the same character.
+  while n and spans[n][0] < spans[n - 1][1]:
     n -= 1
   return text[:spans[n - 1][1]] if n else ''
 
 
 def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
                     write_out):
+  """Encodes rows whose candidates or right answers follow the prompt.
+
+  A tokenizer may join the end of the prompt and the start of an answer in one
+  token, so the two are tokenised together. The answer tokens of a candidate are
+  those at its end by which it is longer than the prompt alone, but at least
+  one. The tokens before them, as far as all candidates of a row share them, are
+  the prompt.
+
+  Args:
+    task: The task.
+    rows: Rows from `Task.prepare`.
+    texts: Prompts of the rows.
+    tokenizer: Tokenizer of transformers.
+    max_length: Largest number of tokens of a prompt with its longest answer.
+    cut: Indices of rows that were cut before. More are added.
+    gold_only: Whether only the right answer follows the prompt.
+    write_out: Whether to put candidates of one token in the sequence, too.
+  """
   answers = [[task.gold_text(row)] if gold_only else task.candidates(row)
              for row in rows]
   texts = [text.lstrip(' ') for text in texts]
-  if task.traits.generates:  # as where the answer is generated
+  if task.traits.generates:
+    # Cut the prompt as `_for_generation` does, so that both see the same one.
     max_length -= task.max_new_tokens
     texts = [text.rstrip(' ') for text in texts]
   tokens = _Tokens.of(tokenizer, texts)
@@ -297,7 +374,7 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
     if len(set(map(tuple, full))) < len(full):
       raise InputError(
           f'two of the candidates {some} are the same tokens to this '
-          'tokenizer; choose others with --config.task.label_words or choices.')
+          'tokenizer; change --config.task.label_words or task.choices.')
     numbers = [max(1, len(ids) - len(bare[r])) for ids in full]
     start = tokens.before(bare[r])
     full = [[*start, *ids] for ids in full]
@@ -310,12 +387,15 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
       prompt = tokens.keep_end(prompt, len(prompt) - over)
     if not prompt:
       raise InputError(
-          f'the answers of row {r} alone are {max(map(len, rest))} tokens, and '
-          f'at most {max_length} are wanted; raise --config.data.max_length.')
+          f'the answers of row {r} alone have {max(map(len, rest))} tokens, '
+          f'but at most {max_length} are allowed, prompt included; raise '
+          '--config.data.max_length.')
     prompts.append(prompt)
     candidates.append(rest)
     scored.append(numbers)
-  golds = [()] * len(rows)  # `encode` knows them
+  golds = [()] * len(rows)  # `encode` replaces them.
+  # If the candidates of all rows are the same single tokens, as label words
+  # usually are, they are read at the end of the prompt.
   one = {tuple(map(tuple, some)) for some in candidates}
   if len(one) == 1 and not (write_out or gold_only) and all(
       len(ids) == 1 for ids in candidates[0]):
@@ -327,11 +407,24 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
 
 
 def _for_generation(task, rows, texts, tokenizer, max_length, cut):
+  """Encodes prompts that the model continues.
+
+  Spaces around a prompt are removed, because a generated word usually begins
+  with its own space.
+
+  Args:
+    task: The task.
+    rows: Rows from `Task.prepare`.
+    texts: Prompts of the rows.
+    tokenizer: Tokenizer of transformers.
+    max_length: Largest number of tokens of a prompt with its answer.
+    cut: Indices of rows that were cut before. More are added.
+  """
   most = max_length - task.max_new_tokens
   if most < 1:
     raise InputError(
-        f'{task.max_new_tokens} new tokens leave no room for a prompt in '
-        f'{max_length}; lower --config.task.max_new_tokens.')
+        f'{task.max_new_tokens} new tokens leave no room for a prompt within '
+        f'{max_length} tokens; lower --config.task.max_new_tokens.')
   texts = [text.strip(' ') for text in texts]
   tokens = _Tokens.of(tokenizer, texts)
   prompts = [[*tokens.before(ids), *ids] for ids in tokens(texts)]
@@ -342,22 +435,32 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
 
 
 def _for_mask(task, rows, texts, tokenizer, max_length, cut):
+  """Encodes prompts whose answer a masked model reads at the mask.
+
+  Args:
+    task: The task.
+    rows: Rows from `Task.prepare`, without masks in their texts.
+    texts: Prompts of the rows.
+    tokenizer: Tokenizer of transformers.
+    max_length: Largest number of tokens of a prompt.
+    cut: Indices of rows that were cut before. More are added.
+  """
   tokens = _Tokens.of(tokenizer, texts)
   words = tokens(task.label_words)
   if any(len(ids) != 1 for ids in words) or (
       len({ids[0] for ids in words}) < len(words)) or (
           tokenizer.unk_token_id in (ids[0] for ids in words)):
     raise InputError(
-        f'the label words {tuple(task.label_words)} are not one token each, '
-        'all different, to this tokenizer, as a masked model needs; choose '
-        'others with --config.task.label_words.')
+        f'the label words {tuple(task.label_words)} of a masked model must be '
+        'different words of one token each for its tokenizer; change '
+        '--config.task.label_words.')
   mask, prompts, at = tokenizer.mask_token_id, [], []
   for r, ids in enumerate(map(tokens.around, tokens(texts))):
     if len(ids) > max_length:
       cut.add(r)
       if max_length < len(tokens.prefix) + 1 + len(tokens.suffix):
-        raise InputError(f'{max_length} tokens have no room for a text and its '
-                         'mask; raise --config.data.max_length.')
+        raise InputError(f'{max_length} tokens have no room for the mask and '
+                         'special tokens; raise --config.data.max_length.')
       ids = tokens.keep_mask(ids, max_length)
     prompts.append(ids)
     at.append(ids.index(mask))
@@ -368,17 +471,29 @@ def _for_mask(task, rows, texts, tokenizer, max_length, cut):
 
 
 def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
+  """Encodes texts, or pairs of texts, whose class a new head predicts.
+
+  Args:
+    task: The task.
+    rows: Rows from `Task.prepare`.
+    texts: Texts of the rows, with a NUL character between those of a pair.
+    tokenizer: Tokenizer of transformers.
+    max_length: Largest number of tokens of a row.
+    causal: Whether the model is causal, not masked.
+    cut: Indices of rows that were cut before. More are added.
+  """
   pairs = [text.split('\0') for text in texts]
   if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) > 2:
     raise InputError(
-        f'the template {task.template!r} must have one {{sep}} at most, and '
-        'the data no NUL characters.')
-  # All that the tokenizer adds stays: transformers' classes for sequence
-  # classification read such texts, an end token of a causal model included.
+        f'task.template {task.template!r} may have at most one {{sep}}, and '
+        'the data no NUL characters; remove them.')
+  # All special tokens stay, including the end token of a causal model, because
+  # transformers' classes for sequence classification read such texts.
   whole = [tokenizer(*pair, padding=False, truncation=False)['input_ids']
            for pair in pairs]
   cut |= {r for r, ids in enumerate(whole) if len(ids) > max_length}
-  # The longer text loses its end; special tokens stay.
+  # The longer text of a pair loses its end, and special tokens stay. The
+  # tokenizer may be shared, so its setting is restored.
   side, tokenizer.truncation_side = tokenizer.truncation_side, 'right'
   try:
     found = [tokenizer(*pair, padding=False, truncation='longest_first',
@@ -396,19 +511,22 @@ def _for_head(task, rows, texts, tokenizer, max_length, causal, cut):
 
 
 class _Tokens(NamedTuple):
-  """A tokenizer that adds nothing by itself, and what it would have added."""
+  """Wraps a tokenizer and separates its special tokens from those of a text."""
 
   tokenizer: Any
-  prefix: list[int]  # that it puts before a text
-  suffix: list[int]  # that it puts after a text
+  prefix: list[int]  # special tokens that the tokenizer puts before a text
+  suffix: list[int]  # special tokens that the tokenizer puts after a text
 
   @classmethod
   def of(cls, tokenizer, texts: Sequence[str] = ()) -> '_Tokens':
-    """Finds out what a tokenizer adds, by its answer to a short text.
+    """Wraps a tokenizer and finds out which special tokens it adds.
+
+    It compares the tokens of a short text with and without special tokens.
 
     Args:
-      tokenizer: a transformers tokenizer.
-      texts: tried too, if the tokenizer makes nothing of common words.
+      tokenizer: Tokenizer of transformers.
+      texts: Texts to try if the tokenizer gives no tokens for common words.
+        Defaults to none.
     """
     bare = cls(tokenizer, [], [])
     for text in ('a', 'the', '0', '.', *texts):
@@ -423,10 +541,18 @@ class _Tokens(NamedTuple):
 
   def __call__(self, texts: Iterable[str],
                special: bool = False) -> list[list[int]]:
-    """Returns the token ids of each text, without what the tokenizer adds.
+    """Tokenises texts.
 
-    Truncation and padding that were saved in the tokenizer's file are off, and
-    so is the warning for texts above its ``model_max_length``: `encode` cuts.
+    Truncation and padding are off even if they were saved in the tokenizer's
+    file. So is the warning for texts longer than its ``model_max_length``,
+    because `encode` cuts them afterwards.
+
+    Args:
+      texts: The texts.
+      special: Whether to add special tokens. Defaults to False.
+
+    Returns:
+      The token ids of each text.
     """
     texts = list(texts)
     if not texts:
@@ -436,34 +562,52 @@ class _Tokens(NamedTuple):
         verbose=False)['input_ids']
 
   def before(self, ids: list[int]) -> list[int]:
-    """Returns what stands before a text: what the tokenizer adds, unless the
-    text begins with it, and for an empty text one token in any case."""
+    """Returns the tokens to put before a text.
+
+    These are the special tokens of the tokenizer, unless the text begins with
+    them. An empty text gets at least one token, so that a model has an input.
+
+    Args:
+      ids: Token ids of the text, without special tokens.
+    """
     if self.prefix:
       doubled = ids[:len(self.prefix)] == self.prefix
       return [] if doubled else self.prefix
     return [] if ids else [_start(self.tokenizer)]
 
   def around(self, ids: list[int]) -> list[int]:
-    """Returns a text with all that the tokenizer adds, but nothing twice."""
+    """Returns a text with the special tokens that it does not have already."""
     n = len(self.suffix)
     after = [] if n and ids[-n:] == self.suffix else self.suffix
     before = self.before(ids) if self.prefix else []
     return [*before, *ids, *after]
 
   def keep_end(self, ids: list[int], most: int) -> list[int]:
-    """Cuts a prompt to ``most`` tokens: its beginning is lost, but not what the
-    tokenizer puts there."""
+    """Cuts the beginning of a prompt after its special tokens.
+
+    Args:
+      ids: Token ids of the prompt, with the special tokens before it.
+      most: Largest number of tokens of the result.
+    """
     if len(ids) <= most:
       return ids
     first = len(self.prefix)
     if not first and ids[0] == self.tokenizer.bos_token_id:
-      first = 1  # the text's own
+      first = 1  # The text has a start token of its own.
     if most <= first:
       return ids[:max(most, 0)]
     return [*ids[:first], *ids[len(ids) - most + first:]]
 
   def keep_mask(self, ids: list[int], most: int) -> list[int]:
-    """Cuts the text before the mask, as far as that will do, else after it."""
+    """Cuts a prompt, but not its mask and special tokens.
+
+    The text before the mask is cut first, from its beginning. If that is not
+    enough, the end of the text after the mask is cut, too.
+
+    Args:
+      ids: Token ids of the prompt, with special tokens.
+      most: Largest number of tokens of the result.
+    """
     over, first = len(ids) - most, len(self.prefix)
     at = ids.index(self.tokenizer.mask_token_id)
     before = min(over, max(at - first, 0))
@@ -474,7 +618,7 @@ class _Tokens(NamedTuple):
 
 
 def _start(tokenizer) -> int:
-  """Returns what stands before a text that has nothing before it."""
+  """Returns the token to put before an empty text."""
   for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
     if token is not None:
       return token
@@ -485,8 +629,14 @@ def _start(tokenizer) -> int:
 
 
 def answers_within(data: Encoded, length: int) -> int:
-  """Answer tokens of a row of at most ``length`` tokens, at most: one shape
-  for each bucket of lengths."""
+  """Returns the largest number of answer tokens of a row within a bucket.
+
+  Batches of the bucket reserve that many, so that all have the same shape.
+
+  Args:
+    data: The tokenised rows.
+    length: Length of the bucket. Longer rows are not considered.
+  """
   if data.read_at is not None:
     return 1
   fits = data.lengths <= length
@@ -495,24 +645,38 @@ def answers_within(data: Encoded, length: int) -> int:
 
 def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
              ) -> dict[str, Any]:
-  """Host arrays of the rows ``index``, padded to ``length`` tokens.
+  """Packs rows into a batch of fixed shape, as arrays in host memory.
 
   Args:
-    data: the encoded rows.
-    index: which rows, in order.
-    length: tokens S to pad to: on the right, or on the left where the model is
-      to continue.
-    rows: rows to pad to; padding has weight 0.
+    data: The tokenised rows.
+    index: Indices of the rows of the batch.
+    length: Number S of tokens to pad to. Padding is on the right, or on the
+      left if the model continues the prompts.
+    rows: Number of rows to pad to.
 
   Returns:
-    A dict with ``input_ids`` and ``attention_mask`` [rows, S] (1 for a prompt,
-    2, 3, ... for its candidates), ``row`` [rows] (the index), ``weight``
-    [rows] and, but for prompts to be continued, ``gold`` [rows, C] (which
-    candidates are right), ``label`` [rows] (the first of these),
-    ``answer_at`` [rows, A] (where an answer's token is predicted) and, where
-    candidates are laid out, ``answer_ids`` and ``answer_of`` [rows, A] (the
-    token, and its candidate or -1); with token types ``token_type_ids``; with
-    a kept trunk ``trunk`` [rows, S, D], zero at padding.
+    A dict of arrays. It always has:
+
+    * ``input_ids`` [rows, S], the tokens;
+    * ``attention_mask`` [rows, S], 0 at padding, 1 for the prompt and 2, 3, ...
+      for its candidates;
+    * ``row`` [rows], the index of each row in ``data``;
+    * ``weight`` [rows], float32, 1 for a row and 0 for padding.
+
+    Unless answers are generated, it also has:
+
+    * ``gold`` [rows, C], bool, which candidates are right;
+    * ``label`` [rows], the first right candidate;
+    * ``answer_at`` [rows, A], the positions at which answers' tokens are
+      predicted.
+
+    If candidates are in the sequence, it also has:
+
+    * ``answer_ids`` [rows, A], the tokens of the answers;
+    * ``answer_of`` [rows, A], the candidate of each token, -1 at padding.
+
+    If ``data`` has them, there are ``token_type_ids`` [rows, S] and the cached
+    activations ``trunk`` [rows, S, D], which are zero at padding.
   """
   most, shape = answers_within(data, length), (rows, length)
   batch = {
@@ -521,7 +685,8 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
       'row': np.zeros(rows, np.int32),
       'weight': np.zeros(rows, np.float32),
   }
-  end = -1 if data.generates else 0  # no row attends to nothing
+  # Rows of padding get one token, so that no row attends to nothing.
+  end = -1 if data.generates else 0
   batch['attention_mask'][len(index):, end] = 1
   laid_out = data.read_at is None and not data.generates
   if not data.generates:
@@ -561,8 +726,11 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
       after = at + len(ids)
       batch['input_ids'][i, at:after] = ids
       batch['attention_mask'][i, at:after] = c + 2
+      # Each token is predicted at the position before it. The first token of a
+      # candidate is predicted at the end of the prompt, which in the sequence
+      # is not next to it if there are other candidates between them.
       before = np.arange(after - k - 1, after - 1)
-      before[before < at] = n - 1  # the first token follows the prompt
+      before[before < at] = n - 1
       batch['answer_at'][i, a:a + k] = before
       batch['answer_ids'][i, a:a + k] = ids[len(ids) - k:]
       batch['answer_of'][i, a:a + k] = c

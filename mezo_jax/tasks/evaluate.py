@@ -1,4 +1,8 @@
-"""Evaluates what a model answers: metrics, losses and calibration."""
+"""Evaluates the answers of a model: metrics, losses and calibration.
+
+A *report* is a dict from the names of numbers, such as ``accuracy`` and
+``loss``, to their values over some rows.
+"""
 
 from collections.abc import Callable
 import functools
@@ -20,20 +24,28 @@ from mezo_jax.tasks.task import Task
 
 
 class Sizes(NamedTuple):
-  """The shapes of evaluation batches."""
+  """Holds limits on the shapes of evaluation batches."""
 
-  buckets: tuple[int, ...]  # of lengths
-  rows: int = 32  # a batch, at most
-  tokens: int = 16_384  # a batch, padding included, at most
+  buckets: tuple[int, ...]  # lengths that rows are padded to, in tokens
+  rows: int = 32  # largest number of rows per batch
+  tokens: int = 16_384  # largest number of tokens per batch, with padding
 
 
 def each_batch(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
                mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-  """``run(params)`` yields (numbers of rows, ``fn(params, batch)``), batch by
-  batch, every row once.
+  """Returns a function that evaluates all rows in batches.
 
-  ``fn`` is jitted, once per bucket; its result is a tree of arrays [rows, ...],
-  of which a batch that is not full has more than there are numbers.
+  Args:
+    fn: Function ``fn(params, batch)`` that returns a tree of arrays
+      [rows, ...]. It is jitted and compiled once per bucket.
+    data: The tokenised rows.
+    sizes: Limits on the shapes of batches.
+    mesh: Mesh of the parameters.
+
+  Returns:
+    A generator function ``run(params)``. For each batch it yields the indices
+    of its rows and the result of ``fn``. If a batch is not full, the result has
+    additional entries for padding at its end.
   """
   mesh = sharding.without_directions(mesh)
   groups = sharding.row_groups(mesh)
@@ -53,14 +65,33 @@ def each_batch(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
 
 
 def rows_of_batch(sizes: Sizes, length: int, most: int, groups: int) -> int:
-  """The rows of a batch of so many tokens each, of ``most`` that there are."""
+  """Returns the number of rows of an evaluation batch.
+
+  Args:
+    sizes: Limits on the shapes of batches.
+    length: Number of tokens of each row.
+    most: Number of rows that there are.
+    groups: Number of groups of devices that share the rows of a batch. The
+      result is rounded up to a multiple of it.
+  """
   rows = min(sizes.rows, max(sizes.tokens // length, 1), most)
   return -(-rows // groups) * groups
 
 
 def run_batches(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
                 mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-  """``run(params)``: the rows' values of ``fn(params, batch)``, in order."""
+  """Returns a function that evaluates all rows and restores their order.
+
+  Args:
+    fn: Function as for `each_batch`.
+    data: The tokenised rows.
+    sizes: Limits on the shapes of batches.
+    mesh: Mesh of the parameters.
+
+  Returns:
+    A function ``run(params)`` that returns a list with the result of ``fn`` for
+    each row, on the host.
+  """
   batches = each_batch(fn, data, sizes, mesh)
 
   def run(params) -> list:
@@ -76,26 +107,40 @@ def run_batches(fn: Callable[..., Any], data: Encoded, sizes: Sizes,
 
 def answers(model: Any, task: Task | None, data: Encoded, tokenizer: Any
             ) -> Callable[..., Any]:
-  """``fn(params, batch)`` that batches of the rows are evaluated by: generated
-  tokens and whether all logits were finite; or ``(sums, counts)``, see
-  `mezo_jax.tasks.score.log_likelihoods`."""
+  """Returns the function that computes a model's answers for a batch.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows. It may be None unless answers are generated.
+    data: The tokenised rows.
+    tokenizer: Tokenizer of the model. It may be None unless answers are
+      generated.
+
+  Returns:
+    A function ``fn(params, batch)``. If answers are generated, it returns their
+    tokens and whether all logits were finite. Otherwise it returns the
+    ``(sums, counts)`` of `mezo_jax.tasks.score.log_likelihoods`.
+  """
   if not data.generates:
     return _likelihoods(model, data.form)
-  assert task is not None  # generated answers need their task
+  assert task is not None  # The caller passes it if answers are generated.
   return _generated(model, task.max_new_tokens,
                     score_lib.stop_ids(task, tokenizer))
 
 
-# Dev and test rows, and those of other runs, share what is compiled: jax knows
-# the programs of a function again.
+# jax.jit finds its compiled programs by the identity of a function. The caches
+# return the same function for equal arguments, so that dev rows, test rows and
+# later runs share compiled programs.
 @functools.lru_cache(maxsize=16)
 def _likelihoods(model, form: Form) -> Callable:
+  """Returns ``fn(params, batch)`` that scores candidates."""
   return lambda params, batch: score_lib.log_likelihoods(
       model, params, batch, form)
 
 
 @functools.lru_cache(maxsize=16)
 def _generated(model, max_new_tokens: int, stop_ids: tuple) -> Callable:
+  """Returns ``fn(params, batch)`` that generates answers."""
   return lambda params, batch: models.generate(
       model, params, batch['input_ids'], batch['attention_mask'],
       max_new_tokens=max_new_tokens, check=True, stop_ids=stop_ids)
@@ -103,8 +148,18 @@ def _generated(model, max_new_tokens: int, stop_ids: tuple) -> Callable:
 
 def make_scorer(model: Any, data: Encoded, sizes: Sizes,
                 mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-  """``score(params) -> (sums, counts)``, float32 [R, C] over all rows; see
-  `mezo_jax.tasks.score.log_likelihoods`."""
+  """Returns a function that scores the candidates of all rows.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    data: The tokenised rows.
+    sizes: Limits on the shapes of batches.
+    mesh: Mesh of the parameters.
+
+  Returns:
+    A function ``score(params)`` that returns ``(sums, counts)``, float32
+    [R, C] each; see `mezo_jax.tasks.score.log_likelihoods`.
+  """
   run = run_batches(
       answers(model, None, data, None), data, sizes, mesh)
   return lambda params: tuple(np.stack(x) for x in zip(*run(params)))
@@ -117,29 +172,38 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
                    objective: str | Callable[..., Any] = '',
                    gold: Encoded | None = None, gold_sizes: Sizes | None = None
                    ) -> Callable[..., Any]:
-  """Returns ``evaluate(params, offsets=None) -> (report, scores)`` of ``data``.
-
-  A report has the task's metrics, ``count``, and ``loss``: the value of the
-  objective on all rows, as steps report that of their batch (of a metric or a
-  function, minus its value). See `report` for the rest. Scores are [R, C], or
-  None where answers are generated.
+  """Returns a function that evaluates parameters on some rows.
 
   Args:
-    model: a `mezo_jax.models.Transformer`.
-    task: of the rows.
-    data: the rows; prompts to be continued, candidates, or right answers alone
-      (then the LM loss is all there is to say).
-    tokenizer: the model's.
-    sizes: of the batches.
-    mesh: that parameters are on.
-    prior: the same candidates after a prompt without content, whose summed
-      log-likelihoods are subtracted: surface-form calibration (Holtzman et al.,
-      2021).
-    prior_sizes: of its batches, if not the same.
-    objective: What is trained; the task's own if ''.
-    gold: Where answers are generated, the same rows with their right answers,
-      for the LM loss; None to leave that out.
-    gold_sizes: The sizes of its batches, if they are not the same.
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows.
+    data: The tokenised rows: prompts to continue, prompts with candidates, or
+      prompts with right answers only. For the last, the only result is the
+      language-model loss.
+    tokenizer: Tokenizer of the model.
+    sizes: Limits on the shapes of batches.
+    mesh: Mesh of the parameters.
+    prior: The same candidates after a prompt without content. Their summed
+      log-likelihoods are subtracted, which is surface-form calibration
+      (Holtzman et al., 2021). Defaults to None, for no calibration.
+    prior_sizes: Limits on the shapes of the batches of ``prior``. Defaults to
+      ``sizes``.
+    objective: Objective that is trained. Defaults to '', for the task's own.
+    gold: If answers are generated, the same rows with their right answers, for
+      the language-model loss. Defaults to None, which leaves out that loss.
+    gold_sizes: Limits on the shapes of the batches of ``gold``. Defaults to
+      ``sizes``.
+
+  Returns:
+    A function ``evaluate(params, offsets=None)`` that returns
+    ``(report, scores)``. The report has the metrics of the task, ``count`` and
+    ``loss``, the value of the objective over all rows with the sign with which
+    it is minimised; see `report` for the others. With ``offsets`` [C] it also
+    has metrics of ``scores + offsets``. Scores are [R, C], or None if answers
+    are generated or ``data`` has right answers only.
+
+  Raises:
+    ValueError: If the objective is 'lm' and ``data`` is not written out.
   """
   objective = objectives.of(task, objective)
   if data.generates:
@@ -147,7 +211,7 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
                            gold, gold_sizes)
   if objective == 'lm' and data.read_at is not None:
     raise ValueError(
-        "the objective 'lm' needs candidates that are laid out: encode the "
+        "the objective 'lm' needs candidates that are written out; encode the "
         'rows with write_out=True.')
   score = make_scorer(model, data, sizes, mesh)
   subtract = prior and make_scorer(
@@ -178,15 +242,16 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
 
 def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
                     gold_sizes) -> Callable:
-  """Returns `make_evaluator` of rows whose answers are generated."""
+  """Returns the function of `make_evaluator` for generated answers."""
   run = run_batches(
       answers(model, task, data, tokenizer), data, sizes, mesh)
   right = gold and make_scorer(model, gold, gold_sizes or sizes, mesh)
   has_gold = all(map(task.has_gold, data.rows))
 
   def evaluate(params, offsets=None):
-    del offsets  # of candidates
+    del offsets  # Offsets are for candidates only.
     tokens, finite = map(np.stack, zip(*run(params)))
+    # Tokens chosen from logits that are not finite are no answer.
     said = [text if fine else '' for text, fine in zip(
         score_lib.texts(tokens, task, tokenizer), finite)]
     out = {}
@@ -208,13 +273,24 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
 
 
 def _lm_loss(sums: np.ndarray, counts: np.ndarray) -> float:
+  """Returns minus the mean log-likelihood of all tokens."""
   return float(-sums.sum() / counts.sum())
 
 
 def trained_loss(objective: str | Callable[..., Any], scores: np.ndarray,
                  data: Encoded) -> float:
-  """Returns the value of an objective over candidates, but for 'lm', as steps
-  minimise it, of the scores [R, C] of all rows."""
+  """Returns the value of an objective for the scores of all rows.
+
+  The value has the sign with which training steps minimise it.
+
+  Args:
+    objective: Objective over candidates, except 'lm'.
+    scores: Scores [R, C] of the candidates.
+    data: The tokenised rows.
+
+  Raises:
+    ValueError: If the objective cannot be computed from scores.
+  """
   said = predictions(scores)
   if callable(objective):
     return -objectives.value(objective, said.tolist(), data.rows)
@@ -224,24 +300,25 @@ def trained_loss(objective: str | Callable[..., Any], scores: np.ndarray,
     return -_accuracy(said, data.golds)
   if objective == 'f1':
     return -float(metrics.macro_f1(said, data.labels))
-  raise ValueError(f'objective {objective!r} needs more than scores.')
+  raise ValueError(f'objective {objective!r} cannot be computed from scores.')
 
 
 def choices_report(task: Task, objective: str | Callable[..., Any],
                    data: Encoded, scores: np.ndarray, loss: float | None = None
                    ) -> dict[str, Any]:
-  """Returns the report of scores [R, C] of candidates.
+  """Returns the report of the scores of candidates.
 
-  The value of a function that is trained is in it, under
-  `mezo_jax.tasks.objective.name`. Where some rows have no right answer,
-  metrics that need one are not.
+  If a user's function is trained, its value is in the report under the name
+  from `mezo_jax.tasks.objective.name`. If some rows have no right answer,
+  metrics that need one are left out.
 
   Args:
-    task: The rows' task.
-    objective: What is trained.
-    data: The rows.
-    scores: By which candidates are chosen.
-    loss: The objective's value, where it is not that of these scores.
+    task: Task of the rows.
+    objective: Objective that is trained.
+    data: The tokenised rows.
+    scores: Scores [R, C] by which candidates are chosen.
+    loss: Value of the objective, if it is not computed from these scores.
+      Defaults to None.
   """
   out = {}
   if callable(objective):
@@ -259,8 +336,18 @@ def choices_report(task: Task, objective: str | Callable[..., Any],
 
 def calibrated(task: Task, objective: str | Callable[..., Any], data: Encoded,
                scores: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
-  """Returns what `choices_report` adds for ``scores + offsets``: the main
-  metrics, as ``calibrated_``."""
+  """Returns the calibrated metrics that are added to a report.
+
+  These are the main metric and the value of a user's function, computed with
+  ``scores + offsets``. Their names begin with ``calibrated_``.
+
+  Args:
+    task: Task of the rows.
+    objective: Objective that is trained.
+    data: The tokenised rows.
+    scores: Scores [R, C] of the candidates.
+    offsets: Offsets [C] of the classes, from `calibrate`.
+  """
   out, scores = {}, scores + offsets
   if all(data.golds):
     metric = _of_golds(task, objective)
@@ -273,18 +360,20 @@ def calibrated(task: Task, objective: str | Callable[..., Any], data: Encoded,
 
 
 def _of_golds(task: Task, objective: str | Callable) -> str:
-  """Returns the main metric of those that compare with right answers."""
+  """Returns the main metric among those that need right answers."""
   return task.main_metric if callable(objective) else objectives.metric(
       task, objective)
 
 
 class Evaluators(NamedTuple):
-  """Functions of parameters."""
+  """Holds functions of parameters that evaluate the rows of a run."""
 
-  dev: Callable  # -> report
-  test: Callable  # -> report
-  both: Callable  # -> (report, report), of classes also calibrated on dev
-  sizes: dict[str, Sizes]  # of the batches of train, dev and test
+  dev: Callable  # returns the report of the dev rows
+  test: Callable  # returns the report of the test rows
+  # Returns the reports of dev and test rows. For tasks with classes they have
+  # metrics that are calibrated on the dev rows, too.
+  both: Callable
+  sizes: dict[str, Sizes]  # shapes of the batches of each split
 
 
 def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
@@ -296,11 +385,11 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
   Args:
     model: A `mezo_jax.models.Transformer`.
     task: Task of the rows.
-    objective: What is trained; the task's own if ''.
-    splits: The rows.
+    objective: Objective that is trained, or '' for the task's own.
+    splits: The tokenised rows.
     tokenizer: Tokenizer of the model.
-    mesh: Mesh that parameters are on.
-    sizes: Shapes of the batches of each split, from `sizes_of`.
+    mesh: Mesh of the parameters.
+    sizes: Limits on the shapes of the batches of each split, from `sizes_of`.
   """
   objective = objectives.of(task, objective)
   dev, test = (make_evaluator(
@@ -310,6 +399,7 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
                for name in ('dev', 'test'))
 
   def both(params):
+    """Calibrates on the dev rows and applies the offsets to the test rows."""
     on_dev, scores = dev(params)
     offsets = None
     if scores is not None and task.traits.classes and all(splits.dev.golds):
@@ -323,12 +413,12 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
 
 def sizes_of(splits: data_lib.Splits, rows: int, tokens: int
              ) -> dict[str, Sizes]:
-  """Returns the shapes of the evaluation batches of each split.
+  """Returns the limits on the shapes of evaluation batches for each split.
 
   Args:
-    splits: The rows.
-    rows: Rows of a batch, at most.
-    tokens: Tokens of a batch, at most, padding included.
+    splits: The tokenised rows.
+    rows: Largest number of rows per batch.
+    tokens: Largest number of tokens per batch, with padding.
   """
   return {name: Sizes(buckets, rows, tokens)
           for name, buckets in splits.buckets.items()}
@@ -337,19 +427,27 @@ def sizes_of(splits: data_lib.Splits, rows: int, tokens: int
 def report(scores: np.ndarray, golds: Any, offsets: np.ndarray | None = None,
            metric: str = 'accuracy', loss: float | None = None
            ) -> dict[str, Any]:
-  """Returns loss and metrics of scores [R, C].
+  """Computes the loss and the metrics of scores.
 
-  A row whose highest score is not finite has no answer: it counts as wrong,
-  and ``not_finite`` is the number of such rows, if there are any.
+  A row whose highest score is not finite has no prediction and counts as wrong.
 
   Args:
-    scores: of the candidates.
-    golds: [R] integers, or [R] tuples of them where any will do.
-    offsets: [C]; adds the metric of ``scores + offsets``, as ``calibrated_``.
-    metric: of the predictions, in addition to their accuracy.
-    loss: The value of the objective, where that is not the cross-entropy of
-      these scores. It is then ``loss`` and the cross-entropy has its own name,
-      ``cross_entropy``.
+    scores: Scores [R, C] of the candidates.
+    golds: Right candidate of each row, as an integer, or as a tuple of integers
+      if several are right.
+    offsets: Offsets [C] of the classes. With them, the metric of
+      ``scores + offsets`` is added to the report. Defaults to None.
+    metric: Metric to report in addition to the accuracy. Defaults to
+      'accuracy'.
+    loss: Value of the objective. Defaults to None, which means the
+      cross-entropy of the scores.
+
+  Returns:
+    A report with ``accuracy``, the metric, ``loss`` and ``count``, the number
+    of rows. If a loss is given, the cross-entropy is in ``cross_entropy``. If
+    the cross-entropy of some rows is not finite, their number is in
+    ``not_finite``. With offsets the report has ``calibrated_accuracy``, or
+    ``calibrated_`` with the name of another metric.
   """
   several = [g if isinstance(g, tuple) else (int(g),) for g in golds]
   labels = np.array([g[0] for g in several])
@@ -373,13 +471,24 @@ def report(scores: np.ndarray, golds: Any, offsets: np.ndarray | None = None,
 
 
 def predictions(scores: np.ndarray) -> np.ndarray:
-  """Returns the candidates [R] with the highest scores [R, C], -1 where that
-  is not finite."""
+  """Returns the candidate of each row with the highest score.
+
+  Args:
+    scores: Scores [R, C].
+
+  Returns:
+    Integers [R], -1 if the highest score is not finite.
+  """
   return np.where(np.isfinite(scores.max(-1)), scores.argmax(-1), -1)
 
 
 def _losses(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Returns the cross-entropies [R] of scores [R, C]."""
+  """Returns the cross-entropy [R] of each row.
+
+  Args:
+    scores: Scores [R, C].
+    labels: Right candidates, integers [R].
+  """
   with np.errstate(invalid='ignore'):
     shifted = scores - scores.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -387,15 +496,24 @@ def _losses(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _accuracy(said: np.ndarray, golds) -> float:
+  """Returns the share of predictions that are among the right candidates."""
   return float(np.mean([p in g for p, g in zip(said, golds)]))
 
 
 def report_texts(answers: list[str], references: list[list[str]]
                  ) -> dict[str, Any]:
-  """F1 and exact match of generated answers, the paper's (SQuAD's) and DROP's.
+  """Computes the metrics of generated answers.
 
-  Each is the best over the references of a row; each of these counts as one
-  annotation of DROP.
+  Each metric of a row is the best over its references. For DROP, each reference
+  counts as one answer with one span.
+
+  Args:
+    answers: Generated answers [R].
+    references: Acceptable answers of each row.
+
+  Returns:
+    A report with ``f1`` and ``exact_match`` as in SQuAD, ``drop_f1`` as in DROP
+    and ``count``, the number of rows.
   """
   pairs = [*zip(answers, references)]
   drop = [metrics.drop_metrics(a, [[r] for r in refs]) for a, refs in pairs]
@@ -407,25 +525,41 @@ def report_texts(answers: list[str], references: list[list[str]]
 
 
 def _lost(finite: np.ndarray) -> dict:
-  """``not_finite`` of a report, if any of the rows [R] is not."""
+  """Returns the entry ``not_finite`` of a report, or {} if all is finite.
+
+  Args:
+    finite: Whether each row is finite, bools [R].
+  """
   lost = int(np.sum(~finite))
   return {'not_finite': lost} if lost else {}
 
 
 def is_finite(report: dict[str, Any]) -> bool:
-  """Returns whether all scores and numbers of a report are finite. If not, it
-  does not show how good a model is, and its step is never the best."""
+  """Returns whether all scores and numbers of a report are finite.
+
+  If not, the report does not show how good a model is, and its step is never
+  selected as the best.
+  """
   return 'not_finite' not in report and all(
       np.isfinite(v) for v in report.values())
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """One offset a class that makes scores [R, C] most accurate on their rows.
+  """Finds an offset per class that maximises the accuracy of scores.
 
-  For two classes this is the best threshold. A model's prior for its label
-  words is corrected so without any training, which is what a fine-tuned model
-  has to beat. Coordinate ascent; of equally good offsets, the middle one. Rows
-  with scores that are not finite have no say.
+  For two classes this is the best threshold. The offsets correct a model's
+  prior for its label words without any training, so a fine-tuned model should
+  beat the calibrated accuracy of the untrained one.
+
+  The offsets are found by coordinate ascent. Among equally good ones, the
+  middle one is taken. Rows with scores that are not finite are ignored.
+
+  Args:
+    scores: Scores [R, C].
+    labels: Right classes, integers [R].
+
+  Returns:
+    Offsets [C] to add to scores. The first is 0.
   """
   offsets, finite = np.zeros(scores.shape[1]), np.isfinite(scores).all(-1)
   if not finite.any():
@@ -434,7 +568,9 @@ def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
   for _ in range(3 if scores.shape[1] > 2 else 1):
     for c in range(1, scores.shape[1]):
       others = np.delete(scores + offsets, c, axis=1).max(-1)
-      edges = np.sort(others - scores[:, c])  # row turns to c at its edge
+      # Above its edge, an offset of class c changes a row's prediction to c.
+      # Accuracy changes only there, so one offset per interval is tried.
+      edges = np.sort(others - scores[:, c])
       tries = np.concatenate(
           [[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
       hits = []
@@ -448,9 +584,19 @@ def calibrate(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def rank(report: dict[str, Any], metric: str, select: str
          ) -> dict[str, Any] | None:
-  """Returns what checkpoints are compared by: ``score`` first, then ``loss``,
-  which is the cross-entropy where there is one; None for a report that is not
-  finite."""
+  """Returns the numbers by which checkpoints are compared.
+
+  Args:
+    report: Report of the dev rows.
+    metric: Name of the main metric.
+    select: 'loss' to compare by the loss. Otherwise the metric is compared, if
+      the report has it.
+
+  Returns:
+    A dict with ``score`` (higher is better) and ``loss``, which decides between
+    equal scores and is the cross-entropy if the report has one. None if the
+    report is not finite.
+  """
   if not is_finite(report):
     return None
   loss = report.get('loss', 0.0)
@@ -459,13 +605,22 @@ def rank(report: dict[str, Any], metric: str, select: str
           'loss': report.get('cross_entropy', loss)}
 
 
+# Numbers between 0 and 1, which are formatted in percent, and the other numbers
+# of a report that are not the value of a user's function.
 _SHARES = ('accuracy', 'macro_f1', 'f1', 'exact_match', 'drop_f1')
 _PLAIN = ('loss', 'cross_entropy', 'matthews')
 
 
 def in_percent(name: str, report: dict[str, Any]) -> bool:
-  """Returns whether a number of a report is a share of 1; the values of a
-  user's function are not. A mean of several tasks is one if all are."""
+  """Returns whether a number of a report is a share, to format in percent.
+
+  The value of a user's function is not. The mean of several tasks is, unless
+  the report contains such a value.
+
+  Args:
+    name: Name of the number.
+    report: Report with the number.
+  """
   last = lambda name: name.rpartition('/')[2].removeprefix('calibrated_')
   if name == 'mean':
     return all(last(n) in _SHARES + _PLAIN for n, value in report.items()
@@ -474,8 +629,16 @@ def in_percent(name: str, report: dict[str, Any]) -> bool:
 
 
 def spell_value(name: str, report: dict[str, Any]) -> str:
-  """Returns a number of a report as a table has it: shares, and correlations,
-  times 100 with one digit, others as they are; '' if it is not there."""
+  """Formats a number of a report for a table.
+
+  Shares and correlations are multiplied by 100 and get one decimal. Other
+  numbers get four significant digits. The result is '' if the report has no
+  such number.
+
+  Args:
+    name: Name of the number.
+    report: The report.
+  """
   if name not in report:
     return ''
   if in_percent(name, report) or name.endswith('matthews'):
@@ -484,25 +647,29 @@ def spell_value(name: str, report: dict[str, Any]) -> str:
 
 
 def spell_number(name: str, report: dict[str, Any]) -> str:
-  """Returns a number of a report as text: ``65.5%`` or ``0.612``."""
+  """Formats a number of a report for a log line: ``65.5%`` or ``0.612``."""
   value = report[name]
   return f'{value:.1%}' if in_percent(name, report) else f'{value:.3f}'
 
 
 def spell(report: dict[str, Any]) -> str:
-  """Returns a report as text: ``accuracy 65.5%, loss 0.612``."""
+  """Formats a report for a log line: ``accuracy 65.5%, loss 0.612``."""
   out = [f'{name.replace("_", " ")} {spell_number(name, report)}'
          for name, value in report.items() if isinstance(value, float)]
   if 'not_finite' in report:
-    out.append(f'scores of {report["not_finite"]} of {report["count"]} rows '
-               'not finite')
+    out.append(f'{report["not_finite"]} of {report["count"]} rows have scores '
+               'that are not finite')
   return ', '.join(out)
 
 
 def peak_memory() -> int:
-  """Bytes that this process has held at most: of its fullest accelerator, or
-  where that is the CPU of the whole process."""
+  """Returns the peak memory of this process so far, in bytes.
+
+  This is the memory of the accelerator that held the most. On a CPU, which does
+  not report it, it is the memory of the whole process.
+  """
   stats = [d.memory_stats() or {} for d in jax.local_devices()]
   most = max(s.get('peak_bytes_in_use', 0) for s in stats)
+  # ru_maxrss is in KiB, except on macOS, where it is in bytes.
   kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return most or kib * (1 if sys.platform == 'darwin' else 1024)

@@ -1,5 +1,12 @@
-"""The four GLUE tasks of MeZO-SVRG (Gautam et al., 2024, Section 5): no prompt,
-but a new linear layer on what the model makes of the text."""
+"""Declares the four GLUE tasks on which MeZO-SVRG was evaluated.
+
+They have no prompt: a new linear layer on the features of the model predicts
+the class of a text or of a pair of texts.
+
+References:
+  Gautam et al. (2024), Variance-reduced Zeroth-Order Methods for Fine-Tuning
+    Language Models, Section 5.
+"""
 
 from mezo_jax.tasks.task import Task
 

@@ -1,9 +1,10 @@
-"""A new linear layer on the model's features: classes without a prompt.
+"""Adds a new classification head to a model, for tasks without label words.
 
-As Hugging Face's classes for sequence classification have it: a masked model is
-read at its first token, through a dense layer and tanh; a causal one at its
-last, by one matrix without a bias. Parameters stand beside the model's, under
-``classifier``, in float32.
+The head is that of transformers' classes for sequence classification. A masked
+model is read at its first token, and the head is a dense layer, tanh and a
+linear layer. A causal model is read at its last token, and the head is one
+matrix without a bias. The parameters are float32 and are stored next to those
+of the model, under ``classifier``.
 """
 
 from typing import Any
@@ -15,7 +16,19 @@ from mezo_jax.models import Config
 
 
 def init(key: jax.Array, config: Config, num_classes: int) -> dict[str, Any]:
-  """Normal kernels of standard deviation 0.02, biases 0."""
+  """Creates a classification head.
+
+  Kernels are normal with a standard deviation of 0.02, and biases are 0.
+
+  Args:
+    key: PRNG key.
+    config: Config of the model.
+    num_classes: Number C of classes.
+
+  Returns:
+    A nested dict of float32 arrays: ``out/kernel`` [D, C] and, for a masked
+    model, ``out/bias`` [C], ``dense/kernel`` [D, D] and ``dense/bias`` [D].
+  """
   d, c = config.width, num_classes
   normal = lambda i, shape: 0.02 * jax.random.normal(
       jax.random.fold_in(key, i), shape, jnp.float32)
@@ -26,7 +39,15 @@ def init(key: jax.Array, config: Config, num_classes: int) -> dict[str, Any]:
 
 
 def apply(classifier: dict[str, Any], x: jax.Array) -> jax.Array:
-  """float32 logits [B, C] of features x [B, D]."""
+  """Applies a classification head.
+
+  Args:
+    classifier: Parameters from `init`.
+    x: Features [B, D] of the model, of any floating-point dtype.
+
+  Returns:
+    Logits, float32 [B, C].
+  """
   def linear(p, x):
     return x @ p['kernel'] + p.get('bias', 0.0)
   x = x.astype(jnp.float32)

@@ -1,9 +1,9 @@
-"""Metrics of classes against labels and of texts against answers.
+"""Compares predicted classes with labels and generated texts with answers.
 
-Macro F1 and Matthews correlation, by scikit-learn, are computed over all rows
-at once. Exact match, token F1 and the two metrics of DROP are computed for one
-row, to be averaged over rows. Each is the best over the row's acceptable
-answers.
+Macro F1 and the Matthews correlation are computed over all rows at once, by
+scikit-learn. Exact match, token F1 and the two metrics of DROP are computed per
+row and are then averaged over rows. Their value for a row is the best over its
+acceptable answers.
 """
 
 from collections import Counter
@@ -21,54 +21,82 @@ _UNANSWERABLE = ('CANNOTANSWER', 'no answer')
 
 def macro_f1(predictions: Sequence[int] | np.ndarray,
              labels: Sequence[int] | np.ndarray) -> float:
-  """Returns the mean of F1 over the classes that labels or predictions have.
+  """Returns the mean of F1 over the classes that occur.
+
+  A class occurs if it is among the predictions or the labels. F1 is 0 for a
+  class that is only among one of them.
+
+  Args:
+    predictions: Predicted classes [R].
+    labels: Right classes [R].
 
   Raises:
-    ValueError: If there are no rows, or the two do not match in length.
+    ValueError: If there are no rows, or if the lengths differ.
   """
   from sklearn.metrics import f1_score  # slow to import
-  zero: Any = 0  # scikit-learn takes numbers too, and annotates texts alone
+  zero: Any = 0  # scikit-learn takes a number but annotates a str.
   return float(f1_score(
       labels, predictions, average='macro', zero_division=zero))
 
 
 def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:
-  """Returns the Matthews correlation of any number of classes (Gorodkin, 2004).
+  """Returns the Matthews correlation for any number of classes.
 
-  It is 0 where all predictions or all labels are of one class.
+  It is 0 if all predictions or all labels are of one class.
+
+  Args:
+    predictions: Predicted classes [R].
+    labels: Right classes [R].
 
   Raises:
-    ValueError: If there are no rows, or the two do not match in length.
+    ValueError: If there are no rows, or if the lengths differ.
+
+  References:
+    Gorodkin (2004), Comparing two K-category assignments by a K-category
+      correlation coefficient.
   """
   from sklearn.metrics import matthews_corrcoef  # slow to import
   classes = np.unique(np.concatenate([predictions, labels]))
-  if len(classes) == 1:  # scikit-learn would print a warning
+  if len(classes) == 1:  # scikit-learn would print a warning.
     return 0.0
   return float(matthews_corrcoef(labels, predictions))
 
 
 def normalize_answer(text: str) -> str:
-  """Lower case, no ASCII punctuation, no a, an or the, single spaces.
+  """Normalises a text as the script of SQuAD v1.1 does.
 
-  As in the script of SQuAD v1.1 (Rajpurkar et al., 2016).
+  The result is in lower case, without ASCII punctuation and without the
+  articles a, an and the. Its words are separated by single spaces.
+
+  Args:
+    text: Text to normalise.
+
+  References:
+    Rajpurkar et al. (2016), SQuAD: 100,000+ Questions for Machine Comprehension
+      of Text.
   """
   bare = text.lower().translate(_NO_PUNCTUATION)
   return ' '.join(_ARTICLES.sub(' ', bare).split())
 
 
 def _check(answers) -> None:
+  """Raises ValueError unless the answers are a list of at least one."""
   if isinstance(answers, str) or not len(answers):
     raise ValueError(
-        f'the answers have to be a list of at least one, not {answers!r}.')
+        f'answers must be a list of at least one answer, got {answers!r}.')
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-  """1 if the prediction is one of the answers, both normalised; else 0.
+  """Returns 1 if the prediction equals an answer after normalisation, else 0.
 
-  SQuAD v1.1 (Rajpurkar et al., 2016).
+  This is exact match as in SQuAD v1.1 (Rajpurkar et al., 2016).
+
+  Args:
+    prediction: Generated text.
+    answers: Acceptable answers.
 
   Raises:
-    ValueError: if there are no answers, or one text instead of a list.
+    ValueError: If there are no answers, or if they are one text.
   """
   _check(answers)
   prediction = normalize_answer(prediction)
@@ -76,18 +104,24 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def span_f1(prediction: str, answers: Sequence[str]) -> float:
-  r"""F1 of the tokens of prediction and answer, with the best of the answers.
+  r"""Returns the F1 of the tokens of a prediction with the best answer.
 
-  With the multisets P and A of their tokens, normalised,
+  For the multisets P and A of normalised tokens of prediction and answer,
 
-  .. math:: F_1 = \frac{2 |P \cap A|}{|P| + |A|}
+  .. math:: F_1 = \frac{2 |P \cap A|}{|P| + |A|},
 
-  and 0 if both are empty (SQuAD v1.1, Rajpurkar et al., 2016). A question
-  without an answer, whose first one is ``'CANNOTANSWER'`` or ``'no answer'``,
-  counts as `exact_match` with that (Malladi et al., 2023, in its code).
+  or 0 if both are empty, as in SQuAD v1.1 (Rajpurkar et al., 2016).
+
+  If the first answer is ``'CANNOTANSWER'`` or ``'no answer'``, the question has
+  no answer. The result is then `exact_match` with that text, as in the code of
+  Malladi et al. (2023).
+
+  Args:
+    prediction: Generated text.
+    answers: Acceptable answers.
 
   Raises:
-    ValueError: if there are no answers, or one text instead of a list.
+    ValueError: If there are no answers, or if they are one text.
   """
   _check(answers)
   if answers[0] in _UNANSWERABLE:
@@ -104,34 +138,49 @@ def span_f1(prediction: str, answers: Sequence[str]) -> float:
 
 def drop_metrics(prediction: str | Sequence[str],
                  answers: Sequence[str | Sequence[str]]) -> tuple[float, float]:
-  r"""Exact match and F1 of DROP, each the best over the answers.
+  r"""Returns exact match and F1 of DROP, each with the best answer.
 
-  The prediction and every answer are a list of spans, or one span. A span's
-  tokens are what spaces and hyphens separate: lower case, without punctuation
-  and articles, numbers as ``str(float(token))``. With F(P, G) the F1 of the
-  *sets* of tokens of a predicted and a gold span, but 0 where the gold span
-  holds numbers and the predicted one none of them, and M the one-to-one
-  matchings of m predicted to n gold spans,
+  The prediction and every answer are a list of spans, or one span. Spaces and
+  hyphens separate the tokens of a span. Tokens are in lower case, without
+  punctuation and articles, and numbers are written as ``str(float(token))``.
 
-  .. math:: F_1 = \max_M \frac{1}{\max(m, n)} \sum_{(P, G) \in M} F(P, G)
+  F(P, G) is the F1 of the *sets* of tokens of a predicted span P and a gold
+  span G. It is 0 if the gold span contains numbers and the predicted span
+  contains none of them. Over the one-to-one matchings M of m predicted spans to
+  n gold spans,
 
-  to two decimals. The match is exact if both have as many spans and the same
-  ones, their tokens in order. An answer whose first span is blank counts 0.
+  .. math:: F_1 = \max_M \frac{1}{\max(m, n)} \sum_{(P, G) \in M} F(P, G),
 
-  As in the script of Dua et al. (2019), in its later form (allennlp_models,
-  rc/tools/drop.py); the first one matched greedily and let superfluous spans
-  pass.
+  rounded to two decimals. The match is exact if prediction and answer have the
+  same number of spans and the same spans, with the tokens of a span in the same
+  order. An answer whose first span is blank counts as 0.
+
+  The metrics are those of the later version of the script of Dua et al. (2019).
+  Its first version matched spans greedily and did not penalise superfluous
+  spans.
+
+  Args:
+    prediction: Predicted spans.
+    answers: Acceptable answers.
+
+  Returns:
+    A pair (exact match, F1) of floats in [0, 1].
 
   Raises:
-    ValueError: if there are no answers, one text instead of a list, or an
-      answer without spans.
+    ValueError: If there are no answers, if they are one text, or if an answer
+      has no spans.
+
+  References:
+    Dua et al. (2019), DROP: A Reading Comprehension Benchmark Requiring
+      Discrete Reasoning Over Paragraphs; allennlp_models, rc/tools/drop.py.
   """
   _check(answers)
   found = [_drop_tokens(span) for span in _spans(prediction)]
   best_match, best_f1 = 0.0, 0.0
   for spans in map(_spans, answers):
     if not spans:
-      raise ValueError(f'one of the answers {answers!r} has no spans.')
+      raise ValueError(f'an answer in {answers!r} has no spans; each needs at '
+                       'least one.')
     if spans[0].strip():
       gold = [_drop_tokens(span) for span in spans]
       match = set(found) == set(gold) and len(found) == len(gold)
@@ -141,10 +190,12 @@ def drop_metrics(prediction: str | Sequence[str],
 
 
 def _spans(spans: str | Sequence[str]) -> list[str]:
+  """Returns one span or several spans as a list."""
   return [spans] if isinstance(spans, str) else list(spans)
 
 
 def _number(token: str) -> str | None:
+  """Returns the normalised text of a number, or None for another token."""
   try:
     return str(float(token))
   except ValueError:
@@ -152,17 +203,19 @@ def _number(token: str) -> str | None:
 
 
 def _drop_tokens(span: str) -> tuple[str, ...]:
+  """Splits a span into the normalised tokens of DROP."""
   tokens = []
   for token in re.split('[ -]', span.lower()):
     bare = token.translate(_NO_PUNCTUATION)
-    # 1.5 is a number and keeps its point; $1,500 is one without punctuation.
+    # '1.5' is a number as it is and keeps its point. '$1,500' becomes a number
+    # only without punctuation.
     token = _number(token) or _number(bare) or bare
     tokens += _ARTICLES.sub(' ', token).split()
   return tuple(tokens)
 
 
 def _drop_f1(found: list[tuple[str, ...]], gold: list[tuple[str, ...]]):
-  """F1 of two lists of spans under the best one-to-one matching."""
+  """Returns the F1 of two lists of spans under the best one-to-one matching."""
   from scipy.optimize import linear_sum_assignment  # slow to import
   scores = np.zeros((len(gold), len(found)))
   for i, g in enumerate(map(set, gold)):
@@ -170,10 +223,11 @@ def _drop_f1(found: list[tuple[str, ...]], gold: list[tuple[str, ...]]):
     for j, p in enumerate(map(set, found)):
       common = len(p & g)
       if common and (not numbers or numbers & p):
-        # Not 2 common / (|P| + |G|): the last bit can decide the rounding.
+        # 2 common / (|P| + |G|) is the same in exact arithmetic. But its last
+        # bit may differ from DROP's script, and could change the rounding.
         precision, recall = common / len(p), common / len(g)
         scores[i, j] = 2 * precision * recall / (precision + recall)
-      elif not p and not g:  # nothing but articles and punctuation
+      elif not p and not g:  # Both have only articles and punctuation.
         scores[i, j] = 1
   rows, columns = linear_sum_assignment(scores, maximize=True)
   matched = np.zeros(max(scores.shape))

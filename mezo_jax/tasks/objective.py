@@ -1,7 +1,6 @@
-"""Which objectives there are, which of them fit a task, and under which name
-their values are reported.
+"""Selects, checks and names training objectives.
 
-What they compute is in `mezo_jax.tasks.score`.
+`mezo_jax.tasks.score` computes them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +15,39 @@ from mezo_jax.core.errors import first_line, InputError
 from mezo_jax.tasks.task import METRICS, Task
 
 OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
-# Names in reports and records, which no function of a user's may have there.
+# Names of other numbers in reports and records. The value of a user's function
+# is never reported under one of them.
 _TAKEN = (*METRICS, 'exact_match', 'loss', 'cross_entropy', 'count', 'mean',
           'not_finite', 'step', 'kind', 'epsilon', 'score')
 
 
 def of(task: Task, chosen: str | Callable[..., Any] = ''
        ) -> str | Callable[..., Any]:
-  """Returns the objective that was chosen, or the task's own, or the paper's:
-  cross-entropy over classes, else the LM loss of the answer."""
+  """Returns the objective to train.
+
+  Args:
+    task: The task.
+    chosen: Objective of the config. Defaults to '', which means the task's own
+      objective. If it has none, that of Malladi et al. (2023) is used:
+      cross-entropy for tasks with classes, and otherwise the language-model
+      loss of the answer.
+
+  Returns:
+    One of `OBJECTIVES`, or a function of (predictions, examples).
+  """
   return chosen or task.objective or task.traits.objective
 
 
 def check_objective(task: Task, objective: str | Callable[..., Any]) -> None:
-  """Raises InputError for an objective that is unknown or does not fit."""
+  """Checks that an objective exists and fits a task.
+
+  Args:
+    task: The task.
+    objective: Name of the objective, or a function of (predictions, examples).
+
+  Raises:
+    InputError: If the objective is unknown or does not fit the task.
+  """
   known = callable(objective) or objective in OBJECTIVES
   fits = not (
       objective == 'cross_entropy' and task.traits.generates
@@ -39,65 +57,83 @@ def check_objective(task: Task, objective: str | Callable[..., Any]) -> None:
     raise InputError(
         f'objective {what} does not fit a task of kind {task.kind!r}'
         f'{" with a {mask}" if task.masked else ""}; choose one of '
-        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)} or a '
-        'function of (predictions, examples), in a config file.')
+        f'{", ".join(o for o in OBJECTIVES if fits or o != objective)}, or set '
+        'a function of (predictions, examples) in a config file.')
   if callable(objective) and not _takes_two(objective):
     raise InputError(
-        f'objective {name(objective)} must be a function of two arguments, '
-        '(predictions, examples).')
+        f'objective {name(objective)} must take two arguments, (predictions, '
+        'examples).')
 
 
 def _takes_two(function: Callable) -> bool:
+  """Returns whether a function can be called with two positional arguments."""
   try:
     inspect.signature(function).bind((), ())
   except TypeError:
     return False
-  except ValueError:  # a builtin without a signature
+  except ValueError:  # A builtin may have no signature.
     pass
   return True
 
 
 def gold_only(objective: str | Callable) -> bool:
-  """Returns whether rows are laid out with their right answers alone."""
+  """Returns whether training rows need only their right answer."""
   return objective == 'lm'
 
 
 def needs_gold(objective: str | Callable) -> bool:
-  """Returns whether an objective reads the right answers itself; a function
-  may find all that it needs in the rows."""
+  """Returns whether an objective needs the right answers of rows.
+
+  A user's function does not: it gets the rows and reads what it needs.
+  """
   return not callable(objective)
 
 
 def differentiable(objective: str | Callable) -> bool:
+  """Returns whether an objective has a useful derivative."""
   return objective in ('cross_entropy', 'lm')
 
 
 def over_rows(task: Task, objective: str | Callable[..., Any]) -> bool:
-  """Returns whether an objective is a mean over rows (or their tokens), so that
-  parts of a batch can be averaged."""
+  """Returns whether an objective is a mean over rows or their tokens.
+
+  The values of the parts of a batch can then be averaged.
+
+  Args:
+    task: The task.
+    objective: Objective that fits the task.
+  """
   if task.traits.generates:
     return not callable(objective)
   return objective in ('cross_entropy', 'lm', 'accuracy')
 
 
 def name(function: Callable) -> str:
-  """Returns the name under which the values of a function are reported: its
-  own, or 'objective' if it has none or reports have that name already."""
+  """Returns the name under which the values of a function are reported.
+
+  This is the function's own name, or 'objective' if it has none or if another
+  number of the report has that name.
+  """
   own = getattr(getattr(function, 'func', function), '__name__', '')
   taken = own in _TAKEN or own.startswith('calibrated_')
   return own if own.isidentifier() and not taken else 'objective'
 
 
 def words(objective: str | Callable) -> str:
-  """Returns the name of an objective for a message."""
+  """Returns the name of an objective for an error message."""
   return name(objective) if callable(objective) else repr(objective)
 
 
 def metric(task: Task, objective: str | Callable[..., Any]) -> str:
-  """Returns the name of the number that stands for a result.
+  """Returns the name of the number by which results are compared.
 
-  A function that is trained is that number. Else it is the task's metric; if
-  the task names none, it is the metric that is trained, or the kind's first.
+  If a user's function is trained, it is the name of that function. Otherwise it
+  is ``task.metric``. If that is empty, it is the metric that is trained, or
+  else the default metric of the task's kind.
+
+  Args:
+    task: The task.
+    objective: Objective that is trained.
   """
   if callable(objective):
     return name(objective)
@@ -110,11 +146,16 @@ def metric(task: Task, objective: str | Callable[..., Any]) -> str:
 
 def value(function: Callable[..., Any], predictions: Sequence[Any],
           examples: Sequence[dict[str, Any]]) -> float:
-  """Returns the value of a function of a user's as a float.
+  """Calls a user's objective and returns its value as a float.
+
+  Args:
+    function: Function of (predictions, examples).
+    predictions: Generated texts, or the indices of the chosen candidates.
+    examples: Rows of the predictions.
 
   Raises:
-    InputError: if it is not one number, or the function fails; it names the
-      line of the failure.
+    InputError: If the function fails or does not return one number. The message
+      names the line that failed.
   """
   try:
     found, array = function(predictions, examples), None
@@ -128,6 +169,6 @@ def value(function: Callable[..., Any], predictions: Sequence[Any],
   if array is None or array.size != 1:
     raise InputError(
         f'objective {name(function)} returned {str(found)[:100]} for '
-        f'{len(predictions)} predictions and must return one number, which is '
-        'maximised.')
+        f'{len(predictions)} predictions, but must return one number (higher '
+        'is better).')
   return float(array.reshape(()))

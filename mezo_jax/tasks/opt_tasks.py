@@ -1,8 +1,12 @@
-"""The eleven tasks that the paper fine-tunes OPT on (Malladi et al., 2023,
-Appendix E.2 and the prompts of its Table 14).
+"""Declares the eleven tasks on which the MeZO paper fine-tunes OPT.
 
-Rows are those of the data sets on the hub, or of a local file with the same
-columns. ``label`` of the SuperGLUE tasks is what SuperGLUE has.
+The rows are those of the data sets on the hub, or of a local file with the same
+columns. The ``label`` of the SuperGLUE tasks has the meaning that SuperGLUE
+gives it.
+
+References:
+  Malladi et al. (2023), Fine-Tuning Language Models with Just Forward Passes,
+    Appendix E.2 and the prompts of Table 14.
 """
 
 from mezo_jax.core.errors import InputError
@@ -12,22 +16,29 @@ _SUPER_GLUE = 'aps/super_glue'
 
 
 def _boolq(row):
+  """Gives the question a capital and a question mark, and converts the label.
+
+  Class 0 is true, because the label words are 'Yes' and 'No'.
+  """
   question, answer = row['question'], str(row['answer']).strip().lower()
   question += '' if question.endswith('?') else '?'
   labels = {'true': 0, '1': 0, 'false': 1, '0': 1}
   if answer not in labels:
-    raise InputError(f"task 'boolq': the answer {row['answer']!r} is neither "
-                     'true nor false.')
+    raise InputError(f"task 'boolq': the answer {row['answer']!r} in column "
+                     "'answer' is neither true nor false; fix the row.")
   return row | {'question': question[:1].upper() + question[1:],
                 'label': labels[answer]}
 
 
 def _wsc(row):
+  """Writes the pronoun in lower case."""
   return row | {'span2_text': row['span2_text'].lower()}
 
 
 def _copa(row):
+  """Prepares premise, connective and choices as parts of one sentence."""
   def continues(choice):
+    """Writes the first word of a choice in lower case, unless it is 'I'."""
     first, *rest = choice.split(' ')
     return ' '.join([first if first == 'I' else first.lower(), *rest])
   premise = row['premise'].rstrip()
@@ -38,11 +49,15 @@ def _copa(row):
 
 
 def _record(row):
-  """The candidates are the whole query with each entity in the blank."""
+  """Fills the blank of the query with each entity, which gives the choices.
+
+  Several of them may be right. A row whose answers are not among its entities
+  is left out.
+  """
   for column in ('entities', 'answers'):
     if not isinstance(row[column], (list, tuple)):
-      raise InputError(f"task 'record': column {column!r} is not a list but "
-                       f'{row[column]!r}; take a jsonl or parquet file.')
+      raise InputError(f"task 'record': column {column!r} must be a list, got "
+                       f'{row[column]!r}; use a jsonl or parquet file.')
   entities = list(dict.fromkeys(row['entities']))
   answers = [a for a in row['answers'] if a in entities]
   if not answers:
@@ -54,9 +69,11 @@ def _record(row):
 
 
 def _drop(row):
+  """Collects the spans of the answers in a list."""
   if not isinstance(row['answers_spans'], dict):
-    raise InputError("task 'drop': column 'answers_spans' is not an object but "
-                     f"{row['answers_spans']!r}; take a jsonl or parquet file.")
+    raise InputError("task 'drop': column 'answers_spans' must be an object, "
+                     f"got {row['answers_spans']!r}; use a jsonl or parquet "
+                     'file.')
   return row | {'question': row['question'].strip(),
                 'answers': list(row['answers_spans']['spans'])}
 

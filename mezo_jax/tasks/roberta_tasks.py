@@ -1,9 +1,15 @@
-"""The six tasks that the paper fine-tunes RoBERTa-large on, with prompts for
-masked models (Malladi et al., 2023, Table 13, after Gao et al., 2021, LM-BFF).
+"""Declares the six tasks on which the MeZO paper fine-tunes RoBERTa-large.
 
-Label words stand where ``{mask}`` does. Train and dev rows are k of each label,
-with k = 16 or 512 and the seeds 13, 21, 42, 87 and 100 (``data.k_shot`` and
-``data.seed`` of a run).
+The prompts are for masked models, which predict a label word at ``{mask}``. In
+the paper, train and dev rows are k of each label, with k = 16 or 512 and the
+seeds in `SEEDS`. These are the fields ``data.k_shot`` and ``data.seed`` of a
+run.
+
+References:
+  Malladi et al. (2023), Fine-Tuning Language Models with Just Forward Passes,
+    Table 13.
+  Gao et al. (2021), Making Pre-trained Language Models Better Few-shot Learners
+    (LM-BFF), whose prompts these are.
 """
 
 from mezo_jax.tasks.task import Task
@@ -13,10 +19,19 @@ _PAIR = '{first}?{mask}, {second}'
 
 
 def _pair(first: str, second: str):
-  """First text without its last character, second beginning in lower case."""
+  """Returns a function that prepares the two texts of a row for `_PAIR`.
+
+  The first text loses its last character, which is usually a full stop, since
+  the template adds a question mark. The second begins in lower case, since it
+  continues a sentence.
+
+  Args:
+    first: Column of the first text.
+    second: Column of the second text.
+  """
   def row_of(row):
     a, b = row[first].strip(), row[second].strip()
-    if str(row['label']) == '-1':  # SNLI: the annotators did not agree
+    if str(row['label']) == '-1':  # In SNLI, the annotators did not agree.
       return None
     return row | {'first': a[:-1], 'second': b[:1].lower() + b[1:]}
   return row_of

@@ -1,26 +1,30 @@
-r"""Scores of candidates, and the objectives that training takes from them.
+r"""Scores candidates and computes training objectives from the scores.
 
-With :math:`a_c` the tokens of candidate c after the prompt x, its
-length-normalised log-likelihood is
+Let :math:`a_c` be the tokens of candidate c after the prompt x. The score of
+the candidate is its length-normalised log-likelihood,
 
-.. math:: s_c = \frac{1}{|a_c|} \sum_t \log p(a_{c,t} \mid x, a_{c,<t})
+.. math:: s_c = \frac{1}{|a_c|} \sum_t \log p(a_{c,t} \mid x, a_{c,<t}).
 
-(Malladi et al., 2023, Appendix E). An objective is a ``value_fn(params,
-batch)`` like any other, whether it has a derivative or not:
+Each objective is a ``value_fn(params, batch)``, with or without a derivative:
 
-* ``cross_entropy``: of softmax(s) over the candidates (the paper's code calls
-  it train_as_classification);
-* ``lm``: minus the mean log-likelihood of the right answers' tokens, each token
-  of the batch counting the same;
-* ``accuracy``, ``f1``: minus the metric (Section 3.3 of the paper): accuracy or
-  macro-F1 of argmax s; exact match or span F1 of the text that is generated;
-* any Python function ``f(predictions, examples)``, to be maximised:
-  predictions are the numbers of the chosen candidates or the generated texts,
-  examples the rows.
+* ``cross_entropy`` is the cross-entropy of softmax(s) over the candidates. The
+  code of the paper calls it train_as_classification.
+* ``lm`` is minus the mean log-likelihood of the tokens of the right answers.
+  Each token of the batch has the same weight.
+* ``accuracy`` and ``f1`` are minus the metric (Section 3.3 of the paper). This
+  is accuracy or macro F1 of argmax s or, if answers are generated, exact match
+  or span F1.
+* A Python function ``f(predictions, examples)`` is maximised. The predictions
+  are the indices of the chosen candidates or the generated texts, and the
+  examples are the rows.
 
-What Python must compute runs on the host inside the step, through
-`jax.pure_callback`, so that nothing else of the step changes; it needs one
-process (on several hosts only the others work).
+Objectives that Python computes run on the host within the step, through
+`jax.pure_callback`, so that the rest of the step is the same for all
+objectives. They work with one process only.
+
+References:
+  Malladi et al. (2023), Fine-Tuning Language Models with Just Forward Passes,
+    Appendix E.
 """
 
 import bisect
@@ -38,11 +42,22 @@ from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import Encoded, Form
 from mezo_jax.tasks.task import Task
 
-_NEVER = -1e30  # the score of a candidate that a row does not have
+# Score of a candidate that a row does not have. It is finite so that such rows
+# pass the checks for finite scores.
+_NEVER = -1e30
 
 
 def apply(model: Any, params: Any, batch: dict[str, Any]) -> Callable[..., Any]:
-  """Returns `models.apply` of a batch's tokens, without its other arguments."""
+  """Returns `mezo_jax.models.apply` with the tokens of a batch as arguments.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    params: Parameters of the model.
+    batch: Batch from `mezo_jax.tasks.encode.batch_of`.
+
+  Returns:
+    A function of the other arguments, such as ``features``.
+  """
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
       models.apply, model, params, batch['input_ids'],
@@ -51,16 +66,19 @@ def apply(model: Any, params: Any, batch: dict[str, Any]) -> Callable[..., Any]:
 
 def log_likelihoods(model: Any, params: Any, batch: dict[str, Any], form: Form
                     ) -> tuple[jax.Array, jax.Array]:
-  """(sums, counts) over the answers' tokens, float32 [rows, C] each.
-
-  Where label words are read at one position, sums are logits: log-likelihoods
-  up to a constant per row. A candidate that a row does not have has count 0.
+  """Returns the log-likelihood of each candidate and its number of tokens.
 
   Args:
-    model: a `mezo_jax.models.Transformer`.
-    params: its parameters.
-    batch: of the rows, see `mezo_jax.tasks.encode.batch_of`.
-    form: of the rows, `Encoded.form`.
+    model: A `mezo_jax.models.Transformer`.
+    params: Parameters of the model.
+    batch: Batch from `mezo_jax.tasks.encode.batch_of`.
+    form: The `Encoded.form` of the rows.
+
+  Returns:
+    A pair ``(sums, counts)``, float32 [rows, C] each. Sums are over the tokens
+    of an answer. If answers are read at one position, they are logits, which
+    are log-likelihoods up to a constant per row. A candidate that a row does
+    not have has the count 0.
   """
   of = functools.partial(
       apply(model, params, batch), answer_at=batch['answer_at'])
@@ -77,13 +95,29 @@ def log_likelihoods(model: Any, params: Any, batch: dict[str, Any], form: Form
 
 
 def scores(sums: Any, counts: Any) -> Any:
-  """Length-normalised log-likelihoods [rows, C]."""
+  """Returns the length-normalised log-likelihoods [rows, C].
+
+  Args:
+    sums: Log-likelihoods [rows, C] from `log_likelihoods`.
+    counts: Numbers of tokens [rows, C]. A candidate with none gets -1e30.
+  """
   return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), _NEVER)
 
 
 def generate(model: Any, params: Any, batch: dict[str, Any], task: Task,
              tokenizer: Any) -> jax.Array:
-  """Continues prompts greedily up to a stop: int32 [rows, max_new_tokens]."""
+  """Generates answers by greedy decoding.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    params: Parameters of the model.
+    batch: Batch of prompts from `mezo_jax.tasks.encode.batch_of`.
+    task: Task of the rows. Its ``stop`` ends an answer.
+    tokenizer: Tokenizer of the model.
+
+  Returns:
+    The generated tokens, int32 [rows, max_new_tokens].
+  """
   return models.generate(
       model, params, batch['input_ids'], batch['attention_mask'],
       max_new_tokens=task.max_new_tokens,
@@ -91,34 +125,52 @@ def generate(model: Any, params: Any, batch: dict[str, Any], task: Task,
 
 
 def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
-  """Returns the tokens that end an answer: every token of the vocabulary with
-  ``task.stop`` in its text, and the end token.
+  """Returns the ids of the tokens that end an answer.
 
-  Where no single token has all of ``task.stop`` in it, a row goes on to its
-  end token or to ``max_new_tokens``, and `texts` cuts the answer.
+  These are the end token and all tokens whose text contains ``task.stop``. If
+  ``task.stop`` always takes several tokens, generation continues to the end
+  token or to ``max_new_tokens``, and `texts` cuts the answer.
+
+  Args:
+    task: The task.
+    tokenizer: Tokenizer of the model.
   """
   return tuple(sorted(_Written.of(tokenizer, task.stop).ends))
 
 
 def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
-  """Returns the answers in generated tokens [R, N]: each row's text before its
-  first ``task.stop`` or end token, without outer white space."""
+  """Decodes generated tokens to answers.
+
+  An answer is the text before the first ``task.stop`` or end token, without
+  white space around it.
+
+  Args:
+    tokens: Generated tokens, integers [R, N].
+    task: The task.
+    tokenizer: Tokenizer of the model.
+  """
   written = _Written.of(tokenizer, task.stop)
   return [written.answer(row) for row in np.asarray(tokens).tolist()]
 
 
 class _Written(NamedTuple):
-  """Reads tokens as a text that goes on, and knows which of them end it."""
+  """Decodes tokens that continue a text and finds those that end an answer."""
 
   tokenizer: Any
-  stop: str
-  anchor: list[int]  # tokens of a text that others follow
-  known: frozenset[int]  # a model may have more tokens than its tokenizer
-  ends: frozenset[int]
+  stop: str  # text that ends an answer
+  anchor: list[int]  # tokens to put before others when they are decoded
+  known: frozenset[int]  # ids of the tokenizer; a model may have more
+  ends: frozenset[int]  # ids of tokens that end an answer
 
   @classmethod
-  @functools.lru_cache(maxsize=16)  # reading a vocabulary takes a second
+  @functools.lru_cache(maxsize=16)  # Decoding a vocabulary takes a second.
   def of(cls, tokenizer, stop: str) -> '_Written':
+    """Decodes every token of a vocabulary to find those that end an answer.
+
+    Args:
+      tokenizer: Tokenizer of transformers.
+      stop: Text that ends an answer. '' for none.
+    """
     ids = sorted(set(tokenizer.get_vocab().values()))
     plain = sorted({*ids} - {*tokenizer.all_special_ids})
     words = [tokenizer(text, add_special_tokens=False, padding=False,
@@ -133,13 +185,21 @@ class _Written(NamedTuple):
     return found._replace(ends=frozenset(ends))
 
   def read(self, rows, skip_special: bool = False) -> list[str]:
-    """Returns the text that each row of tokens adds to one before it.
+    """Decodes tokens as the continuation of a text.
 
-    A tokenizer of words leaves out the space before the first token that it
-    decodes, and a stop text may begin with one: so there is a token before.
+    Some tokenizers drop the space before the first token that they decode, but
+    a stop text may begin with a space. The tokens are therefore decoded after
+    an anchor, whose text is then removed.
+
+    Args:
+      rows: Token ids of each row.
+      skip_special: Whether to leave out special tokens. Defaults to False.
+
+    Returns:
+      The text of each row.
     """
     rows = [[*self.anchor, *row] for row in rows]
-    if self.tokenizer.is_fast:  # all at once
+    if self.tokenizer.is_fast:  # A fast tokenizer decodes all rows in one call.
       found = self.tokenizer.backend_tokenizer.decode_batch(
           [self.anchor, *rows], skip_special_tokens=skip_special)
     else:
@@ -150,35 +210,47 @@ class _Written(NamedTuple):
     return [text[len(before):] for text in found]
 
   def answer(self, row: list[int]) -> str:
-    """Returns the answer in a row of generated tokens."""
+    """Decodes the answer in a row of generated tokens."""
     end = next((i for i, t in enumerate(row) if t in self.ends), len(row))
     if end < len(row) and row[end] != self.tokenizer.eos_token_id:
-      # The token that stops may have a part of the answer before its stop.
+      # The token that ends the answer may begin with the end of the answer.
       end += 1
     row = [t for t in row[:end] if t in self.known]
     if not self.stop:
       text, = self.read([row], skip_special=True)
       return text.strip()
     stops = lambda n: self.stop in self.read([row[:n]])[0]
-    if stops(len(row)):  # what comes after the token that completes it goes
+    if stops(len(row)):
+      # Drop all tokens after the one that completes the stop text. They cannot
+      # be part of the answer but may change how it is decoded.
       row = row[:bisect.bisect_left(range(len(row)), True, key=stops)]
     text, = self.read([row], skip_special=True)
     return text.partition(self.stop)[0].strip()
 
 
 class Host:
-  """Calls Python functions from within a step, as `jax.pure_callback` does.
+  """Calls Python functions within a jitted step, like `jax.pure_callback`.
 
-  An exception in such a call would leave the other devices of the step waiting
-  for this one. So the call returns NaN instead, and `check` raises the
-  exception.
+  An exception in a callback would leave the other devices of the step waiting
+  for this one. The callback therefore returns NaN instead, and `check` raises
+  the exception after the step.
   """
 
   def __init__(self):
-    self._error = None
+    self._error = None  # first exception of a callback
 
   def __call__(self, function: Callable[..., Any], shape: jax.ShapeDtypeStruct,
                *args: Any) -> Any:
+    """Calls a function on the host.
+
+    Args:
+      function: Function of NumPy arrays.
+      shape: Shape and dtype of its result.
+      *args: Arrays to pass to the function.
+
+    Returns:
+      The result of the function, or NaN if it raises an exception.
+    """
     def call(*args):
       try:
         return function(*args)
@@ -188,7 +260,7 @@ class Host:
     return jax.pure_callback(call, shape, *args)
 
   def check(self) -> None:
-    """Raises the first exception of a call, if there was one."""
+    """Raises the first exception of a callback, if there was one."""
     if self._error:
       raise self._error
 
@@ -197,22 +269,27 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
                  objective: str | Callable[..., Any], tokenizer: Any = None,
                  ask_host: Callable[..., Any] = jax.pure_callback
                  ) -> Callable[..., Any]:
-  """``loss_fn(params, batch)`` of batches of ``data``, a `value_fn`: the rows'
-  ``(values, weights)``, float32 [rows] each, or a scalar where the objective is
-  no mean over rows (macro-F1, what Python computes of a batch).
+  """Returns the loss function that training minimises.
 
   Args:
-    model: a `mezo_jax.models.Transformer`.
-    data: the rows that batches are made of, with their right answers alone
-      where `mezo_jax.tasks.objective.gold_only`.
-    task: the rows' task.
-    objective: one of `mezo_jax.tasks.objective.OBJECTIVES`, or
-      ``f(predictions, examples)`` that returns a number to be maximised.
-    tokenizer: needed where the answer is generated.
-    ask_host: calls a Python function; see `jax.pure_callback`.
+    model: A `mezo_jax.models.Transformer`.
+    data: The tokenised rows from which batches are packed, with right answers
+      only if `mezo_jax.tasks.objective.gold_only` says so for the objective.
+    task: Task of the rows.
+    objective: One of `mezo_jax.tasks.objective.OBJECTIVES`, or a function of
+      (predictions, examples) that returns a number to maximise.
+    tokenizer: Tokenizer of the model. It is needed if answers are generated.
+    ask_host: Function that calls Python within a step, with the arguments
+      ``(function, shape, *args)``. Defaults to `jax.pure_callback`; see also
+      `Host`.
+
+  Returns:
+    A function ``loss_fn(params, batch)``. It returns a pair
+    ``(values, weights)`` of float32 [rows] each. If the objective is not a mean
+    over rows, such as macro F1 or a user's function, it returns a scalar.
 
   Raises:
-    ValueError: for an objective that does not fit the task.
+    InputError: If the objective does not fit the task.
   """
   objectives.check_objective(task, objective)
   likely = functools.partial(log_likelihoods, model, form=data.form)
@@ -223,15 +300,20 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
 
   def lm(params, batch):
     sums, counts = (jnp.sum(x, -1) for x in likely(params, batch))
+    # Weighting the mean of a row by its number of tokens gives every token of
+    # the batch the same weight.
     return -sums / jnp.maximum(counts, 1), counts * batch['weight']
 
   def predict(params, batch):
+    """Returns the chosen candidates, and whether their scores are finite."""
     found = scores(*likely(params, batch))
     return jnp.argmax(found, -1), jnp.isfinite(jnp.max(found, -1))
 
   def accuracy(params, batch):
     said, finite = predict(params, batch)
     right = jnp.take_along_axis(batch['gold'], said[:, None], -1)[:, 0]
+    # A row without finite scores makes the loss NaN instead of counting as
+    # wrong, so that the step can be recognised as failed.
     return jnp.where(finite, -right.astype(jnp.float32), jnp.nan), (
         batch['weight'])
 
@@ -240,14 +322,24 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
     one_hot = lambda x: jax.nn.one_hot(x, data.width) * weight
     predictions, finite = predict(params, batch)
     said, true = one_hot(predictions), one_hot(batch['label'])
+    # F1 of a class is 2 TP / (predicted + actual). Macro F1 is its mean over
+    # the classes that are predicted or actual in the batch.
     total = jnp.sum(said + true, 0)
     each = 2 * jnp.sum(said * true, 0) / jnp.maximum(total, 1)
     value = -jnp.sum(each) / jnp.maximum(jnp.sum(total > 0), 1)
     return jnp.where(jnp.all(finite | (weight[:, 0] == 0)), value, jnp.nan)
 
   def on_host(measure, predict, shape):
-    """``-measure(predictions, examples)`` of the rows that have a weight."""
+    """Returns a loss function that computes ``-measure`` on the host.
+
+    Args:
+      measure: Function of (predictions, examples) that returns one value or a
+        list with a value per row. It gets no rows of weight 0, such as padding.
+      predict: Function of (params, batch) that returns the predictions.
+      shape: Function from a batch to the shape of the value.
+    """
     def call(predictions, row, weight):
+      """Computes the loss on the host, with 0 for rows of weight 0."""
       there = np.flatnonzero(np.asarray(weight) > 0)
       value = -np.asarray(measure(np.asarray(predictions)[there], [
           data.rows[r] for r in np.asarray(row)[there]]), np.float32)

@@ -1,16 +1,18 @@
-r"""Declares tasks: how a row of data reads, and what its answers are.
+r"""Declares how a row of data becomes a prompt and what its answers are.
 
-A row, a dict of columns, becomes a prompt and
+A row is a dict of columns. There are four kinds of tasks:
 
-* candidate answers, of which the likeliest is the prediction:
-  ``kind='classification'`` (the same label words for every row) and
-  ``'multiple_choice'`` (the row brings its own);
-* or answers to be generated: ``kind='generation'``;
-* or nothing more, and a new linear layer names the class: ``kind='head'``.
+* ``kind='classification'``: a row becomes a prompt and candidate answers, of
+  which the likeliest is the prediction. The candidates are the same label words
+  for every row.
+* ``kind='multiple_choice'``: the same, but every row has its own candidates.
+* ``kind='generation'``: a row becomes a prompt that the model continues.
+* ``kind='head'``: a row becomes a text, and a new linear layer on the model
+  predicts its class.
 
-A prompt with ``{mask}`` in it is one for a masked language model, which reads
-the label words there. The declarations of the papers' tasks are in `opt`,
-`roberta` and `glue` next to this file.
+A prompt with ``{mask}`` is for a masked language model, which predicts the
+label word at that position. The tasks of the papers are declared in
+`opt_tasks`, `roberta_tasks` and `glue_tasks`.
 """
 
 import ast
@@ -28,24 +30,26 @@ from mezo_jax.core.errors import InputError
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
 METRICS = (*_OF_CHOICES, *_OF_TEXTS)
+# Names of classes that mean true or false. Letters and answers count only if
+# all names of a task are among them: elsewhere, 'f' may be short for 'female'.
 _TRUTH = {'true': True, 'false': False}
-# Pairs of names that mean true and false, too.
 _LETTERS = {'t': True, 'f': False}
 _ANSWERS = {'yes': True, 'no': False, 'y': True, 'n': False, 'on': True,
             'off': False}
-_LONGEST = 1_000_000  # characters of a text: seconds to make tokens of
+# Longest text of a column, in characters. Tokenising it takes seconds.
+_LONGEST = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """Holds what the tasks of one kind have in common."""
+  """Holds the properties that the tasks of one kind share."""
 
-  metrics: tuple[str, ...]  # that fit; the first is the default
-  objective: str  # that is trained by default
-  words: bool = False  # the answers are the task's label words
-  classes: bool = False  # the same answers for every row
-  generates: bool = False  # answers are written, not chosen
-  new_head: bool = False  # a new linear layer names the class
+  metrics: tuple[str, ...]  # metrics that fit; the first is the default
+  objective: str  # objective that is trained by default
+  words: bool = False  # whether the answers are the task's label words
+  classes: bool = False  # whether every row has the same answers
+  generates: bool = False  # whether answers are generated, not chosen
+  new_head: bool = False  # whether a new linear layer predicts the class
 
 
 KINDS = {
@@ -56,8 +60,8 @@ KINDS = {
     'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
-# Annotations by which `mezo_jax.training.config_fields` finds how a command
-# line sets a field.
+# `mezo_jax.cli.command_line` recognises fields with these annotations and
+# parses their values accordingly.
 TextOrNone = Annotated[str | None, 'a text, or None']
 RowFunction = Annotated[
     Callable[[dict[str, Any]], dict[str, Any] | None] | None,
@@ -71,55 +75,97 @@ class Task:
   docs/tasks.md explains the fields with examples.
   """
 
-  name: str = ''  # of a task that this library declares; '' for one's own
-  kind: str = 'classification'  # or 'multiple_choice', 'generation', 'head'
-  template: str = ''  # the prompt, columns in braces; {mask}; {sep} for 'head'
-  # Classes: answers by class, with their leading space.
+  # Name of a task that this library declares. '' for other tasks.
+  name: str = ''
+  # 'classification', 'multiple_choice', 'generation' or 'head'.
+  kind: str = 'classification'
+  # Prompt with columns in braces. {mask} is the position of the label word for
+  # a masked model, {sep} the separator of the two texts of kind 'head'.
+  template: str = ''
+
+  # --- classes ---
+
+  # Answer of each class, with its leading space.
   label_words: tuple[str, ...] = ()
+  # Column of the right class or choice.
   label_column: str = 'label'
-  label_names: tuple[str, ...] = ()  # of classes; () for their label words
-  # What a label is: 'name' or 'number'; '' for a name where one is the same
-  # text, else a number from 0.
+  # Name of each class in the data. () for the label words without white space.
+  label_names: tuple[str, ...] = ()
+  # Whether labels are a 'name' or a 'number'. '' takes a label for a name if
+  # there is such a name, and otherwise for a number, counted from 0.
   label_is: str = ''
-  # Multiple choice: columns of one choice each, or one column with a list.
+
+  # --- multiple choice ---
+
+  # Columns of one choice each, or one column with a list of choices.
   choices: tuple[str, ...] = ('choices',)
-  answer: str = ' {choice}'  # a candidate, columns and its choice in braces
-  # Generation.
-  answers_column: str = 'answers'  # a text or a list of acceptable ones
-  stop: str = '\n'  # ends the answer
+  # A candidate as it follows the prompt, with columns and {choice} in braces.
+  answer: str = ' {choice}'
+
+  # --- generation ---
+
+  # Column with a text, or with a list of acceptable texts.
+  answers_column: str = 'answers'
+  # Text that ends the answer.
+  stop: str = '\n'
+  # Largest number of tokens of an answer.
   max_new_tokens: int = 50
-  # How it is measured and trained.
-  metric: str = ''  # '' for accuracy, or f1 where the answer is generated
-  objective: str = ''  # '' for cross_entropy over classes, else lm
-  calibration: TextOrNone = None  # prompt without content, for SFC
-  limits: tuple[tuple[str, int], ...] = ()  # (column, tokens): cut its tail
-  strip: bool = True  # white space around text columns
-  # Changes a row before anything else; None of it leaves the row out.
+
+  # --- evaluation and training ---
+
+  # Main metric, one of `METRICS`. '' for accuracy, or for f1 if answers are
+  # generated.
+  metric: str = ''
+  # One of `mezo_jax.tasks.objective.OBJECTIVES`. '' for cross_entropy over
+  # classes and lm for the other kinds.
+  objective: str = ''
+  # Prompt without content, for surface-form calibration. None if there is none.
+  calibration: TextOrNone = None
+  # Pairs (column, tokens). Longer texts of the column lose their end.
+  limits: tuple[tuple[str, int], ...] = ()
+  # Whether to remove the white space around the texts of columns.
+  strip: bool = True
+  # Function that changes a row before anything else, or returns None to leave
+  # the row out. None for no change.
   row: RowFunction = None
-  # Where the data are, if the run's config names none.
+
+  # --- data, if the config of a run names none ---
+
+  # Id of a data set on the Hugging Face hub.
   hub: str = ''
+  # Configuration of the data set.
   subset: str = ''
+  # Split for train and dev rows.
   train_split: str = 'train'
+  # Split for test rows.
   test_split: str = 'validation'
 
   @property
   def traits(self) -> Kind:
+    """Returns the properties of the task's kind."""
     return KINDS[self.kind]
 
   @property
   def masked(self) -> bool:
+    """Returns whether the task is for a masked language model."""
     return '{mask}' in self.template
 
   @property
   def main_metric(self) -> str:
-    """The name of the first metric that compares with right answers."""
+    """Returns the name of the metric that compares predictions with answers."""
     return self.metric or self.traits.metrics[0]
 
   def prepare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as the templates see them; some tasks leave some out.
+    """Applies the function ``row`` to rows and drops those it leaves out.
+
+    Args:
+      rows: Rows of the data, which are not changed.
+
+    Returns:
+      The rows that the templates are filled with.
 
     Raises:
-      ValueError: if a row lacks a column that the task's ``row`` needs.
+      InputError: If a row lacks a column that ``row`` needs.
     """
     if self.row is None:
       return [dict(row) for row in rows]
@@ -127,40 +173,49 @@ class Task:
       found = [self.row(dict(row)) for row in rows]
     except KeyError as e:
       raise InputError(
-          f'task {self.name or self.kind!r} needs column {e}, the data have '
-          f'{sorted(rows[0])}.') from None
+          f'task {self.name or self.kind!r} needs the column {e}, but the data '
+          f'have the columns {sorted(rows[0])}.') from None
     return [row for row in found if row is not None]
 
   def prompt(self, row: dict[str, Any], **more: str) -> str:
-    """The prompt of a row.
+    """Returns the prompt of a row.
+
+    Args:
+      row: Row from `prepare`.
+      **more: Texts for other names in the template, such as ``mask``.
 
     Raises:
-      ValueError: if the template names a column that the row does not have.
+      InputError: If a column that the template names is missing or has no text.
     """
     return self._fill('template', self.template, row, **more)
 
   def prior(self, row: dict[str, Any]) -> str:
-    """The prompt without content, for surface-form calibration."""
+    """Returns the prompt without content, for surface-form calibration."""
     assert self.calibration is not None
     return self._fill('calibration', self.calibration, row)
 
   def candidates(self, row: dict[str, Any]) -> list[str]:
-    """The answers to choose from, as they follow the prompt."""
+    """Returns the answers to choose from, as they follow the prompt."""
     if self.traits.words:
       return list(self.label_words)
     return [self._fill('answer', self.answer, row, choice=choice)
             for choice in self._choices(row)]
 
   def golds(self, row: dict[str, Any]) -> tuple[int, ...]:
-    """The right candidates or classes: one, or several where any will do.
+    """Returns the indices of the right candidates or classes of a row.
+
+    Multiple-choice rows may have several, any of which is right.
+
+    Args:
+      row: Row from `prepare`.
 
     Raises:
-      ValueError: if the row has none.
+      InputError: If the label is missing, or is not a class or a choice.
     """
     if self.label_column not in row:
       raise InputError(
-          f'the data have no column {self.label_column!r} but {sorted(row)}; '
-          'set --config.task.label_column.')
+          f'no column {self.label_column!r} among the columns {sorted(row)} of '
+          'the data; set --config.task.label_column.')
     value = row[self.label_column]
     several = value if isinstance(value, (list, tuple)) and not (
         self.traits.classes) else [value]
@@ -171,15 +226,15 @@ class Task:
     if not self.traits.classes:
       raise InputError(
           f'{self.label_column} {value!r} is neither one of the choices '
-          f'{self._choices(row)} nor the number of one; set '
+          f'{self._choices(row)} nor the number or letter of one; set '
           '--config.task.label_column.')
     hint = ''
     if str(value) == '-1':
-      hint = ' (-1 often marks rows without a label: take another split)'
+      hint = ' (-1 often marks rows without a label; use another split)'
     elif not self.label_is and dataclasses.replace(
         self, label_is='number')._read_label(row, value):
-      hint = (' (these names are numbers or truth values themselves, so it is '
-              'not taken for the number of a class unless you set '
+      hint = (' (the names are numbers or truth values themselves; to read '
+              'labels as the numbers of classes, set '
               '--config.task.label_is=number)')
     raise InputError(
         f'label {value!r} is neither an integer below {self.num_classes} (the '
@@ -188,26 +243,37 @@ class Task:
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """The texts that a label of a class is compared with: ``label_names``, or
-    where there are none the label words without white space around them."""
+    """Returns the names that labels are compared with.
+
+    These are ``label_names`` if given, and otherwise the label words without
+    the white space around them. If two names are equal, the result is (), and
+    labels can only be numbers.
+    """
     names = self.label_names or [word.strip() for word in self.label_words]
     names = tuple(map(str, names))
     return names if len(set(names)) == len(names) else ()
 
   def reading(self, rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a line on how the labels of these rows are read; '' if there are
-    none.
+    """Returns a log line that describes how the labels of rows are read.
+
+    Args:
+      rows: Rows from `prepare`.
+
+    Returns:
+      One line, or '' if the rows have no labels.
 
     Raises:
-      InputError: if some labels can be read as names only and some as numbers
-        only: one of the two is chance.
+      InputError: If labels are names in some rows and numbers in others. One of
+        the two then matches by accident.
     """
-    means = {}  # how labels are read: what each of them stands for
+    # Maps each way of reading ('name', 'number', 'letter') to a dict from the
+    # labels that are read so to their answers.
+    means = {}
     for row in rows if not self.traits.generates else ():
       value = row.get(self.label_column)
       for v in value if isinstance(value, (list, tuple)) else [value]:
         found = self._read_label(row, v)
-        if found:  # else `golds` says what is wrong, where labels are needed
+        if found:  # `golds` reports other labels when they are needed.
           number, how = found
           label = repr(
               v.name if isinstance(v, ClassNumber) and how == 'name' else v)
@@ -221,9 +287,9 @@ class Task:
       (label, answer), *_ = means[one].items()
       (label_2, answer_2), *_ = means[other].items()
       raise InputError(
-          f'some labels in column {self.label_column!r} are {one}s and some '
-          f'are {other}s: {label} is the {one} of {answer!r}, and {label_2} '
-          f'can only be the {other} of {answer_2!r}'
+          f'labels in column {self.label_column!r} are {one}s in some rows and '
+          f'{other}s in others: {label} is the {one} of {answer!r}, but '
+          f'{label_2} can only be the {other} of {answer_2!r}'
           f'{", counted from 0" if other == "number" else ""}; set '
           '--config.task.label_is=name or number, or task.label_names.')
     how, shown = means.popitem()
@@ -238,9 +304,17 @@ class Task:
             f'{", ".join(pairs)}{", ..." if len(shown) > 8 else ""}')
 
   def _read_label(self, row: dict, value) -> tuple[int, str] | None:
-    """Returns the class or choice that a label stands for, and whether the
-    label is its 'name', 'number' or, of a choice, 'letter'; None if it is none
-    of these."""
+    """Finds the class or choice that a label refers to.
+
+    Args:
+      row: Row of the label. It has the choices, if there are any.
+      value: The label.
+
+    Returns:
+      A pair of the index of the class or choice, and 'name', 'number' or (for
+      choices only) 'letter', according to how the label refers to it. None if
+      the label refers to no class or choice.
+    """
     names = self.class_names if self.traits.classes else self._choices(row)
     count = self.num_classes if self.traits.classes else len(names)
     if self.label_is != 'number':
@@ -249,7 +323,8 @@ class Task:
         return number, 'name'
     if self.label_is == 'name':
       return None
-    if self.traits.classes and isinstance(value, str):  # as JSON's true is
+    if self.traits.classes and isinstance(value, str):
+      # The text 'true' of a csv file is read like the value true of JSON.
       value = _TRUTH.get(value.strip().lower(), value)
     number, how = _integer(value), 'number'
     if number is None and not self.traits.classes:
@@ -258,9 +333,10 @@ class Task:
       return None
     if self.traits.classes and names and not (
         self.label_is or isinstance(value, ClassNumber)):
-      # With names ('1', '2', '3') a label 0 is a mistake, with ('True',
-      # 'False') a label 1 must not become 'False', nor true 'no' with ('yes',
-      # 'no').
+      # A name that is itself a number or a truth value must not contradict the
+      # label. With the names ('1', '2', '3') a label 0 is a mistake. With
+      # ('True', 'False') the label 1 must not become 'False', and with ('yes',
+      # 'no') the label true must not become 'no'.
       lower = [name.strip().lower() for name in names]
       known = dict(_TRUTH)
       if _LETTERS.keys() >= {*lower}:
@@ -274,10 +350,11 @@ class Task:
 
   @property
   def num_classes(self) -> int:
+    """Returns the number of classes."""
     return len(self.label_words or self.label_names)
 
   def has_gold(self, row: dict[str, Any]) -> bool:
-    """Returns whether a row has a right answer at all."""
+    """Returns whether a row has any right answer, without checking it."""
     column = (self.answers_column if self.traits.generates else
               self.label_column)
     value = row.get(column)
@@ -285,93 +362,115 @@ class Task:
                 and not value)
 
   def references(self, row: dict[str, Any]) -> list[str]:
-    """Returns the acceptable texts of a generated answer; the first is trained
-    on.
+    """Returns the acceptable texts of a generated answer.
+
+    Training uses the first one.
+
+    Args:
+      row: Row from `prepare`.
 
     Raises:
-      ValueError: if the row has none.
+      InputError: If the row has no such texts.
     """
     if self.answers_column not in row:
       raise InputError(
-          f'the data have no column {self.answers_column!r} but {sorted(row)}; '
-          'set --config.task.answers_column.')
+          f'no column {self.answers_column!r} among the columns {sorted(row)} '
+          'of the data; set --config.task.answers_column.')
     value = row[self.answers_column]
-    if isinstance(value, dict):  # SQuAD's and DROP's own form
+    if isinstance(value, dict):  # the formats of SQuAD ('text') and DROP
       value = value.get('text', value.get('spans'))
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(
         isinstance(t, str) for t in texts):
       raise InputError(
-          f'column {self.answers_column!r} of the row {_short(row)} is no text '
-          'and no list of texts; set --config.task.answers_column.')
+          f'column {self.answers_column!r} of the row {_short(row)} is neither '
+          'a text nor a list of texts; set --config.task.answers_column.')
     return list(texts)
 
   def gold_text(self, row: dict[str, Any]) -> str:
-    """The right answer as it follows the prompt."""
+    """Returns the right answer as it follows the prompt."""
     if self.traits.generates:
       text = self.references(row)[0]
       return f' {text.strip() if self.strip else text}{self.stop}'
     return self.candidates(row)[self.golds(row)[0]]
 
   def _choices(self, row: dict) -> list[str]:
+    """Returns the choices of a multiple-choice row."""
     missing = [c for c in self.choices if c not in row]
     if missing:
       raise InputError(
-          f'the data have no column {missing[0]!r} but {sorted(row)}; set '
-          '--config.task.choices.')
+          f'no column {missing[0]!r} among the columns {sorted(row)} of the '
+          'data; set --config.task.choices.')
     column = self.choices[0]
     if len(self.choices) > 1:
       return [self._choice(row, c, row[c]) for c in self.choices]
     value = row[column]
-    if isinstance(value, str):  # a list in a csv file
+    if isinstance(value, str):  # a list as a cell of a csv file
       try:
         value = ast.literal_eval(value.strip())
       except (SyntaxError, ValueError):
         value = None
     if not isinstance(value, (list, tuple)) or not value:
       raise InputError(
-          f'column {column!r} of the row {_short(row)} is no list of '
+          f'column {column!r} of the row {_short(row)} is not a list of '
           'choices; set --config.task.choices.')
     return [self._choice(row, column, v) for v in value]
 
   def _choice(self, row: dict, column: str, value) -> str:
+    """Returns a choice as text; raises InputError if it has no text."""
     text = '' if _is_no_text(value) else str(value)
     if not text.strip():
       raise InputError(
           f'column {column!r} of the row {_short(row)} has {_kind_of(value)} '
-          'where a choice is needed; fix the row or leave it out.')
+          'instead of a choice; fix the row or leave it out.')
     return text
 
   def _fill(self, field: str, template: str, row: dict, **more: str) -> str:
+    """Fills a template with the columns of a row.
+
+    Args:
+      field: Field of `Task` that the template is from, for error messages.
+      template: Text with names in braces.
+      row: Row from `prepare`.
+      **more: Texts for names that are not columns.
+
+    Raises:
+      InputError: If the template is malformed, or if a column is missing, has
+        no text or has a text that is too long.
+    """
     texts = dict(more)
     for name in columns(field, template):
       if name in texts:
         continue
       if name not in row:
         raise InputError(
-            f'the {field} {template!r} names column {name!r}, the data have '
-            f'{sorted(row)}; set --config.task.{field}.')
+            f'the {field} {template!r} names the column {name!r}, but the data '
+            f'have the columns {sorted(row)}; set --config.task.{field}.')
       value = row[name]
       if _is_no_text(value):
         raise InputError(
-            f'column {name!r} of the row {_short(row)} has {_kind_of(value)} '
-            f'where the {field} {template!r} needs a text; fix the row or '
-            'leave it out.')
+            f'column {name!r} of the row {_short(row)} has {_kind_of(value)}, '
+            f'but the {field} {template!r} needs a text; fix the row or leave '
+            'it out.')
       texts[name] = str(value).strip() if self.strip else str(value)
       if len(texts[name]) > _LONGEST:
         raise InputError(
             f'column {name!r} of the row {_short(row)} has '
-            f'{len(texts[name]):,} characters, above {_LONGEST:,}: cut it, or '
-            'leave the row out.')
+            f'{len(texts[name]):,} characters, more than {_LONGEST:,}; shorten '
+            'the text or leave the row out.')
     return template.format(**texts)
 
 
 @functools.cache
 def columns(field: str, template: str) -> tuple[str, ...]:
-  """The names in braces of a template.
+  """Returns the names in braces in a template.
+
+  Args:
+    field: Field of `Task` that the template is from, for error messages.
+    template: Text with names in braces.
 
   Raises:
-    InputError: if it has more than names in braces.
+    InputError: If braces are malformed or contain anything but a name.
   """
   try:
     parts = [*string.Formatter().parse(template)]
@@ -382,13 +481,20 @@ def columns(field: str, template: str) -> tuple[str, ...]:
   if any(spec or conversion for _, _, spec, conversion in parts) or any(
       re.search(r'[.\[]|^\d*$', name) for name in names):
     raise InputError(
-        f'the {field} {template!r} is malformed: in braces there may be names '
-        f'of columns alone; set --config.task.{field}.')
+        f'the {field} {template!r} is malformed: braces may contain only names '
+        f'of columns; set --config.task.{field}.')
   return tuple(names)
 
 
 def check_task(task: Task) -> None:
-  """Raises ValueError, in one sentence, for a task that cannot work."""
+  """Checks that the fields of a task are valid and fit each other.
+
+  Args:
+    task: The task.
+
+  Raises:
+    InputError: If they are not. The message names the field.
+  """
   if task.kind not in KINDS:
     raise InputError(
         f'config: task.kind {task.kind!r} is not one of '
@@ -396,47 +502,48 @@ def check_task(task: Task) -> None:
   kind = task.traits
   rules = [
       (bool(task.template),
-       'task.template is empty: give the prompt, with columns in braces (a '
-       'task that is declared comes with a config file, --config=configs/...)'),
+       'task.template is empty; give the prompt with columns in braces, or use '
+       'the config file of a declared task, --config=configs/...'),
       (task.metric in ('', *METRICS),
        f'task.metric {task.metric!r} is not one of '
        f'{", ".join(METRICS)}'),
       (not (kind.words or task.masked) or len(task.label_words) >= 2,
-       "task.label_words needs two or more, as in (' no', ' yes'), and is "
-       f'{tuple(task.label_words)}'),
+       "task.label_words needs two or more words, as in (' no', ' yes'), but "
+       f'is {tuple(task.label_words)}'),
       (task.label_is in ('', 'name', 'number'),
        f"task.label_is {task.label_is!r} is not one of 'name' and 'number'"),
       (not kind.classes or not task.label_names
        or len(task.label_names) == task.num_classes,
        f'task.label_names {tuple(task.label_names)} has '
-       f'{len(task.label_names)} names and task.label_words '
-       f'{len(task.label_words)} words: give one of each for each class, as in '
+       f'{len(task.label_names)} names, but task.label_words has '
+       f'{len(task.label_words)} words; give one of each per class, as in '
        "('no', 'yes')"),
       (len({str(n) for n in task.label_names}) == len(task.label_names),
-       f'task.label_names {task.label_names} has a name twice'),
+       f'task.label_names {task.label_names} contains a name twice; give each '
+       'class its own name'),
       (not kind.new_head or task.num_classes >= 2,
-       "kind 'head' needs two or more names in task.label_names"),
+       "task.kind 'head' needs two or more names in task.label_names"),
       (not task.masked or kind.words,
-       "a prompt with {mask} needs task.kind 'classification'"),
+       "task.template with {mask} needs task.kind 'classification'"),
       (not kind.generates or task.max_new_tokens >= 1,
        'task.max_new_tokens must be at least 1'),
       (task.main_metric in kind.metrics,
-       f'task.metric {task.metric!r} does not fit kind {task.kind!r}'),
+       f'task.metric {task.metric!r} does not fit task.kind {task.kind!r}'),
   ]
   for holds, message in rules:
     if not holds:
       raise InputError(f'config: {message}.')
   if not {*columns('template', task.template)} - {'mask'}:
     raise InputError(
-        f'config: task.template {task.template!r} has no column in braces: '
-        'every row would have the same prompt.')
+        f'config: task.template {task.template!r} has no column in braces, so '
+        'every row would have the same prompt; add one, as in {text}.')
 
 
 class ClassNumber(int):
-  """The number of a class in a data set that names its classes.
+  """Represents a class of a data set that names its classes.
 
-  Where labels are compared with names it counts as its name. Everything else
-  sees the integer that the data set holds.
+  It is the integer in the data set, with the name as an attribute. Comparisons
+  of labels with the names of classes use the name.
   """
 
   name: str
@@ -454,21 +561,30 @@ def _is_nothing(value) -> bool:
 
 
 def _is_no_text(value) -> bool:
+  """Returns whether a value is missing or cannot be written as a text."""
   return _is_nothing(value) or isinstance(value, (bytes, dict, list, tuple))
 
 
 def _kind_of(value) -> str:
+  """Describes a value that is not a text, for an error message."""
   if _is_nothing(value) or value == '':
     return 'nothing'
   return f'a {type(value).__name__}'
 
 
 def _find(value, names: Sequence[str]) -> int | None:
-  """Returns which of the names a label is, or None.
+  """Finds the name that a label matches.
 
-  It is one with the same text. If there is none, it is the only one with the
-  same text but for the white space around it, for the case of its letters, or
-  for the way in which an integer is written (1.0 is 1).
+  An exact match comes first. After it come, in this order, a match without the
+  white space around texts, one without regard to case, and one by number (1.0
+  matches 1). Such a match counts only if it is not ambiguous.
+
+  Args:
+    value: The label.
+    names: Names of classes, or choices.
+
+  Returns:
+    The index of the name, or None.
   """
   texts = _texts_of(value)
   for text in texts:
@@ -486,14 +602,20 @@ def _find(value, names: Sequence[str]) -> int | None:
 
 
 def _number(text: str) -> float | None:
-  """Returns the number that a text is; None for other texts."""
+  """Converts the text of a number, such as '-1' or '2.5', to a float.
+
+  Returns None for other texts.
+  """
   found = re.fullmatch(r'[+-]?\d{1,9}(\.\d{1,9})?', text.strip())
   return float(text) if found else None
 
 
 def _plain_number(text: str) -> float | None:
-  """Returns the number that a text is; None for one with zeros before it,
-  which is a code (007)."""
+  """Converts the text of a number to a float, unless it has leading zeros.
+
+  '007' is taken for a code, not for the number 7. Returns None for it and for
+  other texts.
+  """
   return None if re.match(r'\s*[+-]?0\d', text) else _number(text)
 
 
@@ -504,14 +626,14 @@ def _letter(value) -> int | None:
 
 
 def _texts_of(value) -> tuple[str, ...]:
-  """Returns the texts that a label may have among the declared names."""
+  """Returns the texts under which a label may be among the declared names."""
   if isinstance(value, ClassNumber):
     return (value.name,)
   if isinstance(value, np.generic):
     value = value.item()
   if value is None:
     return ()
-  if isinstance(value, bool):  # as Python and csv files, and as JSON has it
+  if isinstance(value, bool):  # 'True' in Python and csv files, 'true' in JSON
     return str(value), str(value).lower()
   if isinstance(value, float) and value.is_integer():
     return str(value), str(int(value))
@@ -519,8 +641,10 @@ def _texts_of(value) -> tuple[str, ...]:
 
 
 def _integer(value) -> int | None:
-  """Returns a truth value, an integer or the text of one as an integer; None
-  for anything else, and above nine digits."""
+  """Converts a bool, an integer of at most nine digits or its text to an int.
+
+  Returns None for anything else, including negative numbers.
+  """
   if isinstance(value, (bool, np.bool_)):
     return int(value)
   if isinstance(value, ClassNumber):
@@ -532,5 +656,6 @@ def _integer(value) -> int | None:
 
 
 def _short(row: dict) -> str:
+  """Returns a row as text for an error message, cut to 200 characters."""
   text = repr(row)
   return text if len(text) < 200 else text[:200] + '...'

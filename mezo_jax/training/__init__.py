@@ -1,8 +1,13 @@
-"""Turns a config into a run.
+"""Trains a model, or evaluates a baseline, as a config describes.
 
-`run` trains a model as a config says, or resumes that, and returns the result.
-`config` has the fields of a config, `methods` the table of methods, `build`
-makes data, model and optimizer, and `loop` is the training loop.
+`run` executes a config, or resumes a run that was stopped, and returns the
+result. To read this room, start with:
+
+* `config`: the fields of a config.
+* `methods`: the table of methods.
+* `train`: a run from beginning to end.
+* `build`: data, model, parameters and optimizer of a config.
+* `loop`: the training loop.
 """
 
 from mezo_jax.core import extras

@@ -1,7 +1,8 @@
 """Builds the data, the model, the parameters and the optimizer of a config.
 
-`build` does this in an order in which mistakes in the data are found before the
-weights are loaded. Evaluation, export and planning use its parts.
+`build` does all of it, and reads the data first, so that mistakes in the data
+are found before the weights are loaded. Evaluation, export and planning use the
+other functions of this module.
 """
 
 from collections.abc import Callable
@@ -30,21 +31,23 @@ from mezo_jax.training import trainable as trainable_lib
 
 
 class Built(NamedTuple):
-  """The parts of a run. An abstract one has shapes in the place of arrays.
+  """Holds the parts of a run.
+
+  An abstract `Built` has `jax.ShapeDtypeStruct` in place of arrays. The last
+  four attributes are None for a method that does not train.
 
   Attributes:
-    mesh: Devices of the run.
+    mesh: Mesh of the run's devices.
     tokenizer: Tokenizer of the model.
-    splits: Rows of the first task.
+    splits: Encoded rows of the first task.
     model: The model.
-    params: Parameters that are trained; all parameters of a method that does
-      not train.
+    params: The trained parameters, or all parameters if the method does not
+      train.
     frozen: The other parameters.
-    loss_fn: ``loss_fn(params, batch)`` of all parameters. It and the following
-      are None for a method that does not train.
+    loss_fn: ``loss_fn(params, batch)``, where ``params`` are all parameters.
     tx: The optimizer.
     opt_state: State of the optimizer before the first step.
-    host: Calls Python functions for ``loss_fn``.
+    host: Calls the Python functions that ``loss_fn`` needs.
   """
 
   mesh: jax.sharding.Mesh
@@ -59,7 +62,11 @@ class Built(NamedTuple):
   host: score.Host | None = None
 
   def without_weights(self) -> 'Built':
-    """Returns the same parts without arrays, which others own."""
+    """Returns the same parts with None in place of all arrays.
+
+    A step donates its parameters, so no second reference to them may be used
+    or keep their memory.
+    """
     return self._replace(params=None, frozen=None, opt_state=None)
 
 
@@ -71,16 +78,23 @@ def build(config: config_lib.Train, *, abstract: bool = False,
   """Builds everything that a run needs before its first step.
 
   Args:
-    config: Config of the run, which `mezo_jax.training.checks.check_config`
-      has checked.
-    abstract: Whether parameters and state are `jax.ShapeDtypeStruct` with
-      shardings. Then no weights are read. Defaults to False.
-    model_config: Config of the model, for ``abstract``. Defaults to that of its
-      files.
-    tokenizer: Tokenizer of the model. Defaults to that of its files.
-    rows: Rows of all splits. Defaults to those of the config.
-    mesh: Mesh, for example of described devices. Defaults to the config's.
-    say: Reports what is found.
+    config: Config of the run. `mezo_jax.training.checks.check_config` must have
+      checked it.
+    abstract: Whether to build `jax.ShapeDtypeStruct` with shardings instead of
+      parameters and optimizer state. Then no weights are read. Defaults to
+      False.
+    model_config: Config of the model. Defaults to None, which reads it from the
+      model's files.
+    tokenizer: Tokenizer of the model. Defaults to None, which reads it from the
+      model's files.
+    rows: Rows of all splits. Defaults to None, which reads the data that the
+      config names.
+    mesh: Mesh of the run, which may consist of devices that are only described.
+      Defaults to None, for the mesh of the config.
+    say: A function that reports a line to the user. Defaults to `print`.
+
+  Returns:
+    The parts of the run.
 
   Raises:
     InputError: if the config, its files and the devices do not fit each other.
@@ -108,7 +122,11 @@ def build(config: config_lib.Train, *, abstract: bool = False,
 
 
 def _host_is_silent(fn, shape, found, *args):
-  """Takes the place of a call to the host, which described devices lack."""
+  """Replaces `score.Host` where devices are only described and lack a host.
+
+  The result depends on ``found``, so the compiler cannot remove what computes
+  it.
+  """
   del fn, args
   return jnp.zeros(shape.shape, shape.dtype) + 0 * jnp.sum(found)
 
@@ -118,10 +136,15 @@ def _host_is_silent(fn, shape, found, *args):
 
 def make_mesh(config: config_lib.Train, devices: Any = None
               ) -> jax.sharding.Mesh:
-  """Returns the config's mesh over some devices, or over all.
+  """Returns the mesh that a config describes.
+
+  Args:
+    config: Config of the run.
+    devices: Devices of the mesh. Defaults to None, for all devices of JAX.
 
   Raises:
-    InputError: if the mesh, or a batch, does not fit the devices.
+    InputError: if the sizes of the mesh do not fit the number of devices, or if
+      a batch cannot be split evenly.
   """
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor,
@@ -130,25 +153,30 @@ def make_mesh(config: config_lib.Train, devices: Any = None
                *(a.data.batch_size for a in config.also)):
     if rows % sharding.row_groups(mesh):
       raise InputError(
-          f'data.batch_size {rows} does not divide over '
-          f'{sharding.row_groups(mesh)} groups of devices; make it a multiple '
-          'of that.')
+          f'data.batch_size {rows} cannot be split evenly over the '
+          f'{sharding.row_groups(mesh)} groups of devices of mesh.data and '
+          'mesh.fsdp; make it a multiple of that number.')
   return mesh
 
 
 def model_name(config: config_lib.Train) -> str | os.PathLike[str]:
-  """Returns the model to load. That of the quickstart is fetched if necessary.
+  """Returns the path or hub id of the model to load.
+
+  For 'quickstart' it downloads the model if it is not cached.
   """
   name = config.model.name
   if name == 'quickstart':
     name = quickstart_data.model_path()
-  assert name is not None  # it is fetched, or an error says why it is not
+  assert name is not None  # model_path raises if the download fails
   return name
 
 
 def plain_name(config: config_lib.Train) -> str:
-  """Returns the model's name as others may see it: the id of a hub's model, or
-  the last part of a local path."""
+  """Returns the name of the model for use in published files.
+
+  That is the id of a hub model, or the last component of a local path, so that
+  the directories of this machine are not published.
+  """
   name = config.model.name
   local = Path(name).expanduser()
   hub_id = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name)
@@ -170,9 +198,19 @@ def read_tokenizer(config: config_lib.Train) -> Any:
 def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
                 model_config: models.Config, tokenizer: Any,
                 say: Callable[[str], None]) -> data_lib.Splits:
-  """Encodes rows in the form that objective and evaluation need.
+  """Encodes rows as tokens, in the form that objective and evaluation need.
 
-  Reports how many rows there are, and what looks wrong in them.
+  It also reports the number of rows, and warns about rows that look wrong.
+
+  Args:
+    config: Config of the run.
+    rows: Rows of all splits, from `mezo_jax.tasks.data.read_rows`.
+    model_config: Config of the model.
+    tokenizer: Tokenizer of the model.
+    say: A function that reports a line to the user.
+
+  Returns:
+    The encoded rows of all splits.
 
   Raises:
     InputError: if data, task and model do not fit each other.
@@ -181,18 +219,19 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   before = trainable_lib.tokens_before(config)
   if not task.traits.new_head and not model_config.head:
     raise InputError(
-        f'the files of {config.model.name} are of a base class, without the '
-        f'head that a task of kind {task.kind!r} needs; take a model that was '
-        'saved with its head, or --config.task.kind=head with '
-        'task.label_names.')
+        f'the files of model.name {config.model.name} are those of a base '
+        f'class, without the head that a task of kind {task.kind!r} needs; '
+        'use a model that was saved with its head, or set '
+        '--config.task.kind=head and task.label_names.')
   if task.traits.new_head:
     _check_head(config, model_config)
   if not task.traits.new_head and task.masked == model_config.causal:
     raise InputError(
         f'the prompt {task.template!r} is for a '
-        f'{"masked" if task.masked else "causal"} model and '
-        f'{config.model.name} is none; choose another --config.task.template '
-        '({mask} is where a masked model reads the label words).')
+        f'{"masked" if task.masked else "causal"} model, which '
+        f'{config.model.name} is not; choose another --config.task.template '
+        '(with {mask} at the position of the label words for a masked model, '
+        'and without it for a causal one).')
   objective = config_lib.objective(config)
   needs_gold = (objectives.needs_gold(objective) or method.probe
                 or method.demonstrations)
@@ -200,11 +239,12 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
   if method.steps and not method.private and (
       len(rows.train) < config.data.batch_size):
     raise InputError(
-        f'{len(rows.train)} training rows do not fill a batch of '
+        f'{len(rows.train)} training rows are fewer than a batch of '
         f'{config.data.batch_size}; lower --config.data.batch_size.')
   gold_only = {
       'train': objectives.gold_only(objective),
-      # With demonstrations the dev rows are not used: the cheapest form.
+      # In-context learning does not evaluate the dev rows, so their cheapest
+      # form is enough.
       'dev': method.demonstrations or (
           config.select == 'loss' and task.traits.generates
           and objectives.gold_only(objective))}
@@ -218,7 +258,7 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       num_demos=config.num_demos if method.demonstrations else 0,
       prior=bool(config.calibration), soft_ids=soft,
       untold=('train',) if method.private else (),
-      # Without steps nothing is trained, and answers alone are generated.
+      # A baseline that generates answers has no use for the LM loss.
       lm_loss=objectives.gold_only(objective) and (
           method.steps or not task.traits.generates),
       needs_gold=needs_gold, say=say)
@@ -229,20 +269,21 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
               for token in part), default=0)
   if most >= first + before:
     raise InputError(
-        f'the tokenizer of {config.model.name} gave token {most} for these '
-        f'rows, and the model has {first}: they are not of one model.')
+        f'the tokenizer of {config.model.name} gives token id {most} for these '
+        f'rows, but the vocabulary of the model has {first} tokens; use the '
+        'tokenizer that belongs to the model.')
   for text in data_warnings(config, rows):
     say(f'warning: {text}.')
   agreement.agree(
       'the rows', lambda: fingerprint.of_rows(
           splits.train, splits.dev, splits.test),
-      'bring the same data to every host')
+      'copy the same data to every host')
   return splits
 
 
 def eval_sizes(config: config_lib.Train, splits: data_lib.Splits
                ) -> dict[str, evaluate.Sizes]:
-  """Returns the shapes of the evaluation batches of each split."""
+  """Returns the sizes of the evaluation batches of each split."""
   return evaluate.sizes_of(
       splits, config.eval_batch_size, config.eval_batch_tokens)
 
@@ -250,14 +291,22 @@ def eval_sizes(config: config_lib.Train, splits: data_lib.Splits
 def make_evaluators(config: config_lib.Train, model: models.Transformer,
                     splits: data_lib.Splits, tokenizer: Any,
                     mesh: jax.sharding.Mesh) -> evaluate.Evaluators:
-  """Returns functions that evaluate the dev and test rows of a run."""
+  """Returns functions that evaluate the dev and test rows of a run.
+
+  Args:
+    config: Config of the run.
+    model: The model.
+    splits: The encoded rows.
+    tokenizer: Tokenizer of the model.
+    mesh: Mesh that the parameters are on.
+  """
   return evaluate.make_evaluators(
       model, config.task, config.objective, splits, tokenizer, mesh,
       eval_sizes(config, splits))
 
 
 def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
-  """Returns a line about the rows of each split.
+  """Returns a log line with the number of rows of each split.
 
   For example ``data: 230 rows of x.csv: 138 train, 46 dev, 46 test``.
   """
@@ -277,9 +326,18 @@ def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
 
 def data_warnings(config: config_lib.Train,
                   rows: data_lib.Rows) -> list[str]:
-  """Returns what looks like a mistake in the rows of a run.
+  """Returns warnings about rows that look like a mistake.
 
-  Private training rows are left out.
+  It warns about rows without right answers, labels that no training row has,
+  and dev or test rows that are training rows, too. In a private run nothing
+  may be reported about the training rows, so they are not examined.
+
+  Args:
+    config: Config of the run.
+    rows: Rows of all splits.
+
+  Returns:
+    A list of sentences without a final period.
   """
   task, out = config.task, []
   read = {'dev': rows.dev, 'test': rows.test}
@@ -291,7 +349,7 @@ def data_warnings(config: config_lib.Train,
       column = (task.answers_column if task.traits.generates
                 else task.label_column)
       out.append(f'{bare} of {len(some)} {name} rows have no right answer in '
-                 f'column {column!r}: {task.main_metric} is not measured on '
+                 f'column {column!r}, so {task.main_metric} is not measured on '
                  f'{name} rows')
     if name == 'train' and task.traits.classes and not bare:
       found = {task.golds(row)[0] for row in some}
@@ -313,23 +371,33 @@ def data_warnings(config: config_lib.Train,
     again = sum(key(row) in seen for row in read[name])
     if again:
       out.append(f'{again} of {len(read[name])} {name} rows have the prompt of '
-                 'a train row, so results on them say little about new rows')
+                 'a train row, so their results say little about new rows')
   return out
 
 
 def _check_head(config: config_lib.Train, model_config: models.Config) -> None:
-  """Raises InputError for a classification head that could not be exported."""
+  """Checks that a model with a new classification head can be exported.
+
+  Raises:
+    InputError: if it cannot.
+  """
   classifier.check_head(model_config)
   if methods.adapts(config) and not methods.part_of(config).added:
     raise InputError(
-        f"a task of kind 'head' with peft.method {config.peft.method!r} has no "
-        'equal in PEFT and could not be exported: take '
-        "--config.peft.method=lora, or a task with label words.")
+        f"a task of kind 'head' with peft.method {config.peft.method!r} cannot "
+        'be exported, because PEFT has no equivalent; use '
+        '--config.peft.method=lora, or a task with label words.')
 
 
 def batch_shapes(data: Encoded, length: int, rows: int,
                  mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Returns an abstract training batch of ``rows`` rows of ``length`` tokens.
+  """Returns the shapes of a training batch, as `jax.ShapeDtypeStruct`.
+
+  Args:
+    data: The encoded training rows.
+    length: Number of tokens that rows are padded to.
+    rows: Number of rows.
+    mesh: Mesh over which the batch is split.
   """
   batch = batch_of(data, np.arange(rows), length, rows)
   place = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
@@ -341,7 +409,18 @@ def batch_shapes(data: Encoded, length: int, rows: int,
 
 def load(config: config_lib.Train, model_config: models.Config,
          mesh: jax.sharding.Mesh, abstract: bool = False) -> Any:
-  """Returns the model and its parameters, or the shapes of these."""
+  """Loads the model and its pretrained parameters.
+
+  Args:
+    config: Config of the run.
+    model_config: Config of the model.
+    mesh: Mesh to place the parameters on.
+    abstract: Whether to return shapes instead of loading the weights. Defaults
+      to False.
+
+  Returns:
+    The model, and its parameters or their shapes.
+  """
   if abstract and config.model.dtype != 'codes':
     model = models.Transformer(model_config)
     params = models.param_shapes(
@@ -350,7 +429,9 @@ def load(config: config_lib.Train, model_config: models.Config,
     model, params = models.load(
         model_name(config), mesh, config.model.dtype,
         revision=config.model.revision or None, offload=config.model.offload)
-    if abstract:  # only the file has the kinds of quantised weights
+    # With dtype 'codes' the shapes depend on how the GGUF file quantises each
+    # tensor, so even an abstract run loads it.
+    if abstract:
       params = jax.tree.map(lambda x: _shape(x, x.sharding), params)
   return model.clone(remat=config.model.remat), params
 
@@ -358,19 +439,24 @@ def load(config: config_lib.Train, model_config: models.Config,
 def add(config: config_lib.Train, model: models.Transformer,
         params: dict[str, Any], tokenizer: Any, mesh: jax.sharding.Mesh
         ) -> Any:
-  """Returns the model and its parameters with what task and method add.
+  """Adds a classification head and adapters to a model, as its config needs.
 
-  They are laid out as the method needs.
+  It also separates parameters that are trained on their own: a head that is
+  tied to the embedding, and the last layers.
 
   Args:
     config: Config of the run.
     model: The model from `load`.
-    params: Arrays or shapes from `load`; layers may be taken out of this dict.
+    params: Parameters or shapes from `load`. The last layers may be moved out
+      of this dict.
     tokenizer: Tokenizer of the model.
-    mesh: Mesh that parameters are on.
+    mesh: Mesh that the parameters are on.
+
+  Returns:
+    The model and all its parameters, or their shapes.
 
   Raises:
-    InputError: if what is added does not fit the model.
+    InputError: if the head or the adapters do not fit the model.
   """
   abstract, given = _is_abstract(params), dict(paths.named_leaves(params))
   if config.task.traits.new_head:
@@ -378,7 +464,9 @@ def add(config: config_lib.Train, model: models.Transformer,
         jax.random.key(config.seed), model.config, config.task.num_classes)
     params = params | {'classifier': _made(
         lambda tree: sharding.replicated(mesh), abstract, make)}
-  made = []  # models, which a traced function cannot return
+  # The functions below also return a model, which is not an array and cannot be
+  # the output of a function that `jax.eval_shape` traces. They append it here.
+  made = []
 
   def laid_out(params):
     found, params = trainable_lib.lay_out(config, model, params)
@@ -399,7 +487,10 @@ def add(config: config_lib.Train, model: models.Transformer,
 
 
 def _made(place: Callable, abstract: bool, make: Callable, *args):
-  """Returns ``make(*args)``, laid out by ``place(tree)``, or its shapes."""
+  """Returns the tree ``make(*args)`` with the shardings ``place(tree)``.
+
+  If ``abstract``, it returns shapes with these shardings.
+  """
   if not abstract:
     tree = make(*args)
     return sharding.place(tree, place(tree)) if tree else tree
@@ -408,22 +499,29 @@ def _made(place: Callable, abstract: bool, make: Callable, *args):
 
 
 def _as_before(shapes: dict, given: dict, mesh) -> dict:
-  """Returns shapes of parameters with the shardings that they had before."""
+  """Returns shapes of parameters with the shardings that they had before.
+
+  `jax.eval_shape` drops shardings. They are found again by the path that a
+  parameter had before: ``layers/...`` for the last layers, and ``embed/...``
+  for a head that was tied to the embedding.
+  """
   def place(path, x):
     for old in (path, path.removeprefix('last_'),
                 path.replace('lm_head/', 'embed/')):
-      if old in given:  # codes have several arrays
+      if old in given:  # a quantised weight is a tree of several arrays
         return jax.tree.map(
             lambda x, old: _shape(x, old.sharding), x, given[old])
-    return _shape(x, sharding.replicated(mesh))  # a task's new head
+    return _shape(x, sharding.replicated(mesh))  # a new classification head
   return paths.map_named(place, shapes)
 
 
 def _shape(x, place) -> jax.ShapeDtypeStruct:
+  """Returns the shape and dtype of an array with the sharding ``place``."""
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _is_abstract(params) -> bool:
+  """Returns whether a tree consists of shapes instead of arrays."""
   return isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
 
 
@@ -432,7 +530,14 @@ def _is_abstract(params) -> bool:
 
 def privacy_plan(config: config_lib.Train, splits: data_lib.Splits,
                  mesh: jax.sharding.Mesh) -> privacy.Plan | None:
-  """Returns the budget of a private run's training rows, else None."""
+  """Returns the privacy plan of a private run, or None for another method.
+
+  Args:
+    config: Config of the run.
+    splits: The encoded rows.
+    mesh: Mesh of the run. The capacity of a batch is a multiple of its groups
+      of devices.
+  """
   if not methods.method_of(config).private:
     return None
   p = config.privacy
@@ -447,14 +552,15 @@ def init_state(tx: optax.GradientTransformation, params: dict[str, Any],
                ) -> Any:
   """Returns the state of the optimizer before the first step.
 
-  What mirrors a parameter has its sharding; the rest is replicated.
+  Arrays that mirror a parameter, such as Adam's moments, have the sharding of
+  the parameter. All others are replicated.
 
   Args:
     tx: The optimizer.
-    params: Arrays or shapes of the parameters that it trains.
+    params: The trained parameters, or their shapes.
     mesh: Mesh that they are on.
-    abstract: Whether to return shapes. Defaults to whether ``params`` are
-      shapes.
+    abstract: Whether to return shapes. Defaults to None, which returns shapes
+      if ``params`` are shapes.
   """
   everywhere = sharding.replicated(mesh)
   if not (_is_abstract(params) if abstract is None else abstract):
@@ -464,6 +570,7 @@ def init_state(tx: optax.GradientTransformation, params: dict[str, Any],
   known = dict(paths.named_leaves(params))
 
   def place(path, x):
+    # The path of a moment ends with the path of its parameter.
     parts = path.split('/')
     for i in range(len(parts)):
       like = known.get('/'.join(parts[i:]))

@@ -1,6 +1,6 @@
-"""Refuses configs that cannot work, each in one sentence.
+"""Rejects configs that cannot work, with a message that names the field.
 
-What depends on the method alone is in `mezo_jax.training.methods`.
+Rules that belong to a single method are in `mezo_jax.training.methods`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,16 @@ from mezo_jax.transforms.evaluate_points import OVER
 
 
 def check_config(config: config_lib.Train) -> None:
-  """Checks that the values of a config can work.
+  """Checks the values of a config.
+
+  It also checks the config of every further task in ``config.also``.
+
+  Args:
+    config: The config of a run.
 
   Raises:
-    InputError: if one cannot; it names the field.
+    InputError: if a value is invalid, or does not fit the values of other
+      fields. The message names the fields.
   """
   config_fields.check_types(config)
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
@@ -50,6 +56,8 @@ def check_config(config: config_lib.Train) -> None:
   _one_of('spsa.combine', z.combine, COMBINES)
   _one_of('peft.positions', p.positions, PLACES)
   _one_of('peft.init', p.init, INITS)
+  # Each rule is a pair (holds, message). The first one that does not hold is
+  # the error.
   rules = [
       *methods.rules(config),
       (config.model.dtype not in QUANTISED or not (
@@ -61,38 +69,43 @@ def check_config(config: config_lib.Train) -> None:
           and not methods.layers_apart(config)
           and (method.offloads or not method.steps)
           and not o.groups),
-       'model.offload needs floats, no layers set apart, and method mezo '
-       'without optimizer.groups'),
+       'model.offload supports only float weights, the method mezo and '
+       'baselines, and neither last_layers nor optimizer.groups; set it to '
+       'False'),
       (config.mesh.direction == 1 or (
           z.over != 'rows' and not method.backprop),
-       'mesh.direction shares out the points of forward passes: leave it at 1 '
-       "for backpropagation and spsa.over 'rows', and split mesh.data"),
+       'mesh.direction splits the forward passes of a step, which is not '
+       "possible with backpropagation or spsa.over 'rows'; leave it at 1 and "
+       'increase mesh.data instead'),
       (not config.calibration or (
           config.task.calibration is not None and not config.task.masked
           and not of_task.generates and not of_task.new_head),
-       'calibration needs task.calibration, a prompt without content, and '
-       'candidates that a causal model scores'),
-      (p.init != 'text' or bool(p.text), "peft.init 'text' needs peft.text"),
+       'calibration needs a causal model, a task that scores candidates, and '
+       'task.calibration, a prompt without content; set them, or leave '
+       'calibration empty'),
+      (p.init != 'text' or bool(p.text),
+       "peft.init 'text' needs a text; set peft.text"),
       (min(p.rank, p.num_tokens, p.num_layers) >= 1,
-       'peft.rank, num_tokens and num_layers must be at least 1'),
+       'peft.rank, peft.num_tokens and peft.num_layers must be at least 1'),
       (not p.adapter or bool(part.adapter),
-       'peft.adapter needs peft.method, one of '
+       'peft.adapter needs the kind of the adapter; set peft.method to one of '
        f'{", ".join(k for k, v in PARTS.items() if v.adapter)}'),
       (not methods.layers_apart(config) or not part.adapter or part.added,
-       f'peft.mask {p.mask!r} selects layers of the model, and a {p.method} is '
-       'not in its layers; leave it empty, --config.peft.mask='),
+       f'peft.mask {p.mask!r} selects the last layers of the model, which '
+       f'peft.method {p.method} does not support; leave it empty, '
+       '--config.peft.mask='),
       (not p.adapter or not methods.layers_apart(config)
        or 'last_layers' in p.mask,
-       f'peft.targets {p.targets!r} apply to new matrices; with peft.adapter '
-       'select the layers that are trained by '
+       f'peft.targets {p.targets!r} is not used with peft.adapter; to train '
+       'the last layers of the adapter, set '
        "--config.peft.mask='^last_layers/.*lora_[ab]$'"),
       (not part.adapter or not p.mask or p.method in p.mask,
-       f'peft.mask {p.mask!r} selects parameters of the model, not of '
+       f'peft.mask {p.mask!r} does not match parameters of the adapter '
        f'{p.method}; leave it empty, --config.peft.mask='),
       (all(len(g) == 3 and all(0 < x < math.inf for x in g[1:])
            for g in o.groups),
-       f'optimizer.groups {o.groups} must be tuples (regular expression, '
-       'learning_rate, eps) with positive and finite numbers'),
+       f'optimizer.groups {o.groups} must contain tuples (regular expression, '
+       'learning_rate, eps) with positive, finite numbers'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (0 <= config.seed < 2**32,
        f'seed is {config.seed} and must be from 0 to below 2**32'),
@@ -101,16 +114,17 @@ def check_config(config: config_lib.Train) -> None:
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
       (z.lazy_every >= 1, 'spsa.lazy_every must be at least 1'),
-      (z.fold_every == 1 or z.fold_every > 1 and not o.groups
+      (z.apply_every == 1 or z.apply_every > 1 and not o.groups
        and not o.weight_decay,
-       'spsa.fold_every must be at least 1, and above it needs '
-       'optimizer.weight_decay of 0 and no optimizer.groups'),
+       'spsa.apply_every must be at least 1; if it is more than 1, '
+       'optimizer.weight_decay must be 0 and optimizer.groups must be empty'),
       (z.combine != 'fzoo' or z.num_samples > 1,
        "spsa.combine 'fzoo' needs spsa.num_samples of at least 2"),
       (z.over != 'rows' or d.batch_size % max(z.num_samples, 1) == 0
        and z.num_samples % max(o.micro_batches, 1) == 0,
-       "with spsa.over 'rows' spsa.num_samples must divide data.batch_size, "
-       'and optimizer.micro_batches spsa.num_samples'),
+       "with spsa.over 'rows', data.batch_size must be a multiple of "
+       'spsa.num_samples, and spsa.num_samples a multiple of '
+       'optimizer.micro_batches'),
       (all(map(math.isfinite, (o.learning_rate, z.eps, o.weight_decay))),
        'optimizer.learning_rate, spsa.eps and optimizer.weight_decay must be '
        'finite'),
@@ -118,24 +132,24 @@ def check_config(config: config_lib.Train) -> None:
        'optimizer.warmup_steps must be at least 0 and below steps'),
       (o.weight_decay >= 0, 'optimizer.weight_decay must be at least 0'),
       (list(d.buckets) == sorted(set(d.buckets)) and len(d.buckets) > 0,
-       f'data.buckets {d.buckets} must increase'),
+       f'data.buckets {d.buckets} must be increasing and not empty'),
       (d.batch_size >= 1, 'data.batch_size must be at least 1'),
       (o.micro_batches >= 1, 'optimizer.micro_batches must be at least 1'),
       (d.batch_size % max(o.micro_batches, 1) == 0,
-       'optimizer.micro_batches must divide data.batch_size'),
+       'data.batch_size must be a multiple of optimizer.micro_batches'),
       (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
           config.task, config_lib.objective(config)),
-       f'objective {objectives.words(config_lib.objective(config))} needs a '
-       'whole batch; leave optimizer.micro_batches at 1, and use no spsa.over '
-       "of 'rows'"),
+       f'objective {objectives.words(config_lib.objective(config))} is not a '
+       'mean over rows, so a batch cannot be split; leave '
+       "optimizer.micro_batches at 1 and spsa.over at 'scan' or 'batch'"),
       *((n >= 1 or n == -1 or d.k_shot > 0,
-         f'data.num_{name} is {n} and must be at least 1, or -1 for a share of '
-         'the rows')
+         f'data.num_{name} is {n} and must be at least 1, or -1 for a fraction '
+         'of the rows')
         for name, n in (('train', d.num_train), ('dev', d.num_dev))),
       (d.num_test >= 1 or d.num_test == -1 or d.num_test == 0 and (
           bool(d.test) or not d.train),
        f'data.num_test is {d.num_test} and must be at least 1, or -1 for a '
-       'share of the rows (0, for all, needs data.test)'),
+       'fraction of the rows; 0, for all test rows, needs data.test'),
       (d.k_shot >= 0, f'data.k_shot is {d.k_shot} and must be at least 0'),
       *((0 <= seed < 2**32,
          f'data.{name} is {seed} and must be from 0 to below 2**32')
@@ -143,24 +157,25 @@ def check_config(config: config_lib.Train) -> None:
       (min(config.max_skipped, config.keep_checkpoints) >= 1,
        'max_skipped and keep_checkpoints must be at least 1'),
       (0 <= config.max_rise < math.inf,
-       'max_rise must be at least 0, and finite'),
+       'max_rise must be at least 0 and finite'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]
   names = [config.task.name or 'first', *(a.name for a in config.also)]
   rules += [
       (not config.also or method.mixes,
-       f'method {config.method!r} trains one task; leave also empty'),
+       f'method {config.method!r} supports a single task; leave also empty'),
       (len(set(names)) == len(names) and all(
           re.fullmatch(r'\w+', name) for name in names) or not config.also,
-       f'also: the names of tasks, {", ".join(names)}, must be words, and no '
-       'two of them the same'),
+       f'also: the names of the tasks, {", ".join(names)}, must be different '
+       'words of letters, digits and underscores'),
       (all(a.weight > 0 and math.isfinite(a.weight) for a in config.also),
-       'also: weights must be positive'),
+       'also: the weights must be positive and finite'),
       (not config.also or not any(
           task.traits.new_head
           for task in (config.task, *(a.task for a in config.also))),
-       "also: a task of kind 'head' has a head of its own; train it alone"),
+       "also: a task of kind 'head' needs its own head and cannot share a "
+       'model with other tasks; train it in a run of its own'),
   ]
   for holds, message in rules:
     if not holds:
@@ -181,26 +196,27 @@ def check_config(config: config_lib.Train) -> None:
 
 
 def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
-  """Checks that each field of a command line has an effect.
+  """Checks that each field that a command line sets has an effect.
 
-  Fields that a config file sets are not checked: the same file may be run with
-  another method, to compare. For the same reason methods that train nothing may
-  be given fields that only training reads.
+  Fields that a config file sets are not checked, because the same file may be
+  run with several methods to compare them. For the same reason, fields that
+  only training reads may be set for a method that does not train.
 
   Args:
-    config: The config, with what the command line sets.
-    given: The fields that the command line sets, from `config_fields.given`.
+    config: The config, in which the fields of the command line are set.
+    given: The paths of the fields that the command line sets, from
+      `mezo_jax.cli.command_line.given`.
 
   Raises:
-    InputError: if a field changes nothing.
+    InputError: if a field has no effect.
   """
   task = config.task
   if 'task.name' in given and task.name in tasks.TASKS and (
       task.template != tasks.get(task.name).template):
     raise InputError(
-        f'--config.task.name={task.name} gives this task a name and nothing '
-        'else; the task that is declared under it comes with a config file '
-        '(docs/tasks.md lists them).')
+        f'--config.task.name={task.name} only sets the name of the task; to '
+        'use the predefined task of this name, choose a config file that '
+        'contains it (docs/tasks.md lists them).')
   for name in given:
     part = re.sub(r'^also\[(-?\d+)\]\.', '', name)
     own = config
@@ -211,17 +227,21 @@ def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
     if part.startswith('task.') and isinstance(text, str) and (
         re.search(r'\\[nt]', text)):
       raise InputError(
-          f'--config.{name} is {text!r}, with a backslash and a letter where a '
-          "line break or tab is probably meant: in bash write $'...\\n...', or "
-          'set it in a config file.')
+          f'--config.{name} is {text!r}, which contains a backslash and a '
+          'letter instead of a line break or tab. In bash, write '
+          "$'...\\n...', or set the field in a config file.")
     for needs, pattern, why in _unread(own):
       if needs and re.fullmatch(pattern, part):
         raise InputError(
-            f'--config.{name} changes nothing {why}; leave it out.')
+            f'--config.{name} has no effect {why}; leave it out.')
 
 
 def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
-  """Yields (whether they are not read, a pattern of fields, the reason)."""
+  """Yields the conditions under which fields are not read.
+
+  Each is a tuple (whether the condition holds, a regular expression of the
+  fields that are then not read, the reason for the error message).
+  """
   method, kind = methods.method_of(config), config.task.traits
   part, p, z = methods.part_of(config), config.peft, config.spsa
   with_method = f'with method {config.method!r}'
@@ -248,7 +268,7 @@ def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
       yield (bool(readers) and p.method not in readers,
              rf'peft\.{field.name}', f'{with_part}, {_only(readers)}')
     yield (not (part.last_layers or methods.layers_apart(config)),
-           r'peft\.num_layers', 'where no last layers are set apart')
+           r'peft\.num_layers', 'unless the last layers are trained alone')
   with_kind = f'with task.kind {config.task.kind!r}'
   yield (not kind.generates, r'task\.(answers_column|stop|max_new_tokens)',
          with_kind)
@@ -258,16 +278,18 @@ def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
   yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)',
          with_kind)
   yield (config.data.k_shot > 0, r'data\.num_(train|dev)',
-         'where data.k_shot is set')
-  yield (config.objective != '', r'task\.objective', 'where objective is set')
+         'if data.k_shot is set')
+  yield (config.objective != '', r'task\.objective', 'if objective is set')
 
 
 def _only(readers: Sequence[str]) -> str:
+  """Returns the reason that only certain methods read a field."""
   verb = 'reads' if len(readers) == 1 else 'read'
   return f'because only {", ".join(readers)} {verb} it'
 
 
 def _one_of(field: str, value, known) -> None:
+  """Raises InputError if the value of a field is not one of those known."""
   if value not in known:
     raise InputError(f'config: unknown {field} {value!r}; choose one of '
                      f'{", ".join(filter(None, known))}.')

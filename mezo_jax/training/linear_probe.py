@@ -1,4 +1,4 @@
-"""Fits a linear probe, and writes it into a vocabulary head."""
+"""Fits a linear probe to features of a model, and writes it into its head."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,18 @@ from mezo_jax.tasks.task import Task
 
 def features(model: Any, params: Any, data: Encoded, sizes: Sizes,
              mesh: jax.sharding.Mesh) -> np.ndarray:
-  """Returns float32 [R, D]: the inputs of the head at the label words."""
+  """Returns the inputs of the head at the position of the label words.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    params: Its parameters.
+    data: Encoded rows whose label words are read at one position.
+    sizes: Sizes of the batches.
+    mesh: Mesh that the parameters are on.
+
+  Returns:
+    Features, an array of shape [rows, width] and dtype float32.
+  """
   def read(params, batch):
     return models.apply(
         model, params, batch['input_ids'], batch['attention_mask'],
@@ -27,31 +38,36 @@ def features(model: Any, params: Any, data: Encoded, sizes: Sizes,
 
 
 def fit_probe(x: np.ndarray, labels: np.ndarray, bias: bool) -> Any:
-  """Fits scikit-learn's logistic regression; five folds choose the penalty.
+  """Fits scikit-learn's logistic regression with a cross-validated penalty.
 
   The settings are those of the paper's code: at most 5,000 iterations, a
   tolerance of 1e-4, random state 0, and an intercept for masked models only.
+  The penalty is chosen by cross-validation with five folds.
 
   Args:
-    x: Features [R, D].
-    labels: Labels [R].
+    x: Features, of shape [rows, width].
+    labels: Class of each row, of shape [rows].
     bias: Whether to fit an intercept.
 
+  Returns:
+    The fitted `sklearn.linear_model.LogisticRegressionCV`.
+
   Raises:
-    ValueError: if there are fewer than two labels, or rows, to fit, or
-      features that are not finite.
+    InputError: if features are not finite, or if there are too few rows or
+      classes for a fit.
   """
   lost = int(np.sum(~np.isfinite(x).all(-1)))
   if lost:
     raise InputError(
-        f'the linear probe cannot be fitted: features of {lost} of {len(x)} '
-        'rows are not finite; try --config.model.dtype=float32.')
+        f'the linear probe cannot be fitted: the features of {lost} of '
+        f'{len(x)} rows are not finite; try --config.model.dtype=float32.')
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.linear_model import LogisticRegressionCV
-  from threadpoolctl import threadpool_limits  # scikit-learn's own
+  from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
   probe = LogisticRegressionCV(
       max_iter=5000, tol=1e-4, fit_intercept=bias, random_state=0)
-  # On small matrices BLAS threads wait for each other more than they work.
+  # The matrices are small. With several threads BLAS would spend more time on
+  # synchronisation than on arithmetic.
   with warnings.catch_warnings(), threadpool_limits(1):
     warnings.simplefilter('ignore', ConvergenceWarning)
     warnings.filterwarnings('ignore', category=FutureWarning)
@@ -68,28 +84,29 @@ def linear_probe(model: Any, params: Any, splits: data_lib.Splits,
                  sizes: dict[str, Any], mesh: jax.sharding.Mesh,
                  task: Task,
                  objective: str | Callable[..., Any] = 'cross_entropy') -> Any:
-  """Fits a probe to the train rows' features.
+  """Fits a linear probe to the training rows, and tests it on the test rows.
 
   Args:
     model: A `mezo_jax.models.Transformer`.
     params: Its parameters.
-    splits: Rows whose label words are read at one position.
-    sizes: Shapes of the batches, by split.
-    mesh: Mesh that parameters are on.
-    task: Task of the rows, whose metric the report has.
-    objective: Objective of the run, whose value the report has.
+    splits: Encoded rows whose label words are read at one position.
+    sizes: Sizes of the batches, by the name of the split.
+    mesh: Mesh that the parameters are on.
+    task: Task of the rows. The report contains its metrics.
+    objective: Objective of the run. The report contains its value. Defaults to
+      'cross_entropy'.
 
   Returns:
-    scikit-learn's model, and its report on the test rows.
+    scikit-learn's model, and the report on the test rows.
 
   Raises:
-    ValueError: for label words of several tokens, or as `fit_probe`.
+    InputError: if label words have several tokens, or as `fit_probe`.
   """
   if splits.train.read_at is None or splits.test.read_at is None:
     raise InputError(
-        'a linear probe takes features where label words of one token each are '
-        'read; choose such with --config.task.label_words, the objective '
-        'cross_entropy, or the method head_only.')
+        'a linear probe needs label words of one token each and the objective '
+        'cross_entropy; change --config.task.label_words or '
+        '--config.objective, or use the method head_only.')
   read = lambda name: features(
       model, params, getattr(splits, name), sizes[name], mesh)
   probe = fit_probe(
@@ -99,9 +116,18 @@ def linear_probe(model: Any, params: Any, splits: data_lib.Splits,
 
 
 def probe_scores(probe: Any, x: np.ndarray, width: int) -> np.ndarray:
-  """Returns the scores [R, C] of a probe; classes that it never saw are last.
+  """Returns the scores of a probe, of shape [rows, classes].
+
+  Classes without a training row get a score of -1e30, below all others.
+
+  Args:
+    probe: scikit-learn's model.
+    x: Features, of shape [rows, width].
+    width: Number of classes.
   """
   found = probe.decision_function(x)
+  # With two classes scikit-learn returns one number per row, the difference of
+  # the two scores.
   if found.ndim == 1:
     found = np.stack([-found / 2, found / 2], -1)
   scores = np.full((len(x), width), -1e30)
@@ -111,13 +137,18 @@ def probe_scores(probe: Any, x: np.ndarray, width: int) -> np.ndarray:
 
 def write_probe(params: dict[str, Any], probe: Any, token_ids: np.ndarray
                 ) -> dict[str, Any]:
-  """Returns parameters whose label-word logits are the probe's scores.
+  """Returns parameters whose logits of the label words are the probe's scores.
 
-  The rows of the label words in the head become the probe's coefficients, and
-  with an intercept their biases become it.
+  The probe's coefficients replace the rows of the label words in the head, and
+  its intercept replaces their biases, if the head has biases.
+
+  Args:
+    params: Parameters of a model with an untied head.
+    probe: scikit-learn's model.
+    token_ids: Token id of each class's label word, of shape [classes].
   """
   coef, bias = probe.coef_, probe.intercept_
-  if len(coef) == 1:
+  if len(coef) == 1:  # two classes; see `probe_scores`
     coef, bias = (np.concatenate([-x, x]) / 2 for x in (coef, bias))
   ids = token_ids[probe.classes_]
   table = params['lm_head']['embedding']

@@ -1,4 +1,10 @@
-"""The training loop, and where its steps come from."""
+"""Implements the training loop and the sources of its steps.
+
+A step comes from one of three sources: from a batch, from the log of an earlier
+process, or from a group of replicas. `steps` chooses the source of each step
+and dispatches it; `loop` reads the results, evaluates and saves; and `Recorder`
+writes everything that is recorded.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -19,27 +25,33 @@ from mezo_jax.transforms.step import Step
 
 
 class Numbers(NamedTuple):
-  """Holds what a step reports.
+  """Holds the metrics of a step.
 
   Attributes:
-    values: Metrics of `mezo_jax.make_step`, as device arrays.
-    tokens: Number of tokens of its batch; None for a step from the log.
+    values: The metrics that the step of `mezo_jax.make_step` returned, as
+      device arrays that may not be computed yet.
+    tokens: Number of tokens in its batch; None for a step from the log.
   """
 
   values: dict[str, jax.Array]
   tokens: int | None = None
 
 
-# ``source(step, state) -> state, numbers`` makes a step; it consumes the state.
+# A function ``source(step, state) -> (state, numbers)`` that dispatches a step.
+# The state that it gets is donated and cannot be used again.
 Source = Callable[[int, TrainState], tuple[TrainState, Numbers]]
 
 
 def from_log(step_fn: Step, log: replay.Log) -> Source:
-  """Returns a source of steps that an earlier process has recorded.
+  """Returns a source that replays the steps that an earlier process recorded.
 
-  Only the update is computed, from the recorded projected gradients. The
-  program of the update is that of training, so the weights are bitwise equal to
-  those of the earlier process.
+  Only the update is computed, from the recorded projected gradients, without
+  forward passes. It is the same compiled program as in training, so the weights
+  are bitwise equal to those of the earlier process.
+
+  Args:
+    step_fn: The training step.
+    log: Log of the run.
   """
 
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
@@ -50,13 +62,13 @@ def from_log(step_fn: Step, log: replay.Log) -> Source:
 
 def from_batches(step_fn: Step, batches: Iterator[Any],
                  frozen_of: Callable[..., Any]) -> Source:
-  """Returns a source of steps from batches.
+  """Returns a source that trains on the next batch.
 
   Args:
     step_fn: The training step.
-    batches: Yields ``tokens, batch, more``, in which ``more`` holds further
-      arguments of the step.
-    frozen_of: Returns the frozen parameters that a batch needs.
+    batches: Yields ``(tokens, batch, more)``: the number of tokens, the batch,
+      and a dict of further keyword arguments of the step.
+    frozen_of: A function from a batch to the frozen parameters that it needs.
   """
 
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
@@ -69,23 +81,24 @@ def from_batches(step_fn: Step, batches: Iterator[Any],
 
 def from_replicas(step_fn: Step, batches: Iterator[Any],
                   frozen_of: Callable[..., Any], others: Any) -> Source:
-  """Returns a source of steps that replicas make together.
+  """Returns a source of steps that several replicas compute together.
 
-  This process evaluates the losses of its own directions, and exchanges them
-  for the numbers of all directions. Each replica then makes the same update.
+  Each replica evaluates its own part of the directions, and receives the
+  projected gradients of the other parts. All replicas then apply the same
+  update to their own copies of the weights.
 
   Args:
     step_fn: The training step of this replica's part of the directions.
     batches: As for `from_batches`.
     frozen_of: As for `from_batches`.
-    others: The exchange, from `mezo_jax.distributed.replicas.join`.
+    others: The `mezo_jax.distributed.exchange.Exchange` of the run.
   """
 
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
     tokens, batch, more = next(batches)
-    # If this replica sent its part of the step before it was stopped, it only
-    # waits for the others. The batch is drawn nevertheless, so that the next
-    # step has the next batch.
+    # If this replica had sent its part of the step before it was stopped, it
+    # need not compute it again and only waits for the others. The batch is
+    # drawn nevertheless, so that the next step gets the next batch.
     found = () if others.has(step) else step_fn.losses(
         *state, batch, frozen_of(batch), **more)
     *new, values = step_fn.update(*state, *others.swap(step, *found))
@@ -96,47 +109,50 @@ def from_replicas(step_fn: Step, batches: Iterator[Any],
 def steps(state: TrainState, numbered: range, step_fn: Step, log: replay.Log,
           made: Source, evaluates: Callable[[int], bool]
           ) -> Iterator[tuple[int, TrainState, Numbers]]:
-  """Yields ``step, state, numbers`` of each step, which is only dispatched.
+  """Dispatches steps, and yields ``(step, state, numbers)`` of each.
 
-  Steps that the log has are replayed. The next step consumes the state.
+  The device may not have computed the step yet when it is yielded. The state is
+  donated to the next step, so it can be used only until that is requested.
 
   Args:
-    state: The state before the first step; it is consumed.
+    state: The state before the first step. It is donated.
     numbered: Numbers of the steps.
     step_fn: The training step.
-    log: Log of the run.
+    log: Log of the run. The steps that it has are replayed.
     made: Source of the steps that the log does not have.
-    evaluates: Whether a step is evaluated. If so, accumulated updates are added
-      to the weights before the evaluation.
+    evaluates: A function of the step number that returns whether the step is
+      evaluated. If it is, accumulated updates are applied to the weights first.
   """
   replayed = from_log(step_fn, log)
   for step in numbered:
     source = replayed if step <= log.steps.last else made
     state, numbers = source(step, state)
     if evaluates(step):
-      state = TrainState(*step_fn.flush(*state))
+      state = TrainState(*step_fn.apply_accumulated(*state))
     yield step, state, numbers
 
 
 def evaluated_steps(total: int, every: int, log: replay.Log, accumulates: bool
                     ) -> Callable[[int], bool]:
-  """Returns ``evaluates(step)``: whether a step is followed by an evaluation.
+  """Returns a function ``evaluates(step) -> bool``.
 
-  Accumulated updates are added to the weights, and rounded, where the run is
-  evaluated. So a replay evaluates where the log says that they were added, even
-  if ``every`` has changed since.
+  Before an evaluation, accumulated updates are applied to the weights, which
+  rounds the weights. A replay must round at the same steps to give the same
+  bits. It therefore evaluates at the steps where the log records that updates
+  were applied, even if ``every`` has changed since.
 
   Args:
-    total: The last step, which is evaluated.
+    total: Number of the last step, which is always evaluated.
     every: Steps from one evaluation to the next.
     log: Log of the run.
-    accumulates: Whether updates are accumulated.
+    accumulates: Whether updates are accumulated over several steps.
   """
 
   def evaluates(step: int) -> bool:
     recorded = log.steps
-    # Whether updates were added after the last recorded step is not known: the
-    # process may have been killed before it recorded that.
+    # For the last recorded step the log does not decide: the process may have
+    # been killed after the step and before it recorded that updates were
+    # applied.
     if accumulates and (step < recorded.last or step in recorded.added):
       return step in recorded.added
     return step % every == 0 or step == total
@@ -148,22 +164,23 @@ def evaluated_steps(total: int, every: int, log: replay.Log, accumulates: bool
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-  """Reads the numbers of steps and evaluations, and records them.
+  """Records steps, evaluations and checkpoints.
 
   Attributes:
-    log: Log of the steps.
-    metrics: Metrics of steps and evaluations.
-    progress: Shows the steps.
+    log: Log of the steps, from which they can be replayed.
+    metrics: Metrics of steps and evaluations, for the user.
+    progress: Progress bar.
     checkpoints: Checkpoints of the run.
-    watch: Stops a run that cannot succeed; see `mezo_jax.runs.guards`.
-    host: Calls Python functions for the loss. Their errors are raised when the
-      step is read.
-    plan: Plan of a private run, else None.
-    rank: Returns the sort key of a report on dev rows, by which checkpoints are
-      compared. None if dev rows do not select a step.
-    others: The exchange of replicas, else None.
-    accumulates: Whether updates are accumulated.
-    say: Reports an evaluation.
+    watch: A function of (step, metrics) that raises `Stopped` if the run cannot
+      succeed; see `mezo_jax.runs.guards`.
+    host: Calls the Python functions that the loss needs. Their errors are
+      raised when the step is recorded.
+    plan: Plan of a private run; None for another run.
+    rank: A function from a report on the dev rows to the sort key by which the
+      best checkpoint is found; None if the dev rows do not select a step.
+    others: The exchange of a run with replicas; None for another run.
+    accumulates: Whether updates are accumulated over several steps.
+    say: A function that prints a line for the user.
   """
 
   log: replay.Log
@@ -179,12 +196,12 @@ class Recorder:
   say: Callable[[str], None]
 
   def step(self, step: int, numbers: Numbers) -> None:
-    """Records a step, after waiting until the device has computed it."""
+    """Waits until the device has computed a step, and records it."""
     values = jax.device_get(numbers.values)
     self.host.check()
     if self.plan:
-      # Recording the losses of private rows would reveal more than the budget
-      # allows.
+      # The losses of private rows would reveal more than the budget allows, so
+      # they are not recorded.
       values['loss'] = np.nan
     self.progress.read(step, numbers.tokens, values)
     if step > self.log.end:
@@ -192,10 +209,10 @@ class Recorder:
     self.watch(step, values)
 
   def weights(self, step: int, state: TrainState) -> None:
-    """Records the weights of a step that is evaluated.
+    """Records that the weights after a step are evaluated.
 
-    The log notes that accumulated updates were added to them, and replicas
-    compare their checksums.
+    If updates accumulate, the log records that they were applied at this step.
+    With replicas, a checksum of the weights is recorded for comparison.
     """
     if self.accumulates:
       self.log.added(step)
@@ -203,7 +220,7 @@ class Recorder:
       self.others.mark(step, fingerprint.checksum(state.params))
 
   def evaluation(self, step: int, report: dict[str, Any]) -> None:
-    """Records and reports an evaluation on dev rows."""
+    """Records and prints an evaluation on the dev rows."""
     text, spent = f'step {step}: dev {evaluate.spell(report)}', {}
     if self.plan:
       spent = {'epsilon': self.plan.spent(step)}
@@ -213,9 +230,10 @@ class Recorder:
 
   def save(self, step: int, state: TrainState, report: dict[str, Any] | None
            ) -> None:
-    """Starts to save a checkpoint; the state may be consumed afterwards."""
+    """Starts to save a checkpoint. The state may be donated afterwards."""
     rank = self.rank(report) if self.rank and report else None
-    # The log on the disk is never behind a checkpoint.
+    # Write the log to disk first, so that it always reaches at least to the
+    # newest checkpoint.
     self.log.sync()
     self.checkpoints.save(step, tuple(state), rank)
 
@@ -227,40 +245,43 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
          record: Recorder, *, evaluates: Callable[[int], bool],
          checkpoint_every: int, evaluate_dev: Callable[[Any], dict[str, Any]],
          stop_wanted: Callable[[int], bool]) -> TrainState:
-  """Evaluates, logs and saves while steps are made.
+  """Runs the training loop: records, evaluates and saves the steps.
 
-  A run may be killed at any moment. It resumes from its newest checkpoint, the
-  log replays the steps after it, and what was evaluated and recorded is not
-  evaluated again. So an evaluation is recorded before its step is saved: if the
-  run is killed in between, the replayed step is saved with the recorded report.
-  In the other order, the run would resume after a step whose evaluation is
-  missing. (Without a log, the records after the checkpoint are dropped, and the
-  steps and evaluations are computed again.)
+  A run may be killed at any moment. It then resumes from its newest checkpoint,
+  replays the later steps from the log, and does not repeat evaluations that
+  were recorded. The order of writes follows from this: an evaluation is
+  recorded before the checkpoint of its step is saved. If the run is killed in
+  between, the step is replayed and its checkpoint is saved with the recorded
+  report. In the other order, the run would resume after a step whose evaluation
+  is missing. (A run without a log drops the records after its checkpoint and
+  computes these steps and evaluations again.)
 
   Args:
-    state: The state before the first of the steps. It is returned if there are
-      no steps.
-    steps: Yields ``step, state, numbers``; the next step consumes the state.
-    record: Records steps and evaluations.
-    evaluates: Whether a step is evaluated. The last step must be, because a
-      step is read when the next one is dispatched or when it is evaluated.
-    checkpoint_every: Steps from one checkpoint to the next, in addition to
-      those of evaluated steps.
-    evaluate_dev: Returns the report on dev rows of parameters.
-    stop_wanted: Whether the run was asked to stop, from
-      `mezo_jax.runs.preemption.watched`.
+    state: The state before the first step. It is returned if there are no
+      steps.
+    steps: Yields ``(step, state, numbers)``; see the function `steps`.
+    record: Records steps, evaluations and checkpoints.
+    evaluates: A function of the step number that returns whether the step is
+      evaluated. It must be True for the last step, because a step is recorded
+      when the next one has been dispatched or when it is evaluated.
+    checkpoint_every: Steps from one checkpoint to the next. Evaluated steps are
+      saved in addition.
+    evaluate_dev: A function from the trained parameters to the report on the
+      dev rows.
+    stop_wanted: A function of the step number that returns whether a signal has
+      asked the run to stop, from `mezo_jax.runs.preemption.watched`.
 
   Returns:
     The state after the last step.
 
   Raises:
-    Again: if the run was asked to stop. Nothing is lost.
+    Again: if the run was asked to stop. The same command resumes it.
     Stopped: if the run cannot succeed.
   """
-  unread = None  # the step whose numbers the host has not read yet
+  unread = None  # the step that was dispatched but not recorded yet
   for step, state, numbers in steps:
     # This step has only been dispatched. While the device computes it, the host
-    # reads the step before, and so never keeps the device waiting.
+    # records the previous step, so the device never waits for the host.
     if unread:
       record.step(*unread)
     unread = step, numbers
@@ -268,22 +289,24 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
     if not (stopping or evaluating or step % checkpoint_every == 0):
       continue
 
-    # Evaluation and checkpoints need this step to be recorded.
+    # Record this step before it is evaluated or saved.
     record.step(*unread)
     unread, report = None, None
     if stopping and evaluating and record.log.records:
-      # An evaluation can take long. The run that resumes does it instead: it
-      # replays this step from the log.
+      # An evaluation may take longer than the time that is left. Leave it to
+      # the resumed run, which replays this step from the log.
       record.log.sync()
       raise preemption.stopped(record.log.end)
     if evaluating:
       record.weights(step, state)
-      report = record.metrics.at('dev', step)  # if it is a replayed step
+      # A replayed step may have been evaluated already.
+      report = record.metrics.at('dev', step)
       if not report:
         report = evaluate_dev(state.params)
         record.evaluation(step, report)
     record.save(step, state, report)
     if stopping:
       raise preemption.stopped(max(step, record.log.end))
-    record.progress.restart()  # its seconds per step exclude evaluation
+    # Restart the clock, so that evaluation does not count in seconds per step.
+    record.progress.restart()
   return state

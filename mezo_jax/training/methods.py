@@ -1,14 +1,19 @@
-"""The table of methods: everything that depends on `config.method`.
+"""Defines the table of methods: everything that depends on `config.method`.
 
-A method is one `Method` in `METHODS`. Its entry says how the optax transform is
-built, which options it reads, what it refuses, how many forward passes a step
-takes, and whatever else the rest of the library asks. No other module compares
-`config.method` with a name. To add a method, write its transform in
-`mezo_jax.variants`, add an entry here (and an option to `Variant` if it has one
-of its own), add a row to the common test table, and describe it in the
-documentation.
+Each method is one entry of `METHODS`, a `Method`. The entry defines how the
+optax transform is built, which options the method reads, which configs it
+rejects, how many forward passes a step takes, and every other property that
+the rest of the library needs. No other module compares `config.method` with a
+name.
 
-What is trained (`config.peft.method`) has a table of its own,
+To add a method:
+
+1. Write its transform in `mezo_jax.variants`.
+2. Add an entry to `METHODS`, and its own options, if any, to `Variant`.
+3. Add a row to the common test table, and describe the method in the
+   documentation.
+
+Which parameters are trained (`config.peft.method`) is a separate table,
 `mezo_jax.peft.kinds.PARTS`.
 """
 
@@ -39,26 +44,39 @@ from mezo_jax.variants.private import MECHANISMS
 
 @dataclasses.dataclass
 class Variant:
-  """Options of single methods, `config.variant`. The comments name the methods
-  that read an option; `Method.reads` is what counts."""
+  """Holds the options that only some methods read, `config.variant`.
+
+  Each comment begins with the methods that read the option. `Method.reads` is
+  the authoritative list: setting an option that the method does not read is an
+  error on the command line.
+  """
 
   every: int = 2  # svrg: steps from one anchor to the next
-  anchor_learning_rate: float = 1e-3  # svrg: learning rate of an anchor's step
-  anchor_rows: int = 0  # svrg: training rows of an anchor; 0 for all
-  window: int = 8  # ..._by_history: number of past steps that are used
-  b1: float = 0.9  # ..._by_history, lozo_m: decay rate of the momentum
-  b2: float = 0.99  # adam_by_history, scalar_adam: decay of the second moment
-  # sparse_mezo: share of the weights, the smallest, that is trained. mazo:
-  # share of each row that is trained.
+  # svrg: learning rate of the step that sets a new anchor.
+  anchor_learning_rate: float = 1e-3
+  # svrg: training rows that the gradient at an anchor averages; 0 for all.
+  anchor_rows: int = 0
+  # momentum_by_history, adam_by_history: number of past steps that are used.
+  window: int = 8
+  # momentum_by_history, adam_by_history, lozo_m: decay rate of the momentum.
+  b1: float = 0.9
+  # adam_by_history, scalar_adam: decay rate of the second moment.
+  b2: float = 0.99
+  # sparse_mezo: fraction of the weights, the smallest ones, that are trained.
+  # mazo: fraction of the weights that are trained in each row of a matrix.
   share: float = 0.25
-  num_scores: int = 16  # mazo, ..._modified: directions of the scoring pass
-  alpha: float = 1.0  # mazo: weight of the squared gradient in a score
-  beta: float = 0.0  # mazo: weight of the parameter's magnitude in a score
+  # mazo, variance_modified, expectation_modified: number of directions of the
+  # scoring pass before the first step.
+  num_scores: int = 16
+  alpha: float = 1.0  # mazo: coefficient of the squared gradient in a score
+  beta: float = 0.0  # mazo: coefficient of the weight's magnitude in a score
   clip: float = 100.0  # qzo: largest absolute projected gradient
-  curvature_rate: float = 1e-8  # hizoo: weight of a step's curvature
+  # hizoo: weight of a step's curvature in the moving average.
+  curvature_rate: float = 1e-8
 
 
-# The range of an option, and how an error describes it.
+# For each option, a check of its value and a description of the allowed range
+# for the error message.
 _RANGES = {
     'every': (lambda x: x >= 2, 'at least 2'),
     'anchor_learning_rate': (lambda x: x > 0, 'positive'),
@@ -75,64 +93,96 @@ _RANGES = {
 
 
 class Setup(NamedTuple):
-  """Holds what a method's transform is built from."""
+  """Holds the inputs from which a method's transform is built.
 
-  config: Any  # of the run
-  params: Any  # the trained parameters before training, or their shapes
-  plan: Any  # of a private run; None where no losses are evaluated
-  learning_rate: Any  # a schedule, or one for each of optimizer.groups
-  eps: Any  # a number, or one for each of optimizer.groups
-  schedule: Callable  # turns a learning rate into the config's schedule
-  options: dict[str, Any]  # keyword arguments of `mezo_jax.spsa`
-  finish: dict[str, Any]  # other keyword arguments of `mezo_jax.mezo`
+  Attributes:
+    config: The config of the run.
+    params: The trained parameters before training, or their shapes.
+    plan: The `mezo_jax.training.privacy.Plan` of a private run; None for other
+      runs, and for a transform that only replays.
+    learning_rate: A schedule, or ``{regular expression: schedule}`` with
+      ``optimizer.groups``.
+    eps: A number, or ``{regular expression: number}`` with
+      ``optimizer.groups``.
+    schedule: A function from a learning rate to a schedule of the config's
+      kind, for methods with a second learning rate.
+    options: Keyword arguments of `mezo_jax.spsa` and of the variants.
+    finish: Further keyword arguments of `mezo_jax.mezo`: weight decay and
+      rounding.
+  """
+
+  config: Any
+  params: Any
+  plan: Any
+  learning_rate: Any
+  eps: Any
+  schedule: Callable
+  options: dict[str, Any]
+  finish: dict[str, Any]
 
   def without(self, *names: str) -> dict[str, Any]:
-    """Returns the keyword arguments of `mezo_jax.spsa` except for these."""
+    """Returns ``options`` without the given names."""
     return {k: v for k, v in self.options.items() if k not in names}
 
 
 def _forwards_of_spsa(config, rows: int) -> int:
+  """Returns the forward passes of a step of `mezo_jax.spsa`."""
   del rows
   z = config.spsa
-  if z.over == 'rows':  # all directions together see each row once per sign
+  # With over='rows' each direction evaluates its own part of the batch, so all
+  # directions together take as many forward passes as one.
+  if z.over == 'rows':
     return COMBINES[z.combine].evaluations(1)
   return COMBINES[z.combine].evaluations(z.num_samples)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to train a model, or a baseline.
+  """Describes a method that trains a model, or a baseline.
+
+  A method that trains sets either ``estimator`` or ``make``. A baseline, which
+  trains nothing, sets ``result``.
 
   Attributes:
-    words: Description for a model card; `{optimizer}` stands for its name.
-    estimator: ``estimator(setup) -> Estimator``, with a `Setup`, of a method
-      that is `mezo_jax.mezo` with that estimator.
-    make: ``make(setup) -> transform`` of another method that trains.
-    forwards: ``forwards(config, rows) -> number``: forward passes of a batch
-      that a step takes on average; one with its tangent counts as two. ``rows``
-      is the number of training rows.
-    needs: Rules, ``rule(config) -> (holds, message)``, in addition to what
-      `mezo_jax.training.checks.check_config` asks of every config.
-    reads: The options of `Variant` that the method reads.
-    ignores: Regular expression of other fields that the method does not read.
+    words: Description for the model card, in which ``{optimizer}`` is replaced
+      by the name of the optimizer.
+    estimator: ``estimator(setup) -> Estimator``, a function of a `Setup`. The
+      method is then `mezo_jax.mezo` with this estimator.
+    forwards: ``forwards(config, rows) -> number``, the average number of
+      forward passes of a batch per step, where ``rows`` is the number of
+      training rows. A forward pass with its tangent counts as two.
+    needs: Rules, each ``rule(config) -> (holds, message)``, that the config
+      must satisfy in addition to those of
+      `mezo_jax.training.checks.check_config`.
+    reads: Names of the options of `Variant` that the method reads.
+    ignores: Regular expression of the other fields of a config that the method
+      does not read.
     backprop: Whether it trains by backpropagation.
-    probe: Whether it begins with a linear probe.
-    demonstrations: Whether solved examples precede each prompt.
-    own_head: Whether the head is separated from a tied embedding.
-    part: Name in `PARTS` of what is trained; None for `config.peft.method`.
-    usual_rates: Whether its learning rates are as large as MeZO's (or Adam's).
-    mixes: Whether it can train several tasks.
-    private: Whether it keeps `config.privacy` for the training rows, so that
-      nothing about them may be reported.
-    anchors: Whether every `variant.every`-th batch is a large one.
-    offloads: Whether weights may be in the host's memory.
-    replicated: Whether replicas may share out its directions.
-    score: ``score(config, value_fns, params, **options) -> (memory, words)`` of
-      a method that examines the weights before the first step: the part of
-      the optimizer state that it fills, and a description for the log.
-    result: ``result(ask, params, probed)`` of a method that trains nothing: the
-      report on the test rows, from `mezo_jax.tasks.evaluate.Evaluators` and
-      the linear probe's report, if there is one.
+    probe: Whether it starts by fitting a linear probe.
+    demonstrations: Whether labelled examples precede each prompt.
+    own_head: Whether a head that is tied to the embedding is separated from it.
+    part: Key in `PARTS` of the parameters that the method trains. Defaults to
+      None, for ``config.peft.method``.
+    usual_rates: Whether its learning rates have the order of magnitude of
+      MeZO's (or of Adam's, with backpropagation). If not, no warning is given
+      for an unusual one.
+    mixes: Whether it can train several tasks in one run.
+    private: Whether it gives the training rows the differential privacy of
+      ``config.privacy``, so that nothing else about them may be reported.
+    anchors: Whether every ``variant.every``-th batch is that of an anchor, with
+      more rows than others.
+    offloads: Whether it works with weights that are kept in host memory.
+    replicated: Whether replicas can evaluate a part of its directions each.
+    score: ``score(config, value_fns, params, **options) -> (memory, words)``,
+      for a method with a scoring pass before the first step. ``memory`` is the
+      part of the optimizer state that the pass fills, and ``words`` describes
+      it in the log.
+    result: ``result(ask, params, probed) -> report``, for a baseline. It
+      returns the report on the test rows. ``ask`` is a
+      `mezo_jax.tasks.evaluate.Evaluators`, and ``probed`` the report of the
+      linear probe, or None.
+    make: ``make(setup) -> transform``, for a method that trains and is not
+      `mezo_jax.mezo` with an estimator.
   """
 
   words: str
@@ -168,19 +218,19 @@ class Method:
       return self.make(setup)
     return mezo(
         setup.learning_rate, estimator=self.estimator(setup),
-        fold_every=setup.config.spsa.fold_every, **setup.finish)
+        apply_every=setup.config.spsa.apply_every, **setup.finish)
 
   @property
   def scores(self) -> bool:
-    """Returns whether the method examines the weights before it trains."""
+    """Returns whether the method has a scoring pass before the first step."""
     return self.score is not None
 
 
 # --- how transforms are built -----------------------------------------------
 
 
-# ``optimizer(learning_rate, weight_decay)`` of backpropagation, by the names in
-# configs.
+# Optimizers for backpropagation, as functions of (learning_rate, weight_decay).
+# The keys are the values of `config.optimizer.name`.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'adam': lambda rate, decay: optax.adamw(rate, weight_decay=decay),
     'sgd': lambda rate, decay: optax.chain(
@@ -188,10 +238,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def _spsa(s: Setup) -> Estimator:
+  """Builds the estimator of MeZO."""
   return spsa(s.eps, **s.options)
 
 
 def _backprop(s: Setup):
+  """Builds the transform of the methods that train by backpropagation."""
   o = s.config.optimizer
   inner = lambda rate: OPTIMIZERS[o.name](rate, o.weight_decay)
   return skip_not_finite(optax.chain(
@@ -200,6 +252,11 @@ def _backprop(s: Setup):
 
 
 def _svrg(s: Setup):
+  """Builds the transform of MeZO-SVRG.
+
+  A large batch, an anchor's, is evaluated in parts of ``data.batch_size`` rows,
+  so it takes no more memory than any other batch.
+  """
   v = s.config.variant
   return variants.svrg(
       s.learning_rate, s.eps, every=v.every, rows=s.config.data.batch_size,
@@ -209,6 +266,11 @@ def _svrg(s: Setup):
 
 
 def _private(s: Setup):
+  """Builds the estimator of private MeZO.
+
+  A transform without a plan replays recorded steps. Their projected gradients
+  already contain the noise, so the noise multiplier is not used.
+  """
   p = s.config.privacy
   return variants.private(
       s.eps, clip=p.clip, mechanism=p.mechanism,
@@ -218,138 +280,156 @@ def _private(s: Setup):
 
 
 def _qzo(s: Setup):
+  """Builds the transform of QZO, which keeps scale factors at 0 or above."""
   estimator = variants.qzo(s.eps, clip=s.config.variant.clip, **s.options)
   return variants.nonnegative(
       mezo(s.learning_rate, estimator=estimator, **s.finish))
 
 
 def _modified(make: Callable) -> Callable:
+  """Returns a function that builds a modified-SPSA estimator from a `Setup`.
+
+  The norms start as ones. The scoring pass, or a checkpoint, replaces them.
+  """
   return lambda s: make(
       s.eps, **s.options,
       norms=variants.no_norms(s.params, s.options['directions']))
 
 
 # --- rules ------------------------------------------------------------------
+#
+# Each rule returns (holds, message). The message is shown after 'config: ' if
+# the rule does not hold.
 
 
 def _label_words(config):
   return (config.task.traits.words,
-          f'method {config.method!r} needs a task with label words; use '
-          'head_only')
+          f'method {config.method!r} needs a task with label words; set '
+          'task.kind to classification, or use the method head_only')
 
 
 def _derivative(config):
   name = objective.of(config.task, config.objective)
   return (objective.differentiable(name),
-          f'objective {objective.words(name)} has no derivative; use a method '
-          'without differentiation, or cross_entropy or lm')
+          f'objective {objective.words(name)} is not differentiable; use a '
+          'method that needs no derivatives, or the objective cross_entropy or '
+          'lm')
 
 
 def _prompt(config):
   return (not (config.task.masked or config.task.traits.new_head),
-          f'method {config.method!r} needs a causal model and a prompt')
+          f'method {config.method!r} needs a causal model and a task with a '
+          'prompt; remove {mask} from task.template, or choose another '
+          'task.kind or method')
 
 
 def _no_part(config):
   return (not (config.peft.method or config.peft.mask),
-          f'method {config.method!r} itself determines what is trained; leave '
-          'out peft.method and peft.mask')
+          f'method {config.method!r} determines the trained parameters itself; '
+          'leave peft.method and peft.mask empty')
 
 
 def _no_groups(config):
   return (not config.optimizer.groups,
-          f'method {config.method!r} supports no optimizer.groups')
+          f'method {config.method!r} does not support optimizer.groups; leave '
+          'it empty')
 
 
-def _no_fold(config):
-  return (config.spsa.fold_every == 1,
-          f'method {config.method!r} needs spsa.fold_every of 1')
+def _no_accumulation(config):
+  return (config.spsa.apply_every == 1,
+          f'method {config.method!r} does not accumulate updates; set '
+          'spsa.apply_every to 1')
 
 
 def _two_sided(config):
   return (config.spsa.combine == 'two_sided',
-          f'method {config.method!r} computes projected gradients from losses '
-          "in its own way; leave spsa.combine at 'two_sided'")
+          f'method {config.method!r} defines how losses become projected '
+          "gradients; leave spsa.combine at 'two_sided'")
 
 
 def _one_direction(config):
   return (config.spsa.num_samples == 1,
-          f'method {config.method!r} needs spsa.num_samples of 1')
+          f'method {config.method!r} supports one direction per step; set '
+          'spsa.num_samples to 1')
 
 
 def _scan(config):
   return (config.spsa.over == 'scan',
-          f"method {config.method!r} needs spsa.over of 'scan'")
+          f'method {config.method!r} evaluates directions one after the other; '
+          "set spsa.over to 'scan'")
 
 
 def _floats(config):
   return (config.model.dtype not in QUANTISED,
-          f'method {config.method!r} cannot train quantised weights; use '
-          'another model.dtype')
+          f'method {config.method!r} cannot train quantised weights; use a '
+          'float model.dtype')
 
 
 def _quantised(config):
   return (config.model.dtype in QUANTISED,
-          f'method {config.method!r} needs model.dtype of '
-          f'{", ".join(QUANTISED)}')
+          f'method {config.method!r} trains quantised weights; set model.dtype '
+          f'to one of {", ".join(QUANTISED)}')
 
 
 def _no_decay(config):
   return (not config.optimizer.weight_decay,
-          f'method {config.method!r} needs optimizer.weight_decay of 0')
+          f'method {config.method!r} does not support weight decay; set '
+          'optimizer.weight_decay to 0')
 
 
 def _lazy_low_rank(config):
   return (config.spsa.distribution == 'lazy_low_rank',
-          f'method {config.method!r} needs spsa.distribution of '
-          "'lazy_low_rank'")
+          f'method {config.method!r} needs low-rank directions; set '
+          "spsa.distribution to 'lazy_low_rank'")
 
 
 def _elements(config):
   return (not issubclass(KINDS[config.spsa.distribution], LowRank),
-          f'method {config.method!r} rounds each element of z; use a '
-          'spsa.distribution that is not of low rank, or method mezo')
+          f'method {config.method!r} rounds each element of z, which a '
+          'low-rank spsa.distribution never builds; use normal or rademacher, '
+          'or the method mezo')
 
 
 def _whole_model(config):
   return (not config.peft.method,
           f'method {config.method!r} trains the scales of quantised weights; '
-          'leave out peft.method')
+          'leave peft.method empty')
 
 
 def _anchor_rows(config):
   n = config.variant.anchor_rows
   return (not n or n >= config.data.batch_size,
-          'variant.anchor_rows must be 0 or at least data.batch_size')
+          'variant.anchor_rows must be at least data.batch_size, or 0 for all '
+          'training rows')
 
 
 def _ends_at_anchors(config):
   every = max(config.variant.every, 1)
   return (config.steps % every == config.eval_every % every == 0,
           'steps and eval_every must be multiples of variant.every, because '
-          'weights move only every that many steps')
+          'the weights are updated only at these steps')
 
 
 def _whole_batch(config):
   return (config.optimizer.micro_batches == 1,
-          f'method {config.method!r} needs optimizer.micro_batches of 1: a '
-          'batch is one part of an anchor')
+          f'method {config.method!r} already evaluates an anchor in parts of '
+          'data.batch_size rows; set optimizer.micro_batches to 1')
 
 
 def _anchor_is_a_mean(config):
   trained = objective.of(config.task, config.objective)
   return (objective.over_rows(config.task, trained)
           or config.variant.anchor_rows == config.data.batch_size,
-          f'objective {objective.words(trained)} needs a whole batch, and an '
-          f'anchor of method {config.method!r} averages several; set '
-          'variant.anchor_rows to data.batch_size')
+          f'objective {objective.words(trained)} is not a mean over rows, but '
+          f'an anchor of method {config.method!r} averages it over several '
+          'batches; set variant.anchor_rows to data.batch_size')
 
 
 def _budget(config):
   p = config.privacy
   return (p.epsilon > 0 and 0 < p.delta < 1 and p.clip > 0,
-          'privacy.epsilon and clip must be positive, and privacy.delta '
-          'between 0 and 1')
+          'privacy.epsilon and privacy.clip must be positive, and '
+          'privacy.delta must be between 0 and 1')
 
 
 def _mechanism(config):
@@ -362,22 +442,30 @@ def _mechanism(config):
 def _laplace_is_of_one(config):
   return (config.privacy.mechanism != 'laplace'
           or config.spsa.num_samples == 1,
-          "privacy.mechanism 'laplace' needs spsa.num_samples of 1")
+          "privacy.mechanism 'laplace' supports one direction per step; set "
+          'spsa.num_samples to 1')
 
 
 def _per_example(config):
   trained = objective.of(config.task, config.objective)
   return (objective.over_rows(config.task, trained),
-          f'method {config.method!r} clips what each row adds, and the '
-          f'objective {objective.words(trained)} needs a whole batch')
+          f'method {config.method!r} clips per-example losses, but objective '
+          f'{objective.words(trained)} is not a mean over rows; choose '
+          'another objective')
 
 
-_PLAIN = _no_groups, _no_fold  # of every variant but quzo, which can fold
+# The rules that all variants share, except quzo, which can accumulate updates.
+_PLAIN = _no_groups, _no_accumulation
 
-# --- what is found before the first step ------------------------------------
+# --- scoring passes before the first step -----------------------------------
 
 
 def _score_mazo(config, value_fns, params, **options):
+  """Computes the mask of the weights that MaZO trains.
+
+  The memory is a list of the masks of matrices. Masks of other parameters are
+  single bools and not part of the state.
+  """
   v = config.variant
   mask = variants.saliency(
       value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **options)
@@ -386,8 +474,9 @@ def _score_mazo(config, value_fns, params, **options):
 
 
 def _score_layers(config, value_fns, params, **options):
+  """Estimates the norm of each layer's gradient, for the modified SPSA."""
   del config
-  # Such a method trains one task.
+  # These methods train a single task, so there is one function.
   return (variants.grad_norms(value_fns[0], params, **options),
           'norms of layers, grad')
 
@@ -396,11 +485,16 @@ def _score_layers(config, value_fns, params, **options):
 
 
 def _directions_seen(config) -> int:
-  """Returns how often a step's directions see each row."""
+  """Returns the number of directions that are evaluated on each row."""
   return 1 if config.spsa.over == 'rows' else config.spsa.num_samples
 
 
 def _forwards_of_svrg(config, rows: int) -> float:
+  """Returns the average number of forward passes of a step of MeZO-SVRG.
+
+  Of ``every`` steps, one is an anchor's, with 2 forward passes per direction
+  and batch. Each of the others takes 4: 2 at the weights and 2 at the anchor.
+  """
   every = config.variant.every
   of_anchor = 2 * anchor_batches(config, rows)
   return _directions_seen(config) * (of_anchor + 4 * (every - 1)) / every
@@ -533,21 +627,29 @@ METHODS = {
 }
 
 
-# --- questions about a config -----------------------------------------------
+# --- properties of a config -------------------------------------------------
 
 
 def method_of(config: Any) -> Method:
-  """Returns the table's entry for the config's method."""
+  """Returns the entry of `METHODS` for ``config.method``."""
   return METHODS[config.method]
 
 
 def names_where(holds: Callable[[Method], bool]) -> list[str]:
-  """Returns the names of the methods of which ``holds(method)`` is true."""
+  """Returns the names of the methods for which ``holds(method)`` is true."""
   return [name for name, method in METHODS.items() if holds(method)]
 
 
 def rules(config: Any) -> list[tuple[bool, str]]:
-  """Returns the rules of a config's method as pairs ``(holds, message)``."""
+  """Evaluates the rules of a config's method.
+
+  Args:
+    config: The config of the run.
+
+  Returns:
+    A list of pairs ``(holds, message)``. A rule that does not hold is an error
+    with this message.
+  """
   method, found = method_of(config), []
   for name in method.reads:
     if name in _RANGES:
@@ -559,7 +661,7 @@ def rules(config: Any) -> list[tuple[bool, str]]:
 
 
 def forwards(config: Any, rows: int) -> float:
-  """Returns how many forward passes of a batch a step takes, on average.
+  """Returns the average number of forward passes of a batch per step.
 
   Args:
     config: The config of the run.
@@ -569,43 +671,48 @@ def forwards(config: Any, rows: int) -> float:
 
 
 def selects(config: Any) -> bool:
-  """Returns whether dev rows choose the step that is the result. Otherwise the
-  last step is the result."""
+  """Returns whether the best step on the dev rows is the result of the run.
+
+  Otherwise the last step is the result.
+  """
   return not method_of(config).private or config.privacy.public_dev
 
 
 def anchor_every(config: Any) -> int:
-  """Returns the number of steps from one anchor to the next, whose batch is
-  `anchor_batches` large; 0 if there are no anchors."""
+  """Returns the number of steps from one anchor to the next; 0 for no anchors.
+  """
   return config.variant.every if method_of(config).anchors else 0
 
 
 def anchor_batches(config: Any, rows: int) -> int:
-  """Returns how many batches the rows of an anchor fill. Rows that do not fill
-  a batch are left out.
+  """Returns the number of batches whose rows an anchor averages over.
 
   Args:
     config: The config of the run.
-    rows: The number of training rows.
+    rows: The number of training rows. Those that do not fill a batch are left
+      out.
   """
   return min(config.variant.anchor_rows or rows, rows) // config.data.batch_size
 
 
 def part_of(config: Any) -> Part:
-  """Returns the entry of `PARTS` that describes what is trained."""
+  """Returns the entry of `PARTS` that describes the trained parameters."""
   part = method_of(config).part
   return PARTS[config.peft.method if part is None else part]
 
 
 def adapts(config: Any) -> bool:
-  """Returns whether the model gets parameters that its files do not have."""
+  """Returns whether adapters are added to the model."""
   return bool(part_of(config).adapter) and (
       method_of(config).steps or bool(config.peft.adapter))
 
 
 def layers_apart(config: Any) -> bool:
-  """Returns whether the last ``peft.num_layers`` layers are parameters of their
-  own, ``last_layers/...``, so that they can be trained alone."""
+  """Returns whether the last layers are separate parameters.
+
+  The last ``peft.num_layers`` layers then have paths ``last_layers/...``, so
+  that they can be trained without the others.
+  """
   part, p = part_of(config), config.peft
   names = p.mask, p.targets if part.added else ''
   return method_of(config).steps and (
@@ -613,20 +720,35 @@ def layers_apart(config: Any) -> bool:
 
 
 def made(config: Any) -> str:
-  """Returns a regular expression of the parameters that are not in the model's
-  files. Their last bits may differ between kinds of processors."""
+  """Returns a regular expression of the parameters that the run itself creates.
+
+  These are adapters and a new classification head, which are not in the model's
+  files. They are computed from a seed, so their last bits may differ between
+  kinds of processors.
+  """
   return '|'.join(filter(None, (part_of(config).adapter, r'^classifier/')))
 
 
 def looks_first(config: Any) -> bool:
-  """Returns whether the steps depend on a pass over rows before the first one,
-  so that their log alone cannot replay them."""
+  """Returns whether a linear probe or a scoring pass precedes the first step.
+
+  The steps of such a run depend on the result of that pass, so the log alone
+  cannot replay them.
+  """
   method = method_of(config)
   return method.probe or method.scores
 
 
 def warnings(config: Any) -> list[str]:
-  """Returns sentences about settings that are legal but probably a mistake."""
+  """Returns sentences about settings that are valid but unusual.
+
+  Args:
+    config: The config of the run.
+
+  Returns:
+    A list of sentences without a final period; so far at most one, about the
+    learning rate.
+  """
   method, part, o = method_of(config), part_of(config), config.optimizer
   if not (method.steps and method.usual_rates):
     return []
@@ -635,8 +757,8 @@ def warnings(config: Any) -> list[str]:
   usual = part.usual_backprop if method.backprop else part.usual
   if not usual or usual[0] / 100 < o.learning_rate < usual[1] * 100:
     return []
-  return [f'optimizer.learning_rate {o.learning_rate:g} is two orders of '
-          f'magnitude or more from what is usual for '
+  return [f'optimizer.learning_rate {o.learning_rate:g} differs by two orders '
+          'of magnitude or more from the usual value for '
           f'{config.peft.method or "all parameters"} with '
           f'{"backpropagation" if method.backprop else "MeZO"}, '
           f'{" to ".join(f"{x:g}" for x in dict.fromkeys(usual))}']

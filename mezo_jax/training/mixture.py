@@ -1,10 +1,13 @@
-r"""The tasks of a run: one, or several that are trained together.
+r"""Trains one task, or a mixture of several tasks.
 
-Several tasks minimise the weighted mean of their losses,
-:math:`\sum_t w_t \mathcal{L}_t / \sum_t w_t`. The batch of a step is of one
-task, which the run's seed draws by weight, so the loss of a step is right on
-average. A program is compiled for each task and length. The dev rows of all
-tasks choose the best step, by the mean of their metrics.
+A mixture minimises the weighted mean of the losses of its tasks,
+
+.. math:: \mathcal{L} = \sum_t w_t \mathcal{L}_t / \sum_t w_t.
+
+The batch of a step belongs to a single task, which is drawn with a probability
+proportional to its weight. So the expected loss of a step is the weighted mean.
+A program is compiled for each task and sequence length. The best step is that
+with the best mean of the tasks' metrics on their dev rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,29 +28,32 @@ from mezo_jax.training import build as build_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import feed, frozen_features, methods, privacy
 
-MEAN = 'mean'  # name of the mean of the main metrics of several tasks
+MEAN = 'mean'  # name of the mean of the tasks' main metrics in reports
 
 
+# The number of the task is metadata of the pytree, not data, so that it is
+# static under `jax.jit` and a step is compiled for each task.
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=('batch',), meta_fields=('task',))
 @dataclasses.dataclass(frozen=True)
 class Of:
-  """A batch, and the number of its task."""
+  """Holds a batch and the number of its task."""
 
   batch: Any
   task: int
 
 
 class TrainedTask(NamedTuple):
-  """One task of a run.
+  """Holds one task of a run.
 
   Attributes:
-    name: Name in reports.
+    name: Name of the task in reports.
     weight: Weight of its loss.
-    metric: Name of the number by which steps and runs are compared.
+    metric: Name of its main metric.
     drawn: How its batches are drawn.
-    built: Its rows and loss, and the frozen parameters that are still read.
+    built: The parts of the run with the task's rows and loss, and with the
+      frozen parameters that steps and evaluations still read.
     ask: Functions that evaluate its dev and test rows.
   """
 
@@ -61,47 +67,65 @@ class TrainedTask(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """The tasks of a run; `make` makes it."""
+  """Holds the tasks of a run. Use `make` to build it.
+
+  With a single task, all methods behave as if there were no mixture.
+
+  Attributes:
+    parts: The tasks; the first one is ``config.task``.
+  """
 
   parts: tuple[TrainedTask, ...]
 
   @property
   def metric(self) -> str:
-    """Returns the name of the number by which runs and steps are compared."""
+    """Returns the name of the metric by which steps and runs are compared."""
     first, *others = self.parts
     return MEAN if others else first.metric
 
   @property
   def splits(self) -> list[data_lib.Splits]:
+    """Returns the encoded rows of each task."""
     return [part.built.splits for part in self.parts]
 
   def value_fn(self, params: Any, of: Of) -> Any:
-    """Returns the per-example losses of a batch by its task's objective."""
+    """Returns the losses of a batch, computed by its task's objective.
+
+    Args:
+      params: All parameters of the model.
+      of: The batch and its task.
+    """
     loss_fn = self.parts[of.task].built.loss_fn
-    assert loss_fn is not None  # a method with steps has one
+    assert loss_fn is not None  # every method that trains has one
     return loss_fn(params, of.batch)
 
   def frozen(self, of: Of) -> dict[str, Any]:
+    """Returns the frozen parameters that the task of a batch needs."""
     return self.parts[of.task].built.frozen
 
   def feed(self, mesh: jax.sharding.Mesh, start: int, steps: int, *,
            plan: privacy.Plan | None = None, secret: bytes | None = None
            ) -> Iterator[tuple[int, Of, dict[str, Any]]]:
-    """Yields ``tokens, batch, more`` from batch number ``start`` on.
+    """Yields ``(tokens, batch, more)`` for one batch after the other.
+
+    See `mezo_jax.training.feed.batches`; the batch is an `Of`.
 
     Args:
-      mesh: Mesh that batches are put on.
-      start: Number of the first batch, from 0.
-      steps: Number of batches of the whole run.
-      plan: Plan of a private run.
-      secret: Secret of a private run.
+      mesh: Mesh that the batches are put on.
+      start: Number of the first batch, from 0. A resumed run gets the same
+        batches as one that was not stopped.
+      steps: Number of steps of the whole run.
+      plan: Plan of a private run. Defaults to None, for another run.
+      secret: Secret of a private run. Defaults to None, for another run.
     """
     if plan:
-      assert secret is not None  # a private run has one
+      assert secret is not None  # every private run has one
       part, = self.parts
       sources = [feed.private(plan, secret, part.built.splits, mesh, start)]
       tasks = itertools.repeat(0)
     else:
+      # Draw the tasks of all steps at once: from them follows how many batches
+      # of each task come before `start`.
       weights = np.array([part.weight for part in self.parts])
       drawn = np.random.RandomState(self.parts[0].drawn.seed).choice(
           len(weights), steps, p=weights / weights.sum())
@@ -115,7 +139,13 @@ class Mixture:
       yield tokens, Of(batch, i), more
 
   def lengths(self, plan: privacy.Plan | None = None) -> list[str]:
-    """Returns the lengths, by task, that a step is compiled for."""
+    """Returns the sequence lengths for which a step is compiled, as text.
+
+    With several tasks each length follows the name of its task.
+
+    Args:
+      plan: Plan of a private run. Defaults to None, for another run.
+    """
     return [f'{part.name} {length}' if len(self.parts) > 1 else f'{length}'
             for part in self.parts for length in feed.lengths(
                 part.built.splits, part.drawn.batch_size, plan)]
@@ -125,8 +155,8 @@ class Mixture:
     """Returns functions of the trained parameters that evaluate all tasks.
 
     Args:
-      change: A function of parameters that is applied to the trained and to the
-        frozen ones first. Defaults to the identity.
+      change: A function that is applied first, to the trained and to the frozen
+        parameters, for example to remove adapters. Defaults to the identity.
     """
     def of_each(params):
       for part in self.parts:
@@ -140,10 +170,14 @@ class Mixture:
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
   def joined(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns one report from the reports of the tasks.
+    """Combines the reports of the tasks into one.
 
-    With several tasks it has the weighted mean ``loss``, ``mean`` of their
-    metrics if all were measured, and the entries of each as ``NAME/...``.
+    With several tasks the result has the weighted mean of their losses as
+    ``loss``, the mean of their main metrics as ``mean`` (if all were measured),
+    the total ``count``, and the entries of each report as ``NAME/...``.
+
+    Args:
+      reports: The report of each task.
     """
     if len(self.parts) == 1:
       return reports[0]
@@ -162,9 +196,13 @@ class Mixture:
                   for name, value in report.items() if name != 'not_finite'}
 
   def table(self, zero_shot: dict[str, Any], final: dict[str, Any]) -> str:
-    """Returns a Markdown table with a line for each task and for their mean.
+    """Returns a Markdown table of the results; '' for a single task.
 
-    It is '' for a single task.
+    It has a row for each task and one for their mean.
+
+    Args:
+      zero_shot: Report of the untrained model on the test rows; may be empty.
+      final: Report of the trained model on the test rows.
     """
     if len(self.parts) == 1:
       return ''
@@ -185,7 +223,14 @@ class Mixture:
 
 
 def alone(config: config_lib.Train) -> list[tuple[Any, ...]]:
-  """Returns (name, weight, config) of each task, as if it were alone."""
+  """Returns the tasks of a config as configs of single tasks.
+
+  Args:
+    config: Config of the run.
+
+  Returns:
+    A list of tuples (name, weight, config), one for each task.
+  """
   first = dataclasses.replace(config, also=())
   return [(config.task.name or 'first', 1.0, first), *(
       (a.name, a.weight, dataclasses.replace(first, task=a.task, data=a.data))
@@ -198,10 +243,13 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
 
   Args:
     config: Config of the run.
-    built: What `mezo_jax.training.build.build` made of it: the first task, and
-      the weights.
+    built: The parts of the run from `mezo_jax.training.build.build`, with the
+      rows of the first task.
     directory: Directory for files of cached activations.
-    say: Reports what is found.
+    say: A function that reports a line to the user.
+
+  Returns:
+    The tasks of the run. They hold no reference to the trained parameters.
 
   Raises:
     InputError: if a task, its rows and the model do not fit each other.

@@ -1,4 +1,4 @@
-"""A config's optimizer: the transform of its method."""
+"""Builds the optimizer that a config describes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,8 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, privacy
 from mezo_jax.transforms.combine import COMBINES
 
-# ``schedule(learning_rate, steps)`` after the warmup, by the names in configs.
+# Learning-rate schedules after the warmup, as functions of (learning_rate,
+# steps). The keys are the values of `config.optimizer.schedule`.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     'constant': lambda rate, steps: optax.constant_schedule(rate),
     'linear': lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
@@ -28,14 +29,17 @@ def make_optimizer(config: config_lib.Train, params: Any,
   Args:
     config: The config of the run. Its method must be one that trains.
     params: The trained parameters before training, or their shapes.
-    plan: The budget of a private run; None where no losses are evaluated.
+    plan: The plan of a private run. Defaults to None, for another method or a
+      transform that only replays recorded steps.
   """
   o, z = config.optimizer, config.spsa
   rates, eps = schedule(config, o.learning_rate), z.eps
   if o.groups:
     rest = ('', o.learning_rate, z.eps)
     groups = {g: (rate, e) for g, rate, e in (rest, *o.groups)}
-    groups[''] = groups.pop('')  # last, as it matches what no other one does
+    # The first expression that matches a path applies, and '' matches every
+    # path. So move it to the end.
+    groups[''] = groups.pop('')
     rates = {g: schedule(config, rate) for g, (rate, _) in groups.items()}
     eps = {g: e for g, (_, e) in groups.items()}
   options = dict(
@@ -51,7 +55,7 @@ def make_optimizer(config: config_lib.Train, params: Any,
 
 
 def directions(config: config_lib.Train) -> Directions:
-  """Returns the distribution of z."""
+  """Returns the distribution of z that a config describes."""
   z = config.spsa
   values: dict[str, Any] = {'rank': z.rank, 'every': z.lazy_every}
   return KINDS[z.distribution](
@@ -60,7 +64,13 @@ def directions(config: config_lib.Train) -> Directions:
 
 
 def schedule(config: config_lib.Train, learning_rate: float) -> optax.Schedule:
-  """Returns a learning rate as a function of the step number."""
+  """Returns a learning rate as a function of the step number.
+
+  Args:
+    config: The config of the run, which sets the kind of the schedule, the
+      warmup and the number of steps.
+    learning_rate: The learning rate at the end of the warmup.
+  """
   o = config.optimizer
   after = max(config.steps - o.warmup_steps, 1)
   main = SCHEDULES[o.schedule](learning_rate, after)

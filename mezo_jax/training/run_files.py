@@ -1,4 +1,9 @@
-"""Records in a working directory that are made of a run's config."""
+"""Reads and writes the files of a working directory that describe a run.
+
+These are ``config.json`` (the config), ``inputs.json`` (fingerprints of model,
+tokenizer, adapter and rows), the header of the log of steps, and
+``result.json``.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +23,16 @@ from mezo_jax.training import methods
 
 
 def check_workdir(config: config_lib.Train, workdir: Path) -> None:
-  """Raises InputError for a directory in which a config cannot run.
+  """Checks that a config can run, or continue a run, in a directory.
 
-  That is one that holds a run with other settings, or with more steps than the
-  config has, or with as many if the last was not evaluated.
+  Args:
+    config: Config of the run.
+    workdir: Directory of the run. It may be empty or missing.
+
+  Raises:
+    InputError: if the directory contains a run with other settings, with more
+      steps than the config, or with as many steps whose last one was not
+      evaluated.
   """
   config_file = workdir / 'config.json'
   if config_file.exists():
@@ -31,27 +42,33 @@ def check_workdir(config: config_lib.Train, workdir: Path) -> None:
     if name != config.model.name and (
         'weights' not in workdir_lib.read_inputs(workdir)):
       raise InputError(
-          f'model.name was {name!r} and is now {config.model.name!r}, and '
-          f'{workdir} has no record of the weights by which to tell that they '
-          'are the same; choose another --workdir.')
+          f'model.name was {name!r} and is now {config.model.name!r}, but '
+          f'{workdir} has no fingerprint of the weights to check that the two '
+          'models are the same; choose another --workdir.')
   held, final = workdir_lib.last_step(workdir)
   least = held if final else held + 1
   if config.steps < least:
     raise InputError(
-        f'{workdir} holds step {held}{"" if final else ", not evaluated,"} '
-        f'and --config.steps is {config.steps}; give {least} or more, or '
-        'another --workdir.')
+        f'{workdir} contains step {held}'
+        f'{"" if final else ", which was not evaluated,"} but --config.steps '
+        f'is {config.steps}; set it to {least} or more, or choose another '
+        '--workdir.')
 
 
 def inputs_of(config: config_lib.Train, model: models.Config, tokenizer: Any
               ) -> dict[str, Any]:
-  """Returns fingerprints of the files that a run begins with, except for its
-  weights and rows.
+  """Returns fingerprints of the model's config, the tokenizer and the adapter.
+
+  Weights and rows are not included.
 
   Args:
     config: Config of the run.
-    model: Config of the model, after `mezo_jax.training.build.add`.
+    model: Config of the model, as `mezo_jax.training.build.add` returns it.
     tokenizer: Tokenizer of the model.
+
+  Returns:
+    A dict with the keys 'model', 'tokenizer' and, if the run starts from an
+    adapter, 'adapter'.
   """
   found = {'model': fingerprint.of_model(model),
            'tokenizer': fingerprint.of_tokenizer(tokenizer)}
@@ -64,21 +81,23 @@ def inputs_of(config: config_lib.Train, model: models.Config, tokenizer: Any
 def check_inputs(config: config_lib.Train, workdir: Path,
                  model: models.Config, tokenizer: Any, weights: str,
                  splits: Sequence[data.Splits], secret: bytes | None) -> None:
-  """Records the inputs of a run, or compares them with those recorded before.
+  """Records fingerprints of a run's inputs, or compares them with the recorded.
 
   Args:
     config: Config of the run.
     workdir: Directory of the run.
-    model: Config of the model, after `mezo_jax.training.build.add`.
+    model: Config of the model, as `mezo_jax.training.build.add` returns it.
     tokenizer: Tokenizer of the model.
-    weights: `mezo_jax.core.fingerprint.of_weights` before training.
-    splits: Rows of each task.
-    secret: Secret of a private run, without which nobody can tell its rows by
-      their fingerprint; None of another run.
+    weights: Fingerprint of the weights before training, from
+      `mezo_jax.core.fingerprint.of_weights`.
+    splits: Encoded rows of each task.
+    secret: Secret of a private run, or None for another run. It is the key of
+      the fingerprint of the rows, so that nobody without it can find out rows
+      from their fingerprint.
 
   Raises:
-    InputError: if the model, the tokenizer, an adapter or the rows have changed
-      since the run began.
+    InputError: if the weights, the model, the tokenizer, the adapter or the
+      rows have changed since the run began.
   """
   rows = [rows for s in splits for rows in (s.train, s.dev, s.test)]
   now = inputs_of(config, model, tokenizer) | {
@@ -90,12 +109,17 @@ def check_inputs(config: config_lib.Train, workdir: Path,
 
 def log_header(config: config_lib.Train, workdir: Path, weights: str
                ) -> dict[str, Any]:
-  """Returns the header of a new log: what a replay of its steps depends on.
+  """Returns the header of a new log of steps.
+
+  It contains everything that a replay depends on, except for the steps: the
+  versions, the kind of device, fingerprints of the inputs, and the config.
 
   Args:
     config: Config of the run.
-    workdir: Directory of the run, which has the inputs on record.
-    weights: `mezo_jax.core.fingerprint.of_weights` before training.
+    workdir: Directory of the run, in which `check_inputs` has recorded the
+      inputs.
+    weights: Fingerprint of the weights before training, from
+      `mezo_jax.core.fingerprint.of_weights`.
   """
   inputs = workdir_lib.read_inputs(workdir)
   return {
@@ -107,28 +131,32 @@ def log_header(config: config_lib.Train, workdir: Path, weights: str
 
 
 def read_config(workdir: Path) -> config_lib.Train:
-  """Returns the config of a run, also of an earlier version of this library.
+  """Returns the config of a run of this or an earlier version of mezo_jax.
+
+  Args:
+    workdir: Directory of the run.
 
   Raises:
-    MissingError: if the directory holds no run.
+    MissingError: if the directory does not contain a run.
     InputError: if the config cannot be read.
   """
   if not ((workdir / 'config.json').is_file()
           and (workdir / 'checkpoints').is_dir()):
     raise MissingError(
-        f'{workdir} has no config.json and checkpoints: it is not the '
-        '--workdir of a run.')
+        f'{workdir} lacks config.json or checkpoints; give the --workdir of a '
+        'run.')
   saved = loggers.read_json(workdir / 'config.json')
   try:
     config = config_lib.from_json(saved)
-    # Names that are not known raise.
+    # These lookups raise if the method, its part or the kind of task is
+    # unknown.
     methods.part_of(config)
     _ = config.task.traits
     return config
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(
-        f'{workdir}/config.json is not that of a run of this version ({e}); '
-        'give the --workdir of one.') from e
+        f'{workdir}/config.json cannot be read by this version of mezo_jax '
+        f'({e}); give the --workdir of a run of this version.') from e
 
 
 def write_config(config: config_lib.Train, workdir: Path) -> None:
@@ -139,18 +167,21 @@ def write_config(config: config_lib.Train, workdir: Path) -> None:
 def write_result(config: config_lib.Train, workdir: Path, splits: data.Splits,
                  mesh: jax.sharding.Mesh, final: dict[str, Any], **more: Any
                  ) -> dict[str, Any]:
-  """Writes config.json and result.json, and returns the latter.
+  """Writes ``config.json`` and ``result.json``, and returns the result.
 
   Args:
     config: Config of the run.
     workdir: Directory of the run.
-    splits: Rows of the first task.
-    mesh: Devices that the run was on.
-    final: Report of the test rows.
+    splits: Encoded rows of the first task.
+    mesh: Mesh of the run's devices.
+    final: Report on the test rows.
     **more: Further entries of the result.
 
+  Returns:
+    The content of ``result.json``.
+
   Raises:
-    Stopped: if the report of the test rows is not finite.
+    Stopped: if the report on the test rows has values that are not finite.
   """
   if not evaluate.is_finite(final):
     advice = guards.TRY if methods.method_of(config).steps else (

@@ -1,4 +1,4 @@
-"""The scoring pass that some methods make before the first step."""
+"""Runs the scoring pass that some methods need before the first step."""
 
 from collections.abc import Callable
 import time
@@ -15,18 +15,20 @@ from mezo_jax.training import methods, mixture
 
 def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
                   mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> Any:
-  """Evaluates what a method needs to know of the weights before the first step,
-  on rows from all over each task.
+  """Runs the scoring pass of a method, for example to find sensitive weights.
+
+  It evaluates as many rows as four batches have, taken at equal distances from
+  the training rows of each task.
 
   Args:
-    config: The config of the run.
+    config: The config of the run. Its method must have a ``score``.
     tasks: The tasks of the run.
-    params: The trained parameters.
+    params: The trained parameters before training.
     mesh: The mesh that they are on.
-    say: Reports what was done.
+    say: A function that reports a line to the user.
 
   Returns:
-    The part of the optimizer state that is called ``memory``.
+    The initial value of ``memory`` in the optimizer state.
   """
   began, value_fns = time.time(), []
   groups = sharding.row_groups(mesh)
@@ -39,12 +41,13 @@ def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
         encode.batch_of(train, index, length, len(index)), mesh), i)
     value_fns.append(lambda params, batch=batch: tasks.value_fn(
         peft.join(params, tasks.frozen(batch)), batch))
+  # The offset makes this key differ from that of the training steps.
   more = dict(key=jax.random.key(config.seed + 2**20), eps=config.spsa.eps,
               num_samples=config.variant.num_scores)
   score = methods.method_of(config).score
-  assert score is not None  # only methods that score come here
+  assert score is not None  # the caller has checked it
   with jax.set_mesh(mesh):
     found, what = score(config, value_fns, params, **more)
     found = sharding.beside(found, params)
-  say(f'looked at the weights in {time.time() - began:.0f} s: {what}')
+  say(f'scoring pass before training took {time.time() - began:.0f} s: {what}')
   return found

@@ -1,4 +1,9 @@
-"""One run, from its config to its result."""
+"""Executes one run, from its config to its result.
+
+`run` holds the lock of the working directory; `_run` does the work. It reads
+from top to bottom in chapters: check, build, baselines, step, inputs,
+zero-shot, restore, train, report.
+"""
 
 import functools
 from pathlib import Path
@@ -37,31 +42,30 @@ from mezo_jax.transforms.step import field, make_step, pends
 def run(config: config_lib.Train, workdir: Path,
         place: replicas_lib.Place | None = None, source: str = ''
         ) -> dict[str, Any]:
-  """Trains a model, or evaluates a baseline, as a config says.
+  """Trains a model, or evaluates a baseline, as a config describes.
 
-  If the run was stopped, the same call resumes it. Its parameters are then
+  If the run was stopped, the same call resumes it. The parameters are then
   bitwise equal to those of a run that was not stopped. SIGTERM, SIGHUP and
   Ctrl-C stop a run.
 
   Args:
     config: The config of the run.
     workdir: Directory of the run's log, metrics, checkpoints and result. It is
-      made if it does not exist.
-    place: Which replica this run is (docs/replicas.md). Defaults to None, for a
-      run that is not one of several replicas.
-    source: Name of the config's file, which is reported. Defaults to '', for
-      none.
+      created if it does not exist.
+    place: The place of this process among several replicas (docs/replicas.md).
+      Defaults to None, for a run without replicas.
+    source: Name of the config file, for the log. Defaults to '', for none.
 
   Returns:
-    The result, which ``result.json`` also holds: a dict of JSON values, in
-    which 'final' has the metrics of the test rows.
+    The result, which is also written to ``result.json``: a dict of JSON values,
+    in which 'final' holds the metrics of the test rows.
 
   Raises:
-    InputError: if the config, its files, the devices and the directory do not
-      fit each other.
-    Stopped: if the run has no result, for example because its losses are not
+    InputError: if the config, its files, the devices and the working directory
+      do not fit each other.
+    Stopped: if the run cannot finish, for example because its losses are not
       finite.
-    Again: if the run was asked to stop. Nothing is lost.
+    Again: if a signal stopped the run. Calling `run` again resumes it.
   """
   workdir = local(workdir)
   with workdir_lib.alone(workdir):
@@ -70,7 +74,9 @@ def run(config: config_lib.Train, workdir: Path,
 
 
 def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
-  # Check: refuse what cannot work before anything is loaded.
+  """Executes a run in a working directory that this process has locked."""
+  # Check: reject configs and directories that cannot work before anything is
+  # loaded.
   began = time.time()
   checks.check_config(config)
   file = f'{source}, ' if source else ''
@@ -79,7 +85,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
       place, config.method, methods.names_where(lambda m: m.replicated),
       config.spsa.combine, config.spsa.num_samples)
   versions = {'mezo_jax': mezo_jax.__version__, 'jax': jax.__version__}
-  agreement.agree_on('the versions', versions, 'install the same on every host')
+  # All processes of a run must execute the same programs, so their versions and
+  # configs are compared first.
+  agreement.agree_on('the versions', versions,
+                     'install the same versions on every host')
   agreement.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
   run_files.check_workdir(config, workdir)
@@ -98,19 +107,19 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   tasks = mixture.make(config, built, workdir / 'trunk', _say)
   ask, metric = tasks.ask(), tasks.metric
   # From here on only `state` refers to the trained parameters, which steps
-  # consume, and only `tasks` to the frozen ones. The others are freed.
+  # donate, and only `tasks` to the frozen ones. All other arrays are freed.
   built = built.without_weights()
   finish = functools.partial(run_files.write_result, config, workdir, splits,
                              mesh, model=model_name)
 
-  # Baselines: a method that has no steps has its result now.
+  # Baselines: a method without training steps is finished here.
   probed = None
   if method.probe:
     probe, probed = linear_probe.linear_probe(
         built.model, state.params, splits, ask.sizes, mesh, config.task,
         config_lib.objective(config))
-    if method.steps:  # Training begins with the probe in the model's head.
-      assert splits.train.token_ids is not None  # label words, as checked
+    if method.steps:  # lp_mezo: training starts from the probe in the head
+      assert splits.train.token_ids is not None  # label words were checked
       state = state._replace(params=linear_probe.write_probe(
           state.params, probe, splits.train.token_ids))
   if not method.steps:
@@ -121,7 +130,8 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
          f'{workdir / "result.json"}')
     return result
 
-  # Step: it is compiled for the first batch of each length.
+  # Step: create the training step. It is compiled at the first batch of each
+  # length.
   trained = paths.size_of(state.params)
   _say(f'training {trained:,} of {total:,} parameters')
   for text in methods.warnings(config):
@@ -129,14 +139,16 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   plan = build.privacy_plan(config, splits, mesh)
   if plan:
     _say(privacy.spell(plan))
-  assert built.tx is not None and built.host is not None  # it has steps
+  assert built.tx is not None and built.host is not None  # the method trains
   step_fn = make_step(
       built.tx, tasks.value_fn, mesh=mesh, part=place.part if place else None,
       on_compile=lambda *about: _say(loggers.spell_program(*about)))
-  _say('steps compile once per length: '
+  _say('the training step is compiled once per sequence length: '
        f'{", ".join(tasks.lengths(plan))} tokens')
 
-  # Inputs: a run that resumes must begin with the same as before.
+  # Inputs: a resumed run must start from the same weights, tokenizer and rows
+  # as before. A new private run creates its secret here, from which its samples
+  # of rows and its noise are derived.
   secret = None
   if plan:
     secret = privacy.secret(
@@ -145,14 +157,15 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
                        weights, tasks.splits, secret)
   run_files.write_config(config, workdir)
 
-  # Zero-shot: the untrained model, with which the result is compared. It is
-  # evaluated before its weights are replaced by those of a checkpoint.
+  # Zero-shot: evaluate the untrained model, for comparison with the result.
+  # This must happen before a checkpoint replaces the weights.
   zero_shot, earlier = None, loggers.read(workdir / 'metrics.jsonl')
   if config.zero_shot and not any(r['kind'] == 'zero_shot' for r in earlier):
     untrained = functools.partial(trainable.before_training, config)
     zero_shot = tasks.ask(untrained).both(state.params)
 
-  # Restore: the newest checkpoint. The log replays the steps after it.
+  # Restore: load the newest checkpoint. The steps after it are replayed from
+  # the log.
   checkpoints, start, state = resume.newest(
       workdir / 'checkpoints', config.keep_checkpoints, state, _say)
   if method.scores and not start:
@@ -165,15 +178,15 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
       0 if projected_grad is None else projected_grad.size, start, _say)
   others = None
   if place:
-    # Where updates accumulate, replicas must apply them at the same steps.
-    applied_every = config.eval_every if config.spsa.fold_every > 1 else None
+    # If updates accumulate, all replicas must apply them at the same steps.
+    applied_every = config.eval_every if config.spsa.apply_every > 1 else None
     others = replicas_lib.join(
         place, config_lib.bound(config) | {'versions': versions}, weights,
         tasks.splits, config.spsa.num_samples, config.steps, applied_every, log,
         _say)
   if log.end:
     since = f'checkpoint {start}' if start else 'the beginning'
-    again = (f'; the steps since {since} are replayed from the log'
+    again = (f'; replaying the steps since {since} from the log'
              if start < log.end else '')
     _say(f'resumed from step {log.end} of {workdir}{again}')
   metrics = loggers.Metrics(workdir, log.end)
@@ -185,7 +198,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   if zero_shot:
     _say(f'zero-shot: test {evaluate.spell(zero_shot)}')
 
-  # Train.
+  # Train: dispatch steps, record them, evaluate and save.
   selects = methods.selects(config)
   accumulates = pends(state.opt_state)
   evaluates = loop_lib.evaluated_steps(
@@ -220,9 +233,12 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   finally:
     progress.close()
     log.close()
-    checkpoints.wait()  # the last one is whole, however the loop ended
+    # Saving is asynchronous. Wait, so that the last checkpoint is complete even
+    # if the loop ended with an exception.
+    checkpoints.wait()
 
-  # Report: the result is that of the best step on dev rows, or of the last.
+  # Report: evaluate the best step on the dev rows, or the last step, on the
+  # test rows.
   step, params = config.steps, state.params
   if selects:
     step, params = resume.best(
@@ -256,5 +272,6 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
 
 
 def _say(text: str) -> None:
+  """Prints a line on process 0 without disturbing the progress bar."""
   if text and jax.process_index() == 0:
     tqdm.write(text)

@@ -1,4 +1,10 @@
-"""Adds, selects and sets apart the parameters that a config trains."""
+"""Creates, separates and selects the parameters that a config trains.
+
+In the order of a run: `lay_out` separates the head or the last layers from the
+other parameters, `adapters` creates or loads adapters, and `split` divides the
+parameters into trained and frozen ones.
+"""
+
 from typing import Any
 
 import jax
@@ -11,14 +17,18 @@ from mezo_jax.training import methods
 
 
 def tokens_before(config: config_lib.Train) -> int:
-  """Returns the number of positions that a text loses.
+  """Returns the number of positions that adapters take before the text.
 
-  A soft prompt takes positions, and so does a prefix if positions start after
-  it.
+  A soft prompt takes one position per token. A prefix does so only if the
+  positions of the text start after it. The maximum length of a text is shorter
+  by this number.
+
+  Args:
+    config: Config of the run.
 
   Raises:
-    MissingError: if there is no such adapter as ``peft.adapter``.
-    InputError: if it is of another kind, or cannot be read.
+    MissingError: if the adapter ``peft.adapter`` does not exist.
+    InputError: if the adapter is of another kind, or cannot be read.
   """
   p = config.peft
   if not methods.adapts(config):
@@ -26,7 +36,7 @@ def tokens_before(config: config_lib.Train) -> int:
   if p.adapter:
     kind, about = peft.describe(p.adapter)
     if kind != p.method:
-      raise InputError(f'{p.adapter} is of kind {kind!r}: set '
+      raise InputError(f'the adapter {p.adapter} is of kind {kind!r}; set '
                        f'--config.peft.method={kind}.')
     return about.get('num_virtual_tokens', 0)
   return methods.part_of(config).tokens(p)
@@ -34,10 +44,15 @@ def tokens_before(config: config_lib.Train) -> int:
 
 def lay_out(config: config_lib.Train, model: models.Transformer,
             params: dict[str, Any]) -> Any:
-  """Returns the model and its parameters with what is trained set apart.
+  """Separates a tied head, or the last layers, from the other parameters.
 
-  That is a head which was tied to the embedding, or the last layers, which are
-  taken out of ``params``.
+  Args:
+    config: Config of the run.
+    model: The model.
+    params: Its parameters. The last layers are moved out of this dict.
+
+  Returns:
+    The model and its parameters in the new layout.
   """
   method, part = methods.method_of(config), methods.part_of(config)
   if not config.task.traits.new_head and (method.own_head or part.own_head):
@@ -50,12 +65,19 @@ def lay_out(config: config_lib.Train, model: models.Transformer,
 def adapters(config: config_lib.Train, model: models.Transformer,
              params: dict[str, Any], tokenizer: Any
              ) -> tuple[models.Transformer, dict[str, Any]]:
-  """Returns the model and its adapters, {} if the config has none.
+  """Creates new adapters, or loads those of ``peft.adapter``.
 
-  The adapters are new ones of the config's kind, or those of ``peft.adapter``.
+  Args:
+    config: Config of the run.
+    model: The model.
+    params: Its parameters.
+    tokenizer: Tokenizer of the model, for adapters that start from a text.
+
+  Returns:
+    The model and the parameters of the adapters; {} if the config has none.
 
   Raises:
-    InputError: if they do not fit the model.
+    InputError: if the adapters do not fit the model.
   """
   p = config.peft
   if not methods.adapts(config):
@@ -64,6 +86,7 @@ def adapters(config: config_lib.Train, model: models.Transformer,
     model, found, _ = peft.load(p.adapter, model)
     return model, (peft.split_layers(found, p.num_layers) if (
         methods.layers_apart(config)) else found)
+  # Adapters start from other random numbers than the directions of training.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
   if methods.part_of(config).added:
     return model, peft.lora.init(
@@ -82,17 +105,25 @@ def split(config: config_lib.Train, params: dict[str, Any]
           ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Splits parameters into trained and frozen ones.
 
-  Trained are those of the method that ``peft.mask`` selects. The new head of a
-  task is always trained.
+  The trained ones are those that ``peft.method`` selects and whose path
+  ``peft.mask`` matches. A new classification head is always trained.
+
+  Args:
+    config: Config of the run.
+    params: All parameters, or their shapes.
+
+  Returns:
+    The trained and the frozen parameters.
 
   Raises:
-    InputError: if nothing is selected, or a group is of no parameter.
+    InputError: if no parameter is selected, or if an expression of
+      ``optimizer.groups`` matches no trained parameter.
   """
   part, mask = methods.part_of(config), config.peft.mask
   if part.factors:
     return _factors(config, params)
   new_head = config.task.traits.new_head
-  # The vocabulary's head is not used where there is a new one.
+  # With a new classification head, the head over the vocabulary is not used.
   pattern = '^classifier/' if new_head and part.own_head else part.pattern
   both = lambda *trees: jax.tree.map(lambda *x: all(x), *trees)
   chosen = both(*(paths_lib.matches(params, p) for p in (pattern, mask)))
@@ -102,12 +133,13 @@ def split(config: config_lib.Train, params: dict[str, Any]
     what = f'mask {mask!r}' if mask else f'method {config.peft.method!r}'
     paths = [path for path, _ in paths_lib.named_leaves(params)]
     raise InputError(
-        f'peft.{what} selects no floating-point parameter; the paths are '
-        f'{", ".join(paths[:5])}{", ..." if len(paths) > 5 else ""}.')
+        f'config: peft.{what} selects no floating-point parameter; the paths '
+        f'are {", ".join(paths[:5])}{", ..." if len(paths) > 5 else ""}.')
   return _grouped(config, *peft.split(params, chosen))
 
 
 def _factors(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
+  """Splits off the scale factors of quantised weights, which are trained."""
   try:
     trained = peft.factors(params)
     if config.peft.mask:
@@ -121,20 +153,26 @@ def _factors(config: config_lib.Train, params: dict) -> tuple[dict, dict]:
 
 
 def _grouped(config, trained: dict, frozen: dict) -> tuple[dict, dict]:
+  """Returns both trees after a check of ``optimizer.groups``."""
   for group, *_ in config.optimizer.groups:
     if not any(jax.tree.leaves(paths_lib.matches(trained, group))):
-      raise InputError(f'optimizer.groups: {group!r} is found in the path of '
-                       'no parameter that is trained.')
+      raise InputError(f'config: optimizer.groups: {group!r} does not match '
+                       'the path of any trained parameter; remove or correct '
+                       'it.')
   return trained, frozen
 
 
 def before_training(config: config_lib.Train, params: dict[str, Any]
                     ) -> dict[str, Any]:
-  """Returns the parameters of the untrained model: those without adapters.
+  """Returns the parameters of the untrained model, for zero-shot evaluation.
 
-  Two kinds of adapters stay. With a soft prompt, rows contain its tokens, so
-  zero-shot means the prompt that training starts from. New adapters that change
-  nothing need not be removed.
+  Adapters are removed, except in two cases. With a soft prompt the encoded rows
+  contain its tokens, so the untrained model is the one with the initial prompt.
+  New LoRA adapters do not change the model yet and need not be removed.
+
+  Args:
+    config: Config of the run.
+    params: All parameters, or a part of them.
   """
   part = methods.part_of(config)
   if not part.adapter or part.soft or (

@@ -1,9 +1,9 @@
-"""Provides optax transforms: SPSA, MeZO, and what composes with them.
+"""Provides optax transforms: SPSA, MeZO, and others that compose with them.
 
-`spsa` evaluates losses at a few displacements and turns them into an update;
-`mezo` is the whole optimizer. The other transforms accumulate updates, round
-them to half precision or skip those that are not finite. `make_step` compiles a
-chain of transforms into a training step.
+`spsa` evaluates losses at a few displacements and turns them into updates.
+`mezo` is the whole optimizer. Other transforms accumulate updates, round them
+to half precision, or skip steps whose loss is not finite. `make_step` compiles
+a chain of transforms into a training step.
 """
 
 from mezo_jax.transforms.combine import Combine, fzoo, one_sided, two_sided

@@ -1,10 +1,14 @@
-r"""Updates that are accumulated for k steps before they are applied.
+r"""Accumulates updates for k steps before it applies them to the weights.
 
-The last steps are a `Displacement` like any other, so the losses of a step are
-those of :math:`\theta + \sum_i c_i z_i \pm \epsilon z` without the weights
-having moved. This divides the memory traffic of updates by k; with short
-prompts that traffic is a large part of a step. LOZO proposed to accumulate
-low-rank updates before they are applied (Chen et al., 2024, arXiv:2410.07698).
+The accumulated updates are a `Displacement` :math:`\sum_i c_i z_i`, which is
+stored as keys and coefficients. Losses are evaluated at :math:`\theta + \sum_i
+c_i z_i \pm \epsilon z`, so that the trajectory is that of updates in every
+step. Weights are read and written once in k steps. This saves a large part of a
+step if prompts are short.
+
+References:
+  Chen et al., 2024, `LOZO <https://arxiv.org/abs/2410.07698>`_, which
+  accumulates low-rank updates before it applies them.
 """
 
 from collections.abc import Callable
@@ -30,21 +34,32 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class PendingState(NamedTuple):
-  """State of the updates that have not been applied yet."""
+  """Holds the coefficients of updates that have not been applied yet.
 
-  count: jax.Array  # shape=(), dtype=int32: of the learning rate's schedule
-  pending: jax.Array  # shape=(k, num_samples), dtype=float32: coefficients of z
+  Attributes:
+    count: Number of steps that were not skipped, for schedules. int32 [].
+    pending: Coefficients of z, float32 [k, n]. Row i belongs to the steps whose
+      number is i modulo k.
+  """
+
+  count: jax.Array
+  pending: jax.Array
 
 
 class Rule(NamedTuple):
-  """Turns projected gradients into coefficients of accumulated updates.
+  """Describes how projected gradients become accumulated coefficients of z.
 
   Attributes:
-    fn: ``(pending [k, n], slot, g [n], count, *memory) -> pending, *memory``,
-      with the coefficients of the step in row ``slot``, its number modulo k.
-    init: ``n -> memory``, for n directions. Defaults to None, for no memory.
-    missed: ``(slot, memory) -> memory``, called with the slot of each step that
-      was skipped, and with None when updates were applied out of turn.
+    fn: A function ``(pending, slot, g, count, *memory) -> (pending, *memory)``.
+      It adds the coefficients of a step to ``pending`` [k, n], usually in row
+      ``slot``, which is the number of the step modulo k. ``g`` are the
+      projected gradients [n], and ``count`` is the number of steps that were
+      not skipped.
+    init: A function ``n -> memory`` that returns the first memory, given the
+      number of directions. Defaults to None, for no memory.
+    missed: A function ``(slot, memory) -> memory``. It is called with the slot
+      of a step that was skipped, and with None if updates were applied before
+      k steps were complete. Defaults to a function that keeps the memory.
   """
 
   fn: Callable
@@ -53,7 +68,11 @@ class Rule(NamedTuple):
 
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
-  r"""Returns the rule with coefficients :math:`-\eta_t g_{t,j} / n`."""
+  r"""Returns the rule of SGD, whose coefficients are :math:`-\eta g_j / n`.
+
+  Args:
+    learning_rate: The learning rate :math:`\eta`, a number or a schedule.
+  """
   def fn(pending, slot, g, count):
     rate = arguments.at(learning_rate, count)
     return pending.at[slot].set(-rate * g / g.shape[0]),
@@ -63,24 +82,24 @@ def sgd(learning_rate: float | optax.Schedule) -> Rule:
 def accumulated(estimator: Estimator, every: int, rule: Rule,
                 finish: optax.GradientTransformation
                 ) -> ZerothOrderTransformation:
-  r"""Returns a descent whose updates are zero except for every k-th.
+  r"""Returns an optimizer that applies its updates every k steps.
 
-  That one is the sum of k updates; with the rule `sgd`
+  All other updates are zero. With the rule `sgd`,
 
   .. math::
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
     \text{ if } k \mid t + 1, \text{ else } 0.
 
-  ``update`` takes two more arguments: ``fold`` says whether accumulated updates
-  are applied after this step, whatever its number; ``flush=True`` makes no step
-  and applies them.
+  ``update`` takes two more arguments. ``apply`` is a Python bool that decides
+  whether accumulated updates are applied after this step, whatever its number.
+  Defaults to None, for every k-th step. ``apply_only=True`` applies the
+  accumulated updates without making a step.
 
   Args:
     estimator: An estimator whose updates are linear in its numbers.
-    every: k.
-    rule: What is accumulated. Its count is that of the steps that were not
-      skipped.
-    finish: A transform of float32 updates, such as
+    every: Number of steps k.
+    rule: A `Rule` that turns projected gradients into coefficients.
+    finish: A transform of the summed float32 updates, such as
       `mezo_jax.round_stochastically`.
   """
   directions = estimator.options.directions
@@ -95,11 +114,12 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
         (state, ring, finish.init(params), *memory), params)
 
   def update_fn(updates, state, params=None, *, value_fn=None,
-                projected_grad=None, fold=None, flush=False, around=None,
-                part=None, measure_only=False, **batch):
+                projected_grad=None, apply=None, apply_only=False,
+                around=None, part=None, measure_only=False, **batch):
     spsa_state, ring, rest, *memory = state
-    ring = jax.tree.map(jnp.asarray, ring)  # NumPy's, if it was restored
-    if flush:
+    # The arrays of a restored state may be NumPy arrays, which have no `.at`.
+    ring = jax.tree.map(jnp.asarray, ring)
+    if apply_only:  # Apply the updates of earlier steps, and make no step.
       added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
                          spsa_state.count - 1)
       return added, (
@@ -108,18 +128,21 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
 
     check_update(updates, spsa_state, params, value_fn, projected_grad)
     if around is not None:
-      raise ValueError('around= cannot be used together with fold_every, which '
-                       'evaluates losses around the accumulated updates.')
+      raise ValueError('around= cannot be combined with apply_every, which uses '
+                       'it to add the accumulated updates to the weights.')
+    # Measure the numbers of this step, or take recorded ones.
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
-      arguments.check_names(value_fn, fold=fold, flush=flush or None, part=part,
-                            measure_only=measure_only or None)
+      arguments.check_names(
+          value_fn, apply=apply, apply_only=apply_only or None, part=part,
+          measure_only=measure_only or None)
       numbers = estimator.measure(
           spsa_state, params, value_fn, batch, part=part, around=displacement(
               spsa_state, ring, directions, spsa_state.count))
       if measure_only:
         raise Measured(numbers)
+    # Add the coefficients of this step. A skipped step adds none.
     after = counted(spsa_state, numbers)
     g = numbers.projected_grad
     finite = jnp.all(jnp.isfinite(g))
@@ -132,17 +155,21 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
         (ring, [rule.missed(slot, m) for m in memory]))
 
     def add(ring, rest):
+      """Applies the accumulated updates."""
       added, rest = _sum(params, after, ring, directions, finish, rest,
                          spsa_state.count)
       return added, _emptied(ring), rest
     def wait(ring, rest):
+      """Keeps accumulating: all updates are zero."""
       return jax.tree.map(zeros, params), ring, rest
-    if fold is None:
+    # Every k-th step applies the sum. `make_step` passes ``apply``, since it has
+    # decided this outside of ``update``.
+    if apply is None:
       out = lax.cond(is_due(state), add, wait, ring, rest)
     else:
-      out = (add if fold else wait)(ring, rest)
+      out = (add if apply else wait)(ring, rest)
     added, ring, rest = out
-    if fold:  # perhaps out of turn
+    if apply:  # The caller decided, perhaps before k steps were complete.
       due = is_due(state)
       memory = [jax.tree.map(lambda x, lost: jnp.where(due, x, lost), m,
                              rule.missed(None, m)) for m in memory]
@@ -152,7 +179,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
 
 
 def is_due(state: Any) -> jax.Array:
-  """Returns whether accumulated updates are applied after the next step."""
+  """Returns whether the next step is one that applies accumulated updates."""
   parts = {type(x): x for x in jax.tree.leaves(
       state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
   every = parts[PendingState].pending.shape[0]
@@ -161,7 +188,15 @@ def is_due(state: Any) -> jax.Array:
 
 def displacement(state: SpsaState, ring: PendingState, directions: Directions,
                  count: jax.Array | int) -> Displacement:
-  """Returns the updates accumulated at step number ``count``: k * n terms."""
+  """Returns the accumulated updates as a displacement of k * n terms.
+
+  Args:
+    state: State of the estimator, for its key.
+    ring: The accumulated coefficients.
+    directions: Distribution of z.
+    count: Number of a step. The first of the k steps is the last one whose
+      number is a multiple of k.
+  """
   every, n = ring.pending.shape
   first = count - count % every
   keys = jax.vmap(lambda t: directions.keys(state.key, t, n))(
@@ -170,6 +205,8 @@ def displacement(state: SpsaState, ring: PendingState, directions: Directions,
 
 
 def _sum(params, state, ring, directions, finish, rest, count):
+  """Returns the sum of accumulated updates, and the next state of ``finish``.
+  """
   added = direction(params, displacement(state, ring, directions, count),
                     directions, dtype=jnp.float32)
   added, rest = finish.update(added, rest, params)
@@ -178,4 +215,5 @@ def _sum(params, state, ring, directions, finish, rest, count):
 
 
 def _emptied(ring: PendingState) -> PendingState:
+  """Returns the state with all coefficients set to 0."""
   return ring._replace(pending=jnp.zeros_like(ring.pending))

@@ -1,4 +1,4 @@
-"""Backpropagation with the same ``update`` as SPSA, as a baseline."""
+"""Provides backpropagation with the same ``update`` as SPSA, as a baseline."""
 
 from typing import cast, NamedTuple
 
@@ -12,29 +12,43 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class BackpropState(NamedTuple):
-  """State of `backprop`."""
+  """Holds the state of `backprop`.
 
-  count: jax.Array  # shape=(), dtype=int32: steps made, skipped ones included
-  value: jax.Array  # shape=(), dtype=float32: loss of the last step
-  grad_norm: jax.Array  # shape=(), dtype=float32
-  notfinite_count: jax.Array  # shape=(), dtype=int32: skipped in a row
-  total_notfinite: jax.Array  # shape=(), dtype=int32: skipped in all
+  Attributes:
+    count: Number of steps so far, including skipped steps. int32 [].
+    value: Loss of the last step, float32 [].
+    grad_norm: Norm of the last gradient, float32 [].
+    notfinite_count: Number of consecutive skipped steps up to now, int32 [].
+    total_notfinite: Number of skipped steps so far, int32 [].
+  """
+
+  count: jax.Array
+  value: jax.Array
+  grad_norm: jax.Array
+  notfinite_count: jax.Array
+  total_notfinite: jax.Array
 
 
 def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
-  """Computes the gradient by backpropagation, first in a chain like `spsa`.
+  """Computes the gradient by backpropagation, as the first link of a chain.
 
-  ``update(None, state, params, value_fn=..., **kwargs)`` differentiates
-  ``value_fn(params, ...)``; to train some of the parameters,
-  `mezo_jax.peft.split` them. A loss or gradient that is not finite gives zeros
-  and is counted: ``skip_not_finite(chain(backprop(), adam(1e-5)))``.
+  ``update(None, state, params, value_fn=loss, **batch)`` differentiates
+  ``loss(params, **batch)`` with respect to all params. To train only some of
+  them, separate them with `mezo_jax.peft.split`. If the loss or the gradient is
+  not finite, the step is skipped: its updates are zero, and the state counts
+  it. Wrap the chain so that the other links skip the step, too:
+  ``skip_not_finite(chain(backprop(), adam(1e-5)))``.
 
   Args:
     micro_batches: Number of equal parts of the batch over which the gradient is
       accumulated. Defaults to 1.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with the state `BackpropState`.
   """
   def init_fn(params):
-    # One array each: an array that is in the state twice cannot be donated.
+    # Each field has an array of its own, since an array that occurs twice in
+    # the state cannot be donated.
     return sharding.beside(BackpropState(
         count=jnp.zeros([], jnp.int32), value=jnp.zeros([], jnp.float32),
         grad_norm=jnp.zeros([], jnp.float32),
@@ -42,14 +56,18 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
         total_notfinite=jnp.zeros([], jnp.int32)), params)
 
   def gradient(value_fn, params, batch):
-    """Returns the loss and its gradient. Over several parts, both are summed in
-    float32 and divided by the sum of the weights."""
+    """Returns the loss of the batch and its gradient.
+
+    Over several parts, both are summed in float32 and divided by the sum of the
+    weights of all examples.
+    """
     if micro_batches == 1:
       return jax.value_and_grad(lambda params: losses.mean(
           value_fn(params, **batch)).astype(jnp.float32))(params)
     rows, with_rows = losses.split_batch(batch, micro_batches)
     count = losses.rows_of_parts(rows)
     def of_part(params, part):
+      """Returns the sum of weighted losses of a part, and its weight."""
       out = value_fn(params, **with_rows(part))
       losses.check_parts(out, micro_batches, rows=count)
       return losses.sums(out)
@@ -66,8 +84,9 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     if updates is not None or params is None or value_fn is None:
-      raise ValueError('backprop makes its own updates: call tx.update(None, '
-                       'state, params, value_fn=loss_fn, batch=batch).')
+      raise ValueError('backprop computes its own updates: call '
+                       'tx.update(None, state, params, value_fn=loss_fn, '
+                       'batch=batch).')
     chain.check_first('backprop')
     value, grads = gradient(
         value_fn, params, losses.accepted(value_fn, extra_args))

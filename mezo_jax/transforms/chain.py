@@ -1,28 +1,30 @@
-"""Finds out whether other links of an optax chain come before an estimator."""
+"""Checks that an estimator is the first link of its optax chain."""
 
 import sys
 
 import jax
 
+# Qualified names of the functions that call the links of a chain.
 _CHAINS = ('chain.<locals>.update_fn', 'named_chain.<locals>.update_fn')
 
 
 def check_first(name: str) -> None:
-  """Raises if links of a chain were called before this estimator.
+  """Checks that no link of a chain was called before this estimator.
 
-  An estimator is called with None in the place of updates. Links such as
-  `optax.clip_by_global_norm` map over that and return None again: they would do
-  nothing, and nothing that optax passes from link to link shows that they are
-  there. So this looks at the calls of `optax.chain` and `optax.named_chain`
-  that are in progress: each collects the new states of the links that it has
-  called so far. It is done while a program is traced, and costs nothing in a
+  A chain with an estimator in it is called with None in place of updates. A
+  link before the estimator, such as `optax.clip_by_global_norm`, maps over None
+  and returns None. It has no effect, and optax passes nothing from link to link
+  that would reveal it. This function therefore inspects the Python stack. It
+  looks for calls of `optax.chain` and `optax.named_chain` that are in progress.
+  Their local variables hold the new states of all links that were called
+  before. The check runs while a program is traced, and costs nothing in a
   compiled step.
 
   Args:
-    name: of the estimator, for the error.
+    name: Name of the estimator, for the error message.
 
   Raises:
-    ValueError: if there is such a link.
+    ValueError: If there is such a link.
   """
   frame = sys._getframe(1)
   while frame is not None:
@@ -35,8 +37,8 @@ def check_first(name: str) -> None:
         where = (f'comes after {links}' if isinstance(called, dict) else
                  f'is {links}')
         raise ValueError(
-            f'{name} makes the updates, so it must be the first link of a '
-            f'chain, and here it {where}: the links before it have no updates '
-            'to work on and would do nothing. Put them after it, as in '
-            'chain(spsa(...), clip_by_global_norm(1.0), sgd(1e-6)).')
+            f'{name} must be the first link of a chain, but here it {where}. '
+            'It computes the updates, so links before it would have no effect. '
+            'Put them after it, as in chain(spsa(...), '
+            'clip_by_global_norm(1.0), sgd(1e-6)).')
     frame = frame.f_back

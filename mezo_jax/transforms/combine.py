@@ -1,4 +1,4 @@
-r"""Combines the losses of n directions into a value and n coefficients of z."""
+r"""Defines how the losses of n directions become coefficients of z."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,20 +12,40 @@ from mezo_jax.core import arguments
 
 @dataclasses.dataclass(frozen=True)
 class Combine:
-  r"""Turns the losses of n directions into a value and n coefficients of z.
+  r"""Describes how the losses of n directions become coefficients of z.
+
+  .. math:: \ell_{j,s} = \mathcal{L}(\theta + s \epsilon z_j; \mathcal{B}),
+            \qquad (\text{value}, g) = \text{fn}(\ell, \epsilon), \qquad
+            u = \frac{1}{n} \sum_j g_j z_j
+
+  `mezo_jax.two_sided`, `mezo_jax.one_sided` and `mezo_jax.fzoo` are instances.
 
   Attributes:
-    signs: The s of the points :math:`\theta + s \epsilon z` that are evaluated
-      for each direction. The loss of s = 0, the same for all directions, is
-      evaluated once.
-    fn: ``(losses [n, signs], eps) -> (value [], projected_grad [n])``.
-    needs_all: Whether a coefficient depends on the losses of other directions
-      than its own, as z-scores and ranks do. If not, replicas can evaluate a
-      part of the directions each (``part=``). Defaults to True.
+    signs: The factors s at which each direction is evaluated, a tuple of
+      numbers. The loss at s = 0 is the same for all directions and is evaluated
+      once.
+    fn: A function ``(losses, eps) -> (value, projected_grad)`` of the losses
+      [n, len(signs)] and the perturbation scale. It returns the mean loss []
+      and the coefficients [n].
+    needs_all: Whether the coefficient of a direction depends on the losses of
+      other directions, as a z-score does. If it does not, replicas can each
+      evaluate a part of the directions (``part=``). Defaults to True.
 
   Raises:
-    ValueError: for signs that are not numbers, or a ``fn`` that cannot be
-      called.
+    ValueError: If ``signs`` is not a tuple of numbers, ``fn`` is not callable
+      or ``needs_all`` is not a bool.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Definition 1 (``two_sided``).
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> def sign(losses, eps):
+    ...   plus, minus = losses.T
+    ...   return jnp.mean(losses), jnp.sign(plus - minus)
+    >>> combine = mezo_jax.Combine((1.0, -1.0), sign, needs_all=False)
+    >>> tx = mezo_jax.spsa(1e-3, key=0, combine=combine)
   """
 
   signs: tuple[float, ...]
@@ -34,9 +54,10 @@ class Combine:
   needs_all: bool = True
 
   def __post_init__(self) -> None:
+    """Checks the fields."""
     if not isinstance(self.signs, (tuple, list)) or not self.signs:
-      raise ValueError('signs must be a tuple of numbers, such as (1.0, -1.0), '
-                       f'got {self.signs!r}.')
+      raise ValueError('signs must be a non-empty tuple of numbers, such as '
+                       f'(1.0, -1.0); got {self.signs!r}.')
     for sign in self.signs:
       arguments.number('each of signs', sign)
     arguments.function('fn', self.fn)
@@ -44,73 +65,89 @@ class Combine:
     object.__setattr__(self, 'signs', tuple(self.signs))
 
   def evaluations(self, n: int) -> int:
-    """Returns how many times n directions evaluate the loss of a batch."""
+    """Returns how often a step with n directions evaluates the loss."""
     clean = 0 in self.signs
     return n * (len(self.signs) - clean) + clean
 
-  # No __call__: optax.inject_hyperparams takes what is callable for a schedule.
+  # This is not __call__, because optax.inject_hyperparams treats every callable
+  # argument as a schedule.
   def apply(self, losses: jax.Array, eps: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns ``fn(losses, eps)``, whose shapes are checked.
+    """Calls ``fn(losses, eps)`` and checks the shapes of its results.
 
     Raises:
-      ValueError: for something else than a value and n coefficients.
+      ValueError: If ``fn`` does not return a scalar and n coefficients.
     """
     out = self.fn(losses, eps)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
-      raise ValueError('the fn of a Combine must return (value, '
-                       f'projected_grad), got {type(out).__name__}.')
+      raise ValueError('the fn of a Combine must return a pair (value, '
+                       f'projected_grad), got a {type(out).__name__}.')
     value, g = map(jnp.asarray, out)
     if value.shape or g.shape != losses.shape[:1]:
       raise ValueError(
-          'the fn of a Combine must return a value [] and projected_grad '
-          f'[{losses.shape[0]}], one for each direction, got '
-          f'{[*value.shape]} and {[*g.shape]}.')
+          'the fn of a Combine must return a scalar value and a projected_grad '
+          f'of shape [{losses.shape[0]}], a number for each direction; got '
+          f'shapes {[*value.shape]} and {[*g.shape]}.')
     return value, g
 
 
 def _two_sided(losses, eps):
+  """Returns central differences of the losses; see `two_sided`."""
   loss_plus, loss_minus = losses.T
   return jnp.mean(losses), (loss_plus - loss_minus) / (2 * eps)
 
 
 def _one_sided(losses, eps):
+  """Returns forward differences of the losses; see `one_sided`."""
   loss_plus, loss = losses.T
   return loss[0], (loss_plus - loss) / eps
 
 
 def _fzoo(losses, eps):
-  del eps  # the differences and their deviation are both proportional to it
+  """Returns differences divided by their deviation; see `fzoo`."""
+  del eps  # It cancels: differences and deviation are both proportional to it.
   losses, loss = losses.T
   if len(losses) < 2:
-    raise ValueError('fzoo divides by the standard deviation of the losses of '
-                     'its directions: it needs num_samples of at least 2.')
+    raise ValueError('num_samples must be at least 2 with fzoo, which divides '
+                     'by the standard deviation over directions.')
   least = jnp.finfo(jnp.float32).eps * jnp.maximum(1.0, jnp.abs(loss[0]))
   std = jnp.maximum(jnp.std(losses, ddof=1), least)
   return loss[0], (losses - loss) / std
 
 
-# Its bias is O(eps**2); it takes 2n evaluations.
+# Central differences, g = (L(θ + εz) - L(θ - εz)) / (2ε). The bias is O(ε²). A
+# step takes 2n evaluations. Malladi et al., 2023, arXiv:2305.17333, Definition
+# 1. Example: mezo_jax.spsa(1e-3, key=0, combine=mezo_jax.two_sided)
 two_sided: Combine = Combine((1.0, -1.0), _two_sided, needs_all=False)
-# Its bias is O(eps); it takes n + 1 evaluations.
+# Forward differences, g = (L(θ + εz) - L(θ)) / ε. The bias is O(ε), and a step
+# takes n + 1 evaluations. Example: mezo_jax.spsa(1e-3, key=0,
+# combine=mezo_jax.one_sided, num_samples=4)
 one_sided: Combine = Combine((1.0, 0.0), _one_sided, needs_all=False)
-# FZOO (arXiv:2506.09034) is for Rademacher directions: (l_j - l_0) / std(l), so
-# the length of a step does not depend on the gradient. The deviation is that of
-# a sample (n - 1), and no less than the rounding error of a float32 loss.
+# FZOO, g = (L(θ + εz) - L(θ)) / std, for Rademacher directions. std is the
+# standard deviation of the losses L(θ + εz_j) over the n directions, with n - 1
+# in the denominator, and at least the rounding error of a float32 loss. The
+# length of a step then does not depend on the length of the gradient. A step
+# takes n + 1 evaluations. FZOO, 2025, arXiv:2506.09034. Example:
+# mezo_jax.spsa(1e-3, key=0, directions=mezo_jax.Rademacher(),
+# combine=mezo_jax.fzoo, num_samples=8)
 fzoo: Combine = Combine((1.0, 0.0), _fzoo)
+# Names of the functions above, for configs and for ``combine=``.
 COMBINES: dict[str, Combine] = {
     'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
 
 
 def as_combine(combine: Combine | str) -> Combine:
-  """Returns a combine function, which may be given by name.
+  """Returns the `Combine` that a name stands for.
+
+  Args:
+    combine: A `Combine`, which is returned unchanged, or a key of `COMBINES`.
 
   Raises:
-    ValueError: for an unknown name, or something else.
+    ValueError: If ``combine`` is neither.
   """
   if isinstance(combine, Combine):
     return combine
   if not isinstance(combine, str) or combine not in COMBINES:
     raise ValueError(
-        f'combine must be one of {tuple(COMBINES)}, or a mezo_jax.Combine, got '
-        f'{combine!r}.')
+        f'combine must be one of the names {tuple(COMBINES)} or a '
+        f'mezo_jax.Combine, got {combine!r}.')
   return COMBINES[combine]

@@ -1,13 +1,13 @@
-r"""An estimator in two halves: losses become numbers, numbers become updates.
+r"""Defines estimators, which split a step into two halves.
 
 .. math::
   g = \text{measure}(\theta, \mathcal{L}, \mathcal{B}), \qquad
   u = \text{apply}(\theta, g)
 
-``measure`` evaluates losses and never touches the weights. ``apply`` moves the
-weights and never evaluates a loss. Training is ``apply(measure(...))``. Replay,
-replicas and a resumed run call ``apply`` alone, with numbers that were recorded
-or received.
+``measure`` evaluates losses and returns a few numbers g. It does not change the
+weights. ``apply`` turns the numbers into updates u. It does not evaluate a
+loss. Training calls both. Replay, replicas and resumed runs call only
+``apply``, with numbers that were recorded or received.
 """
 
 from collections import OrderedDict
@@ -41,42 +41,93 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class SpsaState(NamedTuple):
-  """State of an estimator."""
+  r"""Holds the state of `mezo_jax.spsa` and of most variants.
 
-  count: jax.Array  # shape=(), dtype=int32: steps made, skipped ones included
-  key: jax.Array  # shape=(), dtype=key<fry>: of the whole run
-  value: jax.Array  # shape=(), dtype=float32: mean loss of the last step
-  projected_grad: jax.Array  # dtype=float32: the numbers of the last step
-  notfinite_count: jax.Array  # shape=(), dtype=int32: skipped in a row
-  total_notfinite: jax.Array  # shape=(), dtype=int32: skipped in all
+  For `mezo_jax.spsa`, ``projected_grad`` has the scalars
+
+  .. math:: g_j = (\ell_j^+ - \ell_j^-) / (2 \epsilon).
+
+  Attributes:
+    count: Number of steps so far, including skipped steps. int32 [].
+    key: Key of the whole run, a typed threefry2x32 key [].
+    value: Mean loss of the last step, float32 []. NaN if it was not reported.
+    projected_grad: Numbers of the last step, float32 [size]. Pass them to
+      ``update(..., projected_grad=)`` to replay the step.
+    notfinite_count: Number of consecutive skipped steps up to now, int32 [].
+    total_notfinite: Number of skipped steps so far, int32 [].
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> tx = mezo_jax.spsa(1e-3, key=0, num_samples=4)
+    >>> state = tx.init(jnp.zeros(3))
+    >>> int(state.count), state.projected_grad.shape
+    (0, (4,))
+  """
+
+  count: jax.Array
+  key: jax.Array
+  value: jax.Array
+  projected_grad: jax.Array
+  notfinite_count: jax.Array
+  total_notfinite: jax.Array
 
   @property
   def memory(self) -> tuple[()]:
-    """Returns an empty memory: this estimator keeps nothing between steps."""
+    """Returns an empty tuple, since this state has no memory."""
     return ()
 
 
 class SpsaStateWithMemory(NamedTuple):
-  """State of an estimator with memory. It has the attributes of `SpsaState`."""
+  """Holds the state of an estimator that keeps a memory between steps.
+
+  The attributes of `SpsaState` can be read from it directly.
+
+  Attributes:
+    spsa: The state without the memory.
+    memory: Any pytree, as ``apply`` of the estimator returned it.
+  """
 
   spsa: SpsaState
   memory: Any
 
+  # `__getattr__` would not be called for this one, since tuples have a method
+  # of this name.
   @property
-  def count(self) -> jax.Array:  # overrides the method of tuples
+  def count(self) -> jax.Array:
     return self.spsa.count
 
   def __getattr__(self, name: str) -> Any:
+    """Returns a field of the state without the memory."""
     return getattr(self.spsa, name)
 
 
 class Numbers(NamedTuple):
-  """The result of `measure`: all that `apply` knows of the losses.
+  r"""Holds the result of `Estimator.measure`, the input of `Estimator.apply`.
+
+  .. math:: g = \text{measure}(\theta, \mathcal{L}, \mathcal{B}), \qquad
+            u = \text{apply}(\theta, g)
 
   Attributes:
-    value: Mean loss, float32 [].
-    projected_grad: Numbers from which `apply` makes the update, float32 [size].
-      For `mezo_jax.spsa` they are the projected gradient of each direction.
+    value: Mean loss of the step, float32 []. NaN if it is not reported.
+    projected_grad: The numbers g from which ``apply`` computes the update,
+      float32 [size]. For `mezo_jax.spsa`, they are the projected gradients of
+      the n directions. They are NaN if ``value`` is not finite, and the step is
+      then skipped.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, ``projected_grad``.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> tx, params = mezo_jax.spsa(1e-3, key=0), jnp.ones(3)
+    >>> numbers = tx.measure(tx.init(params), params, jnp.sum, {})
+    >>> numbers.projected_grad.shape
+    (1,)
   """
 
   value: Any
@@ -84,10 +135,11 @@ class Numbers(NamedTuple):
 
 
 class Measured(Exception):
-  """Carries the numbers of a step out of a chain; see `measure`."""
+  """Carries the numbers of a step out of an optax chain; see `measure`."""
 
   def __init__(self, numbers: Numbers) -> None:
-    super().__init__('raised for `measure` alone')
+    super().__init__('this exception is caught by mezo_jax.transforms.estimator'
+                     '.measure; measure_only= is not for other callers.')
     self.numbers = numbers
 
 
@@ -95,7 +147,7 @@ class Measured(Exception):
 
 
 class SampleOptions(TypedDict):
-  """Options of `mezo_jax.spsa` that every variant has."""
+  """Lists the options of `mezo_jax.spsa` that every variant has."""
 
   key: jax.Array | int
   directions: NotRequired[Directions | str]
@@ -105,22 +157,22 @@ class SampleOptions(TypedDict):
 
 
 class LossOptions(SampleOptions):
-  """Options of a variant that combines losses in its own way."""
+  """Lists the options of a variant that combines losses in its own way."""
 
   over: NotRequired[str]
 
 
 class SpsaOptions(LossOptions):
-  """Options of a variant that starts from projected gradients."""
+  """Lists the options of a variant that works with projected gradients."""
 
   combine: NotRequired[Combine | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spsa:
-  """The two halves of `mezo_jax.spsa`, which documents the fields.
+  """Implements the two halves of `mezo_jax.spsa`, which documents the fields.
 
-  A variant calls them in its own halves, or replaces one of them.
+  A variant replaces one of the halves or both, and may call these in its own.
   """
 
   eps: Any = 1e-3
@@ -134,6 +186,7 @@ class Spsa:
   dtype: Any = None
 
   def __post_init__(self) -> None:
+    """Checks the fields and replaces names by the objects they stand for."""
     def put(name, value):
       object.__setattr__(self, name, value)
     for name in ('num_samples', 'micro_batches'):
@@ -151,29 +204,34 @@ class Spsa:
           f'num_samples={self.num_samples}.')
 
   def along(self, **changes: Any) -> 'Spsa':
-    """Returns the same with changed directions.
+    """Returns a copy whose directions have some fields replaced.
 
     Args:
-      **changes: Fields of `mezo_jax.Directions`, such as ``mask``.
+      **changes: Fields of `mezo_jax.Directions` by name, such as ``mask``.
     """
     return dataclasses.replace(
         self, directions=dataclasses.replace(self.directions, **changes))
 
   def one_eps(self) -> 'Spsa':
-    """Returns itself.
+    """Returns itself after checking that eps has no groups.
+
+    A variant that changes projected gradients in a nonlinear way needs this,
+    since the state holds only the projected gradients of the first group.
 
     Raises:
-      ValueError: For groups of eps, since the projected gradients in a state
-        are those of the first group.
+      ValueError: If eps has groups.
     """
     if isinstance(self.eps, Mapping):
-      raise ValueError('eps: this variant has one projected gradient per '
-                       'direction and cannot have groups of eps: give one '
+      raise ValueError('eps: this variant does not support groups, since it '
+                       'has one projected gradient per direction; pass one '
                        'number or schedule.')
     return self
 
   def eps_at(self, state: Any) -> Any:
-    """Returns eps of a step, float32; for groups an OrderedDict of them."""
+    """Returns eps at the step of a state, float32 [].
+
+    For groups, returns an OrderedDict with the eps of each group.
+    """
     def now(eps):
       return jnp.asarray(arguments.at(eps, state.count), jnp.float32)
     if isinstance(self.eps, Mapping):
@@ -181,14 +239,28 @@ class Spsa:
     return now(self.eps)
 
   def z(self, state: Any) -> Displacement:
-    """Returns the n directions of a step, each with the coefficient 1."""
+    """Returns the n directions of a step, with coefficients of 1."""
     keys = self.directions.keys(state.key, state.count, self.num_samples)
     return Displacement(keys, jnp.ones(self.num_samples, jnp.float32))
 
   def losses(self, state: Any, params: Any, value_fn: Callable[..., Any],
              batch: Mapping[str, Any], *, signs: tuple[float, ...],
              around: Displacement | None = None, part: Any = None) -> jax.Array:
-    r"""Returns the losses at :math:`\theta + s \epsilon z_j`, [n, signs]."""
+    r"""Returns the losses at :math:`\theta + s \epsilon z_j`.
+
+    Args:
+      state: State of the estimator.
+      params: The params.
+      value_fn: The loss; see `mezo_jax.spsa`.
+      batch: Arguments of ``value_fn``, by name.
+      signs: The values of s.
+      around: A displacement that is added to the params. Defaults to None.
+      part: ``(i, r)``, to evaluate only part i of r of the directions. Defaults
+        to None, for all directions.
+
+    Returns:
+      Losses [n, len(signs)]; with ``part``, those of its directions.
+    """
     z = self.z(state)
     if part is not None:
       z = jax.tree.map(lambda x: x[_part(part, self)], z)
@@ -199,13 +271,16 @@ class Spsa:
 
   def loss_at(self, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any]) -> Callable[[Displacement], jax.Array]:
-    """Returns a function from a displacement to the loss of the batch there."""
+    """Returns a function that maps a displacement to the loss at this point."""
     return loss_at(value_fn, params, self.directions, batch, self.micro_batches)
 
   def measure(self, state: Any, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any], *, around: Displacement | None = None,
               part: Any = None) -> tuple[Any, jax.Array]:
-    """Returns the mean loss and the projected gradients [n]."""
+    """Returns the mean loss and the projected gradients [n].
+
+    With ``part``, the projected gradients of all other directions are NaN.
+    """
     losses = self.losses(state, params, value_fn, batch, around=around,
                          part=part, signs=self.combine.signs)
     value, g = self.combine.apply(losses, _first(self.eps_at(state)))
@@ -217,40 +292,44 @@ class Spsa:
   def apply(self, state: Any, params: Any, numbers: Numbers) -> Any:
     r"""Returns :math:`\frac{1}{n} \sum_j g_j z_j`, float32."""
     g = numbers.projected_grad
+    # In a step that is skipped, g is NaN and the updates are 0.
     mean = jnp.where(jnp.isfinite(g), g, 0.0) / self.num_samples
     eps = self.eps_at(state)
+    # Convert projected gradients, which refer to the first eps, to each group.
     of_group = jax.tree.map(lambda e: mean * (_first(eps) / e), eps)
     return direction(params, self.z(state).times(of_group), self.directions,
                      dtype=jnp.float32)
 
 
 def _first(eps) -> jax.Array:
-  """Returns the eps to which projected gradients refer: that of the first
-  group."""
+  """Returns the eps that projected gradients are divided by.
+
+  If there are groups, this is the eps of the first one.
+  """
   return jax.tree.leaves(eps)[0]
 
 
 def _part(part: tuple[int, int], spsa: Spsa) -> slice:
-  """Returns which of the n directions are evaluated."""
+  """Returns the slice of the n directions that a replica evaluates."""
   n = spsa.num_samples
   i, parts = check_part(part)
   if n % parts:
-    raise ValueError(f'part={part} of num_samples={n} directions: the number '
-                     'of parts must divide them.')
+    raise ValueError(f'part={part}: num_samples={n} cannot be divided into so '
+                     'many equal parts.')
   if parts > 1 and spsa.combine.needs_all:
     raise ValueError(
-        f'part={part} evaluates some of the directions, and {spsa.combine!r} '
-        'may need the losses of all, as fzoo does for their deviation. If each '
-        'coefficient depends on the losses of its own direction alone, say '
-        'Combine(..., needs_all=False).')
+        f'part={part} evaluates only some of the directions, but '
+        f'{spsa.combine!r} may need the losses of all, as fzoo does for their '
+        'standard deviation. If each coefficient depends only on the losses of '
+        'its own direction, pass Combine(..., needs_all=False).')
   return slice(i * n // parts, (i + 1) * n // parts)
 
 
 def check_part(part: Any) -> tuple[int, int]:
-  """Returns ``(i, r)``, part i of r.
+  """Returns a checked pair ``(i, r)``, which means part i of r.
 
   Raises:
-    ValueError: If it is something else.
+    ValueError: If ``part`` is not a pair of integers with 0 <= i < r.
   """
   is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(
       isinstance(x, (int, np.integer)) and not isinstance(x, bool)
@@ -265,13 +344,62 @@ def check_part(part: Any) -> tuple[int, int]:
 
 
 class Estimator(ZerothOrderTransformation):
-  """An optax transform that evaluates losses itself, in two halves.
+  r"""Defines an optax transform whose ``update`` evaluates losses itself.
 
-  ``update`` is ``apply(measure(...))``; with ``projected_grad=`` it is
-  ``apply`` alone, which is the replay path of any chain.
+  .. math:: u = \text{apply}(\theta, \text{measure}(\theta, \mathcal{L},
+            \mathcal{B}))
+
+  `mezo_jax.spsa` and all variants are estimators. To write a variant, pass
+  functions that replace one of the two halves of SPSA, or both. ``update(None,
+  state, params, value_fn=...)`` calls both. ``update(None, state, params,
+  projected_grad=g)`` calls only ``apply``, which is the replay path.
+
+  Args:
+    options: An instance of `mezo_jax.transforms.Spsa`. Its halves are used
+      where none is passed.
+    measure: Evaluates losses: ``(state, params, value_fn, batch, **where) ->
+      (value, numbers)``. ``batch`` has all further arguments of ``update``, by
+      name. ``numbers`` is a float32 array [size]. ``value`` is the mean loss,
+      or None if it must not be reported. If it is not finite, all numbers are
+      replaced by NaN. ``state.memory`` can be read but not changed. ``where``
+      may contain ``around``, a displacement that is added to the params (for
+      ``apply_every`` of `mezo_jax.mezo`), and ``part``, the part of the
+      directions that this replica evaluates. Pass them on to ``Spsa.measure``
+      or ``Spsa.losses``. If an estimator does not support them, leave them out
+      of the arguments. Defaults to None, for that of SPSA.
+    apply: Computes float32 updates: ``(state, params, numbers) -> updates``,
+      where ``numbers`` is a `Numbers`. With a memory, it returns ``(updates,
+      memory)``. It may not depend on anything else, since a replayed step has
+      only the recorded numbers, and its ``value`` may be NaN. In a step that is
+      skipped, the numbers are NaN; `mezo_jax.transforms.unless_skipped` then
+      keeps the old memory. Defaults to None, for that of SPSA.
+    memory: Returns the first ``state.memory``, given the params. Needs
+      ``apply``. Defaults to None, for no memory.
+    size: Length of the numbers. Defaults to None, for the number of directions.
+    check: Raises ValueError for params that cannot be used. Defaults to None.
 
   Attributes:
-    options: The `Spsa` that it was made from.
+    options: The ``options`` above.
+
+  Raises:
+    ValueError: If there is a ``memory`` but no ``apply``.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax.transforms import Spsa
+    >>> spsa = Spsa(1e-3, key=0)
+    >>> def measure(state, params, value_fn, batch):
+    ...   value, g = spsa.measure(state, params, value_fn, batch)
+    ...   return value, jnp.sign(g)
+    >>> tx = mezo_jax.Estimator(spsa, measure=measure)
+    >>> params = jnp.ones(3)
+    >>> _, state = tx.update(None, tx.init(params), params, value_fn=jnp.sum)
+    >>> float(jnp.abs(state.projected_grad[0]))
+    1.0
   """
 
   options: Spsa
@@ -282,32 +410,10 @@ class Estimator(ZerothOrderTransformation):
       apply: Callable[..., Any] | None = None,
       memory: Callable[[Any], Any] | None = None, size: int | None = None,
       check: Callable[[Any], None] | None = None) -> 'Estimator':
-    """Makes the transform of two halves.
-
-    Args:
-      options: SPSA, whose halves are used where none is given.
-      measure: ``(state, params, value_fn, batch, **where) -> value, numbers``,
-        with ``size`` numbers, where ``batch`` has all further arguments of
-        ``update``. It may read ``state.memory`` and cannot change it. If the
-        value is not finite, all numbers become NaN; None stands for a value
-        that is not reported. ``where`` may have ``around``, the accumulated
-        updates around which losses are evaluated (`mezo_jax.mezo` with
-        ``fold_every``), and ``part``, the part of the directions that this
-        replica evaluates. Pass it on to `Spsa.measure` or `Spsa.losses`, or
-        leave it out of the arguments if the estimator supports neither.
-      apply: ``(state, params, Numbers) -> updates``, float32; with a memory,
-        which needs it, ``-> updates, memory``. It may depend on nothing else,
-        since a replayed step has only the numbers that were recorded, and
-        perhaps no value (it is NaN then). The numbers of a step that is skipped
-        are NaN: `unless_skipped` keeps the memory as it was.
-      memory: Returns ``state.memory`` before the first step, from params.
-        Defaults to None, for no memory.
-      size: Length of the numbers. Defaults to the number of directions.
-      check: Raises ValueError for params that cannot be used.
-    """
+    """Creates the transform; the class documents the arguments."""
     if memory is not None and apply is None:
-      raise ValueError('an estimator with a memory needs apply, which returns '
-                       'updates and the next memory.')
+      raise ValueError('memory: an estimator with a memory needs apply=, which '
+                       'returns the updates and the next memory.')
     made = dict(measure=measure, apply=apply, memory=memory, size=size,
                 check=check)
     self = super().__new__(
@@ -317,46 +423,58 @@ class Estimator(ZerothOrderTransformation):
     return self
 
   def __getnewargs_ex__(self) -> tuple[tuple[Any], dict[str, Any]]:
-    return (self.options,), self._made  # for copies
+    """Returns the arguments from which `copy` and `pickle` create a copy."""
+    return (self.options,), self._made
 
   @property
   def size(self) -> int:
-    """Returns how many numbers a step has."""
+    """Returns the number of numbers that a step measures."""
     return self._made['size'] or self.options.num_samples
 
   @property
   def is_linear(self) -> bool:
-    """Returns whether updates are the sum of the numbers times z."""
+    """Returns whether updates are the sum of g_j z_j / n, as those of SPSA."""
     return self._made['apply'] is None
 
   def in_float32(self) -> 'Estimator':
-    """Returns the same estimator with float32 updates."""
+    """Returns a copy of this estimator whose updates are float32."""
     options = dataclasses.replace(self.options, dtype=jnp.float32)
     return Estimator(options, **self._made)
 
   def measure(self, state: Any, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any], *, around: Displacement | None = None,
               part: tuple[int, int] | None = None) -> Numbers:
-    """Evaluates losses; the first half of a step.
+    """Evaluates losses, which is the first half of a step.
 
     Args:
       state: State of the estimator.
-      params: The weights.
+      params: The params. They are not changed.
       value_fn: The loss; see `mezo_jax.spsa`.
       batch: Arguments of ``value_fn``, by name.
-      around: A displacement from ``params`` to where losses are evaluated.
-      part: ``(i, r)`` to evaluate part i of r of the directions.
+      around: A displacement that is added to the params for the evaluation.
+        Defaults to None.
+      part: ``(i, r)``, to evaluate only part i of r of the directions. Defaults
+        to None, for all directions.
+
+    Returns:
+      The `Numbers` of the step.
+
+    Raises:
+      ValueError: If this estimator does not support ``around`` or ``part``.
     """
     if around is not None:
       check_displacement('around', around)
     measure = self._made['measure'] or self.options.measure
     where = {'around': around, 'part': part}
     where = {name: x for name, x in where.items() if x is not None}
+    # Refuse an argument that this ``measure`` does not have.
     for name in where.keys() - losses.accepted(measure, where).keys():
       raise ValueError(
-          f'this estimator does not support {name}=, since its measure has no '
-          'such argument; fold_every of mezo needs around=.')
+          f'{name}= is not supported by this estimator, since its measure has '
+          'no such argument. (apply_every of mezo needs around=.)')
     value, g = measure(state, params, value_fn, batch, **where)
+    # A loss that is not finite invalidates all numbers. If no loss is reported,
+    # only the numbers themselves decide whether the step is skipped.
     if value is None:
       value = jnp.nan
     else:
@@ -365,18 +483,22 @@ class Estimator(ZerothOrderTransformation):
 
   def apply(self, state: Any, params: Any, numbers: Numbers
             ) -> tuple[Any, Any]:
-    """Turns numbers into updates; the second half of a step.
+    """Turns numbers into updates, which is the second half of a step.
 
     Args:
       state: State of the estimator.
-      params: The weights.
-      numbers: From `measure`, or recorded.
+      params: The params.
+      numbers: The result of `measure`, or recorded numbers.
 
     Returns:
       The updates and the next state.
+
+    Raises:
+      ValueError: If ``numbers`` has the wrong length.
     """
     numbers = self.checked(*numbers)
     g = numbers.projected_grad
+    # If any number is not finite, the step is skipped: all of them become NaN.
     valid = numbers._replace(
         projected_grad=jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan))
     apply, memory = self._made['apply'] or self.options.apply, ()
@@ -392,20 +514,21 @@ class Estimator(ZerothOrderTransformation):
     return updates, counted(state, numbers, memory)
 
   def checked(self, value: Any, projected_grad: Any) -> Numbers:
-    """Returns numbers that were recorded as float32 arrays.
+    """Converts recorded numbers to `Numbers` with float32 arrays.
 
     Raises:
-      ValueError: If they are not as many as this estimator has.
+      ValueError: If ``projected_grad`` does not have the shape [size].
     """
     g = arguments.array('projected_grad', projected_grad)
     if g.shape != (self.size,):
       raise ValueError(
           f'projected_grad must have the shape [{self.size}], the numbers of '
-          'a step in the order in which the state has them, got '
+          'one step in the order of state.projected_grad; got the shape '
           f'{list(g.shape)}.')
     return Numbers(jnp.float32(value), g.astype(jnp.float32))
 
   def _init(self, params):
+    """Returns the first state; this is ``init``."""
     arguments.tree('params', params)
     _check_holes(params)
     if self._made['check'] is not None:
@@ -425,6 +548,7 @@ class Estimator(ZerothOrderTransformation):
   def _update(self, updates, state, params=None, *, value_fn=None,
               projected_grad=None, around=None, part=None, measure_only=False,
               **batch):
+    """Makes a step or replays one; this is ``update``."""
     check_update(updates, state, params, value_fn, projected_grad)
     if value_fn is None:
       return self.apply(state, params, Numbers(
@@ -439,28 +563,35 @@ class Estimator(ZerothOrderTransformation):
     # halves and keeps it in between, as large as the model.
     later = with_key(state, after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
+    # The next state gets the original key.
     return updates, with_key(new, state.key)
 
 
 def measure(tx: optax.GradientTransformation, state: Any, params: Any,
             **given: Any) -> Numbers:
-  """Evaluates the losses of a chain with an estimator in it.
+  """Calls only ``measure`` of the estimator in an optax chain.
 
-  optax calls all links of a chain, so the numbers leave it as an exception,
-  before the links after the estimator are traced for nothing.
+  optax always calls all links of a chain. The estimator therefore raises an
+  exception that carries the numbers, so that the links after it are not traced.
 
   Args:
-    tx: A transform with an estimator in it.
+    tx: A transform that contains an estimator.
     state: State of ``tx``.
-    params: The weights.
-    **given: Further arguments of ``tx.update``, with ``value_fn``.
+    params: The params.
+    **given: Further arguments of ``tx.update``, such as ``value_fn``.
+
+  Returns:
+    The `Numbers` of the step.
+
+  Raises:
+    ValueError: If ``tx`` contains no estimator.
   """
   try:
     optax.with_extra_args_support(tx).update(
         cast(Any, None), state, params, measure_only=True, **given)
   except Measured as e:
     return e.numbers
-  raise ValueError('tx has no estimator in it, such as mezo_jax.spsa.')
+  raise ValueError('tx must contain an estimator, such as mezo_jax.spsa(...).')
 
 
 def counted(state: Any, numbers: Numbers, memory: Any = ()) -> Any:
@@ -478,24 +609,31 @@ def counted(state: Any, numbers: Numbers, memory: Any = ()) -> Any:
 
 
 def unless_skipped(numbers: Numbers, new: Any, old: Any) -> Any:
-  """Returns ``new``, or ``old`` in a step that is skipped."""
+  """Returns ``new``, or ``old`` if the step is skipped.
+
+  Args:
+    numbers: The numbers that ``apply`` received. NaN marks a skipped step.
+    new: A pytree of arrays, such as the next memory.
+    old: A pytree with the same structure.
+  """
   kept = jnp.isfinite(numbers.projected_grad[0])
   return jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
 
 
 def with_key(state: Any, key: jax.Array) -> Any:
-  """Returns a state with another key."""
+  """Returns a copy of a state with another key."""
   if isinstance(state, SpsaState):
     return state._replace(key=key)
   return state._replace(spsa=state.spsa._replace(key=key))
 
 
 def after(key: jax.Array, value: jax.Array) -> jax.Array:
-  """Returns a key that depends on ``value`` for the compiler."""
+  """Returns the key, made to depend on ``value``; see `Displacement.after`."""
   return Displacement(key, 1.0).after(value).keys
 
 
 def _as_param(path, x, update):
+  """Returns an update in the dtype of its param, or one of no effect."""
   del path
   if is_codes(x) or paths.is_floating(x):
     return update.astype(x.dtype if is_codes(x) else jnp.result_type(x))
@@ -506,18 +644,23 @@ def _as_param(path, x, update):
 
 
 def _check_holes(params):
+  """Raises ValueError if an optax wrapper has removed leaves of the params."""
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
   if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
     raise ValueError(
-        'spsa was given params with holes (optax.MaskedNode), on which '
-        'value_fn would compute a wrong loss. Do not wrap it in optax.masked '
-        'or optax.partition: pass its own mask instead, '
-        'directions=mezo_jax.Normal(mask=...).')
+        'params contain optax.MaskedNode, so value_fn would compute a wrong '
+        'loss. Do not wrap spsa in optax.masked or optax.partition; pass a '
+        'mask to spsa instead: directions=mezo_jax.Normal(mask=...).')
 
 
 def check_update(updates: Any, state: Any, params: Any, value_fn: Any,
                  projected_grad: Any) -> None:
-  """Raises ValueError for arguments of ``update`` that do not fit."""
+  """Checks the arguments of ``update``.
+
+  Raises:
+    ValueError: If an argument is missing or unsuitable, or if the estimator is
+      not the first link of its chain.
+  """
   if params is None:
     raise ValueError(
         'spsa needs params: tx.update(None, state, params, value_fn=...).')
@@ -528,8 +671,8 @@ def check_update(updates: Any, state: Any, params: Any, value_fn: Any,
         "as flax's TrainState.apply_gradients does, cannot be used.")
   if value_fn is not None and projected_grad is not None:
     raise ValueError(
-        'spsa was given both value_fn and projected_grad: give value_fn to '
-        'evaluate losses, or projected_grad to make an update without them.')
+        'spsa got both value_fn and projected_grad: pass value_fn to evaluate '
+        'losses, or projected_grad to make an update without evaluation.')
   if value_fn is not None:
     arguments.function('value_fn', value_fn)
   if not isinstance(state, SpsaState | SpsaStateWithMemory):
@@ -537,11 +680,12 @@ def check_update(updates: Any, state: Any, params: Any, value_fn: Any,
                      f'{type(state).__name__}.')
   _check_holes(params)
   chain.check_first('spsa')
-  if jax.tree.leaves(updates):  # nnx.Optimizer makes an empty tree of None
+  # nnx.Optimizer passes an empty tree in place of None, which is fine.
+  if jax.tree.leaves(updates):
     raise ValueError(
-        'spsa makes its own updates and was handed some: it must be first in '
-        'the chain and called with updates=None. A wrapper that wants a tree '
-        'of updates goes around what follows, not around the estimate: '
+        'updates: spsa computes its own updates. It must be the first link of '
+        'a chain and be called with updates=None. If a wrapper needs a tree of '
+        'updates, wrap the links after spsa instead: '
         'chain(spsa(...), MultiSteps(rest, k).gradient_transformation()), '
-        'chain(spsa(...), apply_if_finite(rest, 5)). To accumulate, use '
-        'micro_batches=k.')
+        'chain(spsa(...), apply_if_finite(rest, 5)). To accumulate over a '
+        'batch, use micro_batches=k.')

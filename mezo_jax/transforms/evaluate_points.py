@@ -1,4 +1,4 @@
-r"""Losses at displaced weights: of one point, and of n directions."""
+r"""Evaluates losses at displaced weights, for one point or for n directions."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -17,22 +17,27 @@ from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 
-_ROOM = 2**24  # elements: less is never refused
+# `_check_room` accepts any request of at most this many elements.
+_ROOM = 2**24
 OVER = ('scan', 'batch', 'rows')
 
 
 def loss_at(value_fn: Callable[..., Any], params: Any, directions: Directions,
             batch: Mapping[str, Any], micro_batches: int = 1
             ) -> Callable[[Displacement], jax.Array]:
-  r"""Returns a function from a displacement :math:`\delta` to the loss
-  :math:`\mathcal{L}(\theta + \delta; \mathcal{B})`.
+  r"""Returns a function that evaluates the loss at a displacement.
+
+  The function maps a displacement :math:`\delta` to :math:`\mathcal{L}(\theta +
+  \delta; \mathcal{B})`, a scalar.
 
   Args:
     value_fn: The loss; see `mezo_jax.spsa`.
-    params: :math:`\theta`.
-    directions: What z is.
-    batch: Arguments of ``value_fn``, by name; others are ignored.
+    params: The params :math:`\theta`.
+    directions: Distribution of z.
+    batch: Arguments of ``value_fn``, by name. Arguments that ``value_fn`` does
+      not take are ignored.
     micro_batches: Number of equal parts in which the batch is evaluated.
+      Defaults to 1.
   """
   batch = losses_lib.accepted(value_fn, dict(batch))
   displaced = perturbed(value_fn, directions)
@@ -53,42 +58,61 @@ def estimate(
     batch: Mapping[str, Any] | None = None,
     around: Displacement | None = None,
 ) -> jax.Array:
-  r"""Returns losses :math:`\mathcal{L}(\theta + s \epsilon z_j;
-  \mathcal{B}_j)`.
+  r"""Evaluates the loss at points along n directions.
+
+  .. math:: \ell_{j,s} = \mathcal{L}(\theta + s \epsilon z_j; \mathcal{B})
+
+  Under `jax.set_mesh` of a mesh with an axis ``direction`` (see
+  `mezo_jax.sharding.make_mesh`), the groups of devices along this axis evaluate
+  different points at the same time and exchange the losses.
 
   Args:
-    value_fn: ``value_fn(params, **batch)``. It returns a scalar, per-example
-      losses ``[B]`` or ``(losses, weights)``; see `mezo_jax.spsa`.
-    params: :math:`\theta`.
-    z: A displacement whose n terms are :math:`z_j`.
-    eps: :math:`\epsilon`, or an OrderedDict ``{regular expression: number}``.
+    value_fn: The loss, ``value_fn(params, **batch)``. It returns a scalar,
+      per-example losses ``[B]`` or ``(losses, weights)``; see `mezo_jax.spsa`.
+    params: The params :math:`\theta`.
+    z: A `Displacement` with n terms, which are the :math:`z_j`.
+    eps: Perturbation scale :math:`\epsilon`. A number, or an OrderedDict
+      ``{regular expression: number}`` for groups of params.
     directions: Distribution of z, or its name.
-    signs: Values of s. The loss of s = 0 is evaluated once for all directions.
-    over: How the n directions and their signs are evaluated. 'scan' evaluates
-      one after the other, with one forward pass in memory. 'batch' evaluates
-      all in one pass, each on the whole batch. 'rows' evaluates all in one
-      pass, each on its own n-th of the rows. With `LowRank` directions all
-      share one product with each weight; others build a layer per point.
-    micro_batches: Number of parts of the batch that are evaluated one after the
-      other. With 'rows' it must divide n.
-    batch: Arguments of ``value_fn``, by name; others are ignored.
-    around: A displacement from ``params`` to :math:`\theta`. Defaults to None,
-      for none.
-
-  Under `jax.set_mesh` of a mesh with an axis `direction`, as
-  `mezo_jax.sharding.make_mesh` makes it, its groups evaluate the points at
-  the same time, each its part, and exchange the losses.
+    signs: The factors s. The loss at s = 0 is evaluated once for all
+      directions. Defaults to (1.0, -1.0).
+    over: How the points are evaluated. 'scan', the default, evaluates one point
+      after the other, with one forward pass in memory. 'batch' evaluates all
+      points in one forward pass, each on the whole batch. 'rows' does so in a
+      pass in which each direction has its own n-th of the rows. With `LowRank`
+      directions, all points share one product with each clean weight. Other
+      directions build each layer once per point.
+    micro_batches: Number of equal parts in which the batch is evaluated, one
+      after the other. With 'rows', it must divide n. Defaults to 1.
+    batch: Arguments of ``value_fn``, by name. Arguments that ``value_fn`` does
+      not take are ignored. Defaults to None, for no arguments.
+    around: A displacement that is added to ``params`` for the evaluation.
+      Defaults to None.
 
   Returns:
-    Losses [n, signs], float32 or float64. With 'rows' they are n times what the
-    rows add to the loss of the batch, so their mean is that loss, however much
-    the rows weigh.
+    Losses [n, len(signs)], float32 or float64. With 'rows', entry j is n times
+    the contribution of the rows of direction j to the loss of the batch. The
+    mean over directions is then the loss of the batch, even if rows have
+    different weights.
 
   Raises:
-    ValueError: For an unknown ``over``; for a ``value_fn`` that returns
-      something else, or losses of half precision; if n does not divide the
-      rows, or ``micro_batches`` does not divide n or the rows; or if building
-      directions would take several times the memory of the weights.
+    ValueError: If ``over`` is unknown, if ``value_fn`` returns something else
+      or half precision, if the rows cannot be divided into n or
+      ``micro_batches`` equal parts, or if a forward pass over all points would
+      build several times as many weights as the model has.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Definition 1.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> z = mezo_jax.Displacement(
+    ...     jax.random.split(jax.random.key(0), 4), jnp.ones(4))
+    >>> loss = lambda params, x: jnp.mean((params - x) ** 2)
+    >>> mezo_jax.estimate(loss, jnp.zeros(3), z, 1e-3, 'normal',
+    ...                   batch={'x': jnp.ones(3)}).shape
+    (4, 2)
   """
   arguments.function('value_fn', value_fn)
   directions = as_directions(directions)
@@ -100,14 +124,17 @@ def estimate(
     _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
                                       // sharding.direction_groups()))
   n = z.keys.shape[0]
-  if around is not None and (  # all points share it, so apply it once
+  # If all points are evaluated in one pass, they share the displacement
+  # ``around``. It is applied to the weights once for all of them.
+  if around is not None and (
       over == 'rows' or over == 'batch' and n > 1):
     value_fn = _displaced(value_fn, around, directions)
     around = None
 
   def at(z, part):
+    """Evaluates the loss of a part of the batch at one point."""
     point = z.times(eps)
-    if around is not None:  # one sum, so weights are perturbed in one pass
+    if around is not None:  # One sum perturbs the weights in a single pass.
       point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
     return perturbed(value_fn, directions)(params, point, **part)
 
@@ -115,13 +142,16 @@ def estimate(
   if over == 'rows':
     if sharding.direction_groups() > 1:
       raise ValueError(
-          "over='rows' gives each row's directions to the device that has the "
-          'row: leave the mesh axis direction at 1, and split data instead.')
+          "over='rows' cannot be used with a mesh axis 'direction' above 1, "
+          'since each device evaluates the directions of its own rows. Split '
+          "the axis 'data' instead.")
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
-  # In NumPy, since a JAX array would not be a constant to the compiler.
+  # A point is one term: a direction with a coefficient. The points of the
+  # nonzero signs come first, direction by direction, and then that of sign 0.
+  # The signs are a NumPy array, so that they are constants of the program.
   moved: Any = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
@@ -129,19 +159,24 @@ def estimate(
     points = Displacement(jnp.append(points.keys, z.keys[0]),
                           jnp.append(cast(jax.Array, points.coefs), 0.0))
   def loss_at(batch, point):
+    """Evaluates the loss of the batch at one point."""
     return losses_lib.mean_over_parts(
         lambda part: at(point, part), batch, micro_batches)
   def of_all(batch, points):
+    """Evaluates the loss of the batch at several points."""
     loss = functools.partial(loss_at, batch)
     return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
   groups = sharding.direction_groups()
   if groups > 1:
     losses = _split(of_all, batch, points, groups)
-  elif over == 'batch' and n == 1:  # signs of one direction share its factors
+  elif over == 'batch' and n == 1:
+    # `jax.vmap` maps over the coefficients only, so that the signs of the
+    # direction share its key and its factors.
     losses = jax.vmap(lambda c: loss_at(batch, Displacement(
         z.keys, c[None])))(points.coefs)
   else:
     losses = of_all(batch, points)
+  # Order the losses by direction and sign.
   columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
   return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
                     for s in signs], axis=1)
@@ -149,8 +184,18 @@ def estimate(
 
 def _split(of_all: Callable, batch: dict, points: Displacement,
            groups: int) -> jax.Array:
-  """Returns the losses of points. Each group of a mesh's `direction` axis
-  evaluates as many; the last points are repeated if they do not divide."""
+  """Evaluates points in parallel on the groups of the mesh axis 'direction'.
+
+  Every group evaluates the same number of points. If the points cannot be
+  divided evenly, the last point is repeated, and the repetitions are dropped
+  from the result.
+
+  Args:
+    of_all: A function ``(batch, points) -> losses``.
+    batch: Arguments of the loss.
+    points: The points, one term for each.
+    groups: Number of groups.
+  """
   n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
   points = jax.tree.map(lambda x: lax.with_sharding_constraint(
@@ -162,16 +207,30 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
 
 def _displaced(value_fn: Callable, by: Displacement,
                directions: Directions) -> Callable:
+  """Returns ``value_fn`` with a displacement added to its params."""
   return lambda params, **kwargs: perturbed(value_fn, directions)(
       params, by, **kwargs)
 
 
 def _losses_of_rows(at, z, signs, parts, batch):
+  """Returns the losses of n directions, each on its own n-th of the rows.
+
+  Args:
+    at: A function ``(z, part of the batch) -> result of the loss``.
+    z: The n directions.
+    signs: The factors s, a NumPy array.
+    parts: Number of parts that are evaluated one after the other.
+    batch: Arguments of the loss.
+
+  Returns:
+    Losses [n, len(signs)]; see `estimate`.
+  """
   n = z.keys.shape[0]
   rows, with_rows = losses_lib.split_batch(batch, n, "over='rows': num_samples")
   count = losses_lib.rows_of_parts(rows)
 
   def of_rows(term, rows):
+    """Evaluates all signs of one direction on its own rows."""
     def of_sign(s):
       out = at(term.times(s), with_rows(rows))
       losses_lib.check_parts(
@@ -193,21 +252,30 @@ def _losses_of_rows(at, z, signs, parts, batch):
 
 
 def check_displacement(name: str, displacement: Any) -> None:
+  """Raises ValueError if an argument is not a `Displacement`."""
   if not isinstance(displacement, Displacement):
     raise ValueError(f'{name} must be a mezo_jax.Displacement, got '
                      f'{displacement!r}.')
 
 
 def check_over(over: str) -> None:
+  """Raises ValueError if ``over`` is not one of `OVER`."""
   if not isinstance(over, str) or over not in OVER:
     raise ValueError(f'over must be one of {OVER}, got {over!r}.')
 
 
 def _check_room(params, directions: Directions, points: int) -> None:
-  """Checks that building a layer for each of many points fits in memory.
+  """Checks the memory of evaluating several points in one forward pass.
+
+  Args:
+    params: The params.
+    directions: Distribution of z. `LowRank` builds no weights, so that any
+      number of points is accepted.
+    points: Number of points that one device evaluates in one pass. Each builds
+      one layer of perturbed weights at a time.
 
   Raises:
-    ValueError: If it takes several times the memory of the weights.
+    ValueError: If this takes more than 4 times the memory of the model.
   """
   if isinstance(directions, LowRank):
     return
@@ -218,7 +286,7 @@ def _check_room(params, directions: Directions, points: int) -> None:
   total = paths.size_of(params)
   if points * max(layers, default=0) > max(4 * total, _ROOM):
     raise ValueError(
-        f'{points} points at once would each build perturbed weights of their '
-        f'own, up to {points * max(layers) / total:.0f} times the memory of '
-        'the model: use directions=mezo_jax.LowRank(), which builds none, '
-        "over='scan', or fewer directions.")
+        f'over: evaluating {points} points in one pass would build perturbed '
+        f'weights of up to {points * max(layers) / total:.0f} times the memory '
+        "of the model. Use over='scan', fewer directions, or "
+        'directions=mezo_jax.LowRank(), which builds no weights.')

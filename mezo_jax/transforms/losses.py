@@ -1,14 +1,16 @@
-r"""The forms of a loss, and the loss of a batch from those of its parts.
+r"""Reads the results of a loss function, and averages those of batch parts.
 
 A ``value_fn`` returns one of
 
-* a scalar;
-* per-example losses :math:`v`, ``[B]``, whose mean is the loss of the batch;
-* ``(losses, weights)``, both ``[B]``: :math:`\sum_i w_i v_i / \sum_i w_i`.
+* a scalar, the loss of the batch,
+* per-example losses ``[B]``, whose mean is the loss of the batch,
+* ``(losses, weights)``, both ``[B]``, whose weighted mean
+  :math:`\sum_i w_i v_i / \sum_i w_i` is the loss of the batch.
 
-The last two tell how much each part of a batch weighs, so the mean over parts
-equals the loss of the whole batch, for example a mean over tokens with rows of
-unequal length. Losses are float32, or float64 if they are given so.
+With the last two, the weight of each part of a batch is known. The mean over
+parts then equals the loss of the whole batch, even for a mean over tokens with
+rows of different lengths. Losses are computed in float32, or in float64 if
+``value_fn`` returns float64.
 """
 
 from collections.abc import Callable
@@ -23,12 +25,14 @@ from mezo_jax.core import dtypes, sharding
 
 
 def sums(out: Any) -> tuple[jax.Array, jax.Array]:
-  """Returns ``(sum of weighted losses, sum of weights)`` of a ``value_fn``'s
-  result.
+  """Returns the sum of weighted losses and the sum of weights, both scalars.
+
+  Args:
+    out: The result of a ``value_fn``.
 
   Raises:
-    ValueError: If the result has another form, or half precision, in which the
-      losses at +eps and -eps would mostly be equal.
+    ValueError: If the result has another form, or half precision. In half
+      precision, the losses at +eps and -eps would mostly be equal.
   """
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
   if len(weights) > 1 or not all(
@@ -44,8 +48,8 @@ def sums(out: Any) -> tuple[jax.Array, jax.Array]:
   values = jnp.asarray(values)
   if values.dtype in (jnp.bfloat16, jnp.float16):
     raise ValueError(
-        f'value_fn returned {values.dtype}, in which the losses at +eps and '
-        '-eps are mostly equal and their difference 0: compute the loss from '
+        f'value_fn returned {values.dtype}. In this precision, the losses at '
+        '+eps and -eps are mostly equal. Compute the loss from '
         'logits.astype(jnp.float32).')
   values = values.astype(dtypes.wide(values.dtype))
   if not values.ndim:
@@ -53,11 +57,13 @@ def sums(out: Any) -> tuple[jax.Array, jax.Array]:
   if not weights:
     return jnp.sum(values), jnp.full([], values.size, values.dtype)
   weight = jnp.asarray(weights[0]).astype(values.dtype)
-  counted = jnp.where(weight != 0, values * weight, 0)  # padding may be NaN
+  # A loss with weight 0 may be NaN, such as that of a padding row.
+  counted = jnp.where(weight != 0, values * weight, 0)
   return jnp.sum(counted), jnp.sum(weight)
 
 
 def _is_number(x) -> bool:
+  """Returns whether an object is a real number or an array of them."""
   try:
     return x is not None and not jnp.issubdtype(
         jnp.result_type(x), jnp.complexfloating)
@@ -66,21 +72,22 @@ def _is_number(x) -> bool:
 
 
 def mean(out: Any) -> jax.Array:
-  """Returns the loss of a batch, from a ``value_fn``'s result."""
+  """Returns the loss of a batch, given the result of a ``value_fn``."""
   total, weight = sums(out)
   return total / weight
 
 
 def check_parts(out: Any, parts: int, what: str = 'micro_batches',
                 rows: int | None = None) -> None:
-  """Checks that losses of parts can be averaged.
+  """Checks that the losses of several parts can be averaged.
 
   Args:
-    out: What a value_fn returned for one part.
-    parts: How many parts there are.
-    what: The option that asks for parts, for the error.
-    rows: How many rows a part has, if it is known. One value for several rows,
-      as from ``jnp.mean(..., keepdims=True)``, counts as a scalar.
+    out: The result of a ``value_fn`` for one part.
+    parts: Number of parts.
+    what: Name of the option that splits the batch, for the error message.
+    rows: Number of rows of a part. If it is above 1, a result of shape [1], as
+      from ``jnp.mean(..., keepdims=True)``, counts as a scalar. Defaults to
+      None, if the number is unknown.
 
   Raises:
     ValueError: If there are several parts and ``out`` is a scalar, since the
@@ -91,15 +98,23 @@ def check_parts(out: Any, parts: int, what: str = 'micro_batches',
   is_one_of_many = jnp.shape(out) == (1,) and rows is not None and rows > 1
   if not jnp.ndim(out) or is_one_of_many:
     raise ValueError(
-        f'{what}={parts} cannot average a scalar loss: the weight of each part '
-        'is unknown (in a mean over tokens, a part weighs as much as it has '
-        'tokens). Return per-example losses [B] from value_fn, or (losses, '
-        'weights).')
+        f'{what}={parts} cannot be used with a value_fn that returns a scalar, '
+        'since the weight of each part of the batch is unknown. Return '
+        'per-example losses [B], or (losses, weights).')
 
 
 def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int
                     ) -> jax.Array:
-  """Returns the value of a batch, evaluated in equal parts, one at a time."""
+  """Evaluates the loss of a batch in equal parts, one after the other.
+
+  Args:
+    loss: A function from a part of the batch to the result of a ``value_fn``.
+    batch: Arguments of the loss, by name.
+    parts: Number of parts.
+
+  Returns:
+    The loss of the whole batch, a scalar.
+  """
   if parts == 1:
     return mean(loss(batch))
   rows, with_rows = split_batch(batch, parts)
@@ -114,23 +129,23 @@ def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int
 
 def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
                 ) -> tuple[list[Any], Callable[..., Any]]:
-  """Splits the arrays of a batch along their leading axis.
+  """Splits the arrays of a batch into equal parts along their first axis.
 
-  All arrays that have axes are batch arrays, and must have the same number of
-  rows. Everything else (numbers, arrays without axes, strings) is passed on
-  whole to each part.
+  All arrays with axes are split, and must have the same number of rows. Each
+  part gets everything else (numbers, arrays without axes, strings) unchanged.
 
   Args:
-    batch: The arguments of a ``value_fn``.
-    parts: How many parts of equal size there are.
-    what: The option that asks for parts, for the error.
+    batch: Arguments of a ``value_fn``, by name.
+    parts: Number of parts.
+    what: Name of the option that splits the batch, for the error message.
 
   Returns:
-    The arrays as ``[parts, B / parts, ...]``, and a function that puts those of
-    one part, ``[B / parts, ...]``, in the place of the batch's.
+    ``(rows, with_rows)``. ``rows`` is a list of the split arrays, ``[parts, B /
+    parts, ...]``. ``with_rows`` is a function that takes those of one part,
+    ``[B / parts, ...]``, and returns the arguments for this part.
 
   Raises:
-    ValueError: if leading axes differ, or ``parts`` does not divide them.
+    ValueError: If the first axes differ, or ``parts`` does not divide them.
   """
   leaves, tree = jax.tree.flatten(batch)
   is_rows = [bool(getattr(x, 'ndim', 0)) for x in leaves]
@@ -146,38 +161,47 @@ def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
 
 
 def rows_of_parts(rows: list[Any]) -> int | None:
-  """Returns how many rows each part of `split_batch` has, if there are any."""
+  """Returns the number of rows of a part, or None if there are no arrays.
+
+  Args:
+    rows: The first result of `split_batch`.
+  """
   return rows[0].shape[1] if rows else None
 
 
 def _check_rows(batch: dict, parts: int, what: str) -> None:
-  """Raises ValueError for arrays that cannot be split together."""
-  lengths = {}  # of leading axes: the path of the first array that has it
+  """Raises ValueError if the arrays of a batch cannot be split together."""
+  # Maps each length of a first axis to the first array that has it.
+  lengths = {}
   for path, x in jax.tree_util.tree_flatten_with_path(batch)[0]:
     if getattr(x, 'ndim', 0):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       lengths.setdefault(x.shape[0], f'{name!r} of shape {[*x.shape]}')
   if not lengths and what == 'micro_batches':
-    raise ValueError(f'{what}={parts} found no array to split: pass the batch '
-                     'to tx.update under the names of value_fn\'s arguments.')
+    raise ValueError(f'{what}={parts} found no array to split. Pass the batch '
+                     'to tx.update by the names of the arguments of value_fn.')
   if len(lengths) > 1:
     found = ', '.join(lengths.values())
     raise ValueError(
         f'{what}={parts} splits every array among the arguments of value_fn '
-        f'along its leading axis, and those differ: {found}. Close over arrays '
-        'that do not have one entry for each row, such as class weights: '
+        f'along its first axis, but these axes differ: {found}. Close over '
+        'arrays that do not have one entry per row, such as class weights: '
         'value_fn=lambda params, batch: loss(params, batch, weights).')
   for length, array in lengths.items():
     if length % parts:
       raise ValueError(
-          f'{what}={parts} does not divide the leading axis of {array} among '
-          'the arguments of value_fn; close over arrays that are not part of a '
-          'batch.')
+          f'{what}={parts} does not divide the first axis of {array} among the '
+          'arguments of value_fn. Choose another number of parts, or close '
+          'over arrays that are not part of the batch.')
 
 
 def accepted(value_fn: Callable[..., Any], extra_args: dict[str, Any]
              ) -> dict[str, Any]:
-  """Returns the extra arguments that a function takes by name."""
+  """Returns those extra arguments that a function can take by name.
+
+  If the signature of the function is not known, or it has ``**kwargs``, these
+  are all of them.
+  """
   try:
     taken = inspect.signature(value_fn).parameters.values()
   except (TypeError, ValueError):  # a builtin, or a compiled function

@@ -1,7 +1,13 @@
-r"""MeZO, ZO-SGD: :math:`\theta \leftarrow \theta - \eta (g z + \lambda\theta)`.
+r"""Provides MeZO, which is SGD with the gradient estimate of SPSA.
 
-Malladi et al. (2023), Algorithm 1 and Definition 2; the estimate ``g z`` is
-`mezo_jax.spsa`.
+.. math:: \theta \leftarrow \theta - \eta (g z + \lambda\theta)
+
+The estimate :math:`g z` comes from `mezo_jax.spsa` or another estimator. This
+module adds weight decay, the learning rate, rounding and accumulation.
+
+References:
+  Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+  <https://arxiv.org/abs/2305.17333>`_, Algorithm 1 and Definition 2.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,74 +44,87 @@ def mezo(
     weight_decay: float = 0.0,
     decay: Any = None,
     stochastic_rounding: bool = True,
-    fold_every: int | None = None,
+    apply_every: int | None = None,
 ) -> ZerothOrderTransformation:
-  r"""Memory-efficient zeroth-order SGD.
+  r"""Optimizes with MeZO, a memory-efficient zeroth-order SGD.
 
-  It is to `mezo_jax.spsa` what `optax.sgd` is to `optax.trace`::
+  .. math::
+    \theta \leftarrow \theta - \eta \Bigl(\frac{1}{n} \sum_{j=1}^n g_j z_j
+    + \lambda\theta\Bigr), \qquad g_j =
+    \frac{\mathcal{L}(\theta + \epsilon z_j; \mathcal{B})
+    - \mathcal{L}(\theta - \epsilon z_j; \mathcal{B})}{2 \epsilon}
+
+  It is this chain::
 
     skip_not_finite(chain(spsa(...), add_decayed_weights(...),
                           scale_by_learning_rate(...), round_stochastically()))
 
-  Variants of MeZO are other estimators with the same links after them:
+  The variants of MeZO are other estimators in the same chain:
   ``mezo(1e-6, estimator=variants.hizoo(1e-3, key=0))``.
 
-  Put ``update`` and `optax.apply_updates` in one `jax.jit` with params and
-  state donated, or call `mezo_jax.make_step`; then no tree of updates is built.
-  Like `spsa`, it must be the first link of a chain: ``chain(mezo(...),
-  clip_by_global_norm(1e-3))`` clips the step.
+  Call ``update`` and `optax.apply_updates` in one `jax.jit` that donates params
+  and state, or use `mezo_jax.make_step`. The tree of updates is never stored
+  then. Like `spsa`, ``mezo`` must be the first link of a chain. ``chain(
+  mezo(...), clip_by_global_norm(1e-3))`` clips the whole step.
 
   Args:
-    learning_rate: :math:`\eta`: a number, a schedule of the steps that were not
-      skipped, or groups ``{regular expression: number or schedule}``, of which
-      the first that is found in a parameter's path counts. The paper uses 1e-7
-      to 1e-6 for all weights of a 13B model, 5e-5 to 1e-4 with LoRA, and 1e-3
-      to 1e-2 with prefixes.
-    eps: Perturbation scale :math:`\epsilon`, in the same forms. Defaults to
-      1e-3. The paper uses 1e-3 for all weights, 1e-2 with LoRA (1e-3 on
-      RoBERTa), and 1e-1 with prefixes.
-    key: A `jax.random.key` or an integer seed.
-    directions: Distribution of z and the leaves that are perturbed, updated and
-      decayed, as in `mezo_jax.spsa`. Defaults to `mezo_jax.Normal()`.
-    num_samples: Number of directions per step. Defaults to 1.
+    learning_rate: Learning rate :math:`\eta`. A number, a schedule, or groups
+      ``{regular expression: number or schedule}``. A param has the rate of the
+      first expression that is found in its path. Schedules count the steps that
+      were not skipped. The paper uses 1e-7 to 1e-6 for all weights of a 13B
+      model, 5e-5 to 1e-4 with LoRA, and 1e-3 to 1e-2 with prefixes.
+    eps: Perturbation scale :math:`\epsilon`, in the same forms; its schedules
+      count all steps. Defaults to None, for 1e-3. The paper uses 1e-3 for all
+      weights, 1e-2 with LoRA (1e-3 on RoBERTa), and 1e-1 with prefixes.
+    key: A `jax.random.key` or an integer seed, from which all directions are
+      drawn. Required unless ``estimator`` is given.
+    directions: Distribution of z, as in `mezo_jax.spsa`. Its mask selects the
+      leaves that are perturbed, updated and decayed. Defaults to None, for
+      `mezo_jax.Normal()`.
+    num_samples: Number n of directions per step. Defaults to None, for 1.
     micro_batches: Number of equal parts in which the batch is evaluated, as in
-      `mezo_jax.spsa`. Defaults to 1.
-    estimator: `mezo_jax.spsa` with other options, or a variant from
-      `mezo_jax.variants`, in place of the five arguments above.
-    weight_decay: :math:`\lambda`. The product :math:`\lambda\theta` is rounded
-      to float32 before it is added, so all programs give the same bits.
-    decay: The leaves that are decayed, as `Directions.mask`. Defaults to None,
-      for all matrices except those with names of biases and norms; a warning
-      lists the choice.
-    stochastic_rounding: Whether bfloat16 and float16 weights are rounded
-      stochastically (`mezo_jax.round_stochastically`), with bits of the step's
-      key, instead of to nearest.
-    fold_every: Apply updates every k steps. Defaults to 1. In between, losses
-      are evaluated at the weights plus the accumulated updates, so the
-      trajectory is unchanged. It pays where updates take long compared with
-      forward passes (short prompts) and terms of z are cheap (`LowRank`), under
-      `mezo_jax.make_step`. It needs one learning rate and eps, no weight decay,
-      and no links after it that change updates. Call ``step.flush(params,
-      state)`` before the weights are read.
+      `mezo_jax.spsa`. Defaults to None, for 1.
+    estimator: A `mezo_jax.spsa` with more options, or a variant from
+      `mezo_jax.variants`. It replaces the five arguments above. Defaults to
+      None, for a `mezo_jax.spsa` with these arguments.
+    weight_decay: Weight decay :math:`\lambda`. The product
+      :math:`\lambda\theta` is rounded to float32 before it is added, so that
+      all programs compute the same bits. Defaults to 0.
+    decay: The leaves that are decayed, in the forms of `Directions.mask`.
+      Defaults to None, which selects all matrices except biases and norms, by
+      their names; a warning lists the choice.
+    stochastic_rounding: Whether updated bfloat16, float16 and quantised weights
+      are rounded stochastically (`mezo_jax.round_stochastically`) instead of to
+      nearest. The random bits are derived from the key and the step. Defaults
+      to True.
+    apply_every: Number of steps k after which updates are applied. In between,
+      losses are evaluated at the weights plus the accumulated updates, so that
+      the trajectory is unchanged. This saves time if updates take long compared
+      with forward passes (short prompts) and a term of z is cheap (`LowRank`),
+      under `mezo_jax.make_step`. It needs a single learning rate and eps, no
+      weight decay, and no links after it that change updates. Call
+      ``step.apply_accumulated(params, state)`` before you read the weights. Defaults to
+      None, for 1.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose ``update`` has the
-    arguments of that of `spsa`. Updates have the dtypes of the parameters. The
-    first element of its state is the estimator's state.
+    An `optax.GradientTransformationExtraArgs` whose ``update`` takes the
+    arguments of that of `spsa`. Updates have the dtypes of the params. The
+    first element of its state is the state of the estimator.
 
   Raises:
-    ValueError: As `spsa`; for ``estimator`` together with options of `spsa`;
-      for a learning rate that is not a number, a schedule or groups; for weight
-      decay with a mask of elements; and for ``fold_every`` below 1, or above 1
-      with weight decay, groups or an estimator that has its own ``apply``.
+    ValueError: If an option is out of range, as in `spsa`; if neither ``key``
+      nor ``estimator`` is given; if ``estimator`` is given together with
+      options of `spsa`; if there is weight decay and a mask of elements; or if
+      ``apply_every`` is above 1 and there is weight decay, groups, or an
+      estimator whose updates are not linear in its numbers.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
     <https://arxiv.org/abs/2305.17333>`_, Algorithm 1, Tables 15 and 16.
 
   Example:
-    >>> import jax, jax.numpy as jnp, optax
-    >>> tx = mezo(learning_rate=1e-2, key=jax.random.key(0))
+    >>> import jax, jax.numpy as jnp, mezo_jax, optax
+    >>> tx = mezo_jax.mezo(learning_rate=1e-2, key=jax.random.key(0))
     >>> loss_fn = lambda params, x: jnp.sum((params - x) ** 2)
     >>> params = jnp.zeros(3)
     >>> state = tx.init(params)
@@ -119,31 +138,32 @@ def mezo(
   given = {name: value for name, value in given.items() if value is not None}
   if estimator is None:
     if key is None:
-      raise ValueError('mezo needs key, a jax.random.key or an integer seed, '
-                       'or an estimator that has one.')
+      raise ValueError('mezo: pass key=, a jax.random.key or an integer seed, '
+                       'or an estimator= that has one.')
     estimator = spsa(**given)
   elif not isinstance(estimator, Estimator):
     raise ValueError('estimator must be mezo_jax.spsa(...) or a variant such '
                      f'as mezo_jax.variants.hizoo(...), got {estimator!r}.')
   elif given:
-    raise ValueError(f'mezo was given an estimator and {", ".join(given)}: '
-                     'give those to the estimator.')
+    raise ValueError('mezo: estimator cannot be combined with '
+                     f'{", ".join(given)}; pass these to the estimator.')
   estimator = estimator.in_float32()
   options = estimator.options
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
   never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   finish = rounding(options.key, options.directions, stochastic_rounding)
-  if fold_every is not None and arguments.whole('fold_every', fold_every) > 1:
+  if apply_every is not None and arguments.whole('apply_every', apply_every) > 1:
     if not never or isinstance(learning_rate, Mapping) or isinstance(
         options.eps, Mapping) or not estimator.is_linear:
-      raise ValueError('fold_every above 1 keeps coefficients of z alone: it '
-                       'needs weight_decay=0, one learning_rate and eps, no '
-                       'groups, and an estimator whose updates are those of '
-                       'spsa.')
-    return accumulated(estimator, fold_every, sgd(learning_rate), finish)
+      raise ValueError('apply_every above 1 stores only coefficients of z. It '
+                       'needs weight_decay=0, a single learning_rate and eps '
+                       'instead of groups, and an estimator whose updates are '
+                       'those of spsa.')
+    return accumulated(estimator, apply_every, sgd(learning_rate), finish)
 
   def decayed(params):
+    """Returns which leaves are decayed: those that have a z and are chosen."""
     if decay is None:
       chosen = paths.decayed(params, options.directions.stacked)
     else:
@@ -153,7 +173,12 @@ def mezo(
                         _used(params, options.directions), chosen)
 
   def add_decay(updates, params):
-    """`optax.add_decayed_weights` of float32 products, both rounded."""
+    """Adds weight decay to updates, like `optax.add_decayed_weights`.
+
+    Both terms are rounded before they are added. A compiler could otherwise
+    fuse the product and the sum in some programs and not in others, and their
+    results would differ in a bit.
+    """
     if never:
       return updates
     def add(update, p):
@@ -170,8 +195,9 @@ def mezo(
     if not isinstance(weight_decay, Tracer) and not never:
       selected = options.directions.selected(params)
       if any(jnp.ndim(m) for m in jax.tree.leaves(selected)):
-        raise ValueError('weight_decay would move elements that the mask '
-                         'leaves out: leave it at 0 with a mask of elements.')
+        raise ValueError('weight_decay would move elements that the mask of '
+                         'directions excludes: with a mask of elements, leave '
+                         'weight_decay at 0.')
       if decay is None:
         _show(params, decayed(params))
     return tx.init(params)
@@ -180,25 +206,37 @@ def mezo(
 
 
 def _wide(x):
-  """Returns half precision as float32."""
+  """Casts half precision to float32; other arrays are returned unchanged."""
   return x.astype(dtypes.wide(x.dtype)) if paths.is_floating(x) else x
 
 
 def rounding(key: Any, directions: Directions, stochastic: bool
              ) -> optax.GradientTransformation:
-  """Returns the last link: updates in the dtypes of the parameters."""
+  """Returns the last link of the chain, which rounds updates to param dtypes.
+
+  Args:
+    key: The key of the run.
+    directions: Leaves without a z are rounded to nearest.
+    stochastic: Whether to round the other leaves stochastically.
+  """
   if not arguments.boolean('stochastic_rounding', stochastic):
     return to_nearest()
   return round_stochastically(key, lambda params: _used(params, directions))
 
 
 def _used(params, directions: Directions):
+  """Returns which leaves have a z, in all or some of their elements."""
   return jax.tree.map(lambda m: m is not False, directions.selected(params))
 
 
 def by_group(make: Callable[..., Any], value: Any
              ) -> optax.GradientTransformation:
-  """Returns ``make(value)``; for groups, one of each for its parameters."""
+  """Returns a transform, or one transform for each group of params.
+
+  Args:
+    make: A function from a value to a transform.
+    value: A value, or groups ``{regular expression: value}``.
+  """
   if not isinstance(value, Mapping):
     return make(value)
   return optax.partition(
@@ -207,14 +245,15 @@ def by_group(make: Callable[..., Any], value: Any
 
 
 def _show(params, decayed) -> None:
-  """Warns once about the leaves that were guessed to have weight decay."""
+  """Warns about which leaves were chosen to have weight decay."""
   names = {True: [], False: []}
   for (path, _), d in zip(paths.named_leaves(params),
                           jax.tree.leaves(decayed)):
     names[d].append(path)
   some = lambda of: ', '.join(of[:4]) + (', ...' if len(of) > 4 else '')
   warnings.warn(
-      f'weight decay was guessed from names and shapes: {len(names[True])} '
-      f'parameters have it ({some(names[True])}), {len(names[False])} do not '
-      f'({some(names[False])}). Say decay=..., a mask, to choose.',
+      'weight_decay: the decayed parameters were chosen by their names and '
+      f'shapes: {len(names[True])} are decayed ({some(names[True])}), '
+      f'{len(names[False])} are not ({some(names[False])}). Pass a mask as '
+      'decay= to choose them yourself.',
       stacklevel=3)

@@ -1,4 +1,4 @@
-"""Makes a step whose loss is not finite change nothing."""
+"""Provides a wrapper that skips steps whose loss is not finite."""
 
 from typing import Any, cast
 
@@ -12,21 +12,42 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 def skip_not_finite(
     inner: optax.GradientTransformation) -> ZerothOrderTransformation:
-  """Makes a step that an estimator within ``inner`` skips change nothing.
+  r"""Skips the whole step of a chain if its estimator skips the step.
 
-  If a loss or projected gradient is not finite, `mezo_jax.spsa` returns zero
-  updates and counts the step. The links after it would move the weights all the
-  same: Adam by its momentum, and weight decay. Within this wrapper, the updates
-  of such a step are zero and every state except the estimator's stays as it
-  was, including the counts of schedules:
-  ``skip_not_finite(chain(spsa(...), adam(1e-4)))``. `mezo_jax.mezo` has it.
+  .. math:: u_t = \begin{cases} \text{inner}(g_t) & \text{if } g_t
+            \text{ is finite} \\ 0 & \text{otherwise} \end{cases}
+
+  If a loss or a projected gradient is not finite, `mezo_jax.spsa` returns zero
+  updates and counts the step. The links after it would still move the weights,
+  Adam by its momentum and weight decay by itself. With this wrapper, the
+  updates of such a step are zero. All states except that of the estimator stay
+  as they were, including the counts of schedules. `mezo_jax.mezo` contains this
+  wrapper.
 
   Args:
-    inner: A transformation with an estimator in it.
+    inner: A transform that contains an estimator, such as
+      ``chain(spsa(...), adam(1e-4))``.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with the state of ``inner``.
 
   Raises:
-    ValueError: If it has none; in ``update``, if the estimator is not the first
-      link of its chain.
+    ValueError: If ``inner`` is not a transform. ``init`` raises it if ``inner``
+      contains no estimator, and ``update`` raises it if the estimator is not
+      the first link of its chain.
+
+  References:
+    `optax.apply_if_finite` does this for a chain that gets gradients.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax, optax
+    >>> tx = mezo_jax.skip_not_finite(
+    ...     optax.chain(mezo_jax.spsa(1e-3, key=0), optax.adam(1e-4)))
+    >>> params = jnp.ones(3)
+    >>> updates, state = tx.update(None, tx.init(params), params,
+    ...                            value_fn=lambda params: jnp.nan)
+    >>> bool(jnp.any(updates))
+    False
   """
   if not (hasattr(inner, 'init') and hasattr(inner, 'update')):
     raise ValueError('inner must be an optax.GradientTransformation, got '
@@ -37,8 +58,8 @@ def skip_not_finite(
     state = inner.init(params)
     if not _estimators(state):
       raise ValueError(
-          'skip_not_finite needs an estimator inside, which says what is not '
-          'finite: skip_not_finite(optax.chain(mezo_jax.spsa(...), ...)).')
+          'inner of skip_not_finite must contain an estimator, as in '
+          'skip_not_finite(optax.chain(mezo_jax.spsa(...), ...)).')
     return sharding.beside(state, params)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -56,12 +77,13 @@ def skip_not_finite(
 
 
 def is_estimator(x: Any) -> bool:
-  """Returns whether something is the state of an estimator."""
-  # This wrapper of optax counts updates of its own, under the same name.
+  """Returns whether an object is the state of an estimator."""
+  # The state of optax.apply_if_finite has a field of the same name.
   return hasattr(x, 'notfinite_count') and not isinstance(
       x, optax.ApplyIfFiniteState)
 
 
 def _estimators(state) -> list:
+  """Returns the states of all estimators within a state."""
   return [x for x in jax.tree.leaves(state, is_leaf=is_estimator)
           if is_estimator(x)]

@@ -1,6 +1,7 @@
-r"""SPSA: a gradient estimate from two forward passes (MeZO, Algorithm 1).
+r"""Provides SPSA, which estimates a gradient from two forward passes.
 
-In the paper's letters, one step on the batch :math:`\mathcal{B}`:
+In the notation of the MeZO paper (Algorithm 1), a step on the batch
+:math:`\mathcal{B}` estimates
 
 .. math::
   z &\sim \mathcal{N}(0, I_d), \quad
@@ -8,8 +9,8 @@ In the paper's letters, one step on the batch :math:`\mathcal{B}`:
   \text{projected\_grad} &= (\ell_+ - \ell_-) / (2 \epsilon) \\
   \hat\nabla \mathcal{L} &= \text{projected\_grad} \cdot z
 
-The rest of the algorithm, :math:`\theta \leftarrow \theta - \eta \hat\nabla
-\mathcal{L}`, is optax's: see `mezo_jax.mezo`.
+The links after it in an optax chain do the rest, :math:`\theta \leftarrow
+\theta - \eta \hat\nabla \mathcal{L}`; see `mezo_jax.mezo`.
 """
 
 from collections.abc import Mapping
@@ -34,73 +35,87 @@ def spsa(
     micro_batches: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Estimator:
-  r"""Estimates the gradient by simultaneous perturbation.
+  r"""Estimates the gradient by simultaneous perturbation (SPSA).
 
-  With n = ``num_samples`` directions the updates are
+  With n = ``num_samples`` directions, the updates are
 
   .. math::
     \frac{1}{n} \sum_{j=1}^n g_j z_j, \qquad g_j =
     \frac{\mathcal{L}(\theta + \epsilon z_j; \mathcal{B})
     - \mathcal{L}(\theta - \epsilon z_j; \mathcal{B})}{2 \epsilon}
-    \approx z_j^\top \nabla \mathcal{L},
+    \approx z_j^\top \nabla \mathcal{L}.
 
-  an estimate of :math:`E[zz^\top]\nabla\mathcal{L} = \nabla\mathcal{L}` that is
-  unbiased up to :math:`O(\epsilon^2)`.
+  Since :math:`E[zz^\top] = I`, their expectation is :math:`\nabla\mathcal{L}`
+  up to a bias of :math:`O(\epsilon^2)`.
 
-  ``update(None, state, params, value_fn=loss, **batch)`` calls ``loss(params,
-  **batch)`` with those arguments of the batch that the loss takes by name. The
-  loss may return a scalar, per-example losses ``[B]``, or ``(losses,
-  weights)``, in float32 or float64. The estimate does not depend on updates of
-  other transforms, so it must be the first link of a chain.
+  Call ``update`` in one of two ways:
 
-  ``update(None, state, params, projected_grad=g)`` is the replay path: the same
-  update without evaluations, from the numbers [n] that the state of a step has.
-  It serves replay, directions of other hosts, and losses computed elsewhere.
-  ``value=`` is kept in the state.
+  * ``update(None, state, params, value_fn=loss, **batch)`` evaluates losses. It
+    calls ``loss(params, **batch)`` with those arguments of the batch that the
+    loss takes by name. The loss returns a scalar, per-example losses ``[B]``,
+    or ``(losses, weights)``, both ``[B]``, in float32 or float64.
+  * ``update(None, state, params, projected_grad=g)`` is the replay path. It
+    makes the same update without evaluating the loss, from the float32 numbers
+    [n] that ``state.projected_grad`` had after the step. It is used to replay a
+    log, to apply numbers that other hosts have measured, and to apply numbers
+    that were computed elsewhere. An optional ``value=`` is stored in the state
+    as the loss.
 
-  If a loss or a projected gradient is not finite, the step is skipped: updates
-  are zero, and the state counts it. Leaves that are not of floating point have
-  zero updates, too; PRNG keys have an update with which `optax.apply_updates`
-  leaves them unchanged.
+  SPSA ignores the updates of other transforms, so it must be the first link of
+  a chain.
 
-  Two more arguments of ``update`` exist for losses: ``around``, a
-  `mezo_jax.Displacement`, evaluates them at displaced weights, and
+  If a loss or a projected gradient is not finite, the step is skipped: its
+  updates are zero, and the state counts it. Leaves that are not of floating
+  point have zero updates, too. `optax.apply_updates` leaves PRNG keys among the
+  params unchanged.
+
+  When ``update`` evaluates losses, it takes two more arguments. ``around`` is a
+  `mezo_jax.Displacement` that is added to the weights for the evaluation.
   ``part=(i, r)`` evaluates part i of r equal parts of the directions, for
   replicas that exchange their numbers (docs/replicas.md). The numbers of the
   other parts are NaN.
 
   Args:
-    eps: Perturbation scale :math:`\epsilon`: a number, a schedule of the step
-      number, or groups ``{regular expression: number or schedule}``, of which
-      the first that is found in a parameter's path counts. With
-      :math:`\epsilon_i` for group i, the update there is :math:`(\ell_+ -
-      \ell_-) / (2 \epsilon_i) \cdot z`, and ``projected_grad`` is that of the
-      first group.
-    key: A `jax.random.key` or an integer seed. It determines every direction of
-      the run: step t, direction j uses ``fold_in(fold_in(key, t), j)``.
-    directions: Distribution of z and the leaves that have one
-      (`mezo_jax.Normal`, `Rademacher`, ...), or a name. Other leaves have zero
-      updates.
-    combine: How losses become :math:`g`. `two_sided` is as above. `one_sided`
-      is :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
-      \epsilon`, with n + 1 evaluations instead of 2n and a bias of
-      :math:`O(\epsilon)`. `fzoo` divides the same differences by the standard
-      deviation of the n losses. A name or a `Combine` is accepted.
-    num_samples: Number of directions per step. Defaults to 1. To get their sum
-      instead of their mean, multiply the learning rate by n.
-    over: How directions are evaluated: 'scan' for one after the other, 'batch'
-      for all in one pass, with both signs, and 'rows' for one pass in which
-      each direction has its own n-th of the batch's rows. See `estimate`.
+    eps: Perturbation scale :math:`\epsilon`. A positive number, a schedule of
+      the step number, or groups ``{regular expression: number or schedule}``. A
+      param has the eps of the first expression that is found in its path. With
+      :math:`\epsilon_i` for group i, the update of a param of this group is
+      :math:`(\ell_+ - \ell_-) / (2 \epsilon_i) \cdot z`, and ``projected_grad``
+      is the number of the first group. Defaults to 1e-3.
+    key: A `jax.random.key` or an integer seed. It determines all directions of
+      the run: direction j of step t uses ``fold_in(fold_in(key, t), j)``.
+    directions: Distribution of z, which also selects the leaves that have a z
+      (`mezo_jax.Normal`, `mezo_jax.Rademacher`, ...), or its name. All other
+      leaves have zero updates. Defaults to ``Normal()``.
+    combine: A `Combine` that turns losses into :math:`g`, or its name.
+      'two_sided', the default, is the equation above. 'one_sided' is
+      :math:`(\mathcal{L}(\theta + \epsilon z) - \mathcal{L}(\theta)) /
+      \epsilon`, which takes n + 1 evaluations instead of 2n and has a bias of
+      :math:`O(\epsilon)`. 'fzoo' divides the same differences by the standard
+      deviation of the n losses instead of :math:`\epsilon`.
+    num_samples: Number n of directions per step. Defaults to None, for 1. To
+      get the sum of their updates instead of the mean, multiply the learning
+      rate by n.
+    over: How directions are evaluated. 'scan', the default, evaluates one after
+      the other. 'batch' evaluates all directions and both signs in one forward
+      pass. 'rows' does so in a pass in which each direction has its own n-th of
+      the rows of the batch. See `estimate`.
     micro_batches: Number of equal parts in which the batch is evaluated, all
-      with the same z (gradient accumulation). Defaults to 1. Every array with
-      axes is split along its first axis; close over arrays that do not have one
-      entry per row. With more than one part the loss must be per-example.
-    dtype: Dtype of the updates. Defaults to None, for each parameter's own.
+      with the same z, as in gradient accumulation. Defaults to None, for 1.
+      Every array among the arguments of the loss that has axes is split along
+      its first axis. Close over arrays that do not have one entry per row. With
+      more than one part, the loss must return per-example losses.
+    dtype: Dtype of the updates. Defaults to None, for the dtype of each param.
+
+  Returns:
+    An `Estimator`, which is an `optax.GradientTransformationExtraArgs`. Its
+    state is an `SpsaState`.
 
   Raises:
-    ValueError: For an option out of range, missing ``params`` or ``value_fn``,
-      updates of an earlier transform, params with `optax.MaskedNode` holes, a
-      loss of another shape or of half precision, or parts of unknown weight.
+    ValueError: If an option is out of range. ``update`` raises it for missing
+      ``params`` or ``value_fn``, for updates of an earlier transform, for
+      params with `optax.MaskedNode` in them, for a loss of another shape or of
+      half precision, and for a scalar loss with ``micro_batches`` above 1.
 
   References:
     Spall, 1992, "Multivariate stochastic approximation using a simultaneous
@@ -109,9 +124,9 @@ def spsa(
     <https://arxiv.org/abs/2305.17333>`_, Definition 1 and Algorithms 1 and 2.
 
   Example:
-    >>> import jax, jax.numpy as jnp, optax
+    >>> import jax, jax.numpy as jnp, mezo_jax, optax
     >>> loss_fn = lambda params, x: jnp.sum((params - x) ** 2)
-    >>> tx = optax.chain(spsa(1e-3, key=0), optax.adam(1e-1))
+    >>> tx = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.adam(1e-1))
     >>> params = jnp.zeros(3)
     >>> state = tx.init(params)
     >>> updates, state = tx.update(
@@ -119,12 +134,13 @@ def spsa(
     >>> params = optax.apply_updates(params, updates)
 
   .. warning::
-    Wrappers that need a tree of updates (`optax.MultiSteps`, ``flatten``,
-    ``apply_if_finite``, ``conditionally_mask``, ``conditionally_transform``,
-    ``contrib.mechanize``) or that hide a part of the params (``masked``,
-    ``partition``) cannot contain an estimator. Put them around what follows:
-    ``chain(spsa(...), wrapper(rest))``. `optax.lookahead` passes no extra
-    arguments on and cannot be used.
+    Some wrappers of optax cannot contain an estimator. They need a tree of
+    updates (`optax.MultiSteps`, ``flatten``, ``apply_if_finite``,
+    ``conditionally_mask``, ``conditionally_transform``, ``contrib.mechanize``)
+    or hide a part of the params (``masked``, ``partition``). Wrap the links
+    after the estimator instead: ``chain(spsa(...), wrapper(rest))``.
+    `optax.lookahead` cannot be used at all, since it does not pass on extra
+    arguments.
   """
   return Estimator(Spsa(
       eps, key=key, directions=directions, combine=combine,

@@ -1,4 +1,4 @@
-"""The training step, compiled."""
+"""Compiles an optimizer and a loss into a training step."""
 
 from collections.abc import Callable
 import contextlib
@@ -23,31 +23,62 @@ def make_step(tx: optax.GradientTransformation,
               mesh: jax.sharding.Mesh | None = None,
               on_compile: Callable[..., Any] | None = None,
               part: tuple[int, int] | None = None) -> 'Step':
-  """Returns ``step(params, state, batch, frozen=None, **more) -> params, state,
-  metrics``, where ``more`` are further arguments of ``tx.update``.
+  r"""Returns a compiled training step.
 
-  A step of MeZO is two programs, the two halves of the estimator. ``measure``
-  is compiled for each shape of a batch. ``apply`` is compiled once. Its inputs
-  are the weights, the state and the numbers of a step. So replaying recorded
-  numbers moves the weights bitwise as training did. A step of backpropagation
-  is one program.
+  .. math:: g = \text{measure}(\theta, \mathcal{L}, \mathcal{B}), \qquad
+            \theta \leftarrow \theta + \text{apply}(\theta, g)
+
+  The step is a function ``step(params, state, batch, frozen=None, **more) ->
+  (params, state, metrics)``, where ``more`` are further arguments of
+  ``tx.update``.
+
+  A step of MeZO consists of two programs, one for each half of the estimator.
+  The program that evaluates losses is compiled for each shape of a batch. The
+  program that updates the weights is compiled once. It depends only on the
+  params, the state and the numbers g. A replay of recorded numbers runs the
+  same program as training, so that both give bitwise the same weights on one
+  kind of hardware. A step of backpropagation is one program.
 
   Args:
-    tx: A transformation with an estimator in it, such as `mezo_jax.mezo`.
-    value_fn: ``value_fn(params, batch)``; see `mezo_jax.spsa`. A batch is any
-      tree that `jax.jit` takes. None for a step that only replays.
-    mesh: The mesh of the params. Programs are traced under it.
-    on_compile: ``(batch, program, seconds)``, called for each program that was
-      compiled; the batch is None for all but the losses.
-    part: For a replica, ``(i, r)``: the directions that it evaluates. It calls
-      ``g, value = step.losses(...)``, sends these to the others, and calls
-      ``step.update(params, state, g, value)`` with the numbers of all.
+    tx: A transform that contains an estimator, such as `mezo_jax.mezo`.
+    value_fn: The loss, ``value_fn(params, batch)``; see `mezo_jax.spsa`. A
+      batch is any pytree that `jax.jit` accepts. Pass None for a step that only
+      replays.
+    mesh: The device mesh of the params, under which programs are traced.
+      Defaults to None, for no mesh.
+    on_compile: A function ``(batch, program, seconds)`` that is called after
+      each compilation. The batch is None for all programs but that of the
+      losses. Defaults to None.
+    part: ``(i, r)`` for replica i of r, which evaluates part i of the
+      directions. A replica calls ``g, value = step.losses(...)``, exchanges the
+      results with the other replicas, and calls ``step.update(params, state, g,
+      value)`` with the numbers of all. Defaults to None, for all directions.
 
   Returns:
-    A `Step`. ``params`` and ``state`` are donated, ``frozen`` is not: with it,
-    ``value_fn`` gets ``mezo_jax.peft.join(params, frozen)``. Metrics are device
-    arrays: ``loss``, ``projected_grad`` (or ``grad_norm``), ``skipped`` and
-    ``skipped_in_a_row``.
+    A `Step`. It donates ``params`` and ``state``, so do not use these arrays
+    after the call. ``frozen`` is not donated. If it is given, ``value_fn`` gets
+    ``mezo_jax.peft.join(params, frozen)`` as its params. The metrics are device
+    arrays with the names ``loss``, ``projected_grad`` (or ``grad_norm``),
+    ``skipped`` and ``skipped_in_a_row``.
+
+  Raises:
+    ValueError: If an argument has the wrong type. The first call raises it if
+      ``tx`` contains no estimator, or several.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> loss_fn = lambda params, batch: jnp.mean((batch @ params) ** 2)
+    >>> tx = mezo_jax.mezo(1e-2, key=0)
+    >>> step = mezo_jax.make_step(tx, loss_fn)
+    >>> params = jnp.ones(3)
+    >>> state = tx.init(params)
+    >>> params, state, metrics = step(params, state, jnp.ones((2, 3)))
+    >>> round(float(metrics['loss']), 2)
+    9.0
   """
   if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
     raise ValueError('tx must be an optax.GradientTransformation such as '
@@ -64,71 +95,96 @@ def make_step(tx: optax.GradientTransformation,
 
 
 class Step:
-  """A compiled step; see `make_step`. Each program is compiled once, when it is
-  needed first."""
+  """Runs the compiled programs of a training step; see `make_step`.
+
+  Each program is compiled when it is first needed.
+
+  Attributes:
+    compiled: The compiled programs: that of the losses by the shape of the
+      batch, the update under the key None, and `apply_accumulated` under 'apply'.
+  """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
                mesh: jax.sharding.Mesh | None,
                on_compile: Callable[..., Any] | None,
                part: tuple[int, int] | None) -> None:
-    # By the shape of the batch; by None (the update) and by 'flush'.
     self.compiled: dict[Any, Any] = {}
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
     only = {} if part is None else dict(part=part)
 
     def loss_of(frozen):
-      assert value_fn is not None  # _trace_losses has asked
+      assert value_fn is not None  # `_trace_losses` has checked this
       loss_fn = value_fn
       return lambda params, batch: loss_fn(_join(params, frozen), batch)
 
     def losses(params, state, frozen, batch, more):
+      """Evaluates losses: the first program."""
       numbers = measure(tx, state, params, value_fn=loss_of(frozen),
                         batch=batch, **more, **only)
       return numbers.projected_grad, numbers.value
 
     def update(params, state, projected_grad, value):
+      """Updates the weights from recorded numbers: the second program."""
       moved = functools.partial(
           _moved, tx, projected_grad=projected_grad, value=value)
-      def noted(params, state):  # counts the step without touching weights
+      def noted(params, state):
+        """Records the numbers of a step, without reading the weights."""
         return params, tx.update(
             None, state, params, projected_grad=projected_grad, value=value,
-            fold=False)[1]
+            apply=False)[1]
       if pends(state):
+        # Most steps only record coefficients. A branch of `lax.cond` that does
+        # not touch the weights avoids reading and writing them.
         params, state = jax.lax.cond(
-            accumulate.is_due(state), functools.partial(moved, fold=True),
+            accumulate.is_due(state), functools.partial(moved, apply=True),
             noted, params, state)
       else:
         params, state = moved(params, state)
       return params, state, _metrics(state)
 
-    def flush(params, state):
-      params, state = _moved(tx, params, state, flush=True)
+    def apply_accumulated(params, state):
+      """Applies accumulated updates."""
+      params, state = _moved(tx, params, state, apply_only=True)
       return params, state, _metrics(state)
 
     def whole(params, state, frozen, batch, more):
+      """Makes a step of backpropagation."""
       updates, state = tx.update(
           None, state, params, value_fn=loss_of(frozen), batch=batch, **more)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
     self._losses, self._update, self._whole = losses, update, whole
-    self._flush, self._value_fn = flush, value_fn
-    self._shapes = ()  # of the numbers of an update, when it is traced
+    self._apply, self._value_fn = apply_accumulated, value_fn
+    # Shapes of projected_grad and value, set when the update is traced.
+    self._shapes = ()
 
   def __call__(self, params: Any, state: Any, batch: Any, frozen: Any = None,
                **more: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Makes a step; see `make_step` for the arguments and the results."""
     if self._part is not None:
-      raise ValueError('a part of the directions makes no step: call losses, '
-                       'and update with the numbers of all replicas.')
+      raise ValueError('part: this step evaluates only a part of the '
+                       'directions. Call step.losses, and then step.update '
+                       'with the numbers of all replicas.')
     out = self.losses(params, state, batch, frozen, **more)
-    # A whole step has three results, losses have two.
+    # The program of a whole step has three results, that of losses has two.
     return out if len(out) == 3 else self.update(params, state, *out)
 
   def losses(self, params: Any, state: Any, batch: Any, frozen: Any = None,
              **more: Any) -> tuple[Any, ...]:
-    """Returns ``projected_grad, value`` of a step; nothing is donated.
+    """Evaluates the losses of a step. No argument is donated.
 
-    With `backprop` it makes the whole step instead: it returns ``params, state,
-    metrics``, and ``params`` and ``state`` are donated.
+    With `backprop`, the method makes the whole step instead. It then donates
+    ``params`` and ``state`` and returns ``(params, state, metrics)``.
+
+    Args:
+      params: The params.
+      state: State of the optimizer.
+      batch: The batch, any pytree.
+      frozen: Params that are not trained, or None.
+      **more: Further arguments of ``tx.update``.
+
+    Returns:
+      ``(projected_grad, value)``: the numbers [n] and the mean loss [].
     """
     program = self._program(_shape((batch, more)), batch, lambda: (
         self._trace_losses(params, state, batch, frozen, more)))
@@ -137,53 +193,72 @@ class Step:
   def update(self, params: Any, state: Any,
              projected_grad: jax.typing.ArrayLike, value: Any = jnp.nan
              ) -> tuple[Any, Any, dict[str, Any]]:
-    """Makes a step from projected gradients [n], without evaluating losses."""
+    """Makes a step from recorded numbers, without evaluating losses.
+
+    Args:
+      params: The params, which are donated.
+      state: State of the optimizer, which is donated.
+      projected_grad: The numbers [n] of the step.
+      value: Its mean loss, for the metrics. Defaults to NaN, if it is unknown.
+
+    Returns:
+      ``(params, state, metrics)``.
+    """
     program = self._program(
         None, None, lambda: self._trace_update(params, state))
-    # The compiled program transfers arrays of the host by itself.
+    # The compiled program itself transfers NumPy arrays to the devices.
     numbers = [_numbers(name, x, shape) for name, x, shape in zip(
         ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
     return program(params, state, *numbers)
 
-  def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
-    """Returns ``params, state`` after applying accumulated updates, with
-    ``fold_every`` of `mezo_jax.mezo`; otherwise as they are. Both are donated.
+  def apply_accumulated(self, params: Any, state: Any) -> tuple[Any, Any]:
+    """Applies accumulated updates (``apply_every`` of `mezo_jax.mezo`).
+
+    Both arguments are donated. Without accumulated updates they are returned
+    unchanged.
+
+    Returns:
+      ``(params, state)``.
     """
     if not pends(state):
       return params, state
-    return self._program('flush', None, lambda: self._trace_flush(
+    return self._program('apply', None, lambda: self._trace_apply(
         params, state))(params, state)[:2]
 
   def trace(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
-    """Returns the programs of a step, each a `jax.stages.Traced`.
+    """Returns the traced programs of a step, without compiling them.
 
-    These are the losses, the update and, if updates accumulate, `flush`; one
-    program for backpropagation. The arguments may be arrays, or shapes with
-    shardings.
+    The arguments are those of a call. They may be arrays, or
+    `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+      A list of `jax.stages.Traced`: the losses, the update and, if updates
+      accumulate, `apply_accumulated`. For backpropagation it has only the whole step.
     """
     out = [self._trace_losses(params, state, batch, frozen, more)]
     if _replays(state):
       out.append(self._trace_update(params, state))
     if pends(state):
-      out.append(self._trace_flush(params, state))
+      out.append(self._trace_apply(params, state))
     return out
 
   def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
-    """Returns the programs of `trace`, lowered."""
+    """Returns the programs of `trace` after lowering."""
     return [*map(self._lower, self.trace(
         params, state, batch, frozen, **more))]
 
   def compile(self, params: Any, state: Any, batch: Any, frozen: Any = None,
               **more: Any) -> None:
-    """Compiles the programs of the first step without making it."""
+    """Compiles the programs of a step without running them."""
     self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     if _replays(state):
       self._program(None, None, lambda: self._trace_update(params, state))
 
   def _trace_losses(self, params, state, batch, frozen, more):
+    """Traces the program of the losses, or of a whole step."""
     _check_state(state)
     arguments.function('value_fn', self._value_fn)
     args = params, state, frozen, batch, more
@@ -192,21 +267,30 @@ class Step:
     return self._trace(self._whole, args, (params, state))
 
   def _trace_update(self, params, state):
+    """Traces the program that updates the weights."""
     _check_state(state)
     if not _replays(state):
-      raise ValueError('a step of backpropagation is one program: it has no '
-                       'update that could be made from recorded numbers.')
+      raise ValueError('tx: a step of backpropagation is one program and '
+                       'cannot be replayed from recorded numbers.')
     numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
                for x in (field(state, 'projected_grad'), field(state, 'value'))]
     self._shapes = [x.shape for x in numbers]
     return self._trace(self._update, (params, state, *numbers), (params, state))
 
-  def _trace_flush(self, params, state):
-    return self._trace(self._flush, (params, state), (params, state))
+  def _trace_apply(self, params, state):
+    """Traces the program that applies accumulated updates."""
+    return self._trace(self._apply, (params, state), (params, state))
 
   def _trace(self, fn, args, kept=()):
-    """Traces a program that donates ``kept``, its first arguments, and returns
-    their new values with the same shardings."""
+    """Traces a program of a step.
+
+    Args:
+      fn: The function.
+      args: Its arguments.
+      kept: The first of these arguments, which are donated. The function must
+        return their new values first, and these keep the old shardings. All
+        other results are replicated.
+    """
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
       out = (*jax.tree.map(_place, kept), out)
@@ -216,14 +300,17 @@ class Step:
       return jitted.trace(*args)
 
   def _lower(self, traced):
+    """Lowers a traced program under the mesh."""
     with self._on_mesh():
       return traced.lower()
 
   def _on_mesh(self):
+    """Returns a context that sets the mesh, if there is one."""
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
         self._mesh)
 
   def _program(self, shape, batch, trace: Callable):
+    """Returns a compiled program, which is compiled on first use."""
     if shape not in self.compiled:
       began = time.time()
       self.compiled[shape] = self._lower(trace()).compile()
@@ -233,24 +320,41 @@ class Step:
 
 
 def _moved(tx, params, state, **how):
-  """Returns ``params, state`` after an update. Weights in the host's memory go
-  to the device and back, one layer at a time."""
+  """Applies an update from recorded numbers.
+
+  Stacks of weights that are in the memory of the host go to the device and back
+  one layer at a time, so that the device never holds a whole stack.
+
+  Args:
+    tx: The optimizer.
+    params: The params.
+    state: State of the optimizer.
+    **how: Arguments of ``tx.update``, such as ``projected_grad``.
+
+  Returns:
+    ``(params, state)`` after the update.
+  """
   def only(on_host):
+    """Returns the params with None for those that are elsewhere."""
     return jax.tree.map(
         lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  # Update the params on the device as usual. This also gives the next state.
   offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
   here = only(False) if offloads else params
   updates, new_state = tx.update(None, state, here, **how)
   here = optax.apply_updates(here, updates)
   if not offloads:
     return here, new_state
+  # Update the other params layer by layer. Each call of ``tx.update`` returns
+  # the same state, which is ignored.
   away = only(True)
   depth = _depth(away, state)
 
   def one(layer, away):
+    """Updates one layer of each stack in the memory of the host."""
     rows = sharding.fetched(jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
-    with streams.stacks_begin_at(layer):  # the rows begin with this layer
+    with streams.stacks_begin_at(layer):  # ``rows`` has only this layer
       updates, _ = tx.update(None, state, rows, **how)
     return jax.tree.map(
         lambda x, new: lax.dynamic_update_slice_in_dim(
@@ -262,23 +366,33 @@ def _moved(tx, params, state, **how):
 
 
 def _depth(away, state) -> int:
-  """Returns the number of layers of the stacks in the host's memory."""
+  """Returns the number of layers of the stacks in the memory of the host.
+
+  Raises:
+    ValueError: If a leaf there is not a stack, if stacks have different numbers
+      of layers, or if the optimizer has state of the size of the weights.
+  """
   depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
       paths.named_leaves(away), paths.stacked(away))}
   shapes = {x.shape for x in jax.tree.leaves(away)}
   if len(depths) > 1 or 0 in depths:
     raise ValueError(
-        'only stacks of the same number of layers may be in the memory of the '
-        f'host; found {sorted(p for p, _ in paths.named_leaves(away))}.')
+        'params in the memory of the host must all be stacks of the same '
+        'number of layers; found '
+        f'{sorted(p for p, _ in paths.named_leaves(away))}.')
   if any(x.shape in shapes for x in jax.tree.leaves(state)):
     raise ValueError(
-        'weights in the memory of the host are updated layer by layer, but '
-        'this optimizer has state as large as the weights: use mezo_jax.mezo.')
+        'tx: weights in the memory of the host are updated layer by layer, '
+        'which is impossible for an optimizer whose state is as large as the '
+        'weights. Use mezo_jax.mezo.')
   return depths.pop()
 
 
 def _shape(tree) -> tuple:
-  """Returns what a program that is compiled for a tree depends on."""
+  """Returns a hashable key of the structure, shapes and dtypes of a tree.
+
+  Trees with equal keys can use the same compiled program.
+  """
   def kind(x):
     if hasattr(x, 'shape') and hasattr(x, 'dtype'):
       return x.shape, x.dtype, getattr(x, 'weak_type', False)
@@ -287,46 +401,62 @@ def _shape(tree) -> tuple:
 
 
 def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
-  """Returns numbers as a program takes them."""
+  """Converts recorded numbers to an array that a compiled program accepts.
+
+  Args:
+    name: Name of the argument, for the error message.
+    x: The numbers.
+    shape: The shape that the program was compiled for.
+
+  Raises:
+    ValueError: If the numbers do not have this shape.
+  """
   try:
     if x is None or isinstance(x, jax.Array) and x.shape != shape:
       raise ValueError
     return x if isinstance(x, jax.Array) else np.reshape(
         np.asarray(x, np.float32), shape)
   except (TypeError, ValueError) as e:
-    raise ValueError(f'{name} must be float32 numbers of the shape {[*shape]}, '
-                     f'got {x!r}.') from e
+    raise ValueError(f'{name} must be float32 numbers of shape {[*shape]}, got '
+                     f'{x!r}.') from e
 
 
 def _check_state(state) -> None:
-  """Raises ValueError for the state of something that is not an estimator."""
+  """Raises ValueError if a state is not that of an optimizer with an estimator.
+  """
   if field(state, 'notfinite_count') is None:
     raise ValueError(
-        'tx or state: a step needs an optimizer with an estimator in it, such '
-        'as mezo_jax.mezo, or chain(mezo_jax.spsa(...), adam(...)), and the '
-        'state that its init returned.')
+        'tx or state: make_step needs an optimizer that contains an estimator, '
+        'such as mezo_jax.mezo(...) or chain(mezo_jax.spsa(...), adam(...)), '
+        'and the state that its init returned.')
 
 
 def _place(x):
-  """Returns an array's sharding on a mesh; None leaves it to the compiler."""
+  """Returns the sharding of an array on a mesh, or None if it is on no mesh."""
   place = getattr(x, 'sharding', None)
   return place if isinstance(place, jax.NamedSharding) else None
 
 
 def _join(params, frozen):
+  """Returns the params of the whole model."""
   return params if frozen is None else trees.join(params, frozen)
 
 
 def field(state: Any, name: str) -> Any:
-  """Returns a field of the state of the estimator, or of accumulated updates.
+  """Returns a field of the state of an estimator or of accumulated updates.
 
-  Other links, such as `optax.apply_if_finite`, may have fields of these names.
+  The states of other links, such as `optax.apply_if_finite`, may have fields of
+  the same names. They are ignored.
+
+  Args:
+    state: State of an optimizer.
+    name: Name of the field.
 
   Returns:
     The field, or None if there is none.
 
   Raises:
-    ValueError: if there are several estimators.
+    ValueError: If the optimizer contains several estimators.
   """
   is_own = lambda x: not_finite.is_estimator(x) or isinstance(
       x, accumulate.PendingState)
@@ -338,21 +468,23 @@ def field(state: Any, name: str) -> Any:
       found.append(getattr(x, name))
   if len(found) > 1:
     raise ValueError(
-        f'tx has {len(found)} estimators, and a step needs one: the first link '
-        'of the chain makes the updates, and the others work on them.')
+        f'tx contains {len(found)} estimators, but make_step needs exactly '
+        'one, as the first link of the chain.')
   return found[0] if found else None
 
 
 def _replays(state) -> bool:
+  """Returns whether steps can be replayed, unlike those of backpropagation."""
   return field(state, 'projected_grad') is not None
 
 
 def pends(state: Any) -> bool:
-  """Returns whether updates accumulate before they are applied."""
+  """Returns whether the optimizer accumulates updates (``apply_every``)."""
   return field(state, 'pending') is not None
 
 
 def _metrics(state) -> dict[str, Any]:
+  """Returns the metrics of the last step, which `make_step` lists."""
   name = 'projected_grad' if _replays(state) else 'grad_norm'
   return {
       'loss': field(state, 'value'), name: field(state, name),

@@ -1,4 +1,4 @@
-"""Stochastic rounding, by which half-precision weights move as float32 ones."""
+"""Provides stochastic rounding of updates to half-precision weights."""
 
 from typing import Any, cast, NamedTuple
 
@@ -15,40 +15,70 @@ from mezo_jax.directions import streams as streams_lib
 from mezo_jax.perturb.api import zeros
 
 _U32 = jnp.uint32
-_SAMPLE = 2**31  # no direction has this number
+# Number that is folded into the key of a step, in place of that of a direction.
+# No direction has this number, so the bits are independent of all directions.
+_SAMPLE = 2**31
 
 
 class RoundingState(NamedTuple):
-  """State of `round_stochastically`."""
+  """Holds the state of `round_stochastically`.
 
-  count: jax.Array  # shape=(), dtype=int32: steps made
-  key: jax.Array  # shape=(), dtype=key<fry>: of the whole run
+  Attributes:
+    count: Number of steps so far, int32 [].
+    key: Key of the whole run, a typed threefry2x32 key [].
+  """
+
+  count: jax.Array
+  key: jax.Array
 
 
 def round_stochastically(key: Any, mask: Any = None
                          ) -> optax.GradientTransformation:
-  r"""Rounds bfloat16, float16 and quantised weights stochastically.
+  r"""Rounds updated weights stochastically to their dtype.
 
-  The expectation of :math:`\theta + u` is then exact.
+  Let a and b be the neighbours of :math:`\theta + u` in the dtype of
+  :math:`\theta`, with a <= b. The updated weight is
 
-  At a usual :math:`\eta g`, rounding to nearest moves almost no half-precision
-  weight (97 % of an update of 1e-6 is lost). It is the last link of a chain::
+  .. math:: \theta' = \begin{cases} b & \text{with probability }
+            (\theta + u - a) / (b - a) \\ a & \text{otherwise} \end{cases},
+            \qquad \text{so that } E[\theta'] = \theta + u.
+
+  This applies to bfloat16, float16 and quantised weights. With a typical
+  learning rate, rounding to nearest would leave almost all half-precision
+  weights where they are: 97 % of an update of 1e-6 would be lost. Use this
+  transform as the last link of a chain::
 
     chain(spsa(1e-3, key=key), sgd(1e-6), round_stochastically(key))
 
   Args:
-    key: A `jax.random.key` or an integer seed. It may be the key of `spsa`: the
-      bits are independent of its directions. Each step has bits of its own.
-    mask: The leaves that are rounded stochastically, as `Directions.mask`.
-      Updates of other leaves are rounded to nearest.
+    key: A `jax.random.key` or an integer seed. It may be the key of `spsa`,
+      since the random bits are independent of the directions. Each step has new
+      bits.
+    mask: The leaves that are rounded stochastically, in the forms of
+      `Directions.mask`. The updates of other leaves are rounded to nearest.
+      Defaults to None, for all leaves.
 
   Returns:
-    An `optax.GradientTransformation` that needs ``params``. Its updates have
-    the dtypes of the params.
+    An `optax.GradientTransformation` whose ``update`` needs ``params``. Its
+    updates have the dtypes of the params, and its state is a `RoundingState`.
+
+  Raises:
+    ValueError: If ``key`` is neither a key nor a seed. ``update`` raises it if
+      ``params`` are missing or ``mask`` does not fit them.
 
   References:
     Connolly, Higham and Mary, 2021, "Stochastic rounding and its probabilistic
     backward error analysis".
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax, optax
+    >>> tx = optax.chain(mezo_jax.spsa(1e-3, key=0), optax.sgd(1e-6),
+    ...                  mezo_jax.round_stochastically(0))
+    >>> params = jnp.ones(3, jnp.bfloat16)
+    >>> updates, state = tx.update(None, tx.init(params), params,
+    ...                            value_fn=lambda params: jnp.float32(1))
+    >>> updates.dtype.name
+    'bfloat16'
   """
   noise.check_key(key)
 
@@ -58,8 +88,8 @@ def round_stochastically(key: Any, mask: Any = None
 
   def update_fn(updates, state, params=None):
     if params is None:
-      raise ValueError('round_stochastically needs params: tx.update(updates, '
-                       'state, params).')
+      raise ValueError('round_stochastically needs params: call '
+                       'tx.update(updates, state, params).')
     params = sharding.fetched(params)
     used = paths.resolved(params, mask)
     half = {path: (paths.shape_of(p), is_stack)
@@ -72,6 +102,7 @@ def round_stochastically(key: Any, mask: Any = None
     streams = streams_lib.of_leaves(key_, half)
 
     def finish(path, p, update):
+      """Returns the rounded update of one leaf."""
       if path not in half:
         return _cast(p, update)
       if is_codes(p):
@@ -96,6 +127,7 @@ def to_nearest() -> optax.GradientTransformation:
 
 
 def _cast(p, update):
+  """Returns an update rounded to nearest, in the dtype of its param."""
   if is_codes(p):
     return p.moved_by(p.steps(update, None))
   if noise.is_typed(p):
@@ -105,21 +137,28 @@ def _cast(p, update):
 
 def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array
                      ) -> jax.Array:
-  """Rounds float32 to a narrower float so that the expectation is ``x``.
+  """Rounds float32 numbers to a narrower dtype, so that the expectation is x.
 
-  It rounds up with probability (x - lower) / (upper - lower), where lower and
-  upper are the neighbours of ``x`` (Connolly, Higham and Mary, 2021).
+  A number is rounded up with probability (x - lower) / (upper - lower), where
+  lower and upper are its neighbours in the narrower dtype (Connolly, Higham and
+  Mary, 2021).
 
   Args:
     x: A float32 array.
-    dtype: bfloat16, with exact probabilities, or float16, with probabilities of
-      24 bits.
-    bits: uint32 words of the shape of ``x``, uniform and independent of it.
+    dtype: bfloat16, whose probabilities are exact, or float16, whose
+      probabilities have 24 bits.
+    bits: Uniform random uint32 words, independent of ``x``, of its shape.
+
+  Returns:
+    An array of the shape of ``x`` with this dtype.
   """
-  if dtype == jnp.bfloat16:  # the cut part carries with that probability
+  if dtype == jnp.bfloat16:
+    # bfloat16 is the upper half of float32. Adding 16 random bits to the lower
+    # half carries into the upper half with exactly the right probability.
     word = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 16)
     cut = lax.bitcast_convert_type(word & _U32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
+  # Choose between the nearest number and the neighbour on the other side of x.
   near = x.astype(dtype)
   error = x - near.astype(jnp.float32)
   toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)

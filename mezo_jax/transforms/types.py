@@ -1,4 +1,4 @@
-"""The type of a transform that evaluates the loss itself."""
+"""Defines the type of optax transforms that evaluate the loss themselves."""
 
 from typing import Any, Protocol
 
@@ -6,17 +6,18 @@ import optax
 
 
 class Init(Protocol):
-  """Returns the state of an optimizer for parameters."""
+  """Defines the type of ``init``, which returns the first state for params."""
 
   def __call__(self, params: Any) -> Any:
     ...
 
 
 class Update(Protocol):
-  """Evaluates losses, and returns the updates and the next state.
+  """Defines the type of ``update``, which returns updates and the next state.
 
-  It is called as ``update(None, state, params, value_fn=loss, **batch)``, or as
-  ``update(None, state, params, projected_grad=g)`` to replay a step.
+  Call it as ``update(None, state, params, value_fn=loss, **batch)`` to evaluate
+  losses, or as ``update(None, state, params, projected_grad=g)`` to replay a
+  step.
   """
 
   def __call__(self, updates: Any, state: Any, params: Any = None,
@@ -25,10 +26,30 @@ class Update(Protocol):
 
 
 class ZerothOrderTransformation(optax.GradientTransformationExtraArgs):
-  """The type of a transform whose ``update`` accepts None instead of gradients.
+  r"""Types an optax transform whose ``update`` accepts None for the gradients.
 
-  It exists for type checkers. States have the type Any, because optax's own
-  type for them has no attributes.
+  .. math:: (u, \text{state}) = \text{update}(\text{None}, \text{state}, \theta,
+            \mathcal{L}, \mathcal{B})
+
+  `mezo_jax.spsa`, `mezo_jax.mezo` and all variants have this type. It differs
+  from `optax.GradientTransformationExtraArgs` only for type checkers. States
+  have the type Any, because optax's own type for states has no attributes.
+
+  Attributes:
+    init: ``init(params)`` returns the first state.
+    update: ``update(None, state, params, value_fn=loss, **batch)`` evaluates
+      losses and returns updates and the next state. ``update(None, state,
+      params, projected_grad=g)`` replays a step.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Algorithm 1.
+
+  Example:
+    >>> import mezo_jax
+    >>> tx = mezo_jax.mezo(1e-6, key=0)
+    >>> isinstance(tx, mezo_jax.ZerothOrderTransformation)
+    True
   """
 
   init: Init

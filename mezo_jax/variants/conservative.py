@@ -1,11 +1,4 @@
-r"""ZO-SGD-Cons: makes a step only if the loss of the batch says that it helps.
-
-.. math:: \theta \leftarrow \arg\min_{\theta' \in \{\theta, \theta - \eta
-          \hat g, \theta + \eta \hat g\}} \mathcal{L}(\theta'; \mathcal{B}),
-          \qquad \hat g = \frac{1}{n} \sum_j g_j z_j
-
-Source: ZO-Bench (Zhang et al., 2024, arXiv:2402.11592).
-"""
+r"""Provides ZO-SGD-Cons, which makes a step only if it lowers the loss."""
 
 from typing import Any, Unpack
 
@@ -19,16 +12,44 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 def conservative(eps: Any = 1e-3, *, learning_rate: float | optax.Schedule,
                  **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA whose projected gradients are kept, negated or set to 0.
+  r"""Estimates the gradient like SPSA, and makes a step only if it helps.
 
-  A step takes 2n + 3 evaluations. Weight decay, if any, is added to the point
-  that was chosen.
+  The estimator evaluates the loss of the batch at the current weights and after
+  a step in either direction. The weights move to the best of these points:
+
+  .. math:: \theta \leftarrow \arg\min_{\theta' \in \{\theta, \theta - \eta
+            \hat g, \theta + \eta \hat g\}} \mathcal{L}(\theta'; \mathcal{B}),
+            \qquad \hat g = \frac{1}{n} \sum_{j=1}^n g_j z_j
+
+  For this, the projected gradients :math:`g_j` of SPSA are kept, negated or set
+  to 0. A step takes 2n + 3 evaluations. Weight decay is not included in the
+  comparison.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    learning_rate: :math:`\eta`, the one that `mezo_jax.mezo` has: a number or a
-      schedule.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    learning_rate: Learning rate :math:`\eta`, a number or a schedule. Pass the
+      same one to `mezo_jax.mezo`.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: If ``learning_rate`` is not a number or a schedule, or for an
+      option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Zhang et al., 2024, `Revisiting Zeroth-Order Optimization for
+    Memory-Efficient LLM Fine-Tuning: A Benchmark
+    <https://arxiv.org/abs/2402.11592>`_ (ZO-Bench), ZO-SGD-Cons.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.conservative(
+    ...     1e-3, learning_rate=1e-6, key=0))
   """
   spsa = Spsa(eps, **options)
   learning_rate = arguments.rate('learning_rate', learning_rate, groups=False)
@@ -36,14 +57,17 @@ def conservative(eps: Any = 1e-3, *, learning_rate: float | optax.Schedule,
   def measure(state, params, value_fn, batch):
     value, g = spsa.measure(state, params, value_fn, batch)
     g = jnp.where(jnp.isfinite(value), g, jnp.nan)
-    made = state.count - state.total_notfinite  # the count of a schedule
+    # Schedules of the learning rate count the steps that were not skipped.
+    made = state.count - state.total_notfinite
     rate = arguments.at(learning_rate, made)
     z, loss = spsa.z(state).after(value), spsa.loss_at(params, value_fn, batch)
-    signs = jnp.array([0.0, -1.0, 1.0])  # of equal losses the first counts
+    # argmin returns the first of equal losses, so ties keep the weights.
+    signs = jnp.array([0.0, -1.0, 1.0])
     losses = lax.map(
         lambda sign: loss(z.times(sign * rate * g / spsa.num_samples)), signs)
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-    # If g is not finite the step is skipped, whatever the losses are.
+    # If an element of g is not finite, keep it, so that the step is skipped
+    # whatever the losses are.
     return value, jnp.where(jnp.isfinite(g), -signs[best], 1.0) * g
 
   return Estimator(spsa, measure=measure)

@@ -1,13 +1,4 @@
-r"""The directional derivative itself, by forward-mode differentiation.
-
-.. math:: g = \frac{d}{dc} \mathcal{L}(\theta + c z; \mathcal{B}) \Big|_{c=0}
-            = z^\top \nabla \mathcal{L}
-
-MeZO's difference approaches it as :math:`\epsilon \to 0`. It is the baseline
-that shows what the error and the choice of :math:`\epsilon` cost. Source:
-Baydin et al., 2022, "Gradients without backpropagation"; Malladi et al., 2023,
-Appendix D.
-"""
+r"""Provides forward gradients, which need no finite differences."""
 
 from typing import Unpack
 
@@ -21,21 +12,49 @@ from mezo_jax.transforms.estimator import Estimator, SampleOptions, Spsa
 
 
 def forward_grad(**options: Unpack[SampleOptions]) -> Estimator:
-  r"""Estimates the gradient as :math:`\frac{1}{n} \sum_j (z_j^\top \nabla
-  \mathcal{L}) z_j`.
+  r"""Estimates the gradient from exact directional derivatives.
 
-  A direction takes one evaluation with its tangent, about as long as two. The
-  derivative is taken with respect to c through `mezo_jax.perturbed`, so the z
-  of one layer is in memory at a time. The loss must have a derivative.
+  .. math::
+    \frac{1}{n} \sum_{j=1}^n g_j z_j, \qquad g_j = \frac{d}{dc}
+    \mathcal{L}(\theta + c z_j; \mathcal{B}) \Big|_{c=0}
+    = z_j^\top \nabla \mathcal{L}
+
+  The finite difference of MeZO approaches :math:`g_j` as :math:`\epsilon \to
+  0`. This variant is a baseline that shows how much the error of a finite
+  :math:`\epsilon` costs.
+
+  `jax.jvp` differentiates `mezo_jax.perturbed` with respect to c, so the z of
+  only one layer is in memory at a time. A direction takes one evaluation
+  together with its tangent, which takes about as long as two evaluations. The
+  loss must be differentiable.
 
   Args:
-    **options: Options of `mezo_jax.spsa`.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``num_samples``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: For an option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Baydin et al., 2022, `Gradients without Backpropagation
+    <https://arxiv.org/abs/2202.08587>`_, Algorithm 1. Malladi et al., 2023,
+    `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix D.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.forward_grad(key=0))
   """
   spsa = Spsa(1.0, combine=two_sided, over='scan', **options)
 
   def measure(state, params, value_fn, batch):
     loss = spsa.loss_at(params, value_fn, batch)
     def derivative(key):
+      """Returns the loss and its derivative along one direction."""
       return jax.jvp(lambda c: loss(Displacement(key, c)),
                      (jnp.float32(0.0),), (jnp.float32(1.0),))
     values, g = lax.map(derivative, spsa.z(state).keys)

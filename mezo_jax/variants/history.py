@@ -1,10 +1,9 @@
-r"""Momentum and Adam at the memory of inference, recomputed from past steps.
+r"""Provides momentum and Adam that are recomputed from the last h steps.
 
-A step is a key and a number, so the last h steps are h such pairs. What an
-optimizer remembers of gradients is recomputed from them, element by element,
-when it is added to the weights; nothing of the weights' size is kept. Source:
-Malladi et al., 2023, Appendix B.2; AdaMeZO (arXiv:2605.00650), with a window of
-h steps.
+A gradient estimate is determined by the key and the projected gradients of its
+step. The moments of an optimizer can therefore be recomputed from the last h
+steps, element by element, while they are added to the weights. No array of the
+size of the weights is stored.
 """
 
 from collections.abc import Callable
@@ -22,22 +21,44 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
                         **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA with heavy-ball momentum of the last h steps.
+  r"""Adds heavy-ball momentum to SPSA, recomputed from the last h steps.
 
   .. math:: u_t = \sum_{s=t-h+1}^{t} \beta^{t-s}
-            \frac{1}{n} \sum_j g_{s,j} z_{s,j}
+            \frac{1}{n} \sum_{j=1}^n g_{s,j} z_{s,j}
 
-  It equals ``chain(spsa, trace(beta))`` without what older steps would add,
-  which is less than :math:`\beta^h` of their updates. An update draws h times
-  as many directions as SPSA, in one pass; `Rademacher` and `LowRank` are cheap.
-  With more than 8 terms (32 for `LowRank`), a float32 sum of the size of the
-  largest leaf is kept.
+  This equals ``chain(spsa(...), optax.trace(beta))``, except that steps older
+  than h are ignored. Their weight would be at most :math:`\beta^h`.
+
+  An update draws h times as many directions as that of SPSA, so prefer
+  `mezo_jax.Rademacher` or `mezo_jax.LowRank`, which are cheap to draw. With
+  more than 8 terms h n (32 for `LowRank`), the sum is computed in a loop and
+  takes a float32 array of the size of the largest leaf.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    beta: :math:`\beta`.
-    window: h.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    beta: Decay rate :math:`\beta`, at least 0 and below 1. Defaults to 0.9.
+    window: Number of steps h. Defaults to 8.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. Its memory
+    has the projected gradients of the last h steps, float32 [h, n].
+
+  Raises:
+    ValueError: If ``beta`` or ``window`` is out of range, if ``eps`` has
+      groups, or for an option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.2.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.momentum_by_history(
+    ...     1e-3, key=0, directions=mezo_jax.Rademacher()))
   """
   spsa = Spsa(eps, **options).one_eps()
   arguments.number('beta', beta, least=0, below=1)
@@ -55,26 +76,52 @@ def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
 def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
                     window: int = 8, adam_eps: float = 1e-8,
                     **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA with Adam's moments of the last h steps (AdaMeZO).
+  r"""Rescales SPSA like Adam, with moments recomputed from the last h steps.
 
-  With the estimate of step s, :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j}
-  z_{s,j}`, and for each element
+  Let :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j} z_{s,j}` be the estimate of
+  step s. For each element,
 
   .. math::
     m = \frac{\sum_s \beta_1^{t-s} \hat g_s}{\sum_s \beta_1^{t-s}}, \quad
     v = \frac{\sum_s \beta_2^{t-s} \hat g_s^2}{\sum_s \beta_2^{t-s}}, \quad
-    u_t = \frac{m}{\sqrt v + \epsilon_{Adam}}
+    u_t = \frac{m}{\sqrt v + \epsilon_{Adam}}.
 
-  where skipped steps contribute nothing. With one direction of
-  `Rademacher`, v is the same for all elements, and `scalar_adam` is cheaper.
+  The sums run over the last h steps that were not skipped. With one
+  `mezo_jax.Rademacher` direction per step, v is the same for all elements, and
+  `scalar_adam` is a cheaper choice.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    b1: :math:`\beta_1`.
-    b2: :math:`\beta_2`.
-    window: h. The h * n draws of an element are made in one pass.
-    adam_eps: :math:`\epsilon_{Adam}`.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    b1: Decay rate :math:`\beta_1` of the first moment, at least 0 and below 1.
+      Defaults to 0.9.
+    b2: Decay rate :math:`\beta_2` of the second moment, at least 0 and below 1.
+      Defaults to 0.99.
+    window: Number of steps h. The h n draws of an element are computed in one
+      fused operation. Defaults to 8.
+    adam_eps: Term :math:`\epsilon_{Adam}` that is added to the denominator.
+      Defaults to 1e-8.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. Its memory
+    has the projected gradients of the last h steps, float32 [h, n].
+
+  Raises:
+    ValueError: If an argument is out of range, if ``eps`` has groups, or for an
+      option that `mezo_jax.spsa` does not accept.
+
+  References:
+    `AdaMeZO <https://arxiv.org/abs/2605.00650>`_. Malladi et al., 2023,
+    `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.2.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-4, estimator=variants.adam_by_history(
+    ...     1e-3, key=0, directions=mezo_jax.LowRank(), window=4))
   """
   spsa = Spsa(eps, **options).one_eps()
   arguments.number('b1', b1, least=0, below=1)
@@ -85,13 +132,17 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
     steps, n = g.shape
     age = steps - 1 - jnp.arange(steps)
     def weights(beta):
+      """Returns normalised weights [h] of the steps, 0 for skipped ones."""
       there = jnp.where(jnp.isnan(g[:, 0]), 0.0, _powers(beta, age))
       return there / jnp.maximum(jnp.sum(there), 1e-30)
     w1, w2 = weights(b1), weights(b2)
     g = jnp.where(jnp.isnan(g), 0.0, g) / n
     def moments(w, draws):
+      """Returns the update of one leaf."""
       m = v = jnp.zeros(w.shape, jnp.float32)
-      for s in range(steps):  # a loop of XLA would keep sums of leaves
+      # This loop is unrolled, so that XLA fuses all terms. A `lax.fori_loop`
+      # would store m and v, which are as large as the leaf.
+      for s in range(steps):
         estimate = sum(g[s, j] * draws.term(s * n + j, w) for j in range(n))
         m, v = m + w1[s] * estimate, v + w2[s] * estimate**2
       return draws.masked(w, m / (jnp.sqrt(v) + adam_eps), 0.0)
@@ -101,15 +152,20 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
 
 
 def _powers(beta, age: jax.Array) -> jax.Array:
-  """Returns ``beta**age``, also where dtypes may not be promoted."""
+  """Returns ``beta**age``. `lax.pow` works with strict dtype promotion, too."""
   return lax.pow(jnp.broadcast_to(jnp.asarray(beta), age.shape), age)
 
 
 def _of_history(spsa: Spsa, window: int, update: Callable) -> Estimator:
-  """Returns the estimator with updates ``update(params, z, projected_grad)``.
+  """Returns an estimator whose updates depend on the last h steps.
 
-  There z is a displacement of h * n terms with coefficients 1, the oldest
-  first, and projected_grad is [h, n], with NaN for steps that were skipped.
+  Args:
+    spsa: SPSA, which measures projected gradients.
+    window: Number of steps h.
+    update: A function ``(params, z, projected_grad) -> updates``. ``z`` is a
+      displacement of h * n terms with coefficients of 1, the oldest step first.
+      ``projected_grad`` has the shape [h, n], with NaN for skipped steps and
+      for those before the first.
   """
   arguments.whole('window', window)
 

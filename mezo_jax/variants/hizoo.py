@@ -1,18 +1,4 @@
-r"""HiZOO: directions scaled by an estimate of the Hessian's diagonal.
-
-With H, one positive number per weight, at first 1,
-
-.. math::
-  \ell_\pm &= \mathcal{L}(\theta \pm \epsilon H^{-1/2} z; \mathcal{B}), \quad
-  g = \frac{\ell_+ - \ell_-}{2 \epsilon}, \quad
-  h = \frac{|\ell_+ - 2 \ell_0 + \ell_-|}{2 \epsilon^2} \\
-  \theta &\leftarrow \theta - \eta\, g H^{-1/2} z, \qquad
-  H \leftarrow (1 - \alpha) H + \alpha\, h\, H \odot z^2
-
-H is as large as float32 weights: this variant takes twice the memory of
-inference (three times that of half-precision weights), and during an update as
-much again. Source: Zhao et al., 2024, arXiv:2402.15173.
-"""
+r"""Provides HiZOO, which scales directions by an estimate of the Hessian."""
 
 from typing import Any, Unpack
 
@@ -34,17 +20,53 @@ from mezo_jax.transforms.estimator import (
 
 def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
           **options: Unpack[LossOptions]) -> Estimator:
-  r"""SPSA along :math:`H^{-1/2} z`, with 2n + 1 evaluations per step.
+  r"""Runs SPSA along directions that an estimate of the Hessian scales (HiZOO).
 
-  The weights move along the direction that was evaluated; H changes after them.
-  With n directions, the mean of :math:`h z^2` is used. The numbers of a step
-  are [2n]: first all g, then all h. The memory is :math:`H^{-1/2}`.
+  H has one positive number per weight, which is 1 at first and approaches the
+  diagonal of the Hessian. With one direction,
+
+  .. math::
+    \ell_\pm &= \mathcal{L}(\theta \pm \epsilon H^{-1/2} z; \mathcal{B}), \quad
+    g = \frac{\ell_+ - \ell_-}{2 \epsilon}, \quad
+    h = \frac{|\ell_+ - 2 \ell_0 + \ell_-|}{2 \epsilon^2}, \\
+    \theta &\leftarrow \theta - \eta\, g H^{-1/2} z, \qquad
+    H \leftarrow (1 - \alpha) H + \alpha\, h\, H \odot z^2.
+
+  The weights move along the direction that was evaluated, and H changes
+  afterwards. With n directions, the means of :math:`g z` and of :math:`h z^2`
+  are used. A step takes 2n + 1 evaluations.
+
+  H takes the memory of float32 weights. This variant therefore takes twice the
+  memory of inference (three times that of half-precision weights), and during
+  an update as much again.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    alpha: :math:`\alpha`. h is about half the Hessian's trace, which is large
-      for a large model. The authors' example uses 1e-8.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    alpha: Weight :math:`\alpha` of the curvature of a step, at least 0 and
+      below 1. h is about half the trace of the Hessian, which is large for a
+      large model. Defaults to 1e-8, as in the authors' example.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. A step has
+    2n numbers: first the g, then the h of all directions. The memory of its
+    state is :math:`H^{-1/2}`, float32, a tree like the params.
+
+  Raises:
+    ValueError: If ``alpha`` is out of range, if ``eps`` has groups, or for an
+      option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Zhao et al., 2024, `Second-Order Fine-Tuning without Pain for LLMs: A
+    Hessian Informed Zeroth-Order Optimizer
+    <https://arxiv.org/abs/2402.15173>`_, Algorithm 1.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.hizoo(1e-3, key=0))
   """
   spsa = Spsa(eps, combine=two_sided, **options).one_eps()
   arguments.number('alpha', alpha, least=0, below=1)
@@ -55,7 +77,8 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
                            spsa.directions.selected(params))
 
   def measure(state, params, value_fn, batch):
-    # A float32 eps, as from eps_at, has a square that differs in the last bit.
+    # Read eps from the options. That of `eps_at` is a float32 array, whose
+    # square would differ in its last bit from that of a Python number.
     eps = arguments.at(spsa.eps, state.count)
     losses = spsa.along(multiplier=Multiplier(state.memory)).losses(
         state, params, value_fn, batch, signs=(1.0, -1.0, 0.0))
@@ -70,13 +93,13 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
         numbers, (h / n, jnp.float32(alpha)), (jnp.zeros(n), jnp.float32(0)))
     scaled = spsa.along(multiplier=Multiplier(state.memory))
     updates = scaled.apply(state, params, numbers._replace(projected_grad=g))
-    # Draws are scaled by s = H^(-1/2), so H z^2 is (s z)^2 / s^4.
+    # ``draws.term`` is s z with s = H^(-1/2), and H z^2 equals (s z)^2 / s^4.
     squares = mapped(
         lambda w, draws: sum(h[j] * draws.term(j, w)**2 for j in range(n)),
         params, spsa.z(state), scaled.directions, dtype=jnp.float32)
     def after(s, square):
       if not s.ndim and square.ndim:
-        return s  # the leaf has no z
+        return s  # The leaf has no z, and one number stands for its memory.
       hessian = (1 - rate + rate * square / s**2) / s**2
       return jnp.minimum(jax.lax.rsqrt(hessian), jnp.float32(1e6))
     new = jax.tree.map(after, state.memory, squares)
@@ -87,7 +110,11 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
 
 
 def _ones(x, used) -> jax.Array:
-  """Returns ones placed as a leaf is; one number for a leaf without z."""
+  """Returns the first memory of a leaf.
+
+  This is an array of ones with the sharding of the leaf, or the number 1 for a
+  leaf without a z.
+  """
   if used is False:
     return jnp.ones((), jnp.float32)
   if is_codes(x):

@@ -1,17 +1,4 @@
-r"""LOZO-M: momentum of low-rank steps, of the size of a factor.
-
-With V the same for some steps and a new U in each step (`LazyLowRank`), for
-each matrix
-
-.. math::
-  N \leftarrow \beta N + (1 - \beta)\, g U, \qquad
-  W \leftarrow W - \frac{\eta}{\sqrt r} N V^\top
-
-and, when V changes, first :math:`N \leftarrow \frac{1}{k} N (V_{old}^\top
-V_{new})`, which expresses the momentum in the new V. Vectors and small
-matrices, which have no factors, have no momentum. Source: Chen et al., 2024,
-arXiv:2410.07698, Algorithm 2.
-"""
+r"""Provides LOZO-M, whose momentum has the size of a low-rank factor."""
 
 from typing import Any, Unpack
 
@@ -30,16 +17,49 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
            **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA along `LazyLowRank` directions, with momentum of their factor.
+  r"""Runs SPSA along low-rank directions, with momentum of one factor (LOZO-M).
 
-  The memory is N, float32 [rows, rank] for each matrix. The paper's normal
-  factors have no :math:`1/\sqrt r`: use its learning rates times r.
+  The directions are those of `mezo_jax.LazyLowRank`: V stays the same for some
+  steps, and U is new in each step. For each matrix with k columns,
+
+  .. math::
+    N \leftarrow \beta N + (1 - \beta)\, g U, \qquad
+    W \leftarrow W - \frac{\eta}{\sqrt r} N V^\top.
+
+  When V changes, the momentum is first projected onto the new factor, by
+  :math:`N \leftarrow \frac{1}{k} N (V_{old}^\top V_{new})`. Vectors and small
+  matrices, which have no factors, have no momentum.
+
+  The paper's factors are normal, and it has no :math:`1 / \sqrt r`. Multiply
+  its learning rates by r.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    beta: :math:`\beta`.
-    **options: Other options of `mezo_jax.spsa`, with one direction per step.
-      ``directions`` defaults to ``LazyLowRank(rank=2, every=50)``.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    beta: Decay rate :math:`\beta` of the momentum, at least 0 and below 1.
+      Defaults to 0.9.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``over``, ``micro_batches`` and ``dtype``. ``num_samples``
+      must be 1. ``directions`` must be a `mezo_jax.LazyLowRank`, and defaults
+      to ``LazyLowRank(rank=2, every=50)``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. The memory
+    of its state has N for each matrix, float32 [rows, rank].
+
+  Raises:
+    ValueError: If ``beta`` is out of range, if ``directions`` or
+      ``num_samples`` is unsuitable, if ``eps`` has groups, or for an option
+      that `mezo_jax.spsa` does not accept.
+
+  References:
+    Chen et al., 2024, `Enhancing Zeroth-order Fine-tuning for Language Models
+    with Low-rank Structures <https://arxiv.org/abs/2410.07698>`_, Algorithm 2.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.lozo_m(1e-3, key=0))
   """
   options.setdefault('directions', LazyLowRank(rank=2, every=50))
   spsa = Spsa(eps, **options).one_eps()
@@ -49,15 +69,16 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
     raise ValueError('lozo_m needs directions=mezo_jax.LazyLowRank(...), got '
                      f'{kind!r}.')
   if spsa.num_samples > 1:
-    raise ValueError('lozo_m has one direction per step: leave num_samples '
-                     'at 1.')
+    raise ValueError('num_samples must be 1 for lozo_m, which keeps the '
+                     'momentum of a single direction per step.')
 
   def draws_at(params, keys):
+    """Returns the draws of each leaf, or None for a leaf without a z."""
     z = Displacement(keys, jnp.ones(1))
     return [draws for *_, draws in of_leaves(params, z, kind)]
 
   def memory(params):
-    key = jax.random.key(0)  # only shapes are used
+    key = jax.random.key(0)  # any key, since only shapes are computed
     shapes = jax.eval_shape(lambda params: [
         _factors(draws, x)[0] if _has_factors(draws) else None
         for draws, (_, x) in zip(draws_at(params, kind.keys(key, 0, 1)),
@@ -73,12 +94,14 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
         for count in (state.count, jnp.maximum(state.count - 1, 0)))
 
     def of_leaf(x, draws, old, momentum):
+      """Returns the update and the next momentum of one leaf."""
       if draws is None:
         return zeros(x), None
       if momentum is None:
         return jnp.where(there, g, 0.0) * draws.built(x), None
       u, v = _factors(draws, x)
       def projected(momentum):
+        """Returns N (V_old^T V_new) / k, for each layer of a stack."""
         _, v_old = _factors(old, x)
         layers = x.shape[0] if draws.is_stack() else 1
         apart = lambda v: v.reshape(layers, -1, kind.rank)
@@ -89,12 +112,14 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
         return jnp.einsum('...a,...ab->...b', momentum, meet,
                           precision='highest')
       moved = lax.cond(changes, projected, lambda m: m, momentum)
-      # Built once: each use could otherwise be fused with other products.
+      # Store the momentum before it is used. XLA could otherwise compute it
+      # twice, for the state and for the update, with other roundings.
       moved = xla.made_first(
           lambda there, moved, g, u, momentum: jnp.where(
               there, beta * moved + (1 - beta) * g * u, momentum),
           there, moved, g, u, momentum)
-      step = draws.coefs[0] * low_rank.product(moved, v)  # 1 / sqrt(r)
+      # The coefficient of the direction is 1 / sqrt(r).
+      step = draws.coefs[0] * low_rank.product(moved, v)
       step = draws.scaled_by(step)
       return jnp.where(there, draws.masked(x, step, 0.0), 0.0), moved
 
@@ -106,11 +131,16 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
 
 
 def _has_factors(draws) -> bool:
+  """Returns whether a leaf has low-rank directions."""
   return draws is not None and len(draws.streams) == 2
 
 
 def _factors(draws, x) -> list[jax.Array]:
-  """Returns U and V of a leaf, with all of its axes and one for the rank."""
+  """Returns U and V of a leaf.
+
+  Each has one axis for each axis of the leaf, of length 1 where the factor does
+  not vary, followed by an axis for the rank.
+  """
   return [low_rank.of_block(
       draws.directions.factor(s, x.shape, jnp.float32), s, x.shape)
           for s in draws.streams]

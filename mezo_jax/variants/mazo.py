@@ -1,29 +1,10 @@
-r"""MaZO: only the weights that matter most to all tasks are trained.
+r"""Provides MaZO, which trains only the weights that matter most to all tasks.
 
-For each task t, n directions give scalars,
+`saliency` scores weights before training and returns a mask. `mazo` runs SPSA
+on the weights of the mask.
 
-.. math::
-  g_j = \frac{\ell_j^+ - \ell_j^-}{2 \epsilon}, \quad
-  h_j = \frac{\ell_j^+ - 2 \ell^0 + \ell_j^-}{\epsilon^2}, \quad
-  \hat g = \frac{1}{n} \sum_j g_j z_j, \quad
-  \hat H = \frac{1}{2n} \sum_j h_j (z_j^2 - 1)
-
-For normal z, the mean of :math:`\hat g` is the gradient, and that of
-:math:`\hat H` is the Hessian's diagonal. The score of a weight w is
-
-.. math:: S^t = \frac{\hat g^2}{2 |\hat H|} + \alpha \hat g^2 + \beta |w|
-
-(the cost of freezing it at the optimum, the gain of a step of descent, and its
-size), divided by the sum of its row. The scores of all tasks are added, and the
-k highest of each row are trained. Source: Zhang et al., 2025, arXiv:2502.11513,
-Section 4. No code of the paper is public. Finding curvature and gradient
-without derivatives, bounding :math:`|\hat H|` by its row's mean from below, and
-taking the rows of a leaf as it is stored are our choices.
-
-Nothing of the weights' size is kept except the mask: scores are computed for
-some rows at a time from the scalars and the keys. If n is far below the number
-d of elements, each score is mostly noise, and the mask is close to a random
-one, which still makes d smaller.
+References:
+  Zhang et al., 2025, `MaZO <https://arxiv.org/abs/2502.11513>`_, Section 4.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,35 +27,80 @@ from mezo_jax.perturb.api import mapped, perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
-_PART = 2**20  # elements that are scored at once
+_PART = 2**20  # Largest number of elements that are scored in one operation.
 
 
 def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
              share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
              alpha: float = 1.0, beta: float = 0.0,
              directions: Directions | str = Normal()) -> Any:
-  r"""Returns the mask of the weights of each row that matter most, for `mazo`.
+  r"""Returns a mask of the weights that matter most, for `mazo`.
+
+  For each task t, n directions :math:`z_j` are evaluated. They estimate the
+  gradient and the diagonal of the Hessian:
+
+  .. math::
+    g_j = \frac{\ell_j^+ - \ell_j^-}{2 \epsilon}, \quad
+    h_j = \frac{\ell_j^+ - 2 \ell^0 + \ell_j^-}{\epsilon^2}, \quad
+    \hat g = \frac{1}{n} \sum_j g_j z_j, \quad
+    \hat H = \frac{1}{2n} \sum_j h_j (z_j^2 - 1).
+
+  The score of a weight w is
+
+  .. math:: S^t = \frac{\hat g^2}{2 |\hat H|} + \alpha \hat g^2 + \beta |w|,
+
+  divided by the sum over its row. The three terms are the cost of freezing the
+  weight at the optimum, the gain of a step of descent, and the size of the
+  weight. The scores of all tasks are added. The mask selects the highest scores
+  of each row.
+
+  Scores are computed from the scalars and the keys, for some rows at a time.
+  Nothing of the size of the weights is stored except the mask. If n is far
+  smaller than the number of weights, each score is mostly noise, and the mask
+  is close to a random one.
+
+  There is no public code for the paper. Three choices are ours: gradient and
+  curvature are estimated by forward passes, :math:`|\hat H|` is at least the
+  mean of its row, and a row runs along the last axis of a leaf.
 
   Args:
-    value_fns: Functions of the parameters, one for each task. Each returns
-      what the ``value_fn`` of `mezo_jax.spsa` may return.
-    params: The parameters before training.
+    value_fns: A sequence of functions of the params, one for each task. Each
+      returns what the ``value_fn`` of `mezo_jax.spsa` may return.
+    params: The params before training.
     key: A `jax.random.key` or an integer seed.
-    share: Share of each row that is trained, above 0 and at most 1.
-    num_samples: n, the number of directions. Each task takes 2n + 1
-      evaluations.
-    eps: Perturbation scale :math:`\epsilon`.
-    alpha: :math:`\alpha`, which includes a learning rate.
-    beta: :math:`\beta`.
-    directions: `Normal`, with the leaves that are scored.
+    share: Share of each row that is trained, above 0 and at most 1. At least
+      one weight of each row is trained. Defaults to 0.25.
+    num_samples: Number n of directions. Each task takes 2n + 1 evaluations.
+      Defaults to 16.
+    eps: Perturbation scale :math:`\epsilon`. Defaults to 1e-3.
+    alpha: Weight :math:`\alpha` of the gain of a step, which includes a
+      learning rate. Defaults to 1.
+    beta: Weight :math:`\beta` of the size of a weight. Defaults to 0.
+    directions: A `mezo_jax.Normal`, whose mask selects the leaves that are
+      scored and trained. Defaults to ``Normal()``.
 
   Returns:
-    A tree of bools. For matrices (of each layer) they are arrays, with exactly
-    k True in each row; for other leaves True or False.
+    A tree of bools with the structure of the params. A matrix, or a stack of
+    matrices, has a bool array with the same number of True in each row. Other
+    leaves have a single bool, which is True if directions select them.
 
   Raises:
-    ValueError: For a share or a number of directions out of range; for
-      directions that are not normal or have a mask of elements; for `Codes`.
+    ValueError: If an argument is out of range, if ``directions`` are not normal
+      or have a mask of elements, or if there are `QuantizedArray` among the params.
+
+  References:
+    Zhang et al., 2025, `MaZO: Masked Zeroth-Order Optimization for Multi-Task
+    Fine-Tuning of Large Language Models <https://arxiv.org/abs/2502.11513>`_,
+    Section 4.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> params = {'w': jnp.ones((2, 8)), 'b': jnp.zeros(8)}
+    >>> tasks = [lambda p: jnp.sum(p['w'] ** 2), lambda p: jnp.sum(p['b'])]
+    >>> mask = variants.saliency(tasks, params, key=0)
+    >>> mask['w'].sum(-1).tolist(), mask['b']
+    ([2, 2], True)
   """
   if callable(value_fns) or not isinstance(value_fns, Sequence) or not (
       value_fns):
@@ -90,13 +116,14 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
   arguments.number('share', share)
   directions = as_directions(directions)
   if type(directions) is not Normal:
-    raise ValueError('saliency needs directions=mezo_jax.Normal(...), got '
-                     f'{directions!r}.')
+    raise ValueError('directions must be a mezo_jax.Normal(...) for saliency, '
+                     f'got {directions!r}.')
   if any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes))):
-    raise ValueError('saliency cannot score quantised weights (Codes).')
+    raise ValueError('params: saliency cannot score quantised weights (QuantizedArray); '
+                     'use params of floating point.')
   if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
-    raise ValueError('saliency chooses elements: directions may have a mask of '
-                     'leaves, not of elements.')
+    raise ValueError('directions: the mask must select whole leaves, since '
+                     'saliency selects elements itself.')
   if not 0 < share <= 1 or num_samples < 1:
     raise ValueError('share must be above 0 and at most 1, and num_samples at '
                      f'least 1, got {share!r} and {num_samples!r}.')
@@ -106,7 +133,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
   @jax.jit
   def scalars(params):
-    """g, h: [tasks, n]."""
+    """Returns g and h of all tasks, both float32 [tasks, n]."""
     found = []
     for t, value_fn in enumerate(value_fns):
       at = lambda point, f=value_fn: losses.mean(
@@ -121,9 +148,11 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     return tuple(map(jnp.stack, zip(*found)))
 
   def of_rows(g, h, w, draws):
+    """Returns which elements of some rows have the k highest scores."""
     total = 0.0
     for t in range(len(g)):
       def add(j, sums, t=t):
+        """Adds the terms of direction j to the two sums."""
         z = jnp.broadcast_to(draws.term(t * n + j, w), w.shape)
         return sums[0] + g[t, j] * z, sums[1] + h[t, j] * (z**2 - 1)
       zero = jnp.zeros(w.shape, g.dtype)
@@ -135,12 +164,16 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
           beta * jnp.abs(w.astype(jnp.float32)))
       total += score / jnp.maximum(jnp.sum(score, -1, keepdims=True), 1e-30)
     k = max(round(share * w.shape[-1]), 1)
-    order = jnp.argsort(jnp.argsort(-total, -1), -1)  # exactly k, ties or not
+    # The rank of each score, so that exactly k are selected even with ties.
+    order = jnp.argsort(jnp.argsort(-total, -1), -1)
     return order < k
 
   def of_leaf(g, h, w, draws):
-    """Scores a leaf layer by layer and some rows at a time, since scores need
-    several arrays of that size."""
+    """Returns the mask of one leaf.
+
+    A leaf is scored layer by layer, and a large layer some rows at a time,
+    since scoring needs several float32 arrays of the size of what is scored.
+    """
     if w.ndim < 2:
       return of_rows(g, h, w, draws)
     if draws.is_stack():
@@ -162,6 +195,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
   @jax.jit
   def masks(params, g, h):
+    """Returns the masks of all leaves."""
     return mapped(
         lambda w, draws: of_leaf(g, h, w, dataclasses.replace(
             draws, coefs=jnp.ones(len(keys)))), params,
@@ -178,24 +212,50 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
 def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
          ) -> Estimator:
-  r"""SPSA of the weights that a mask of `saliency` chooses.
+  r"""Runs SPSA on the weights that a mask M selects (MaZO).
 
-  .. math:: \ell_\pm = \mathcal{L}(\theta \pm \epsilon\, z \odot M), \qquad
+  .. math:: \ell_\pm = \mathcal{L}(\theta \pm \epsilon\, z \odot M;
+            \mathcal{B}), \qquad g = \frac{\ell_+ - \ell_-}{2 \epsilon}, \qquad
             u = g\, (z \odot M)
 
-  Weights that are not chosen are neither moved nor perturbed.
+  All other weights are neither perturbed nor moved. The arrays of the mask take
+  one byte per element. They are stored in the state, so that checkpoints
+  include them and compiled programs do not hold them as constants.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    mask: M, one byte per element. Its arrays are stored in the state, so
-      checkpoints include them and programs do not have them as constants.
-    **options: Other options of `mezo_jax.spsa`. Its directions may not have a
-      mask.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    mask: The mask M, a tree of bools and bool arrays such as `saliency`
+      returns.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``
+      (without a mask), ``combine``, ``num_samples``, ``over``,
+      ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: If ``mask`` is not a tree of bools, if ``directions`` have a
+      mask, too, or for an option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Zhang et al., 2025, `MaZO: Masked Zeroth-Order Optimization for Multi-Task
+    Fine-Tuning of Large Language Models <https://arxiv.org/abs/2502.11513>`_,
+    Section 4.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> params = {'w': jnp.ones((2, 8))}
+    >>> mask = variants.saliency(
+    ...     [lambda p: jnp.sum(p['w'] ** 2)], params, key=0)
+    >>> tx = mezo_jax.mezo(
+    ...     1e-6, estimator=variants.mazo(1e-3, mask=mask, key=0))
   """
   spsa = Spsa(eps, **options)
   if spsa.directions.mask is not None:
-    raise ValueError('directions.mask cannot be used together with mask=: pass '
-                     'your mask to saliency(directions=...) instead.')
+    raise ValueError('directions.mask cannot be combined with mask=; pass your '
+                     'mask to saliency(directions=...) instead.')
   if mask is None or isinstance(mask, str) or callable(mask):
     raise ValueError('mask must be a tree of bools, such as saliency returns, '
                      f'got {mask!r}.')
@@ -203,6 +263,7 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
   is_array = [bool(jnp.ndim(m)) for m in leaves]
 
   def masked(state):
+    """Returns SPSA with the mask whose arrays are in the state."""
     arrays = iter(state.memory)
     return spsa.along(mask=jax.tree.unflatten(tree, [
         next(arrays) if a else m for m, a in zip(leaves, is_array)]))
@@ -222,9 +283,34 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
 
 
 def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
-  """Returns a mask like that of `saliency` that chooses no element of matrices.
+  r"""Returns a placeholder for the mask of `saliency`, without any scores.
 
-  It is used until a state is restored or scores are computed.
+  .. math:: M = 0 \text{ for the elements of matrices}
+
+  Use it to create a state before a checkpoint is restored into it or scores are
+  computed.
+
+  Args:
+    params: The params.
+    directions: A `mezo_jax.Normal`, as for `saliency`. Defaults to
+      ``Normal()``.
+
+  Returns:
+    A tree of bools and bool arrays with the shapes of those of `saliency`. It
+    selects no element of a matrix.
+
+  Raises:
+    ValueError: If ``params`` is None or a mask of ``directions`` does not fit.
+
+  References:
+    Zhang et al., 2025, `MaZO <https://arxiv.org/abs/2502.11513>`_, Section 4.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> mask = variants.no_scores({'w': jnp.ones((2, 8))})
+    >>> mask['w'].shape, bool(mask['w'].any())
+    ((2, 8), False)
   """
   arguments.tree('params', params)
   directions = as_directions(directions)
@@ -237,7 +323,7 @@ def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
 
 
 def _beside(mask, x) -> jax.Array:
-  """Returns a copy of a mask with the sharding of its weights."""
+  """Returns a copy of a mask's array, with the sharding of its weights."""
   on_mesh = isinstance(getattr(x, 'sharding', None),
                        jax.sharding.NamedSharding) and not isinstance(
                            x, Tracer)

@@ -1,16 +1,20 @@
-r"""SPSA with a scale per layer: variance-modified and expectation-modified.
+r"""Provides SPSA with a scale for each layer, in two variants.
 
-Each layer has a scale d, and z/d divides each element of z by the scale of its
-layer.
+Each layer has a scale d. Losses are evaluated along z/d, which is z with each
+element divided by the scale of its layer:
 
 .. math:: g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
-          - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon},
-          \qquad \hat\nabla = g\, (d \odot z) \text{ or } g\, z.
+          - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon}.
 
-The first has the mean of the gradient, with another variance. The second has
-the mean :math:`\nabla \mathcal{L} / d`, which is equally long in every layer if
-d is the norm of the layer's gradient. Source: Malladi et al. (2023), Appendix
-B.3, Definitions 6 and 7.
+The update of `variance_modified` is :math:`g\, (d \odot z)`. Its expectation is
+the gradient, as that of SPSA, but with another variance. The update of
+`expectation_modified` is :math:`g\, z`. Its expectation is :math:`\nabla
+\mathcal{L} / d`, which has the same length in every layer if d is the norm of
+the layer's gradient. `grad_norms` estimates these norms.
+
+References:
+  Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+  <https://arxiv.org/abs/2305.17333>`_, Appendix B.3, Definitions 6 and 7.
 """
 
 from collections.abc import Callable
@@ -30,35 +34,52 @@ from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
-_LEAST = 1e-2  # least norm, relative to the root mean square of all layers
+# Smallest norm that is returned, relative to the root mean square of all norms.
+_LEAST = 1e-2
 
 
 def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
                num_samples: int = 4, eps: float = 1e-3,
                directions: Directions | str = Normal()) -> Any:
-  r"""Returns the norm of each layer's gradient, by forward passes.
+  r"""Estimates the norm of each layer's gradient by forward passes.
 
-  .. math:: d_\ell^2 \propto \frac{1}{n} \sum_j \left[\frac{
+  .. math:: d_\ell^2 \propto \frac{1}{n} \sum_{j=1}^n \left[\frac{
             \mathcal{L}(\theta + \epsilon z_{j,\ell})
             - \mathcal{L}(\theta - \epsilon z_{j,\ell})}{2 \epsilon}\right]^2
 
-  with :math:`z_{j,\ell}` zero except in layer :math:`\ell` (Malladi et al.,
-  Proposition 1). Parameters outside of layers (embedding, head) are grouped by
-  the first component of their path. Each group takes 2n evaluations.
+  Here :math:`z_{j,\ell}` is zero except in layer :math:`\ell`. Params outside
+  of layers (such as the embedding) are grouped by the first component of their
+  paths, and each group counts as a layer. Each layer takes 2n evaluations.
 
   Args:
-    value_fn: A function of the parameters that returns what the ``value_fn`` of
+    value_fn: A function of the params that returns what the ``value_fn`` of
       `mezo_jax.spsa` may return.
-    params: The parameters before training.
+    params: The params before training.
     key: A `jax.random.key` or an integer seed.
-    num_samples: n, the number of directions.
-    eps: Perturbation scale :math:`\epsilon`.
-    directions: Distribution of z.
+    num_samples: Number n of directions. Defaults to 4.
+    eps: Perturbation scale :math:`\epsilon`. Defaults to 1e-3.
+    directions: Distribution of z, or its name. Defaults to ``Normal()``.
 
   Returns:
-    A tree of float32 numbers, with arrays [L] for stacks of L layers, scaled so
-    that z/d is as long as z. None is less than a hundredth of their root mean
-    square.
+    A tree of float32 numbers with the structure of the params, and arrays [L]
+    for stacks of L layers. They are scaled so that z/d is as long as z on
+    average. No norm is less than a hundredth of their root mean square.
+
+  Raises:
+    ValueError: If an argument is out of range or has the wrong type.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.3, Proposition 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> params = {'a': jnp.ones(8), 'b': jnp.ones(8)}
+    >>> loss = lambda p: jnp.sum(p['a']) + 5 * jnp.sum(p['b'])
+    >>> norms = variants.grad_norms(loss, params, key=0)
+    >>> bool(norms['b'] > norms['a'])
+    True
   """
   arguments.function('value_fn', value_fn)
   arguments.tree('params', params)
@@ -70,6 +91,7 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
 
   @jax.jit
   def squares(params):
+    """Returns the squared norms of all layers."""
     def of_layer(layer):
       only = _tree(params, [(of == layer).astype(jnp.float32) for of in layers])
       at = perturbed(value_fn, dataclasses.replace(
@@ -85,7 +107,34 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
 
 
 def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
-  """Returns ones in place of norms that are not known yet."""
+  r"""Returns a placeholder for the result of `grad_norms`.
+
+  .. math:: d_\ell = 1
+
+  Use it to create a state before a checkpoint is restored into it or norms are
+  estimated.
+
+  Args:
+    params: The params.
+    directions: Distribution of z, or its name. Defaults to ``Normal()``.
+
+  Returns:
+    A tree of ones with the structure and the shapes of that of `grad_norms`.
+
+  Raises:
+    ValueError: If ``params`` is None or ``directions`` are unknown.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.3.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> norms = variants.no_norms({'layers': {'w': jnp.zeros((3, 4, 5))}})
+    >>> norms['layers']['w'].tolist()
+    [1.0, 1.0, 1.0]
+  """
   arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
   return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
@@ -93,29 +142,89 @@ def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
 
 def variance_modified(eps: Any = 1e-3, *, norms: Any,
                       **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA with :math:`\hat\nabla = g\, (d \odot z)`, where g is measured along
-  z/d.
+  r"""Modifies the variance of SPSA by a scale d for each layer.
+
+  .. math:: u = g\, (d \odot z), \qquad
+            g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
+            - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon}
+
+  The expectation of the update is the gradient, as that of SPSA.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    norms: d, from `grad_norms`, or another tree like the params of positive
-      numbers, with arrays [L] for stacks of L layers. It is the memory of the
-      state.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    norms: The scales d, from `grad_norms`, or another tree of positive numbers
+      with the structure of the params, and arrays [L] for stacks of L layers.
+      They are the memory of the state, so that checkpoints include them.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: If ``norms`` are not a tree of numbers, or for an option that
+      `mezo_jax.spsa` does not accept.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.3, Definition 6.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> params = {'a': jnp.ones(8), 'b': jnp.ones(8)}
+    >>> norms = variants.grad_norms(lambda p: jnp.sum(p['a']), params, key=0)
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.variance_modified(
+    ...     1e-3, norms=norms, key=0))
   """
   return _modified(eps, norms, options, back=True)
 
 
 def expectation_modified(eps: Any = 1e-3, *, norms: Any,
                          **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA with :math:`\hat\nabla = g z`, where g is measured along z/d.
+  r"""Modifies the expectation of SPSA by a scale d for each layer.
 
-  The arguments are those of `variance_modified`.
+  .. math:: u = g\, z, \qquad
+            g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
+            - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon}
+
+  The expectation of the update is :math:`\nabla \mathcal{L} / d`. It has the
+  same length in every layer if d is the norm of the layer's gradient.
+
+  Args:
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    norms: The scales d, from `grad_norms`, or another tree of positive numbers
+      with the structure of the params, and arrays [L] for stacks of L layers.
+      They are the memory of the state, so that checkpoints include them.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: If ``norms`` are not a tree of numbers, or for an option that
+      `mezo_jax.spsa` does not accept.
+
+  References:
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Appendix B.3, Definition 7.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> params = {'a': jnp.ones(8), 'b': jnp.ones(8)}
+    >>> norms = variants.grad_norms(lambda p: jnp.sum(p['a']), params, key=0)
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.expectation_modified(
+    ...     1e-3, norms=norms, key=0))
   """
   return _modified(eps, norms, options, back=False)
 
 
 def _modified(eps, norms, options, *, back: bool) -> Estimator:
+  """Returns either variant; ``back`` multiplies the update by d again."""
   spsa = Spsa(eps, **options)
   arguments.tree('norms', norms)
   for d in jax.tree.leaves(norms):
@@ -141,8 +250,13 @@ def _modified(eps, norms, options, *, back: bool) -> Estimator:
 
 
 def _layers(params, stacked) -> tuple[list, int]:
-  """Returns the number of the layer of each leaf, or [L] of them for a stack,
-  and how many layers there are."""
+  """Numbers the layers of a model.
+
+  Returns:
+    ``(layers, count)``. ``layers`` has an array for each leaf: the number of
+    its layer, [], or the numbers [L] of the layers in a stack. ``count`` is the
+    number of layers.
+  """
   seen = {}
   number = lambda name: seen.setdefault(name, len(seen))
   out = []
@@ -158,7 +272,14 @@ def _layers(params, stacked) -> tuple[list, int]:
 
 
 def _in_units(params, squares, layers, directions: Directions):
-  """Returns norms, none below `_LEAST`, scaled so that z/d is as long as z."""
+  """Returns the tree of scaled norms; see `grad_norms`.
+
+  Args:
+    params: The params.
+    squares: Squared norms of all layers, float32 [count].
+    layers: The numbers of the layers in each leaf, from `_layers`.
+    directions: Leaves without a z do not count.
+  """
   used = [jnp.any(jnp.asarray(m)) for m in jax.tree.leaves(
       directions.selected(params))]
   size = jnp.zeros(len(squares))
@@ -173,4 +294,5 @@ def _in_units(params, squares, layers, directions: Directions):
 
 
 def _tree(params, leaves):
+  """Returns a tree with the structure of the params and these leaves."""
   return jax.tree.unflatten(paths.structure(params), leaves)

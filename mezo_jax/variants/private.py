@@ -1,19 +1,9 @@
-r"""Private MeZO: each row's difference is clipped, and their sum is noised.
+r"""Provides SPSA with differential privacy.
 
-A direction does not depend on the data, so all that a step reveals of a row is
-one number. The sum of these numbers is released with noise:
-
-.. math::
-  d_i &= (\ell_i(\theta + \epsilon z) - \ell_i(\theta - \epsilon z))
-         / (2 \epsilon) \\
-  g &= \frac{1}{B} \Bigl( \sum_i \mathrm{clip}(d_i, \pm C) + C \sigma \xi
-       \Bigr), \qquad \xi \sim \mathcal{N}(0, 1) \text{ or Laplace}(1)
-
-The sum runs over the rows of a Poisson sample, and B is their expected number.
-Adding or removing a row changes the sum by at most C. Source: DPZero (Zhang et
-al., 2024, arXiv:2310.09639, Algorithm 2) and DP-ZO (Tang et al., 2024,
-arXiv:2401.04343). `mezo_jax.training.privacy` computes :math:`\sigma` for a
-budget.
+A direction z does not depend on the data. A step therefore reveals only one
+number per example, its difference of losses along z. `private` clips these
+numbers and adds noise to their sum. `mezo_jax.training.privacy` chooses the
+noise for a privacy budget.
 """
 
 from typing import Any, Unpack
@@ -37,33 +27,68 @@ MECHANISMS = ('gaussian', 'laplace')
 def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
             batch_size: float, mechanism: str = 'gaussian',
             **options: Unpack[SampleOptions]) -> Estimator:
-  r"""SPSA whose steps reveal of each row only what a privacy budget allows.
+  r"""Clips the difference of losses of each example, and adds noise to the sum.
 
-  ``update(None, state, params, value_fn=..., noise_key=...)`` needs the key of
-  :math:`\xi`, a new one for each step. It is the caller's secret: it is stored
-  nowhere and depends on nothing that is published (``key`` may be published).
-  ``value_fn`` returns per-example losses ``[B]``, or ``(losses, weights)``,
-  where rows of weight 0 are absent and all others count equally. The loss of a
-  row must not depend on other rows. A row whose difference is not finite counts
-  as 0, so no row can cause a step to be skipped.
+  .. math::
+    d_i &= (\ell_i(\theta + \epsilon z) - \ell_i(\theta - \epsilon z))
+           / (2 \epsilon), \\
+    g &= \frac{1}{B} \Bigl( \sum_i \mathrm{clip}(d_i, \pm C) + C \sigma \xi
+         \Bigr), \qquad \xi \sim \mathcal{N}(0, 1) \text{ or Laplace}(1)
 
-  The state has g as it is released. Its ``value`` is NaN, because the loss of
-  the rows is not released. With several directions, the n differences of a row
-  are clipped together to a Euclidean length of C, and each gets noise: one
-  release of n numbers.
+  The sum runs over the examples of a Poisson sample, and B is their expected
+  number. Adding or removing an example changes the sum by at most C. With n
+  directions, the n differences of an example are clipped together to a
+  Euclidean length of C, and noise is added to each of the n sums.
+
+  ``update(None, state, params, value_fn=loss, noise_key=noise_key, **batch)``
+  needs a key for :math:`\xi`, a new one for each step. This key is a secret of
+  the caller. Never store it with anything that you publish, and do not derive
+  it from something published. (The ``key`` of the directions may be published.)
+
+  The loss returns per-example losses ``[B]``, or ``(losses, weights)``. Weights
+  only mark which examples exist: those of weight 0 are ignored, and all others
+  count equally. The loss of an example must not depend on other examples. A
+  difference that is not finite counts as 0, so that no example can cause a step
+  to be skipped.
+
+  The state has g with its noise, which may be published. Its ``value`` is
+  always NaN, since the loss would reveal more.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    clip: C, in units of g.
-    noise_multiplier: :math:`\sigma`: the standard deviation (for 'gaussian') or
-      scale (for 'laplace') of the noise divided by C.
-    batch_size: B, the expected number of rows, a constant.
-    mechanism: 'gaussian' or 'laplace', which needs one direction.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    clip: Clipping threshold C, above 0, in units of g.
+    noise_multiplier: Noise :math:`\sigma` relative to C, at least 0. It is the
+      standard deviation of the noise for 'gaussian' and its scale for
+      'laplace'.
+    batch_size: Expected number B of examples in a batch, a constant above 0.
+    mechanism: Distribution of the noise, 'gaussian' (the default) or 'laplace'.
+      The latter needs ``num_samples`` of 1.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``num_samples``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
 
   Raises:
-    ValueError: For an option out of range; in ``update``, without ``noise_key``
-      or for a ``value_fn`` that returns a scalar.
+    ValueError: If an argument is out of range, or if ``eps`` has groups.
+      ``update`` raises it if ``noise_key`` is missing or the loss does not
+      return one number per example.
+
+  References:
+    Zhang et al., 2024, `DPZero <https://arxiv.org/abs/2310.09639>`_, Algorithm
+    2. Tang et al., 2024, `DP-ZO <https://arxiv.org/abs/2401.04343>`_.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-2, estimator=variants.private(
+    ...     1e-3, clip=1.0, noise_multiplier=0.5, batch_size=4, key=0))
+    >>> params, x = jnp.ones(3), jnp.ones((4, 3))
+    >>> loss = lambda params, x: x @ params  # a number per example
+    >>> updates, state = tx.update(
+    ...     None, tx.init(params), params, value_fn=loss, x=x,
+    ...     noise_key=jax.random.key(1))
   """
   if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
     raise ValueError(
@@ -73,26 +98,29 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
     arguments.number(name, value)
   if not (clip > 0 and noise_multiplier >= 0 and batch_size > 0):
     raise ValueError(
-        'clip and batch_size must be positive and noise_multiplier not '
-        f'negative, got {clip}, {batch_size} and {noise_multiplier}.')
+        'clip and batch_size must be above 0 and noise_multiplier at least 0, '
+        f'got clip={clip}, batch_size={batch_size} and noise_multiplier='
+        f'{noise_multiplier}.')
   spsa = Spsa(eps, combine=two_sided, over='scan', **options).one_eps()
   n, parts = spsa.num_samples, spsa.micro_batches
   if mechanism == 'laplace' and n > 1:
-    raise ValueError("mechanism 'laplace' needs num_samples of 1.")
+    raise ValueError("mechanism 'laplace' needs num_samples=1.")
 
   def measure(state, params, value_fn, batch):
     batch = dict(batch)
     noise_key = batch.pop('noise_key', None)
     if noise_key is None:
       raise ValueError(
-          'private needs the secret key of its noise, a new one for each step: '
-          'tx.update(..., noise_key=...); see mezo_jax.training.privacy.')
+          'noise_key is missing: private needs a secret key for the noise of '
+          'each step, tx.update(..., noise_key=...). See '
+          'mezo_jax.training.privacy.')
     arguments.check_names(value_fn, noise_key=noise_key)
     batch = losses.accepted(value_fn, batch)
     displaced = perturbed(value_fn, spsa.directions)
     eps = spsa.eps_at(state)
 
-    def rows_at(point):  # one forward pass is in memory at a time
+    def rows_at(point):
+      """Evaluates the per-example losses at one point, in parts."""
       at = lambda part: _rows(displaced(params, point, **part), part)
       if parts == 1:
         return at(batch)
@@ -100,47 +128,53 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
       found = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, found)
 
+    # `lax.map` evaluates one point after the other, with one forward pass in
+    # memory.
     values, there = lax.map(rows_at, Displacement(
         jnp.repeat(spsa.z(state).keys, 2),
         jnp.tile(jnp.float32([eps, -eps]), n)))
     plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
     d = (plus - minus) / (2 * eps)  # [n, B]
+    # An example counts as 0 if it does not exist or a difference is not finite.
     d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
+    # Clip the n differences of each example to a Euclidean length of C.
     length = jnp.sqrt(jnp.sum(d**2, 0))
     d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
+    # The loss is not reported, since only g is private.
     return None, total / batch_size
 
   return Estimator(spsa, measure=measure)
 
 
 def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
-  """Returns values [B], and whether each row is present [B].
+  """Returns the per-example losses [B], and whether each example exists [B].
 
   Args:
-    out: What a value_fn returned.
+    out: The result of a ``value_fn``.
     batch: Its arguments.
 
   Raises:
-    ValueError: if it is not one number for each row. A mean over rows, or a
-      value for each token, would be clipped as if it were a row.
+    ValueError: If ``out`` is not one number per example. A mean over examples,
+      or a number per token, would be clipped as if it were an example, and the
+      result would not be private.
   """
-  losses.sums(out)  # raises for something that is not a loss
+  losses.sums(out)  # raises ValueError for something that is not a loss
   values, *weights = out if isinstance(out, (tuple, list)) else (out,)
   values = jnp.asarray(values)
   if not jnp.ndim(values):
     raise ValueError(
-        'private clips per-example losses, and value_fn returned a scalar: '
-        'return losses [B], or (losses, weights) with weight 0 for rows that '
-        'are absent.')
+        'value_fn returned a scalar, but private clips per-example losses. '
+        'Return losses [B], or (losses, weights) with weight 0 for examples '
+        'that do not exist.')
   lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch)
              if hasattr(x, 'shape') and jnp.ndim(x)}
   if lengths and len(values) not in lengths:
     raise ValueError(
-        f'private clips what each row adds: value_fn returned {len(values)} '
-        f'values for a batch whose arrays have {sorted(lengths)} rows; it must '
-        'return one for each row.')
+        f'value_fn returned {len(values)} losses for a batch whose arrays have '
+        f'first axes of {sorted(lengths)}. Return one loss per example, which '
+        'private can clip.')
   there = jnp.ones(values.shape, bool)
   if weights:
     there = jnp.asarray(weights[0]) > 0
@@ -148,18 +182,26 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
 
 
 def noise(key: Any, n: int, mechanism: str) -> jax.Array:
-  r"""Returns :math:`\xi`, float32 [n]: standard normal, or Laplace of scale 1.
+  r"""Returns the noise :math:`\xi`, float32 [n].
 
-  They are computed from 64-bit uniform numbers. `jax.random.normal` uses 23
-  bits and never exceeds 5.4; over thousands of steps, the missing tail would be
-  more likely than any delta.
+  The noise is computed from uniform numbers of 64 bits. `jax.random.normal`
+  uses 23 bits, so it never exceeds 5.4. Over thousands of steps, the
+  probability of the missing tail would be larger than a typical delta.
+
+  Args:
+    key: The secret key of the step.
+    n: Number of directions.
+    mechanism: 'gaussian', for the standard normal distribution, or 'laplace',
+      for the Laplace distribution of scale 1.
   """
   if not noise_lib.is_typed(key):
     key = noise_lib.as_key(key, 'noise_key')
   high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
       jnp.float32)
   u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)
-  length = -jnp.log(u)  # Box and Muller's, and Laplace's size
+  # -log(u) is exponentially distributed. It is half the squared radius of the
+  # Box-Muller transform, and the absolute value of a Laplace variable.
+  length = -jnp.log(u)
   if mechanism == 'gaussian':
     return jnp.sqrt(2 * length) * jnp.cos(
         np.float32(2 * np.pi * 2**-32) * other)

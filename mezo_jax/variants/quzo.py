@@ -1,18 +1,4 @@
-r"""QuZO: weights that are integers, evaluated and moved on their grid.
-
-With a weight :math:`s q + o` (`mezo_jax.Codes`), :math:`\lfloor x \rceil` a
-random integer next to x with :math:`E \lfloor x \rceil = x`, and one z:
-
-.. math::
-  u_1 &= \lfloor \epsilon z / s \rceil, \quad
-  g = (\mathcal{L}(q + u_1) - \mathcal{L}(q - u_1)) / (2 \epsilon) \\
-  q &\leftarrow q - u_2, \quad u_2 = \lfloor \eta g z / s \rceil
-
-with independent :math:`u_1` and :math:`u_2`, so that :math:`E[s u_2] = \eta
-E[zz^\top] \nabla \mathcal{L}`. Source: Zhou et al., 2025, arXiv:2502.12346,
-Section 4, which rounds z and then the product; we round the product alone,
-which adds less noise.
-"""
+r"""Provides QuZO, which evaluates quantised weights at points of their grid."""
 
 from typing import Any, Unpack
 
@@ -23,30 +9,65 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 
 def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA that evaluates `mezo_jax.Codes` on their grid.
+  r"""Runs SPSA on quantised weights, evaluated on their grid (QuZO).
 
-  `mezo_jax.spsa` evaluates them off the grid, at :math:`s q + o \pm \epsilon
-  z`, with less noise. That is better unless products with the weights need
-  integers. `mezo_jax.mezo` moves them on their grid in any case. Weights
-  that are not `Codes` (norms, biases) are trained as usual.
+  A quantised weight is :math:`s q + o` with an integer q (`mezo_jax.QuantizedArray`).
+  Let :math:`\lfloor x \rceil` be x rounded stochastically to an integer, so
+  that :math:`E \lfloor x \rceil = x`. A step is
+
+  .. math::
+    u_1 &= \lfloor \epsilon z / s \rceil, \quad
+    g = (\mathcal{L}(q + u_1) - \mathcal{L}(q - u_1)) / (2 \epsilon), \\
+    q &\leftarrow q - u_2, \quad u_2 = \lfloor \eta g z / s \rceil.
+
+  The roundings of :math:`u_1` and :math:`u_2` are independent, so that
+  :math:`E[s u_2] = \eta E[zz^\top] \nabla \mathcal{L}`. The paper rounds z and
+  then the product with it. Rounding only the product, as here, adds less noise.
+
+  This estimator evaluates losses at points of the grid, and `mezo_jax.mezo`
+  around it moves the weights on the grid. `mezo_jax.spsa` instead evaluates
+  losses off the grid, at :math:`s q + o \pm \epsilon z`, which adds less noise.
+  Prefer it, unless the products of your model need integer weights. Weights
+  that are not `QuantizedArray` (norms, biases) are trained as usual.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`. Below a step s of the grid,
-      most of :math:`u_1` is 0 and the rest is as large as s.
-    **options: Other options of `mezo_jax.spsa`. ``directions`` may not be of
-      low rank, since their elements are never built and cannot be rounded.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      If it is smaller than a step s of the grid, most elements of :math:`u_1`
+      are 0, and the others are as large as s. Defaults to 1e-3.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+      ``directions`` must not be of low rank, since products do not build their
+      elements, which therefore cannot be rounded.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
 
   Raises:
-    ValueError: For directions of low rank, or params without `Codes`.
+    ValueError: If ``directions`` are of low rank, or for an option that
+      `mezo_jax.spsa` does not accept. ``init`` raises it for params without
+      `QuantizedArray`.
+
+  References:
+    Zhou et al., 2025, `QuZO: Quantized Zeroth-Order Fine-Tuning for Large
+    Language Models <https://arxiv.org/abs/2502.12346>`_, Section 4.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> params = {'w': mezo_jax.quantize(jnp.ones((32, 4)))}
+    >>> tx = mezo_jax.mezo(1e-4, estimator=variants.quzo(1e-2, key=0))
+    >>> state = tx.init(params)
   """
   spsa = Spsa(eps, **options).along(on_grid=True)
   if isinstance(spsa.directions, LowRank):
-    raise ValueError('quzo rounds each element of z: take Normal or '
-                     'Rademacher, or mezo_jax.mezo for directions of low rank.')
+    raise ValueError('directions of low rank cannot be used with quzo, which '
+                     'rounds each element of z. Use mezo_jax.Normal or '
+                     'mezo_jax.Rademacher, or mezo_jax.spsa in place of quzo.')
 
   def check(params):
     if not any(is_codes(x) for _, x in paths.named_leaves(params)):
-      raise ValueError('quzo needs weights that are mezo_jax.Codes: see '
-                       "mezo_jax.quantize and models.load(..., dtype='int8').")
+      raise ValueError('params: quzo needs quantised weights (mezo_jax.QuantizedArray). '
+                       "See mezo_jax.quantize and models.load(..., dtype="
+                       "'int8').")
 
   return Estimator(spsa, check=check)

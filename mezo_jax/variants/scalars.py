@@ -1,4 +1,4 @@
-r"""Variants that change the scalars g and leave z as it is."""
+r"""Provides variants that change the scalars g and leave z as it is."""
 
 from typing import Any, Unpack
 
@@ -17,6 +17,7 @@ from mezo_jax.transforms.estimator import (
 
 
 def _sign(losses, eps):
+  """Returns the mean loss and the signs of two-sided differences."""
   value, g = two_sided.apply(losses, eps)
   return value, jnp.sign(g)
 
@@ -25,36 +26,77 @@ _SIGN = Combine(two_sided.signs, _sign, needs_all=False)
 
 
 def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
-  r"""ZO-SGD-Sign: :math:`u = \mathrm{sign}(g) z`.
+  r"""Replaces each projected gradient by its sign (ZO-SGD-Sign).
 
-  The sign is that of the scalar, as in ZO-Bench (Zhang et al., 2024,
-  arXiv:2402.11592), so all steps are equally long.
+  .. math:: u = \frac{1}{n} \sum_{j=1}^n \mathrm{sign}(g_j)\, z_j
+
+  The sign is that of the scalar :math:`g_j`, as in ZO-Bench, not that of each
+  element. The length of a step therefore does not depend on the loss.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: For an option that `mezo_jax.spsa` does not accept.
+
+  References:
+    Zhang et al., 2024, `Revisiting Zeroth-Order Optimization for
+    Memory-Efficient LLM Fine-Tuning: A Benchmark
+    <https://arxiv.org/abs/2402.11592>`_ (ZO-Bench), ZO-SGD-Sign.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-4, estimator=variants.sign(1e-3, key=0))
   """
   return Estimator(Spsa(eps, combine=_SIGN, **options))
 
 
 def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
                 **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""MEAZO: one second moment, that of g, for all weights.
+  r"""Rescales SPSA by one second moment for all weights, that of g (MEAZO).
 
-  .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_j g_j^2,
-            \qquad u = \frac{1}{\sqrt{\hat v} + \epsilon_{Adam}}
-            \frac{1}{n} \sum_j g_j z_j
+  .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_{j=1}^n
+            g_j^2, \qquad u = \frac{1}{\sqrt{\hat v} + \epsilon_{Adam}}
+            \frac{1}{n} \sum_{j=1}^n g_j z_j
 
-  with Adam's correction :math:`\hat v = v / (1 - \beta_2^t)`. The learning rate
-  is then the typical change of an element. Source: "On adaptivity in
-  zeroth-order optimization" (arXiv:2605.03869), which finds that the elements
-  of a zeroth-order gradient differ too little for a moment each.
+  Here :math:`\hat v = v / (1 - \beta_2^t)`, as in Adam. The learning rate is
+  then the typical change of an element in a step. The paper finds that the
+  elements of a zeroth-order gradient differ too little to need a second moment
+  each.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    b2: :math:`\beta_2`.
-    adam_eps: :math:`\epsilon_{Adam}`.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    b2: Decay rate :math:`\beta_2` of the second moment, at least 0 and below 1.
+      Defaults to 0.999.
+    adam_eps: Term :math:`\epsilon_{Adam}` that is added to the denominator.
+      Defaults to 1e-8.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. The memory
+    of its state is two float32 numbers, v and :math:`1 - \beta_2^t`.
+
+  Raises:
+    ValueError: If ``b2`` or ``adam_eps`` is out of range, or for an option that
+      `mezo_jax.spsa` does not accept.
+
+  References:
+    `On adaptivity in zeroth-order optimization
+    <https://arxiv.org/abs/2605.03869>`_.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-4, estimator=variants.scalar_adam(1e-3, key=0))
   """
   spsa = Spsa(eps, **options)
   arguments.number('b2', b2, least=0, below=1)
@@ -62,11 +104,13 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
 
   def memory(params):
     del params
-    return jnp.zeros([]), jnp.zeros([])  # v, 1 - b2^t
+    return jnp.zeros([]), jnp.zeros([])  # v and 1 - b2**t
 
   def apply(state, params, numbers):
     updates = spsa.apply(state, params, numbers)
     def average(old, x):
+      # Round both products, so that no compiler fuses one of them with the sum,
+      # and all programs compute the same bits.
       return xla.rounded(b2 * old) + xla.rounded((1 - b2) * x)
     new = jax.tree.map(average, state.memory, (
         jnp.mean(numbers.projected_grad**2), jnp.float32(1.0)))
@@ -79,26 +123,47 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
 
 
 def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
-  r"""One evaluation per step, compared with that of the step before.
+  r"""Evaluates the loss once per step, and subtracts that of the last step.
 
-  .. math:: g_t = \frac{\mathcal{L}(\theta_t + \epsilon z_t; \mathcal{B}_t) -
-            \mathcal{L}(\theta_{t-1} + \epsilon z_{t-1};
+  .. math:: u_t = g_t z_t, \qquad g_t = \frac{\mathcal{L}(\theta_t + \epsilon
+            z_t; \mathcal{B}_t) - \mathcal{L}(\theta_{t-1} + \epsilon z_{t-1};
             \mathcal{B}_{t-1})}{\epsilon}
 
-  The first step moves nothing. Source: Zhang et al., 2022 (residual feedback);
-  Malladi et al., 2023, Definition 8, who find that it needs more than twice as
-  many evaluations.
+  The first step has no earlier loss and does not move the weights. Malladi et
+  al. find that this estimate needs more than twice as many evaluations as the
+  two-sided one.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    **options: Other options of `mezo_jax.spsa`, with one direction per step.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``over``, ``micro_batches`` and ``dtype``. ``num_samples`` must be 1.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`. The memory
+    of its state is the loss of the last step, float32 [].
+
+  Raises:
+    ValueError: If ``num_samples`` is above 1, or for an option that
+      `mezo_jax.spsa` does not accept.
+
+  References:
+    Zhang et al., 2022, on zeroth-order optimization with residual feedback.
+    Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
+    <https://arxiv.org/abs/2305.17333>`_, Definition 8.
+
+  Example:
+    >>> import mezo_jax
+    >>> from mezo_jax import variants
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.one_point(1e-3, key=0))
   """
-  def inverse(losses, eps):  # is multiplied by the difference of losses below
+  def inverse(losses, eps):
+    """Returns 1 / eps, which `measure` multiplies by a difference of losses."""
     return losses[0, 0], jnp.ones(1) / eps
   spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
   if spsa.num_samples > 1:
-    raise ValueError('one_point has one direction per step: leave num_samples '
-                     'at 1.')
+    raise ValueError('num_samples must be 1 for one_point, which compares the '
+                     'loss with that of the step before.')
 
   def memory(params):
     del params

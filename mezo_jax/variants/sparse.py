@@ -1,11 +1,9 @@
-r"""Sparse-MeZO: the smallest weights alone are perturbed and moved.
+r"""Provides Sparse-MeZO, which trains only the smallest weights.
 
-.. math:: z \leftarrow z \odot [\,|\theta| \le h\,]
-
-with a threshold h for each leaf and layer, which is found once. The mask is
-computed from the clean weights where z is added, in both evaluations and in the
-update, and is stored nowhere. (Perturbed weights would give another mask.)
-Source: Liu et al., 2024, arXiv:2402.15751.
+`smallest` finds a threshold for each leaf and layer before training.
+`sparse_mezo` perturbs and moves only weights that are not above it. The mask is
+computed from the clean weights wherever z is added: in both evaluations and in
+the update. It is never stored. (Perturbed weights would give another mask.)
 """
 
 from typing import Any, Unpack
@@ -21,18 +19,39 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
 
 def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
-  r"""Returns thresholds below which a share of each leaf, or layer, is.
+  r"""Returns the threshold of each leaf and layer, for `sparse_mezo`.
+
+  .. math:: h = \min \bigl\{ t : \#\{i : |\theta_i| \le t\} \ge \rho\, d \bigr\}
+
+  Here :math:`\rho` is the share and d the number of elements of the leaf, or of
+  the layer in a stack; :math:`\rho\, d` is rounded to an integer of at least 1.
 
   Args:
-    params: The weights before training.
-    share: Share of the elements, above 0 and at most 1. The paper trains the
-      smallest 20 to 25 %.
-    stacked: As `mezo_jax.Directions.stacked`.
+    params: The params before training.
+    share: Share :math:`\rho` of the elements that are trained, above 0 and at
+      most 1. The paper trains the smallest 20 to 25 %. Defaults to 0.25.
+    stacked: The leaves that are stacks of layers, in the forms of
+      `mezo_jax.Directions.stacked`. Defaults to None, which selects them by
+      their paths and shapes.
 
   Returns:
-    A tree of numbers in the leaves' dtypes, with arrays [L] for stacks of L
-    layers. For shapes (`jax.ShapeDtypeStruct`) they are zeros.
+    A tree of numbers in the dtypes of the params, with arrays [L] for stacks of
+    L layers. If ``params`` are shapes (`jax.ShapeDtypeStruct`), these are
+    zeros.
 
+  Raises:
+    ValueError: If ``share`` is out of range or ``params`` is None.
+
+  References:
+    Liu et al., 2024, `Sparse MeZO: Less Parameters for Better Performance in
+    Zeroth-Order LLM Fine-Tuning <https://arxiv.org/abs/2402.15751>`_.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> params = {'w': jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+    >>> float(variants.smallest(params, share=0.5)['w'])
+    2.0
   """
   arguments.tree('params', params)
   arguments.number('share', share)
@@ -40,6 +59,7 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
     raise ValueError(f'share must be above 0 and at most 1, got {share!r}.')
 
   def of_one(x):
+    """Returns the threshold of a single layer or leaf."""
     last = max(round(share * x.size) - 1, 0)
     return jnp.sort(jnp.abs(x).ravel())[last]
   of_stack = jax.jit(lambda x: lax.map(of_one, x))
@@ -48,6 +68,7 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
       paths.structure(params), paths.stacked(params, stacked))
 
   def limit(path, x, is_stack):
+    """Returns the threshold of one leaf, or those of its layers."""
     del path
     if is_codes(x):
       x = x.astype(x.dtype)
@@ -61,15 +82,40 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
 
 def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
                 **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""SPSA of the weights that are not above their thresholds.
+  r"""Runs SPSA on the weights that are not above their thresholds.
 
-  A weight that a step took past its threshold is not moved again. With fewer
-  elements the estimate varies less, so learning rates may be larger.
+  .. math:: u = g\, m \odot z, \qquad g = \frac{\mathcal{L}(\theta + \epsilon\,
+            m \odot z; \mathcal{B}) - \mathcal{L}(\theta - \epsilon\, m \odot z;
+            \mathcal{B})}{2 \epsilon}, \qquad m = [\,|\theta| \le h\,]
+
+  The mask m changes during training: a weight that a step has moved past its
+  threshold h is not moved again. The estimate has less variance with fewer
+  elements, so that learning rates may be larger.
 
   Args:
-    eps: Perturbation scale, as for `mezo_jax.spsa`.
-    limits: Thresholds, from `smallest`.
-    **options: Other options of `mezo_jax.spsa`.
+    eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
+      Defaults to 1e-3.
+    limits: Thresholds h, from `smallest`.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
+
+  Returns:
+    A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
+
+  Raises:
+    ValueError: If ``limits`` are not a tree of numbers, or for an option that
+      `mezo_jax.spsa` does not accept.
+
+  References:
+    Liu et al., 2024, `Sparse MeZO: Less Parameters for Better Performance in
+    Zeroth-Order LLM Fine-Tuning <https://arxiv.org/abs/2402.15751>`_.
+
+  Example:
+    >>> import jax.numpy as jnp, mezo_jax
+    >>> from mezo_jax import variants
+    >>> limits = variants.smallest({'w': jnp.ones((2, 8))}, share=0.25)
+    >>> tx = mezo_jax.mezo(1e-6, estimator=variants.sparse_mezo(
+    ...     1e-3, limits=limits, key=0))
   """
   arguments.tree('limits', limits)
   for x in jax.tree.leaves(limits):
@@ -79,5 +125,5 @@ def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
 
 
 def is_below(w: jax.Array, limits: jax.Array) -> jax.Array:
-  """Returns where weights are not above their thresholds, in their dtype."""
+  """Returns where the absolute value of a weight is at most its threshold."""
   return jnp.abs(w) <= limits.astype(w.dtype)

@@ -1,24 +1,10 @@
-r"""MeZO-SVRG: differences to an anchor whose gradient is of many rows.
+r"""Provides MeZO-SVRG, which reduces variance by differences to an anchor.
 
-Gautam et al. (2024, arXiv:2404.08080), Algorithm 1. Every q steps, on all rows
-:math:`\mathcal{D}`, or many of them,
-
-.. math:: \bar\theta \leftarrow \theta, \quad \bar g \leftarrow
-          \hat\nabla \mathcal{L}(\bar\theta; \mathcal{D}), \quad
-          \theta \leftarrow \theta - \eta_1 \bar g
-
-and in between, on a batch, with one and the same z at both points,
-
-.. math:: \theta \leftarrow \theta - \eta_2 \left[
-          \hat\nabla \mathcal{L}(\theta; \mathcal{B}) -
-          \hat\nabla \mathcal{L}(\bar\theta; \mathcal{B}) + \bar g \right].
-
-The paper keeps a copy of :math:`\bar\theta`. Here the weights themselves are
-the anchor: the updates of the q steps after it are accumulated
-(as with ``fold_every`` of `mezo_jax.mezo`) as a sum of as many z, around which
-losses are evaluated. So two points cost the memory of one, and the anchor is
-exact in every precision. (The paper also divides both learning rates by a
-constant when losses rise; this is not done here.)
+The paper keeps a copy of the anchor :math:`\bar\theta`. Here the stored weights
+are the anchor. The updates of the steps since then are accumulated as
+coefficients of z, as with ``apply_every`` of `mezo_jax.mezo`, and losses are
+evaluated at the weights plus these updates. Both points together therefore take
+the memory of one model, and the anchor is exact in every precision.
 """
 
 import dataclasses
@@ -44,9 +30,13 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class SvrgMemory(NamedTuple):
-  """State of the anchor."""
+  """Holds the state of the anchor.
 
-  # shape=(num_samples,), float32: its projected gradients; NaN for no anchor
+  Attributes:
+    anchor_grad: Projected gradients of the anchor, float32 [n]. NaN if there is
+      no anchor.
+  """
+
   anchor_grad: jax.Array
 
 
@@ -55,35 +45,75 @@ def svrg(
     *, every: int = 2, anchor_learning_rate: float | optax.Schedule = 1e-3,
     rows: int | None = None, stochastic_rounding: bool = True,
     **options: Unpack[LossOptions]) -> ZerothOrderTransformation:
-  r"""MeZO-SVRG as a whole optimizer, with its two learning rates.
+  r"""Optimizes with MeZO-SVRG, which has two learning rates.
 
-  Step number t is an anchor's if ``every`` divides t: pass that ``update`` (or
-  `mezo_jax.make_step`'s step) a batch of all rows, or of many. A step in
-  between takes 4 evaluations of a direction, an anchor's 2. Updates are zero
-  except for those of each ``every``-th step, as with `mezo_jax.mezo`'s
-  ``fold_every``: evaluate after such a step, or call ``step.flush`` first,
-  after which no weight moves until the next anchor.
+  Every q steps, on all examples :math:`\mathcal{D}` or many of them, a step
+  sets a new anchor:
+
+  .. math:: \bar\theta \leftarrow \theta, \quad \bar g \leftarrow
+            \hat\nabla \mathcal{L}(\bar\theta; \mathcal{D}), \quad
+            \theta \leftarrow \theta - \eta_1 \bar g.
+
+  The other steps evaluate a batch at both points, with the same z:
+
+  .. math:: \theta \leftarrow \theta - \eta_2 \left[
+            \hat\nabla \mathcal{L}(\theta; \mathcal{B}) -
+            \hat\nabla \mathcal{L}(\bar\theta; \mathcal{B}) + \bar g \right].
+
+  Step number t, counted from 0, sets an anchor if q divides t. Pass a batch of
+  many examples to this ``update`` (or to the step of `mezo_jax.make_step`). An
+  anchor takes 2n evaluations, and every other step 4n.
+
+  As with ``apply_every`` of `mezo_jax.mezo`, weights change only every q steps,
+  and all other updates are zero. Evaluate your model after such a step.
+  Otherwise call ``step.apply_accumulated`` first, and note that the weights then stay where
+  they are until the next anchor.
+
+  The paper also divides both learning rates by a constant when losses rise.
+  This is not implemented.
 
   Args:
-    learning_rate: :math:`\eta_2`, a number or a schedule of the steps that were
-      not skipped.
-    eps: Perturbation scale, as for `mezo_jax.spsa`, without groups.
-    every: q, the number of steps from one anchor to the next.
-    anchor_learning_rate: :math:`\eta_1`, a number or a schedule.
-    rows: A larger batch is evaluated in equal parts of at most this many rows.
-      None for no limit.
-    stochastic_rounding: Whether half-precision weights are rounded
-      stochastically.
-    **options: Other options of `mezo_jax.spsa`.
+    learning_rate: Learning rate :math:`\eta_2` of the steps between anchors. A
+      number, or a schedule of the steps that were not skipped.
+    eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
+      to 1e-3.
+    every: Number q of steps from one anchor to the next, at least 2. Defaults
+      to 2.
+    anchor_learning_rate: Learning rate :math:`\eta_1` of anchors, a number or a
+      schedule. Defaults to 1e-3.
+    rows: A batch with more examples than this is evaluated in equal parts of so
+      many examples. Defaults to None, for no limit.
+    stochastic_rounding: Whether half-precision and quantised weights are
+      rounded stochastically. Defaults to True.
+    **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
+      ``num_samples``, ``over`` and ``dtype``.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`. Unlike the other variants, it is
+    a whole optimizer and does not go into `mezo_jax.mezo`.
 
   Raises:
-    ValueError: As `mezo_jax.spsa`; for ``every`` below 2, groups of eps, or a
-      batch that ``rows`` does not divide.
+    ValueError: If an argument is out of range, if ``eps`` or a learning rate
+      has groups, or for an option that `mezo_jax.spsa` does not accept.
+      ``update`` raises it if a batch cannot be divided into parts of ``rows``.
+
+  References:
+    Gautam et al., 2024, `Variance-reduced Zeroth-Order Methods for Fine-Tuning
+    Language Models <https://arxiv.org/abs/2404.08080>`_, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from mezo_jax import variants
+    >>> tx = variants.svrg(1e-4, every=2, key=0)
+    >>> loss = lambda params, x: jnp.mean(x @ params)
+    >>> params, state = jnp.ones(3), tx.init(jnp.ones(3))
+    >>> updates, state = tx.update(  # step 0 sets an anchor
+    ...     None, state, params, value_fn=loss, x=jnp.ones((8, 3)))
   """
   spsa = Spsa(eps, combine=two_sided, **options).one_eps()
   if spsa.micro_batches > 1:
-    raise ValueError('svrg evaluates a large batch in parts of rows=: leave '
-                     'micro_batches at 1.')
+    raise ValueError('micro_batches must be 1 for svrg. Pass rows= to evaluate '
+                     'a large batch in parts.')
   learning_rate, anchor_learning_rate = (
       arguments.rate(name, rate, groups=False) for name, rate in (
           ('learning_rate', learning_rate),
@@ -95,31 +125,39 @@ def svrg(
   def measure(state, params, value_fn, batch, around=None):
     parts = dataclasses.replace(spsa, micro_batches=_parts(batch, rows))
     value, here = parts.measure(state, params, value_fn, batch, around=around)
-    # One after the other: collectives of both would wait for each other.
+    # Evaluate the anchor after the weights. On several devices, the collectives
+    # of two evaluations at once could wait for each other.
     key = after(state.key, value)
     def there(key):
+      """Returns the projected gradients at the anchor."""
       return parts.measure(with_key(state, key), params, value_fn, batch)[1]
     anchors = lax.cond(state.count % every == 0,
                        lambda key: jnp.zeros_like(here), there, key)
     return value, here - anchors
 
   def coefs(is_anchor, g, count, memory):
-    """Returns the coefficients of the step's z and of the anchor's z, and the
-    new memory."""
+    """Returns the coefficients that a step adds, and the next memory.
+
+    The first are those of the z of this step, [n]. The second are those of the
+    z of the anchor, [n], by which its gradient is added again.
+    """
     n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
     rates = [arguments.at(rate, count)
              for rate in (anchor_learning_rate, learning_rate)]
-    # Without an anchor the difference on one batch means nothing: no step.
+    # Without an anchor, the difference on a single batch says nothing about the
+    # whole gradient, so the weights stay where they are.
     lost = jnp.any(jnp.isnan(anchor_grad))
     own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
     anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)
     return own / n, anchors / n, SvrgMemory(anchor_grad)
 
   def fn(ring, slot, g, count, memory):
+    """Adds the coefficients of a step; those of the anchor are in row 0."""
     own, anchors, memory = coefs(slot == 0, g, count, memory)
     return ring.at[slot].set(own).at[0].add(anchors), memory
 
   def forget(slot, memory):
+    """Removes the anchor if it was skipped, or if the weights have moved."""
     lost = True if slot is None else slot == 0
     return SvrgMemory(jnp.where(lost, jnp.nan, memory.anchor_grad))
 
@@ -129,14 +167,16 @@ def svrg(
 
 
 def _no_memory(n: int) -> SvrgMemory:
+  """Returns the memory before the first anchor."""
   return SvrgMemory(jnp.full([n], jnp.nan, jnp.float32))
 
 
 def _parts(batch, rows: int | None) -> int | None:
+  """Returns into how many parts a batch is divided; None for no division."""
   sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
   if rows is None or max(sizes, default=0) <= rows:
     return None
   if len(sizes) > 1 or max(sizes) % rows:
-    raise ValueError(f'a batch of {sorted(sizes)} rows has no equal parts of '
-                     f'{rows}.')
+    raise ValueError(f'rows={rows}: a batch of {sorted(sizes)} rows cannot be '
+                     'divided into parts of this size.')
   return max(sizes) // rows

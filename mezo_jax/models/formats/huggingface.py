@@ -74,7 +74,7 @@ def load(name_or_dir: str | os.PathLike[str],
     dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
       checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
       are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
-      Q4_1): they are `mezo_jax.Codes`, the rest is float32, and
+      Q4_1): they are `mezo_jax.QuantizedArray`, the rest is float32, and
       ``mezo_jax.dequantized(lambda p: model.apply({'params': p}, ...))``
       applies the model.
     progress: whether to show a progress bar.

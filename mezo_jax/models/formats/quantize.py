@@ -1,4 +1,4 @@
-"""Weights as `mezo_jax.Codes`, from floats or from the codes of a GGUF file.
+"""Weights as `mezo_jax.QuantizedArray`, from floats or from the codes of a GGUF file.
 
 A matrix has a scale for each 32 weights along the axis that is last in the
 files, as a rule the inputs; the rest (norms, biases, tables of few rows) are
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import quantized
-from mezo_jax.core.quantized import Codes, QUANTISED
+from mezo_jax.core.quantized import QUANTISED, QuantizedArray
 from mezo_jax.models.families.table import Row
 from mezo_jax.models.formats import gguf
 
@@ -33,7 +33,7 @@ class Form:
 
   def parts(self, shape: tuple[int, ...]
             ) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
-    """Shapes and dtypes of the arrays of `Codes`."""
+    """Shapes and dtypes of the arrays of `QuantizedArray`."""
     axis = len(shape) + self.axis
     at = lambda n: (*shape[:axis], n, *shape[axis + 1:])
     n = shape[axis]
@@ -43,8 +43,8 @@ class Form:
         at(n // 2), jnp.uint8), 'scales': runs}
     return out | ({'offsets': runs} if self.offsets else {})
 
-  def codes(self, arrays: dict[str, Any]) -> Codes:
-    return Codes(bits=self.bits, packed=self.axis if self.bits == 4 else None,
+  def codes(self, arrays: dict[str, Any]) -> QuantizedArray:
+    return QuantizedArray(bits=self.bits, packed=self.axis if self.bits == 4 else None,
                  **arrays)
 
 
@@ -74,7 +74,7 @@ def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
   return known and Form(*known, axis, kept=True)
 
 
-def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> Codes:
+def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> QuantizedArray:
   """A parameter as shapes; ``place(shape)`` says where an array is."""
   return form_.codes({
       name: jax.ShapeDtypeStruct(part, dtype, sharding=place(part))
@@ -82,7 +82,7 @@ def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> Codes:
 
 
 def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
-         place: Any) -> Codes:
+         place: Any) -> QuantizedArray:
   """One parameter; each device's part of it is read and quantised alone.
 
   Args:

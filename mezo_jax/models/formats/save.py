@@ -32,7 +32,7 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
          progress: bool = True) -> Path:
   """Writes a model as Hugging Face has it; any tool that reads those reads it.
 
-  `mezo_jax.Codes` are written as the weights that they stand for.
+  `mezo_jax.QuantizedArray` are written as the weights that they stand for.
   ``config.json`` is the one that the model was loaded with, with the dtype of
   ``params`` and, where it was missing or no longer fits, transformers' name of
   the class. A model without its head is written as its base class has it; with
