@@ -637,9 +637,8 @@ for _name in variants.__all__:
       trained(getattr(whole, _name), learning_rate=1e-3), OPTIONS))
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator', 'Multiplier',
-         'Numbers',
-         'SpsaState', 'ZerothOrderTransformation'}  # and no checks
+TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator',
+         'Multiplier', 'Numbers', 'SpsaState', 'ZerothOrderTransformation'}
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 
 

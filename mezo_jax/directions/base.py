@@ -54,9 +54,9 @@ class Directions:
       without a number, and the shapes below it must look like stacks.
     multiplier: A `Multiplier`, which scales the elements of z or sets some of
       them to 0. Defaults to None, which leaves z as it is drawn.
-    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is rounded
-      stochastically to whole steps of their grid. Defaults to False, which adds
-      the perturbation to the dequantised weights.
+    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is
+      rounded stochastically to whole steps of their grid. Defaults to False,
+      which adds the perturbation to the dequantised weights.
 
   Raises:
     ValueError: If ``generator`` is unknown, if ``mask`` or ``stacked`` is a

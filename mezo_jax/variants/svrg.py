@@ -66,8 +66,8 @@ def svrg(
 
   As with ``apply_every`` of `mezo_jax.mezo`, weights change only every q steps,
   and all other updates are zero. Evaluate your model after such a step.
-  Otherwise call ``step.apply_accumulated`` first, and note that the weights then stay where
-  they are until the next anchor.
+  Otherwise call ``step.apply_accumulated`` first, and note that the weights
+  then stay where they are until the next anchor.
 
   The paper also divides both learning rates by a constant when losses rise.
   This is not implemented.
