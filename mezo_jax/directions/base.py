@@ -100,8 +100,8 @@ class Directions:
       elif not isinstance(value, bool) and isinstance(
           value, (int, float, complex)):
         raise ValueError(
-            f'{name} must be None, a tree of bools, a function that returns '
-            f'one for the params, or a regular expression; got {value!r}.')
+            f'{name} must be None, a tree of bools, a function from the params '
+            f'to such a tree, or a regular expression; got {value!r}.')
     if self.multiplier is not None and not isinstance(
         self.multiplier, Multiplier):
       raise ValueError('multiplier must be a mezo_jax.Multiplier or None, got '

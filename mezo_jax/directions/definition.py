@@ -29,7 +29,7 @@ from mezo_jax.directions.base import Directions, Normal
 def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
               directions: Directions = Normal(), *,
               stacked: bool = False) -> jax.Array:
-  """Returns z of one leaf, as its definition says.
+  """Returns z of one leaf, computed directly from its definition.
 
   Every other way in which the library computes z gives bitwise the same numbers
   on one kind of hardware.

@@ -144,8 +144,8 @@ def svrg(
     n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
     rates = [arguments.at(rate, count)
              for rate in (anchor_learning_rate, learning_rate)]
-    # Without an anchor, the difference on a single batch says nothing about the
-    # whole gradient, so the weights stay where they are.
+    # Without an anchor, the difference on a single batch is no estimate of the
+    # gradient, so the weights stay where they are.
     lost = jnp.any(jnp.isnan(anchor_grad))
     own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
     anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)
