@@ -32,7 +32,7 @@ _OPTIONS = {
         int, 'Number of this process, from 0, if nothing else reports it.'),
     'replicas': (
         int, 'Experimental: machines with weights of their own that share out '
-        'the directions of a step (docs/replicas.md).'),
+        'the directions of a step (docs/log.md).'),
     'replica': (int, 'Which one this is, from 0.'),
     'exchange': (str, 'Directory that all replicas see (experimental).'),
     'exchange_timeout': (

@@ -201,7 +201,7 @@ class Train:
   checkpoint_every: int = 1_000
   keep_checkpoints: int = 1  # newest ones, in addition to the best
   # If only the last layers or a head are trained, the activations of the frozen
-  # layers are cached for each row (docs/peft.md): in memory up to
+  # layers are cached for each row (docs/one_gpu.md): in memory up to
   # `trunk_memory` GiB, and otherwise in files of the working directory.
   keep_trunk: bool = True
   trunk_memory: float = 4.0

@@ -47,7 +47,7 @@ def run(config: config_lib.Train, workdir: Path,
     config: The config of the run.
     workdir: Directory of the run's log, metrics, checkpoints and result. It is
       made if it does not exist.
-    place: Which replica this run is (docs/replicas.md). Defaults to None, for a
+    place: Which replica this run is (docs/log.md). Defaults to None, for a
       run that is not one of several replicas.
     source: Name of the config's file, which is reported. Defaults to '', for
       none.

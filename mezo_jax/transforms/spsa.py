@@ -66,7 +66,7 @@ def spsa(
   Two more arguments of ``update`` exist for losses: ``around``, a
   `mezo_jax.Displacement`, evaluates them at displaced weights, and
   ``part=(i, r)`` evaluates part i of r equal parts of the directions, for
-  replicas that exchange their numbers (docs/replicas.md). The numbers of the
+  replicas that exchange their numbers (docs/log.md). The numbers of the
   other parts are NaN.
 
   Args:
