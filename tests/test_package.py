@@ -179,6 +179,31 @@ def test_the_tasks_in_the_documentation_fit_their_rows():
       '...\nQuestion: ...\nAnswer: Paris\n']
 
 
+def test_the_example_of_own_data_is_a_config(tmp_path, monkeypatch):
+  import runpy
+
+  from mezo_jax.tasks import data
+  from mezo_jax.training import checks
+  folder = conftest.ROOT / 'examples' / 'tickets'
+  run = lambda name: runpy.run_path(str(folder / name))
+  monkeypatch.chdir(tmp_path)
+  run('make_tickets.py')
+  config = run('mine.py')['get_config']()
+  suite = run('suite.py')['get_suite']()
+  for each in (config, *suite.values()):
+    checks.check_config(each)
+  rows = data.load_rows('tickets.csv')
+  assert len(rows) == 240 and "'billing' is ' payment'" in (
+      config.task.reading(rows))
+
+
+def test_the_picture_of_a_mesh_is_that_of_its_script():
+  import runpy
+  docs = conftest.ROOT / 'docs'
+  drawn = runpy.run_path(str(docs / 'figures_mesh.py'))['picture']()
+  assert drawn == (docs / 'mesh.svg').read_text()
+
+
 def test_promises_name_tests_that_are_there():
   text = (conftest.ROOT / 'docs' / 'promises.md').read_text()
   named = re.findall(r'`(test_\w+\.py)(?:::(test_\w+))?`|`(test_\w+)`', text)
