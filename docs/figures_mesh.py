@@ -8,8 +8,8 @@ from pathlib import Path
 # A colour for each quarter of a large weight: fsdp picks the row of the quarter
 # and tensor its column.
 COLOURS = (('#4878a8', '#e0a03c'), ('#5c9c6c', '#b8566a'))
-SIDE, GAP = 92, 12  # of a device
-TOP, LEFT = 108, 40
+SIDE, GAP = 96, 8  # of a device
+TOP, LEFT = 108, 12
 
 
 def text(x, y, words, size=13, anchor='middle', weight='normal',
@@ -35,8 +35,9 @@ def device(x, y, data, fsdp, tensor):
           COLOURS[i][j] if mine else '#f3f3f3', '#bbb', 0))
   first = 8 * data + 4 * fsdp
   parts.append(text(
-      x + SIDE / 2, y + 66, f'fsdp {fsdp}, tensor {tensor}', 10, colour='#666'))
-  parts.append(text(x + SIDE / 2, y + 82, f'rows {first + 1}–{first + 4}', 12))
+      x + SIDE / 2, y + 67, f'fsdp {fsdp}, tensor {tensor}', 11.5,
+      colour='#555'))
+  parts.append(text(x + SIDE / 2, y + 84, f'rows {first + 1}–{first + 4}', 14))
   return parts
 
 
@@ -56,10 +57,10 @@ def picture() -> str:
   side = 2 * SIDE + 3 * GAP  # of a group of four devices
   outer = 2 * side + 3 * GAP  # width of a half with all rows
   height = TOP + side + 2 * GAP + 60
-  width = 2 * LEFT + 2 * outer + 36
+  width = 2 * LEFT + 2 * outer + 20
   parts = [box(0, 0, width, height, '#fff', '#fff', 0)]
   for direction, sign in enumerate('+−'):
-    x = LEFT + direction * (outer + 36)
+    x = LEFT + direction * (outer + 20)
     parts.append(box(x, TOP - 34, outer, side + GAP + 34, '#fafafa', '#666'))
     parts.append(text(
         x + outer / 2, TOP - 46,
@@ -68,18 +69,18 @@ def picture() -> str:
     for data in range(2):
       left = x + GAP + data * (side + GAP)
       parts.append(text(
-          left + side / 2, TOP - 12, f'data {data}: a copy of the weights'))
+          left + side / 2, TOP - 12, f'data {data}: a copy of the weights', 14))
       parts += group(left, TOP, data)
   x, y = LEFT, TOP + side + GAP  # the axes within a group, at the first one
   middle = y + 34
   parts.append(text(
       x, middle, 'The coloured quarter is the part of a large weight that a '
       'device holds: fsdp and tensor split it, data and direction copy it.',
-      13, 'start'))
+      14, 'start'))
   parts.append(text(
       x, middle + 20, 'data and fsdp split the rows of the batch; tensor '
       'splits the arithmetic of a row. z is drawn where it is needed, and '
-      'never sent.', 13, 'start'))
+      'never sent.', 14, 'start'))
   parts.append(text(
       LEFT, 28, 'mesh.direction=2  mesh.data=2  mesh.fsdp=2  mesh.tensor=2: '
       '16 devices, a batch of 16 rows', 15, 'start', 'bold'))
