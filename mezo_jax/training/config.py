@@ -187,7 +187,7 @@ class Also:
 
 @dataclasses.dataclass
 class Mesh:
-  """Sets the sizes of the axes of the device mesh (docs/meshes.md)."""
+  """Sets the sizes of the axes of the device mesh (docs/pods.md)."""
 
   data: int = 1  # data parallelism: copies of the parameters
   # Devices that shard a copy of the parameters and split the batch; -1 for all
@@ -244,7 +244,7 @@ class Train:
   checkpoint_every: int = 1_000
   keep_checkpoints: int = 1  # newest checkpoints kept, in addition to the best
   # If only the last layers or a head are trained, cache the activations of the
-  # frozen layers for each row (docs/peft.md).
+  # frozen layers for each row (docs/one_gpu.md).
   keep_trunk: bool = True
   # GiB of activations that are cached in memory. A larger cache is written to
   # files in the working directory.
