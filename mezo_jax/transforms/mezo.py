@@ -32,7 +32,7 @@ from mezo_jax.transforms.stochastic_rounding import (
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
-@arguments.renamed(fold_every='apply_every')
+@arguments.renamed(apply_every='apply_every')
 def mezo(
     learning_rate: float | optax.Schedule | Mapping[str, Any],
     eps: float | optax.Schedule | Mapping[str, Any] | None = None,
