@@ -59,8 +59,8 @@ def __getattr__(name: str) -> Any:
   """Imports a package or module on first use (PEP 562)."""
   if name in _IMPORTED_WHEN_USED:
     return importlib.import_module(_IMPORTED_WHEN_USED[name])
-  if name == 'QuantizedArray':
-    arguments.warn_renamed('QuantizedArray', 'QuantizedArray')
+  if name == 'Codes':
+    arguments.warn_renamed('Codes', 'QuantizedArray')
     return QuantizedArray
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

@@ -706,3 +706,11 @@ def test_leaves_that_cannot_be_trained_are_named():
       mezo_jax.mezo(1e-3, key=0).init(PARAMS | {'act': bad})
   tx = mezo_jax.mezo(1e-3, key=0, directions=mezo_jax.Normal(mask='^[wb]$'))
   tx.init(PARAMS | {'act': jnp.ones(3, jnp.complex64)})
+
+
+def test_options_that_would_do_nothing_are_refused():
+  with pytest.raises(ValueError, match='decay='):
+    mezo_jax.mezo(1e-3, key=0, decay='w')
+  with pytest.raises(ValueError, match='LowRank'):
+    mezo_jax.directions.z_of_leaf(
+        jax.random.key(0), 'w', (2, 3), mezo_jax.LowRank(rank=2))

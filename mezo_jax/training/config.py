@@ -278,7 +278,7 @@ _REMOVED = {
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
 # Fields that earlier versions had under another name.
-_RENAMED = {'spsa.apply_every': 'apply_every'}
+_RENAMED = {'spsa.fold_every': 'apply_every'}
 # Values that earlier versions supported, of fields that still exist.
 _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
