@@ -115,10 +115,9 @@ def mezo(
   Raises:
     ValueError: If an option is out of range, as in `spsa`; if neither ``key``
       nor ``estimator`` is given; if ``estimator`` is given together with
-      options of `spsa`; if there is weight decay and a mask of elements; if
-      ``decay`` is given without weight decay; or if ``apply_every`` is above 1
-      and there is weight decay, groups, or an estimator whose updates are not
-      linear in its numbers.
+      options of `spsa`; if there is weight decay and a mask of elements; or if
+      ``apply_every`` is above 1 and there is weight decay, groups, or an
+      estimator whose updates are not linear in its numbers.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -154,9 +153,6 @@ def mezo(
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
   never = not isinstance(weight_decay, Tracer) and weight_decay == 0
-  if never and decay is not None:
-    raise ValueError('mezo: decay= chooses the weights for weight_decay, which '
-                     'is 0; set weight_decay=, or leave out decay=.')
   finish = rounding(options.key, options.directions, stochastic_rounding)
   if apply_every is not None:
     apply_every = arguments.whole('apply_every', apply_every)
