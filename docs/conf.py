@@ -1,7 +1,7 @@
 """Settings of the documentation's site.
 
   pip install -e '.[train,docs]'
-  sphinx-build -W --keep-going docs docs/_build
+  sphinx-build -W --keep-going docs docs/_build/html
 
 The first build runs the code of the pages, which takes some minutes; later ones
 run only what has changed.
@@ -57,7 +57,7 @@ nb_merge_streams = True
 copybutton_prompt_text = r'\$ |>>> '
 copybutton_prompt_is_regexp = True
 
-exclude_patterns = ['_build']
+exclude_patterns = ['_build', 'jupyter_execute']
 html_theme = 'sphinx_book_theme'
 html_title = 'mezo_jax'
 html_static_path = ['_static']

@@ -37,8 +37,9 @@ def anchors(text):
   found = {*re.findall(r'^\(([\w-]+)\)=$', text, re.MULTILINE)}
   for heading in re.findall(r'^#+ +(.+)$', without_code(text), re.MULTILINE):
     heading = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', heading)
-    slug = re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
-    found.add(slug)
+    heading = heading.lower()
+    found.add(re.sub(r'[^\w\- ]', '', heading).replace(' ', '-'))
+    found.add(re.sub(r'[^a-z0-9]+', '-', heading).strip('-'))  # its id
   return found
 
 
