@@ -65,6 +65,13 @@ def test_links_lead_to_files_and_headings(file):
       assert anchor in anchors(found.read_text()), f'{file.name}: {target}'
 
 
+def test_pages_that_the_code_names_exist():
+  for folder in ('benchmarks', 'configs', 'examples', 'mezo_jax', 'tests'):
+    for file in sorted((conftest.ROOT / folder).rglob('*.py')):
+      for page in re.findall(r'\bdocs/\w+\.\w+', file.read_text()):
+        assert (conftest.ROOT / page).exists(), f'{file} names {page}'
+
+
 def test_each_page_is_in_the_table_of_contents():
   index = (DOCS / 'index.md').read_text()
   named = [line for block in re.findall(
