@@ -57,8 +57,8 @@ def mezo(learning_rate, eps=1e-3, *, estimator=mezo_jax.spsa, apply_every=None,
          stochastic_rounding=True, **options):
   """Returns `mezo_jax.mezo` with an estimator of these options."""
   return mezo_jax.mezo(
-      learning_rate, estimator=estimator(eps, **options), apply_every=apply_every,
-      stochastic_rounding=stochastic_rounding)
+      learning_rate, estimator=estimator(eps, **options),
+      apply_every=apply_every, stochastic_rounding=stochastic_rounding)
 
 
 MEZO = {  # forms of a step: options of `mezo`

@@ -87,7 +87,8 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
   state = tx.init(params)
   again._program(None, None, lambda: again._trace_update(params, state))
   began = time.perf_counter()
-  params, state = again.apply_accumulated(*replay.rebuild(again, params, state, found))
+  params, state = again.apply_accumulated(
+      *replay.rebuild(again, params, state, found))
   jax.block_until_ready(params)
   made = time.perf_counter() - began
   return {

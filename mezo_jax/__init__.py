@@ -9,6 +9,7 @@ some of them need the packages of ``mezo_jax[train]``.
 import importlib
 from typing import Any, TYPE_CHECKING
 
+from mezo_jax.core import arguments
 from mezo_jax.core.quantized import dequantize, quantize, QuantizedArray
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.displacement import Displacement, Multiplier
@@ -58,6 +59,9 @@ def __getattr__(name: str) -> Any:
   """Imports a package or module on first use (PEP 562)."""
   if name in _IMPORTED_WHEN_USED:
     return importlib.import_module(_IMPORTED_WHEN_USED[name])
+  if name == 'Codes':
+    arguments.warn_renamed('Codes', 'QuantizedArray')
+    return QuantizedArray
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

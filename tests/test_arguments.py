@@ -637,9 +637,8 @@ for _name in variants.__all__:
       trained(getattr(whole, _name), learning_rate=1e-3), OPTIONS))
 LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
-TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator', 'Multiplier',
-         'Numbers',
-         'SpsaState', 'ZerothOrderTransformation'}  # and no checks
+TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator',
+         'Multiplier', 'Numbers', 'SpsaState', 'ZerothOrderTransformation'}
 CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
 
 
@@ -707,3 +706,9 @@ def test_leaves_that_cannot_be_trained_are_named():
       mezo_jax.mezo(1e-3, key=0).init(PARAMS | {'act': bad})
   tx = mezo_jax.mezo(1e-3, key=0, directions=mezo_jax.Normal(mask='^[wb]$'))
   tx.init(PARAMS | {'act': jnp.ones(3, jnp.complex64)})
+
+
+def test_the_definition_is_that_of_some_directions_only():
+  with pytest.raises(ValueError, match='LowRank'):
+    mezo_jax.directions.z_of_leaf(
+        jax.random.key(0), 'w', (2, 3), mezo_jax.LowRank(rank=2))

@@ -159,7 +159,7 @@ def test_the_documentation_names_them_all():
   assert of_variants <= methods.METHODS.keys()
   for file, title, table in (
       ('tasks.md', '| `method` | |', methods.METHODS),
-      ('peft.md', '| `--config.peft.method=` |', methods.PARTS)):
+      ('few_parameters.md', '| `--config.peft.method=` |', methods.PARTS)):
     text = (conftest.ROOT / 'docs' / file).read_text().split(title)[1]
     rows = text.split('\n\n')[0].splitlines()[2:]
     names = [row.split('|')[1].strip(' `').replace('(empty)', '')

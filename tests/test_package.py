@@ -88,14 +88,12 @@ def test_the_readme_s_example_runs():
   exec(code, scope)
   params, state = scope['step'](scope['params'], scope['state'], jnp.zeros(3))
   assert state[0].count == 1 and params['w'].shape == (3,)
-  for block, loss_fn, batch in (
-      (2, lambda params, batch: (batch - params['w'].sum())**2, jnp.zeros(8)),
-      (3, scope['loss_fn'], jnp.zeros(3))):
-    exec(text.split('```python\n')[block].split('```')[0], scope)
-    tx = scope['tx']
-    updates, _ = tx.update(None, tx.init(params), params, value_fn=loss_fn,
-                           batch=batch)
-    assert np.all(updates['w'] != 0)
+
+
+def test_the_readme_is_one_page():
+  """As people read it before they decide: 130 lines, 1,000 words."""
+  text = (conftest.ROOT / 'README.md').read_text()
+  assert len(text.splitlines()) <= 130 and len(text.split()) <= 1000
 
 
 def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
@@ -112,7 +110,7 @@ def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
 
 
 def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
-  text = (conftest.ROOT / 'docs' / 'peft.md').read_text()
+  text = (conftest.ROOT / 'docs' / 'few_parameters.md').read_text()
   code = text.split('```python\n')[1].split('```')[0]
   (tmp_path / 'my-model').symlink_to(tiny_dir)
   monkeypatch.chdir(tmp_path)
@@ -130,7 +128,7 @@ def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):
 def test_the_documentation_s_own_model_lies_on_a_mesh():
   import jax
   import jax.numpy as jnp
-  text = (conftest.ROOT / 'docs' / 'meshes.md').read_text()
+  text = (conftest.ROOT / 'docs' / 'pods.md').read_text()
   code = text.split('```python\n')[1].split('```')[0]
   scope = {'jax': jax, 'batch': np.ones((8, 256), np.float32), 'params': {
       'embed': jnp.ones((512, 256)), 'out': {'kernel': jnp.ones((512, 512))}}}
@@ -147,7 +145,7 @@ def test_the_documentation_s_replicas_exchange(tmp_path):
   import threading
 
   import jax.numpy as jnp
-  text = (conftest.ROOT / 'docs' / 'replicas.md').read_text()
+  text = (conftest.ROOT / 'docs' / 'log.md').read_text()
   code = text.split('```python\n')[1].split('```')[0]
   scopes = [dict(
       directory=tmp_path, replica=i, batches=np.ones((3, 4, 2), np.float32),
@@ -177,6 +175,31 @@ def test_the_tasks_in_the_documentation_fit_their_rows():
   assert found == [
       'a warm film It was great', 'Who wrote it? Joyce',
       '...\nQuestion: ...\nAnswer: Paris\n']
+
+
+def test_the_example_of_own_data_is_a_config(tmp_path, monkeypatch):
+  import runpy
+
+  from mezo_jax.tasks import data
+  from mezo_jax.training import checks
+  folder = conftest.ROOT / 'examples' / 'tickets'
+  run = lambda name: runpy.run_path(str(folder / name))
+  monkeypatch.chdir(tmp_path)
+  run('make_tickets.py')
+  config = run('mine.py')['get_config']()
+  suite = run('suite.py')['get_suite']()
+  for each in (config, *suite.values()):
+    checks.check_config(each)
+  rows = data.load_rows('tickets.csv')
+  assert len(rows) == 240 and "'billing' is ' payment'" in (
+      config.task.reading(rows))
+
+
+def test_the_picture_of_a_mesh_is_that_of_its_script():
+  import runpy
+  docs = conftest.ROOT / 'docs'
+  drawn = runpy.run_path(str(docs / 'figures_mesh.py'))['picture']()
+  assert drawn == (docs / 'mesh.svg').read_text()
 
 
 def test_promises_name_tests_that_are_there():

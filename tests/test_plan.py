@@ -200,3 +200,10 @@ def test_collectives_are_counted_with_loops():
   text = jax.jit(fn).lower(w, x).compile().as_text()
   (kind, (number, size)), = compiled.collectives(text).items()
   assert kind == 'all-gather' and number == 6 and size == 6 * 64 * 64 * 4
+
+
+def test_the_memory_that_a_compiler_names_is_read_in_any_unit():
+  for message, want in (
+      ('Used 20.5G of 15.75G hbm', 20.5 * 2**30),
+      ('(512.0M) exceeds the limit', 512 * 2**20), ('no number', None)):
+    assert compiled._needed(message) == want

@@ -326,7 +326,7 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
   config = config_lib.from_json(saved)
   config_lib.check_same_run(config, saved)
   config.steps = 12
-  with pytest.raises(InputError, match='budget .* 8 .* steps .*12'):
+  with pytest.raises(InputError, match='epsilon 8.*steps .*12'):
     run(config, whole)
   config.steps, config.mesh.data = 8, 8
   with pytest.raises(ValueError, match='mesh.data .* 1 .* 8'):

@@ -484,3 +484,19 @@ def test_a_damaged_best_step_is_made_again(
   with pytest.raises(Stopped, match='checkpoints/4') as e:
     train.run(config, tmp_path)
   assert not isinstance(e.value, Again)
+
+
+def test_a_shared_log_that_could_not_be_written_leaves_the_old_one(
+    tmp_path, monkeypatch):
+  path = tmp_path / 'steps.log'
+  steps = replay.no_steps(1)
+  replay.write_shared(path, {'config': {}}, steps)
+  before = path.read_bytes()
+
+  def fails(self, data):
+    self.touch()
+    raise OSError('no space')
+  monkeypatch.setattr(type(path), 'write_bytes', fails)
+  with pytest.raises(OSError):
+    replay.write_shared(path, {'config': {'a': 1}}, steps)
+  assert path.read_bytes() == before

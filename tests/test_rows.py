@@ -196,3 +196,8 @@ def test_local_files_need_no_cache(tmp_path, monkeypatch, suffix):
       pyarrow.table({'a': ['x']}), tmp_path / 'data' / 'train-1.parquet')
   with pytest.raises(InputError, match='/proc/none/cache'):
     data_lib.load_rows(str(tmp_path / 'data'))
+
+
+def test_an_address_is_not_read():
+  with pytest.raises(InputError, match='gs://bucket/x.csv is an address'):
+    data_lib.load_rows('gs://bucket/x.csv')

@@ -38,7 +38,7 @@ _OPTIONS = {
     'replicas': (
         int, 'Number of replicas (experimental): machines that each hold the '
         'weights and evaluate a part of the directions of a step '
-        '(docs/replicas.md).'),
+        '(docs/log.md).'),
     'replica': (int, 'Index of this replica, from 0.'),
     'exchange': (str, 'Directory that all replicas can access.'),
     'exchange_timeout': (

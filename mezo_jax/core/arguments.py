@@ -6,15 +6,19 @@ of JAX arrays are checked: reading a value would wait for the device.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import inspect
 import math
 import numbers
 import re
-from typing import Any
+from typing import Any, cast, TypeVar
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+F = TypeVar('F', bound=Callable)
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -258,3 +262,28 @@ def array(name: str, value: Any) -> jax.Array:
   if out is None or not _is_real(out.dtype):
     raise ValueError(f'{name} must be an array of numbers, got {value!r}.')
   return out
+
+
+def warn_renamed(old: str, new: str) -> None:
+  """Warns that a public name has changed, at the line that uses the old one."""
+  warnings.warn(
+      f'mezo_jax: {old} is now called {new}. The old name will stop working in '
+      'version 0.3.', DeprecationWarning, stacklevel=3)
+
+
+def renamed(**names: str) -> Callable[[F], F]:
+  """Returns a decorator that accepts arguments under their old names, too.
+
+  Args:
+    **names: The new name of each old one.
+  """
+  def decorate(fn: F) -> F:
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+      for old, new in names.items():
+        if old in kwargs:
+          warn_renamed(old, new)
+          kwargs[new] = kwargs.pop(old)
+      return fn(*args, **kwargs)
+    return cast(F, wrapper)
+  return decorate

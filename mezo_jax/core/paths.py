@@ -36,8 +36,8 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
   """Returns pairs (path, leaf), with paths such as ``'layers/attn/q/kernel'``.
 
   The paths are the same for Linen and NNX models: an NNX Variable is one leaf,
-  and the path does not contain the name of its value. `QuantizedArray` are one leaf,
-  too.
+  and the path does not contain the name of its value. `QuantizedArray` are one
+  leaf, too.
 
   Args:
     tree: A tree of arrays, shapes, NNX Variables or `QuantizedArray`.

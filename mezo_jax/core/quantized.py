@@ -3,11 +3,11 @@ r"""Represents quantised weights: integers with a scale per group of elements.
 .. math:: w = s\,q + o, \qquad q \in \{-127, \dots, 127\},
           \{-8, \dots, 7\} \text{ or } \{0, \dots, 15\}
 
-A `QuantizedArray` object replaces a weight in a tree of parameters. Training does not
-dequantise the whole weight: `mezo_jax.perturbed` and `mezo_jax.dequantized`
-take views of the `QuantizedArray` (a layer, rows of an embedding, a transpose) and
-dequantise a weight where an operation consumes it. Training adds integers to q
-and leaves s and o unchanged.
+A `QuantizedArray` object replaces a weight in a tree of parameters. Training
+does not dequantise the whole weight: `mezo_jax.perturbed` and
+`mezo_jax.dequantized` take views of the `QuantizedArray` (a layer, rows of an
+embedding, a transpose) and dequantise a weight where an operation consumes it.
+Training adds integers to q and leaves s and o unchanged.
 """
 
 import dataclasses
@@ -222,7 +222,7 @@ class QuantizedArray:
   # --- views ---
 
   def viewed(self, view: views.View) -> 'QuantizedArray | None':
-    """Returns a view of the weight as `QuantizedArray`, without dequantising it.
+    """Returns a view of the weight without dequantising it.
 
     Args:
       view: The view; see `mezo_jax.core.views`.

@@ -54,9 +54,9 @@ class Directions:
       without a number, and the shapes below it must look like stacks.
     multiplier: A `Multiplier`, which scales the elements of z or sets some of
       them to 0. Defaults to None, which leaves z as it is drawn.
-    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is rounded
-      stochastically to whole steps of their grid. Defaults to False, which adds
-      the perturbation to the dequantised weights.
+    on_grid: Whether a perturbation of quantised weights (`QuantizedArray`) is
+      rounded stochastically to whole steps of their grid. Defaults to False,
+      which adds the perturbation to the dequantised weights.
 
   Raises:
     ValueError: If ``generator`` is unknown, if ``mask`` or ``stacked`` is a
@@ -100,8 +100,8 @@ class Directions:
       elif not isinstance(value, bool) and isinstance(
           value, (int, float, complex)):
         raise ValueError(
-            f'{name} must be None, a tree of bools, a function that returns '
-            f'one for the params, or a regular expression; got {value!r}.')
+            f'{name} must be None, a tree of bools, a function from the params '
+            f'to such a tree, or a regular expression; got {value!r}.')
     if self.multiplier is not None and not isinstance(
         self.multiplier, Multiplier):
       raise ValueError('multiplier must be a mezo_jax.Multiplier or None, got '

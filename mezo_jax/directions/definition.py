@@ -23,13 +23,13 @@ import numpy as np
 
 from mezo_jax.core import paths
 from mezo_jax.directions import noise
-from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.base import Directions, Normal, Rademacher
 
 
 def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
               directions: Directions = Normal(), *,
               stacked: bool = False) -> jax.Array:
-  """Returns z of one leaf, as its definition says.
+  """Returns z of one leaf, computed directly from its definition.
 
   Every other way in which the library computes z gives bitwise the same numbers
   on one kind of hardware.
@@ -49,11 +49,17 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
   Returns:
     A float32 array of shape ``shape``.
 
+  Raises:
+    ValueError: If the directions are of another kind.
+
   Example:
     >>> import jax
     >>> z_of_leaf(jax.random.key(0), 'layers/3/w', (2, 3)).shape
     (2, 3)
   """
+  if not isinstance(directions, (Normal, Rademacher)):
+    raise ValueError('z_of_leaf is the definition of Normal and Rademacher '
+                     f'directions, got directions={directions!r}.')
   name, layer, _ = paths.locate(path, stacked)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
   if stacked:

@@ -85,8 +85,8 @@ class Displacement(NamedTuple):
     If a program evaluates losses along z and then updates the weights along the
     same z, XLA recognises the common subexpression and keeps z in memory, which
     is as large as the model. With keys that depend on the loss, XLA has to draw
-    z again. The keys change only if ``value`` is above 3e38, which no finite
-    loss is.
+    z again. The keys change only if ``value`` is above 3e38, that is, for a
+    loss that has diverged.
 
     Args:
       value: A float32 scalar, such as a loss.

@@ -1,7 +1,7 @@
 """Computes the streams of parameter leaves and of their views.
 
-A `Stream` says which draws belong to which elements. A view (a lookup, a slice,
-a transpose or a reshape) draws nothing: it only computes the counters of the
+A `Stream` assigns a draw to each element of a block. A view (a lookup, a slice,
+a transpose or a reshape) draws nothing. It only computes the counters of the
 elements that it selects.
 """
 

@@ -1,4 +1,4 @@
-r"""Defines the directions of SubZero, which lie in a random subspace.
+r"""Defines the directions of SubZero, which are in a random subspace.
 
 .. math:: z = \frac{\sqrt{m k}}{r} \hat U Z \hat V^\top, \qquad
           \hat U^\top \hat U = \hat V^\top \hat V = I_r, \quad

@@ -93,7 +93,8 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
         f'{workdir} has no checkpoint of step {step}; the steps with one are: '
         f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
   params, opt_state = checkpoints.load(step, (shapes, opt_state))
-  params, _ = make_step(tx, None, mesh=mesh).apply_accumulated(params, opt_state)
+  step_fn = make_step(tx, None, mesh=mesh)
+  params, _ = step_fn.apply_accumulated(params, opt_state)
   checkpoints.close()
   return _write(directory, run, model, peft.join(params, frozen), tokenizer,
                 step, workdir_lib.read_result(workdir), merged, say)

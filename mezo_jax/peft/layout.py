@@ -42,7 +42,8 @@ def split_layers(params: dict[str, Any], k: int, take: bool = False
     raise InputError(f'{k} last layers cannot be split off a model with '
                      f'{total}; choose a number from 1 to that.')
   rest = {name: x for name, x in params.items() if name != 'layers'}
-  # jax.tree.map also slices the arrays inside quantised weights (QuantizedArray).
+  # jax.tree.map also slices the arrays inside quantised weights
+  # (QuantizedArray).
   run = lambda x, *at: jax.tree.map(lambda a: a[slice(*at)], x)
   first, last = _unzip(
       lambda x: (run(x, total - k), run(x, total - k, None)),

@@ -54,12 +54,13 @@ def factors(params: dict[str, Any]) -> dict[str, Any]:
   integers. `mezo_jax.peft.join` multiplies the scales by their factors.
 
   Args:
-    params: Nested dict of parameters, some of which are `mezo_jax.QuantizedArray`.
+    params: Nested dict of parameters, some of which are
+      `mezo_jax.QuantizedArray`.
 
   Returns:
     A nested dict with a float32 leaf ``.../factors`` of ones for each of the
-    `mezo_jax.QuantizedArray`. It has the shape of the scales. Abstract parameters
-    (`jax.ShapeDtypeStruct`) give abstract factors.
+    `mezo_jax.QuantizedArray`. It has the shape of the scales. Abstract
+    parameters (`jax.ShapeDtypeStruct`) give abstract factors.
 
   Raises:
     ValueError: If no parameter is quantised.
@@ -67,8 +68,9 @@ def factors(params: dict[str, Any]) -> dict[str, Any]:
   flat: dict[tuple, Any] = flatten_dict(params)
   codes = {path: x for path, x in flat.items() if is_codes(x)}
   if not codes:
-    raise ValueError('no parameter is quantised (mezo_jax.QuantizedArray), so there are '
-                     "no scales to train; see models.load(..., dtype='int8').")
+    raise ValueError('no parameter is quantised (mezo_jax.QuantizedArray), so '
+                     'there are no scales to train; see models.load(..., '
+                     "dtype='int8').")
   return unflatten_dict({(*path, FACTORS): _ones(x.scales)
                          for path, x in codes.items()})
 

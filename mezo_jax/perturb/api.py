@@ -379,8 +379,8 @@ def dequantized(fn: Callable) -> Callable:
   ``dequantized(f)(params, *args)`` equals ``f(dequantize(params), *args)`` up
   to float32 rounding. A quantised weight :math:`s q + o` (`QuantizedArray`) is
   dequantised only where ``f`` consumes it, so that one layer of dequantised
-  weights is alive at a time. Params without `QuantizedArray` are passed to ``f``
-  unchanged.
+  weights is alive at a time. Params without `QuantizedArray` are passed to
+  ``f`` unchanged.
 
   Args:
     fn: A function ``(params, *args, **kwargs) -> tree`` that JAX can trace.

@@ -39,7 +39,7 @@ def _view(view_of: Callable) -> Callable:
 
 
 def _bound(eqn, ins) -> jax.Array | None:
-  """Returns the result of an equation on clean weights, or None for `QuantizedArray`.
+  """Returns the result of an equation on clean, unquantised weights, or None.
 
   The equation itself is evaluated, since its parameters may contain a sharding
   of the result.

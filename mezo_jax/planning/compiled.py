@@ -82,10 +82,7 @@ def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
     except jax.errors.JaxRuntimeError as e:
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
-      found = re.search(r'Used ([\d.]+)G of|([\d.]+)G\) exceeds', str(e))
-      needs = float(next(x for x in found.groups() if x)) if found else None
-      return Program(needs and needs * 2**30, fits=False,
-                     seconds=time.time() - began)
+      return Program(_needed(str(e)), fits=False, seconds=time.time() - began)
     # For a TPU, `memory_analysis` counts fragmentation twice, so the peak is
     # read from the report that the compiler writes to a file.
     reports = glob.glob(f'{dump}/*memory-usage-report.txt')
@@ -100,6 +97,17 @@ def read(lowered: jax.stages.Lowered, jaxpr: Any = None, devices: int = 1
       peak, weights=m.argument_size_in_bytes, kept=m.alias_size_in_bytes,
       cycles=count, flops=math.nan if jaxpr is None else flops(jaxpr) / devices,
       collectives=collectives(text), seconds=time.time() - began)
+
+
+def _needed(message: str) -> float | None:
+  """Returns the bytes that the TPU compiler says a program needs, if it does.
+  """
+  found = re.search(
+      r'Used ([\d.]+)([KMGT]) of|([\d.]+)([KMGT])\) exceeds', message)
+  if found is None:
+    return None
+  number, unit = (x for x in found.groups() if x)
+  return float(number) * 1024 ** ('KMGT'.index(unit) + 1)
 
 
 def held(memory: Any) -> int:

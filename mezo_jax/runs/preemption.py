@@ -133,6 +133,6 @@ def _leave(log: Log) -> None:
   """
   try:
     log.sync()
-    print(f'\ntrain.py: {stopped(log.end)}', file=sys.stderr, flush=True)
+    print(f'\nmezo-jax: {stopped(log.end)}', file=sys.stderr, flush=True)
   finally:
     os._exit(AGAIN)

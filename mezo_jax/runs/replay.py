@@ -554,7 +554,9 @@ def write_shared(path: Path, header: dict[str, Any], steps: Steps) -> None:
       'added': sorted(steps.added)})
   body = steps.projected_grads.astype('<f4').tobytes()
   check = zlib.crc32(body, zlib.crc32(line))
-  path.write_bytes(line + body + check.to_bytes(4, 'little'))
+  part = path.with_name(path.name + '.part')
+  part.write_bytes(line + body + check.to_bytes(4, 'little'))
+  part.replace(path)
 
 
 def _shared(path: Path, header: dict, rest: bytes, check: int,

@@ -69,9 +69,9 @@ def check_config(config: config_lib.Train) -> None:
           and not methods.layers_apart(config)
           and (method.offloads or not method.steps)
           and not o.groups),
-       'model.offload supports only float weights, the method mezo and '
-       'baselines, and neither last_layers nor optimizer.groups; set it to '
-       'False'),
+       'model.offload needs a float model.dtype, the method mezo or a '
+       'baseline, no separate last layers, and no optimizer.groups; change '
+       'these, or set model.offload to False'),
       (config.mesh.direction == 1 or (
           z.over != 'rows' and not method.backprop),
        'mesh.direction splits the forward passes of a step, which is not '

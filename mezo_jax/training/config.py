@@ -187,7 +187,7 @@ class Also:
 
 @dataclasses.dataclass
 class Mesh:
-  """Sets the sizes of the axes of the device mesh (docs/meshes.md)."""
+  """Sets the sizes of the axes of the device mesh (docs/pods.md)."""
 
   data: int = 1  # data parallelism: copies of the parameters
   # Devices that shard a copy of the parameters and split the batch; -1 for all
@@ -244,7 +244,7 @@ class Train:
   checkpoint_every: int = 1_000
   keep_checkpoints: int = 1  # newest checkpoints kept, in addition to the best
   # If only the last layers or a head are trained, cache the activations of the
-  # frozen layers for each row (docs/peft.md).
+  # frozen layers for each row (docs/one_gpu.md).
   keep_trunk: bool = True
   # GiB of activations that are cached in memory. A larger cache is written to
   # files in the working directory.
@@ -277,6 +277,8 @@ _REMOVED = {
     'variant.anneal': 1.0,
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
+# Fields that earlier versions had under another name.
+_RENAMED = {'spsa.fold_every': 'apply_every'}
 # Values that earlier versions supported, of fields that still exist.
 _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
@@ -366,19 +368,28 @@ def from_json(saved: dict[str, Any]) -> Train:
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
         for name, v in values.items()})
-  config = build(Train, _without_removed(saved))
+  config = build(Train, _updated(saved))
   config.also = tuple(build(Also, a) for a in saved.get('also', ()))
   return config
 
 
-def _without_removed(saved: dict) -> dict:
-  """Returns a saved config without the fields that this version has removed.
+def _updated(saved: dict) -> dict:
+  """Returns a saved config with the fields of this version.
+
+  Fields that were renamed get their present names, and fields that were removed
+  are left out.
 
   Raises:
     InputError: if a field of `_REMOVED` or `_REMOVED_VALUES` has a value that
       this version does not support.
   """
   out = dict(saved)
+  for path, now in _RENAMED.items():
+    parent, _, name = path.rpartition('.')
+    if name in out.get(parent, {}):
+      holder = dict(out[parent])
+      holder[now] = holder.pop(name)
+      out[parent] = holder
   for path, neutral in _REMOVED.items():
     parent, _, name = path.rpartition('.')
     holder = dict(out.get(parent, {})) if parent else out
@@ -444,7 +455,7 @@ def check_same_run(config: Train, saved: dict[str, Any]) -> None:
     elif new != old:
       changed.append(f'{path} was {old!r} and is now {new!r}')
 
-  compare(to_json(config), _without_removed(saved), '')
+  compare(to_json(config), _updated(saved), '')
   if private and any(c.startswith('steps') for c in changed):
     raise InputError(
         'the privacy budget of this run, epsilon '

@@ -124,8 +124,8 @@ class Mixture:
       sources = [feed.private(plan, secret, part.built.splits, mesh, start)]
       tasks = itertools.repeat(0)
     else:
-      # Draw the tasks of all steps at once: from them follows how many batches
-      # of each task come before `start`.
+      # Draw the tasks of all steps at once. A resumed run then knows how many
+      # batches of each task came before `start`.
       weights = np.array([part.weight for part in self.parts])
       drawn = np.random.RandomState(self.parts[0].drawn.seed).choice(
           len(weights), steps, p=weights / weights.sum())

@@ -52,7 +52,7 @@ def run(config: config_lib.Train, workdir: Path,
     config: The config of the run.
     workdir: Directory of the run's log, metrics, checkpoints and result. It is
       created if it does not exist.
-    place: The place of this process among several replicas (docs/replicas.md).
+    place: The place of this process among several replicas (docs/log.md).
       Defaults to None, for a run without replicas.
     source: Name of the config file, for the log. Defaults to '', for none.
 

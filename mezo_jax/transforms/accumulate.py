@@ -128,8 +128,8 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
 
     check_update(updates, spsa_state, params, value_fn, projected_grad)
     if around is not None:
-      raise ValueError('around= cannot be combined with apply_every, which uses '
-                       'it to add the accumulated updates to the weights.')
+      raise ValueError('around= cannot be combined with apply_every, which '
+                       'uses it to add the accumulated updates to the weights.')
     # Measure the numbers of this step, or take recorded ones.
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
@@ -162,8 +162,8 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     def wait(ring, rest):
       """Keeps accumulating: all updates are zero."""
       return jax.tree.map(zeros, params), ring, rest
-    # Every k-th step applies the sum. `make_step` passes ``apply``, since it has
-    # decided this outside of ``update``.
+    # Every k-th step applies the sum. `make_step` passes ``apply``, since it
+    # has decided this outside of ``update``.
     if apply is None:
       out = lax.cond(is_due(state), add, wait, ring, rest)
     else:

@@ -32,6 +32,7 @@ from mezo_jax.transforms.stochastic_rounding import (
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
+@arguments.renamed(fold_every='apply_every')
 def mezo(
     learning_rate: float | optax.Schedule | Mapping[str, Any],
     eps: float | optax.Schedule | Mapping[str, Any] | None = None,
@@ -103,8 +104,8 @@ def mezo(
       with forward passes (short prompts) and a term of z is cheap (`LowRank`),
       under `mezo_jax.make_step`. It needs a single learning rate and eps, no
       weight decay, and no links after it that change updates. Call
-      ``step.apply_accumulated(params, state)`` before you read the weights. Defaults to
-      None, for 1.
+      ``step.apply_accumulated(params, state)`` before you read the weights.
+      Defaults to None, for 1.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose ``update`` takes the
@@ -153,7 +154,9 @@ def mezo(
   arguments.number('weight_decay', weight_decay, least=0)
   never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   finish = rounding(options.key, options.directions, stochastic_rounding)
-  if apply_every is not None and arguments.whole('apply_every', apply_every) > 1:
+  if apply_every is not None:
+    apply_every = arguments.whole('apply_every', apply_every)
+  if apply_every is not None and apply_every > 1:
     if not never or isinstance(learning_rate, Mapping) or isinstance(
         options.eps, Mapping) or not estimator.is_linear:
       raise ValueError('apply_every above 1 stores only coefficients of z. It '

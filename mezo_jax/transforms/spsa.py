@@ -72,7 +72,7 @@ def spsa(
   When ``update`` evaluates losses, it takes two more arguments. ``around`` is a
   `mezo_jax.Displacement` that is added to the weights for the evaluation.
   ``part=(i, r)`` evaluates part i of r equal parts of the directions, for
-  replicas that exchange their numbers (docs/replicas.md). The numbers of the
+  replicas that exchange their numbers (docs/log.md). The numbers of the
   other parts are NaN.
 
   Args:

@@ -101,7 +101,8 @@ class Step:
 
   Attributes:
     compiled: The compiled programs: that of the losses by the shape of the
-      batch, the update under the key None, and `apply_accumulated` under 'apply'.
+      batch, the update under the key None, and `apply_accumulated` under
+      'apply'.
   """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
@@ -225,6 +226,11 @@ class Step:
     return self._program('apply', None, lambda: self._trace_apply(
         params, state))(params, state)[:2]
 
+  def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
+    """Calls `apply_accumulated`, which is the new name of this method."""
+    arguments.warn_renamed('flush', 'apply_accumulated')
+    return self.apply_accumulated(params, state)
+
   def trace(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
     """Returns the traced programs of a step, without compiling them.
@@ -234,7 +240,8 @@ class Step:
 
     Returns:
       A list of `jax.stages.Traced`: the losses, the update and, if updates
-      accumulate, `apply_accumulated`. For backpropagation it has only the whole step.
+      accumulate, `apply_accumulated`. For backpropagation it has only the whole
+      step.
     """
     out = [self._trace_losses(params, state, batch, frozen, more)]
     if _replays(state):

@@ -86,7 +86,8 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
   Raises:
     ValueError: If an argument is out of range, if ``directions`` are not normal
-      or have a mask of elements, or if there are `QuantizedArray` among the params.
+      or have a mask of elements, or if there are `QuantizedArray` among the
+      params.
 
   References:
     Zhang et al., 2025, `MaZO: Masked Zeroth-Order Optimization for Multi-Task
@@ -119,8 +120,8 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     raise ValueError('directions must be a mezo_jax.Normal(...) for saliency, '
                      f'got {directions!r}.')
   if any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes))):
-    raise ValueError('params: saliency cannot score quantised weights (QuantizedArray); '
-                     'use params of floating point.')
+    raise ValueError('params: saliency cannot score quantised weights '
+                     '(QuantizedArray); use params of floating point.')
   if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
     raise ValueError('directions: the mask must select whole leaves, since '
                      'saliency selects elements itself.')

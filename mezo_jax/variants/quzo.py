@@ -11,9 +11,10 @@ from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
   r"""Runs SPSA on quantised weights, evaluated on their grid (QuZO).
 
-  A quantised weight is :math:`s q + o` with an integer q (`mezo_jax.QuantizedArray`).
-  Let :math:`\lfloor x \rceil` be x rounded stochastically to an integer, so
-  that :math:`E \lfloor x \rceil = x`. A step is
+  A quantised weight is :math:`s q + o` with an integer q
+  (`mezo_jax.QuantizedArray`). Let :math:`\lfloor x \rceil` be x rounded
+  stochastically to an integer, so that :math:`E \lfloor x \rceil = x`. A step
+  is
 
   .. math::
     u_1 &= \lfloor \epsilon z / s \rceil, \quad
@@ -66,7 +67,8 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
 
   def check(params):
     if not any(is_codes(x) for _, x in paths.named_leaves(params)):
-      raise ValueError('params: quzo needs quantised weights (mezo_jax.QuantizedArray). '
+      raise ValueError('params: quzo needs quantised weights '
+                       '(mezo_jax.QuantizedArray). '
                        "See mezo_jax.quantize and models.load(..., dtype="
                        "'int8').")
 

@@ -1,9 +1,9 @@
 r"""Provides QZO, which trains the scales of quantised weights.
 
-A quantised weight is :math:`s q + o` with an integer q (`mezo_jax.QuantizedArray`). QZO
-leaves q as it is and trains a factor f for each scale s, so that the weight
-becomes :math:`f s q + o`. `qzo` estimates the gradient with respect to f, and
-`nonnegative` keeps f at 0 or above.
+A quantised weight is :math:`s q + o` with an integer q
+(`mezo_jax.QuantizedArray`). QZO leaves q as it is and trains a factor f for
+each scale s, so that the weight becomes :math:`f s q + o`. `qzo` estimates the
+gradient with respect to f, and `nonnegative` keeps f at 0 or above.
 """
 
 from typing import Any, Unpack

@@ -66,8 +66,8 @@ def svrg(
 
   As with ``apply_every`` of `mezo_jax.mezo`, weights change only every q steps,
   and all other updates are zero. Evaluate your model after such a step.
-  Otherwise call ``step.apply_accumulated`` first, and note that the weights then stay where
-  they are until the next anchor.
+  Otherwise call ``step.apply_accumulated`` first, and note that the weights
+  then stay where they are until the next anchor.
 
   The paper also divides both learning rates by a constant when losses rise.
   This is not implemented.
@@ -144,8 +144,8 @@ def svrg(
     n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
     rates = [arguments.at(rate, count)
              for rate in (anchor_learning_rate, learning_rate)]
-    # Without an anchor, the difference on a single batch says nothing about the
-    # whole gradient, so the weights stay where they are.
+    # Without an anchor, the difference on a single batch is no estimate of the
+    # gradient, so the weights stay where they are.
     lost = jnp.any(jnp.isnan(anchor_grad))
     own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
     anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)

@@ -1,4 +1,4 @@
-"""Weights as `mezo_jax.QuantizedArray`, from floats or from the codes of a GGUF file.
+"""Makes `mezo_jax.QuantizedArray` of floats or of the weights of a GGUF file.
 
 A matrix has a scale for each 32 weights along the axis that is last in the
 files, as a rule the inputs; the rest (norms, biases, tables of few rows) are
@@ -44,8 +44,8 @@ class Form:
     return out | ({'offsets': runs} if self.offsets else {})
 
   def codes(self, arrays: dict[str, Any]) -> QuantizedArray:
-    return QuantizedArray(bits=self.bits, packed=self.axis if self.bits == 4 else None,
-                 **arrays)
+    packed = self.axis if self.bits == 4 else None
+    return QuantizedArray(bits=self.bits, packed=packed, **arrays)
 
 
 def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
