@@ -88,7 +88,7 @@ class Tensor:
 
   @property
   def kind(self) -> str:
-    """The name of its type, such as 'F16' or 'Q4_0'."""
+    """Returns the name of the tensor's type, such as 'F16' or 'Q4_0'."""
     return self.raw.tensor_type.name
 
   def __getitem__(self, index: Any) -> np.ndarray:
