@@ -34,7 +34,7 @@ def measure(path: Path) -> tuple[int, int]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--files', action='store_true', help='print each file as well')
+  parser.add_argument('--files', action='store_true', help='list each file too')
   show_files = parser.parse_args().files
   package = Path(__file__).parent.parent / 'mezo_jax'
   total_nodes = total_lines = 0
