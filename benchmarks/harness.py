@@ -145,7 +145,7 @@ def nbytes(tree) -> int:
 
 
 def timed(fn, *args):
-  """Calls a function; returns the seconds until its result is ready, and it."""
+  """Calls a function, and returns (seconds until it is done, its result)."""
   began = time.perf_counter()
   out = jax.block_until_ready(fn(*args))
   return time.perf_counter() - began, out

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 WIDTH, FF, HEADS, LAYERS, VOCAB = 256, 1024, 4, 12, 1024
 LARGE_VOCAB = 8192  # For cases about the embedding.
 ROWS, TOKENS = 2, 8
-# {name: (build, name of the pip package)}; build(dtype) returns (apply, params).
+# {name: (build, pip package)}, where build(dtype) returns (apply, params).
 MODELS = {}
 CAUSAL = jnp.tril(jnp.ones((1, 1, TOKENS, TOKENS), bool))
 POSITIONS = jnp.broadcast_to(jnp.arange(TOKENS), (ROWS, TOKENS))
