@@ -96,7 +96,7 @@ def chi_score(counts):
 
 
 def largest(n):
-  """Returns the median-like size of the largest of n absolute scores."""
+  """Returns the typical size of the largest of n absolute standard scores."""
   return NormalDist().inv_cdf(1 - 0.5 / n / 2) if n > 1 else 0.67
 
 

@@ -36,7 +36,7 @@ import zoo
 import mezo_jax
 
 C = 1e-2
-# LLVM's optimisation takes most of the compilation time. Without it, temporaries
+# LLVM's optimisation takes most of the compilation time. Without it temporaries
 # differ by about the size of a leaf.
 QUICK = {'xla_backend_optimization_level': 0}
 DTYPES = ('float32', 'bfloat16')
