@@ -48,10 +48,11 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
     say: Reports notes about the files to the user. Defaults to `print`.
 
   Returns:
-    The directory. ``transformers`` and `mezo_jax.models.load` can load it; the
-    class is for sequence classification if the run trained a classification
-    head. After training LoRA or a prefix, it contains only the adapters, unless
-    ``merged``. Then ``peft`` and `mezo_jax.peft.load` can load it.
+    The directory. It contains a model that ``transformers`` and
+    `mezo_jax.models.load` can load. If the run trained a classification head,
+    that is a model for sequence classification. If the run trained LoRA, a
+    prefix or a soft prompt, the directory contains only the adapter, which
+    ``peft`` and `mezo_jax.peft.load` can load, unless ``merged`` is set.
 
   Raises:
     FileNotFoundError: If there is no such run, or no checkpoint of the step.

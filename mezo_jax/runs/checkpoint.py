@@ -127,7 +127,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Turns a write error of the disk in any thread of orbax into OSError."""
+    """Raises OSError if a write to the disk fails in any thread of orbax."""
     try:
       yield
     except Exception as e:

@@ -175,7 +175,7 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
 
 def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
                    ) -> list[str]:
-  """Finds answers with no space, or with two, between them and their prompt.
+  """Warns if not exactly one space is between an answer and its prompt.
 
   It warns only if the tokenizer gives other tokens than with one space.
 

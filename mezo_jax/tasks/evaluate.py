@@ -203,7 +203,8 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
     are generated or ``data`` has right answers only.
 
   Raises:
-    ValueError: If the objective is 'lm' and ``data`` is not written out.
+    ValueError: If the objective is 'lm' and the candidates in ``data`` were not
+      encoded in full; see ``write_out`` of `mezo_jax.tasks.encode.encode`.
   """
   objective = objectives.of(task, objective)
   if data.generates:

@@ -154,8 +154,8 @@ class Peft:
   # 'bitfit' (biases); 'last_layers'; 'head'; 'scales' (of quantised weights);
   # '' for the model's own parameters.
   method: str = ''
-  # Regular expression. Of the parameters that `method` selects, only those
-  # whose path it matches are trained; '' for all of them.
+  # Regular expression that restricts the choice of `method`: only parameters
+  # whose path it matches are trained. '' for no restriction.
   mask: str = ''
   # Directory of a PEFT adapter to start training from, or to evaluate.
   adapter: str = ''
@@ -169,8 +169,8 @@ class Peft:
   # the vocabulary), 'text' (of the field `text`) or 'normal' (random numbers).
   init: str = 'tokens'
   text: str = ''  # for init 'text'; repeated or truncated to num_tokens
-  # Position of the first token after a prefix: 'zero', as without a prefix (the
-  # paper), or 'after', the length of the prefix (PEFT).
+  # Position of the first token of a text with a prefix. 'zero': 0, as without a
+  # prefix (MeZO paper). 'after': the length of the prefix (PEFT).
   positions: str = 'zero'
   # Number of last layers that become parameters of their own,
   # `last_layers/...`. This happens with method 'last_layers', and if mask or
@@ -218,8 +218,9 @@ class Train:
   # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
   # (predictions, examples) that is maximised; '' for the default of the task.
   objective: Objective = ''
-  # '' for none, or 'sfc' (surface-form calibration), which scores a candidate
-  # by its log-likelihood minus that after the prompt task.calibration.
+  # '' for none, or 'sfc' (surface-form calibration). With 'sfc' the score of a
+  # candidate is its log-likelihood minus its log-likelihood after
+  # task.calibration, a prompt without content.
   calibration: str = ''
   num_demos: int = 32  # demonstrations per prompt, for method 'icl'
   model: Model = dataclasses.field(default_factory=Model)
