@@ -156,6 +156,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   ends = np.cumsum(data.lengths)
 
   def write(index, x_BxSxD):
+    """Writes the activations of a batch without its padding."""
     x_BxSxD = np.asarray(x_BxSxD.addressable_data(0))
     for i, row in enumerate(index):
       n = data.row_length(row)
@@ -191,6 +192,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
 def _trunk(model, dtype) -> Callable:
   """Returns a function that computes the activations of a batch."""
   def trunk(params, batch):
+    """Runs the frozen layers."""
     return score.apply(model, params, batch)(
         features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
   return trunk
@@ -232,7 +234,10 @@ def _everywhere(here: bool) -> bool:
 
 
 def _mark(config, model, below: dict) -> str:
-  """Returns a text that identifies model and frozen weights, on any mesh."""
+  """Returns a string that identifies the model and its frozen weights.
+
+  The string does not depend on the mesh.
+  """
   return repr((_FORMAT, model.config, config.model.dtype,
                fingerprint.of_weights(below)))
 
