@@ -406,8 +406,8 @@ def _check_mesh(mesh) -> None:
       raise InputError(
           f'mesh: the axis {name!r} is Explicit, but these models need the '
           'compiler to propagate shardings. Make the mesh with '
-          'mezo_jax.sharding.make_mesh, or with jax.make_mesh and axis_types of '
-          'AxisType.Auto.')
+          'mezo_jax.sharding.make_mesh, or with jax.make_mesh and axis_types '
+          'of AxisType.Auto.')
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:
