@@ -156,9 +156,9 @@ def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
 
 
 class _Runs:
-  """Makes an array with one entry per ``run`` weights sliceable as a tensor.
+  """Slices an array that has one entry per ``run`` weights as if by weights.
 
-  Slices of the last axis are given in weights. They begin and end at multiples
+  Slices of the last axis are given in weights, and begin and end at multiples
   of ``run``.
   """
 
