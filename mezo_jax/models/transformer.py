@@ -58,6 +58,7 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
     of the table.
   """
   def finish(logits, bias):
+    """Adds the bias and applies the cap."""
     return softcap(logits if bias is None else logits + bias, cap)
 
   picked_BxA = finish(

@@ -614,6 +614,7 @@ def _read(row: table.Row, config, tensors: dict, mesh, dtype,
     place = sharding.on_host(place)
 
   def read(index):
+    """Returns the shard of the parameter at an index."""
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]
     if not row.stacked:
       block = row.read(tensors[row.name], tuple(index))

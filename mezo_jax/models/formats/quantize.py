@@ -127,6 +127,7 @@ def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
     """Builds one array of the `Codes` from blocks of weights."""
     run = n // part[axis]  # Number of weights that share an entry.
     def of(index):
+      """Returns the shard of the array at an index."""
       index = [i.indices(m)[:2] for i, m in zip(index, part)]
       start, stop = (run * i for i in index[axis])
       # A shard may begin or end within weights that share a scale. So a block
