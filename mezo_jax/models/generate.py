@@ -208,7 +208,7 @@ def generate(model: Transformer, params: Any, input_ids: Any,
   if np.ndim(temperature) or np.ndim(top_p):
     raise ValueError('temperature and top_p must be scalars; they apply to all '
                      'rows.')
-  # Tells arguments of an enclosing jitted function, whose values are not known.
+  # Arguments of an enclosing jitted function are tracers, without known values.
   given = lambda x: isinstance(x, Tracer)
   if (not given(temperature) and not 0 <= temperature < float('inf')
       or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):

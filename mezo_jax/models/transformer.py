@@ -58,6 +58,7 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
     of the table.
   """
   def finish(logits, bias):
+    """Adds the bias and applies the cap."""
     return softcap(logits if bias is None else logits + bias, cap)
 
   picked_BxA = finish(
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
       ValueError: If shapes do not fit, if there are more tokens than the model
         has positions or the cache has room for, if the model does not have a
         token or token type, if logits are requested of a model without a head,
-        or if a trunk is combined with a cache.
+        or if ``trunk`` or features='trunk' is combined with a cache.
     """
     c = self.config
     if features not in _FEATURES:
@@ -438,8 +439,8 @@ def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
   if is_known(mask):
     values = np.asarray(mask)
     if not np.all((values >= 0) & (values % 1 == 0)):
-      raise ValueError('attention_mask has values other than whole numbers; it '
-                       'must be 0 at padding and 1 at tokens.')
+      raise ValueError('attention_mask has a value that is negative or not '
+                       'whole; it must be 0 at padding and 1 at tokens.')
   return jnp.asarray(mask).astype(jnp.int32)
 
 
@@ -476,8 +477,14 @@ def apply(model: Transformer, params: dict[str, Any], *args: Any, **kwargs: Any
           ) -> Any:
   """Applies a model to parameters that may contain quantised weights.
 
-  It is ``model.apply({'params': params}, *args, **kwargs)`` within
-  `mezo_jax.dequantized`.
+  Args:
+    model: The model.
+    params: Its parameters, as `load` returns them.
+    *args: Arguments of the model, such as ``input_ids``.
+    **kwargs: Keyword arguments of the model, such as ``answer_at``.
+
+  Returns:
+    The result of ``model.apply({'params': params}, *args, **kwargs)``.
   """
   return dequantized(lambda params: model.apply(
       {'params': params}, *args, **kwargs))(params)
@@ -512,8 +519,8 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   if attention_mask is None:
     same_BxSxT, at_BxS = jnp.ones((1, s, t), bool), query_Sx1.T
   else:
-    # Padding counts as a text of its own: padding tokens attend to each other,
-    # so that the softmax of no token is over an empty set.
+    # Padding counts as a text of its own, so that padding tokens attend to each
+    # other. Otherwise they would have no keys at all.
     text_BxT = attention_mask
     text_BxS = jax.lax.dynamic_slice_in_dim(text_BxT, start, s, 1)
     same_BxSxT = text_BxS[:, :, None] == text_BxT[:, None]

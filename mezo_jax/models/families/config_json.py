@@ -265,7 +265,7 @@ _IS_LOCAL = {'full_attention': False, 'attention': False,
 
 def read_local_layers(f: Fields, layers: int, default: tuple[bool, ...]
                       ) -> tuple[bool, ...]:
-  """Returns one flag per layer, whether it has a window, from ``layer_types``.
+  """Reads which layers have a window from ``layer_types``, one flag per layer.
 
   Args:
     f: The fields of the file.
@@ -284,8 +284,8 @@ def read_local_layers(f: Fields, layers: int, default: tuple[bool, ...]
 
 # --- rotary positions -------------------------------------------------------
 
-# {kind: the keys that it reads}. original_max_position_embeddings may be
-# missing, and then is the model's number of positions.
+# {kind: the keys that it reads}. original_max_position_embeddings defaults to
+# the model's number of positions.
 _ROPE_KEYS = {
     'default': (), 'linear': ('factor',),
     'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',

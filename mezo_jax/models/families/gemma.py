@@ -102,7 +102,10 @@ def _attention_softcap(f: Fields) -> float | None:
 
 
 def _window(f: Fields, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-  """Returns the window, and one flag per layer whether it has the window."""
+  """Returns the window, and for each layer whether the window applies to it.
+
+  The flags are () if no layer has a window.
+  """
   if f.family == 'gemma':
     f.only(sliding_window=None,
            layer_types=(None, ['full_attention'] * layers))

@@ -71,11 +71,12 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 def _window(f: Fields, layers: int,
             length: int) -> tuple[int | None, tuple[bool, ...]]:
-  """Returns the window, and one flag per layer whether it has the window.
+  """Returns the window, and for each layer whether the window applies to it.
 
-  In a Mistral, all layers have it. In a Qwen, if ``use_sliding_window`` is
-  true, those layers have it that ``layer_types`` lists, or else those from
-  ``max_window_layers`` on. The flags are () if all layers are the same.
+  In a Mistral it applies to all layers. In a Qwen it applies only if
+  ``use_sliding_window`` is true, to the layers that ``layer_types`` lists, or
+  else to those from ``max_window_layers`` on. The flags are () if all layers
+  are the same.
   """
   if f.family == 'llama':
     # The attention of a Llama in transformers ignores this field, but its cache

@@ -48,11 +48,11 @@ class Row:
 
   @property
   def axes(self) -> str:
-    """Returns a letter for each axis of the parameter but the layer axis."""
+    """Returns a letter for each axis of the parameter except the layer axis."""
     return self.layout.split('->')[1].replace(' ', '')
 
   def _order(self) -> list[int]:
-    """Returns for each axis of the tensor that axis of the parameter."""
+    """Returns the axis of the parameter for each axis of the tensor."""
     return [self.axes.index(a) for a in self.layout.split('->')[0].split()]
 
   @property
@@ -70,7 +70,7 @@ class Row:
 
     Args:
       tensor: The tensor of one layer; it is read when it is sliced.
-      index: A slice of each axis of the parameter but the layer axis.
+      index: A slice of each axis of the parameter except the layer axis.
     """
     order = self._order()
     *rest, last = (index[i] for i in order)

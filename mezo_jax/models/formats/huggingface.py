@@ -607,13 +607,14 @@ def _is_offloaded(row: table.Row) -> bool:
 
 def _read(row: table.Row, config, tensors: dict, mesh, dtype,
           offload: bool) -> jax.Array:
-  """Reads one parameter; each device's shard is read from the files alone."""
+  """Reads one parameter; for each device only its shard is read from files."""
   shape = _shape(row, config)
   place = _place(row, shape, mesh) or _here()
   if offload and _is_offloaded(row):
     place = sharding.on_host(place)
 
   def read(index):
+    """Returns the shard of the parameter at an index."""
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]
     if not row.stacked:
       block = row.read(tensors[row.name], tuple(index))

@@ -128,6 +128,7 @@ def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
     """Builds one array of the `QuantizedArray` from blocks of weights."""
     run = n // part[axis]  # Number of weights that share an entry.
     def of(index):
+      """Returns the shard of the array at an index."""
       index = [i.indices(m)[:2] for i, m in zip(index, part)]
       start, stop = (run * i for i in index[axis])
       # A shard may begin or end within weights that share a scale. So a block
@@ -157,9 +158,9 @@ def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
 
 
 class _Runs:
-  """Makes an array with one entry per ``run`` weights sliceable as a tensor.
+  """Slices an array that has one entry per ``run`` weights as if by weights.
 
-  Slices of the last axis are given in weights. They begin and end at multiples
+  Slices of the last axis are given in weights, and begin and end at multiples
   of ``run``.
   """
 

@@ -45,9 +45,9 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
   without the language model's head. Quantised weights
   (`mezo_jax.QuantizedArray`) are dequantised.
 
-  Tensors are gathered one at a time, and the host holds those of one file. The
-  directory appears only when it is complete. With several processes, all of
-  them must call this function, and process 0 writes.
+  Tensors are gathered one at a time, and the host holds those of one file at a
+  time. The directory appears only when it is complete. With several processes,
+  all of them must call this function, and process 0 writes.
 
   Args:
     directory: The directory to write. It must not exist, or be empty.

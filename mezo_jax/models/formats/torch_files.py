@@ -54,6 +54,7 @@ class _Unpickler(pickle.Unpickler):
     self.storage = storage
 
   def find_class(self, module, name):
+    """Returns what an allowed name stands for; other names raise ValueError."""
     if module == 'torch' and name in _DTYPES:
       return _DTYPES[name]
     allowed = {
@@ -101,6 +102,7 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
       entries = {i.filename.split('/', 1)[1]: i for i in archive.infolist()}
 
       def storage(key, dtype, size):
+        """Returns a storage as a flat view of the mapped file."""
         entry = entries[f'data/{key}']
         if entry.compress_type != zipfile.ZIP_STORED:
           raise ValueError('it is compressed')
