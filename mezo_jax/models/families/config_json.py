@@ -129,7 +129,7 @@ class Fields:
     # readers build lists of that length.
     most = _MOST_LAYERS if name in ('num_hidden_layers', 'n_layer') else 2**31
     if type(value) is not int or not least <= value < most:
-      self.refuse(name, value, f'a whole number from {least} to {most}')
+      self.refuse(name, value, f'a whole number from {least} to {most - 1}')
     return value
 
   def maybe_size(self, name: str, default: int | None = None) -> int | None:
@@ -423,7 +423,7 @@ def check_sizes(config: Config, path: Any) -> None:
     most = _MOST[field] if field in _MOST else 2**31
     if type(value) is not int or not 0 < value < most:
       raise InputError(f'{path}: {field} would be {value!r}, but must be a '
-                       f'whole number from 1 to {most}.')
+                       f'whole number from 1 to {most - 1}.')
   if config.num_heads % config.num_kv_heads:
     raise InputError(
         f'{path}: num_attention_heads ({config.num_heads}) must be a multiple '
