@@ -23,9 +23,9 @@ from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
-from mezo_jax.perturb.api import mapped, perturbed
-from mezo_jax.transforms import losses
+from mezo_jax.perturb.api import mapped
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
+from mezo_jax.transforms.evaluate_points import estimate
 
 _PART = 2**20  # Largest number of elements that are scored in one operation.
 
@@ -138,13 +138,9 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     """Returns g and h of all tasks, both float32 [tasks, n]."""
     found = []
     for t, value_fn in enumerate(value_fns):
-      at = lambda point, f=value_fn: losses.mean(
-          perturbed(f, directions)(params, point))
-      mine = keys[t * n:(t + 1) * n]
-      both = lax.map(at, Displacement(
-          jnp.repeat(mine, 2), jnp.tile(jnp.float32([eps, -eps]), n)))
-      plus, minus = both.reshape(n, 2).T
-      clean = at(Displacement(mine[0], 0.0).after(minus[-1]))
+      z = Displacement(keys[t * n:(t + 1) * n], jnp.ones(n))
+      plus, minus, clean = estimate(
+          value_fn, params, z, eps, directions, signs=(1.0, -1.0, 0.0)).T
       found.append(((plus - minus) / (2 * eps),
                     (plus - 2 * clean + minus) / eps**2))
     return tuple(map(jnp.stack, zip(*found)))
