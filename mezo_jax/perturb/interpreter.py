@@ -32,9 +32,9 @@ from mezo_jax.core import jax_versions, views, xla
 from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions.displacement import Draws
 
-# Maps the name of a primitive to its rule, ``(eqn, ins, context) -> outs``. A rule
-# that does not apply returns None, and `otherwise` evaluates the equation. The
-# modules rules_*.py add their rules when they are imported.
+# Maps the name of a primitive to its rule, ``(eqn, ins, context) -> outs``. A
+# rule that does not apply returns None, and `otherwise` evaluates the equation.
+# The modules rules_*.py add their rules when they are imported.
 RULES: dict[str, Callable[..., Any]] = {}
 # Debug information for the jaxprs in `bind`, whose arguments have no names.
 _NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
