@@ -293,6 +293,8 @@ def renamed(**names: str) -> Callable[[F], F]:
     def wrapper(*args, **kwargs):
       for old, new in names.items():
         if old in kwargs:
+          if new in kwargs:
+            raise TypeError(f'{old} is the old name of {new}; pass only {new}.')
           warn_renamed(old, new)
           kwargs[new] = kwargs.pop(old)
       return fn(*args, **kwargs)
