@@ -249,10 +249,10 @@ class Train:
   keep_checkpoints: int = 1  # newest checkpoints kept, in addition to the best
   # If only the last layers or a head are trained, cache the activations of the
   # frozen layers for each row (docs/one_gpu.md).
-  keep_trunk: bool = True
+  cache_frozen: bool = True
   # GiB of activations that are cached in memory. A larger cache is written to
   # files in the working directory.
-  trunk_memory: float = 4.0
+  cache_memory: float = 4.0
   eval_batch_size: int = 32  # maximum rows of an evaluation batch
   # Maximum tokens of an evaluation batch, including padding.
   eval_batch_tokens: int = 16_384
@@ -271,7 +271,7 @@ class Train:
 _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
-    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'trunk_memory')
+    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'cache_memory')
 
 # Fields that earlier versions had and this one does not. Each is mapped to the
 # only value whose behaviour this version still has, or to `_ANY` if the field
@@ -284,7 +284,9 @@ _REMOVED = {
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
 # Fields that earlier versions had under another name.
-_RENAMED = {'spsa.fold_every': 'apply_every'}
+_RENAMED = {
+    'spsa.fold_every': 'apply_every', 'keep_trunk': 'cache_frozen',
+    'trunk_memory': 'cache_memory'}
 # Values that earlier versions supported, of fields that still exist.
 _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
@@ -394,10 +396,11 @@ def _updated(saved: dict) -> dict:
   out = dict(saved)
   for path, now in _RENAMED.items():
     parent, _, name = path.rpartition('.')
-    if name in out.get(parent, {}):
-      holder = dict(out[parent])
+    holder = dict(out.get(parent, {})) if parent else out
+    if name in holder:
       holder[now] = holder.pop(name)
-      out[parent] = holder
+      if parent:
+        out[parent] = holder
   for path, neutral in _REMOVED.items():
     parent, _, name = path.rpartition('.')
     holder = dict(out.get(parent, {})) if parent else out

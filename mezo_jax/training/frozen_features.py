@@ -49,7 +49,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   """Returns the same run with cached activations of its frozen layers.
 
   Batches then contain the activations, ``width`` numbers per token. Up to
-  ``config.trunk_memory`` GiB are kept in memory. A larger cache is written to
+  ``config.cache_memory`` GiB are kept in memory. A larger cache is written to
   files, which a resumed run uses again if its rows and weights are the same.
 
   ``built.frozen`` keeps only the parameters that steps and evaluations still
@@ -64,10 +64,10 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
 
   Returns:
     The run with cached activations. It is unchanged if a parameter of
-    ``layers`` or before them is trained, if ``config.keep_trunk`` is False, or
+    ``layers`` or before them is trained, if ``config.cache_frozen`` is False, or
     if the answers of all splits are generated.
   """
-  if not config.keep_trunk or not is_frozen(built.params):
+  if not config.cache_frozen or not is_frozen(built.params):
     return built
   splits, model = built.splits, built.model
   of = {name: getattr(splits, name) for name in ('train', 'dev', 'test')}
@@ -84,7 +84,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   size = sum(int(np.prod(shape(data))) for data in wanted.values()) * (
       dtype.itemsize)
   abstract = isinstance(like, jax.ShapeDtypeStruct)
-  in_files = size > config.trunk_memory * 2**30 and not abstract
+  in_files = size > config.cache_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
   much = f'{size / 2**20:.0f} MiB, '
@@ -223,7 +223,7 @@ def _make_room(file: Path, size: int) -> None:
       raise InputError(
           f'{file.parent} does not have {size / 2**30:.2f} GiB of free space '
           f'for cached activations ({e.strerror}); free some space, choose '
-          'another --workdir, or set --config.keep_trunk=False.') from e
+          'another --workdir, or set --config.cache_frozen=False.') from e
 
 
 def _everywhere(here: bool) -> bool:
