@@ -112,7 +112,8 @@ def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
                                              tmp_path, capsys):
   results = []
   for keeps in (False, True):
-    config = small_config(tiny_dir, reviews_file, cache_frozen=keeps, **WAYS[way])
+    config = small_config(
+        tiny_dir, reviews_file, cache_frozen=keeps, **WAYS[way])
     results.append(train.run(config, tmp_path / str(keeps)))
     assert ('caching frozen' in capsys.readouterr().out) == keeps
   plain, kept = results

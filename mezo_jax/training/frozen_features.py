@@ -64,8 +64,8 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
 
   Returns:
     The run with cached activations. It is unchanged if a parameter of
-    ``layers`` or before them is trained, if ``config.cache_frozen`` is False, or
-    if the answers of all splits are generated.
+    ``layers`` or before them is trained, if ``config.cache_frozen`` is False,
+    or if the answers of all splits are generated.
   """
   if not config.cache_frozen or not is_frozen(built.params):
     return built
