@@ -1,21 +1,25 @@
-"""What the TPU and CUDA compilers say of a step's forms, with no accelerator.
+"""Estimates forms of a step with TPU and CUDA compilers, without accelerators.
 
   pip install -e '.[plan]' && python benchmarks/aot.py
       [--cuda] [--short | --vmem]
 
-Loops over `mezo_jax.planning.plan`: inference, MeZO steps and backprop (each
-layer rematerialised) for described devices that are not there, from abstract
-bfloat16 weights, 16 rows of 256 or 32 tokens read at two label words. Nothing
-is run. Of updates that are pending (over 8 steps, where no other number is
-said) that part of the cycles is counted. Memory is all of one device: weights,
-inputs, outputs and temporaries. Cycles are the TPU compiler's own estimates
-times the trip counts of loops; they know nothing of collectives between chips.
-`--cuda` adds one A100 by the CUDA compiler (`pip install jax-cuda12-plugin
-jax-cuda12-pjrt nvidia-cuda-nvcc-cu12` of jax's version). Writes
-benchmarks/results/aot.md and .json; with `--short` aot_short.md and .json, of
-the cases of 32 tokens a row; with `--vmem` aot_vmem.md and .json, of some cases
-with 16, 32 and 64 MiB of a TPU core's own memory for a loop, by the flag that a
-user would set.
+It calls `mezo_jax.planning.plan` for inference, MeZO steps and backprop (with
+each layer rematerialised). The programs are compiled for described devices,
+with abstract bfloat16 weights, 16 rows of 256 or 32 tokens and two label words.
+Nothing is run.
+
+The memory is that of one device: weights, inputs, outputs and temporaries.
+Cycles are the TPU compiler's estimates times the trip counts of loops; they do
+not include collectives between chips. For updates that are accumulated over k
+steps, 1/k of the cycles of applying them is counted per step (k is 8 unless the
+name of the program has another number).
+
+`--cuda` adds an A100 with the CUDA compiler (`pip install jax-cuda12-plugin
+jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`, of the version of jax). Writes
+benchmarks/results/aot.md and .json. `--short` runs the cases of 32 tokens per
+row, and writes aot_short.md and .json. `--vmem` runs some cases with 16, 32 and
+64 MiB of a TPU core's vector memory for a loop, set by a compiler flag, and
+writes aot_vmem.md and .json.
 """
 
 import dataclasses
@@ -48,7 +52,7 @@ MEZO = harness.MEZO | {
         directions=mezo_jax.LowRank(rank=4), over='batch', apply_every=32)}
 FEW = tuple(MEZO)[:3]
 PENDING = 'MeZO low rank, pending'
-# Topology, (data, fsdp, tensor), shape, tokens of a row, programs.
+# (topology, (data, fsdp, tensor), shape, tokens per row, programs)
 CASES = [
     ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32, ('inference', *MEZO)),
     ('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 256, (
@@ -74,11 +78,11 @@ VMEM = [(('v5p:1x1x1', (1, 1, 1), 'OPT-13B', 32), (
         (('v5e:4x4', (1, 4, 4), 'OPT-66B', 256), ('inference', *FEW[1:]))]
 
 
-# --- what the compilers say -------------------------------------------------
+# --- compiled steps ---------------------------------------------------------
 
 
 def spsa_of(how: dict) -> config_lib.Spsa:
-  """A config's way to say arguments of `mezo_jax.mezo`."""
+  """Returns options of `harness.mezo` as the fields of a config."""
   how = dict(how)
   z = how.pop('directions', mezo_jax.Normal())
   if isinstance(z, mezo_jax.LowRank):
@@ -89,7 +93,12 @@ def spsa_of(how: dict) -> config_lib.Spsa:
 
 
 def report(topology, sizes, shape, tokens, program) -> dict:
-  """Of a step of several programs: the most memory, and all cycles."""
+  """Compiles one program, or all programs of a step.
+
+  Returns:
+    A dict with the largest memory of the programs, in GiB, and the sum of their
+    cycles. The memory is None if the compiler ran out of it.
+  """
   config = config_of(f'facebook/{shape}'.lower())
   config.data.batch_size = max(ROWS, sizes[0] * sizes[1])
   if program in MEZO:
@@ -124,7 +133,10 @@ def report(topology, sizes, shape, tokens, program) -> dict:
 
 
 def forms() -> list[dict]:
-  """Mega-cycles of x @ (W + c*z) and W += c*z, OPT-30B's largest matrix."""
+  """Returns the megacycles of forms of x @ (W + c*z) and of W += c*z.
+
+  W is the largest matrix of OPT-30B.
+  """
   mesh = build.make_mesh(
       config_lib.Train(), machines.devices('v5p:1x1x1'))
   at = NamedSharding(mesh, P())
@@ -165,7 +177,7 @@ def forms() -> list[dict]:
 
 
 def one(*case, **environment) -> dict:
-  """`report`, in a process of its own: compilers keep memory."""
+  """Calls `report` in a new process, since compilers do not free memory."""
   done = subprocess.run(
       [sys.executable, __file__, '--one', json.dumps(case)],
       capture_output=True, text=True, env=harness.on_cpu() | environment)
@@ -175,6 +187,7 @@ def one(*case, **environment) -> dict:
 
 
 def of_vmem() -> None:
+  """Writes the table of cycles with several amounts of vector memory."""
   rows = []
   for case, programs in VMEM:
     base = None

@@ -1,10 +1,11 @@
-"""Do the configs of the paper's tables compile at their real sizes?
+"""Compiles the configs of the paper's tables at their real sizes.
 
   pip install -e '.[plan]' && python benchmarks/aot_configs.py
 
-The programs of configs/opt.py, opt_f1.py, roberta.py and glue.py, by
-`mezo_jax.planning.plan`: nothing is run, and what the host computes of
-generated answers is left out. Writes benchmarks/results/aot_configs.md.
+The configs are opt.py, opt_f1.py, roberta.py and glue.py. Their programs are
+compiled by `mezo_jax.planning.plan`, and nothing is run. What the host computes
+from generated answers is not included. Writes benchmarks/results/aot_configs.md
+and .json.
 """
 
 import os
@@ -19,7 +20,7 @@ from mezo_jax.planning import machines, plan
 from mezo_jax.training import config as config_lib
 
 ROOT = Path(__file__).parents[1]
-# Config and its argument, other model, topology, mesh, tokens.
+# (config with its argument, model if another, topology, mesh, tokens per row)
 CASES = [
     ('roberta.py:mnli,512,100', '', 'v5p:1x1x1', 'fsdp=1', 256),
     ('glue.py:mnli', '', 'v5p:1x1x1', 'fsdp=1', 128),
@@ -34,6 +35,7 @@ CASES = [
 
 
 def load_config(name: str, model: str) -> config_lib.Train:
+  """Reads a config; ``model`` replaces its model unless it is ''."""
   return read_config(str(ROOT / 'configs' / name), [
       f'--config.model.name={model}'] if model else [])
 

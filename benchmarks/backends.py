@@ -3,11 +3,11 @@
   pip install -r requirements.txt 'jax[cuda13]' -e .
   python benchmarks/backends.py
 
-Four questions, each with small models whose weights are made here:
-whether the directions z are the same on both, how far apart a step's loss and
-projected gradient are in each dtype, whether replaying the log of a run gives
-bitwise the same weights on the accelerator, and whether LoRA and quantised
-weights train there. Writes benchmarks/results/backends.md.
+It answers three questions, with a small model of random weights: whether the
+directions z are the same on both; how far apart losses and projected gradients
+are in each dtype, for all weights and for LoRA; and whether replaying the log
+of a run gives bitwise the same weights on the accelerator. Writes
+benchmarks/results/backends.md and .json.
 """
 
 import functools
@@ -42,7 +42,7 @@ def on(device, fn, *args):
 
 
 def directions(cpu, device) -> list[dict]:
-  """Compares the elements of z of each distribution."""
+  """Returns a row for each distribution that compares the elements of z."""
   like = {'a': jnp.zeros((300, 500)), 'layers': {'w': jnp.zeros((3, 64, 96))}}
   rows = []
   for name, kind in KINDS.items():
@@ -59,12 +59,13 @@ def directions(cpu, device) -> list[dict]:
 
 
 def weights(dtype):
+  """Returns random weights of a dtype as NumPy arrays."""
   params = harness.random_params(MODEL)
   return jax.tree.map(lambda x: np.asarray(x.astype(dtype)), params)
 
 
 def run(device, params, frozen=None, learning_rate=1e-4):
-  """Trains for `STEPS` steps, then replays them from their numbers.
+  """Trains for `STEPS` steps, then replays them from the projected gradients.
 
   Returns:
     (losses, projected gradients, the trained weights, the replayed ones).
@@ -91,15 +92,17 @@ def run(device, params, frozen=None, learning_rate=1e-4):
 
 
 def far(a, b) -> float:
+  """Returns the largest difference between two arrays."""
   return float(np.abs(a - b).max())
 
 
 def same(a, b) -> str:
+  """Returns 'yes' if all arrays are equal, else 'NO'."""
   return 'yes' if all(map(np.array_equal, a, b)) else 'NO'
 
 
 def steps(cpu, device) -> list[dict]:
-  """Compares steps in each dtype, of whole models, LoRA and int8 weights."""
+  """Returns a row for each dtype, with all weights trained and with LoRA."""
   rows = []
   for name in ('float32', 'bfloat16', 'float16'):
     params = weights(jnp.dtype(name))

@@ -1,10 +1,10 @@
-"""Prints how large the centre of the library is.
+"""Prints the size of the library's core packages.
 
   python benchmarks/code_size.py [--files]
 
-Counts the nodes of Python's syntax trees and the lines of code (without
-docstrings, comments and blank lines) of the rooms that a step is made of. The
-nodes per line say how dense the code is.
+For each package that takes part in a training step, it counts the nodes of
+Python's syntax trees and the lines of code, without docstrings, comments and
+blank lines. The number of nodes per line measures how dense the code is.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import ast
 from pathlib import Path
 
 ROOMS = ('core', 'directions', 'perturb', 'transforms', 'variants')
-LEFT_OUT = ('sharding.py',)  # meshes, in core
+LEFT_OUT = ('sharding.py',)  # core/sharding.py is about meshes.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -34,7 +34,7 @@ def measure(path: Path) -> tuple[int, int]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--files', action='store_true', help='also each file')
+  parser.add_argument('--files', action='store_true', help='list each file too')
   show_files = parser.parse_args().files
   package = Path(__file__).parent.parent / 'mezo_jax'
   total_nodes = total_lines = 0

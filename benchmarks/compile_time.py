@@ -2,12 +2,13 @@
 
   python benchmarks/compile_time.py [LAYERS ...]
 
-A Linen transformer whose layers are a Python loop, as most are written. For
-each number of layers: CPU seconds (of all threads, so that other processes
-disturb less) to trace, lower and compile `jax.grad` of the loss, and a donated
-step of `mezo` and `apply_updates`; lines of the compiled program; and its
-distinct kernels, which XLA:CPU compiles once each. Ratios are within one run.
-Without arguments it writes benchmarks/results/compile_time.md.
+The model is a Linen transformer with a Python loop over its layers. For each
+number of layers, two programs are compiled: `jax.grad` of the loss, and a
+donated step of `mezo` and `apply_updates`. The table has the CPU seconds of all
+threads to trace, lower and compile them (other processes disturb these less
+than elapsed time), the lines of the compiled program, and its distinct kernels,
+each of which XLA:CPU compiles once. Ratios are within one run. Without
+arguments it writes benchmarks/results/compile_time.md.
 """
 
 import os
@@ -26,6 +27,7 @@ WIDTH, VOCABULARY = 128, 1000
 
 
 class Block(nn.Module):
+  """Applies attention and feed-forward."""
 
   @nn.compact
   def __call__(self, x):
@@ -36,6 +38,8 @@ class Block(nn.Module):
 
 
 class Unrolled(nn.Module):
+  """Applies blocks in a Python loop, with a tied head."""
+
   layers: int
 
   @nn.compact
@@ -56,6 +60,7 @@ def distinct_kernels(hlo: str) -> int:
 
 
 def measured(fn, *args, **kwargs) -> dict:
+  """Returns the seconds to compile a function, and the size of the program."""
   seconds = lambda: sum(os.times()[:2])
   began = seconds()
   traced = jax.jit(fn, **kwargs).trace(*args)
@@ -69,6 +74,7 @@ def measured(fn, *args, **kwargs) -> dict:
 
 
 def row(layers: int) -> dict:
+  """Returns a row of the table."""
   model, ids = Unrolled(layers), jnp.zeros((2, 8), jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
 
@@ -93,7 +99,7 @@ def row(layers: int) -> dict:
 
 def main():
   wanted = [*map(int, sys.argv[1:])]
-  row(1)  # what a process does once
+  row(1)  # Initialises what a process initialises only once.
   rows = [row(layers) for layers in wanted or (4, 8, 16, 32)]
   head = harness.header('compiling unrolled layers', *sys.argv[1:])
   tables = [('CPU seconds, lines of HLO and distinct kernels:', rows)]

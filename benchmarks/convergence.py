@@ -1,18 +1,21 @@
-"""Which directions learn most, from as many forwards and in as much time?
+"""Compares how fast training converges with different kinds of directions.
 
   python benchmarks/convergence.py [last_layer] [whole] [minilm] [quadratic]
 
-Four problems, for every kind of direction the same seeds and batches: the
-quickstart's last layer; most of its parameters (its `whole`); all of MiniLM
-with a new head on the quickstart's rows, without a prompt; and a quadratic with
-a known optimum (1,000 dimensions, eigenvalues 1 to 100). The learning rate,
-constant, is chosen for each kind from one grid, of factors of two, by the loss
-of dev rows, with seeds of its own; losses and accuracies are of test rows.
-Forwards are counted in batches. A difference is the mean over seeds of (kind -
-first kind) with its standard error; within two of them kinds are equal. Seconds
-a step are measured before, in turn. Writes one
-benchmarks/results/convergence_PROBLEM.md and .json of each; 2 hours on 2 CPU
-cores.
+There are four problems: the last layer of the quickstart's model; most of its
+parameters (the config `quickstart:whole`); all of MiniLM with a new head on the
+quickstart's data, without a prompt; and a quadratic with a known optimum (1,000
+dimensions, eigenvalues 1 to 100). Kinds are compared after the same number of
+forward passes and in the same time, with the same seeds and batches.
+
+The learning rate is constant. For each kind it is chosen from one grid of
+factors of two by the loss on dev data, with seeds that are used for nothing
+else. Losses and accuracies are those of test data. Forward passes are counted
+in batches. A difference is the mean over seeds of (kind - first kind) with its
+standard error; kinds within two standard errors count as equal. The seconds per
+step are measured first, alternating between the kinds. Writes
+benchmarks/results/convergence_PROBLEM.md and .json for each problem. Takes 2
+hours on 2 CPU cores.
 """
 
 from collections.abc import Callable
@@ -42,18 +45,30 @@ ROWS, SEEDS, SEARCH_SEEDS, CURVE = 16, 8, 2, 4
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A way to train: ``make(learning_rate, eps, key=, directions=)``."""
+  """Describes an optimizer that is compared.
+
+  Attributes:
+    make: The optimizer, ``make(learning_rate, eps, key=, directions=)``.
+    directions: Its directions. Defaults to Rademacher.
+    forwards: Number of forward passes of a batch per step.
+    every: Number of steps from one with a large batch to the next. Defaults to
+      0, for no large batches.
+    many: Size of a large batch, in batches. Defaults to 0, for all of the data.
+    scale: Factor of the problem's learning rate from which the search begins.
+    looks: A function of the params that returns further arguments of ``make``.
+  """
 
   make: Callable
   directions: mezo_jax.Directions = mezo_jax.Rademacher()
-  forwards: float = 2.0  # of a batch, a step
-  every: int = 0  # steps from one with many rows to the next; 0 for none
-  many: int = 0  # batches that those rows make; 0 for all rows
-  scale: float = 1.0  # of the rates to search from
-  looks: Callable | None = None  # more to make it with, of params
+  forwards: float = 2.0
+  every: int = 0
+  many: int = 0
+  scale: float = 1.0
+  looks: Callable | None = None
 
 
 def _mezo(directions, **more) -> Kind:
+  """Returns MeZO with these directions and options of its estimator."""
   return Kind(functools.partial(harness.mezo, **more), directions)
 
 
@@ -67,15 +82,23 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A run's config, and how it is repeated."""
+  """Describes a training run.
+
+  Attributes:
+    config: Config of the run.
+    steps: Number of steps for a kind with two forward passes per step.
+    tokens: Maximal length of an example; longer ones are left out.
+    rate: Learning rate from which the search begins.
+  """
 
   config: Train
-  steps: int  # of two forwards
-  tokens: int  # of rows; longer ones are left out
-  rate: float  # to search from
+  steps: int
+  tokens: int
+  rate: float
 
 
 def problems() -> dict[str, Problem]:
+  """Returns the problems by name, without the quadratic."""
   last, whole = map(quickstart_config.get_config, ('', 'whole'))
   minilm = Train(
       model=Model(str(harness.minilm())),
@@ -92,7 +115,7 @@ def problems() -> dict[str, Problem]:
 
 
 class Runs:
-  """Runs of one problem: programs are compiled once for each kind."""
+  """Trains on one problem, and compiles the programs of each kind only once."""
 
   def __init__(self, problem: Problem, kinds: dict[str, Kind] = KINDS):
     config = problem.config
@@ -126,7 +149,8 @@ class Runs:
     def tx(kind, rate, seed):
       directions = dataclasses.replace(
           kinds[kind].directions, mask=config.peft.mask or None)
-      # Rate and key are part of the state, so that one program serves all.
+      # The learning rate and the seed are part of the state, so that all runs
+      # of a kind share one program.
       return optax.inject_hyperparams(lambda learning_rate: kinds[kind].make(
           learning_rate, config.spsa.eps, key=seed, directions=directions,
           **looked[kind]))(learning_rate=rate)
@@ -135,12 +159,13 @@ class Runs:
         tx(kind, 1.0, 0), built.loss_fn) for kind in kinds}
 
   def evaluate(self, params) -> list[float]:
-    """Dev loss, test loss, test accuracy."""
+    """Returns the dev loss, the test loss and the test accuracy."""
     found = {name: self._losses[name](params, self.frozen, batch)
              for name, batch in self._held.items()}
     return [float(found['dev'][0]), *map(float, found['test'])]
 
   def batches(self, seed: int, every: int = 0, many: int = 0):
+    """Yields random batches; every ``every`` steps a large one (see `Kind`)."""
     order = np.random.RandomState(seed)
     whole = (many or len(self.short) // ROWS) * ROWS
     for t in itertools.count():
@@ -153,10 +178,16 @@ class Runs:
                             self.problem.tokens, ROWS)
 
   def steps(self, kind: str) -> int:
+    """Returns the steps in which a kind takes the problem's forward passes."""
     return round(2 * self.problem.steps / self.kinds[kind].forwards)
 
   def run(self, kind: str, rate: float, seed: int, times: int) -> np.ndarray:
-    """[1 + times, 3], the first before training, others after equal parts."""
+    """Trains with one seed, and evaluates ``1 + times`` times.
+
+    Returns:
+      An array [1 + times, 3] with the results of `evaluate` before training and
+      after each of ``times`` equal parts of the steps.
+    """
     steps = self.steps(kind)
     due = {round((i + 1) * steps / times) for i in range(times)}
     step, k = self._step[kind], self.kinds[kind]
@@ -173,7 +204,7 @@ class Runs:
     return np.array(curve)
 
   def seconds(self, rounds: int = 7) -> dict[str, float]:
-    """Of a step of each kind, the median of rounds in turn."""
+    """Returns the seconds per step of each kind: the median over rounds."""
     out, runs = {kind: [] for kind in self.kinds}, {}
     batches = {}
     for kind, k in self.kinds.items():
@@ -194,19 +225,28 @@ class Runs:
     return {kind: float(np.median(x[1:])) for kind, x in out.items()}
 
   def memory(self, kind: str) -> int:
-    """Bytes that the larger of a step's programs holds."""
+    """Returns the bytes that the largest program of a step needs."""
     return max(compiled.held(program.memory_analysis())
                for program in self._step[kind].compiled.values())
 
   def in_time(self, kind: str, curves: np.ndarray, steps: float) -> np.ndarray:
-    """Test losses after so many steps of runs of ``kind``."""
+    """Returns the test losses of runs of ``kind`` after a number of steps.
+
+    They are interpolated linearly between evaluations.
+    """
     at = np.linspace(0, self.steps(kind), curves.shape[1])
     return np.array([np.interp(steps, at, c[:, 1]) for c in curves])
 
 
 def search(runs: Runs, kind: str) -> tuple[float, dict[float, float]]:
-  """The rate of the lowest dev loss, on a grid of factors of two that goes on
-  until the best has a worse one on both sides; and what was found."""
+  """Searches for the learning rate with the lowest dev loss.
+
+  The grid has factors of two. It is extended until the best rate has a worse
+  one on both sides.
+
+  Returns:
+    The best rate, and {rate: dev loss} of all rates tried.
+  """
   found, best = {}, 0
   middle = runs.problem.rate * runs.kinds[kind].scale
   while True:
@@ -223,6 +263,7 @@ def search(runs: Runs, kind: str) -> tuple[float, dict[float, float]]:
 
 
 def compare(name: str, problem: Problem) -> None:
+  """Compares all kinds on one problem, and writes the table."""
   began, runs, first = time.time(), Runs(problem), next(iter(KINDS))
   seconds = runs.seconds()
   print(name, {k: f'{1000 * s:.1f} ms' for k, s in seconds.items()}, flush=True)
@@ -239,7 +280,8 @@ def compare(name: str, problem: Problem) -> None:
         k: f'{c[-1][-1, 1]:.3f}' for k, c in curves.items()}, flush=True)
   curves = {kind: np.array(c) for kind, c in curves.items()}
 
-  # As much time: what the slowest takes for half of its steps.
+  # Losses are also compared after the same time: that which the slowest kind
+  # needs for half of its steps.
   budget = max(seconds.values()) * problem.steps / 2
   in_time = lambda kind: runs.in_time(
       kind, curves[kind], budget / seconds[kind])
@@ -266,6 +308,7 @@ def compare(name: str, problem: Problem) -> None:
 
 
 def quadratic(dims=1000, steps=4000, seeds=20) -> None:
+  """Compares distributions on a quadratic, and writes the table."""
   began, scale = time.time(), jnp.linspace(1.0, 100.0, dims)
   loss_fn = lambda x, batch: 0.5 * jnp.sum(scale * x**2)
   kinds = {'normal, threefry': mezo_jax.Normal('threefry2x32'),

@@ -1,11 +1,12 @@
-"""What few parameters give, and what perturbing and updating them costs.
+"""Measures accuracy and cost of parameter-efficient fine-tuning with MeZO.
 
   python benchmarks/few_parameters.py [WORKDIR]
 
-Runs configs/peft_suite.py (what WORKDIR has is not run again) and,
-on the same model, times one MeZO step of each against two forwards of the same
-program without noise, and against perturbing (twice) and updating alone, in
-turn. Writes benchmarks/results/few_parameters.md.
+It runs configs/peft_suite.py; runs that WORKDIR already has are not repeated.
+On the same model it times a MeZO step of each method, relative to two forward
+passes of the same program without noise, and to two perturbations and an update
+alone. The three alternate. Writes benchmarks/results/few_parameters.md and
+.json.
 """
 
 import functools
@@ -30,7 +31,7 @@ NAMES = {'zero_shot': 'zero-shot', 'mezo': 'MeZO, most parameters',
 
 
 def results(workdir: Path) -> list[dict]:
-  """A line a method: test accuracy over the seeds."""
+  """Returns a row for each method: its test accuracy over seeds."""
   _, failed = suite.run(ROOT / 'configs' / 'peft_suite.py', workdir)
   if failed:
     raise RuntimeError(f'{", ".join(failed)} failed.')
@@ -56,7 +57,7 @@ def results(workdir: Path) -> list[dict]:
 
 
 def times() -> list[dict]:
-  """A line a method: a step / two forwards, and what noise and update take."""
+  """Returns a row for each method: the time of a step and of its parts."""
   model, params = models.load(quickstart_data.model_path(), dtype='float32')
   key = jax.random.key(0)
   loss_fn = harness.classification_loss(model)
@@ -71,8 +72,9 @@ def times() -> list[dict]:
 
 
 def time_of(name, loss_fn, trainable, frozen, ids) -> dict:
+  """Returns a row with the times of one method."""
   tx = mezo_jax.mezo(1e-9, 1e-3, key=0)
-  trainable = jax.tree.map(jnp.copy, trainable)  # to be donated
+  trainable = jax.tree.map(jnp.copy, trainable)  # The step donates them.
   state = tx.init(trainable)
 
   step = mezo_jax.make_step(tx, loss_fn)
@@ -93,7 +95,7 @@ def time_of(name, loss_fn, trainable, frozen, ids) -> dict:
         step, trainable, state, ids, frozen)
     f, _ = harness.timed(forwards, trainable, frozen, ids)
     m, trainable = harness.timed(move, trainable, jax.random.key(i))
-    if i >= 2:  # the first ones compile
+    if i >= 2:  # The first rounds compile.
       for kind, value in (('step', s), ('forwards', f), ('move', m)):
         seconds[kind].append(value)
   take = {kind: np.median(values) for kind, values in seconds.items()}

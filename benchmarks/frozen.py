@@ -1,10 +1,11 @@
-"""What a step costs where the layers below are frozen and computed once.
+"""Times steps that train the last layers on cached activations.
 
   python benchmarks/frozen.py
 
-SmolLM2-135M's shape, float32, 16 rows of 24 tokens, Rademacher z: a step of the
-last k of 30 layers, from a kept trunk, over one of all layers, in turn. Writes
-benchmarks/results/frozen.md and frozen.json; 2 minutes on 2 CPU cores.
+The model has the shape of SmolLM2-135M in float32, with 16 rows of 24 tokens
+and Rademacher directions. Steps of the last k of 30 layers, with the cached
+activations of the frozen layers below, alternate with steps of all layers.
+Writes benchmarks/results/frozen.md and .json. Takes 2 minutes on 2 CPU cores.
 """
 
 import functools
@@ -21,6 +22,7 @@ ROWS, TOKENS, ROUNDS, STEPS = 16, 24, 7, 4
 
 
 def loss_fn(model, params, batch):
+  """Returns per-example losses, from cached activations if there are any."""
   logits = model.apply(
       {'params': params}, batch['ids'], trunk=batch.get('trunk'),
       answer_at=jnp.full((ROWS, 1), TOKENS - 1),
@@ -29,7 +31,7 @@ def loss_fn(model, params, batch):
 
 
 def steps_of(run):
-  """Makes some steps, and leaves their weights and state in the run."""
+  """Takes `STEPS` steps, and stores the new weights and state in the run."""
   step, params, state, batch, frozen, _ = run
   for _ in range(STEPS):
     params, state, metrics = step(params, state, batch, frozen)

@@ -1,13 +1,14 @@
-"""What readers do with files that are not what they should be.
+"""Fuzzes the readers of files with damaged inputs.
 
   python benchmarks/fuzz.py [--inputs 20000] [--kinds gguf,config,...]
 
-Files of each kind with flipped bits, cuts, copies of their own parts, and words
-and numbers that nobody expects. Each is read in a child process that may take 4
-GiB and 20 seconds: it is accepted, or refused with one sentence (`InputError`).
-All else, a traceback, a hang or memory, is a fault and is printed. (Bits of
-weights are not checked by these formats: such flips are accepted.) Writes
-benchmarks/results/fuzz.md and .json; an hour on 2 CPU cores.
+Files of each kind are changed at random: bits are flipped, the end is cut off,
+parts are copied, and words and numbers are replaced by unusual ones. Each file
+is read in a child process with limits of 4 GiB and 20 seconds. It must be
+accepted, or refused with one sentence (`InputError`). Anything else (another
+exception, a hang, too much memory) is a fault and is printed. These formats
+have no checksums of weights, so files with changed weights are accepted. Writes
+benchmarks/results/fuzz.md and .json. Takes an hour on 2 CPU cores.
 """
 
 import argparse
@@ -56,6 +57,7 @@ WORDS = [b'null', b'-1', b'0', b'1e999', b'NaN', b'true', b'[]', b'{}', b'""',
 
 
 def gguf_file(path: Path) -> None:
+  """Writes a small GGUF file with a tokenizer."""
   import gguf
   writer = gguf.GGUFWriter(path, 'llama')
   writer.add_block_count(1)
@@ -86,10 +88,12 @@ def gguf_file(path: Path) -> None:
 
 
 def model_directory(path: Path) -> None:
+  """Writes a small Hugging Face directory."""
   conftest.write_tiny_model(path, vocab_size=32, num_hidden_layers=1)
 
 
 def indexed(path: Path) -> None:
+  """Writes a small Hugging Face directory with an index of its weights."""
   model_directory(path)
   (path / 'model.safetensors').rename(path / 'part.safetensors')
   from safetensors import safe_open
@@ -99,6 +103,7 @@ def indexed(path: Path) -> None:
 
 
 def torch_directory(path: Path) -> None:
+  """Writes a small Hugging Face directory with weights of PyTorch."""
   from safetensors.numpy import load_file
   import torch
   model_directory(path)
@@ -108,6 +113,7 @@ def torch_directory(path: Path) -> None:
 
 
 def rows(path: Path) -> None:
+  """Writes a data set as JSON lines, CSV and TSV."""
   path.mkdir()
   some = [{'text': f'a film {i}', 'label': i % 2} for i in range(8)]
   (path / 'x.jsonl').write_text('\n'.join(map(json.dumps, some)) + '\n')
@@ -118,6 +124,7 @@ def rows(path: Path) -> None:
 
 
 def parquet(path: Path) -> None:
+  """Writes a data set as Parquet."""
   path.mkdir()
   datasets.Dataset.from_list([{
       'text': f'a film {i}', 'label': i % 2} for i in range(8)]).to_parquet(
@@ -125,6 +132,7 @@ def parquet(path: Path) -> None:
 
 
 def adapter(path: Path) -> None:
+  """Writes a small model and a LoRA adapter of it."""
   model_directory(path / 'model')
   model, params = models.load(path / 'model', progress=False)
   params = peft.join(params, peft.lora.init(params, jax.random.key(0)))
@@ -136,6 +144,7 @@ GRADS = np.linspace(-1, 1, 19, dtype=np.float32)
 
 
 def state():
+  """Returns the params and the optimizer state that are checkpointed."""
   params = {'w': np.linspace(-1, 1, 600, dtype=np.float32).reshape(30, 20),
             'b': np.ones(3, np.float32)}
   params = jax.tree.map(jax.numpy.asarray, params)
@@ -143,12 +152,14 @@ def state():
 
 
 def checkpoint_directory(path: Path) -> None:
+  """Writes a checkpoint."""
   kept = checkpoint.Checkpoints(path / 'checkpoints')
   kept.save(3, state(), {'score': 0.5, 'loss': 1.25})
   kept.close()
 
 
 def run_directory(path: Path) -> None:
+  """Writes the config, the metrics and the logs of a run."""
   (path / 'checkpoints').mkdir(parents=True)
   (path / 'config.json').write_text(json.dumps(to_json(Train()), indent=2))
   (path / 'metrics.jsonl').write_text(''.join(json.dumps(
@@ -161,20 +172,23 @@ def run_directory(path: Path) -> None:
                       replay.read(path / 'steps.log').steps)
 
 
-# --- what reads them --------------------------------------------------------
+# --- the readers ------------------------------------------------------------
 
 
 def load(path: Path) -> None:
+  """Loads a model."""
   models.load(path, progress=False)
 
 
 def read_gguf(path: Path) -> None:
+  """Loads a model and a tokenizer from a GGUF file."""
   gguf_lib._opened.cache_clear()
   load(path / 'm.gguf')
   models.load_tokenizer(path / 'm.gguf')
 
 
 def read_adapter(path: Path) -> None:
+  """Loads an adapter."""
   peft.load(path / 'adapter', models.Transformer(
       models.read_config(loggers.read_json(path / 'model' / 'config.json'))))
 
@@ -183,6 +197,7 @@ TASK = Task(template='{text} It was', label_words=(' a', ' b'))
 
 
 def read_rows(name):
+  """Returns a function that reads a data set of this name."""
   def read(path: Path) -> None:
     for row in TASK.prepare(data.load_rows(str(path / name))):
       TASK.prompt(row), TASK.golds(row)
@@ -190,6 +205,7 @@ def read_rows(name):
 
 
 def read_log(name):
+  """Returns a function that reads a log of this name and checks its steps."""
   def read(path: Path) -> None:
     found = replay.read(path / name).steps.projected_grads[:, 0]
     np.testing.assert_array_equal(found, GRADS[:len(found)])
@@ -197,6 +213,7 @@ def read_log(name):
 
 
 def read_checkpoint(path: Path) -> None:
+  """Restores a checkpoint and checks its contents."""
   kept = checkpoint.Checkpoints(path / 'checkpoints')
   try:
     best, found = kept.best_step(), kept.load(3, state())
@@ -208,11 +225,12 @@ def read_checkpoint(path: Path) -> None:
 
 
 def make_gguf(path: Path) -> None:
+  """Writes a directory with a GGUF file."""
   path.mkdir()
   gguf_file(path / 'm.gguf')
 
 
-KINDS = {  # how it is made, the file that is changed, what reads it
+KINDS = {  # {kind: (writer, name of the file that is changed, reader)}
     'gguf': (make_gguf, 'm.gguf', read_gguf),
     'safetensors': (model_directory, 'model.safetensors', load),
     'index': (indexed, 'model.safetensors.index.json', load),
@@ -229,19 +247,22 @@ KINDS = {  # how it is made, the file that is changed, what reads it
     'run': (run_directory, 'config.json', run_files.read_config),
     'metrics': (run_directory, 'metrics.jsonl',
                 lambda path: loggers.Metrics(path, 5).close()),
-    # Of these what is accepted must be what was written, or its beginning.
+    # If one of these is accepted, its contents must be what was written, or the
+    # beginning of it.
     'log': (run_directory, 'steps.log', read_log('steps.log')),
     'shared log': (run_directory, 'shared.log', read_log('shared.log')),
-    'checkpoint': (checkpoint_directory, '', read_checkpoint),  # any file of it
+    # '' changes any file of the directory.
+    'checkpoint': (checkpoint_directory, '', read_checkpoint),
 }
 
 
 def changed(original: bytes, rng) -> bytes:
-  """One to three changes."""
+  """Returns the bytes of a file with one to three random changes."""
   out = bytearray(original)
   for _ in range(rng.integers(1, 4)):
     at = int(rng.integers(len(out) + 1))
-    # Heads are where readers are led astray: half of the changes are there.
+    # Half of the changes are in the first 4 KiB, since readers mostly depend on
+    # the headers of files.
     at = at if rng.random() < 0.5 else at % min(4096, len(out) + 1)
     match rng.integers(6):
       case 0 if at < len(out):
@@ -266,7 +287,10 @@ def changed(original: bytes, rng) -> bytes:
 
 
 def worker(kind: str, seed: int, count: int, pipe) -> None:
-  """Reads so many inputs; sends the number of each before, and what it was."""
+  """Reads ``count`` changed files of one kind, in a child process.
+
+  For each it sends a message before it begins and another with the outcome.
+  """
   logging.disable()
   datasets.disable_progress_bars()
   resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -300,6 +324,8 @@ def worker(kind: str, seed: int, count: int, pipe) -> None:
 
 
 def fuzz(kind: str, count: int) -> dict:
+  """Reads ``count`` changed files of one kind, and returns a row of the table.
+  """
   counts, seed, peak = collections.Counter(), 0, 0
   context = multiprocessing.get_context('spawn')
   while counts.total() < count:
@@ -322,7 +348,7 @@ def fuzz(kind: str, count: int) -> dict:
         counts[what] += 1
         if what == 'fault':
           print(f'{kind} {seed} {i}: {more}', flush=True)
-    except EOFError:  # it was killed: by the alarm, or for memory
+    except EOFError:  # The alarm killed the child, or the memory limit did.
       process.join()
       if began is None:
         raise RuntimeError(f'{kind}: the child ended with {process.exitcode}')

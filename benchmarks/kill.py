@@ -1,13 +1,13 @@
-"""What is lost when runs are killed, again and again.
+"""Kills training runs repeatedly, and checks that nothing is lost.
 
   python benchmarks/kill.py [--kills 200] [--within 16] [--ways mezo,svrg]
 
-Runs of train.py on a tiny random model, each killed (kill -9) after a random
-time (of so many seconds at most), while it loads, compiles, steps, saves,
-evaluates or makes steps again, and started again until it ends. Beside each a
-run that nobody disturbs. What must be the same: parameters and optimizer state,
-bit for bit, and each line of metrics but its seconds. Writes
-benchmarks/results/kill.md and .json; 40 minutes for 200 on 2 CPU cores.
+Runs of train.py on a tiny random model are killed (kill -9) after a random time
+of at most --within seconds, while they load, compile, step, save, evaluate or
+replay steps, and are restarted until they end. The results are compared with
+those of a run that is not disturbed: parameters and optimizer state must be
+bitwise equal, and so must each line of metrics except for its seconds. Writes
+benchmarks/results/kill.md and .json. 200 kills take 40 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -47,6 +47,7 @@ WAYS = {
 
 
 def rows(directory: Path) -> Path:
+  """Writes a small data set."""
   rng = np.random.RandomState(1)
   path = directory / 'rows.jsonl'
   path.write_text('\n'.join(json.dumps({
@@ -56,7 +57,7 @@ def rows(directory: Path) -> Path:
 
 
 def doing(output: str) -> str:
-  """What a process was at, by the last that it said."""
+  """Returns what a process was doing, according to its last line of output."""
   last = output.strip().splitlines()[-1:] or ['']
   for what, pattern in (
       ('importing', r'^$'), ('making steps again', r'resumed|from the log'),
@@ -67,7 +68,12 @@ def doing(output: str) -> str:
 
 
 def killed(args, workdir: Path, rng, kills: int, within: float) -> dict:
-  """Kills a run up to so many times; what was seen."""
+  """Starts a run until it ends, and kills it up to ``kills`` times.
+
+  Returns:
+    A dict: the numbers of kills and of starts, how often it was killed while
+    doing what, and how many steps each restart repeated.
+  """
   count, lost, during = 0, [], collections.Counter()
   started, ends = 0, workdir / 'result.json'
   while not ends.exists():
@@ -95,7 +101,7 @@ def killed(args, workdir: Path, rng, kills: int, within: float) -> dict:
 
 
 def steps_of(workdir: Path) -> int:
-  """The last step that a line of metrics has."""
+  """Returns the last step in the metrics of a run, or 0."""
   file = workdir / 'metrics.jsonl'
   return max((int(x) for x in re.findall(
       r'"train", "step": (\d+)', file.read_text())), default=0) if (

@@ -1,13 +1,14 @@
-"""Memory beyond the weights: inference, MeZO, MeZO on few parameters, backprop.
+"""Measures the memory that inference, MeZO and backprop need beyond weights.
 
   python benchmarks/memory.py
 
-Two views. By the compiler (`memory_analysis`): temporaries, and whatever
-outputs do not lie in donated inputs, over the bytes of the weights. By the
-operating system (Linux), in a process of its own per program: how much the
-greatest resident size grows from weights loaded and program compiled to three
-steps made. Float32, classification loss at the last of 64 tokens, 8 rows.
-Writes benchmarks/results/memory.md and memory.json.
+The memory is measured in two ways, both relative to the bytes of the weights.
+The compiler (`memory_analysis`) reports temporaries, and outputs that do not
+reuse donated inputs. The operating system (Linux) reports the peak resident
+size; a new process per program measures how much it grows between the end of
+compilation and the end of three steps. Float32, with a classification loss at
+the last of 64 tokens, and 8 rows. Writes benchmarks/results/memory.md and
+.json.
 """
 
 import ctypes
@@ -30,7 +31,8 @@ from mezo_jax.transforms import backprop
 
 ROWS, TOKENS = 8, 64
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
-# Every program: the transform, and how it is called; None for inference.
+# {program: options of MeZO, or an optimizer after backprop, or None for
+# inference}
 PROGRAMS = {
     'inference': None,
     'MeZO, normal': dict(),
@@ -48,12 +50,12 @@ PROGRAMS = {
     'backprop Adam': optax.adam,
     'backprop Adam, remat': optax.adam,
 }
-# Models as others write them: names in zoo.py.
+# Models of other libraries, by their names in zoo.py.
 OTHERS = ('Linen scan', 'Linen unrolled', 'NNX list', 'equinox list')
 
 
 def build(shape: str, name: str):
-  """(model, value_fn, transform or None)."""
+  """Returns (model, loss function, optimizer or None) of a program."""
   model = models.Transformer(harness.SHAPES[shape], remat='remat' in name)
   what = PROGRAMS[name]
   if what is None:
@@ -66,6 +68,7 @@ def build(shape: str, name: str):
 
 
 def lower(loss_fn, tx, params, ids) -> list:
+  """Lowers the forward pass, or all programs of a step."""
   if tx is None:
     return [jax.jit(loss_fn).lower(params, ids)]
   state = jax.eval_shape(tx.init, params)
@@ -73,11 +76,12 @@ def lower(loss_fn, tx, params, ids) -> list:
 
 
 def extra(lowered, weights: int) -> float:
-  """What a program holds beside the weights, of their size."""
+  """Returns the memory of a program beyond the weights, relative to them."""
   return compiled.held(lowered.compile().memory_analysis()) / weights - 1
 
 
 def by_compiler(shape: str, name: str) -> float:
+  """Returns the relative extra memory that the compiler reports."""
   model, loss_fn, tx = build(shape, name)
   params = models.param_shapes(model.config)
   ids = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
@@ -86,7 +90,10 @@ def by_compiler(shape: str, name: str) -> float:
 
 
 def by_system(shape: str, name: str) -> float:
-  """In this process, which does nothing else; bytes."""
+  """Returns the extra memory that the system reports, in bytes.
+
+  It must run in a process that does nothing else.
+  """
   model, loss_fn, tx = build(shape, name)
   shapes = models.param_shapes(model.config)
   ids = jnp.ones((ROWS, TOKENS), jnp.int32)
@@ -98,7 +105,7 @@ def by_system(shape: str, name: str) -> float:
     step = make_step(tx, loss_fn)
     step.compile(shapes, jax.eval_shape(tx.init, params), ids)
   ctypes.CDLL('libc.so.6').malloc_trim(0)
-  Path('/proc/self/clear_refs').write_text('5')  # the peak starts here
+  Path('/proc/self/clear_refs').write_text('5')  # Resets the peak.
   before = peak()
   state = tx and tx.init(params)
   for _ in range(3):
@@ -110,12 +117,13 @@ def by_system(shape: str, name: str) -> float:
 
 
 def peak() -> int:
-  """The greatest resident size since it was last reset, bytes (Linux)."""
+  """Returns the peak resident size since its last reset, in bytes (Linux)."""
   status = Path('/proc/self/status').read_text()
   return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024
 
 
 def others(name: str) -> dict:
+  """Returns a row for a model of another library."""
   build, pip = zoo.MODELS[name]
   try:
     apply, params = build(jnp.float32)

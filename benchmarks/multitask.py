@@ -1,15 +1,19 @@
-"""Three tasks in one run: MaZO beside MeZO, and MeZO on each task alone.
+"""Compares MaZO and MeZO on a mixture of tasks with MeZO on each task alone.
 
   python benchmarks/multitask.py --data DIR [--runs DIR]
 
-SST-2, TREC and RTE from DIR's sst2_train2k.jsonl (text, label), sst2_dev.jsonl,
-trec_train.jsonl (text, coarse) and rte_train.jsonl (premise, hypothesis,
-label). SmolLM2-135M's last layer, signs, batches of 16 rows: 3,000 steps of the
-mixture, each task as likely, and 1,000 on each task alone: as many forwards for
-a task. MaZO trains the quarter of each row that scores highest, by 16
-directions a task. Learning rates from (5e-4, 1e-3), by the mean accuracy of dev
-rows, seed 0; three seeds of the best. Finished runs in --runs
-are not made again. Writes benchmarks/results/multitask.md and .json.
+The tasks are SST-2, TREC and RTE. DIR has the files sst2_train2k.jsonl and
+sst2_dev.jsonl (columns text, label), trec_train.jsonl (text, coarse) and
+rte_train.jsonl (premise, hypothesis, label). The last layer of SmolLM2-135M is
+trained with Rademacher directions and batches of 16 rows: for 3,000 steps on
+the mixture, in which each task is equally likely, or for 1,000 steps on one
+task, so that each task has the same number of forward passes. MaZO trains the
+highest-scoring quarter of the weights in each row of a matrix; the scores come
+from 16 directions per task.
+
+The learning rate is 5e-4 or 1e-3, chosen by the mean accuracy on dev data with
+seed 0. The best rate is run with three seeds. Finished runs in --runs are not
+repeated. Writes benchmarks/results/multitask.md and .json.
 """
 
 import argparse
@@ -36,7 +40,7 @@ LENGTHS = tuple(range(16, 257, 16))
 
 
 def parts(folder: Path) -> dict:
-  """Task and data by name."""
+  """Returns {name: (task, data)}."""
   data = lambda train, test='': Data(
       train=str(folder / train), test=str(folder / test) if test else '',
       num_train=600, num_dev=100, num_test=300, max_length=256,
@@ -49,6 +53,7 @@ def parts(folder: Path) -> dict:
 
 
 def config_of(folder: Path, names, method: str, rate: float, seed: int):
+  """Returns the config of a run on the tasks ``names``."""
   config, every = quickstart.get_config(), parts(folder)
   (config.task, config.data), *others = (
       copy.deepcopy(every[name]) for name in names)
@@ -63,7 +68,11 @@ def config_of(folder: Path, names, method: str, rate: float, seed: int):
 
 
 def share_trunks() -> None:
-  """What the frozen layers give for a row is the same in all runs."""
+  """Lets all runs share the activations of the frozen layers.
+
+  The activations of a data set are the same in all runs, so they are computed
+  only once in this process.
+  """
   kept, compute = {}, frozen_features._computed
 
   def computed(model, params, data, *rest):
@@ -125,12 +134,12 @@ def main():
 
 
 def accuracy(report: dict, which, name: str) -> float:
-  """Of one task of a run's."""
+  """Returns the accuracy of one task from a run's results."""
   return report[f'{name}/accuracy' if len(which) > 1 else 'accuracy']
 
 
 def dev_accuracy(runs, which, method, rate, result) -> float:
-  """The best mean accuracy that a run saw on dev rows."""
+  """Returns the best mean accuracy on dev data during a run with seed 0."""
   result(which, method, rate, 0)
   where = runs / f'{"_".join(which)}_{method}_{rate:g}_0'
   key = 'mean' if len(which) > 1 else 'accuracy'

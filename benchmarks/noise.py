@@ -1,13 +1,14 @@
-"""Noise: what a draw costs, and whether the draws are what they claim to be.
+"""Measures the cost and the statistical quality of random directions.
 
   python benchmarks/noise.py
 
-Cost: nanoseconds of processor time per element of ``w += c * z`` in place, on a
-leaf of 2**24 float32, and the compiler's temporary bytes. Quality: 2**30 draws
-of each distribution of hash32, in 256 keys x 2**22, against what independent
-draws give; every line is a standard score, or a chi-square made one: the
-largest of many should be near the value in the last column. Writes
-benchmarks/results/noise.md and noise.json.
+The cost is that of ``w += c * z`` in place, on a leaf of 2**24 float32: the
+nanoseconds of processor time per element, and the compiler's temporary bytes.
+The quality is that of 2**30 draws of each distribution with the generator
+hash32, from 256 keys with 2**22 draws each. Each line of the table compares a
+statistic with that of independent draws, as standard scores (chi-squares are
+transformed to scores). The largest of many scores should be near the value in
+the last column. Writes benchmarks/results/noise.md and .json.
 """
 
 import functools
@@ -31,6 +32,7 @@ LEAF = (4096, 4096)
 
 
 def cost(directions):
+  """Returns the cost of adding a direction of a distribution."""
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
     stream = streams.of_leaf(key[None], 'w', LEAF)
@@ -41,6 +43,7 @@ def cost(directions):
 
 
 def cost_of_jax_random():
+  """Returns the cost of adding draws of `jax.random.normal`."""
   @functools.partial(jax.jit, donate_argnums=0)
   def axpy(w, key):
     return w + 1e-3 * jax.random.normal(key, LEAF)
@@ -50,6 +53,7 @@ def cost_of_jax_random():
 
 
 def _ns(axpy, w, key):
+  """Returns the nanoseconds per element, the smallest of seven runs."""
   w = jax.block_until_ready(axpy(w, key))
   seconds = []
   for _ in range(7):
@@ -63,7 +67,7 @@ def _ns(axpy, w, key):
 
 
 def related_keys():
-  """256 keys: layers of a leaf, steps of a run, single bits of one key."""
+  """Returns 256 keys: of layers of a leaf, steps of a run, and single bits."""
   base = jax.random.key(0)
   layers = streams.of_leaf(base[None], 'layers/w', (96, 2)).keys[:, 0, 0]
   steps = jnp.stack([jax.random.key_data(noise.direction_key(base, t))
@@ -75,12 +79,16 @@ def related_keys():
 
 @jax.jit
 def words_of(key):
+  """Returns the random words of a key, before they become draws."""
   block = noise.Stream(key[None, None], jnp.zeros(1, jnp.uint32), (1,))
   return noise.words(block, 0, jnp.zeros(DRAWS), 'hash32')
 
 
 def chi_score(counts):
-  """A chi-square of equally likely bins as a standard score."""
+  """Returns the chi-square of equally likely bins as a standard score.
+
+  It uses the transformation of Wilson and Hilferty.
+  """
   expected = counts.sum() / counts.size
   chi, free = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
   return ((chi / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(
@@ -88,12 +96,12 @@ def chi_score(counts):
 
 
 def largest(n):
-  """What the largest of n absolute standard scores tends to."""
+  """Returns the typical size of the largest of n absolute standard scores."""
   return NormalDist().inv_cdf(1 - 0.5 / n / 2) if n > 1 else 0.67
 
 
 class Totals:
-  """Sums over the blocks of one distribution."""
+  """Accumulates statistics of one distribution over keys."""
 
   def __init__(self, name):
     self.name, self.n, self.auto = name, 0, 0.0
@@ -101,6 +109,7 @@ class Totals:
     self.rows = []
 
   def see(self, z):
+    """Adds the draws of one key."""
     self.n += z.size
     self.moments += [(z**p).sum() for p in range(5)]
     self.tails += [(np.abs(z) > k).sum() for k in range(1, 7)]
@@ -109,13 +118,13 @@ class Totals:
     self.rows.append(z.astype(np.float32))
 
   def lags(self):
-    """Standard scores of the autocorrelation at lags 1 to 2**21."""
+    """Returns scores of the autocorrelation at lags 1 to 2**21."""
     sums = np.fft.irfft(self.auto)[1:DRAWS // 2]
     pairs = KEYS * (DRAWS - np.arange(1, DRAWS // 2))
     return sums / np.sqrt(pairs)
 
   def between(self):
-    """Standard scores of the correlations of any two keys' draws."""
+    """Returns scores of the correlations between the draws of any two keys."""
     z = np.stack(self.rows)
     gram = sum(z[:, i:i + 2**18] @ z[:, i:i + 2**18].T
                for i in range(0, DRAWS, 2**18))
@@ -123,6 +132,7 @@ class Totals:
 
 
 def quality():
+  """Returns the table of quality, and the number of draws."""
   normal, signs = Totals('normal'), Totals('rademacher')
   top, low, pair = (np.zeros(2**16, np.int64) for _ in range(3))
   bits = np.zeros((33, 33))

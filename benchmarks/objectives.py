@@ -1,13 +1,14 @@
-"""What an objective that Python computes costs, in a step and in two halves.
+"""Times steps whose objective is computed by a Python function.
 
   python benchmarks/objectives.py
 
-SmolLM2-135M shape, random float32 weights, 16 rows of 32 tokens, Rademacher
-directions. The step with the metric computed on the device; with the same
-metric as a Python function (`jax.pure_callback` inside the step); and in two
-phases: predictions at both signs jitted, Python, the update jitted. Rounds in
-turn; medians and ranges, and ratios to the first. Writes
-benchmarks/results/objectives.md.
+The model has the shape of SmolLM2-135M and random float32 weights, with 16 rows
+of 32 tokens and Rademacher directions. Three steps are compared: the metric is
+computed on the device; the same metric is a Python function, called by
+`jax.pure_callback` inside the step; or one program predicts at both signs,
+Python computes the metric, and another program applies the update. The rounds
+alternate between the steps. The table has medians and ranges, and ratios to the
+first. Writes benchmarks/results/objectives.md and .json.
 """
 
 import functools
@@ -28,17 +29,19 @@ Z = mezo_jax.Rademacher()
 
 
 def accuracy(predictions, examples):
+  """Computes the metric in Python."""
   return np.mean([p == e['label'] for p, e in zip(predictions, examples)])
 
 
 def one_phase(loss_fn):
+  """Returns the init and the step of a single program."""
   tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, directions=Z)
   step = mezo_jax.make_step(tx, loss_fn)
   return tx.init, lambda *args: step(*args)[:2]
 
 
 def two_phases(model, data):
-  """Predictions, Python, update: the same arithmetic in two programs."""
+  """Returns the init and a step of two programs with Python between them."""
   @jax.jit
   def predict(params, key, batch):
     answer = lambda params: jnp.argmax(score.scores(
@@ -49,7 +52,7 @@ def two_phases(model, data):
         jnp.array([1.0, -1.0]))
 
   tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, directions=Z)
-  told = mezo_jax.make_step(tx, None)  # its losses are computed here
+  told = mezo_jax.make_step(tx, None)  # Updates from given projected gradients.
 
   def step(params, state, batch):
     key = noise.direction_key(jax.random.key(0), int(state[0].count))

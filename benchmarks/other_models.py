@@ -1,4 +1,4 @@
-"""`perturbed` and the strict optax step on models that other people wrote.
+"""Tests `perturbed` and the optax step on models of other libraries.
 
   pip install --no-deps equinox dm-haiku keras penzai equimo mamba2-jax \
       google-tunix
@@ -7,17 +7,19 @@
   python benchmarks/other_models.py [NAME ...] [float32] [bfloat16] \
       [--quick] [--layers=12]
 
-Each package is optional: what does not import is a row that says so. NAMEs are
-parts of the models' names; --quick leaves LLVM's optimisation out, of which the
-seconds then are; with any other argument nothing is written. Models of twelve
-layers as their libraries build them, random weights, 2 rows of 8 tokens, so
-that activations are nothing beside weights and a layer is 0.08 of them; then
-cases made by hand to be hard. Temporaries are the compiler's
-(`memory_analysis`) over the bytes of the weights. `error` is that of
-`perturbed(f)` against `f(displace(...))` at c = 0.01 and `effect` what
-displacing does, both relative to the value. Step: `mezo` and `apply_updates` in
-one donated jit; `again` counts what a second step compiles. Writes
-benchmarks/results/other_models.md.
+Each package is optional; the row of a model that cannot be imported says so.
+NAMEs are parts of the models' names. --quick disables LLVM's optimisation,
+which takes most of the compilation time. With any other argument, tables are
+printed and not written.
+
+The models are those of zoo.py: twelve layers, random weights, 2 rows of 8
+tokens. So activations are small compared with weights, and a layer has about
+0.08 of the weights. Temporaries are those of the compiler (`memory_analysis`)
+relative to the bytes of the weights. `error` is the difference between
+`perturbed(f)` and `f(displace(...))` at c = 0.01, and `effect` is that between
+`f` with and without displacement, both relative to the value. A step is `mezo`
+and `apply_updates` in one donated jit. `again` is the number of programs that a
+second step compiles. Writes benchmarks/results/other_models.md and .json.
 """
 
 import functools
@@ -34,14 +36,20 @@ import zoo
 import mezo_jax
 
 C = 1e-2
-# Most of the time of compiling is LLVM's; temporaries differ by a leaf or so.
+# LLVM's optimisation takes most of the compilation time. Without it temporaries
+# differ by about the size of a leaf.
 QUICK = {'xla_backend_optimization_level': 0}
 DTYPES = ('float32', 'bfloat16')
-COMPILED = []  # seconds, of all that XLA compiles
+COMPILED = []  # Seconds of each compilation of this process.
 
 
 def compiled(fn, *args):
-  """(compiled, seconds to trace and lower, to compile, lines of StableHLO)."""
+  """Compiles a function.
+
+  Returns:
+    (program, seconds to trace and lower it, seconds to compile it, lines of
+    StableHLO).
+  """
   began = time.perf_counter()
   lowered = fn.lower(*args)
   traced = time.perf_counter()
@@ -51,6 +59,7 @@ def compiled(fn, *args):
 
 
 def measure(build, dtype, options) -> dict:
+  """Returns the columns of a row for one model."""
   jit = functools.partial(jax.jit, compiler_options=options)
   apply, params = build(dtype)
   params = jax.tree.map(jnp.array, params)
@@ -101,6 +110,7 @@ def measure(build, dtype, options) -> dict:
 
 
 def row(name: str, dtype, options) -> dict:
+  """Returns the row of one model, with a note if it fails."""
   build, pip = zoo.MODELS[name]
   try:
     return {'model': name, **measure(build, dtype, options), 'note': ''}
@@ -131,7 +141,8 @@ def main():
       rows.append(row(name, jnp.dtype(dtype), options))
       print(rows[-1], file=sys.stderr, flush=True)
       jax.clear_caches()
-    rows.sort(key=lambda r: 'MB' not in r)  # the first row names the columns
+    # The first row determines the columns, so complete rows come first.
+    rows.sort(key=lambda r: 'MB' not in r)
     tables.append((f'{dtype}:', rows))
   head = harness.header(f'{zoo.ROWS} x {zoo.TOKENS} tokens', *args)
   if set(args) - {'--quick'}:

@@ -1,15 +1,17 @@
-"""Which slices and cards hold which models, by `mezo_jax.planning.plan`.
+"""Lists which TPU slices and GPUs hold which models, by compiling for them.
 
   pip install -e '.[plan]'
   python benchmarks/plan_models.py [--cuda | --offload] [MODEL ...]
 
-Compilers only, nothing is run: MeZO of all parameters (normal directions),
-inference (a forward pass of the same batch) and backprop (SGD, each layer
-rematerialised), bfloat16, 16 rows of 256 tokens read at two label words, on the
-mesh that `plan` chooses. Where weights alone are too many nothing is compiled.
-Then the smallest slice of each kind for MeZO. `--cuda` adds an A100 and an H100
-of 80 GB. Writes benchmarks/results/plan_models.md and .json, after every model.
-`--offload` compiles instead, for one v5e, models whose layers are in the memory
+It uses `mezo_jax.planning.plan`: programs are compiled and not run. They are
+MeZO of all parameters (normal directions), inference (a forward pass of the
+same batch) and backprop (SGD, with each layer rematerialised), in bfloat16,
+with 16 rows of 256 tokens and two label words, on the mesh that `plan` chooses.
+If the weights alone do not fit, nothing is compiled. A second table has the
+smallest slice of each kind for MeZO. `--cuda` adds an A100 and an H100 of 80
+GB. Writes benchmarks/results/plan_models.md and .json after every model.
+
+`--offload` instead compiles, for one v5e, models whose layers are in the memory
 of the host, and writes plan_offload.md and .json.
 """
 
@@ -37,6 +39,7 @@ STEP = ('losses', 'update')
 
 
 def config_of(model: str, method: str = 'mezo') -> Train:
+  """Returns the config of a run of a model; its data are never read."""
   return Train(
       method=method,
       model=Model(model, 'bfloat16', remat=METHODS[method].backprop),
@@ -46,7 +49,10 @@ def config_of(model: str, method: str = 'mezo') -> Train:
 
 
 def report(model: str, topology: str, method: str) -> dict:
-  """Of one device, in GiB; None where too many to say."""
+  """Returns the memory of one device in GiB, and more, for one case.
+
+  The memory is None if the compiler ran out of it.
+  """
   backprop = METHODS[method].backprop
   found = plan.plan(
       config_of(model, method), topology, tokens=TOKENS,
@@ -73,7 +79,7 @@ def report(model: str, topology: str, method: str) -> dict:
 
 
 def alone(*case: str) -> dict:
-  """`report` in a process of its own: compilers keep memory."""
+  """Calls `report` in a new process, since compilers do not free memory."""
   done = subprocess.run(
       [sys.executable, __file__, '--one', json.dumps(case)],
       capture_output=True, text=True, env=harness.on_cpu())
@@ -83,11 +89,13 @@ def alone(*case: str) -> dict:
 
 
 def weights(model: str) -> float:
+  """Returns the size of a model's weights in bfloat16, in GiB."""
   shapes = jax.tree.leaves(harness.shapes_of(model))
   return sum(x.size for x in shapes) * 2 / plan.GIB
 
 
 def row_of(model: str, topology: str) -> dict:
+  """Returns a row of the first table."""
   kind, n = machines.split(topology)[0], machines.size(topology)
   row = {'model': model.split('/')[1], 'devices': topology}
   share = weights(model) / n
@@ -113,7 +121,7 @@ def row_of(model: str, topology: str) -> dict:
 
 
 def smallest(model: str, kinds: list[str]) -> dict:
-  """The first slice of each kind that MeZO fits into."""
+  """Returns the smallest slice of each kind into which MeZO fits."""
   row = {'model': model.split('/')[1], 'weights, GiB': round(weights(model), 1)}
   for kind in kinds:
     info, row[kind] = machines.KINDS[kind], 'none'
@@ -129,6 +137,7 @@ def smallest(model: str, kinds: list[str]) -> dict:
 
 
 def offloaded(model: str) -> dict:
+  """Returns a row for a model whose layers are in the host's memory."""
   config = config_of(model)
   config.model.offload = True
   found = plan.plan(config, 'v5e:1x1', tokens=TOKENS)

@@ -1,13 +1,16 @@
-"""What privacy costs: the quickstart's last layer, with a budget and without.
+"""Measures the cost of differential privacy in accuracy.
 
   python benchmarks/private.py [--train FILE --test FILE] [--runs DIR]
 
-1,500 steps of 32 rows (each by chance, where there is a budget), two seeds, all
-else as in the quickstart's config; the clip is 20 (5, which makes steps
-shorter, was worse at one and at three times the rate). Of the quickstart's 600
-rows, or of 1,700 rows of FILE (SST-2, say, with columns text and label). Runs
-are kept in DIR, and those that are finished there are not made again. Writes
-benchmarks/results/private.md and private.json; 25 minutes on 2 CPU cores.
+It trains the quickstart's last layer with a privacy budget and without one, for
+1,500 steps of 32 rows, with two seeds. With a budget, rows are sampled by
+chance (Poisson). Everything else is as in the quickstart's config. The clip is
+20; with 5 the steps are shorter, and results were worse at one and at three
+times the learning rate. The data are the quickstart's 600 rows, or 1,700 rows
+of FILE (for example SST-2, with the columns text and label).
+
+Runs are kept in DIR, and finished ones are not repeated. Writes
+benchmarks/results/private.md and .json. Takes 25 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -27,6 +30,7 @@ SEEDS, BUDGETS = (0, 1), (None, 6.0)
 
 
 def config_of(epsilon, seed, args):
+  """Returns the config of a run; ``epsilon`` is None without a budget."""
   config = quickstart.get_config()
   d = config.data
   if args.train:

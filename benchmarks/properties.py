@@ -1,13 +1,13 @@
-"""What holds of any log, checkpoint and way to train: many cases at random.
+"""Checks properties of logs, checkpoints and training on many random cases.
 
   python benchmarks/properties.py [--times 40]
 
-The properties of tests/test_properties.py, of so many times as many cases as
-the tests take: logs and checkpoints with one to three changes are what was
-written, its beginning, or refused; what is restored, on whichever mesh, is what
-was saved; steps made again from a log, on whichever mesh, give bitwise the
-weights of training. Stops where one does not hold. Writes
-benchmarks/results/properties.md and .json; 10 minutes on 2 CPU cores.
+The properties are those of tests/test_properties.py, with --times as many cases
+as in the tests. A log or checkpoint with one to three changes is refused, or
+read as what was written or the beginning of it. A checkpoint is restored as it
+was saved, on any mesh. Replaying a log gives bitwise the weights of training,
+on any mesh. The command stops at the first failure. Writes
+benchmarks/results/properties.md and .json. Takes 10 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -26,9 +26,10 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--times', type=float, default=40)
   os.environ['EXAMPLES'] = str(parser.parse_args().times)
-  import conftest  # noqa: F401  eight devices, and quick compilation
+  # conftest configures eight devices and quick compilation.
+  import conftest  # noqa: F401
   import test_properties
-  logging.disable()  # orbax tells of every damaged file
+  logging.disable()  # orbax logs a message for every damaged file.
   began, table = time.time(), []
   for name, holds in [*vars(test_properties).items()]:
     if not name.startswith('test_'):

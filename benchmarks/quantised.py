@@ -1,13 +1,15 @@
-"""Weights as integer codes: what they take, say and learn.
+"""Measures memory and accuracy of training with quantised weights.
 
   python benchmarks/quantised.py [--runs DIR]
 
-Memory of SmolLM2-135M's shape, 16 x 32 tokens, by the compiler, over float32
-inference; loss and accuracy of the quickstart's test rows before training; and
-the quickstart's last layer, 4,000 steps (all else is its config), trained as
-floats and as codes, two seeds. Runs are kept in DIR, and those that are
-finished there are not made again. Writes benchmarks/results/quantised.md and
-quantised.json; 30 minutes on 2 CPU cores.
+The memory is that of SmolLM2-135M's shape with 16 x 32 tokens, by the compiler,
+relative to float32 inference. For the accuracy, the quickstart's last layer is
+trained for 4,000 steps, with floats and with quantised weights, and two seeds;
+everything else is as in its config. The table has the loss and accuracy on test
+data before and after.
+
+Runs are kept in DIR, and finished ones are not repeated. Writes
+benchmarks/results/quantised.md and .json. Takes 30 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from mezo_jax.training.config import Peft
 import train  # noqa: E402
 
 SEEDS, STEPS = (0, 1), 4000
-RUNS = {  # (dtype, method, apply_every[, learning rate])
+RUNS = {  # {name: (dtype, method, apply_every[, learning rate])}
     'float': ('float32', 'mezo', 1),
     'int8_mezo': ('int8', 'mezo', 1),
     'int8_quzo': ('int8', 'quzo', 1),
@@ -43,6 +45,7 @@ RUNS = {  # (dtype, method, apply_every[, learning rate])
 
 
 def memory() -> list[dict]:
+  """Returns the table of memory."""
   config = harness.SHAPES['SmolLM2-135M']
   model = models.Transformer(config)
   loss_fn = harness.classification_loss(model)
@@ -73,13 +76,14 @@ def memory() -> list[dict]:
 
 
 def learned(folder: Path) -> list[dict]:
+  """Returns the table of losses and accuracies; runs are kept in a folder."""
   rows = []
-  for name, (dtype, method, fold, *rate) in RUNS.items():
+  for name, (dtype, method, every, *rate) in RUNS.items():
     results = []
     for seed in SEEDS:
       config = quickstart.get_config()
       config.model.dtype, config.method, config.seed = dtype, method, seed
-      config.spsa.apply_every = fold
+      config.spsa.apply_every = every
       if rate:
         config.peft = Peft(mask='^last_layers/', num_layers=1)
         config.spsa.eps, (config.optimizer.learning_rate,) = 1e-2, rate
@@ -89,7 +93,7 @@ def learned(folder: Path) -> list[dict]:
     percent = lambda x: f'{100 * x["accuracy"]:.1f}'
     before = results[0]['zero_shot']
     rows.append({
-        'dtype': dtype, 'method': method, 'apply_every': fold,
+        'dtype': dtype, 'method': method, 'apply_every': every,
         'before: loss': f'{before["loss"]:.3f}',
         'before: accuracy, %': percent(before),
         'after: loss': ', '.join(f'{r["final"]["loss"]:.3f}' for r in results),

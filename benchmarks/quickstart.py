@@ -1,9 +1,9 @@
-"""How good the quickstart gets: three seeds of it, and what it stands beside.
+"""Measures the accuracy of the quickstart over three seeds, with baselines.
 
   python benchmarks/quickstart.py
 
-Writes benchmarks/results/quickstart.md and .json; 20 minutes on 2 CPU cores.
-Run again, it goes on (runs/quickstart_suite).
+Writes benchmarks/results/quickstart.md and .json. Takes 20 minutes on 2 CPU
+cores. Runs are kept in runs/quickstart_suite, and the command resumes them.
 """
 
 from pathlib import Path
@@ -20,8 +20,11 @@ NAMES = {'mezo': 'MeZO, the last layer', 'whole': 'MeZO, all layers',
 
 
 def error(*shares, count: int) -> float:
-  """Standard error of a difference of shares of as many rows each, in points,
-  as if the rows were others: they are the same, so it is less."""
+  """Returns the standard error of a difference of accuracies, in points.
+
+  It assumes that the accuracies are of independent rows. They are of the same
+  rows, so the true error is smaller.
+  """
   return 100 * np.sqrt(sum(p * (1 - p) / count for p in shares))
 
 

@@ -1,4 +1,4 @@
-"""What a learning rate that is far too low or too high looks like.
+"""Shows what a learning rate that is far too low or too high looks like.
 
   python benchmarks/rates.py [--runs DIR]
 

@@ -1,13 +1,15 @@
-"""Runs made again from their logs: are they the same, and how fast?
+"""Measures whether replaying logs gives the same weights, and how fast it is.
 
   python benchmarks/replay.py [small] [real]
 
-small: 2,000 steps of a model of 0.2M parameters, of MeZO and of variants.
-real: 200 steps of the quickstart's SmolLM2-135M, all parameters, in bfloat16
-with stochastic rounding, weight decay, a schedule and skipped steps. Each log
-is written to a file, read again, and fed to the update of a step that has no
-loss. Compared are the SHA-256 of the weights. Writes one
-benchmarks/results/replay_NAME.md and .json of each; 25 minutes on 2 CPU cores.
+small: 2,000 steps of MeZO and its variants on a model of 0.2M parameters.
+real: 200 steps of the quickstart's SmolLM2-135M. All parameters are trained, in
+bfloat16 with stochastic rounding, weight decay, a schedule and skipped steps.
+
+Each run writes its log to a file. The log is read and replayed by a step that
+has no loss function, and the SHA-256 of both results are compared. Writes
+benchmarks/results/replay_NAME.md and .json for each. Takes 25 minutes on 2 CPU
+cores.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ from mezo_jax.tasks import quickstart_data
 from mezo_jax.transforms.step import field
 
 LINEAR = optax.linear_schedule(1e-3, 0.0, 2000)
-SMALL = {  # how it trains; dtype; what is trained
+SMALL = {  # {name: (optimizer, dtype, pattern of the trained parameters)}
     'MeZO, float32': (lambda: mezo_jax.mezo(LINEAR, key=0), 'float32', None),
     'MeZO, bfloat16, decay': (lambda: mezo_jax.mezo(
         LINEAR, key=0, weight_decay=0.1, decay='kernel'), 'bfloat16', None),
@@ -53,6 +55,7 @@ SMALL = {  # how it trains; dtype; what is trained
 
 
 def digest(tree) -> str:
+  """Returns the SHA-256 of all leaves of a tree and their paths."""
   out = hashlib.sha256()
   for path, x in paths.named_leaves(tree):
     for array in jax.tree.leaves(x):
@@ -61,7 +64,17 @@ def digest(tree) -> str:
 
 
 def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
-  """Trains, and makes the same steps again; ``make()`` gives the weights."""
+  """Trains, replays the same steps, and returns a row of the table.
+
+  Args:
+    name: Name of the run.
+    tx: The optimizer.
+    value_fn: The loss function.
+    make: A function that returns a copy of the initial weights.
+    frozen: Parameters that are not trained, or None.
+    batch_of: A function that returns the batch of a step.
+    steps: Number of steps.
+  """
   step, params = mezo_jax.make_step(tx, value_fn), make()
   state = tx.init(params)
   n = field(state, 'projected_grad').size
@@ -102,6 +115,7 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
 
 
 def small() -> list[dict]:
+  """Returns the table of the small model, one row per kind of run."""
   table = []
   model = models.Transformer(harness.TINY)
   loss_fn = harness.classification_loss(model)
@@ -123,6 +137,7 @@ def small() -> list[dict]:
 
 
 def real() -> list[dict]:
+  """Returns the table of SmolLM2-135M, with one row."""
   model, params = models.load(
       quickstart_data.model_path(), dtype='bfloat16', progress=False)
   host, loss_fn = jax.device_get(params), harness.classification_loss(model)

@@ -1,25 +1,28 @@
-"""A MeZO step over two forward passes, and against PyTorch's MeZO.
+"""Times a MeZO step against two forward passes, and against PyTorch.
 
-  python benchmarks/step_time.py            # against two forwards
+  python benchmarks/step_time.py            # against two forward passes
   python benchmarks/step_time.py --torch    # and PyTorch (torch, transformers)
-  python benchmarks/step_time.py --forms    # low rank, one pass, pending
+  python benchmarks/step_time.py --forms    # low rank, one pass, accumulated
 
-Everything alternates within one process: two forwards, a step of each kind (and
-at 512 tokens a step of PyTorch), again and again; the table has the median and
-range of the ratios of neighbours. Random weights; the loss is that of two label
-words at the last token, or next-token cross-entropy at all (LM). The second
-table is train.py's work on the host for one step: making the batch, putting it
-on the device, reading and writing the metrics. It overlaps with the step
-before; its share says what there would be to gain.
+Within one process, two forward passes and a step of each kind alternate (and,
+at 512 tokens per batch, a step of PyTorch). The table has the median and range
+of the ratios within a round. Weights are random. The loss is that of two label
+words at the last token, or the next-token cross-entropy at all tokens (LM).
 
-PyTorch makes the step as the original does: in place, seeded by
-`torch.manual_seed`, one `normal` a tensor, three perturbations and an update,
-on Hugging Face's model with the same weights and batch, with the logits of all
-positions; for the label words once more, in its favour, with those of the last
-position alone, which the original does not do and we do. Writes
-benchmarks/results/step_time.md and .json; `--forms`, of all forms of a step on
-one shape, means of 8 steps (which updates are pending for), step_forms.md and
-.json.
+The second table is the work of train.py on the host for one step: making the
+batch, putting it on the device, and reading and writing the metrics. It
+overlaps with the previous step; its share is the most that could be gained by
+removing it.
+
+The step in PyTorch is that of the original implementation: in place, seeded by
+`torch.manual_seed`, with one call of `normal` per tensor, three perturbations
+and an update, and with the logits of all positions. It uses the Hugging Face
+model with the same weights and batch. For label words it is also timed with the
+logits of the last position alone, as in this library; the original does not do
+that. Writes benchmarks/results/step_time.md and .json.
+
+`--forms` times all forms of a step on one shape, as means of 8 steps, over
+which updates may be accumulated. It writes step_forms.md and .json.
 """
 
 import functools
@@ -40,22 +43,22 @@ from mezo_jax.tasks import data, encode
 
 ROUNDS = 5
 SHAPES = ('OPT-125M', 'SmolLM2-135M')
-CASES = (('label', 16, 32), ('LM', 8, 64), ('label', 16, 128))  # rows x tokens
+CASES = (('label', 16, 32), ('LM', 8, 64), ('label', 16, 128))  # rows, tokens
 NOISE = ('normal', 'rademacher')
 LR, EPS = 1e-7, 1e-3
 
 
 def step_of(loss_fn, params, noise):
-  """(step, its state)."""
+  """Returns (step, state) of MeZO with this distribution."""
   tx = mezo_jax.mezo(LR, EPS, key=0, directions=noise)
   return mezo_jax.make_step(tx, loss_fn), tx.init(params)
 
 
-# --- the original's step, in PyTorch ----------------------------------------
+# --- the step of the original implementation, in PyTorch --------------------
 
 
 def torch_shaped(config):
-  """Hugging Face's model of this shape, with weights of its own."""
+  """Returns the Hugging Face model of this shape, with random weights."""
   from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -78,7 +81,7 @@ def torch_shaped(config):
 
 
 def torch_model(config, params):
-  """Hugging Face's model of the same weights."""
+  """Returns the Hugging Face model with the weights ``params``."""
   import torch
   c, model = config, torch_shaped(config)
   named = dict(model.named_parameters())
@@ -92,7 +95,15 @@ def torch_model(config, params):
 
 
 def torch_step(model, ids, kind, keep=0):
-  """(a MeZO step, two forwards), with the logits of ``keep`` positions."""
+  """Returns functions that take a MeZO step, and two forward passes.
+
+  Args:
+    model: A Hugging Face model.
+    ids: Token ids [B, S].
+    kind: The loss, 'LM' or 'label'.
+    keep: Number of last positions whose logits are computed. Defaults to 0, for
+      all positions.
+  """
   import torch
   parameters = list(model.parameters())
   place = dict(device=parameters[0].device)
@@ -128,10 +139,11 @@ def torch_step(model, ids, kind, keep=0):
   return step, two_forwards
 
 
-# --- the race ---------------------------------------------------------------
+# --- the comparison ---------------------------------------------------------
 
 
 def race(shape, kind, rows, tokens, with_torch):
+  """Returns rows of the first table for one shape, loss and batch."""
   model = models.Transformer(harness.SHAPES[shape])
   make_loss = {'label': harness.classification_loss, 'LM': harness.lm_loss}
   loss_fn = make_loss[kind](model)
@@ -162,7 +174,7 @@ def race(shape, kind, rows, tokens, with_torch):
       for name, fn in theirs.items():
         took[name], _ = harness.timed(fn, i)
     for name, value in took.items():
-      if i:  # the first round warms up
+      if i:  # The first round warms up.
         seconds[name].append(value)
   over = lambda a, b: harness.median_range(
       np.array(seconds[a]) / np.array(seconds[b]))
@@ -183,7 +195,10 @@ def race(shape, kind, rows, tokens, with_torch):
 
 
 def forms(shape='SmolLM2-135M', rows=16, tokens=32, rounds=3, steps=8):
-  """Each form of a step, a mean of ``steps``, over two forwards, in turn."""
+  """Returns a row for each form of a step: its time over two forward passes.
+
+  The time is the mean of ``steps`` steps. The forms alternate.
+  """
   loss_fn = harness.classification_loss(
       models.Transformer(harness.SHAPES[shape]))
   params = harness.random_params(models.Transformer(harness.SHAPES[shape]))
@@ -202,7 +217,7 @@ def forms(shape='SmolLM2-135M', rows=16, tokens=32, rounds=3, steps=8):
       two = sum(harness.timed(forward, params, ids)[0] for _ in range(2))
       took, (params, state) = harness.timed(some, step, params, state)
       runs[name] = step, state
-      if i:  # the first round warms up
+      if i:  # The first round warms up.
         ratios.setdefault(name, []).append(took / steps / two)
   return [{'shape': shape, 'batch': f'{rows} x {tokens}', 'program': name,
            'step / two forwards': harness.median_range(found)}
@@ -210,7 +225,7 @@ def forms(shape='SmolLM2-135M', rows=16, tokens=32, rounds=3, steps=8):
 
 
 def host_share(shape='SmolLM2-135M', rows=16, tokens=32, steps=50):
-  """What train.py does on the host for one step, over the step itself."""
+  """Returns the row of the second table: the work on the host per step."""
   model = models.Transformer(harness.SHAPES[shape])
   loss_fn = harness.classification_loss(model)
   params = harness.random_params(model)

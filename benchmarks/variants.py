@@ -1,17 +1,21 @@
-"""Variants of MeZO compared with MeZO, after as many forward passes.
+"""Compares variants of MeZO with MeZO after the same number of forward passes.
 
   python benchmarks/variants.py [last_layer] [minilm] [whole]
 
-Three problems: the variants on the quickstart's last layer; SVRG, with anchors
-of two sizes, on all of MiniLM with a new head, without a prompt, its paper's
-setting; and a few variants on most of the quickstart's parameters. Signs, and
-all else as in `convergence.py`: learning rates from one grid of factors of two
-by the loss of dev rows, losses and accuracies of test rows, 5 seeds (3), and
-differences to MeZO with their standard errors, after as many forwards and in
-the time that MeZO takes for half of its steps. A forward is one of a batch; one
-with its tangent counts as two. Seconds a step are measured before, in turn;
-memory is what the larger of a step's programs holds, by the compiler. Writes
-one benchmarks/results/variants_PROBLEM.md and .json of each, after every kind.
+There are three problems: all variants on the last layer of the quickstart's
+model; SVRG with anchors of two sizes on all of MiniLM, with a new head and
+without a prompt, as in its paper; and a few variants on most of the
+quickstart's parameters.
+
+Directions are Rademacher, and everything else is as in `convergence.py`:
+learning rates come from one grid of factors of two by the loss on dev data;
+losses and accuracies are those of test data, over 5 seeds (3 for the last
+problem); differences to MeZO have standard errors. Methods are compared after
+the same number of forward passes, and in the time that MeZO takes for half of
+its steps. Forward passes are counted in batches; one with a tangent counts as
+two. The seconds per step are measured first, alternating between the methods.
+The memory is that of the largest program of a step, by the compiler. Writes
+benchmarks/results/variants_PROBLEM.md and .json after every method.
 """
 
 import dataclasses
@@ -32,22 +36,24 @@ LOZO = mezo_jax.LazyLowRank(rank=2, every=50)
 
 
 def _of(estimator, **own):
-  """Returns the optimizer with an estimator of these options of its own."""
+  """Returns `harness.mezo` with an estimator and options of its own."""
   return functools.partial(harness.mezo, estimator=estimator, **own)
 
 
 def _forward_grad(rate, eps, **more):
+  """Returns the forward gradient, which has no eps."""
   del eps
   return mezo_jax.mezo(rate, estimator=variants.forward_grad(**more))
 
 
 def _conservative(rate, eps, **more):
+  """Returns conservative MeZO, whose estimator needs the learning rate."""
   return mezo_jax.mezo(rate, estimator=variants.conservative(
       eps, learning_rate=rate, **more))
 
 
 def _svrg(every: int, anchor: int) -> Kind:
-  """Anchors of so many batches."""
+  """Returns SVRG with an anchor of ``anchor`` batches every ``every`` steps."""
   def make(rate, eps, **more):
     return variants.svrg(rate, eps, every=every, anchor_learning_rate=rate,
                          rows=convergence.ROWS, **more)
@@ -85,10 +91,11 @@ SVRG = {
 WHOLE = {name: KINDS[name] for name in (
     'mezo', 'fzoo, 8 directions', 'lozo, rank 2')}
 PROBLEMS = {'last_layer': (KINDS, 1000, 5), 'minilm': (SVRG, 500, 5),
-            'whole': (WHOLE, 40, 3)}  # kinds, steps of MeZO, seeds
+            'whole': (WHOLE, 40, 3)}  # {name: (kinds, steps of MeZO, seeds)}
 
 
 def compare(name: str) -> None:
+  """Compares the methods on one problem, and writes the table."""
   began, (kinds, steps, seeds) = time.time(), PROBLEMS[name]
   problem = dataclasses.replace(convergence.problems()[name], steps=steps)
   runs, table, first, then = Runs(problem, kinds), [], None, None
@@ -117,7 +124,7 @@ def compare(name: str) -> None:
     row['memory, MiB'] = round(runs.memory(kind) / 2**20)
     table.append(row)
     before = first[0, 0]
-    harness.write(f'variants_{name}', harness.header(  # so far
+    harness.write(f'variants_{name}', harness.header(  # The rows so far.
         f'{time.time() - began:.0f} s in all'), [(
             f'{name}: {convergence.ROWS} rows, {seeds} seeds; test loss before '
             f'{before[1]:.3f}, accuracy {100 * before[2]:.1f} %', table)])

@@ -1,8 +1,9 @@
-"""Models that other people wrote, for other_models.py: (apply, params) each.
+"""Builds models of other libraries, for other_models.py.
 
-As their libraries build them, twelve layers, random weights, and split into a
-function and a tree of params in each library's own idiom; last, cases made by
-hand to be hard. Packages are imported where a model is built.
+Each model has twelve layers and random weights, is built as its library
+recommends, and is split into a function and a tree of params in the idiom of
+the library. At the end there are models written by hand as difficult cases.
+Packages are imported only when a model is built.
 """
 
 import functools
@@ -21,25 +22,27 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 WIDTH, FF, HEADS, LAYERS, VOCAB = 256, 1024, 4, 12, 1024
-LARGE_VOCAB = 8192  # where the embedding is the case
+LARGE_VOCAB = 8192  # For cases about the embedding.
 ROWS, TOKENS = 2, 8
-MODELS = {}  # name: (build, pip name); build(dtype) gives (apply, params)
+# {name: (build, pip package)}, where build(dtype) returns (apply, params).
+MODELS = {}
 CAUSAL = jnp.tril(jnp.ones((1, 1, TOKENS, TOKENS), bool))
 POSITIONS = jnp.broadcast_to(jnp.arange(TOKENS), (ROWS, TOKENS))
 
 
 def add(name: str, build, pip: str = '', **options) -> None:
+  """Adds a model to `MODELS`."""
   MODELS[name] = (functools.partial(build, **options), pip)
 
 
 def images(ids, size: int, dtype):
-  """Noise that depends on the ids, [rows, size, size, 3]."""
+  """Returns random images [rows, size, size, 3] that depend on the ids."""
   return jax.random.normal(
       jax.random.key(ids.sum()), (ids.shape[0], size, size, 3), dtype)
 
 
 def cast(tree, dtype):
-  """As loaders of checkpoints do, where a model has no option."""
+  """Casts the floats of a tree, for models without an option for the dtype."""
   return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(
       x.dtype, jnp.floating) else x, tree)
 
@@ -48,6 +51,8 @@ def cast(tree, dtype):
 
 
 class LinenBlock(nn.Module):
+  """Applies attention and feed-forward, for `nn.scan` and for loops."""
+
   dtype: jnp.dtype
 
   @nn.compact
@@ -60,6 +65,8 @@ class LinenBlock(nn.Module):
 
 
 class Linen(nn.Module):
+  """Applies layers in one of the forms 'scan', 'lstm', 'remat', ..."""
+
   dtype: jnp.dtype
   form: str
 
@@ -88,6 +95,8 @@ class Linen(nn.Module):
 
 
 class ConvNet(nn.Module):
+  """Applies convolutions with batch normalisation."""
+
   dtype: jnp.dtype
 
   @nn.compact
@@ -101,6 +110,7 @@ class ConvNet(nn.Module):
 
 
 def linen(dtype, form):
+  """Builds a Linen model; other collections than params are not trained."""
   model = ConvNet(dtype) if form == 'conv' else Linen(dtype, form)
   variables = model.init(jax.random.key(1), jnp.ones((ROWS, TOKENS), jnp.int32))
   params = variables.pop('params')
@@ -109,6 +119,7 @@ def linen(dtype, form):
 
 
 class NnxBlock(nnx.Module):
+  """Applies attention and feed-forward."""
 
   def __init__(self, dtype, rngs):
     kw = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -123,6 +134,7 @@ class NnxBlock(nnx.Module):
 
 
 class Nnx(nnx.Module):
+  """Applies layers from a list or in a scan."""
 
   def __init__(self, dtype, form, rngs):
     kw = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -147,10 +159,12 @@ class Nnx(nnx.Module):
 
 
 def nnx_model(dtype, form):
+  """Builds an NNX model."""
   return split_nnx(Nnx(dtype, form, nnx.Rngs(1)), lambda model, ids: model(ids))
 
 
 def split_nnx(model, call, dtype=None):
+  """Splits an NNX model into a function and its params."""
   graph, params, rest = nnx.split(model, nnx.Param, ...)
   params = params if dtype is None else cast(params, dtype)
   return lambda params, ids: call(nnx.merge(graph, params, rest), ids), params
@@ -168,6 +182,7 @@ add('Linen CNN, batch norm', linen, form='conv')
 
 
 def equinox(dtype, form):
+  """Builds an Equinox model."""
   import equinox as eqx
   keys = iter(jax.random.split(jax.random.key(1), 100))
 
@@ -221,6 +236,7 @@ def equinox(dtype, form):
 
 
 def equimo(dtype):
+  """Builds a vision transformer of Equimo."""
   from equimo.models.vit import VisionTransformer
   import equinox as eqx
   model = VisionTransformer(
@@ -235,6 +251,7 @@ def equimo(dtype):
 
 
 def haiku(dtype, form):
+  """Builds a Haiku model."""
   import haiku as hk
 
   def block(x):
@@ -260,6 +277,7 @@ def haiku(dtype, form):
 
 
 def keras(dtype):
+  """Builds a Keras model with the JAX backend."""
   os.environ['KERAS_BACKEND'] = 'jax'
   import keras as k
   k.config.set_dtype_policy(jnp.dtype(dtype).name)
@@ -279,6 +297,7 @@ def keras(dtype):
 
 
 def penzai(dtype, stacked):
+  """Builds a Penzai model."""
   from penzai import pz
   from penzai.models.transformer.variants import llamalike_common as llama
   model = llama.build_llamalike_transformer(llama.LlamalikeTransformerConfig(
@@ -296,7 +315,10 @@ def penzai(dtype, stacked):
 
 
 def tunix(dtype, family, **more):
-  if 'tunix' not in sys.modules:  # its __init__ imports trainers and samplers
+  """Builds a Tunix model."""
+  # The package's __init__ imports trainers and samplers with more dependencies.
+  # An empty module in its place allows importing the models alone.
+  if 'tunix' not in sys.modules:
     spec = importlib.util.find_spec('tunix')
     if spec is None:
       raise ModuleNotFoundError("No module named 'tunix'", name='tunix')
@@ -319,6 +341,7 @@ def tunix(dtype, family, **more):
 
 
 def mamba2(dtype):
+  """Builds a Mamba 2 model."""
   import mamba2_jax
   model = mamba2_jax.Mamba2ForCausalLM(mamba2_jax.Mamba2Config(
       vocab_size=VOCAB, hidden_size=WIDTH, state_size=64, chunk_size=4,
@@ -343,6 +366,7 @@ add('mamba2-jax', mamba2, 'mamba2-jax')
 
 
 def by_hand(dtype, form):
+  """Builds a model with plain functions, in a form that is hard to perturb."""
   vocab = LARGE_VOCAB if form in ('tied logits', 'one-hot') else VOCAB
   axis = 1 if form == 'layer axis 1' else 0
   keys = iter(jax.random.split(jax.random.key(1), 9))

@@ -52,7 +52,9 @@ SQUAD = tasks.get(
 
 
 def _data(name: str, **kwargs) -> Data:
-  """Selects the files of a task under data/, or its hub data set without them.
+  """Selects the files of a task under data/.
+
+  Without such files, it selects the hub data set that the task declares.
   """
   found = [_DATA / f'{name}_{split}.jsonl' for split in ('train', 'test')]
   train, test = (str(f) if f.is_file() else '' for f in found)
@@ -124,10 +126,12 @@ def _config(name: str, method: str) -> Train:
 
 
 def get_suite() -> dict[str, Train]:
+  """Returns the configs of all runs, by TASK/METHOD."""
   return {f'{name}/{method}': _config(name, method)
           for name in _TASKS for method in METHODS
           if not (method == 'linear_probe' and name == 'squad')}
 
 
 def get_config(name: str = 'sst2/mezo') -> Train:
+  """Returns the config of one run, TASK/METHOD."""
   return get_suite()[name]

@@ -12,13 +12,13 @@ that the paper reports are about:
   MeZO        43    59    56     68
   MeZO-SVRG   49    80    84     79
 
-`svrg` sets a new anchor on all 512 rows every 2 steps, with learning rates of
-1e-5 and, for the anchors, 1e-4 (from the grid in the paper's code), and takes a
-quarter of the epochs.
+`svrg` sets a new anchor on all 512 rows every 2 steps. The learning rate is
+1e-4 for the steps that set an anchor and 1e-5 for the others (from the grid in
+the paper's code). It trains for a quarter of the epochs.
 
-Two things differ. The paper divides both learning rates by 4 when the loss
-rises, which is not supported. And the paper's code keeps no anchor, so its
-results are those of another method (docs/variants.md).
+Two things differ from the paper. The paper divides both learning rates by 4
+when the loss rises, which is not supported. And the paper's code keeps no
+anchor, so its results are those of another method (docs/variants.md).
 """
 
 from mezo_jax import tasks
@@ -35,6 +35,7 @@ TASKS = ('mnli', 'qnli', 'sst2', 'cola')
 
 
 def get_config(name: str = 'mnli') -> Train:
+  """Returns the config of TASK, or of TASK,svrg."""
   task, _, method = name.partition(',')
   if task not in TASKS or method not in ('', 'svrg'):
     raise KeyError(f'configs/glue.py has no variant {name!r}: use TASK or '

@@ -1,4 +1,4 @@
-"""Llama-2-7B on three tasks at once: the setting of MaZO.
+"""Llama-2-7B trained on three tasks together: the setting of MaZO.
 
   python train.py --config=configs/multitask.py
 
@@ -15,6 +15,7 @@ from mezo_jax.training.config import Also, Data, Model, Optimizer, Spsa, Train
 
 
 def get_config() -> Train:
+  """Returns the config of the three tasks."""
   data = lambda: Data(num_train=1000, num_dev=500, num_test=1000, batch_size=16)
   return Train(
       model=Model('meta-llama/Llama-2-7b-hf', dtype='bfloat16'),

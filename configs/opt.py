@@ -12,9 +12,10 @@ and the hyper-parameters of Table 16. The paper reports:
   lora    89.6  67.9 66.1 73.8  64.4 59.7 61.5    84.0 81.2   83.8  31.4
   prefix  90.7  70.8 69.6 73.1  60.6 59.9 63.7    87.0 81.4   84.2  28.9
 
-`lozo` reproduces LOZO (Chen et al., 2024), with rank 2 and windows of 50 steps.
-Our factors are Rademacher and scaled by 1 / sqrt(rank), and the learning rate
-and eps are converted accordingly. The paper reports:
+`lozo` reproduces LOZO (Chen et al., 2024), with rank 2. One of the two factors
+of a direction is redrawn only every 50 steps. Our factors are Rademacher and
+scaled by 1 / sqrt(rank), so the paper's learning rate and eps are converted
+accordingly. The paper reports:
 
   lozo    91.7  70.4 69.6 71.9  63.5 60.8 63.0    89.0 81.3   84.9  30.7
 
@@ -30,9 +31,9 @@ opt-6.7b.
 
 `private` is DPZero (Zhang et al., 2024): epsilon 6 at delta 1e-5, clip 300,
 learning rate 1e-7, and about 8 rows per step. For facebook/opt-6.7b the paper
-reports SST-2 92.6, BoolQ 66.8, SQuAD 79.5 and DROP 28.4. In the paper the seeds
-of the directions reveal the noise, and the batches are not Poisson samples
-(docs/variants.md).
+reports SST-2 92.6, BoolQ 66.8, SQuAD 79.5 and DROP 28.4. The paper's privacy
+guarantee is weaker: its noise can be found out from the seeds of the
+directions, and its batches are not Poisson samples (docs/variants.md).
 
 The baselines of Table 1 are the same config with another method:
 
@@ -95,6 +96,7 @@ _LENGTHS = {'sst2': 128, 'rte': 512, 'cb': 512, 'wsc': 256, 'wic': 128,
 
 
 def get_config(spec: str = 'sst2') -> Train:
+  """Returns the config of TASK, or of TASK,METHOD with a key of `METHODS`."""
   task, _, method = spec.partition(',')
   num_train, num_dev = _SMALL.get(task, (1000, 500))
   peft, optimizer, spsa = copy.deepcopy(METHODS[method])

@@ -16,6 +16,7 @@ from mezo_jax.training.config import Train
 
 
 def get_config() -> Train:
+  """Returns the config of prefix tuning on SQuAD, with the objective F1."""
   config = opt.get_config('squad,prefix')
   return dataclasses.replace(
       config, objective='f1', select='metric',

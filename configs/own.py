@@ -29,6 +29,7 @@ VARIANTS = ('', 'last_layer', 'lora')
 
 
 def get_config(variant: str = '') -> Train:
+  """Returns the config of a variant; '' trains all parameters."""
   if variant not in VARIANTS:
     raise KeyError(f'configs/own.py has no variant {variant!r}: use own.py, '
                    'own.py:last_layer or own.py:lora')

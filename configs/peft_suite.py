@@ -8,10 +8,10 @@ quickstart's data, with two seeds and the same number of forward passes for
 every method.
 
 `mezo` trains the same parameters as the quickstart's `whole`, 105 of 135
-million. The learning rates were chosen on the dev rows of seed 0. (That of LoRA
-was chosen by its training loss, because the first choice diverged with seed 1.)
-They are higher than in the MeZO paper (1e-4 for LoRA and 1e-2 for prefixes),
-which trains for 20,000 steps.
+million. The learning rates were chosen on the dev rows of seed 0, except that
+of LoRA: the first choice diverged with seed 1, so it was chosen by the training
+loss. They are higher than in the MeZO paper (1e-4 for LoRA and 1e-2 for
+prefixes), which trains for 20,000 steps.
 """
 
 from mezo_jax.configs import quickstart
@@ -29,9 +29,9 @@ def _config(seed: int, method: str) -> Train:
     config.peft = Peft(method.removesuffix('_adam'))
   if method == 'lora':
     # LoRA on q and v alone reached only 56.5 and 43.5 % accuracy with the two
-    # seeds, so LoRA is added to the same matrices that `mezo` trains. A starts
-    # at +-0.04, and steps as large as those of B would drown it in noise, so A
-    # has a lower learning rate and eps.
+    # seeds, so LoRA is added to the same matrices that `mezo` trains. The
+    # elements of A start within +-0.04. Updates as large as those of B would
+    # bury these values in noise, so A has a lower learning rate and eps.
     config.peft.targets = 'attn/(q|k|o)$|mlp/(gate|up)$'
     config.optimizer = Optimizer(
         learning_rate=2.5e-2, schedule='linear',
@@ -51,16 +51,19 @@ def _config(seed: int, method: str) -> Train:
 
 
 def get_suite() -> dict[str, Train]:
+  """Returns the configs of all runs, by reviewsSEED/METHOD."""
   return {f'reviews{seed}/{method}': _config(seed, method)
           for seed in SEEDS for method in METHODS} | {
               'reviews0/zero_shot': zero_shot()}
 
 
 def zero_shot() -> Train:
+  """Returns the config that evaluates the untrained model."""
   config = _config(0, 'mezo')
   config.method = 'zero_shot'
   return config
 
 
 def get_config(name: str = 'reviews0/lora') -> Train:
+  """Returns the config of one run, reviewsSEED/METHOD."""
   return get_suite()[name]

@@ -26,6 +26,8 @@ from mezo_jax.training.config import Data, Optimizer, Peft, Spsa, Train
 
 
 def get_config(variant: str = '') -> Train:
+  """Returns the config of the last layer, '', or of most parameters, 'whole'.
+  """
   if variant not in ('', 'whole'):
     raise KeyError(f'configs/quickstart.py has no variant {variant!r}: use '
                    'quickstart.py or quickstart.py:whole')

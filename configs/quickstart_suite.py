@@ -25,10 +25,12 @@ def _config(seed: int, method: str) -> Train:
 
 
 def get_suite() -> dict[str, Train]:
+  """Returns the configs of all runs, by seedSEED/METHOD."""
   return {f'seed{seed}/{method}': _config(seed, method) for method, seeds in (
       ('mezo', SEEDS), ('whole', SEEDS[:1]), ('adam', SEEDS[:1]))
           for seed in seeds}
 
 
 def get_config(name: str = 'seed0/mezo') -> Train:
+  """Returns the config of one run, seedSEED/METHOD."""
   return get_suite()[name]

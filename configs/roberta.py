@@ -45,6 +45,10 @@ METHODS = {
 
 
 def get_config(spec: str = 'sst2,16,13') -> Train:
+  """Returns the config of TASK,K,SEED or TASK,K,SEED,METHOD.
+
+  K is the number of training rows per class, and METHOD is a key of `METHODS`.
+  """
   task, k, seed, method = f'{spec},'.split(',')[:4]
   peft, optimizer, spsa = copy.deepcopy(METHODS[method])
   pair = task in ('snli', 'mnli', 'rte')

@@ -91,7 +91,7 @@ def links_of_root(app, path, parent, content):
 
 
 def plurals(app, what, name, obj, options, lines):
-  """Ends the markup of a name before a plural's s, as in `Codes`s."""
+  """Ends the markup of a name before a plural's s, as in `QuantizedArray`s."""
   del app, what, name, obj, options
   lines[:] = [re.sub(r'(?<!`)(`[^`]+`)s\b', r'\1\\s', line) for line in lines]
 

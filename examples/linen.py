@@ -1,4 +1,4 @@
-"""A Flax (Linen) loop with MeZO; linen_backprop.py is what it was before."""
+"""Trains a Flax (Linen) model with MeZO; linen_backprop.py uses Adam."""
 
 from functools import partial
 

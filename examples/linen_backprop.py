@@ -1,4 +1,4 @@
-"""An ordinary Flax (Linen) fine-tuning loop, before MeZO: see linen.py."""
+"""Trains a Flax (Linen) model with backprop and Adam; linen.py uses MeZO."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A Flax (NNX) loop with MeZO; nnx_backprop.py is what it was before."""
+"""Trains a Flax (NNX) model with MeZO; nnx_backprop.py uses Adam."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def loss_fn(params, batch):
 
 ids = jax.random.randint(jax.random.key(0), (64, 12), 0, 100)
 batch = {'ids': ids, 'label': (ids[:, 0] > 50).astype(jnp.int32)}
-# The rest: random streams, batch statistics and whatever else is not trained.
+# `rest` has what is not trained, such as random streams and batch statistics.
 graphdef, params, rest = nnx.split(Model(nnx.Rngs(1)), nnx.Param, ...)
 tx = mezo_jax.mezo(1e-3, eps=1e-3, key=0)
 state = tx.init(params)

@@ -1,4 +1,4 @@
-"""An ordinary Flax (NNX) fine-tuning loop, before MeZO: see nnx.py."""
+"""Trains a Flax (NNX) model with backprop and Adam; nnx.py uses MeZO."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def loss_fn(params, batch):
 
 ids = jax.random.randint(jax.random.key(0), (64, 12), 0, 100)
 batch = {'ids': ids, 'label': (ids[:, 0] > 50).astype(jnp.int32)}
-# The rest: random streams, batch statistics and whatever else is not trained.
+# `rest` has what is not trained, such as random streams and batch statistics.
 graphdef, params, rest = nnx.split(Model(nnx.Rngs(1)), nnx.Param, ...)
 tx = optax.adam(1e-3)
 state = tx.init(params)

@@ -1,7 +1,7 @@
 """Fine-tunes language models with forward passes only: MeZO for JAX.
 
-The names in this package are the optimizer and its parts. They need only jax,
-numpy and optax. The packages `models`, `peft`, `tasks`, `training` and
+This module exports the optimizer and its parts, which need only jax, numpy and
+optax. The packages `models`, `peft`, `tasks`, `training` and
 `variants`, and the modules `sharding` and `replay`, are imported on first use;
 some of them need the packages of ``mezo_jax[train]``.
 """

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and a tiny random model with its tokenizer."""
+"""Configures eight virtual CPU devices, and provides a tiny random model."""
 
 import contextlib
 import gc
@@ -8,7 +8,8 @@ from pathlib import Path
 import shutil
 import tempfile
 
-# A program is compiled once for all workers and runs of a session.
+# All workers and child processes of a session share one directory of compiled
+# programs, so each program is compiled only once.
 _PROGRAMS = {
     'JAX_COMPILATION_CACHE_DIR': tempfile.mkdtemp(prefix='mezo_jax_programs_'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -20,8 +21,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
-# Tracing makes many small objects, and a heap of large libraries is long to
-# walk: collecting at Python's rate takes a fifteenth of the tests' time.
+# Tracing creates many small objects, and the heap of large libraries is slow to
+# traverse. With Python's default thresholds, garbage collection takes a
+# fifteenth of the tests' time.
 gc.set_threshold(100_000, 50, 100)
 os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -40,9 +42,9 @@ WORDS = ('great', 'terrible', 'It', 'was', 'a', 'film', 'good', 'bad', 'fun',
 
 
 # The programs of tests are small and take longer to compile than to run, so
-# they are compiled with little optimisation. A test of what the compiler makes
-# of a program (its memory, its collectives, the bits of two programs) is marked
-# `as_shipped`; its programs are compiled as those of users are.
+# they are compiled with little optimisation. Tests of compiled programs (their
+# memory, their collectives, bitwise equality) are marked `as_shipped` and
+# compile with the default optimisation, as users do.
 _QUICK = 'jax_disable_most_optimizations'
 jax.config.update(_QUICK, True)
 _is_quick = [True]
@@ -50,6 +52,7 @@ QUICK_ENVIRONMENT = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
 def pytest_configure(config):
+  """Registers the marker."""
   config.addinivalue_line(
       'markers', 'as_shipped: compile programs with the usual optimisation')
 
@@ -59,14 +62,19 @@ def _set_quick(quick: bool):
   if _is_quick[0] != quick:
     jax.config.update(_QUICK, quick)
     _is_quick[0] = quick
-    # `jit` does not know of the switch: it would go on with programs that were
-    # compiled in the other way. Those on disk are kept apart.
+    # The in-memory caches of `jit` ignore this option, and would return
+    # programs that were compiled with the other value. The cache on disk
+    # distinguishes them.
     jax.clear_caches()
 
 
 @contextlib.contextmanager
 def _compiled_as_shipped(node=None):
-  """Compiles as users do; of a test or a module, if it is marked so."""
+  """Compiles with the default optimisation inside a `with` block.
+
+  With the node of a test or a module, it does so only if the node is marked
+  `as_shipped`.
+  """
   before = _is_quick[0]
   if node is None or node.get_closest_marker('as_shipped') is not None:
     _set_quick(False)
@@ -78,25 +86,26 @@ def _compiled_as_shipped(node=None):
 
 @pytest.fixture(autouse=True, scope='module')
 def optimisation_of_module(request):
+  """Applies the marker of a module, also to its fixtures."""
   with _compiled_as_shipped(request.node):
     yield
 
 
 @pytest.fixture(autouse=True)
 def optimisation_of_test(request, optimisation_of_module):
+  """Applies the marker of a test."""
   with _compiled_as_shipped(request.node):
     yield
 
 
 @pytest.fixture
 def as_shipped():
-  """Returns a context manager, for a test that compiles some programs quickly.
-  """
+  """Returns the context manager, for tests that need both optimisations."""
   return _compiled_as_shipped
 
 
 def pytest_itemcollected(item):
-  """Marks as slow the cases of a test that its `slow_except` does not name."""
+  """Marks as slow the cases of a test that `slow_except` does not list."""
   cases = item.callspec.params if hasattr(item, 'callspec') else {}
   for marker in item.iter_markers('slow_except'):
     if any(cases[name] not in kept for name, kept in marker.kwargs.items()):
@@ -104,12 +113,22 @@ def pytest_itemcollected(item):
 
 
 def pytest_unconfigure():
-  if _PROGRAMS:  # made by this process, not by one that it is a worker of
+  """Removes the directory of programs, in the process that created it."""
+  if _PROGRAMS:
     shutil.rmtree(_PROGRAMS['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 def write_tiny_model(path: Path, seed: int = 0, **changes) -> Path:
-  """A Hugging Face directory with random weights, and a word tokenizer."""
+  """Writes a Hugging Face directory with random weights and a word tokenizer.
+
+  Args:
+    path: The directory.
+    seed: Seed of the weights. Defaults to 0.
+    **changes: Fields of config.json that differ from `TINY`.
+
+  Returns:
+    The directory.
+  """
   from safetensors.numpy import save_file
   from tokenizers import models, pre_tokenizers, Tokenizer
   from transformers import PreTrainedTokenizerFast
@@ -136,12 +155,16 @@ def write_tiny_model(path: Path, seed: int = 0, **changes) -> Path:
 
 @pytest.fixture(scope='session')
 def tiny_dir(tmp_path_factory) -> Path:
+  """Returns the directory of a tiny model, which tests must not change."""
   return write_tiny_model(tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='session')
 def reviews_file(tmp_path_factory) -> Path:
-  """120 rows that a tiny model can learn: four good words and four bad."""
+  """Returns a file with 120 reviews that a tiny model can learn.
+
+  The last word of a review, one of three per class, determines its label.
+  """
   rng = np.random.RandomState(1)
   lines = []
   for i in range(120):

@@ -1,4 +1,4 @@
-"""The rows of the common table: every estimator, alone or in a chain."""
+"""Lists every estimator, alone and in chains, for tests that all must pass."""
 
 import functools
 
@@ -15,10 +15,14 @@ mezo = mezo_jax.mezo
 
 
 class Whole:
-  """MeZO with the estimators of variants, as optimizers of one function each:
-  ``whole.hizoo(learning_rate, eps, key=0)``."""
+  """Provides each estimator as a function that returns a whole optimizer.
+
+  For example, ``whole.hizoo(learning_rate, eps, key=0)`` is `mezo` with the
+  estimator `variants.hizoo`.
+  """
 
   def __getattr__(self, name):
+    """Returns the function for an estimator's name."""
     if name == 'svrg':
       return variants.svrg
     make = mezo_jax.spsa if name == 'spsa' else getattr(variants, name)
@@ -40,7 +44,7 @@ whole = Whole()
 def with_spsa(learning_rate, eps=1e-3, *, key, directions='normal',
               combine='two_sided', num_samples=None, over='scan',
               micro_batches=None, weight_decay=0.0, decay=None):
-  """`mezo` with all options of `spsa`, none of them in a dict."""
+  """Returns `mezo` with all options of `spsa` as arguments."""
   estimator = mezo_jax.spsa(
       eps, key=key, directions=directions, combine=combine,
       num_samples=num_samples, over=over, micro_batches=micro_batches)
@@ -49,7 +53,7 @@ def with_spsa(learning_rate, eps=1e-3, *, key, directions='normal',
 
 
 def chained(rest, **kwargs):
-  """spsa, then any optimizer, with the links that `mezo` has."""
+  """Returns a maker of a chain: spsa, another optimizer, rounding."""
   def make(learning_rate, key, dtype=None, **more):
     return mezo_jax.skip_not_finite(optax.chain(
         mezo_jax.spsa(**({'eps': 1e-3} | kwargs | more), key=key),
@@ -58,18 +62,23 @@ def chained(rest, **kwargs):
 
 
 def first_order(learning_rate, key, **kwargs):
+  """Returns Adam on gradients of backpropagation."""
   del key
   return mezo_jax.skip_not_finite(optax.chain(
       backprop.backprop(**kwargs), optax.adam(learning_rate)))
 
 
 def svrg(learning_rate, eps=1e-3, **kwargs):
+  """Returns SVRG with the same learning rate for anchors."""
   return variants.svrg(learning_rate, eps,
                        anchor_learning_rate=learning_rate, **kwargs)
 
 
 def private(learning_rate, eps=1e-3, **kwargs):
-  """Of one row, which has the loss of the batch, and next to no noise."""
+  """Returns private MeZO on one row, with almost no noise.
+
+  The row has the loss of the whole batch, so the steps are those of MeZO.
+  """
   tx = whole.private(learning_rate, eps, clip=1e4, noise_multiplier=1e-8,
                      batch_size=1, **kwargs)
   def update(updates, state, params=None, *, value_fn=None, **extra):
@@ -82,7 +91,12 @@ def private(learning_rate, eps=1e-3, **kwargs):
 
 
 def of_params(make, **of):
-  """A variant that is made with trees like the params."""
+  """Returns a maker of a variant whose arguments are trees like the params.
+
+  Args:
+    make: The variant.
+    **of: {argument: function of a leaf of the params}.
+  """
   def row(learning_rate, eps=1e-3, **kwargs):
     at = lambda params: make(learning_rate, eps, **kwargs, **{
         name: jax.tree.map(fn, params) for name, fn in of.items()})
@@ -93,8 +107,8 @@ def of_params(make, **of):
   return row
 
 
-# make(learning_rate, key=...): its updates are those of the paper's Algorithm 1
-# unless said otherwise.
+# {name: make(learning_rate, key=...)}. Unless the name says otherwise, the
+# updates are those of Algorithm 1 of the MeZO paper.
 ROWS = {
     'mezo': mezo,
     'mezo, decayed': functools.partial(
@@ -141,6 +155,6 @@ ROWS = {
     'spsa and adam': chained(optax.adam),
     'backprop and adam': first_order,
 }
-# Weights move at every other step; two are asked to be one.
+# These change the weights only at every other step.
 EVERY_OTHER = 'mezo, pending', 'svrg'
 ZEROTH = [name for name in ROWS if 'backprop' not in name]

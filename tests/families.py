@@ -1,4 +1,5 @@
-"""A tiny random torch model of each family, with each of its switches."""
+"""Provides tiny random torch models of each family, with each of its options.
+"""
 
 import numpy as np
 import transformers
@@ -13,7 +14,7 @@ _LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
            'high_freq_factor': 4.0, 'original_max_position_embeddings': 16,
            'rope_theta': 1e4}
 
-# {family: (config class, its settings, {switch: changed settings})}
+# {family: (config class, its settings, {name of an option: changed settings})}
 FAMILIES = {
     'llama': (transformers.LlamaConfig, _GROUPED, {
         'untied head': dict(tie_word_embeddings=False),
@@ -98,13 +99,13 @@ CASES = [(family, switch) for family, (_, _, switches) in FAMILIES.items()
          for switch in switches]
 CAUSAL = [f for f in FAMILIES if f not in ('bert', 'roberta')]
 IDS = np.random.RandomState(0).randint(4, 320, (3, 20)).astype(np.int32)
-MASKS = {  # of IDS
+MASKS = {  # Attention masks for IDS, by the side of the padding.
     'right': (np.arange(20) < np.array([[20], [15], [4]])).astype(np.int32),
     'left': (np.arange(20) >= np.array([[0], [5], [16]])).astype(np.int32)}
 
 
 def torch_model(family: str, switch: str, scale: float = 0.2):
-  """A random model with all its weights, biases and norms away from trivial."""
+  """Returns a random model of which no weights, biases or norms are trivial."""
   import torch
   torch.manual_seed(0)
   make, settings, switches = FAMILIES[family]
@@ -119,12 +120,18 @@ def torch_model(family: str, switch: str, scale: float = 0.2):
 
 
 def torch_logits(model, ids, mask, **kwargs) -> np.ndarray:
-  """Its logits; padding holds the padding token, positions count tokens."""
+  """Returns the logits of a torch model as float32 arrays.
+
+  The input is that of `torch_outputs`.
+  """
   return torch_outputs(model, ids, mask, **kwargs).logits.float().numpy()
 
 
 def torch_outputs(model, ids, mask, **kwargs):
-  """All that a torch model gives, of the same input."""
+  """Returns the outputs of a torch model.
+
+  Padding is replaced by the padding token, and positions do not count it.
+  """
   import torch
   ids = np.where(mask == 1, ids, model.config.pad_token_id)
   at = np.maximum(np.cumsum(mask, 1) - 1, 0)
@@ -136,7 +143,10 @@ def torch_outputs(model, ids, mask, **kwargs):
 
 
 def torch_sums(reference, tokenizer, prompt, answers):
-  """(sums, counts) of the answers' tokens: one text, no padding, at a time."""
+  """Returns log-likelihoods of answers, and their numbers of tokens.
+
+  A torch model computes them for one text at a time, without padding.
+  """
   import torch
   sums, counts = [], []
   for answer in answers:

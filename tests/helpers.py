@@ -1,4 +1,4 @@
-"""Small models and reference computations that tests share."""
+"""Provides small models and reference computations that tests share."""
 
 import contextlib
 import socket
@@ -15,6 +15,7 @@ from mezo_jax.core import sharding
 
 
 def tiny_config(**changes) -> models.Config:
+  """Returns the config of a tiny Llama with some fields changed."""
   base = dict(
       family='llama', vocab_size=64, width=32, ff_width=64, num_layers=3,
       num_heads=4, num_kv_heads=2, head_width=8, max_length=64, norm_eps=1e-5,
@@ -23,7 +24,7 @@ def tiny_config(**changes) -> models.Config:
 
 
 def tiny_model(**changes):
-  """(model, random params, input ids [4, 12])."""
+  """Returns (model, random params, input ids [4, 12])."""
   model = models.Transformer(tiny_config(**changes))
   ids = jax.random.randint(jax.random.key(7), (4, 12), 0, 64)
   params = quick_jit(model.init)(jax.random.key(1), ids)['params']
@@ -31,18 +32,22 @@ def tiny_model(**changes):
 
 
 def paths(tree) -> set[str]:
+  """Returns the paths of a tree's leaves, with slashes."""
   return {jax.tree_util.keystr(p, simple=True, separator='/')
           for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def quick_jit(fn, **kwargs):
-  """For many small programs: most of jit's time is LLVM's optimisation."""
+  """Jits a small program without LLVM's optimisation.
+
+  The optimisation takes most of the time of compiling it.
+  """
   return jax.jit(
       fn, compiler_options={'xla_backend_optimization_level': 0}, **kwargs)
 
 
 def lm_loss(model):
-  """Next-token loss; reaches every parameter."""
+  """Returns a next-token loss, which depends on every parameter."""
   def loss_fn(params, ids):
     log_p = jax.nn.log_softmax(model.apply({'params': params}, ids)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], -1))
@@ -83,7 +88,7 @@ def replay_setup(dtype='float32', trained=None, learning_rate=1e-2, mesh=None,
 
 
 class Block(nn.Module):
-  """Someone's ordinary block: nothing in it knows of MeZO."""
+  """Applies an ordinary residual block, which does not know about MeZO."""
 
   width: int
   dtype: jnp.dtype = jnp.float32
@@ -96,7 +101,7 @@ class Block(nn.Module):
 
 
 class ScannedLinen(nn.Module):
-  """Embedding, scanned (and rematerialised) blocks, tied head."""
+  """Applies scanned and rematerialised blocks, with a tied head."""
 
   width: int = 32
   layers: int = 4
@@ -114,6 +119,7 @@ class ScannedLinen(nn.Module):
 
 
 def mesh_of(data: int, fsdp: int, axis_type=AxisType.Auto):
+  """Returns a mesh with two axes on the first devices."""
   return jax.make_mesh(
       (data, fsdp), ('data', 'fsdp'), axis_types=(axis_type,) * 2,
       devices=jax.devices()[:data * fsdp])
@@ -121,7 +127,7 @@ def mesh_of(data: int, fsdp: int, axis_type=AxisType.Auto):
 
 @contextlib.contextmanager
 def compilations():
-  """Counts what XLA compiles: a list that grows by one each time."""
+  """Yields a list that grows by one entry with each compilation of XLA."""
   seen, active = [], [True]
 
   def listen(event, seconds, **kwargs):
@@ -136,6 +142,7 @@ def compilations():
 
 
 def assert_bitwise(a, b):
+  """Asserts that two trees have the same dtypes, shapes and bits."""
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x), np.asarray(y)
     assert (x.dtype, x.shape) == (y.dtype, y.shape)
@@ -145,11 +152,13 @@ def assert_bitwise(a, b):
 
 
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
+  """Asserts that the leaves of two trees are close."""
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 def free_port() -> int:
+  """Returns a free TCP port of this machine."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     return s.getsockname()[1]

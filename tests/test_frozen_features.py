@@ -112,7 +112,8 @@ def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
                                              tmp_path, capsys):
   results = []
   for keeps in (False, True):
-    config = small_config(tiny_dir, reviews_file, keep_trunk=keeps, **WAYS[way])
+    config = small_config(
+        tiny_dir, reviews_file, cache_frozen=keeps, **WAYS[way])
     results.append(train.run(config, tmp_path / str(keeps)))
     assert ('caching frozen' in capsys.readouterr().out) == keeps
   plain, kept = results
@@ -176,7 +177,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
   for steps, where in ((2, 'b'), (4, 'b'), (4, 'a')):
     config = small_config(
         tiny_dir, reviews_file, steps=steps, eval_every=2, zero_shot=False,
-        trunk_memory=gib, **LAST)
+        cache_memory=gib, **LAST)
     held = lambda where: {p: p.stat().st_mtime_ns
                           for p in (tmp_path / where).glob('trunk/*')}
     files = held(where)
@@ -190,7 +191,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
 
 @pytest.mark.slow
 def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
-  config = small_config(tiny_dir, reviews_file, trunk_memory=0.0, **LAST)
+  config = small_config(tiny_dir, reviews_file, cache_memory=0.0, **LAST)
   built = build.build(config, say=lambda text: None)
   names = []
   for change in (lambda x: x, lambda x: x.at[0, 3, 1].add(1e-6),
@@ -207,7 +208,7 @@ def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_without_room(tiny_dir, reviews_file, tmp_path):
-  config = small_config(tiny_dir, reviews_file, trunk_memory=0.0, **LAST)
+  config = small_config(tiny_dir, reviews_file, cache_memory=0.0, **LAST)
   built = build.build(config, say=lambda text: None)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

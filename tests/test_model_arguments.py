@@ -38,7 +38,7 @@ def ids_with(token, at=1):
 def test_known_tokens_are_refused(token):
   model, params = tiny()
   ids = ids_with(token)
-  with pytest.raises(ValueError, match=f'input_ids has {token}, .* 0 to 63'):
+  with pytest.raises(ValueError, match=f'input_ids has {token}.* 0 to 63'):
     model.apply({'params': params}, ids)
   with pytest.raises(ValueError, match=f'input_ids has {token}'):
     models.generate(model, params, ids, max_new_tokens=2)
@@ -119,7 +119,7 @@ def test_positions_beyond_the_table(family):
   long = np.full((1, LENGTH + 1), 7)
   with pytest.raises(ValueError, match='17 .* 16 positions'):
     model.apply({'params': params}, long)
-  with pytest.raises(ValueError, match='15 .* 2 .* 16 positions'):
+  with pytest.raises(ValueError, match='max_new_tokens=2 .* 16 positions'):
     models.generate(model, params, long[:, :-2], max_new_tokens=2)
   models.generate(model, params, long[:, :-2], max_new_tokens=1)
 
@@ -264,7 +264,7 @@ def test_numbers_that_a_program_would_have_to_know():
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(features='tail'), "features .*'tail'"),
+    (dict(features='tail'), "features='tail'"),
     (dict(answer_at=[[5], [0]]), 'answer_at has 5'),
     (dict(answer_at=[[-6], [0]]), 'answer_at has -6'),
     (dict(answer_at=[1, 2]), r'answer_at .*\(2,\)'),

@@ -96,17 +96,19 @@ def test_the_readme_is_one_page():
   assert len(text.splitlines()) <= 130 and len(text.split()) <= 1000
 
 
-def test_the_readme_s_models_load_and_generate(tiny_dir, tmp_path, monkeypatch):
-  text = (conftest.ROOT / 'README.md').read_text()
-  code = text.split('```python\n')[4].split('```')[0]
+def test_the_quickstart_s_model_loads_and_generates(
+    tiny_dir, tmp_path, monkeypatch):
+  text = (conftest.ROOT / 'docs' / 'quickstart.md').read_text()
+  blocks = [block.split('```')[0] for block in text.split('```python\n')[1:]]
   (tmp_path / 'my-model').symlink_to(tiny_dir)
   monkeypatch.chdir(tmp_path)
   scope = {}
-  exec(code, scope)
-  rows, length, vocab = scope['logits'].shape
-  assert (rows, vocab) == (1, 300) and scope['tokens'].shape == (1, 20)
-  copy = mezo_jax.models.load('copy-of-my-model')[1]
-  helpers.assert_bitwise(copy, scope['params'])
+  for code in blocks:
+    exec(code, scope)
+  assert scope['tokens'].shape == (2, 5)
+  model, params = scope['model'], scope['params']
+  mezo_jax.models.save('copy', model, params, tokenizer=scope['tokenizer'])
+  helpers.assert_bitwise(mezo_jax.models.load('copy')[1], params)
 
 
 def test_the_documentation_s_lora_step_runs(tiny_dir, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def test_a_saved_config_with_an_old_name_is_read():
   config.spsa.apply_every = 3
   saved = config_lib.to_json(config)
   saved['spsa']['fold_every'] = saved['spsa'].pop('apply_every')
+  saved['keep_trunk'] = saved.pop('cache_frozen')
   assert config_lib.from_json(saved).spsa.apply_every == 3
   config_lib.check_same_run(config, saved)
   config.spsa.apply_every = 4

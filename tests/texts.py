@@ -1,4 +1,4 @@
-"""Tokenizers of bytes and tasks, for texts written by hand."""
+"""Provides byte-level tokenizers and tasks for tests with short texts."""
 
 from tokenizers import decoders, models, pre_tokenizers, processors, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,14 @@ TREC = [
 
 
 def byte_level(single='$A', pair=None, words=(*GOOD, *NLI, *TREC), **special):
-  """RoBERTa's kind: bytes, and each of the words with its space one token."""
+  """Returns a byte-level tokenizer of the kind that RoBERTa has.
+
+  Args:
+    single: Template of a single text, with special tokens. Defaults to none.
+    pair: Template of a pair of texts. Defaults to None.
+    words: Words that are one token each, with the space before them.
+    **special: Special tokens, as arguments of `PreTrainedTokenizerFast`.
+  """
   merges = []
   for word in (' It', ' was', *words):
     merges += [('Ġ' + word[1:n], word[n]) for n in range(1, len(word))]
@@ -36,10 +43,12 @@ PAIR = byte_level('<s> $A </s>', '<s> $A </s> $B:1 </s>:1')
 
 
 def spelled(tokenizer, ids):
+  """Returns the tokens of ids, separated by spaces."""
   return ' '.join(tokenizer.convert_ids_to_tokens(ids))
 
 
 def of_kind(kind='classification', **changes):
+  """Returns a task of a kind, with some fields changed."""
   words = (' bad', ' good') if kind == 'classification' else ()
   return tasks.Task(**dict(kind=kind, template='{text}',
                            label_words=words) | changes)

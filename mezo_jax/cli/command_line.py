@@ -71,9 +71,9 @@ def parse(argv: Sequence[str], about: str,
     config_flags.DEFINE_config_file(
         'config', None, 'The config: FILE.py, FILE.py:ARGUMENT, or the name of '
         'a config that comes with mezo_jax, such as opt:sst2. '
-        '--config.FIELD=VALUE overrides a field. Defaults to own if '
-        '--config.data.train or --config.task.hub is given, and to quickstart '
-        'otherwise.',
+        '--config.FIELD=VALUE overrides a field. The default is the config own '
+        'if --config.data.train or --config.task.hub is given, and the config '
+        'quickstart otherwise.',
         flag_values=values, sys_argv=argv)
   for name, (kind, text) in options.items():
     _DEFINE[kind](name, None, text, flag_values=values)

@@ -160,15 +160,15 @@ def plan(argv: Sequence[str]) -> int:
       'topology': (str, 'The devices: v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x2 '
                    '(chips), h100:8, a100:8 or cpu:8.'),
       'mesh': (str, 'The sizes of the mesh axes, as fsdp=4,tensor=2. Defaults '
-               'to the mesh of the config, or to one that splits all large '
-               'arrays.'),
+               'to the mesh of the config if it sets one, and otherwise to a '
+               'mesh that splits all large arrays.'),
       'tokens': (int, 'The sequence length. Defaults to the longest that the '
                  'config allows.'),
   }, required=('topology',), configs=command_line.CONFIGS)
   n = machines.size(values.topology)
   if values.topology.startswith('cpu'):
-    # JAX raises RuntimeError if its backend is initialised already. Planning
-    # then uses the devices that there are.
+    # JAX raises RuntimeError if its backend is already initialised. Planning
+    # then uses the CPU devices that exist.
     with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', n)
   found = planning.plan(

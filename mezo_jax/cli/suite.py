@@ -64,8 +64,8 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
     raise InputError(f'--tasks and --methods: {suite} has no such runs; choose '
                      f'from {", ".join(runs)}.')
   failed = []
-  # Runs of the same task evaluate with the same programs. A shared compilation
-  # cache compiles them once.
+  # Runs of the same task use the same evaluation programs. With a shared
+  # compilation cache, each program is compiled only once.
   env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
          **os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}

@@ -83,7 +83,7 @@ def number(name: str, value: Any, *, above: float | None = None,
 
 
 def _is_real(dtype) -> bool:
-  """Returns whether a dtype is of integers or floats."""
+  """Returns whether a dtype is an integer or a floating-point dtype."""
   return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(
       dtype, jnp.integer)
 
@@ -126,7 +126,7 @@ def floating(name: str, dtype: Any) -> Any:
     dtype: The argument.
 
   Raises:
-    ValueError: If it is another dtype, or not a dtype.
+    ValueError: If the argument is a dtype of another kind, or not a dtype.
   """
   if dtype is None:
     return None
@@ -221,15 +221,16 @@ def expression(name: str, pattern: Any) -> re.Pattern[str]:
 
 
 def check_names(value_fn: Callable[..., Any], **given: Any) -> None:
-  """Checks that ``value_fn`` needs no argument that ``tx.update`` consumes.
+  """Checks that ``value_fn`` has no parameter that ``tx.update`` consumes.
 
   Args:
     value_fn: The loss function.
-    **given: Arguments that ``tx.update`` received and does not pass on to
-      ``value_fn``. None means that an argument was not passed.
+    **given: Arguments that ``tx.update`` uses itself and does not pass on to
+      ``value_fn``. None means that the caller did not pass the argument.
 
   Raises:
-    ValueError: If ``value_fn`` has a parameter with the name of one of them.
+    ValueError: If ``value_fn`` has a parameter with the name of an argument
+      that was passed.
   """
   try:
     taken = inspect.signature(value_fn).parameters
@@ -253,7 +254,8 @@ def array(name: str, value: Any) -> jax.Array:
     value: A value that `jnp.asarray` accepts.
 
   Raises:
-    ValueError: If the value cannot be converted, or is not integers or floats.
+    ValueError: If the value cannot be converted to an array, or the array does
+      not contain integers or floats.
   """
   try:
     out = jnp.asarray(value)
@@ -265,23 +267,34 @@ def array(name: str, value: Any) -> jax.Array:
 
 
 def warn_renamed(old: str, new: str) -> None:
-  """Warns that a public name has changed, at the line that uses the old one."""
+  """Warns that a public name has changed.
+
+  The warning points to the line of the user's program that uses the old name.
+
+  Args:
+    old: The old name.
+    new: The new name.
+  """
   warnings.warn(
       f'mezo_jax: {old} is now called {new}. The old name will stop working in '
       'version 0.3.', DeprecationWarning, stacklevel=3)
 
 
 def renamed(**names: str) -> Callable[[F], F]:
-  """Returns a decorator that accepts arguments under their old names, too.
+  """Returns a decorator that accepts renamed arguments by their old names, too.
+
+  An argument that is passed by its old name causes a deprecation warning.
 
   Args:
-    **names: The new name of each old one.
+    **names: One ``old='new'`` for each renamed argument.
   """
   def decorate(fn: F) -> F:
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
       for old, new in names.items():
         if old in kwargs:
+          if new in kwargs:
+            raise TypeError(f'{old} is the old name of {new}; pass only {new}.')
           warn_renamed(old, new)
           kwargs[new] = kwargs.pop(old)
       return fn(*args, **kwargs)

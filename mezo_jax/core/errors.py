@@ -1,7 +1,7 @@
 """Defines errors that the user can fix, and reports them in one sentence.
 
-Any other exception is a bug of this library or a sign of too little memory, and
-keeps its traceback.
+Any other exception keeps its traceback, since its cause is a bug of this
+library or a lack of memory.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class MissingError(InputError, FileNotFoundError):
 
 
 class Damaged(InputError):
-  """Reports a file or directory whose contents are not what was written."""
+  """Reports a damaged file or directory, such as one that was cut off."""
 
 
 class Stopped(InputError):
@@ -83,9 +83,10 @@ def first_line(error: Any) -> str:
 def of_the_disk(e: BaseException) -> int | None:
   """Returns the errno of a file-system error that the user can fix, or None.
 
-  An example is a full disk. The causes and the members of exception groups are
-  searched, too. Libraries in C++ report such errors as text only, so messages
-  are searched for the system's description of the error.
+  An example of such an error is a full disk. The function also searches the
+  causes of the exception and the members of exception groups. Libraries in C++
+  report such errors as text only, so the function searches messages for the
+  operating system's description of the error.
 
   Args:
     e: The exception.
@@ -108,10 +109,11 @@ def of_the_disk(e: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def in_one_sentence(program: str) -> Iterator[None]:
-  """Reports errors that the user can fix in one sentence, and exits.
+  """Prints one sentence instead of a traceback if the user can fix an error.
 
-  These are `InputError` and file-system errors. Other exceptions pass through.
-  The exit status is 1, or `AGAIN` if the run can be resumed as it is.
+  The user can fix an `InputError` and most file-system errors. After such an
+  error the program exits with status 1, or with `AGAIN` if the same command
+  resumes the run. Other exceptions pass through.
 
   Args:
     program: Name of the program, which begins the sentence.

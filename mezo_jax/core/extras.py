@@ -8,13 +8,13 @@ class MissingExtraError(ModuleNotFoundError):
 
 
 def require(needed_by: str, *packages: str, extra: str = 'train') -> None:
-  """Raises an error if packages of an extra are not installed.
+  """Raises an error if optional packages are not installed.
 
   Args:
     needed_by: Name of the module that imports the packages.
     *packages: Import names of the packages.
-    extra: Name of the extra of this distribution that installs them. Defaults
-      to 'train'.
+    extra: Name of the group of optional dependencies that installs them, as in
+      ``pip install 'mezo_jax[train]'``. Defaults to 'train'.
 
   Raises:
     MissingExtraError: If a package is missing.

@@ -20,14 +20,14 @@ from mezo_jax.core import sharding
 def of_weights(params: Any, but: str | None = None) -> str:
   """Returns the fingerprint of a tree of arrays, as 32 hex digits.
 
-  It covers the paths, shapes, dtypes and elements of all leaves. Computing it
-  takes one pass over the weights and no copy of them. It detects accidental
-  differences, not deliberate collisions.
+  The fingerprint covers the paths, shapes, dtypes and elements of all leaves.
+  Computing it reads the weights once and does not copy them. It detects
+  accidental differences, but is not secure against deliberate collisions.
 
   Args:
     params: A tree of arrays.
-    but: A regular expression that is searched for in the paths; leaves whose
-      path has a match are left out. Defaults to None, for all leaves.
+    but: A regular expression. Leaves whose path contains a match are left out.
+      Defaults to None, which includes all leaves.
   """
   leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
             if but is None or not re.search(but, jax.tree_util.keystr(
@@ -95,9 +95,9 @@ def of_rows(*data: Any, key: bytes = b'') -> str:
 
   Args:
     *data: Encoded rows, as `mezo_jax.tasks.encode` returns them.
-    key: Secret key of the hash. Someone who does not know it cannot test a
-      guess about the rows against the digits. Defaults to b'', which hashes
-      without a key.
+    key: Secret key of the hash. Without the key, nobody can use the fingerprint
+      to test a guess about the rows. Defaults to b'', which hashes without a
+      key.
   """
   return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
                  key)

@@ -1,8 +1,8 @@
 """Wraps the parts of JAX that are private or differ between versions.
 
-JAX 0.10 and later are supported. Anything that has no public name, or whose
-form differs between these versions, is used in this module and nowhere else. So
-a new version of JAX requires changes in one place only.
+JAX 0.10 and later are supported. Only this module uses the parts of JAX that
+have no public name or that differ between these versions. A new version of JAX
+therefore requires changes in one place only.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 from jax.extend import core
 import jax.typing
 
-# Whether `jax.vmap` may be given the mesh axes that rows are split over. With
-# them, the partitioner of JAX 0.11 aborts the process for some programs, for
-# example a step with over='rows' and low-rank directions. Without them, it
-# chooses the axes itself.
+# Whether to tell `jax.vmap` over which mesh axes rows are split (its argument
+# ``spmd_axis_name``). If this is done with JAX 0.11, the partitioner aborts the
+# process for some programs, for example a step with over='rows' and low-rank
+# directions. If it is not done, the partitioner chooses the axes itself.
 ROWS_HAVE_AXES = jax.__version_info__[:2] != (0, 11)
 
 # The exception that `multihost_utils.live_devices` raises when a process has
@@ -54,9 +54,9 @@ def context_of(eqn: core.JaxprEqn) -> Any:
 
 
 def manual_axis_type(x: jax.typing.ArrayLike) -> Any:
-  """Returns the axes of `jax.shard_map` over which a value varies.
+  """Returns the manual axes of `jax.shard_map` over which a value varies.
 
-  The result is hashable and is only compared for equality.
+  The result is a hashable object, which can be compared for equality.
   """
   return jax.typeof(x).mat
 
@@ -64,7 +64,7 @@ def manual_axis_type(x: jax.typing.ArrayLike) -> Any:
 def distributed_state() -> Any:
   """Returns the state that `jax.distributed.initialize` set up in this process.
 
-  The public API tells only whether it was called. This library uses the
-  attributes `client` and `coordinator_address`.
+  The public API reveals only whether that function was called. This library
+  uses the attributes `client` and `coordinator_address` of the state.
   """
   return distributed.global_state

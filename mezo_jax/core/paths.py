@@ -20,11 +20,12 @@ import numpy as np
 from mezo_jax.core import arguments
 from mezo_jax.core.quantized import is_codes
 
-# The name of a component that holds layers, with an optional layer number.
+# Name of a path component that holds layers, with an optional layer number.
 _LAYERS = re.compile(r'(?i)(.*(?:layers?|blocks?)|h)(?:_(\d+))?')
 # A plural name suggests that all layers are stored in one array.
 _PLURAL = re.compile(r'(?i).*(layers|blocks)')
-# Leaves whose names tell how many axes they have in a single layer.
+# Names of leaves for which the number of axes in a single layer is known: two
+# or more for a matrix, one for a bias.
 _MATRIX = re.compile(r'(?i)(.*/)?(kernel|embedding|weight)')
 _BIAS = re.compile(r'(?i)(.*/)?(bias|b)')
 # Biases and norms, to which weight decay is not applied.
@@ -36,7 +37,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
   """Returns pairs (path, leaf), with paths such as ``'layers/attn/q/kernel'``.
 
   The paths are the same for Linen and NNX models: an NNX Variable is one leaf,
-  and the path does not contain the name of its value. `QuantizedArray` are one
+  and the path does not contain the name of its value. A `QuantizedArray` is one
   leaf, too.
 
   Args:
@@ -107,7 +108,7 @@ def locate(path: str, stacked: bool | None = None
   Args:
     path: Path of a leaf.
     stacked: Whether the leaf is a stack of layers. If False, components without
-      a number are ignored. Defaults to None, which trusts the name.
+      a number are ignored. Defaults to None, which decides by the name.
 
   Returns:
     The path without the layer number, the layer (None if the path has no
@@ -129,10 +130,11 @@ def locate(path: str, stacked: bool | None = None
 
 
 def layer_of(path: str) -> tuple[str, int | None]:
-  """Returns the path of the layers that a leaf belongs to, and its layer.
+  """Returns where a leaf's layer is: the path of the layers, and a number.
 
-  The layer of a stack is None. For a leaf outside of layers, returns the first
-  component of its path and None.
+  For ``'model/layers/3/q/kernel'`` the result is ``('model/layers', 3)``. If
+  the leaf is a stack of layers, the number is None. For a leaf outside of
+  layers, the result is the first component of its path, and None.
 
   Args:
     path: Path of a leaf.
@@ -207,8 +209,8 @@ def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
                  for s in (True, False)))
   out = []
   for path, _ in found:
-    # `_named_layers` stops at a layer with a number, which takes precedence
-    # over what is below it, as in `locate`.
+    # `_named_layers` stops at a layer with a number. As in `locate`, such a
+    # layer takes precedence over names of layers further down the path.
     stack = any(is_stack[part] for part in _named_layers(path))
     out.append(stack)
   return out
@@ -217,8 +219,8 @@ def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
 def _named_layers(path: str) -> list[str]:
   """Returns the prefixes of a path that may be stacks of layers.
 
-  These end in a name of layers without a number. The search ends at the first
-  layer with a number.
+  The last component of each prefix is named like layers (``layers``, ``h``) and
+  has no number. The search ends at the first component with a layer number.
   """
   parts, found = path.split('/'), []
   for i, part in enumerate(parts[:-1]):
@@ -233,12 +235,14 @@ def _named_layers(path: str) -> list[str]:
 def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
   """Returns whether the shapes below a path are those of stacked layers.
 
-  All leaves must have the same length along the first axis, and one leaf must
-  have more axes than in a single layer: three or more, or two if its name is
-  that of a bias or norm. A kernel with two axes, or a bias with one, shows that
-  the part is a single layer. If all leaves have one axis, or all have two, and
-  their names do not tell how many axes they have in a layer, then the part is a
-  stack if its name is a plural (``layers``).
+  All leaves must have the same length along the first axis. In addition, some
+  leaf must have more axes than it would have in a single layer: three or more,
+  or two if its name is that of a bias or norm. A kernel with two axes, or a
+  bias with one, shows that the part is a single layer.
+
+  The names and shapes may leave both possibilities open: all leaves have the
+  same number of axes, and no leaf has the name of a matrix, a bias or a norm.
+  Then the part is a stack if its name is a plural (``layers``).
 
   Args:
     part: The path of the part of the tree.
@@ -288,9 +292,10 @@ def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
 def _log_guess(stacks: tuple[str, ...], others: tuple[str, ...]) -> None:
   """Logs which parts of a tree are taken as stacks; cached to log it once."""
   logging.getLogger(__name__).info(
-      'guessed from names and shapes: layers are stacked below %s and, despite '
-      'their names, not below %s. Pass stacked= to the directions to override '
-      'this.', list(stacks), list(others))
+      'guessed from names and shapes which arrays are stacks of layers: those '
+      'below %s. Arrays below %s have similar names but are not stacks. Pass '
+      'stacked= to the directions to override this.', list(stacks),
+      list(others))
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
@@ -307,9 +312,10 @@ def decayed(params: Any, how: Any = None) -> Any:
   Args:
     params: The parameters, a tree of arrays or shapes.
     how: A mask of the leaves that are stacks of layers, as for `selected`.
-      Defaults to None. Then a leaf is a stack if `stacked` guesses so, or if
-      shapes alone suggest it: all leaves of a part of the tree have the same
-      length along the first axis, and one of them has three axes or more.
+      Defaults to None, which guesses. A leaf then counts as a stack if
+      `stacked` guesses so, or if it is in a part of the tree where all leaves
+      have the same length along the first axis and one of them has at least
+      three axes.
   """
   found = named_leaves(params)
   if how is None:
@@ -325,7 +331,11 @@ def decayed(params: Any, how: Any = None) -> Any:
 
 
 def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
-  """Returns which leaves are in a part of a tree whose shapes look stacked."""
+  """Returns which leaves are in a part of a tree that looks like a stack.
+
+  Unlike `stacked`, this function considers shapes only. The names of the parts
+  do not matter.
+  """
   parts = {}  # leaves of each part of the tree, by the path of the part
   above = lambda path: [
       '', *(path[:i + 1] for i, c in enumerate(path) if c == '/')]
@@ -334,7 +344,7 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
       parts.setdefault(part, []).append((path, shape_of(x)))
 
   def looks_stacked(leaves):
-    """Returns whether the shapes of a part of the tree look stacked."""
+    """Returns whether the shapes of a part look like those of a stack."""
     shapes = [shape for _, shape in leaves]
     return (all(shapes) and len({shape[0] for shape in shapes}) == 1
             and max(map(len, shapes)) >= 3
@@ -415,7 +425,7 @@ def is_floating(x: Any) -> bool:
 
 
 def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
-  """Returns a mask as a list with True, False or a bool array for each leaf.
+  """Converts a mask to a list with True, False or a bool array for each leaf.
 
   Args:
     params: The parameters, a tree of arrays or shapes and `QuantizedArray`.
@@ -466,7 +476,7 @@ def matches(params: Any, pattern: str) -> Any:
 
 
 def group_of(path: str, groups: Mapping[str, Any]) -> str:
-  """Returns the first key of ``groups`` that is found in a path.
+  """Returns the first key of ``groups`` that matches some part of a path.
 
   Args:
     path: Path of a leaf.

@@ -23,10 +23,11 @@ from mezo_jax.core import arguments, views
 if TYPE_CHECKING:  # in typing from Python 3.13 on
   from typing_extensions import TypeIs
 
-# Values of `model.dtype` in a config for which weights are quantised.
+# Values of `model.dtype` in a config with which a model has quantised weights.
 QUANTISED = ('int8', 'int4', 'codes')
 GROUP = 32  # number of weights that share a scale, as in GGUF
-# Name of trained parameters by which the scales of a weight are multiplied.
+# Name of the trained parameters that multiply the scales of a quantised weight
+# (see `mezo_jax.variants.qzo`).
 FACTORS = 'factors'
 
 
@@ -38,16 +39,17 @@ FACTORS = 'factors'
 class QuantizedArray:
   r"""Holds a quantised weight :math:`w = s q + o`.
 
-  It has the interface of an array as far as models need it: shape, indexing by
-  rows, `astype`, and multiplication by a number, which dequantise.
+  It has those parts of the interface of an array that models need: `shape`,
+  indexing by rows, `astype`, and multiplication by a number. The last three
+  return dequantised arrays.
 
   Attributes:
     codes: The integers q. With 8 bits, int8 in the weight's shape. With 4 bits,
       uint8 with two neighbouring elements along one axis in each byte, the
       first in the low half.
-    scales: The scales s, floats. The length of each axis is the number of
-      groups along it: 1 if all elements share a scale, or another divisor of
-      the weight's length.
+    scales: The scales s, floats, with as many axes as the weight. The length of
+      an axis is the number of groups along it, which divides the length of the
+      weight's axis. It is 1 if all elements along the axis share a scale.
     offsets: The offsets o, in the shape of ``scales``, or None for none. With 4
       bits, q ranges from 0 to 15 with offsets and from -8 to 7 without.
     bits: Number of bits of an integer, 8 or 4.
@@ -83,7 +85,7 @@ class QuantizedArray:
 
   @property
   def nbytes(self) -> int:
-    """Returns the number of bytes that integers, scales and offsets take."""
+    """Returns the number of bytes of the integers, scales and offsets."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
   def __len__(self) -> int:
@@ -91,7 +93,7 @@ class QuantizedArray:
     return self.shape[0]
 
   def __mul__(self, factor: Any) -> jax.Array:
-    """Returns the dequantised weight times a factor, as weight decay needs."""
+    """Returns the dequantised weight times a factor; weight decay uses it."""
     return factor * self.astype(jnp.float32)
 
   def __rmul__(self, factor: Any) -> jax.Array:
@@ -130,7 +132,8 @@ class QuantizedArray:
     return self._signed(halves.reshape(self.shape))
 
   def _signed(self, q: jax.Array) -> jax.Array:
-    """Returns stored integers as int32, with the sign of 4-bit ones."""
+    """Converts stored integers to int32, and restores the sign of 4-bit ones.
+    """
     q = q.astype(jnp.int32)
     # `(q ^ 8) - 8` extends the sign bit of a 4-bit two's complement number.
     return (q ^ 8) - 8 if self.bits == 4 and self.offsets is None else q
@@ -140,10 +143,13 @@ class QuantizedArray:
     return self.at(self.integers()).astype(dtype)
 
   def at(self, q: jax.Array) -> jax.Array:
-    """Returns the float32 weight with other integers in the place of q.
+    """Dequantises integers, with the scales and offsets of this weight.
 
     Args:
-      q: Integers in the weight's shape.
+      q: Integers in the weight's shape, in place of those of this weight.
+
+    Returns:
+      A float32 array.
     """
     w = q.astype(jnp.float32) * self._each(self.scales)
     return w if self.offsets is None else w + self._each(self.offsets)
@@ -158,7 +164,7 @@ class QuantizedArray:
         self, scales=self.scales.astype(jnp.float32) * factors)
 
   def steps(self, change: jax.Array, bits: jax.Array | None) -> jax.Array:
-    r"""Returns a change of the weight as integers to add to q, int32.
+    r"""Converts a change of the weight to integers that can be added to q.
 
     Args:
       change: The change of the weight, float32 in its shape.
@@ -166,6 +172,9 @@ class QuantizedArray:
         Then :math:`E[s\,\text{steps}]` equals the change, and the opposite
         change with the same words gives the opposite steps. None rounds to
         nearest.
+
+    Returns:
+      The steps, int32 in the weight's shape.
     """
     scale = self._each(self.scales)
     x = jnp.where(scale == 0, 0.0, change / jnp.where(scale == 0, 1.0, scale))
@@ -173,20 +182,20 @@ class QuantizedArray:
     # number in [0, 1) (stochastically); the sign is restored afterwards.
     up = np.float32(0.5) if bits is None else (
         (bits >> 8).astype(jnp.float32) * np.float32(2**-24))
-    # No two integers of the range are farther apart than this. Larger steps
-    # would not change the result and could overflow int32.
+    # The difference of two integers q is never larger than this. Larger steps
+    # are clipped to the range of q anyway, and could overflow int32.
     most = np.float32(2**self.bits)
     far = jnp.minimum(jnp.floor(jnp.abs(x) + up), most)
     return (jnp.sign(x) * far).astype(jnp.int32)
 
   def moved_by(self, steps: jax.Array) -> 'QuantizedArray':
-    """Returns the update that adds steps to q, clipped to the range of q.
+    """Returns an optax update that adds steps to q and clips q to its range.
 
-    The update is applied as in optax: by adding its arrays to those of the
-    weight.
+    `optax.apply_updates` applies it by adding the arrays of the update to those
+    of the weight.
 
     Args:
-      steps: Integers in the weight's shape.
+      steps: Integers in the weight's shape, such as those of `steps`.
     """
     low, high = {(8, False): (-127, 127), (8, True): (-127, 127),
                  (4, False): (-8, 7), (4, True): (0, 15)}[
@@ -202,21 +211,22 @@ class QuantizedArray:
           moved(q, jax.lax.slice_in_dim(steps, i, None, 2, axis)) & 15
           for i, q in enumerate((self.codes & np.uint8(15), self.codes >> 4)))
       new = (low_half | high_half << 4).astype(jnp.uint8)
-    # The difference of bytes may wrap around modulo 256. So does the sum when
-    # the update is added, which gives exactly `new`.
+    # The difference of two bytes may wrap around modulo 256. When the update is
+    # added, the sum wraps around, too, so that the result is exactly `new`.
     return self.still(new - self.codes)
 
   def still(self, codes: jax.Array | None = None) -> 'QuantizedArray':
     """Returns an update that leaves scales and offsets unchanged.
 
     Args:
-      codes: What to add to ``self.codes``. Defaults to None, for zeros.
+      codes: The array that the update adds to ``self.codes``. Defaults to None,
+        for zeros.
     """
     out = jax.tree.map(jnp.zeros_like, self)
     return out if codes is None else dataclasses.replace(out, codes=codes)
 
   def _each(self, x: jax.Array) -> jax.Array:
-    """Returns scales or offsets as float32 with an entry for each element."""
+    """Repeats scales or offsets, so that each element has its own, float32."""
     return views.each(x.astype(jnp.float32), self.shape)
 
   # --- views ---
@@ -228,8 +238,8 @@ class QuantizedArray:
       view: The view; see `mezo_jax.core.views`.
 
     Returns:
-      The view, or None if it would separate two integers that share a byte, or
-      if a reshape would separate elements that share a scale.
+      The view. None if the view would separate two integers that share a byte,
+      or if it is a reshape that would separate elements that share a scale.
     """
     shape, others = self.shape, (self.scales, self.offsets)
     if view.cuts(shape, self.codes.shape) or (
@@ -257,12 +267,15 @@ def is_codes(x: Any) -> 'TypeIs[QuantizedArray]':
 
 
 def pack(q: Any, axis: int) -> Any:
-  """Returns uint8 with two neighbours along an axis in each byte.
+  """Packs two neighbouring 4-bit integers along an axis into each byte.
 
   Args:
     q: Integers of 4 bits, signed or unsigned. The first of two neighbours is
       stored in the low half.
     axis: The axis, counted from the end (negative). Its length is even.
+
+  Returns:
+    A uint8 array, half as long as ``q`` along the axis.
   """
   axis += q.ndim
   pairs = (q & 15).astype(np.uint8).reshape(
@@ -340,7 +353,8 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
       w.dtype, jnp.floating):
     raise ValueError(f'w must be an array of floats, got {w!r}.')
   if not isinstance(axis, (int, np.integer)) or not -w.ndim <= axis < w.ndim:
-    raise ValueError(f'axis must be an axis of w ({w.ndim}), got {axis!r}.')
+    raise ValueError(
+        f'axis must be one of the {w.ndim} axes of w, got {axis!r}.')
   axis = axis % w.ndim - w.ndim
   if bits == 4 and w.shape[axis] % 2:
     raise ValueError('bits=4 needs an axis of even length, got w of shape '
@@ -352,7 +366,7 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
 
 def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
               dtype: str) -> QuantizedArray:
-  """Returns `QuantizedArray` from unpacked integers, scales and offsets.
+  """Builds a `QuantizedArray` from unpacked integers, scales and offsets.
 
   Args:
     q: The integers, in the weight's shape.
@@ -368,12 +382,15 @@ def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
 
 
 def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
-  """Returns a tree with arrays of floats in the place of `QuantizedArray`.
+  """Replaces each `QuantizedArray` in a tree by an array of floats.
 
   Args:
     params: A tree of arrays and `QuantizedArray`.
     dtype: Floating-point dtype of the dequantised weights. Defaults to None,
-      for the dtype that each of them records. Other arrays are unchanged.
+      for the dtype that each `QuantizedArray` records.
+
+  Returns:
+    A tree of arrays. Those that were not quantised are unchanged.
 
   Raises:
     ValueError: If ``params`` is None or ``dtype`` is not a floating-point

@@ -18,8 +18,8 @@ from mezo_jax.core.errors import InputError
 
 AXES = ('direction', 'data', 'fsdp', 'tensor')  # mesh axes, in order
 ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
-# Letters of the parameter axes that `tensor` splits: vocabulary, heads and
-# feed-forward.
+# Letters of the parameter axes that the mesh axis `tensor` splits: v for the
+# vocabulary, n for heads and f for the feed-forward layer.
 _TENSOR = 'vnf'
 
 
@@ -84,9 +84,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
                axes: str = '', stacked: bool | None = None) -> P:
   """Returns how a parameter is split. The layer axis is never split.
 
-  `tensor` splits the axis that is vocabulary, heads or feed-forward in
-  ``axes``. `fsdp` splits the axis that is width, or else the largest other
-  axis. An axis is split only if the size of the mesh axis divides its length.
+  `tensor` splits the first axis whose letter in ``axes`` stands for vocabulary,
+  heads or feed-forward. `fsdp` splits the axis whose letter stands for the
+  width of the model (d), or else the largest axis that is left. An axis is
+  split only if the size of the mesh axis divides its length.
   Small leaves (below 2**16 elements per layer) are replicated, since splitting
   them saves little and costs a collective each.
 
@@ -97,8 +98,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh,
     axes: One letter for each axis of a single layer, as in
       `mezo_jax.models.families.table.Row`. Defaults to '', for unknown axes.
     stacked: Whether the first axis is the layer axis. Defaults to None, which
-      trusts the path: a component named ``layer[s]``, ``block[s]`` or ``h``
-      without a number means a stack.
+      decides by the path: a component named ``layer[s]``, ``block[s]`` or ``h``
+      without a number means that the leaf is a stack.
   """
   first = int(paths.locate(path)[2] if stacked is None else stacked)
   if int(np.prod(shape[first:])) < 2**16:
@@ -180,8 +181,8 @@ def _fitted(spec: P, path: str, shape: tuple[int, ...], mesh: Mesh,
 def on_host(shardings: Any) -> Any:
   """Returns the same shardings in the host's pinned memory.
 
-  They are for stacks of layers that are too large for the devices. A program
-  copies one layer at a time to the device.
+  Use them for stacks of layers that are too large for the devices. Programs
+  then copy one layer at a time to the device.
 
   Args:
     shardings: A tree of shardings.
@@ -239,9 +240,10 @@ def _same(tree):
 def beside(state: Any, params: Any) -> Any:
   """Returns a state with its arrays replicated on the mesh of the parameters.
 
-  Arrays that are on a mesh already, and all arrays if the parameters are on
-  none, are returned as they are. Without this, the first step would move the
-  state to the mesh, and the second step would be compiled again for it.
+  Arrays that are already on a mesh are returned as they are. If the parameters
+  are not on a mesh, the whole state is returned as it is. Without this
+  function, the first step would move the state to the mesh, and the second step
+  would be compiled again for the new placement.
 
   Args:
     state: State of the optimizer.
@@ -260,8 +262,8 @@ def beside(state: Any, params: Any) -> Any:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts a batch on a mesh, with its rows split over `data` and `fsdp`.
 
-  Every process has the whole batch, which is small, and puts its own rows on
-  its devices. Numbers and arrays without axes are returned as they are.
+  Every process has the whole batch, which is small, and copies its share of the
+  rows to its devices. Numbers and arrays without axes are returned as they are.
 
   Args:
     batch: A tree of NumPy arrays [B, ...].
@@ -292,7 +294,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def is_explicit(x: Any) -> bool:
   """Returns whether an array is on a mesh with Explicit axes.
 
-  Then its sharding is a part of its type.
+  The sharding of such an array is a part of its type.
   """
   return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
@@ -301,9 +303,9 @@ def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
   """Returns an array, resharded like a block if mesh axes are Explicit.
 
   Args:
-    x: An array whose first axes correspond to those of the block and have the
-      same lengths, or length 1. More axes may follow; they are not split.
-    block: The array whose sharding is adopted. If it is not on a mesh with
+    x: An array whose first axes correspond to those of the block. Each has the
+      length of the block's axis, or length 1. Further axes are not split.
+    block: The array whose sharding ``x`` gets. If it is not on a mesh with
       Explicit axes, ``x`` is returned as it is.
   """
   if not is_explicit(block):
@@ -318,9 +320,10 @@ def split_as(x: jax.Array, block: jax.Array) -> jax.Array:
 def split_rows(x: Any, parts: int) -> Any:
   """Reshapes an array [B, ...] to [parts, B / parts, ...].
 
-  On Explicit mesh axes, the rows of each part are split over the mesh axes over
-  which all rows were split, up to the first axis that does not divide them. On
-  Auto axes the compiler chooses the sharding.
+  If mesh axes are Explicit, the rows of each part are split over the mesh axes
+  over which ``x`` was split. Mesh axes are left out from the first one that
+  does not divide the rows evenly. If mesh axes are Auto, the compiler chooses
+  the sharding.
 
   Args:
     x: A NumPy or JAX array.
@@ -350,8 +353,8 @@ def split_rows(x: Any, parts: int) -> Any:
 def _mesh_in_context():
   """Returns the mesh that `jax.set_mesh` set, or None.
 
-  A mesh without the axes of `make_mesh`, or with axes that are not Auto, counts
-  as none.
+  Also returns None for a mesh without the axes of `make_mesh`, and for a mesh
+  with axes that are not Auto.
   """
   mesh = jax.sharding.get_abstract_mesh()
   ours = {*ROWS, 'tensor'} <= set(mesh.axis_names) and all(
@@ -359,15 +362,15 @@ def _mesh_in_context():
   return mesh if ours else None
 
 
-# Whether `constrain_rows` leaves axis 0 whole; see `rows_have_directions`.
+# Whether `constrain_rows` leaves axis 0 unsplit; see `rows_have_directions`.
 _apart = contextvars.ContextVar('_apart', default=False)
 
 
 def rows_axes() -> tuple[str, ...] | None:
   """Returns the mesh axes over which `jax.vmap` splits rows, or None.
 
-  The result is None if no mesh is set, or if this version of JAX cannot be
-  given the axes; see `jax_versions.ROWS_HAVE_AXES`.
+  Returns None if no mesh is set, or if this version of JAX must choose the axes
+  itself; see `jax_versions.ROWS_HAVE_AXES`.
   """
   has_axes = jax_versions.ROWS_HAVE_AXES and _mesh_in_context()
   return ROWS if has_axes else None
@@ -385,7 +388,7 @@ def direction_groups() -> int:
 
 @contextlib.contextmanager
 def rows_have_directions():
-  """Makes `constrain_rows` leave axis 0 whole inside of this context.
+  """Makes `constrain_rows` leave axis 0 unsplit inside of this context.
 
   It is used where each direction is evaluated on its own rows. The mesh axes
   `data` and `fsdp` then split the directions instead of the rows of one
@@ -401,8 +404,8 @@ def rows_have_directions():
 def constrain_rows(x: jax.Array) -> jax.Array:
   """Splits axis 0 of an array over `data` and `fsdp`, under `jax.set_mesh`.
 
-  Inside of a model it makes the compiler gather the weights, which are split
-  over `fsdp`, instead of the rows.
+  If a model calls this on its activations, the compiler gathers the weights,
+  which are split over `fsdp`. It might otherwise gather the rows.
 
   Args:
     x: An array [B, ...]. Without a mesh it is returned as it is.

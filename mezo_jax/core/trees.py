@@ -7,11 +7,11 @@ from mezo_jax.core.quantized import FACTORS, is_codes
 
 
 def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns one nested dict with the leaves of all trees, which are not copied.
+  """Joins nested dicts into one that has the leaves of all. Leaves are shared.
 
-  Trained factors of a quantised weight's scales are a subtree
-  ``{'factors': array}`` at the path of the weight. Such a subtree and its
-  `QuantizedArray` are joined into one leaf with rescaled scales.
+  There is one exception. A subtree ``{'factors': array}`` at the path of a
+  `QuantizedArray` holds trained factors of the scales of this weight. The two
+  are joined into one `QuantizedArray` with rescaled scales.
 
   Args:
     *trees: Nested dicts of arrays and `QuantizedArray`.

@@ -1,11 +1,11 @@
 """Describes views of a weight: a lookup, slice, transpose or reshape.
 
-Other arrays belong to a weight: the scales if it is quantised, the keys of its
-layers, the counters of its random draws. Each of these has one entry for each
-*group* of consecutive elements. Along an axis of the weight, such an array has
-as many entries as there are groups: 1 if all elements share an entry, or
-another divisor of the axis's length. It may have more axes after those of the
-weight.
+Several arrays belong to a weight: the scales if it is quantised, the keys of
+its layers, the counters of its random draws. Such an array has one entry for
+each *group* of consecutive elements of the weight. Its first axes correspond to
+those of the weight. The length of an axis is the number of groups along it,
+which divides the length of the weight's axis. It is 1 if all elements share an
+entry. More axes may follow.
 
 The same view must be applied to all of these arrays, so it is represented by a
 small object with three methods:
@@ -14,7 +14,7 @@ small object with three methods:
 - ``view.array(x, shape)`` applies the view to an array ``x`` that belongs to a
   weight of this shape (or is the weight).
 - ``view.cuts(shape, entries)`` returns whether the view would separate elements
-  of a group, for an array with so many entries along each axis.
+  of a group. ``entries`` is the number of groups along each axis.
 """
 
 from collections.abc import Sequence
@@ -41,13 +41,13 @@ class Take(NamedTuple):
     return (*old[:self.axis], *self.index.shape, *old[self.axis + 1:])
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
-    """Returns whether groups along the axis have more than one element."""
+    """Returns whether a group along the axis has more than one element."""
     return entries[self.axis] != shape[self.axis]
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape."""
     axis, index = self.axis, self.index
-    # One entry for the whole axis is kept as one entry for the whole index.
+    # If all elements of the axis share one entry, so do all that are looked up.
     if x.shape[axis] == 1 < shape[axis]:
       return x.reshape(
           x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:])
@@ -63,8 +63,8 @@ class Window(NamedTuple):
 
   Attributes:
     starts: Integers or arrays, one for each axis.
-    sizes: Lengths of the result.
-    steps: Strides.
+    sizes: Length of the result along each axis.
+    steps: Stride along each axis.
   """
 
   starts: Sequence[Any]
@@ -86,8 +86,8 @@ class Window(NamedTuple):
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape.
 
-    Along an axis where the window divides groups, the result has one entry for
-    each element.
+    Along an axis where the window contains only a part of some group, the
+    result has one entry for each element.
     """
     for axis, n in enumerate(shape):
       m = x.shape[axis]
@@ -154,14 +154,15 @@ class Reshape(NamedTuple):
     return tuple(self.new)
 
   def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
-    """Returns whether a group would not be consecutive along one new axis."""
+    """Returns whether a group would no longer be consecutive on one axis."""
     return any(self._entries(shape, entries, was, will) is None
                for was, will in axis_groups(shape, self.new))
 
   def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape.
 
-    Where the reshape divides groups, the result has one entry for each element.
+    Along axes where the reshape breaks up groups, the result has one entry for
+    each element.
     """
     rest, ndim, sizes = x.shape[len(shape):], len(shape), []
     for was, will in axis_groups(shape, self.new):
@@ -175,7 +176,7 @@ class Reshape(NamedTuple):
     return x.reshape(*sizes, *rest)
 
   def _entries(self, shape, entries, was, will) -> list[int] | None:
-    """Returns how many entries an array has along new axes.
+    """Returns how many entries an array has along the axes after a reshape.
 
     Args:
       shape: Shape of the weight.
@@ -184,8 +185,8 @@ class Reshape(NamedTuple):
       will: The new axes into which the axes ``was`` are reshaped.
 
     Returns:
-      The number of entries along each axis of ``will``, or None if groups of
-      elements would be divided.
+      The number of entries along each axis of ``will``, or None if the reshape
+      would break up groups.
     """
     have, there = [shape[a] for a in was], [entries[a] for a in was]
     want = [self.new[b] for b in will]
@@ -204,8 +205,8 @@ class Reshape(NamedTuple):
 class Keep(NamedTuple):
   """Marks the elements that a lookup found within bounds.
 
-  It does not change arrays by itself. Whoever applies it decides what an
-  element out of bounds becomes, such as NaN.
+  This view does not change arrays. The code that applies it decides which value
+  an element out of bounds gets, such as NaN.
 
   Attributes:
     there: Bools that broadcast with the weight; False for out of bounds.
@@ -232,7 +233,7 @@ View = Take | Window | Transpose | Reshape | Keep
 
 
 def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """Repeats the entries of groups, so that there is one for each element.
+  """Repeats the entry of each group, so that there is one for each element.
 
   Axes of length 1 are not expanded, since they broadcast.
 
@@ -252,15 +253,15 @@ def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def axis_groups(old: Sequence[int], new: Sequence[int]
                 ) -> list[tuple[list[int], list[int]]]:
-  """Matches the axes of two shapes between which an array is reshaped.
+  """Finds which axes a reshape turns into which other axes.
 
   Args:
     old: The shape before the reshape.
     new: The shape after it.
 
   Returns:
-    Pairs (old axes, new axes) of lists of neighbouring axes with the same
-    number of elements. Each list is as short as possible.
+    Pairs (old axes, new axes). Both are lists of neighbouring axes, with the
+    same number of elements in total. The lists are as short as possible.
   """
   groups, a, b = [], 0, 0
   while a < len(old) or b < len(new):

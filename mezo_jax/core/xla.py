@@ -1,4 +1,4 @@
-"""Works around the compiler: controls where and when XLA computes a value."""
+"""Controls where and when XLA computes a value, to save memory and time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from mezo_jax.core import jax_versions
 def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
   """Returns ``fn`` as a function that XLA:CPU does not inline.
 
-  XLA:CPU schedules a computation as early as it can, so large intermediate
-  values may be stored long before they are used. It does not move computations
-  out of a function that is not inlined.
+  XLA:CPU schedules a computation as early as it can. Large intermediate values
+  may therefore be stored long before they are used. XLA does not move
+  computations out of a function that is not inlined.
 
   Args:
     fn: A function that JAX can trace. Functions that it calls may be inlined
@@ -39,7 +39,7 @@ def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
 def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
   """Returns ``fn(*args)``, computed in a function that XLA:CPU does not inline.
 
-  Outside of `jax.jit` and on other platforms, it just calls ``fn``.
+  Outside of `jax.jit`, and on other platforms, ``fn`` is called as usual.
   """
   if not _is_traced(args):
     return fn(*args)
@@ -49,13 +49,14 @@ def apart_on_cpu(fn: Callable[..., Any], *args: Any) -> Any:
 def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
   """Returns the entries ``x[i]`` of the first axis, with one kernel for all.
 
-  XLA:CPU takes 10 ms to compile each distinct kernel, however small it is, and
-  compiles equal kernels once. It fuses a static slice with its use, so the
-  kernels of two entries differ in an index. In a model of many layers that
-  applies to the random draws of each weight. Here the slice is in a function
-  that is not inlined and takes the index as an argument. A barrier keeps XLA
-  from propagating the constant index into the function. So all entries share
-  one kernel.
+  XLA:CPU takes 10 ms to compile each distinct kernel, however small it is. It
+  compiles equal kernels only once. If XLA fuses a static slice with its use,
+  the kernels of two entries differ in the index. In a model of many layers, the
+  random draws of every weight would be such kernels.
+
+  This function puts the slice into a function that is not inlined and takes the
+  index as an argument. A barrier keeps XLA from propagating the constant index
+  into that function. All entries therefore share one kernel.
 
   Args:
     x: An array.
@@ -83,21 +84,25 @@ def _is_traced(tree) -> bool:
 
 
 def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
-  """Returns a product that is rounded before something is added to it.
+  """Forces the compiler to round a product before it is added to something.
 
   Compilers fuse a product and a sum into one operation (FMA) in some loops and
-  not in others, so sums could differ in the last bit between programs and
-  meshes. This function casts the product to integers, applies an exclusive or
-  with a zero that the compiler cannot prove to be zero, and casts it back:
-  compilers do not fuse through integers. A `select` would not do, since it
-  would be moved out of the loop.
+  not in others. Without this function, sums could differ in the last bit
+  between programs and meshes. The function reinterprets the product as
+  integers, applies an exclusive or with a zero that the compiler cannot prove
+  to be zero, and converts it back. Compilers do not fuse through integers. A
+  `select` would not work, since the compiler would move it out of the loop.
 
   Args:
-    x: A float32 or float64 array. Arrays of other dtypes are returned as they
-      are, since storing half precision rounds it.
-    number: int32 [], at least 0 at run time. Its sign bit is the zero. Defaults
-      to None: then the zero is the result of testing each element for NaN. (For
-      a NaN that changes the lowest bit; it stays NaN.)
+    x: The product, a float32 or float64 array. Arrays of other dtypes are
+      returned as they are, since half precision is rounded when it is stored.
+    number: An int32 scalar that is at least 0 at run time. Its sign bit serves
+      as the zero. Defaults to None, which tests each element for NaN and uses
+      the result as the zero. (If an element is NaN, this changes its lowest
+      bit, so that it is still NaN.)
+
+  Returns:
+    The product, unchanged.
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     return x
@@ -108,19 +113,21 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
 
 
 def made_first(fn: Callable[..., Any], *args: Any) -> Any:
-  """Returns ``fn(*args)``, computed once and stored instead of once per use.
+  """Returns ``fn(*args)``, which XLA computes once and stores.
 
-  Otherwise XLA may fuse the computation into each of its uses.
+  Without this function, XLA may fuse the computation into each use of its
+  result and so repeat it.
   """
   return lax.platform_dependent(
       *args, cpu=apart(fn), default=lambda *args: _barrier(fn(*args)))
 
 
 def _barrier(tree):
-  """Returns the tree behind optimization barriers, with its types unchanged.
+  """Passes a tree through optimization barriers, without changing its types.
 
   Values that vary over the same manual axes of `jax.shard_map` share a barrier.
-  With a single barrier, each value would vary over the axes of all of them.
+  After a single barrier for all, each value would count as varying over the
+  axes of every value, which would change its type.
   """
   leaves, structure = jax.tree.flatten(tree)
   alike = {}

@@ -2,9 +2,9 @@
 
 An element of z is a function of a key, the path of a parameter, the number of a
 layer and the index of the element. z can therefore be drawn for a whole
-parameter or for any part of one. This package contains the distributions of z
-and `Displacement`, which represents the vector Σ c·z(key). Nothing here
-evaluates a loss.
+parameter or for any part of one. This package contains the distributions of z,
+and `Displacement`, which represents the vector Σ c·z(key). No code in this
+package evaluates a loss.
 """
 
 from mezo_jax.directions.base import Directions, Normal, Rademacher

@@ -122,7 +122,7 @@ class Directions:
     return noise.step_keys(key, count, n)
 
   def of_columns(self, keys: jax.Array) -> jax.Array | None:
-    """Returns the keys from which low-rank distributions draw V in z = U Vᵀ.
+    """Returns the keys from which a low-rank distribution draws V in z = U Vᵀ.
 
     Args:
       keys: Typed keys [n], one for each direction.
@@ -143,7 +143,7 @@ class Directions:
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> 'Draws':
-    """Returns the `Draws` of one leaf.
+    """Returns the part of a displacement in one leaf, as `Draws`.
 
     Args:
       stream: The stream of the leaf's elements.
@@ -177,7 +177,8 @@ class Directions:
   def at_once(self, coefs: jax.Array) -> Callable | None:
     """Returns a function that adds all terms c_j z_j in one operation, or None.
 
-    `Draws` calls the function on TPUs only, where it is the faster way.
+    `Draws` calls the function on TPUs only, where it is faster than adding term
+    by term.
 
     Args:
       coefs: Coefficients of the n directions.

@@ -1,4 +1,4 @@
-"""Maps the names of distributions, as configs spell them, to their classes."""
+"""Maps the names of distributions that configs use to their classes."""
 
 import dataclasses
 
@@ -12,20 +12,24 @@ KINDS: dict[str, type[Directions]] = {
 
 
 def options_of(name: str) -> set[str]:
-  """Returns which of the fields 'rank' and 'every' a distribution has."""
+  """Returns which of the fields 'rank' and 'every' a distribution has.
+
+  Args:
+    name: Name of the distribution, a key of `KINDS`.
+  """
   fields = {field.name for field in dataclasses.fields(KINDS[name])}
   return fields & {'rank', 'every'}
 
 
 def as_directions(directions: Directions | str) -> Directions:
-  """Returns the distribution that a name stands for.
+  """Converts the name of a distribution to a `Directions` instance.
 
   Args:
     directions: A `Directions`, which is returned unchanged, or a key of
       `KINDS`, which is replaced by that distribution with default options.
 
   Raises:
-    ValueError: If ``directions`` is neither.
+    ValueError: If ``directions`` is neither a `Directions` nor a known name.
   """
   if isinstance(directions, Directions):
     return directions

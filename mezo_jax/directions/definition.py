@@ -8,10 +8,10 @@ Here i is the row-major index of an element within its leaf. A layer l of a
 stack has a key of its own, :math:`\text{fold\_in}(k, l)`, and i is then the
 index within the layer. The function f is `Directions.draw`.
 
-This module states the definition in its simplest form and builds all of z. The
-rest of the library computes the same numbers without building all of them: for
-some rows of a leaf, for its transpose, on the shards of a mesh, or as a part of
-a matrix product. Tests compare these numbers with `z_of_leaf`.
+This module implements the definition in its simplest form, and builds the whole
+array z. The rest of the library computes the same numbers without building the
+array: for some rows of a leaf, for its transpose, on the shards of a mesh, or
+as a part of a matrix product. Tests compare these numbers with `z_of_leaf`.
 """
 
 import math
@@ -31,8 +31,8 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
               stacked: bool = False) -> jax.Array:
   """Returns z of one leaf, computed directly from its definition.
 
-  Every other way in which the library computes z gives bitwise the same numbers
-  on one kind of hardware.
+  All other code in this library that computes z returns bitwise the same
+  numbers, on the same kind of hardware.
 
   Args:
     key: Typed key of one direction. For direction j of step t,

@@ -1,9 +1,9 @@
 r"""Defines displacements Σ c·z(key), and `Draws`, their part in one leaf.
 
-A `Displacement` is a vector as large as the model, held as keys and numbers.
-`of_leaves` splits it into `Draws`, one for each parameter leaf. Draws can be
-viewed (sliced, transposed, ...) like the leaf, and are added to weights only
-where the weights are used.
+A `Displacement` represents a vector as large as the model by a few keys and
+numbers. `of_leaves` splits it into `Draws`, one for each parameter leaf. A view
+of a leaf (a slice, a transpose, ...) has `Draws`, too. The random numbers are
+generated and added to weights only where the weights are used.
 """
 
 from collections import OrderedDict
@@ -45,9 +45,9 @@ class Displacement(NamedTuple):
       is accepted for n = 1.
     coefs: The coefficients c_j, float32 [n], or one number for n = 1. To give
       groups of leaves their own coefficients, pass an OrderedDict ``{regular
-      expression: coefficients}``. A leaf has those of the first expression that
-      is found in its path. It must be an OrderedDict because JAX sorts the keys
-      of a plain dict.
+      expression: coefficients}``. A leaf has the coefficients of the first
+      expression that is found in its path. A plain dict is not accepted,
+      because JAX sorts its keys.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -66,11 +66,11 @@ class Displacement(NamedTuple):
   coefs: jax.typing.ArrayLike | OrderedDict[str, Any]
 
   def times(self, factors: Any) -> 'Displacement':
-    """Multiplies the coefficients by factors.
+    """Returns a displacement whose coefficients are multiplied by factors.
 
     Args:
-      factors: A number, an array [n], or an OrderedDict of either, which gives
-        groups of leaves their own coefficients; see ``coefs``.
+      factors: A number, or an array [n]. An OrderedDict ``{regular expression:
+        factors}`` gives groups of leaves their own coefficients; see ``coefs``.
     """
     return self._replace(coefs=jax.tree.map(lambda f: self.coefs * f, factors))
 
@@ -82,11 +82,11 @@ class Displacement(NamedTuple):
   def after(self, value: jax.Array) -> 'Displacement':
     """Makes the keys depend on a value, so that z is drawn after it is known.
 
-    If a program evaluates losses along z and then updates the weights along the
-    same z, XLA recognises the common subexpression and keeps z in memory, which
-    is as large as the model. With keys that depend on the loss, XLA has to draw
-    z again. The keys change only if ``value`` is above 3e38, that is, for a
-    loss that has diverged.
+    Suppose that a program evaluates losses along z and then updates the weights
+    along the same z. XLA recognises the common subexpression and keeps z in
+    memory, which is as large as the model. If the keys depend on the loss, XLA
+    has to regenerate z instead. The keys have other values only if ``value`` is
+    above 3e38, that is, for a loss that has diverged.
 
     Args:
       value: A float32 scalar, such as a loss.
@@ -107,11 +107,12 @@ class Multiplier(NamedTuple):
   Attributes:
     values: The values s: one number, or a tree with the structure of the
       params. The leaves of the tree are numbers, arrays [L] for stacks of L
-      layers, or arrays of the leaves' shapes.
+      layers, or arrays that have the shape of the param.
     keeps: A function ``(w, values) -> bools``, where w are the weights that z
-      is added to. z is kept where the result is True and is 0 elsewhere; the
-      values are not factors then. Programs are cached by this function, so
-      define it once, outside of any loop. Defaults to None, for factors.
+      is added to. z is kept where the result is True and is 0 elsewhere, and
+      the values are not used as factors. Compiled programs are cached by this
+      function, so define it once, outside of any loop. Defaults to None, which
+      uses the values as factors.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -158,7 +159,7 @@ class Draws:
 
   @property
   def is_everywhere(self) -> bool:
-    """Returns whether z has neither a mask nor factors of its elements."""
+    """Returns whether z has neither a mask nor per-element factors."""
     first = self.streams[0]
     return first.there is None and first.values is None
 
@@ -177,7 +178,7 @@ class Draws:
     """Returns ``x`` where z is kept, and ``other`` where a mask removes z.
 
     Args:
-      w: The clean weights, on which the mask of a `Multiplier` may depend.
+      w: The unperturbed weights. The mask of a `Multiplier` may depend on them.
       x: An array of the shape of w.
       other: A number, or an array of the shape of w.
     """
@@ -195,9 +196,9 @@ class Draws:
   def add(self, w: jax.Array | QuantizedArray) -> jax.Array:
     """Returns the weights w plus the sum of all terms.
 
-    The sum is computed in float32, or in float64 for float64 weights. If
-    directions have ``on_grid``, quantised weights move by whole steps of their
-    grid.
+    The sum is computed in float32, or in float64 for float64 weights. With the
+    option ``on_grid`` of `Directions`, quantised weights move by whole steps of
+    their grid.
     """
     if is_codes(w):
       if self.directions.on_grid and len(self.coefs):
@@ -221,8 +222,9 @@ class Draws:
     plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
     if self._factors is not None or sharding.is_explicit(like):
-      # Factors of elements apply to each term, not to a product of U and V. On
-      # Explicit mesh axes, each device would compute the whole product.
+      # Per-element factors apply to each term, but a product of U and V is the
+      # sum of all terms. On Explicit mesh axes, each device would compute the
+      # whole product.
       at_once = None
     total = plain(self, start, like) if at_once is None else (
         lax.platform_dependent(self, start, like, default=plain,
@@ -317,8 +319,8 @@ class Draws:
     Args:
       values: Values of this leaf, which broadcast with the block.
     """
-    # One number can be a part of the coefficients, so that a low-rank product
-    # still needs no weights.
+    # A single factor can be included in the coefficients. A matrix product with
+    # low-rank directions then still works without building the weights.
     if self._keeps is None and values.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
     if self._keeps is None:
@@ -342,8 +344,8 @@ class Draws:
       second is a function that takes their entries for one index and returns
       the draws at this index.
     """
-    # Arrays with an entry per index are scanned over. Those of length 1 are the
-    # same for all of them.
+    # Arrays with an entry per index are scanned over. Arrays of length 1 are
+    # shared by all indices.
     arrays, tree = jax.tree.flatten(tuple(
         streams_lib.spread(s, 0, length) for s in self.streams))
     varies = [a.shape[0] == length for a in arrays]
@@ -374,8 +376,8 @@ class Draws:
   def lies(self) -> list[int]:
     """Returns the axes of the block in the order that they have in the leaf.
 
-    An axis with a larger stride comes first. Axes without strides, such as that
-    of a stack's layers, come before all others.
+    Axes are sorted by their strides, the largest first. Axes without a stride,
+    such as the layer axis of a stack, come before all others.
     """
     # For a low-rank distribution, the axes of rows come before those of
     # columns, since the stride of a row is compared first.
@@ -390,7 +392,7 @@ class Draws:
 
 
 def stack(several: list[Draws]) -> Draws:
-  """Returns the draws of several blocks of one shape as draws of their stack.
+  """Returns the draws of a stack of several blocks that have the same shape.
 
   The blocks must have the same distribution and the same number of directions.
   """
@@ -415,8 +417,8 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
     directions: The distribution of z.
 
   Returns:
-    The path, the leaf and the draws of each leaf. The draws are None for a leaf
-    that the mask excludes.
+    A list of tuples (path, leaf, draws), one for each leaf. The draws are None
+    for a leaf that the mask excludes.
 
   Raises:
     ValueError: If ``displacement`` is not a `Displacement` or its keys and
@@ -458,7 +460,13 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
 
 
 def _of_each(name: str, values, leaves: list) -> list:
-  """Returns the value of each leaf, given one number or a tree of values."""
+  """Returns a list with the value of each leaf.
+
+  Args:
+    name: Name of the values, for the error.
+    values: One number for all leaves, or a tree with a value for each leaf.
+    leaves: The leaves.
+  """
   if isinstance(values, (int, float, np.generic)):
     return [values] * len(leaves)
   values = jax.tree.leaves(values)
@@ -472,7 +480,7 @@ def _of_each(name: str, values, leaves: list) -> list:
 
 
 def _of_block(value, x) -> jax.Array:
-  """Returns a leaf's value with axes of length 1 appended.
+  """Appends axes of length 1 to the value of a leaf.
 
   The result has as many axes as the leaf and broadcasts with it.
   """

@@ -5,18 +5,19 @@ r"""Defines directions of low rank: each matrix is a product of two factors.
 
 The elements of z have mean 0 and variance 1 and are uncorrelated,
 :math:`E[zz^\top] = I`, as in all other distributions. The library computes with
-the factors in two ways. A forward pass multiplies by them, which builds nothing
-of the size of W:
+the factors in two ways. A forward pass multiplies by the factors, so that it
+needs no other array of the size of W:
 
 .. math:: x (W + c z) = x W + \frac{c}{\sqrt r} (x U) V^\top.
 
-An update computes the elements of z one by one. The r signs of row i of U are
-the bits of a word :math:`u_i`, those of row j of V the bits of :math:`v_j`, so
+An update computes the elements of z one by one. The r signs in row i of U are
+the bits of a word :math:`u_i`, and the r signs in row j of V are the bits of a
+word :math:`v_j`. An element is then
 
 .. math:: z_{ij} = (r - 2\,\mathrm{popcount}(u_i \oplus v_j)) / \sqrt r.
 
-This takes three operations per element and no matrix product. XLA fuses it with
-the addition to the weights, which happens in place.
+This takes three operations per element and no matrix product. XLA fuses these
+operations with the addition to the weights, which is done in place.
 
 References:
   Chen et al., 2024, `LOZO <https://arxiv.org/abs/2410.07698>`_, and Sarkar et
@@ -41,7 +42,8 @@ from mezo_jax.directions.base import Directions, Rademacher
 from mezo_jax.directions.displacement import Draws
 
 _WORD = 32  # Number of signs in a random word.
-# Folded into keys, so that the keys of windows differ from those of steps.
+# Passed to `jax.random.fold_in`, so that the keys of windows of steps differ
+# from the keys of steps.
 _WINDOWS = np.uint32(0x56565656)
 _MANY = 3  # With this many terms, a matrix product is faster on TPUs.
 
@@ -55,27 +57,29 @@ class LowRank(Directions):
 
   A matrix product with perturbed weights, :math:`x (W + c z)`, is computed as
   :math:`x W + \frac{c}{\sqrt r} (x U) V^\top` and builds no perturbed weights.
-  The perturbed weight is built nevertheless if a convolution consumes it, if
-  every iteration of a loop uses all of it, inside `jax.shard_map`, and on
-  Explicit mesh axes.
+  There are exceptions: the perturbed weight is built if a convolution consumes
+  it, if every iteration of a loop uses all of it, inside `jax.shard_map`, and
+  on Explicit mesh axes.
 
   A leaf (or a layer of a stack) with more than two axes is treated as a matrix.
-  Its first axes are the rows and the others are the columns, split so that the
-  sum of both numbers is smallest. Vectors, and matrices with fewer than 2r rows
-  or columns, have no factors and are drawn like `Rademacher`.
+  Its first axes form the rows and the other axes form the columns. They are
+  divided so that the number of rows plus the number of columns is smallest.
+  Vectors, and matrices with fewer than 2r rows or columns, have no factors and
+  are drawn like `Rademacher`.
 
   Attributes:
-    rank: Rank r of the factors, at least 1. Defaults to 16. In
-      benchmarks/README.md, models learned about as well with ranks 4 and 16 as
-      with normal draws per forward pass, and better per second.
+    rank: Rank r of the factors, at least 1. Defaults to 16. In the benchmarks
+      of benchmarks/README.md, ranks 4 and 16 learned nearly as much as normal
+      draws in the same number of forward passes, and more in the same time.
     generator: Name of the random bit generator, 'hash32' (the default) or
       'threefry2x32'.
     mask: The leaves that have a z. Defaults to None, for every floating-point
       leaf.
     stacked: The leaves that are stacks of layers. Defaults to None, which
       selects them by their paths and shapes.
-    multiplier: A `Multiplier` of the elements of z. Defaults to None. Products
-      build the weights of a leaf unless the leaf has one number as its value.
+    multiplier: A `Multiplier` of the elements of z. Defaults to None. If a leaf
+      has more than a single factor, matrix products build its perturbed
+      weights.
 
   `Directions` describes the last four attributes in full.
 
@@ -122,8 +126,9 @@ class LowRank(Directions):
     cut = self._cut(shape[layers:])
     if cut is None:
       return signs
-    # Each row of U takes as many words as r bits need. The counters of V begin
-    # after those of U, so that both factors can share a key.
+    # Each row of U consists of r bits, and so takes r / 32 words, rounded up.
+    # The counters of V begin after those of U, so that both factors can be
+    # drawn from the same key.
     words, cut = -(-self.rank // _WORD), layers + cut
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
     strides = lambda first, last: tuple(
@@ -139,7 +144,9 @@ class LowRank(Directions):
                  self.bare())
 
   def _cut(self, shape) -> int | None:
-    """Returns how many leading axes are rows; None for a leaf without factors.
+    """Returns how many of the first axes form the rows of the matrix.
+
+    Returns None if a leaf of this shape has no factors.
     """
     sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
     cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
@@ -164,8 +171,8 @@ class LowRank(Directions):
           dataclasses.replace(s, keys=key[..., None, :]), 0, like,
           self.generator)
       return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
-    # A word is shared by a whole row or column. Store the words first, since
-    # XLA would otherwise compute them again for every element.
+    # All elements of a row or column share a word. Compute and store the words
+    # first, since XLA would otherwise recompute them for every element.
     made = xla.made_first(lambda streams: [
         [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
                                 streams)
@@ -175,7 +182,7 @@ class LowRank(Directions):
     return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
 
   def at_once(self, coefs: jax.Array) -> Callable[..., Any] | None:
-    """Returns `_by_product`, if there are enough terms to be worth it."""
+    """Returns `_by_product` if there are so many terms that it is faster."""
     if coefs.ndim > 1 or len(coefs) < _MANY:
       return None
     return self._by_product
@@ -184,10 +191,10 @@ class LowRank(Directions):
     """Returns the sum of all terms, computed as one matrix product.
 
     XLA for TPUs fuses the product with its addition to the weights and with
-    their rounding, so that it takes one pass over the weights for any n. The
-    product is in bfloat16, which represents signs exactly. Each coefficient is
-    split into a sum of two bfloat16 numbers, so the columns of both factors are
-    repeated.
+    their rounding. For any n, this takes one pass over the weights. The product
+    is computed in bfloat16, which represents signs exactly. Each coefficient is
+    split into a sum of two bfloat16 numbers. The columns of both factors are
+    therefore repeated, once for each of these two numbers.
     """
     axes = [counted(s, like.shape) for s in streams]
     u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
@@ -258,8 +265,8 @@ class LazyLowRank(LowRank):
   updates of such a window of steps add up to a matrix of rank at most n r, for
   n directions per step. Leaves without factors have a new z in each step.
 
-  The paper's factors are normal, and it has no :math:`1 / \sqrt r`. Its
-  learning rates therefore correspond to r times as large ones here.
+  In the paper, the factors are normal and there is no :math:`1 / \sqrt r`.
+  Multiply learning rates of the paper by r to use them here.
 
   Attributes:
     rank: Rank r of the factors, at least 1. Defaults to 16.
@@ -304,7 +311,11 @@ class LazyLowRank(LowRank):
                        f'{self.every!r}.')
 
   def keys(self, key: Any, count: jax.Array | int, n: int) -> jax.Array:
-    """Returns keys [n] that combine a key of the step and one of the window."""
+    """Returns n keys, each made of a key of the step and a key of the window.
+
+    The window is the sequence of ``every`` steps in which V stays the same. See
+    `Directions.keys` for the arguments.
+    """
     # The first word of a direction's key belongs to the step, the second to the
     # window. `of_columns` derives the keys of V from the second word alone.
     step = jax.random.key_data(noise.step_keys(key, count, n))
@@ -313,7 +324,7 @@ class LazyLowRank(LowRank):
     return self._typed(step[:, 0], window[:, 1])
 
   def of_columns(self, keys: jax.Array) -> jax.Array:
-    """Returns keys [n] that depend only on the window, for V."""
+    """Returns n keys for V, which depend only on the window of steps."""
     words = jax.random.key_data(keys)[:, 1]
     return self._typed(jnp.full_like(words, _WINDOWS), words)
 
@@ -326,8 +337,13 @@ class LazyLowRank(LowRank):
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
   """Returns ``sum_b rows[..., b] * columns[..., b]``, where axes broadcast.
 
-  The sum is a chain of elementwise operations instead of a matrix product, so
-  that XLA can fuse it into its consumer without storing the result.
+  The sum consists of elementwise operations instead of a matrix product. XLA
+  can therefore fuse it with the operation that uses the result, and does not
+  store the result.
+
+  Args:
+    rows: The factor U, with the rank as its last axis.
+    columns: The factor V, with the rank as its last axis.
   """
   return cast(jax.Array, sum(
       rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
@@ -335,7 +351,9 @@ def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
              ) -> jax.Array:
-  """Returns a factor with one axis for each axis of the block, then the rank.
+  """Reshapes a factor so that it broadcasts with its block.
+
+  The result has one axis for each axis of the block, and then one for the rank.
 
   Args:
     factor: A factor of one direction, [*axes, 1, rank], from `LowRank.factor`.

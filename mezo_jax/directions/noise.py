@@ -7,9 +7,9 @@ The elements of one parameter leaf are drawn as
 
 where i is the row-major index of the element. (For low-rank directions, i is
 the index of a row or of a column.) ``bits`` is a counter-based generator: it
-computes the bits of any index directly, without those before it. Layer l of a
-stacked ``[L, ...]`` leaf has the key ``fold_in(leaf_key, l)``. A stacked leaf
-and L separate leaves therefore have the same z; see
+computes the bits of any index directly, without computing those of smaller
+indices. Layer l of a stacked ``[L, ...]`` leaf has the key ``fold_in(leaf_key,
+l)``. A stacked leaf and L separate leaves therefore have the same z; see
 `mezo_jax.core.paths.locate`. With the generator 'threefry2x32', normal draws
 equal those of JAX bit for bit::
 
@@ -18,11 +18,11 @@ equal those of JAX bit for bit::
 
 The default generator, 'hash32', is cheaper (benchmarks/results/noise.md).
 
-z depends on nothing else. The dtype and the sharding of a leaf, the mesh, other
-leaves and their order, and the batch do not change it. Draws are elementwise
-integer and float32 operations. XLA can therefore fuse them into the operation
-that consumes them, needs no temporary of a leaf's size for them, and partitions
-them without communication.
+z depends on nothing else. It does not depend on the dtype or the sharding of
+the leaf, on the mesh, on other leaves or their order, or on the batch. z is
+computed by elementwise integer and float32 operations. XLA can therefore fuse
+them with the operation that uses z, without a temporary array of the size of
+the leaf, and can partition them without communication.
 
 References:
   Spall, 1992, "Multivariate stochastic approximation using a simultaneous
@@ -132,8 +132,8 @@ def as_key(key: Any, name: str = 'key') -> jax.Array:
   try:
     return jax.random.key(key, impl='threefry2x32')
   except (OverflowError, TypeError) as e:  # JAX rejects NumPy's bools
-    raise ValueError(f'{name} must be a seed that jax.random.key accepts, an '
-                     f'integer below 2**63; got {key!r}.') from e
+    raise ValueError(f'{name} must be a seed that jax.random.key accepts, such '
+                     f'as an integer below 2**63; got {key!r}.') from e
 
 
 def check_key(key: Any, name: str = 'key') -> None:
@@ -287,10 +287,10 @@ def _words(key, lo, hi, *, strides, shape, place, generator):
   index_shape = tuple(n if step else 1 for n, step in zip(
       shape, strides, strict=True))
 
-  # Generators receive this function instead of the counters, so that they add a
-  # word of the key before anything else. If the counters were computed alone,
-  # they would be equal for all layers. XLA would then share one layer-sized
-  # array of counters between the layers and keep it in memory.
+  # Generators receive this function instead of the counters, so that a word of
+  # the key is added before anything else is computed. The counters alone are
+  # equal for all layers. If they were computed first, XLA would share one
+  # layer-sized array of counters between the layers and keep it in memory.
   def lo_plus(word):
     total = lo + word
     for axis, step in enumerate(strides):
@@ -340,13 +340,13 @@ def _threefry2x32(k0, k1, hi, lo_plus):
 
 
 def _hash32(k0, k1, hi, lo_plus):
-  """Returns words that two keyed finalisers make of a Weyl sequence.
+  """Returns words that result from hashing a Weyl sequence twice, with the key.
 
-  This takes far fewer operations than Threefry. Without the sum at the end,
-  different counters of a key would always have different words, as in a
-  permutation. With the sum, words repeat as often as random words do. The
-  generator is not cryptographic. Its statistics are tested by
-  benchmarks/noise.py, not proven.
+  This takes far fewer operations than Threefry. The last operation adds the
+  Weyl sequence once more. Without it, the words of a key would be a permutation
+  of the counters and would never repeat. With it, they repeat as often as
+  random words do. The generator is not cryptographic. Its statistics are not
+  proven, but tested by benchmarks/noise.py.
   """
   # The two constants are inverses modulo 2**32, so this is k0 + lo * G, where G
   # is the second constant.
@@ -358,12 +358,13 @@ def _hash32(k0, k1, hi, lo_plus):
 
 
 def _rounding(k0, k1, hi, lo_plus):
-  """Returns words of a single keyed finaliser, for stochastic rounding."""
+  """Returns words that are hashed only once, for stochastic rounding."""
   return _finalise(lo_plus(k0) ^ (k1 + hi), 0x7FEB352D, 0x846CA68B)
 
 
 def _finalise(x, m0, m1):
-  """Applies a bijection of 32-bit words, in which all bits are mixed."""
+  """Mixes all bits of 32-bit words by a bijection, as hash functions do last.
+  """
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)
   return x ^ (x >> 16)

@@ -1,8 +1,9 @@
 """Computes the streams of parameter leaves and of their views.
 
-A `Stream` assigns a draw to each element of a block. A view (a lookup, a slice,
-a transpose or a reshape) draws nothing. It only computes the counters of the
-elements that it selects.
+A `Stream` assigns a counter to each element of a block, from which the element
+of z is drawn. To compute the stream of a view (a lookup, a slice, a transpose
+or a reshape), nothing is drawn. Only the counters of the selected elements are
+computed.
 """
 
 from collections.abc import Sequence
@@ -27,10 +28,14 @@ _first: contextvars.ContextVar[np.uint32 | jax.Array] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def stacks_begin_at(layer: int | jax.Array):
-  """Declares that stacked leaves hold the layers from number ``layer`` on.
+  """Declares that the first entry of every stack is layer number ``layer``.
 
-  Within this context, the first entry of a stack has the z of that layer. This
-  is used where weights in the host's memory are updated layer by layer.
+  Within this context, the first entry of a stack has the z of that layer
+  instead of the z of layer 0. This is used to update weights in the host's
+  memory layer by layer.
+
+  Args:
+    layer: Number of the layer.
   """
   token = _first.set(jnp.asarray(layer).astype(jnp.uint32))
   try:
@@ -61,9 +66,9 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
            for path, (_, stacked) in leaves.items()}
   hashes = {path: np.uint32(zlib.crc32(name.encode()))
             for path, (name, _, _) in found.items()}
-  # Layers with a number in their paths have the same name without it, and so
-  # the same hash. Each distinct hash is folded into the keys only once, and
-  # ``rank`` numbers these hashes.
+  # Keys depend on the hash of a path without its layer number, so leaves of
+  # several layers may share a hash. Each distinct hash is folded into the keys
+  # only once. ``rank`` numbers the distinct hashes.
   rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
   own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
   by_name = {path: rank[h] for path, h in hashes.items()}
@@ -74,9 +79,10 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     parents = own[np.array([by_name[p] for p in numbered])]
     of_layer = jax.random.key_data(jax.vmap(
         jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  # Each table holds the keys of several leaves, [entries, (layers,) n, 2]:
-  # 'own' those of single leaves, 'numbered' those of leaves with the number of
-  # a layer in their path, and an integer those of stacks of so many layers.
+  # Each table holds the keys of several leaves, [entries, n, 2], or [entries,
+  # layers, n, 2] for stacks. The table 'numbered' is for leaves with a layer
+  # number in their path. A table whose name is an integer is for stacks with
+  # that many layers. The table 'own' is for all other leaves.
   tables: dict[str | int, jax.Array] = {'own': jax.random.key_data(own)}
   if of_layer is not None:
     tables['numbered'] = of_layer
@@ -104,8 +110,13 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
 def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
   """Returns the stream of one leaf.
 
-  The leaf counts as a stack of layers if its path names layers. Unlike
-  `of_leaves`, this function does not know the shapes of the other leaves.
+  The leaf counts as a stack of layers if its path looks like that of a stack
+  (see `paths.locate`), since the shapes of the other leaves are not known here.
+
+  Args:
+    keys: Typed keys [n], one for each direction.
+    path: Path of the leaf.
+    shape: Shape of the leaf.
   """
   stacked = paths.locate(path)[2] and bool(shape)
   return of_leaves(keys, {path: (shape, stacked)})[path]
@@ -128,9 +139,9 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
   zero = jnp.zeros(words.shape[:-2], jnp.uint32)
   wide = math.prod(shape[first:]) > 2**32
   s = Stream(words, zero, tuple(strides), zero if wide else None)
-  # Strides and the indices that they multiply must fit in 32 bits. Give leading
-  # axes a first counter for each entry until the rest has at most 2**32
-  # elements.
+  # Strides, and the indices by which they are multiplied, must fit in 32 bits.
+  # Replace the strides of leading axes by a first counter for each entry, until
+  # the remaining axes have at most 2**32 elements.
   axis = first
   while math.prod(shape[axis:]) > 2**32:
     s, axis = spread(s, axis, shape[axis]), axis + 1
@@ -222,10 +233,11 @@ def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
 
 
 def spread(s: Stream, axis: int, size: int) -> Stream:
-  """Replaces the stride of an axis by one first counter for each entry.
+  """Replaces the stride of an axis by an array of first counters.
 
-  The elements keep their counters. `lax.scan` over the axis needs this form,
-  since it takes an array with one entry for each iteration.
+  The array has one counter for each entry along the axis, and the elements keep
+  their counters. `lax.scan` over the axis needs this form, since it scans over
+  arrays with one entry for each iteration.
 
   Args:
     s: A stream.
@@ -252,7 +264,7 @@ def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
   """
   if 0 in old:
     return None
-  # Axes along which an array has entries of its own.
+  # Axes along which the keys, first counters or matrices differ.
   arrays = jax.tree.leaves((s.keys, s.lo, s.hi, s.core))
   spread_axes = {a for x in arrays for a in range(len(old)) if x.shape[a] > 1}
   strides = []
@@ -266,11 +278,11 @@ def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
       strides += [last * math.prod(new[b + 1:will[-1] + 1])
                   if new[b] > 1 else 0 for b in will]
     elif any(step):
-      # Arrays have entries along these axes, and there are strides, too. Only
-      # an axis that stays as it is keeps both.
+      # Counters along these axes depend both on arrays and on strides. That can
+      # be represented only for an axis that the reshape leaves as it is.
       if len(was) > 1 or len(will) > 1:
         return None
       strides += step
-    else:  # the arrays alone locate the elements, and they are reshaped, too
+    else:  # counters depend on arrays only, which are reshaped, too
       strides += [0] * len(will)
   return strides

@@ -10,10 +10,11 @@ window, :math:`E[zz^\top]` is :math:`mk / r^2` times the projection onto the
 subspace that the bases span.
 
 The paper computes the bases by QR decompositions and stores them. Here they are
-regenerated from keys. They are orthonormalised matrices U and V of signs,
-:math:`\hat U = U L_U^{-\top}`, where :math:`L_U` is the Cholesky factor of
-:math:`U^\top U`. With the r by r matrix :math:`C = L_U^{-\top} Z L_V^{-1}
-\sqrt{mk} / r`, a direction and a product with perturbed weights are
+regenerated from keys: U and V are matrices of random signs, whose columns are
+orthonormalised by :math:`\hat U = U L_U^{-\top}`, where :math:`L_U` is the
+Cholesky factor of :math:`U^\top U`. With the r by r matrix :math:`C =
+L_U^{-\top} Z L_V^{-1} \sqrt{mk} / r`, a direction and a product with perturbed
+weights are
 
 .. math:: z = U C V^\top, \qquad x (W + c z) = x W + c\, ((x U) C) V^\top.
 
@@ -93,7 +94,7 @@ class SubZero(LazyLowRank):
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
               shape: tuple[int, ...], columns: noise.Stream | None = None
               ) -> Draws:
-    """Returns draws whose first stream has the matrix C of each direction."""
+    """Returns draws, whose first stream has the matrix C of each direction."""
     # Both bases are drawn from the key of the window. The key of the step is
     # for Z, and for leaves without bases.
     draws = super().of_leaf(columns or stream, coefs, shape)
@@ -142,16 +143,16 @@ class SubZero(LazyLowRank):
       return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
                         precision='highest'), v
     # U C and V are small, and each of their rows is used for many elements.
-    # Store them, since XLA would otherwise compute them again for each use.
+    # Store them, since XLA would otherwise recompute them for each use.
     u, v = xla.made_first(factors, streams, j)
     return low_rank.product(
         sharding.split_as(u, like), sharding.split_as(v, like))
 
   def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
            ) -> list[jax.Array]:
-    # `LowRank.each` counts the bits of U and V, which are not the bases here.
+    # `LowRank.each` computes U Vᵀ by counting bits, which omits the matrix C.
     return Directions.each(self, streams, n, like)
 
   def at_once(self, coefs: jax.Array) -> None:
-    """Returns None: the product in `LowRank` has no place for the matrix C."""
+    """Returns None, since `LowRank._by_product` does not support a matrix C."""
     return None

@@ -29,7 +29,8 @@ import numpy as np
 from mezo_jax.core.errors import Again, InputError
 from mezo_jax.runs import replay
 
-# Seconds between two reads of a log: in the first two seconds, and after them.
+# Seconds between two reads of a log, while a wait is shorter than two seconds
+# and when it is longer.
 _POLL = 0.002, 0.1
 _PATIENCE = 60.0  # seconds to wait for the other replicas at the end
 
@@ -154,9 +155,9 @@ class Exchange:
   def catch_up(self, log: replay.Log, added: Any = lambda step: False) -> None:
     """Copies steps between the log of the run and the exchange.
 
-    Steps of the log that this replica has not recorded in the exchange are
-    recorded, for example in a new exchange after the old one was lost. Then
-    steps that all replicas have recorded are added to the log.
+    First, steps that are in the log but not in this replica's exchange file are
+    written to that file, for example after the old directory of the exchange
+    was lost. Then steps that all replicas have recorded are added to the log.
 
     Args:
       log: Log of the run.
@@ -180,7 +181,8 @@ class Exchange:
   def has(self, step: int) -> bool:
     """Returns whether this replica has recorded a step already.
 
-    That is so for steps that it evaluated before it was stopped.
+    If this replica was stopped, that is the case for some of the steps that it
+    repeats after it resumed.
     """
     return step <= self._mine.last
 

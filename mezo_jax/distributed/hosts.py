@@ -100,7 +100,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None,
   arguments = {k: v for k, v in arguments.items() if v is not None}
   given = _environment() | arguments
   if not arguments and {*given} == {'coordinator'}:
-    given = {}  # JAX reads this variable and gets the rest from the cluster
+    # JAX reads the address from this variable and the rest from the cluster.
+    given = {}
   if given:
     _check_given(given)
   # With this option JAX does not abort the other processes when one dies, so

@@ -86,7 +86,8 @@ def check_replicas(place: Place | None, method: str, methods: Sequence[str],
     num_samples: Number of directions of a step.
 
   Raises:
-    InputError: If they cannot.
+    InputError: If the directions cannot be divided. The message names the
+      setting.
   """
   if place is None:
     return

@@ -43,15 +43,16 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
     log: Whether to write only the log of steps and the card, from which
       `rebuild` reconstructs the weights. The log takes 4 bytes per step and
       direction. Defaults to False.
-    base: Directory or hub id where the base model is now. Defaults to None, for
-      where it was during the run.
+    base: Directory or hub id of the base model, if it was moved after the run.
+      Defaults to None, for the model that the run's config names.
     say: Reports notes about the files to the user. Defaults to `print`.
 
   Returns:
-    The directory. ``transformers`` and `mezo_jax.models.load` can load it; the
-    class is for sequence classification if the run trained a classification
-    head. After training LoRA or a prefix, it contains only the adapters, unless
-    ``merged``. Then ``peft`` and `mezo_jax.peft.load` can load it.
+    The directory. It contains a model that ``transformers`` and
+    `mezo_jax.models.load` can load. If the run trained a classification head,
+    that is a model for sequence classification. If the run trained LoRA, a
+    prefix or a soft prompt, the directory contains only the adapter, which
+    ``peft`` and `mezo_jax.peft.load` can load, unless ``merged`` is set.
 
   Raises:
     FileNotFoundError: If there is no such run, or no checkpoint of the step.
@@ -65,7 +66,7 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
-  # The run may still be writing checkpoints, so incomplete ones stay.
+  # The run may still be writing checkpoints, so do not delete incomplete ones.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   if log:
     step = _chosen(run, checkpoints) if step is None else step
@@ -145,7 +146,7 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
   if methods.looks_first(run):
     raise InputError(
         f'a log of --config.method={run.method} cannot be replayed, since it '
-        'lacks the results of the pass over rows and weights before the first '
+        'lacks the result of the linear probe or scoring pass before the first '
         'step. Export a checkpoint of the run instead.')
   if until is not None and not 1 <= until <= steps.last:
     raise InputError(f'{log} has the steps 1 to {steps.last}, but --until is '
@@ -249,8 +250,8 @@ def share(workdir: Path, directory: Path, run: config_lib.Train,
   more = ' --adapter ADAPTER' if adapter else ''
   (directory / 'README.md').write_text('\n'.join([
       card(run, step, workdir_lib.read_result(workdir)),
-      'This directory contains not the weights but the training steps. To '
-      'rebuild the weights from the base model:', '', '```',
+      'This directory contains a log of the training steps instead of weights. '
+      'To rebuild the weights from the base model:', '', '```',
       f'python -m mezo_jax replay --base {base} --log '
       f'{workdir_lib.LOG}{more} --out DIR', '```', '']))
   return directory
@@ -265,13 +266,16 @@ def _check_merged(run: config_lib.Train, merged: bool) -> None:
 
 def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints
             ) -> int | None:
-  """Returns the best step, or the last one if dev rows must not choose it."""
+  """Returns the best step on the dev rows, or the last step.
+
+  The last step is returned for a run whose dev rows do not select a step.
+  """
   return (checkpoints.best_step if methods.selects(run)
           else checkpoints.latest_step)()
 
 
 def _parts(run: config_lib.Train, abstract: bool = False):
-  """Builds what a run began with.
+  """Builds the model, the parameters and the optimizer of a run's first step.
 
   Args:
     run: Config of the run.
@@ -421,7 +425,7 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
       'learning rate': f'{o.learning_rate:g}, {o.schedule}',
       **{f'learning rate, eps of `{_cell(g)}`': f'{rate:g}, {eps:g}'
          for g, rate, eps in o.groups},
-      **({'eps': f'{z.eps:g}', 'directions a step':
+      **({'eps': f'{z.eps:g}', 'directions per step':
           f'{z.num_samples}{rows}, {z.combine}, {kind}'} if mezo else {}),
       'parameters trained': _trained(run), 'batch size': run.data.batch_size,
       'dtype': run.model.dtype, 'seed': run.seed}

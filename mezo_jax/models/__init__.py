@@ -2,8 +2,8 @@
 
 `load` reads a Hugging Face directory, a model of the hub or a GGUF file into a
 `Transformer` and its parameters; `save` writes them. `generate` continues
-prompts. The families that are supported are tables in `families`; what a file
-looks like is known in `formats` alone.
+prompts. The package `families` describes the supported families of models, one
+per module, and `formats` contains all code that depends on the layout of files.
 """
 
 from mezo_jax.core import extras

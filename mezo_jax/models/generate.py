@@ -1,4 +1,4 @@
-"""Decoding: greedy or sampled, in one jitted loop over a key-value cache."""
+"""Generates text, greedily or by sampling, in one jitted program."""
 
 from collections.abc import Sequence
 import functools
@@ -24,16 +24,29 @@ from mezo_jax.models.transformer import (
     'model', 'max_new_tokens', 'stop_ids', 'pad_id', 'sample', 'top_k'))
 def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
               max_new_tokens, stop_ids, pad_id, sample, top_k):
+  """Generates tokens; the arguments are those of `generate`, checked.
+
+  ``mask`` is an int32 array [B, S], and ``top_p`` is None where it has no
+  effect.
+
+  Returns:
+    ``out, finite``: int32 tokens [B, max_new_tokens], and booleans [B].
+  """
   b, s = input_ids.shape
   total = s + max_new_tokens
   dtype = params['embed']['embedding'].dtype
   mask_BxT = jnp.concatenate(
       [mask, jnp.ones((b, max_new_tokens), mask.dtype)], 1)
+  # No token has the id -1, so without stop ids no row stops early.
   stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
   def step(ids, cache, key):
-    """(next tokens [B], whether they mean anything [B], cache) after the tokens
-    ids [B, S]."""
+    """Returns the tokens that follow ``ids`` [B, S].
+
+    Returns:
+      ``tokens, finite, cache``: int32 tokens [B], whether their logits were
+      finite [B], and the cache with ``ids`` added.
+    """
     last = jnp.full((b, 1), ids.shape[1] - 1)
     logits, cache = apply(
         model, params, ids, mask_BxT, answer_at=last, cache=cache)
@@ -41,7 +54,8 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     finite = jnp.isfinite(jnp.max(logits, -1))
     if not sample:
       return jnp.argmax(logits, -1).astype(jnp.int32), finite, cache
-    # A temperature that the program is given may be 0.
+    # A traced temperature may be 0, which selects the likeliest token. Dividing
+    # by 1 instead keeps the branch that is not selected free of NaN.
     warm = temperature > 0
     kept = _keep(logits / jnp.where(warm, temperature, 1.0), top_k, top_p)
     tokens = jnp.where(warm, jax.random.categorical(key, kept),
@@ -49,6 +63,7 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     return tokens.astype(jnp.int32), finite, cache
 
   def write(out, done, tokens, i):
+    """Writes column i of the output: padding in rows that have stopped."""
     tokens = jnp.where(done, pad_id, tokens)
     out = jax.lax.dynamic_update_index_in_dim(out, tokens, i, 1)
     return out, done | jnp.isin(tokens, stops), tokens
@@ -67,6 +82,7 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
     i, out, finite, done, tokens, cache = carry
     tokens, fine, cache = step(
         tokens[:, None], cache, jax.random.fold_in(key, i))
+    # Rows that have stopped continue with padding, whose logits do not count.
     finite &= done | fine
     out, done, tokens = write(out, done, tokens, i)
     return i + 1, out, finite, done, tokens, cache
@@ -76,14 +92,15 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
 
 
 def _keep(logits, top_k: int, top_p: jax.Array | None):
-  """Logits with all but the likeliest tokens at -inf."""
+  """Returns logits with -inf for tokens outside of top-k and top-p."""
   if top_k:
     least = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < least, -jnp.inf, logits)
   if top_p is None:
     return logits
   ordered = jnp.sort(logits, -1)[:, ::-1]
-  # The likeliest stays, and each whose likelier ones sum to less than top_p.
+  # A token is kept if the probabilities of all likelier tokens sum to less than
+  # top_p. So the likeliest token is always kept.
   before = jnp.cumsum(jax.nn.softmax(ordered), -1) - jax.nn.softmax(ordered)
   least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1,
                   keepdims=True)
@@ -118,52 +135,59 @@ def generate(model: Transformer, params: Any, input_ids: Any,
              temperature: float | jax.Array = 0.0, top_k: int = 0,
              top_p: float | jax.Array = 1.0, key: jax.Array | int | None = None,
              check: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """Continues prompts, one token of each a step, until all have stopped.
+  """Generates continuations of prompts.
 
-  The prompts pass through the model once; then a `lax.while_loop` feeds back
-  one token a row and a step over a cache of keys and values. All of it is one
-  program, compiled once for each shape of ``input_ids`` and each choice of
-  ``max_new_tokens``, ``stop_ids``, ``pad_id`` and ``top_k``. It may be called
-  inside another jit and under `mezo_jax.perturbed`.
+  One forward pass processes the prompts. Then a `lax.while_loop` over a cache
+  of keys and values adds one token per row and step, until all rows have
+  stopped. All of it is one program. It is compiled once for each shape of
+  ``input_ids`` and each choice of ``max_new_tokens``, ``stop_ids``, ``pad_id``
+  and ``top_k``. `generate` may be called inside another jitted function and
+  under `mezo_jax.perturbed`.
 
   Args:
-    model: a causal `Transformer`.
-    params: its parameters.
-    input_ids: integers [B, S], padded on the left. Arrays of jax or numpy, or
-      lists, as all arguments.
-    attention_mask: [B, S], 0 at padding and 1 at tokens; None for no padding.
-    max_new_tokens: tokens to add at most.
-    stop_ids: the token, or tokens, that end a row; they are part of its result.
-    pad_id: the token that follows in a row that has ended.
-    temperature: 0 takes the likeliest token; else tokens are drawn from
-      softmax(logits / temperature).
-    top_k: draw from the k likeliest; 0 for all.
-    top_p: draw from the fewest likeliest that have this probability together.
-    key: a PRNG key or a seed for the draws; needed if temperature > 0.
-    check: whether to return also for which rows the model's logits were finite.
-      The likeliest token of NaNs is one like any other.
+    model: A causal `Transformer`.
+    params: Parameters of the model, as `load` returns them.
+    input_ids: Token ids of the prompts, integers of shape [B, S], padded on the
+      left. This and all other arrays may be jax arrays, numpy arrays or lists.
+    attention_mask: Integers of shape [B, S], 0 at padding and 1 at tokens.
+      Defaults to None, for no padding.
+    max_new_tokens: Number of tokens to add to each prompt at most.
+    stop_ids: The token or tokens that end a row. The result includes them.
+      Defaults to (), for none.
+    pad_id: The token that fills a row after its end. Defaults to 0.
+    temperature: Tokens are sampled from softmax(logits / temperature). Defaults
+      to 0, which selects the likeliest token instead.
+    top_k: Number of likeliest tokens to sample from. Defaults to 0, for all.
+    top_p: Samples from the smallest set of likeliest tokens whose probabilities
+      sum to at least top_p. Defaults to 1, for all.
+    key: A PRNG key or an integer seed. Required if the temperature is above 0.
+    check: Whether to return as well whether the logits of each row were finite.
+      Without it, NaN logits are not noticed: their argmax is an ordinary token.
+      Defaults to False.
 
   Returns:
-    int32 [B, max_new_tokens]; with ``check`` also bool [B].
+    The new tokens, int32 of shape [B, max_new_tokens]. With ``check``, a pair
+    of these and booleans of shape [B].
 
   Raises:
-    TypeError: for ids that are not integers, or numbers of tokens that are not
-      known, as the arguments of a jitted function are.
-    ValueError: for a model that is not causal, prompts with padding on the
-      right, an empty prompt, tokens that the model does not have, more tokens
-      than it has positions, draws without a key, or a temperature, top_k or
-      top_p out of range. Values that are not known yet, inside a jitted
-      function, are not checked: tokens that the model does not have then give
-      logits of NaN, which ``check`` reports.
+    TypeError: If ids are not integers, or if ``max_new_tokens``, ``top_k``,
+      ``pad_id`` or ``stop_ids`` are not known when the program is traced.
+    ValueError: If the model is not causal, a prompt is empty or padded on the
+      right, a token is not in the vocabulary, the tokens exceed the model's
+      positions, sampling has no key, or a temperature, top_k or top_p is out of
+      range. Traced values cannot be checked; a token outside of the vocabulary
+      then results in NaN logits, which ``check`` reports.
   """
   c = model.config
   if not c.causal:
-    raise ValueError(f'{c.family} is a masked model: it cannot generate text.')
+    raise ValueError(f'model: {c.family} is a masked model and cannot generate '
+                     'text; use a causal model.')
   if 'embed' not in params:
-    raise ValueError('params has no embed: give what models.load returned, or '
-                     "what is under 'params'.")
+    raise ValueError("params has no 'embed'; pass the parameters that "
+                     'models.load returns, not {"params": ...}.')
   soft = params['prompt']['embedding'].shape[0] if 'prompt' in params else 0
-  # Where values are not known, the model gives NaN.
+  # The mask of valid ids is not needed: the model checks ids again and returns
+  # NaN for invalid ones.
   input_ids, _ = known_ids(
       'input_ids', input_ids, c.vocab_size + soft, (None, None))
   b, s = input_ids.shape
@@ -175,30 +199,35 @@ def generate(model: Transformer, params: Any, input_ids: Any,
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens is {max_new_tokens}; give 1 or more.')
   if not s:
-    raise ValueError('the prompts are empty; give each one token or more.')
+    raise ValueError('input_ids: the prompts are empty; pass at least one '
+                     'token per prompt.')
   if s + max_new_tokens > c.max_length:
     raise ValueError(
-        f'{s} tokens of prompt and {max_new_tokens} new ones exceed the '
-        f'{c.max_length} positions of this model.')
+        f'{s} prompt tokens and max_new_tokens={max_new_tokens} exceed the '
+        f'{c.max_length} positions of this model; shorten one of them.')
   if np.ndim(temperature) or np.ndim(top_p):
-    raise ValueError('temperature and top_p are one number each, for all rows.')
-  given = lambda x: isinstance(x, Tracer)  # to a program around this
+    raise ValueError('temperature and top_p must be scalars; they apply to all '
+                     'rows.')
+  # Arguments of an enclosing jitted function are tracers, without known values.
+  given = lambda x: isinstance(x, Tracer)
   if (not given(temperature) and not 0 <= temperature < float('inf')
       or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):
     raise ValueError(f'temperature {temperature}, top_k {top_k} and top_p '
                      f'{top_p} must be >= 0, >= 0 and in (0, 1].')
   sample = given(temperature) or bool(temperature > 0)
   if sample and key is None:
-    raise ValueError('temperature > 0 draws tokens: give a key.')
+    raise ValueError('temperature > 0 samples tokens; pass a key or a seed.')
   if attention_mask is None:
     attention_mask = jnp.ones((b, s), jnp.int32)
   else:
     if is_known(attention_mask):
       mask = np.asarray(attention_mask)
       if mask.ndim == 2 and not (mask <= 1).all():
-        raise ValueError('attention_mask must be 0 at padding and 1 at tokens.')
+        raise ValueError('attention_mask must be 0 at padding and 1 at tokens; '
+                         'generate takes one prompt per row.')
       if mask.ndim == 2 and not mask[:, -1].all():
-        raise ValueError('a prompt ends in padding; pad prompts on the left.')
+        raise ValueError('attention_mask: a prompt ends in padding; pad '
+                         'prompts on the left.')
     attention_mask = jnp.broadcast_to(known_mask(attention_mask, b, s), (b, s))
   if key is None or isinstance(key, int | np.integer):
     key = jax.random.key(key or 0)
@@ -211,9 +240,13 @@ def generate(model: Transformer, params: Any, input_ids: Any,
 
 
 def _number(name: str, value) -> int:
-  """Returns a whole number that must be known when a program is traced."""
+  """Returns an argument as an int that is known while tracing.
+
+  Raises:
+    TypeError: If it is not a whole number, or is a tracer.
+  """
   try:
     return operator.index(value)
   except TypeError as e:
-    raise TypeError(f'{name} must be a whole number that is known when the '
-                    f'program is traced, not {value!r}.') from e
+    raise TypeError(f'{name} must be a whole number, not {value!r}. Inside jit '
+                    'it must be a static argument.') from e

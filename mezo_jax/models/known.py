@@ -1,6 +1,7 @@
-"""Shapes of well-known models by their hub ids, to plan with and no network.
+"""Lists the configs of well-known models, for planning without a network.
 
-What the ``config.json`` of each says of sizes and choices.
+Each entry has the fields of the model's ``config.json`` that determine the
+shapes of its parameters and its forward pass.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from mezo_jax.models.layers import Config
 
 
 def _opt(width: int, layers: int, heads: int, **more) -> dict:
+  """Returns the config of an OPT."""
   return dict(
       model_type='opt', vocab_size=50272, hidden_size=width, ffn_dim=4 * width,
       num_hidden_layers=layers, num_attention_heads=heads,
@@ -19,6 +21,7 @@ def _opt(width: int, layers: int, heads: int, **more) -> dict:
 def _decoder(model_type: str, vocab: int, width: int, ff: int, layers: int,
              heads: int, kv_heads: int, length: int, theta: float = 1e4,
              tied: bool = False, **more) -> dict:
+  """Returns the config of a decoder whose fields are named as Llama's."""
   return dict(
       model_type=model_type, vocab_size=vocab, hidden_size=width,
       intermediate_size=ff, num_hidden_layers=layers,
@@ -28,12 +31,14 @@ def _decoder(model_type: str, vocab: int, width: int, ff: int, layers: int,
 
 
 def _llama31(factor: float, **more) -> dict:
+  """Returns the rotary scaling of Llama 3.1 and 3.2."""
   return dict(rope_scaling=dict(
       rope_type='llama3', factor=factor, low_freq_factor=1.0,
       high_freq_factor=4.0, original_max_position_embeddings=8192)) | more
 
 
 def _roberta(width: int, layers: int, heads: int) -> dict:
+  """Returns the config of a RoBERTa."""
   return dict(
       model_type='roberta', vocab_size=50265, hidden_size=width,
       intermediate_size=4 * width, num_hidden_layers=layers,
@@ -42,16 +47,19 @@ def _roberta(width: int, layers: int, heads: int) -> dict:
 
 
 def _qwen25(width, ff, layers, heads, kv_heads, vocab=152_064, tied=False):
+  """Returns the config of a Qwen2.5."""
   return _decoder('qwen2', vocab, width, ff, layers, heads, kv_heads, 32_768,
                   1e6, tied, rms_norm_eps=1e-6)
 
 
 def _qwen3(width, ff, layers, heads, tied=False):
+  """Returns the config of a Qwen3."""
   return _decoder('qwen3', 151_936, width, ff, layers, heads, 8, 40_960, 1e6,
                   tied, rms_norm_eps=1e-6, head_dim=128)
 
 
 def _gemma2(width, ff, layers, heads, kv_heads, scale, **more):
+  """Returns the config of a Gemma 2."""
   return _decoder(
       'gemma2', 256_000, width, ff, layers, heads, kv_heads, 8192, tied=True,
       rms_norm_eps=1e-6, head_dim=256, sliding_window=4096,
@@ -62,6 +70,7 @@ def _gemma2(width, ff, layers, heads, kv_heads, scale, **more):
 
 def _gemma3(width, ff, layers, heads, kv_heads, vocab=262_208, head=256,
             scale=256, window=1024, **more):
+  """Returns the config of the text part of a Gemma 3."""
   return _decoder(
       'gemma3_text', vocab, width, ff, layers, heads, kv_heads, 131_072, 1e6,
       True, rms_norm_eps=1e-6, head_dim=head, sliding_window=window,
@@ -69,6 +78,7 @@ def _gemma3(width, ff, layers, heads, kv_heads, vocab=262_208, head=256,
       hidden_activation='gelu_pytorch_tanh') | more
 
 
+# Rotary scaling of the Gemma 3 models with a context of 128K tokens.
 _LONG: dict[str, Any] = dict(rope_scaling=dict(rope_type='linear', factor=8.0))
 KNOWN: dict[str, dict[str, Any]] = {
     'facebook/opt-125m': _opt(768, 12, 12),
@@ -134,8 +144,12 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def find(name: str) -> Config | None:
-  """The config of a known hub id, however its letters are and with or without
-  its owner ('opt-30b'); None for others."""
+  """Returns the config of a well-known model, or None for another name.
+
+  Args:
+    name: A hub id in upper or lower case. The owner may be omitted: 'opt-30b'
+      means 'facebook/opt-30b'.
+  """
   for known, hf in KNOWN.items():
     if name.lower() in (known.lower(), known.split('/')[1].lower()):
       return read_config(hf, known)

@@ -1,8 +1,10 @@
-"""The layers that all families share, and the choices that tell them apart.
+"""Defines the layers that all model families share, and their configuration.
 
-Shapes in names: B batch, S sequence, T keys (S, or the cache's length), D
-width, N query heads, K key and value heads, H head width, F feed-forward width,
-V vocabulary, L layers, A answers.
+A suffix of a variable's name gives its shape. The letters are: B batch,
+S sequence, T keys (S without a cache, else the cache's length), D width,
+N query heads, K key and value heads, G query heads per key head, H head width,
+F feed-forward width, V vocabulary, L layers, A answer positions, M tokens of a
+prefix or soft prompt, R rank.
 """
 
 import dataclasses
@@ -17,14 +19,30 @@ from mezo_jax.core.sharding import constrain_rows, fetched
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary positions (Su et al., 2021): frequencies theta^(-i/H) and scaling.
+  r"""Configures rotary position embeddings.
 
-  ``kind`` is 'default', 'linear' (all frequencies / factor) or 'llama3' (low
-  ones are stretched, high ones kept).
+  The pair of coordinates i of a head rotates with the frequency
+  :math:`\theta^{-2i/H}`, which ``kind`` may rescale.
+
+  Attributes:
+    theta: Base of the frequencies.
+    kind: Rescaling of the frequencies. 'default' leaves them as they are.
+      'linear' divides all of them by ``factor``. 'llama3' divides the low
+      frequencies by ``factor``, keeps the high ones, and interpolates between.
+    factor: Divisor of the frequencies. Used unless ``kind`` is 'default'.
+    low_freq_factor: For 'llama3': frequencies with at most this many full turns
+      in ``original_max_length`` tokens are divided by ``factor``.
+    high_freq_factor: For 'llama3': frequencies with at least this many full
+      turns in ``original_max_length`` tokens are kept.
+    original_max_length: For 'llama3': number of positions of the model before
+      its context was extended.
+
+  References:
+    Su et al., 2021, RoFormer (https://arxiv.org/abs/2104.09864).
   """
 
   theta: float = 10000.0
-  kind: str = 'default'
+  kind: str = 'default'  # 'default', 'linear' or 'llama3'
   factor: float = 1.0
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
@@ -33,8 +51,14 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The choices that make a family and a size of it."""
+  """Describes the architecture and the sizes of a model.
 
+  A config is usually read from a model's files by `load_config` or
+  `read_config`. All fields are hashable, so it can be a static argument of a
+  jitted function.
+  """
+
+  # Hugging Face's model_type; a key of `mezo_jax.models.FAMILIES`.
   family: str
   vocab_size: int
   width: int
@@ -45,60 +69,79 @@ class Config:
   head_width: int
   max_length: int
   norm_eps: float
-  norm: str = 'rms'  # or 'rms+1', whose scale is 1 + w, or 'layer'
-  norm_place: str = 'pre'  # x + f(norm(x)); 'post' norm(x + f(x)); 'both'
-  final_norm: bool = True
-  activation: str = 'silu'  # or 'relu', 'gelu', 'gelu_tanh'
-  gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
-  rope: Rope | None = Rope()  # None: learned positions
-  local_rope: Rope | None = None  # of local layers; None: the same
-  position_offset: int = 0  # rows of learned positions before the first
+  # 'rms' (scale w), 'rms+1' (scale 1 + w) or 'layer' (LayerNorm).
+  norm: str = 'rms'
+  # 'pre' is x + f(norm(x)), 'post' is norm(x + f(x)), and 'both' is
+  # x + norm(f(norm(x))).
+  norm_place: str = 'pre'
+  final_norm: bool = True  # Whether a norm follows the last layer.
+  activation: str = 'silu'  # 'silu', 'relu', 'gelu' or 'gelu_tanh'
+  gated: bool = True  # True is act(gate(x)) * up(x); False is act(up(x)).
+  rope: Rope | None = Rope()  # None selects learned positions.
+  local_rope: Rope | None = None  # For local layers. None is the same as rope.
+  # Number of rows of the learned positions before that of position 0.
+  position_offset: int = 0
   causal: bool = True
-  window: int | None = None  # keys that a local layer sees, itself included
-  local_layers: tuple[bool, ...] = ()  # which are local; () for all
+  # Number of keys that a query of a local layer sees, its own included. None is
+  # no limit.
+  window: int | None = None
+  # One flag per layer: whether the window applies to it. () applies it to all.
+  local_layers: tuple[bool, ...] = ()
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
-  qk_norm: bool = False  # of every head of q and k
-  query_scale: float | None = None  # None: head_width ** -0.5
-  attention_softcap: float | None = None
-  logit_softcap: float | None = None
-  embed_width: int | None = None  # projected to and from width if it differs
-  embed_scale: float | None = None
+  qk_norm: bool = False  # Whether each head of q and k is normalised.
+  query_scale: float | None = None  # None is head_width ** -0.5.
+  attention_softcap: float | None = None  # None is no cap.
+  logit_softcap: float | None = None  # None is no cap.
+  # Width of the embedding, if a projection maps it to and from width. None is
+  # the same as width, without projections.
+  embed_width: int | None = None
+  embed_scale: float | None = None  # Factor of the embedding. None is 1.
   embed_norm: bool = False
-  token_types: int = 0
-  masked_head: bool = False  # dense, activation and norm before the vocabulary
-  tied_head: bool = False
-  head: bool = True  # False: files of a base class, whose head is not in them
-  source: str = dataclasses.field(  # the config.json that it was read from
+  token_types: int = 0  # Number of token types (segments). 0 is none.
+  # Whether a dense layer, an activation and a norm precede the vocabulary.
+  masked_head: bool = False
+  tied_head: bool = False  # Whether the embedding is the output matrix.
+  # False if the files are those of a base class, without the language model's
+  # head. Such a model returns features only.
+  head: bool = True
+  # Text of the config.json that this config was read from. `save` writes it.
+  source: str = dataclasses.field(
       default='', compare=False, repr=False)
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far; `Transformer` fills it."""
+  """Holds the keys and values of the tokens that a model has seen.
+
+  `make_cache` returns an empty cache and `Transformer` returns filled ones.
+  """
 
   k: jax.Array  # [L, B, T, K, H]
   v: jax.Array  # [L, B, T, K, H]
-  length: jax.Array  # int32 []: how many of the T are filled
+  length: jax.Array  # int32 []: number of the T entries that are filled.
 
 
 class Shared(NamedTuple):
-  """What all layers see; the local fields are for layers with a window.
+  """Holds the inputs that are the same for all layers.
 
-  A layer of which A of the S tokens alone are wanted has these as its input,
-  and all as ``context``.
+  The ``local_`` fields replace the others in layers with a window.
+
+  If the output of a layer is needed at A of its S tokens only, its input is
+  these A tokens, and ``context`` has all S, from which it computes keys and
+  values.
   """
 
   mask: jax.Array  # bool [B, 1, S or A, T]
   local_mask: jax.Array | None
   rope: tuple[jax.Array, jax.Array] | None  # cos, sin: float32 [B, S, H]
   local_rope: tuple[jax.Array, jax.Array] | None
-  start: jax.Array | None  # int32 []: where these tokens stand in the cache
-  context: jax.Array | None = None  # [B, S, D], of which A tokens are wanted:
-  wanted: jax.Array | None = None  # int32 [B, A]
+  start: jax.Array | None  # int32 []: index of the first token in the cache.
+  context: jax.Array | None = None  # [B, S, D]
+  wanted: jax.Array | None = None  # int32 [B, A]: positions of the A tokens.
 
 
-_init = nn.initializers.normal(0.02)
+_init = nn.initializers.normal(0.02)  # transformers' initializer_range
 _ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -106,9 +149,21 @@ _ACTIVATIONS = {
 
 
 class RMSNorm(nn.Module):
-  """``x / rms(x) * scale`` in float32 (Zhang and Sennrich, 2019).
+  r"""Divides vectors by their root mean square.
 
-  With ``plus_one`` it is ``1 + scale``, all in float32, as Gemma has it.
+  .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w
+
+  The quotient is computed in float32 and multiplied by the scale in the dtype
+  of the input. With ``plus_one`` the factor is 1 + w, and the product is
+  computed in float32, too. These are the conventions of transformers for Llama
+  and for Gemma, and they round differently in bfloat16.
+
+  Attributes:
+    eps: Number that is added to the mean square.
+    plus_one: Whether the factor is 1 + w. Defaults to False.
+
+  References:
+    Zhang and Sennrich, 2019 (https://arxiv.org/abs/1910.07467).
   """
 
   eps: float
@@ -126,7 +181,17 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """``(x - mean) / std * scale + bias`` in float32 (Ba et al., 2016)."""
+  r"""Normalises vectors to mean 0 and variance 1, in float32.
+
+  .. math:: y = \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + \epsilon}}
+            \cdot w + b
+
+  Attributes:
+    eps: Number that is added to the variance.
+
+  References:
+    Ba et al., 2016 (https://arxiv.org/abs/1607.06450).
+  """
 
   eps: float
 
@@ -141,17 +206,23 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: Config, name: str) -> nn.Module:
+  """Returns a norm of the config's kind, with its parameters under ``name``."""
   if config.norm == 'layer':
     return LayerNorm(config.norm_eps, name=name)
   return RMSNorm(config.norm_eps, config.norm == 'rms+1', name=name)
 
 
 class Linear(nn.Module):
-  r"""``x @ kernel + bias``; the kernel is [inputs, outputs].
+  r"""Computes ``x @ kernel + bias``.
 
-  Where the parameters have ``lora_a`` [inputs, R], ``lora_b`` [R, outputs] and
-  ``lora_scale`` [], see `mezo_jax.peft.lora`, their product is added without
-  being built: :math:`x W + s\, (x A) B`.
+  If the parameters also have ``lora_a`` A [inputs, R], ``lora_b`` B
+  [R, outputs] and ``lora_scale`` s [] (see `mezo_jax.peft.lora`), it computes
+  :math:`x W + s\, (x A) B + b`, without forming the product A B.
+
+  Attributes:
+    inputs: Length of the input's last axis; axis 0 of the kernel.
+    outputs: Length of the output's last axis; axis 1 of the kernel.
+    use_bias: Whether there is a bias. Defaults to False.
   """
 
   inputs: int
@@ -175,7 +246,15 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-  """Rows of width D, one a token: looked up, or scored against."""
+  """Looks up rows of an embedding table.
+
+  Called without ids it returns the whole table, for use as an output matrix.
+
+  Attributes:
+    rows: Number of rows: the vocabulary's size, or a number of positions or
+      token types.
+    width: Length of each row.
+  """
 
   rows: int
   width: int
@@ -187,22 +266,35 @@ class Table(nn.Module):
 
 
 def activation(config: Config, x: jax.Array) -> jax.Array:
+  """Applies the activation function that the config names."""
   return _ACTIVATIONS[config.activation](x)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """``cap * tanh(x / cap)``, within (-cap, cap); x itself without a cap."""
+  """Returns ``cap * tanh(x / cap)``, or x itself if cap is None."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_tables(rope: Rope, head_width: int, positions_BxS: jax.Array
                 ) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin), float32 [B, S, H]."""
+  """Returns the cosines and sines of the rotary angles.
+
+  Args:
+    rope: Base and rescaling of the frequencies.
+    head_width: Width H of a head, an even number.
+    positions_BxS: Integer positions of the tokens, of shape [B, S].
+
+  Returns:
+    ``cos, sin``: float32 arrays of shape [B, S, H]. The second half of the last
+    axis repeats the first, as coordinates i and i + H/2 form a pair.
+  """
   h = head_width
   freq = rope.theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
   if rope.kind == 'linear':
     freq = freq / rope.factor
   elif rope.kind == 'llama3':
+    # Number of full turns within the original context. Below `low` a frequency
+    # is divided by the factor, above `high` it is kept.
     turns = rope.original_max_length * freq / (2 * jnp.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -213,13 +305,13 @@ def rope_tables(rope: Rope, head_width: int, positions_BxS: jax.Array
 
 
 def take_tokens(x_BxSxD: jax.Array, at_BxA: jax.Array) -> jax.Array:
-  """[B, A, D]: those tokens of each text."""
+  """Returns the vectors at positions ``at_BxA`` of each text, [B, A, D]."""
   return jnp.take_along_axis(x_BxSxD, at_BxA[..., None], 1)
 
 
 def apply_rope(x_BxSxNxH: jax.Array, cos_BxSxH: jax.Array, sin_BxSxH: jax.Array
                ) -> jax.Array:
-  """Rotates pairs (i, i + H/2) of every head, in float32."""
+  """Rotates the coordinate pairs (i, i + H/2) of every head, in float32."""
   x = x_BxSxNxH.astype(jnp.float32)
   first, second = jnp.split(x, 2, -1)
   turned = jnp.concatenate([-second, first], -1)
@@ -229,21 +321,36 @@ def apply_rope(x_BxSxNxH: jax.Array, cos_BxSxH: jax.Array, sin_BxSxH: jax.Array
 
 def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
            v_BxTxKxH: jax.Array, mask_Bx1xSxT: jax.Array) -> jax.Array:
-  r"""Attention over the keys that the mask allows, [B, S, N, H].
+  r"""Computes attention over the keys that the mask allows.
 
   .. math:: \mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v, \quad
             s = 1 / \sqrt{H} \text{ or query\_scale}
 
-  (Vaswani et al., 2017; the cap is Gemma 2's.) N / K queries share a key.
+  The cap is that of Gemma 2 (see `softcap`); most models have none.
+
+  Args:
+    config: Gives the scale s, the cap and the number of key heads.
+    q_BxSxNxH: Queries.
+    k_BxTxKxH: Keys. N / K consecutive query heads share a key head.
+    v_BxTxKxH: Values.
+    mask_Bx1xSxT: Booleans; a query attends to the keys where it is True.
+
+  Returns:
+    An array of shape [B, S, N, H] in the dtype of the values.
+
+  References:
+    Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762).
   """
-  # jax's attention asks for a precision of float16 that CPUs do not have; with
-  # the default one, as below, products are summed in float32 everywhere.
+  # In float16, jax.nn.dot_product_attention requests a precision that CPUs do
+  # not have. The code below uses the default precision, with which products are
+  # summed in float32 on all devices.
   half = q_BxSxNxH.dtype == jnp.float16
   if config.attention_softcap is None and not half:
     return jax.nn.dot_product_attention(
         q_BxSxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask_Bx1xSxT,
         scale=config.query_scale)
-  # No library's fused attention caps its scores.
+  # jax.nn.dot_product_attention cannot cap its scores, so they are computed
+  # here.
   b, s, n, h = q_BxSxNxH.shape
   k = config.num_kv_heads
   scale = config.query_scale or h ** -0.5
@@ -251,17 +358,19 @@ def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
   scores = jnp.einsum('bskgh,btkh->bkgst', q_BxSxKxGxH, k_BxTxKxH,
                       preferred_element_type=jnp.float32)
   scores = softcap(scores * scale, config.attention_softcap)
+  # A finite number instead of -inf: a query without any key then gets equal
+  # weights instead of NaN.
   scores = jnp.where(mask_Bx1xSxT[:, :, None], scores, -1e30)
   weights = jax.nn.softmax(scores).astype(v_BxTxKxH.dtype)
   return jnp.einsum('bkgst,btkh->bskgh', weights, v_BxTxKxH).reshape(b, s, n, h)
 
 
 class Attention(nn.Module):
-  """Queries, keys, values, and the output matrix.
+  """Computes multi-head attention, with its input and output matrices.
 
-  Where the parameters have ``prefix_k`` and ``prefix_v`` [M, K, H], see
-  `mezo_jax.peft.prefix`, every token sees these keys (rotated already) and
-  values as well.
+  If the parameters also have ``prefix_k`` and ``prefix_v`` [M, K, H] (see
+  `mezo_jax.peft.prefix`), every token also attends to these keys and values.
+  Prefix keys are used without rotation.
   """
 
   config: Config
@@ -272,7 +381,8 @@ class Attention(nn.Module):
                ) -> Any:
     c = self.config
     b, s, _ = x_BxSxD.shape
-    # Kernels are matrices: with a head axis XLA copies them all on TPU.
+    # Kernels are stored as matrices, without a head axis: with one, XLA copies
+    # all of them on TPU.
     head = lambda n, name, x: Linear(
         c.width, n * c.head_width, c.qkv_bias, name=name)(
             x).reshape(*x.shape[:2], n, c.head_width)
@@ -293,7 +403,8 @@ class Attention(nn.Module):
           take_tokens(x, shared.wanted) for x in rope]))
       k_BxTxKxH = apply_rope(k_BxTxKxH, *rope)
     if cache is not None:
-      # All must have one dtype, which jax_enable_x64 changes for some of them.
+      # dynamic_update_slice requires indices of one dtype. With jax_enable_x64
+      # the layer index is int64 while the cache's length is int32.
       assert layer is not None and shared.start is not None
       at = (layer, 0, shared.start.astype(layer.dtype), 0, 0)
       put = lambda all_, new: jax.lax.dynamic_update_slice(
@@ -315,6 +426,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+  """Applies the feed-forward layers to each token, gated or not."""
+
   config: Config
 
   @nn.compact
@@ -328,7 +441,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer; the signature that `nn.scan` wants."""
+  """Applies one layer: attention and feed-forward, with norms and residuals.
+
+  It has the signature that `nn.scan` requires. The carry is ``(x, cache)``,
+  where the cache holds the keys and values of all layers.
+  """
 
   config: Config
 
@@ -348,6 +465,8 @@ class Block(nn.Module):
       after = norm if c.norm_place == 'both' else lambda name: lambda y: y
       before = norm('attn_norm')
       normed = before(x_BxSxD)
+      # The norm is shared between the tokens and their context, so that both
+      # use the same parameters.
       y, cache = Attention(c, name='attn')(
           normed, normed if shared.context is None else before(of_BxTxD), cache,
           shared, local, layer)

@@ -1,6 +1,6 @@
-"""The language model: embedding, layers in a scan, head.
+"""Defines the language model: an embedding, a scan over layers, and a head.
 
-Shapes in names are those of `mezo_jax.models.layers`.
+Suffixes of names give shapes, with the letters of `mezo_jax.models.layers`.
 """
 
 from collections.abc import Mapping
@@ -28,23 +28,37 @@ from mezo_jax.models.layers import (
 )
 from mezo_jax.perturb.api import dequantized
 
-_CHUNK = 4096  # rows of the vocabulary at a time
+_CHUNK = 4096  # Rows of the vocabulary that are scored at a time.
 _FEATURES = ('', 'head', 'body', 'trunk')
 
 
 def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
                    targets_BxA: jax.Array, bias_V: jax.Array | None = None,
                    cap: float | None = None, chunk: int = _CHUNK) -> jax.Array:
-  r"""log p of the targets, float32 [B, A], without logits [B, A, V].
+  r"""Returns the log-likelihoods of target tokens without building all logits.
 
   .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
 
-  Parts of the vocabulary in turn update a running maximum and sum, so that
-  neither all logits nor, under `mezo_jax.perturbed`, a whole perturbed table
-  is ever alive. Where the vocabulary is split over `tensor` each device has
-  such a part already. A target that is not a row of the table gives NaN.
+  The vocabulary is processed in chunks that update a running maximum and sum.
+  Logits of shape [B, A, V] are never alive, nor is, under `mezo_jax.perturbed`,
+  a whole perturbed table. If the vocabulary is split over the `tensor` axis of
+  a mesh, it is processed at once, as each device has only a part of it.
+
+  Args:
+    x_BxAxD: Features of the answer positions.
+    table_VxD: Output matrix, one row per token of the vocabulary.
+    targets_BxA: Integer ids of the target tokens.
+    bias_V: Bias of the logits. Defaults to None, for no bias.
+    cap: Soft cap of the logits (see `softcap`). Defaults to None, for no cap.
+    chunk: Number of rows of the table that are scored at a time. Defaults to
+      4096.
+
+  Returns:
+    Float32 log-likelihoods of shape [B, A]; NaN for a target that is not a row
+    of the table.
   """
   def finish(logits, bias):
+    """Adds the bias and applies the cap."""
     return softcap(logits if bias is None else logits + bias, cap)
 
   picked_BxA = finish(
@@ -52,9 +66,11 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
                  preferred_element_type=jnp.float32),
       None if bias_V is None else bias_V[targets_BxA])
 
+  # An index out of range reads the nearest row, so it is marked explicitly.
   inside_BxA = (targets_BxA >= 0) & (targets_BxA < table_VxD.shape[0])
   picked_BxA = jnp.where(inside_BxA, picked_BxA, jnp.nan)
 
+  # The carry is the largest logit so far and the sum of exp(logit - largest).
   def add(carry, take):
     top, total = carry
     logits = finish(_products(x_BxAxD, take(table_VxD)),
@@ -66,6 +82,9 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
 
   vocab = table_VxD.shape[0]
   chunk = vocab if splits_vocabulary() else min(chunk, vocab)
+  # The target's logit is a finite first maximum; its term joins the sum later,
+  # with its chunk. The rows that do not fill a chunk are added first, so that
+  # the scan has chunks of one size.
   carry, rest = (picked_BxA, jnp.zeros_like(picked_BxA)), vocab % chunk
   if rest:
     carry = add(carry, lambda rows: rows[vocab - rest:])
@@ -78,12 +97,17 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
 
 
 def _products(x_BxAxD, rows_VxD):
+  """Returns float32 scores [B, A, V] of features against rows of a table."""
   return jnp.einsum('bad,vd->bav', x_BxAxD, rows_VxD,
                     preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):
-  """What a masked language model does before it scores the vocabulary."""
+  """Transforms features as masked language models do before they score tokens.
+
+  It applies a dense layer, an activation and a norm. It returns the features
+  and the bias of the logits, of shape [V].
+  """
 
   config: Config
 
@@ -96,19 +120,24 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A language model over the nested dict of its parameters.
+  """Computes logits, log-likelihoods or features of texts.
 
-  ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-  logits [B, S, V]. Parameters of layers are stacked, ``layers/...`` [L, ...];
-  the last k may stand apart, ``last_layers/...`` [k, ...]. Parameters that
-  `mezo_jax.peft` adds (LoRA, a prefix of M keys and values, a prompt of M soft
-  tokens) are used where they are there.
+  ``model.apply({'params': params}, input_ids, attention_mask)`` returns float32
+  logits of shape [B, S, V]. The parameters are a plain nested dict, as `load`
+  returns it. Those of all layers are stacked: ``layers/...`` of shape [L, ...].
+  The last k layers may have a stack of their own: ``layers/...`` [L - k, ...]
+  and ``last_layers/...`` [k, ...].
+
+  Parameters that `mezo_jax.peft` adds (LoRA, a prefix of M keys and values, a
+  prompt of M soft tokens) are used if they are present.
 
   Attributes:
-    config: the family and its size.
-    remat: whether backpropagation keeps each layer's input alone.
-    prefix_positions: Positions of the tokens after a prefix: 'zero', from 0 on
-      as without one (the paper), or 'after', from M on (PEFT).
+    config: The architecture and its sizes.
+    remat: Whether to recompute activations in the backward pass, so that only
+      the input of each layer is kept. Defaults to False.
+    prefix_positions: Positions of the tokens after a prefix. 'zero', the
+      default, counts from 0 as without a prefix (as in the MeZO paper); 'after'
+      counts from M (as in PEFT).
   """
 
   config: Config
@@ -121,54 +150,65 @@ class Transformer(nn.Module):
                token_ids: Any = None, targets: Any = None, cache: Any = None,
                shared_prompt: bool = False, features: str = '',
                trunk: jax.Array | None = None) -> Any:
-    """Logits, or log-likelihoods of given tokens.
+    """Returns logits, log-likelihoods of given tokens, or features.
+
+    All arrays may be jax arrays, numpy arrays or lists. Their values are
+    checked when they are known. Arguments of a jitted function are not known
+    when it is traced; there, a row with a token, a token type or a position
+    that the model does not have returns NaN.
 
     Args:
-      input_ids: integers [B, S]; V, V + 1, ... are the tokens of a soft prompt.
-        All numbers may be arrays of jax or numpy, or lists. Those whose values
-        are known are checked. In a program of `jax.jit` that is given them, a
-        row with a token, a token type or a position that the model does not
-        have gives NaN.
-      attention_mask: integers or booleans [B, S]: 0 at padding, on either side,
-        and 1 at tokens; or 1, 2, ... for several texts packed into a row, none
-        of which sees another and each of which starts at position 0. None for
-        no padding. With a cache [B, T]: of its tokens and of these.
-      token_type_ids: integers [B, S], for families that have them; None for 0.
-      answer_at: integers [B, A], the positions whose logits are wanted, counted
-        from the end if negative; None for all. [B, S, V] logits are then never
-        made.
-      token_ids: integers [C], the tokens whose logits are wanted; None for all.
-      targets: integers [B, A or S], the tokens whose log-likelihoods are wanted
-        instead of logits.
-      cache: of the tokens before these, from `make_cache`, with room for these;
-        without it the result is NaN.
-      shared_prompt: text 1 of a row is a prompt that its texts 2, 3, ...
-        continue, each as if it were alone with it. Each continuation with the
-        prompt, but not all of them together, must fit the model's positions.
-      features: what to return instead of logits: 'head' for what the
-        vocabulary is scored against, 'body' for what the last layer gives
-        (after the final norm; they differ in masked models), 'trunk' for what
-        ``layers`` give, to be the input of ``last_layers`` and the head.
-      trunk: vectors [B, S, D] of these tokens, as features='trunk' gives them,
-        to go on from; ``layers``, and what is before them, are not used.
+      input_ids: Integers of shape [B, S]. The ids V, V + 1, ... are the tokens
+        of a soft prompt.
+      attention_mask: Integers or booleans of shape [B, S]: 0 at padding, which
+        may be on either side, and 1 at tokens. Or 1, 2, ... for several texts
+        that are packed into a row; each starts at position 0, and none sees
+        another. With a cache it has the shape [B, T] and describes the tokens
+        in the cache and the new ones. Defaults to None, for no padding.
+      token_type_ids: Integers of shape [B, S], for families that have token
+        types. Defaults to None, for type 0.
+      answer_at: Integers of shape [B, A]: the positions whose results are
+        returned. Negative ones count from the end. Logits of shape [B, S, V]
+        are then never computed. Defaults to None, for all positions.
+      token_ids: Integers of shape [C]: the tokens whose logits are returned.
+        Defaults to None, for the whole vocabulary.
+      targets: Integers of shape [B, A or S]: the tokens whose log-likelihoods
+        are returned instead of logits. Defaults to None, for logits.
+      cache: Keys and values of the preceding tokens, from `make_cache` or an
+        earlier call. If it has no room for the new tokens, the call raises, or
+        returns NaN inside a jitted function. Defaults to None, for no cache.
+      shared_prompt: Whether text 1 of each row is a prompt that its texts 2, 3,
+        ... continue, each as if it were alone with the prompt. The prompt and
+        any one continuation must fit the model's positions; all of them
+        together need not. Defaults to False.
+      features: The features to return instead of logits. 'head' selects those
+        that are multiplied by the output matrix; 'body' selects the output of
+        the last layer after the final norm (in masked models the head follows);
+        'trunk' selects the output of ``layers``, which is the input of
+        ``last_layers``. Defaults to '', for logits.
+      trunk: Output of ``layers`` for these tokens, of shape [B, S, D], as
+        returned with features='trunk'. The embedding and ``layers`` are then
+        skipped. Defaults to None.
 
     Returns:
-      float32 logits [B, A or S, C or V]; with ``targets``, their
-      log-likelihoods [B, A or S]; with ``features``, vectors [B, A or S, D] in
-      the dtype of the parameters, of the trunk always [B, S, D]. With a cache,
-      a pair of that and the cache with these tokens added.
+      Float32 logits of shape [B, A or S, C or V]; with ``targets``, float32
+      log-likelihoods of shape [B, A or S]; with ``features``, vectors of shape
+      [B, A or S, D] in the dtype of the parameters (with 'trunk' always
+      [B, S, D]). With a cache, a pair of that and the extended cache.
 
     Raises:
-      TypeError: for ids that are not integers.
-      ValueError: for shapes that do not fit, for more tokens than the model has
-        positions or the cache has room for, for a token or token type that the
-        model does not have, for what a model without its head cannot say, or
-        for a trunk with a cache.
+      TypeError: If ids are not integers.
+      ValueError: If shapes do not fit, if there are more tokens than the model
+        has positions or the cache has room for, if the model does not have a
+        token or token type, if logits are requested of a model without a head,
+        or if ``trunk`` or features='trunk' is combined with a cache.
     """
     c = self.config
     if features not in _FEATURES:
-      raise ValueError(f'features is {features!r}, not one of '
+      raise ValueError(f'features={features!r} is unknown; choose one of '
                        f'{", ".join(_FEATURES[1:])}.')
+    # `inside` collects boolean masks that broadcast to [B, S], or None: False
+    # marks an invalid value that could not be checked while tracing.
     have = self.variables.get('params', {})
     soft = have['prompt']['embedding'].shape[0] if 'prompt' in have else 0
     input_ids, inside = known_ids(
@@ -180,8 +220,8 @@ class Transformer(nn.Module):
           attention_mask, b, s if cache is None else cache.k.shape[2])
     if token_type_ids is not None:
       if not c.token_types:
-        raise ValueError(f'a {c.family} has no token types: leave '
-                         'token_type_ids out.')
+        raise ValueError(f'{c.family} models have no token types; omit '
+                         'token_type_ids.')
       token_type_ids, types_inside = known_ids(
           'token_type_ids', token_type_ids, c.token_types, ((1, b), (1, s)))
       inside.append(types_inside)
@@ -201,27 +241,32 @@ class Transformer(nn.Module):
       longest += prefix_length(have)
     if longest > c.max_length and not shared_prompt:
       raise ValueError(f'{longest} tokens exceed the {c.max_length} '
-                       'positions of this model.')
+                       'positions of this model; shorten the input.')
     if cache is not None and (trunk is not None or features == 'trunk'):
-      raise ValueError('a cache is of all layers: leave it out with a trunk.')
+      raise ValueError('trunk and features="trunk" cannot be combined with a '
+                       'cache, which covers all layers; omit one of them.')
     if cache is not None:
       inside.append(_has_room(cache, s))
     embed = Table(c.vocab_size, c.embed_width or c.width, name='embed')
     shared, at_BxS = _shared(
         c, b, s, attention_mask, cache, shared_prompt, shift)
     if longest > c.max_length:
-      # Only texts that share a prompt can be longer together than one may be.
+      # Here shared_prompt is True. The row may be longer than the model's
+      # positions, but the position of each token may not.
       fits = at_BxS < c.max_length
       if attention_mask is not None and cache is None:
         fits |= attention_mask == 0
       if not isinstance(fits, Tracer) and not fits.all():
-        raise ValueError(f'a text exceeds the {c.max_length} positions of this '
-                         'model.')
+        raise ValueError('a prompt with its continuation exceeds the '
+                         f'{c.max_length} positions of this model; shorten it.')
       inside.append(fits)
     if trunk is not None:
       x_BxSxD = trunk
     else:
       x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
+      # A traced program cannot raise. NaN in the embedding of an invalid row
+      # makes its result NaN, while jax would silently read the nearest row of
+      # the table.
       for mask in inside:
         if mask is not None:
           x_BxSxD = jnp.where(mask[..., None], x_BxSxD, jnp.nan)
@@ -234,12 +279,14 @@ class Transformer(nn.Module):
         break
       if (answer_at is not None and cache is None and length == 1
           and first + length == c.num_layers):
-        # Of the last layer, apart, no more is computed than is read.
+        # The last layer is a stack of its own, so it is evaluated only at the
+        # positions that are returned.
         carry, shared = _wanted(carry, shared, answer_at)
       layers = nn.scan(
           nn.remat(Block, prevent_cse=False) if self.remat else Block,
           variable_axes={'params': 0}, split_rngs={'params': True},
-          # flax takes a tuple, one entry for each argument.
+          # flax accepts a tuple with one entry per argument, but its annotation
+          # does not.
           in_axes=cast(Any, (nn.broadcast, 0, 0)), length=length)
       index = jnp.arange(first, first + length)
       carry, _ = layers(c, name=name)(
@@ -258,9 +305,9 @@ class Transformer(nn.Module):
       return self._with(cache, s, x_BxSxD)
     if not c.head and (c.masked_head or not features):
       raise ValueError(
-          f'the files of this {c.family} are of a base class, without the '
-          "head that makes logits: ask for features='body', or load a model "
-          'that was saved with its head.')
+          f'the files of this {c.family} are those of a base class, without '
+          "the head that computes logits; use features='body', or load a "
+          'model that was saved with its head.')
     if c.embed_width:
       x_BxSxD = Linear(c.width, c.embed_width, name='project_out')(x_BxSxD)
     bias_V = None
@@ -282,12 +329,14 @@ class Transformer(nn.Module):
     return self._with(cache, s, out)
 
   def _embed(self, embed, input_ids, token_type_ids, at_BxS, have):
-    """What goes into the first layer."""
+    """Returns the input of the first layer, [B, S, D]."""
     c = self.config
     x_BxSxD = embed(input_ids)
     if c.embed_scale:
       x_BxSxD *= jnp.asarray(c.embed_scale, x_BxSxD.dtype)
-    if 'prompt' in have:  # as PEFT has it, after the scale
+    if 'prompt' in have:
+      # Soft tokens replace the scaled embeddings and are not scaled themselves,
+      # as in PEFT. one_hot returns zeros for the ids of ordinary tokens.
       soft_MxD = have['prompt']['embedding'].astype(x_BxSxD.dtype)
       at_BxSxM = jax.nn.one_hot(
           input_ids - c.vocab_size, len(soft_MxD), dtype=x_BxSxD.dtype)
@@ -307,37 +356,42 @@ class Transformer(nn.Module):
     return x_BxSxD
 
   def _with(self, cache, s, out):
-    """The result, with a cache also the cache with these tokens added."""
+    """Returns the result, and with a cache also the cache with its new length.
+    """
     if cache is None:
       return out
     return out, cache._replace(length=cache.length + s)
 
   def _shift(self, params) -> int:
-    """Returns how much larger positions are than without a prefix."""
+    """Returns the number by which a prefix increases the positions of tokens.
+    """
     return 0 if self.prefix_positions == 'zero' else prefix_length(params)
 
 
 def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
               least: int = 0) -> tuple[jax.Array, jax.Array | None]:
-  """Checks numbers that select rows: token ids, token types, positions.
+  """Checks integers that select rows: token ids, token types, positions.
 
-  jax reads the nearest row for a number that no row has, where torch raises.
+  For an index out of range jax reads the nearest row, where torch raises. So
+  values that are known are checked here, and others can be masked by the
+  caller.
 
   Args:
-    name: The argument, for the error.
-    ids: An array of jax or numpy, or lists.
-    size: Numbers below it are allowed.
-    shape: The length of each axis, or a tuple of lengths to choose from; None
-      for any.
-    least: Numbers from it on are allowed.
+    name: Name of the argument, for errors.
+    ids: A jax array, a numpy array, or nested lists.
+    size: Exclusive upper bound of the values.
+    shape: Required length of each axis, or a tuple of permitted lengths, or
+      None for any length.
+    least: Inclusive lower bound of the values. Defaults to 0.
 
   Returns:
-    ``ids, inside``: the integers, and which of them are allowed. ``inside`` is
-    None where the values are known, as all are then allowed.
+    ``ids, inside``: the integers as a jax array of at least 32 bits, and a
+    boolean array that marks those within the bounds. ``inside`` is None if the
+    values are known, as they have been checked then.
 
   Raises:
-    TypeError: for other than integers.
-    ValueError: for another shape, or a number that is not allowed.
+    TypeError: If the values are not integers.
+    ValueError: If the shape differs, or a known value is out of bounds.
   """
   known = is_known(ids)
   if not isinstance(ids, jax.Array):
@@ -346,7 +400,7 @@ def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
     raise TypeError(f'{name} must be integers, not {ids.dtype}.')
   fits = lambda m, n: m in n if isinstance(n, tuple) else n in (None, m)
   if len(ids.shape) != len(shape) or not all(map(fits, ids.shape, shape)):
-    hint = ': a single text is a batch of one, [None] adds the axis' if (
+    hint = '; for a single text add a batch axis with [None]' if (
         len(ids.shape) == 1 and len(shape) == 2) else ''
     want = ', '.join('any' if n is None else str(n) for n in shape)
     raise ValueError(
@@ -356,7 +410,7 @@ def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
     wrong = values[(values < least) | (values >= size)]
     if wrong.size:
       raise ValueError(
-          f'{name} has {wrong[0]}, and this model takes {least} to {size - 1}.')
+          f'{name} has {wrong[0]}; this model accepts {least} to {size - 1}.')
   ids = jnp.asarray(ids)
   if ids.dtype.itemsize < 4 or jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
     ids = ids.astype(jnp.int32)
@@ -364,11 +418,17 @@ def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
 
 
 def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
-  """Returns an attention mask as int32 [B or 1, T].
+  """Checks an attention mask and returns it as int32 of shape [B or 1, T].
+
+  Args:
+    mask: A jax array, a numpy array, or nested lists: 0 at padding, and 1, or
+      the number of the text in its row, at tokens.
+    rows: Number B of rows in the batch.
+    length: Number T of tokens per row.
 
   Raises:
-    ValueError: for another shape or, where they are known, for values other
-      than 0, 1, 2, ..., such as those of a mask that is added to scores.
+    ValueError: If the shape differs, or a known value is not one of 0, 1, 2,
+      ..., as in a mask that is meant to be added to scores.
   """
   if not isinstance(mask, jax.Array):
     mask = np.asarray(mask)
@@ -379,46 +439,66 @@ def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
   if is_known(mask):
     values = np.asarray(mask)
     if not np.all((values >= 0) & (values % 1 == 0)):
-      raise ValueError('attention_mask must be 0 at padding and 1 at tokens.')
+      raise ValueError('attention_mask has a value that is negative or not '
+                       'whole; it must be 0 at padding and 1 at tokens.')
   return jnp.asarray(mask).astype(jnp.int32)
 
 
 def is_known(x: Any) -> bool:
-  """Returns whether the values of an array can be read here and now."""
+  """Returns whether the values of an array can be read by this process.
+
+  They cannot for tracers, nor for arrays that are partly on the devices of
+  other processes.
+  """
   return not isinstance(x, Tracer) and (
       not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 
 def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
-  """Returns whether a cache has room for more tokens; None if it is known to.
+  """Checks that a cache has room for more tokens.
+
+  Returns:
+    None if it has. While tracing, a boolean of shape [1, 1].
 
   Raises:
-    ValueError: if it is known not to.
+    ValueError: If it is known to have no room.
   """
   most = cache.k.shape[2]
   if isinstance(cache.length, Tracer):
     return (cache.length + tokens <= most)[None, None]
   if int(cache.length) + tokens > most:
     raise ValueError(f'the cache has {int(cache.length)} tokens and room for '
-                     f'{most}: {tokens} more do not fit.')
+                     f'{most}; {tokens} more do not fit. Give make_cache a '
+                     'larger length.')
   return None
 
 
 def apply(model: Transformer, params: dict[str, Any], *args: Any, **kwargs: Any
           ) -> Any:
-  """``model.apply({'params': params}, ...)``, of quantised weights too."""
+  """Applies a model to parameters that may contain quantised weights.
+
+  Args:
+    model: The model.
+    params: Its parameters, as `load` returns them.
+    *args: Arguments of the model, such as ``input_ids``.
+    **kwargs: Keyword arguments of the model, such as ``answer_at``.
+
+  Returns:
+    The result of ``model.apply({'params': params}, *args, **kwargs)``.
+  """
   return dequantized(lambda params: model.apply(
       {'params': params}, *args, **kwargs))(params)
 
 
 def prefix_length(params: Mapping[str, Any]) -> int:
-  """M, the keys and values that `mezo_jax.peft.prefix` put before the texts."""
+  """Returns the number M of prefix keys in the parameters, 0 without a prefix.
+  """
   attn = params.get('layers', {}).get('attn', {})
   return attn['prefix_k'].shape[1] if 'prefix_k' in attn else 0
 
 
 def _parts(c: Config, params: Mapping[str, Any]) -> list[tuple[str, int]]:
-  """The stacks of layers, in order, and how many layers each has."""
+  """Returns the name and number of layers of each stack, in order."""
   last = jax.tree.leaves(params.get('last_layers', {}))
   k = len(last[0]) if last else 0
   return [(name, n) for name, n in (
@@ -427,7 +507,11 @@ def _parts(c: Config, params: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
             shift):
-  """(what all layers see, positions of the tokens [B or 1, S])."""
+  """Returns the inputs that all layers share, and the tokens' positions.
+
+  Returns:
+    ``shared, positions``: a `Shared`, and integers of shape [B or 1, S].
+  """
   start, t = (0, s) if cache is None else (cache.length, cache.k.shape[2])
   query_Sx1 = start + jnp.arange(s)[:, None]
   key_T = jnp.arange(t)
@@ -435,16 +519,21 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
   if attention_mask is None:
     same_BxSxT, at_BxS = jnp.ones((1, s, t), bool), query_Sx1.T
   else:
-    # Padding is a text of its own: then no token attends to nothing.
+    # Padding counts as a text of its own, so that padding tokens attend to each
+    # other. Otherwise they would have no keys at all.
     text_BxT = attention_mask
     text_BxS = jax.lax.dynamic_slice_in_dim(text_BxT, start, s, 1)
     same_BxSxT = text_BxS[:, :, None] == text_BxT[:, None]
     if shared_prompt:
       same_BxSxT |= (text_BxS[:, :, None] > 1) & (text_BxT[:, None] == 1)
+    # A token's position is the number of earlier tokens of its text. This holds
+    # for padding on either side, packed texts and shared prompts.
     at_BxS = jnp.sum(same_BxSxT & before_1xSxT, -1) - 1
   at_BxS = at_BxS + shift
   mask_BxSxT = same_BxSxT & before_1xSxT if c.causal else same_BxSxT
-  # A continuation lies further from the prompt in the row than in its text.
+  # Windows count distances within a text. These are distances within the row,
+  # except where other continuations are stored between a continuation and its
+  # prompt.
   ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt
                else query_Sx1 - key_T)
   window = c.window
@@ -461,7 +550,10 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
 
 
 def _wanted(carry, shared: Shared, at_BxA):
-  """What a layer is given of which these tokens alone are wanted."""
+  """Reduces the inputs of a layer to the tokens whose output is needed.
+
+  All tokens remain available as the context for keys and values.
+  """
   x_BxSxD, cache = carry
   masks = [m if m is None else jnp.take_along_axis(
       m, at_BxA[:, None, :, None], 2) for m in (shared.mask, shared.local_mask)]
@@ -471,16 +563,16 @@ def _wanted(carry, shared: Shared, at_BxA):
 
 def make_cache(config: Config, rows: int, length: int,
                dtype: jax.typing.DTypeLike) -> Cache:
-  """An empty cache for ``length`` tokens of each of ``rows`` texts.
+  """Returns an empty cache.
 
   Args:
-    config: of the model.
-    rows: B, texts in the batch.
-    length: T, tokens of prompt and continuation together.
-    dtype: of the keys and values, as a rule that of the parameters.
+    config: Config of the model.
+    rows: Number B of texts in the batch.
+    length: Number T of tokens per text, prompt and continuation together.
+    dtype: Dtype of the keys and values, usually that of the parameters.
 
   Returns:
-    A `Cache` with k and v [L, B, T, K, H] and length 0.
+    A `Cache` with zeros of shape [L, B, T, K, H] as k and v, and length 0.
   """
   shape = (config.num_layers, rows, length, config.num_kv_heads,
            config.head_width)

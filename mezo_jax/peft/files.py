@@ -51,10 +51,11 @@ def save(directory: str | os.PathLike[str], model: Transformer,
   adapters are written as one adapter whose rank is the sum of theirs, which
   computes the same.
 
-  PEFT cannot compute two kinds of adapters: prefixes and prompts of masked
-  models, which it would ignore, and prefixes after which learned positions
-  start at 0. They are written with a task type that PEFT does not know, so that
-  it refuses to load them. `load` reads them.
+  PEFT cannot compute two kinds of adapters. One is a prefix or a prompt of a
+  masked model, which PEFT would ignore. The other is a prefix of a model with
+  learned positions, if the first token after the prefix has position 0. Both
+  are written with a task type that PEFT does not know, so that PEFT refuses to
+  load them. `load` reads them.
 
   Args:
     directory: Directory to create. It may exist if it is empty.
@@ -255,11 +256,11 @@ def _virtual(peft_type: str, c: Config, m: int) -> dict:
 def _prefix_tensors(model: Transformer, attn: dict):
   """Returns PEFT's tensor and config of a prefix.
 
-  PEFT gives the first token after a prefix of M tokens the position M. If this
-  model starts at 0 instead, rotary keys are moved M positions further on. Their
-  distances to the tokens, on which rotary attention depends, then stay the
-  same. With learned positions there is no such correction, and the config
-  records the positions in a field of its own.
+  PEFT gives the first token after a prefix of M tokens the position M. If it
+  has position 0 in this model, M is added to the positions of the prefix's
+  rotary keys. Rotary attention depends only on the distances between keys and
+  tokens, which then stay the same. With learned positions no such correction is
+  possible, and the config records the positions in a field of its own.
 
   Args:
     model: Model of the prefix.
@@ -281,12 +282,12 @@ def _prefix_tensors(model: Transformer, attn: dict):
 
 
 def _turned(c: Config, k_LxMxKxH, by: int) -> np.ndarray:
-  """Rotates keys to where they would be some positions further on.
+  """Applies rotary embeddings to keys, as if their positions were larger.
 
   Args:
     c: Config of the model.
     k_LxMxKxH: Keys, float32 [L, M, K, H].
-    by: Number of positions.
+    by: Number of positions to add.
   """
   local = c.local_layers or (False,) * c.num_layers
   at = jnp.full((1, k_LxMxKxH.shape[1]), by)
@@ -339,8 +340,9 @@ def _modules(c: Config) -> dict[str, list[Row]]:
 
   Returns:
     A dict from the names of modules, with {l} for the number of the layer, to
-    the table rows of their matrices. The fused q, k and v of a GPT-2 are one
-    module with three rows, in the order of its outputs.
+    a list of `mezo_jax.models.families.table.Row`, one for each matrix of the
+    module. The fused q, k and v of a GPT-2 are one module with three rows, in
+    the order of its outputs.
   """
   out = collections.defaultdict(list)
   for row in huggingface.table_of(c):
@@ -355,7 +357,7 @@ def _leaves(params: dict, row: Row, layers: int) -> list[dict]:
 
   Args:
     params: Parameters of the model, with or without ``last_layers``.
-    row: Table row of the matrix.
+    row: The `Row` that describes the matrix.
     layers: Number of layers of the model.
 
   Returns:
@@ -393,8 +395,8 @@ def _lora_tensors(c: Config, params: dict):
           for name, rows in modules.items()}
   found = {float(x['lora_scale']) for layers in have.values()
            for parts in layers for x in parts if x}
-  # If scales differ, the config has the scale 1 and `_fused` multiplies each B
-  # by its own scale.
+  # If the scales of modules differ, PEFT's scale is set to 1, and `_fused`
+  # multiplies each B by its own scale.
   scale, short = found.pop() if len(found) == 1 else 1.0, {}
   for name, layers in have.items():
     those = [l for l, parts in enumerate(layers) if any(parts)]
@@ -410,7 +412,8 @@ def _lora_tensors(c: Config, params: dict):
     raise InputError('the parameters have no LoRA, prefix or prompt to save.')
   rank, names = max(ranks.values()), sorted(short.values())
   # PEFT takes either a list of ends of names or one regular expression that
-  # matches whole names. One name that needs an expression decides for all.
+  # matches whole names. If one name needs an expression, all names are joined
+  # into a single expression.
   one = any(r'\d+' in name or '(' in name for name in names)
   return tensors, {
       'peft_type': 'LORA', 'r': rank, 'lora_alpha': scale * rank,
@@ -430,7 +433,7 @@ def _fused(parts: Sequence[dict], rows: list[Row], scale: float):
 
   Args:
     parts: LoRA leaves of each part, {} for a part without an adapter.
-    rows: Table rows of the parts.
+    rows: The `Row` of each part.
     scale: Scale that PEFT multiplies the product by. B is divided by it.
 
   Returns:

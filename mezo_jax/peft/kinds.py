@@ -12,19 +12,22 @@ import dataclasses
 class Part:
   """Describes one choice of trained parameters.
 
-  Other modules prepare the model according to the flags.
+  Other modules read these flags to prepare the model, for example to add
+  adapters or to separate the last layers.
   """
 
   # Regular expression that is searched for in the paths of parameters. It
   # selects the trained ones; '' selects all.
   pattern: str
-  # Description in a model card. Fields of `config.peft` are in braces.
+  # Description for a model card. Names in braces are replaced by the values of
+  # these fields of `config.peft`.
   words: str
   # Regular expression of all new parameters, whether they are trained or not.
   # '' if the choice adds none to the model's own.
   adapter: str = ''
-  # Whether the adapter is a sum with weight matrices. A new one then changes
-  # no output, and a trained one can be merged into the weights.
+  # Whether the adapter is added to weight matrices, as LoRA is. A new adapter
+  # then does not change any output, and a trained one can be merged into the
+  # weights.
   added: bool = False
   # Whether the adapter adds soft tokens to the input of the model.
   soft: bool = False
@@ -35,14 +38,16 @@ class Part:
   last_layers: bool = False
   # Whether factors of the scales of quantised weights are trained.
   factors: bool = False
-  # Fields of `config.peft` that only the choices that list them read.
+  # Fields of `config.peft` that this choice reads. A field that no choice lists
+  # is read by all of them.
   reads: tuple[str, ...] = ()
-  # Returns for `config.peft` how many of the model's positions the adapter
-  # takes from each text.
+  # Function from `config.peft` to the number of positions that the adapter
+  # occupies. The maximum length of a text is smaller by this number.
   tokens: Callable = lambda peft: 0
-  # Lowest and highest usual learning rate for MeZO: those of the searches in
-  # Tables 15 and 16 of Malladi et al. (2023). They did not train soft prompts,
-  # which get the rates of a prefix here. None if no rates are known.
+  # Lowest and highest usual learning rate for MeZO, from the hyper-parameter
+  # searches in Tables 15 and 16 of Malladi et al. (2023). The paper did not
+  # train soft prompts; they get the rates of a prefix here. None if no rates
+  # are known.
   usual: tuple[float, float] | None = None
   # The same for backpropagation.
   usual_backprop: tuple[float, float] | None = None
@@ -56,7 +61,7 @@ PARTS = {
         reads=('rank', 'alpha', 'rslora', 'targets'), usual=(1e-4, 1e-4),
         usual_backprop=(3e-4, 3e-4)),
     'prefix': Part(
-        r'/prefix_[kv]$', 'a prefix of {num_tokens} keys and values a layer',
+        r'/prefix_[kv]$', 'a prefix of {num_tokens} keys and values per layer',
         adapter=r'/prefix_[kv]$',
         reads=('num_tokens', 'init', 'text', 'positions'),
         tokens=lambda p: p.num_tokens if p.positions != 'zero' else 0,

@@ -40,7 +40,8 @@ def split_layers(params: dict[str, Any], k: int, take: bool = False
   total = len(jax.tree.leaves(params['layers'])[0])
   if not 1 <= k <= total:
     raise InputError(f'{k} last layers cannot be split off a model with '
-                     f'{total}; choose a number from 1 to that.')
+                     f'{total} layers; choose at least 1 and at most all of '
+                     'them.')
   rest = {name: x for name, x in params.items() if name != 'layers'}
   # jax.tree.map also slices the arrays inside quantised weights
   # (QuantizedArray).

@@ -21,7 +21,7 @@ def split(params: dict[str, Any], mask: Any
 
   Args:
     params: Nested dict of arrays, such as the parameters of a Flax Linen model.
-    mask: Mask of the trainable leaves. It may be a regular expression that is
+    mask: Selects the trainable leaves. It may be a regular expression that is
       searched for in the paths of leaves, a tree of bools, or a function from
       the parameters to such a tree. None selects every leaf that can be
       trained.

@@ -1,4 +1,6 @@
-"""Trains context before every text: prefix tuning and prompt tuning.
+"""Creates the adapters of prefix tuning and of prompt tuning.
+
+Both train a context that precedes every text.
 
 A prefix is M keys and M values per layer (Li and Liang, 2021). The parameters
 are ``layers/attn/prefix_k`` and ``prefix_v`` [L, M, K, H], with L layers, K

@@ -2,19 +2,20 @@ r"""Evaluates functions at θ + Σ c·z(key) without building that vector.
 
 * `perturbed` is a function transformation, like `jax.jvp`. It traces
   ``value_fn`` to a jaxpr and evaluates the jaxpr with lazy params. A param is a
-  `Block` until an operation consumes it and builds ``w + c*z`` (see
-  `mezo_jax.perturb.interpreter`). Only the smallest leaves are built first. A
-  `lax.scan` over stacked layers passes one layer and its key to each iteration,
-  and an unrolled model consumes its layers one by one. Either way, one layer of
-  perturbed weights is alive at a time. A lookup of embedding rows draws z for
-  these rows only. The model itself needs no change.
+  `Block` until an operation uses it, and ``w + c*z`` is built only for this
+  operation (see `mezo_jax.perturb.interpreter`). The smallest leaves are an
+  exception: they are built at the start. A `lax.scan` over stacked layers
+  passes one layer and its key to each iteration, and an unrolled model uses its
+  layers one by one. In both cases, one layer of perturbed weights is in memory
+  at a time. A lookup of embedding rows draws z for these rows only. The model
+  itself needs no change.
 * `dequantized` does the same for quantised weights, without a displacement.
 * `displace` builds the displaced params.
 * `direction` builds the displacement itself, as an optax ``updates`` tree.
 
-The clean weights are never changed. Algorithm 1 of Malladi et al., 2023, in
-contrast, adds +ε z, -2ε z and +ε z in place, so that rounding errors accumulate
-in the weights.
+The clean (unperturbed) weights are never changed. In contrast, Algorithm 1 of
+Malladi et al., 2023, adds +ε z, -2ε z and +ε z in place, so that rounding
+errors accumulate in the weights.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def _blocks(params, displacement: Displacement,
 def _still(path: str, x) -> Block:
   """Returns quantised weights as a block without directions.
 
-  The interpreter then dequantises them where they are consumed.
+  The interpreter then dequantises the weights only where they are used.
   """
   keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
   return Block(x, Rademacher().of_leaf(
@@ -59,8 +60,8 @@ def _still(path: str, x) -> Block:
 def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
   """Checks that no leaf is sharded over a manual axis of `jax.shard_map`.
 
-  Inside `jax.shard_map` a device sees its shard as the whole leaf, so all
-  shards would draw the same z.
+  Inside `jax.shard_map`, a device cannot distinguish its shard from a whole
+  leaf, so all shards would draw the same z.
 
   Raises:
     ValueError: If a leaf varies over a manual mesh axis.
@@ -69,8 +70,8 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
   if not manual:
     return
   varies = lambda x: jax_versions.manual_axis_type(x).varying
-  # An axis index varies by definition. If its type does not say so, JAX does
-  # not track over which axes values vary.
+  # An axis index always varies over its axis. If its type does not show that,
+  # JAX does not track over which axes values vary.
   if not varies(jax.lax.axis_index(manual[0])):
     warnings.warn(
         'params: inside pmap, or shard_map with check_vma=False, sharded '
@@ -88,10 +89,10 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
 def _small(blocks: list[Block]) -> set[int]:
   """Returns the indices of small leaves, which are built at the start.
 
-  These are the smallest leaves that are neither stacked nor quantised, with at
-  most 2 % of all elements together. An unrolled model has many norms and biases
-  of equal shapes. Building them in one operation per shape keeps its program
-  short, and costs little memory.
+  These are the smallest leaves that are neither stacked nor quantised. Together
+  they have at most 2 % of all elements. An unrolled model has many norms and
+  biases of equal shapes. Building all leaves of a shape in one operation keeps
+  the program short and takes little memory.
   """
   order = sorted(range(len(blocks)), key=lambda i: blocks[i].w.size)
   left, found = sum(x.w.size for x in blocks) // 50, set()
@@ -110,8 +111,8 @@ def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
   Args:
     fn: An elementwise function.
     blocks: The blocks.
-    small: Indices of blocks. Those that have the same shape are stacked, and
-      ``fn`` is applied to the stack.
+    small: Indices of small blocks. Small blocks of the same shape are stacked,
+      and ``fn`` is applied to the stack.
 
   Returns:
     The result for each block.
@@ -207,8 +208,8 @@ def direction(params: Any, displacement: Displacement,
     directions: Distribution of z, or its name. Leaves that its mask excludes
       have zeros in the result. Defaults to ``Normal()``.
     dtype: A floating-point dtype for the result. Defaults to None, which takes
-      the dtype of each param. `optax.apply_updates` can then be used even if
-      there are PRNG keys among the params; it leaves them unchanged.
+      the dtype of each param. With this default, the params may contain PRNG
+      keys, which `optax.apply_updates` then leaves unchanged.
 
   Returns:
     A tree with the structure and the shapes of ``params``.
@@ -261,12 +262,11 @@ def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
 
 @jax.tree_util.register_pytree_node_class
 class Unmoved:
-  """Serves as the update of a PRNG key, which cannot be added to.
+  """Serves as the update of a PRNG key, to which no number can be added.
 
-  `optax.apply_updates` can therefore be used on params with keys among them,
-  such as the whole state of an NNX model. This class is a pytree without
-  leaves, so functions that map over updates skip it, and ``key + Unmoved()`` is
-  the key.
+  With it, `optax.apply_updates` works on params that contain keys, such as the
+  whole state of an NNX model: ``key + Unmoved()`` is the key. This class is a
+  pytree without leaves, so functions that map over updates skip it.
   """
 
   def __radd__(self, key: Any) -> Any:
@@ -328,9 +328,9 @@ def perturbed(value_fn: Callable[..., Any],
   .. math:: f\Bigl(\theta + \sum_{j=1}^n c_j z(key_j), \ldots\Bigr)
 
   and equals ``f(displace(params, displacement), *args)`` up to float32
-  rounding. It takes the memory of ``f(params, *args)`` plus that of one layer.
-  If ``f`` needs a large weight in full, so that this is impossible, a warning
-  names the weight and the reason.
+  rounding. It takes the memory of ``f(params, *args)`` plus that of one layer
+  of weights. If ``f`` uses a large weight in a way that requires more memory, a
+  warning names the weight and the reason.
 
   Args:
     value_fn: A function ``(params, *args, **kwargs) -> tree`` that JAX can
@@ -427,7 +427,8 @@ def _evaluated(fn: Callable, params, leaves: list):
       is_codes(x)) else x
   closed, out = jax.make_jaxpr(fn, return_shape=True)(
       jax.tree.map(as_read, params, is_leaf=is_codes))
-  # Quantised leaves without a z become blocks too, to be dequantised lazily.
+  # Quantised leaves without a z become blocks, too, so that they are
+  # dequantised only where they are used.
   leaves = [_still(path, x) if is_codes(x) else x for x, (path, _) in zip(
       leaves, paths.named_leaves(params))]
   blocks = [x for x in leaves if isinstance(x, Block)]

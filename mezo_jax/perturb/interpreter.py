@@ -9,12 +9,12 @@ During `evaluate`, some values are lazy:
   large result, such as a concatenation, a product with a scale, or A @ B of
   LoRA.
 
-Every other operation on a lazy value consumes it: the displaced weight is built
-for this operation. In a model whose layers are not scanned, the compiler might
-build the weights of all layers early and keep them. A large operation of this
-kind therefore becomes a function of its own (on CPU), or its weights wait
-behind a barrier (on GPU). The compiler can then free the weights right after
-the operation.
+Every other operation on a lazy value *consumes* it: the displaced weight is
+built for this operation. In a model whose layers are not scanned, the compiler
+might build the weights of all layers early and keep them. On CPU, a large
+operation of this kind is therefore put into a function of its own. On GPU, an
+optimization barrier delays its weights until the other operands are known. The
+compiler can then free the weights right after the operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ from mezo_jax.core.quantized import is_codes, QuantizedArray
 from mezo_jax.directions.displacement import Draws
 
 # Maps the name of a primitive to its rule, ``(eqn, ins, context) -> outs``. A
-# rule may return None to decline; `otherwise` then evaluates the equation. The
-# modules rules_*.py add their rules when they are imported.
+# rule that does not apply returns None, and `otherwise` evaluates the equation.
+# The modules rules_*.py add their rules when they are imported.
 RULES: dict[str, Callable[..., Any]] = {}
 # Debug information for the jaxprs in `bind`, whose arguments have no names.
 _NO_NAMES = core.DebugInfo('mezo_jax', 'bind', None, None)
@@ -51,12 +51,12 @@ class Block:
   """Represents ``w + sum_j coefs[j] * z_j`` for a leaf w, or a view of one.
 
   Attributes:
-    w: The clean weights.
+    w: The clean weights, that is, the weights without a displacement.
     draws: The draws of the same view.
     casts: Dtypes to which the program has cast the weights, in order. They are
       applied after z has been added.
-    leaf: Path of the leaf, or '' if the block is only a part of the leaf. None
-      inside loops and shared functions, where the path is not known.
+    leaf: Path of the leaf, or '' if the block is only a part of the leaf. It is
+      None inside loops and shared functions, where the path is not known.
   """
 
   w: jax.Array | QuantizedArray
@@ -79,12 +79,13 @@ class Block:
 
     Args:
       *chain: Views, which are applied one after the other.
-      w: The view of the clean weights, if the caller has it and the weights are
-        not `QuantizedArray`. Defaults to None, which computes it.
+      w: The view of the clean weights, if the caller has already computed it.
+        Must be None for a `QuantizedArray`. Defaults to None, which computes
+        the view.
 
     Returns:
-      The view, or None if the block must be built instead, because its draws or
-      its `QuantizedArray` have no such view.
+      The view. None if the draws or the `QuantizedArray` do not have this view,
+      so that the block must be built instead.
     """
     draws, new, shape = self.draws, self.w if w is None else w, self.shape
     for view in chain:
@@ -135,8 +136,8 @@ class Expression:
   """Represents a result of an operation that has not been executed yet.
 
   Attributes:
-    args: Inputs of the operation, lazy values and scalars. None stands for a
-      literal, which the equation holds itself.
+    args: Inputs of the operation: lazy values and scalars. None stands for a
+      literal, whose value is a part of the equation.
     op: The operation.
     index: Which of the results of the operation it is.
     shape: Shape of the result.
@@ -152,7 +153,7 @@ Lazy = Block | Expression
 
 
 class Operation:
-  """Wraps an equation so that equations that do the same compare equal.
+  """Wraps an equation, so that equivalent equations compare equal.
 
   An operation is a dictionary key in `Context.functions` and static data in
   pytrees. The layers of an unrolled model thus share one traced function.
@@ -167,8 +168,8 @@ class Operation:
     try:
       self._hash = hash(self._key)
     except TypeError:
-      # A parameter is not hashable (a list, an array). The operation is then
-      # equal to itself only.
+      # If a parameter is not hashable (a list, an array), the operation is
+      # equal only to itself.
       self._key, self._hash = id(self), id(self)
 
   def __hash__(self) -> int:
@@ -185,7 +186,8 @@ class Context:
   Attributes:
     total: Number of elements of all lazy leaves.
     apart: Whether large operations consume weights in functions of their own or
-      behind barriers. It is False inside loops that hold one layer at a time.
+      behind barriers. It is False inside loops in which only one layer is in
+      memory at a time.
     functions: Functions that consume weights. Their keys are the operation, the
       order of axes, and whether there is a separate function for CPUs.
     built: The path of each large leaf that is built in full, and the reason.
@@ -197,8 +199,10 @@ class Context:
   built: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def force(self, x: Any) -> Any:
-    """Returns the array that a lazy value represents. Returns other values
-    unchanged."""
+    """Returns the array that a lazy value represents.
+
+    Values that are not lazy are returned unchanged.
+    """
     if isinstance(x, Expression):
       return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
     if not isinstance(x, Block):
@@ -216,8 +220,8 @@ class Context:
     """Evaluates an operation so that the weights it builds can be freed.
 
     Args:
-      fn: A function of ``ins`` that builds the weights. Equal operations must
-        have equivalent functions, since the first one is cached for all.
+      fn: A function of ``ins`` that builds the weights. It is cached, and used
+        again for all operations that are equal to ``op``.
       op: The operation.
       ins: Lazy and other values, and None for literals.
       fn_on_cpu: A function that does the same with less memory on CPUs.
@@ -226,8 +230,8 @@ class Context:
     Returns:
       ``fn(ins)``.
     """
-    # Small weights do not need a function of their own, unless the whole model
-    # is small (as in tests and examples).
+    # Small weights do not need a function of their own. If the whole model is
+    # small (as in tests and examples), they are treated like large ones.
     size = sum(math.prod(x.shape) for x in ins if isinstance(x, Lazy))
     small = size < SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
@@ -243,11 +247,12 @@ class Context:
       self.functions[kind] = called, tied, jitted
     called, tied, jitted = self.functions[kind]
     if _inner(op.eqn) and jax.sharding.get_abstract_mesh().manual_axes:
-      # Values that pass one barrier vary over the manual axes of all of them,
-      # but the carry of a loop must keep its type. So there is no barrier here.
+      # After a barrier, each value counts as varying over the manual axes of
+      # all values that passed it. The carry of a loop must keep its type, so no
+      # barrier is used here.
       tied = jitted
-    # On CPU, a part of a leaf would be copied to be an argument of a function.
-    # On other platforms than CPU and GPU, a plain function is enough.
+    # On CPU, a part of a leaf would have to be copied before it can be passed
+    # to a function that is not inlined. On TPU, a plain function is enough.
     return lax.platform_dependent(ins, cpu=jitted if part else called,
                                   cuda=tied, rocm=tied, default=jitted)
 
@@ -259,7 +264,7 @@ class Context:
 
     Args:
       x: Any value. The leaves of an expression are recorded one by one.
-      why: The reason, for the warning.
+      why: The reason why it is built in full, for the warning.
       stacked: Whether to record only stacks of layers. Defaults to False.
     """
     if isinstance(x, Expression):
@@ -279,9 +284,9 @@ def _is_part(x) -> bool:
 
 
 def _tied(values) -> list:
-  """Makes lazy values depend on the other values, by a barrier.
+  """Makes lazy values depend on all other values, by an optimization barrier.
 
-  The other values are the activations that an operation multiplies by weights.
+  The other values are activations, which an operation multiplies by weights.
   Without this dependence, XLA for GPUs may build the weights of all layers
   before the first layer is evaluated.
   """
@@ -297,10 +302,10 @@ def _tied(values) -> list:
 
 
 def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
-  """Prepares values to be arguments of a function that equal layers share.
+  """Prepares values as arguments of a function that equal layers share.
 
   Paths are removed, since they differ between layers. Transposes of blocks are
-  undone, so that an argument is stored as the leaf is.
+  undone, so that the axes of an argument have the same order as in the leaf.
 
   Args:
     values: Lazy and other values.
@@ -389,12 +394,12 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
     eqn: The equation.
     ins: Its inputs, some of which are lazy.
     context: The state of this evaluation.
-    by_parts: A function of the inputs that does the same as the equation with
-      less memory, for CPUs. Defaults to None, for no such function.
+    by_parts: A function of the inputs that computes the same results with less
+      memory, for CPUs. Defaults to None, for no such function.
 
   Returns:
-    Expressions, if the operation is on weights alone and its results are large.
-    Otherwise arrays, for which the lazy inputs are built.
+    Expressions, if the operation has no inputs but weights and scalars and its
+    results are large. Otherwise arrays, for which the lazy inputs are built.
   """
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
@@ -410,10 +415,11 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
 
 
 def _waits(eqn, ins) -> bool:
-  """Returns whether an equation becomes an expression instead of being run.
+  """Returns whether to record an equation as an expression, to run it later.
 
-  It does if its inputs are weights, scalars and literals, and its results are
-  large. Running it now would keep a large result until it is used.
+  This is the case if its inputs are weights, scalars and literals, and its
+  results are large. If it was run now, the large results would be in memory
+  until they are used.
   """
   return (
       all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)

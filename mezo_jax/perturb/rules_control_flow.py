@@ -1,9 +1,9 @@
 """Defines the rules of primitives that contain jaxprs: calls and loops.
 
-The jaxpr of a call is evaluated in line. A scan over stacked weights takes one
-layer in each iteration. Weights that each iteration uses in full are built
-before the loop, since z would otherwise be drawn again in each iteration.
-Weights in the initial carry of a loop are built, too.
+The jaxpr of a call is evaluated in line. A scan over stacked weights passes one
+layer to each iteration. If each iteration of a loop uses all of a weight, the
+weight is built before the loop, since z would otherwise be drawn again in each
+iteration. Weights in the initial carry of a loop are built, too.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ def _call(eqn, ins, context):
 
 
 def _forced(eqn, ins, context):
-  """Returns two functions of the inputs that evaluate a call to arrays.
+  """Returns two functions of the inputs that evaluate a call.
 
-  The first evaluates the jaxpr in line, with lazy weights. The second builds
-  the weights and binds the original primitive, which keeps the function's
-  custom derivative.
+  Both return arrays. The first function evaluates the jaxpr in line, with lazy
+  weights. The second builds the weights and binds the original primitive, which
+  has the custom derivative.
   """
   jaxpr, consts = _nested(eqn)
   in_line = lambda ins: [*map(context.force, evaluate(
@@ -77,9 +77,10 @@ def _custom_vjp(eqn, ins, context):
 def _scan(eqn, ins, context):
   """Passes one layer of stacked weights, and its key, to each iteration.
 
-  Inputs of a scan are, in this order, constants, the initial carry and arrays
-  to scan over. Only the last kind can stay lazy without condition. A lazy
-  constant is built if an iteration uses all of it.
+  The inputs of a scan are, in this order, constants, the initial carry and
+  arrays to scan over. Weights among the arrays stay lazy if they can be split
+  along their first axis. Weights among the constants stay lazy unless an
+  iteration uses all of them. Weights in the initial carry are built.
   """
   body, (n, m) = eqn.params['jaxpr'].jaxpr, jax_versions.scan_starts(eqn.params)
   # Inputs before n are constants, and those from m on are scanned over.
@@ -95,8 +96,8 @@ def _scan(eqn, ins, context):
       whole[i] = True
   if not any(whole):
     return _scan_layers(eqn, ins, context)
-  # The whole loop consumes the weights that are built before it. Its body needs
-  # no functions of its own then.
+  # The loop as a whole consumes the weights that are built before it, so the
+  # operations in its body do not need functions of their own.
   def run(ins):
     ins = [context.force(x) if b else x for x, b in zip(ins, whole)]
     return _scan_layers(eqn, ins, dataclasses.replace(context, apart=False))
@@ -120,8 +121,8 @@ def _scan_layers(eqn, ins, context):
     rows, remake = _rows(x, length) if isinstance(x, Block) else (x, None)
     xs.append(rows)
     of_row.append(remake)
-  # A scan over weights holds one layer at a time, so that its operations can
-  # consume weights in line.
+  # If a scan is over weights, only one layer is in memory at a time. Its
+  # operations can then consume weights without functions of their own.
   within = dataclasses.replace(
       context, apart=context.apart and not any(of_row))
 
@@ -162,7 +163,10 @@ def _rows(x: Block, length: int):
 
 
 def _while(eqn, ins, context):
-  """Evaluates a while_loop, like `_scan` but without arrays to scan over."""
+  """Evaluates a while_loop.
+
+  Lazy constants and the initial carry are treated as in `_scan`.
+  """
   p = eqn.params
   cond, body = p['cond_jaxpr'], p['body_jaxpr']
   n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
@@ -185,7 +189,7 @@ def _while(eqn, ins, context):
     within = dataclasses.replace(context, apart=False) if any(whole) else (
         context)
     def part(closed, consts, carry):
-      """Evaluates the condition or the body to arrays."""
+      """Evaluates the condition or the body, and returns arrays."""
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, [*consts, *carry], within))]
     return lax.while_loop(
@@ -198,10 +202,10 @@ def _while(eqn, ins, context):
 
 
 def _cond(eqn, ins, context):
-  """Evaluates each branch with lazy weights; its results are built."""
+  """Evaluates the branches with lazy weights, and builds their results."""
   index, *operands = ins
   def branch(closed):
-    """Returns a function that evaluates one branch to arrays."""
+    """Returns a function that evaluates one branch and returns arrays."""
     def run(*args):
       return [*map(context.force, evaluate(
           closed.jaxpr, closed.consts, args, context))]
@@ -213,9 +217,10 @@ def _cond(eqn, ins, context):
 def _shard_map(eqn, ins, context):
   """Passes each device its shard of a leaf and the draws of this shard.
 
-  A device sees its shard as a whole array. Draws, however, depend on the index
-  of an element in the whole leaf. The draws of the leaf are therefore passed to
-  all devices, which is cheap, and each device takes the window of its shard.
+  Inside the function, a device sees its shard as a whole array. Draws, however,
+  depend on the index of an element in the whole leaf. The draws of the whole
+  leaf are therefore passed to all devices, which is cheap, and each device
+  computes the view that belongs to its shard.
   """
   p = eqn.params
   args, specs, trees = [], [], []
@@ -260,8 +265,9 @@ def _shard_map(eqn, ins, context):
 def _by_parts(jaxpr, var) -> bool:
   """Returns whether an iteration of a loop uses only parts of a constant.
 
-  A part is a layer or some rows. A constant of which all is used should be
-  built before the loop, since z would be drawn again in each iteration.
+  A part is a layer or some rows. If an iteration uses all of a constant, the
+  constant should be built before the loop, since z would otherwise be drawn
+  again in each iteration.
 
   Args:
     jaxpr: The body of the loop.
@@ -309,8 +315,8 @@ def _eqn_by_parts(eqn, i: int) -> bool:
   return False
 
 
-# Primitives whose result is the operand, in another form. `_by_parts` then asks
-# how the result is used.
+# Primitives whose result is the operand in another form. For these, `_by_parts`
+# checks how the result is used.
 _PASSING = ('convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy',
             'sharding_constraint', 'reshard', 'pvary')
 _CALLS = {

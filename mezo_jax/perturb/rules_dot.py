@@ -42,8 +42,8 @@ def _dot(eqn, ins, context):
 class _Product(Operation):
   """Identifies a product that is computed from the factors of z.
 
-  `Context.consume` caches functions by operation. This one must differ from the
-  same product of a weight that is built.
+  `Context.consume` caches functions by operation. The key of this operation
+  must differ from that of the same product with a weight that is built.
   """
 
   def __init__(self, eqn):
@@ -55,8 +55,8 @@ def _factors(eqn, ins, at) -> tuple | None:
   """Decides whether x @ (W + c z) can be computed from the factors of z.
 
   With z = U Vᵀ, x is first multiplied by the factor whose axes are contracted:
-  by U for x @ W, and by V for x @ Wᵀ. This fails if the contraction runs over
-  axes of both factors.
+  by U for x @ W, and by V for x @ Wᵀ. This is impossible if the contraction
+  runs over axes of both factors.
 
   Returns:
     ``(first, axes)``, or None if the weight must be built. ``first`` is 0 if x
@@ -103,8 +103,8 @@ def _by_factors(eqn, ins, at):
   n_, r_ = len(w.shape), len(w.shape) + 1
   (of_x, of_w), (batch_x, batch_w) = ((pair[1 - at], pair[at]) for pair in
                                       p['dimension_numbers'])
-  # An axis of x that is contracted or a batch axis has the name of its partner
-  # in W. The free axes of x get names of their own.
+  # A contracted axis or a batch axis of x has the name of the corresponding
+  # axis of W. The free axes of x get names of their own.
   met = dict(zip((*of_x, *batch_x), (*of_w, *batch_w)))
   of_x_alone = [a for a in range(x.ndim) if a not in met]
   names = {a: r_ + 1 + a for a in of_x_alone} | met
@@ -116,8 +116,9 @@ def _by_factors(eqn, ins, at):
   factors = [w.draws.directions.factor(s, w.shape, x.dtype)
              for s in w.draws.streams]
   subs = [[*sorted(a), n_, r_] for a in axes]
-  # ``kept`` has the axes of the narrow product: all but the contracted ones. An
-  # axis that the second factor has, too, is contracted only with it.
+  # ``kept`` has the axes of the product of x with the first factor, which are
+  # all axes that are not contracted yet. An axis along which the second factor
+  # varies, too, is contracted only in the product with the second factor.
   kept = [a for a in (*names.values(), *sorted(axes[first]))
           if a not in of_w or a in axes[1 - first]]
   kept = [*dict.fromkeys(kept), n_, r_]
@@ -138,9 +139,9 @@ def _by_factors(eqn, ins, at):
         (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
   narrow = narrow.astype(x.dtype)
   there = [a for a in result if a in kept or a in axes[1 - first]]
-  # This also sums over the directions. The perturbation is small relative to
-  # x W, so the dtype of x is precise enough, and half precision halves the
-  # memory traffic.
+  # This product also sums over the directions. The perturbation is small
+  # relative to x W, so the dtype of x is precise enough for it. If that is half
+  # precision, it halves the memory traffic.
   added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
                dtype=x.dtype)
   # Restore the axes of length 1 along which neither factor varies.
@@ -159,12 +160,11 @@ def _precision(params):
 
 
 def _by_parts(eqn, ins, at, context) -> Callable | None:
-  """Returns a product that builds only some rows of a large matrix at a time.
+  """Returns a function that multiplies by a large matrix, some rows at a time.
 
-  Some weights, such as the embedding of a language model's output, are a large
-  part of the model. On CPU, the perturbed matrix would be an array of this
-  size. The returned function multiplies by at most about 1/32 of the model at a
-  time.
+  Some matrices, such as the output embedding of a language model, are a large
+  part of the model. On CPU, the whole perturbed matrix would be stored. The
+  returned function builds at most about 1/32 of the model's elements at a time.
 
   Returns:
     A function of the inputs, or None if the matrix has at most 1/8 of the
@@ -183,8 +183,9 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     return None
   others = len(ins[1 - at].shape) - len(contracted) - len(batch)
   out_axis = len(batch) + (others if at else 0) + free.index(axis)
-  # Part i has the rows i, i + parts, i + 2 * parts, ..., so that the rows of a
-  # part are on all devices of a mesh. Neighbouring rows may be on one device.
+  # Part i consists of the rows i, i + parts, i + 2 * parts, ... On a mesh,
+  # neighbouring rows are often on the same device, so this spreads the rows of
+  # each part over all devices.
   apart = lambda shape, axis: (
       *shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
   whole, order = w.as_it_lies()
@@ -215,8 +216,11 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
 def in_sharded_types(w: Any) -> bool:
   """Returns whether any mesh axis is Explicit or Manual at this point.
 
-  Types of arrays then include shardings, and a loop would have to specify that
-  of its carry. The rules above do not do this.
+  In that case, types of arrays include shardings, and a loop has to specify the
+  sharding of its carry. The rules above do not do that.
+
+  Args:
+    w: A weight.
   """
   w = w.codes if is_codes(w) else w
   mesh = jax.typeof(w).sharding.mesh

@@ -39,10 +39,10 @@ def _view(view_of: Callable) -> Callable:
 
 
 def _bound(eqn, ins) -> jax.Array | None:
-  """Returns the result of an equation on clean, unquantised weights, or None.
+  """Applies an equation to the clean weights of a block.
 
   The equation itself is evaluated, since its parameters may contain a sharding
-  of the result.
+  of the result. Returns None for quantised weights.
   """
   x, *others = ins
   return None if is_codes(x.w) else bind(eqn, [x.w, *others])[0]
@@ -59,7 +59,8 @@ def _reshaped(eqn, shape, *others):
   del others
   new = eqn.outvars[0].aval.shape
   if math.prod(new) != math.prod(shape):
-    # This is a broadcast that copies elements, so that draws repeat.
+    # The operation is a broadcast that repeats elements. Their draws would have
+    # to repeat, too, which a view cannot represent.
     return None
   return views.Reshape(new)
 
@@ -72,7 +73,10 @@ def _sliced(eqn, shape):
 
 
 def _dynamically_sliced(eqn, shape, *starts):
-  """Returns the view of a dynamic_slice, whose start XLA clamps to the array.
+  """Returns the view of a dynamic_slice.
+
+  XLA clamps the start so that the slice is inside of the array. So does this
+  function.
   """
   size = eqn.outvars[0].aval.shape
   starts = [jnp.clip(i, 0, n - m) for i, n, m in zip(starts, shape, size)]
@@ -174,7 +178,7 @@ def _resharded(eqn, ins, context):
 def _barrier(eqn, ins, context):
   """Applies a barrier to the values that are not lazy.
 
-  Lazy values pass unchanged, since nothing of them has been computed yet.
+  Lazy values are returned unchanged, since they have not been computed yet.
   """
   del eqn, context
   at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]

@@ -34,8 +34,8 @@ class Change(NamedTuple):
 def changes(found: Plan) -> Iterator[Change]:
   """Yields changes that may make a plan fit.
 
-  The order is from those that cost nothing (another mesh), over those that cost
-  time, to those that cost money (more devices).
+  First come changes that cost nothing (another mesh), then changes that cost
+  time (smaller batches), and last changes that cost money (more devices).
 
   Args:
     found: The plan that does not fit.
@@ -70,7 +70,7 @@ def changes(found: Plan) -> Iterator[Change]:
       if rows % groups == 0:
         yield at(f'data.batch_size={rows}', data=dataclasses.replace(
             config.data, batch_size=rows))
-  away = at('model.offload=True, slower by what crosses to the host',
+  away = at('model.offload=True, slower because it copies layers from the host',
             model=dataclasses.replace(config.model, offload=True))
   if not (config.model.offload or machines.is_card(name)) and _is_allowed(
       away.config):
@@ -109,7 +109,10 @@ def what_fits(found: Plan, say: Callable[[str], None] = print
     The change and its plan, or None if no change fits.
   """
   def may(change):
-    """Returns whether the weights alone leave room, without compiling."""
+    """Returns whether weights and optimizer state alone would fit.
+
+    This needs no compilation, so it saves the time for hopeless changes.
+    """
     if change.config.model.offload:
       return True
     share = math.prod(change.sizes[a] for a in ('fsdp', 'tensor'))

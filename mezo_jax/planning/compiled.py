@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# A collective operation in HLO: its result types and its kind. Of asynchronous
-# pairs (-start, -done), only the start matches.
+# Matches a collective operation in HLO and captures its result types and its
+# kind. An asynchronous collective is a pair of operations, ...-start and
+# ...-done, of which only the first matches, so that it is counted once.
 _COLLECTIVE = re.compile(
     r' = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|'
     r'collective-permute|collective-broadcast)(?:-start)?\(')
@@ -34,7 +35,8 @@ class Program:
       the compiler does not report its memory.
     fits: Whether the compiler accepted the program.
     weights: Size of the arguments, in bytes.
-    kept: Size of the arguments whose memory results reuse, in bytes.
+    kept: Size of the donated arguments, whose memory the results reuse, in
+      bytes.
     flops: Floating-point operations of matrix products and convolutions: those
       of the whole program divided by the number of devices. NaN if unknown.
     cycles: The TPU compiler's estimate of cycles, without collectives. NaN for

@@ -5,9 +5,9 @@ x86-64). ``pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12``
 installs the GPU compiler; the first two packages must have the version of jax.
 Neither compiler needs a device or a driver.
 
-A topology is named by the kind of device and its number: the number of chips in
-each direction of a TPU slice, such as 'v5e:4x4', or the number of GPUs or CPU
-devices, such as 'h100:8'.
+The name of a topology is a kind of device and a size, separated by a colon. The
+size of a TPU slice is the number of chips along each axis, as in 'v5e:4x4'. For
+GPUs and CPUs it is the number of devices, as in 'h100:8'.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ def larger(name: str) -> list[str]:
 def devices(name: str) -> list[Any]:
   """Returns the devices of a topology, for which programs can be compiled.
 
-  For TPUs and GPUs they are descriptions, on which nothing can run. For 'cpu',
-  they are real devices.
+  For TPUs and GPUs the result has descriptions of devices, on which no program
+  can run. For 'cpu' it has real devices.
 
   Args:
     name: Name of a topology: 'v5e:4x4', 'v5p:1x1x1', 'h100:8', 'cpu:8'.

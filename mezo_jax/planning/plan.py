@@ -107,7 +107,8 @@ class Plan:
                for _, size in p.collectives.values())
 
 
-# Programs that are only compared with, without the optimizer's state.
+# Programs that are compiled only for comparison. Their peak memory does not
+# include the optimizer's state.
 _ALONE = ('inference',)
 
 
@@ -118,7 +119,7 @@ def plan(config: config_lib.Train, topology: str, *,
          sizes: dict[str, int] | None = None, tokens: int | None = None,
          wanted: Callable[[str], bool] = lambda name: True,
          model_config: models.Config | None = None) -> Plan:
-  """Compiles a config's programs for described TPUs or GPUs.
+  """Compiles a config's programs for TPUs or GPUs that are not available.
 
   Args:
     config: Config of the run. If it has several tasks, the first is planned.
@@ -179,7 +180,8 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
 
   Args:
     config: Config of the run.
-    mesh: The mesh, which may consist of described devices.
+    mesh: The mesh. Its devices may be descriptions; see
+      `mezo_jax.planning.machines.devices`.
     model_config: Config of the model.
     tokens: Number of tokens per row of a training batch.
 
@@ -258,15 +260,19 @@ def _silent(text: str) -> None:
 
 def good_mesh(config: config_lib.Train, model: models.Config, topology: str
               ) -> dict[str, int]:
-  """Chooses the sizes of a mesh on which everything large is split.
+  """Chooses the sizes of a mesh that shards all large arrays.
 
-  Splitting weights over `tensor` avoids gathering them, and splitting rows over
-  `fsdp` avoids adding up activations, so both sizes should be about equal. For
-  GPUs, `tensor` should be the number of GPUs of a host instead, since their
-  compiler copies a stack of layers from which it gathers. `tensor` should
-  divide the number of heads, and `fsdp` must divide the rows of a batch.
-  Devices that remain split directions and signs (`direction`) where the method
-  allows it, or else rows (`data`).
+  * The product of `tensor` and `fsdp` is the number of shards of the weights.
+    A larger `fsdp` means that more weights are all-gathered, and a larger
+    `tensor` that more activations are all-reduced. Both sizes should therefore
+    be about equal.
+  * For GPUs, `tensor` should be the number of GPUs of a host instead. Their
+    compiler copies all stacked layers before it all-gathers one of them.
+  * `tensor` should divide the numbers of heads, and `fsdp` must divide the
+    number of rows of a batch.
+  * The remaining devices hold copies of the weights. They share the directions
+    and signs of a step (`direction`) if the method allows it, and otherwise
+    the rows (`data`).
 
   Args:
     config: Config of the run.
@@ -290,8 +296,8 @@ def good_mesh(config: config_lib.Train, model: models.Config, topology: str
     # if only the query heads, 4 if neither.
     fits = model.num_kv_heads % tensor == 0 or (
         2 if model.num_heads % tensor == 0 else 4)
-    # In this order: rows must divide, few devices should hold copies, and
-    # `tensor` should be close to the wanted size.
+    # The criteria in order of importance: the rows can be split evenly, there
+    # are few copies of the weights, and `tensor` is close to the wanted size.
     cost = (rows % (data * fsdp) != 0, rest * fits,
             abs(math.log(tensor / wanted)))
     if best is None or cost < best[0]:

@@ -58,7 +58,7 @@ def row(task: Task) -> dict[str, Any]:
 
 
 def rows(config: config_lib.Train) -> Rows:
-  """Returns as many placeholder rows as planning a config needs.
+  """Returns the placeholder rows that planning a config needs.
 
   There are as many training rows as the config asks for (at least a batch), and
   one evaluation batch of dev rows and of test rows.

@@ -46,9 +46,9 @@ class _Directory(gpath.PosixGPath):
       yield self / name
 
 
-# orbax logs an error, with its traceback, in each thread that it passes through
-# and raises it afterwards. The exception is enough, so these records are
-# dropped.
+# orbax logs an exception, with its traceback, in each thread that the exception
+# passes through, and then raises it to the caller as well. The exception is
+# enough, so these log records are dropped.
 logging.getLogger('absl').addFilter(lambda record: not (
     record.levelno >= logging.ERROR and 'orbax' in record.pathname))
 
@@ -127,7 +127,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Turns a write error of the disk in any thread of orbax into OSError."""
+    """Raises OSError if a write to the disk fails in any thread of orbax."""
     try:
       yield
     except Exception as e:
@@ -276,8 +276,8 @@ class Checkpoints:
       self._checkpointer.close()
 
 
-# Error numbers that do not mean that a checkpoint is damaged: missing
-# permissions, and a disk that is full or read-only.
+# Errors with these numbers do not mean that a checkpoint is damaged. `_REFUSED`
+# is for missing permissions, `_FULL` for a disk that is full or read-only.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 

@@ -30,8 +30,9 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
   """Returns a function that watches the metrics of each step.
 
   Args:
-    records: Metrics of the steps that earlier runs made. The function is called
-      for those up to ``start`` before it is returned.
+    records: Metrics of the steps that were recorded before this process
+      started. Those up to step ``start`` are passed to the function before it
+      is returned, so that it continues where the earlier process stopped.
     log: Log of the run. Jumps of the loss in steps that it already contains
       were reported before and are not reported again.
     start: Step of the checkpoint from which the run resumes, 0 for none.
@@ -73,7 +74,7 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
           f'{step}, from {first[0]:.3f} in the first {WINDOW} steps (standard '
           f'deviation {first[1]:.3f}). It was lowest up to step {lowest[1]}, '
           f'at {lowest[0]:.3f}'
-          + ('; replay --until rebuilds the weights of that step'
+          + ('; mezo-jax replay --until rebuilds the weights of that step'
              if log.records else '') + f'. {TRY}')
 
   def watch(step: int, values: dict) -> None:
@@ -91,8 +92,8 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
     if still == STILL:
       raise Stopped(
           f'all projected gradients after step {step - still} are 0, so the '
-          'weights no longer change and may be unusable; replay --until '
-          f'rebuilds those of an earlier step. {TRY}')
+          'weights no longer change and may be unusable; mezo-jax replay '
+          f'--until rebuilds the weights of an earlier step. {TRY}')
     loss = values.get('loss')
     watch_loss(step, np.nan if loss is None else float(loss))
 
@@ -105,9 +106,9 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
 def _mean_deviation(losses) -> tuple[float, float]:
   """Returns the mean and the standard deviation of losses.
 
-  The deviation is at least 1 % of the mean. Otherwise a tiny rise would exceed
-  the limits in a run whose batches are the whole data set, where losses hardly
-  vary.
+  The result for the deviation is at least 1 % of the mean. If every batch is
+  the whole data set, losses hardly vary, and without this lower bound a tiny
+  rise would exceed the limits.
   """
   mean = float(np.mean(losses))
   return mean, max(float(np.std(losses)), 0.01 * abs(mean))

@@ -105,8 +105,9 @@ _LINES = 40
 class Progress:
   """Shows the progress of training, and records each step in the metrics.
 
-  On a terminal it shows a progress bar; otherwise it prints a line now and
-  then. Only process 0 shows anything.
+  On a terminal it shows a progress bar; otherwise it prints about `_LINES`
+  lines in total. ``|g|`` is the mean magnitude of the projected gradients, or
+  the norm of the gradient with backpropagation. Only process 0 shows anything.
   """
 
   def __init__(self, metrics: Metrics, total: int, start: int, loss: bool = True
@@ -179,11 +180,12 @@ def spell_program(batch: Any, compiled: Any, seconds: float) -> str:
   what = (f'step for {batch["input_ids"].shape[-1]} tokens' if batch
           else 'update')
   return (f'compiled the {what} in {seconds:.0f} s; it needs '
-          f'{extra / 2**20:.0f} MiB per device besides weights and batch')
+          f'{extra / 2**20:.0f} MiB per device, not counting weights and batch')
 
 
 def _plain(value: Any) -> Any:
-  """Converts arrays to lists, and NaN and inf to None, as JSON needs it."""
+  """Converts arrays to lists, and NaN and inf to None, since JSON has neither.
+  """
   if isinstance(value, dict):
     return {k: _plain(v) for k, v in value.items()}
   # NumPy arrays and scalars become lists and Python numbers.

@@ -28,8 +28,8 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
   If the log records steps, the run can be resumed without a last checkpoint. So
   if ``wanted`` is not called within `GRACE` seconds after a signal, for example
   because a program is being compiled or an evaluation runs, the process ends
-  with status `AGAIN` without waiting any longer. With several processes it
-  waits.
+  with status `AGAIN` without waiting any longer. With several processes there
+  is no such limit: each continues until all can stop after the same step.
 
   Args:
     log: Log of the run.
@@ -54,7 +54,7 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
     asked.append(number)
     signal.signal(number, signal.SIG_DFL)
   def wanted(step):
-    """Returns whether a signal was received, and notes that the run reacts."""
+    """Returns whether a signal was received. If so, it also stops `watch`."""
     del step
     if asked:
       noticed.set()
@@ -66,9 +66,10 @@ def watched(log: Log) -> Iterator[Callable[[int], bool]]:
         if number[0] in before and not noticed.wait(GRACE):
           _leave(log)
   if log.records:
-    # Python runs signal handlers between bytecode instructions of the main
-    # thread, so not during a long call such as a compilation. But the number of
-    # each signal is written to a pipe at once, and a thread reads it there.
+    # Python runs signal handlers only between bytecode instructions of the main
+    # thread, so a long call such as a compilation delays them. Therefore the
+    # number of each signal is also written to a pipe at once, from which a
+    # thread reads it.
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)

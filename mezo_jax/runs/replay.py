@@ -11,9 +11,9 @@ and a fingerprint of the initial weights. A record has these fields, in
 little-endian order:
 
   =======  =================================================================
-  uint32   The number of the step, from 1. If bit 31 is set, accumulated
-           updates were applied to the weights after this step, and the
-           fields below the checksum have no meaning.
+  uint32   The number of the step, from 1. If bit 31 is set, the record says
+           only that accumulated updates were applied to the weights after
+           this step; its loss and projected gradients have no meaning.
   uint32   The CRC-32 of the other fields and of everything before them.
   float32  The loss; NaN if it must not be recorded.
   float32  The projected gradients, one or more.
@@ -21,9 +21,9 @@ little-endian order:
 
 With one direction these are 16 bytes. The learning rate and the weight decay
 are not recorded, since they are functions of the header and the step number. If
-a crash or a bad disk damaged a record, the log is read up to the record before.
+a crash or a bad disk damaged a record, the records before it can still be read.
 
-A log to be shared (`write_shared`) has only the header, the projected gradients
+A shared log (`write_shared`) has only the header, the projected gradients
 (4 bytes each) and one CRC-32 at its end. The 20,000 steps of the paper take 80
 kB (Malladi et al., 2023, estimate less than 0.1 MB, with a seed and 2 bytes per
 step).
@@ -122,7 +122,8 @@ class Recorded(NamedTuple):
     steps: The steps, up to the first damaged record.
     size: Number of bytes up to the first damaged record.
     damaged: Number of bytes after that.
-    check: The last CRC-32, with which the next record continues.
+    check: The CRC-32 of everything that was read. The CRC-32 of the next record
+      is computed from it.
   """
 
   header: dict[str, Any]
@@ -383,7 +384,7 @@ def _path(path) -> Path:
 
 
 def _json_values(header) -> dict:
-  """Returns a header in the form in which it will be read again.
+  """Converts a header to JSON and back, to what a reader of the log will get.
 
   Raises:
     ValueError: If it is not a dict of JSON values, or has reserved entries.
@@ -539,7 +540,7 @@ def _header(path: Path, line: bytes) -> dict:
 
 
 def write_shared(path: Path, header: dict[str, Any], steps: Steps) -> None:
-  """Writes a log to be shared, from which the weights can be rebuilt.
+  """Writes a shared log, from which others can rebuild the weights.
 
   It contains the projected gradients but no losses.
 

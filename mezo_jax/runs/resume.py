@@ -1,4 +1,4 @@
-"""Loads the state that a run resumes from, and the state that it results in."""
+"""Loads the state from which a run resumes, and the best state at its end."""
 
 from collections.abc import Callable
 from pathlib import Path

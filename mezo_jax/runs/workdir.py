@@ -21,8 +21,8 @@ LOG = 'steps.log'  # name of the log of steps; see `mezo_jax.runs.replay`
 def alone(workdir: Path) -> Iterator[None]:
   """Creates a directory and locks it for one run.
 
-  The lock is one of the operating system, which releases it however the process
-  ends. A directory that is still empty at the end is removed.
+  The operating system holds the lock and releases it when the process ends for
+  whatever reason. A directory that is still empty at the end is removed.
 
   Args:
     workdir: The directory.
@@ -52,18 +52,19 @@ def alone(workdir: Path) -> Iterator[None]:
 
 
 def last_step(workdir: Path) -> tuple[int, bool]:
-  """Returns the last recorded step of a run, and whether a run may end with it.
+  """Returns the last recorded step, and whether a run can end with this step.
 
-  Steps are recorded in the log and in checkpoints. A run may end with the last
-  step if it was evaluated, or if the log has it and the newest checkpoint does
-  not: then the step is replayed, which includes its evaluation.
+  Steps are recorded in the log and in checkpoints. A run needs an evaluation of
+  its last step. It can therefore end with the last recorded step if that step
+  was evaluated, or if the step is in the log but after the newest checkpoint.
+  In the second case a resumed run replays the step and evaluates it.
 
   Args:
     workdir: Working directory of the run, which need not exist.
 
   Returns:
-    The number of the step, 0 for none, and whether a run of so many steps can
-    have its result without another step.
+    The number of the step, 0 for none, and whether a run with this number of
+    steps can finish without training another step.
   """
   held = saved = checkpoint.latest_step(workdir / 'checkpoints')
   if (workdir / LOG).is_file():
@@ -79,8 +80,8 @@ def changed(then: dict[str, Any], now: dict[str, Any], model: str, adapter: str
             ) -> str:
   """Compares two sets of fingerprints of a run's inputs.
 
-  Entries that only one of them has are not compared, since an earlier version
-  of this library may not have recorded them.
+  Only entries that both sets have are compared, since an earlier version of
+  this library may not have recorded all of them.
 
   Args:
     then: The fingerprints that the run recorded; see `read_inputs`.

@@ -38,9 +38,10 @@ def load_rows(
   values of jsonl and parquet files have the types that they have in the file.
 
   Args:
-    source: Path of a jsonl, json, csv, tsv or parquet file (never a pattern);
-      path of a directory that contains one such file with the name of the
-      split, or parquet files arranged as on the hub; or hub id of a data set.
+    source: One of the following. The path of a jsonl, json, csv, tsv or parquet
+      file, in which glob characters have no special meaning. The path of a
+      directory that contains one such file with the name of the split, or
+      parquet files arranged as on the hub. Or the hub id of a data set.
     subset: Configuration of the hub data set, such as ``'sst2'`` of
       ``nyu-mll/glue``. Defaults to '', which is the data set's default.
     split: Split of the hub data set or directory. Defaults to 'train'.
@@ -218,13 +219,15 @@ def _csv(path: Path) -> list[dict]:
 def _tsv(path: Path) -> list[dict]:
   """Reads a tsv file, in which quotation marks are ordinary characters.
 
-  There are two exceptions, in which the file is read as quoted:
+  In two cases the file is read like a csv file instead, in which a cell may be
+  enclosed in quotation marks:
 
-  * Some lines have another number of tabs than the first one, and quotation
-    marks explain that: a quoted text may contain tabs and line breaks.
-  * A program has quoted the file: every cell with a quotation mark is in
-    quotation marks, and either all of the header is or a cell has doubled marks
-    within.
+  * Not all lines have the same number of tabs, but all rows have the same
+    number of cells if it is read that way. A quoted cell may contain tabs and
+    line breaks.
+  * The file was evidently written with quoting: every cell that contains a
+    quotation mark is enclosed in them, and either all cells of the header are,
+    or some cell contains doubled quotation marks.
   """
   text = _text_of(path)
   ends = '\n' if '\n' in text else '\r'
@@ -650,9 +653,10 @@ def demonstrations(task: Task, pool: Sequence[dict[str, Any]], num: int,
                    count: int) -> list[str]:
   """Returns the demonstrations that precede prompts, for in-context learning.
 
-  Each prompt has rows of its own, as in the code of Malladi et al. (2023). The
-  seeds of the prompts are ``RandomState(0).randint(0, 10000, count)``, and a
-  prompt gets the first ``num`` rows of the permutation by its seed.
+  Each prompt gets its own random demonstrations, as in the code of Malladi et
+  al. (2023). The seeds of the prompts are
+  ``RandomState(0).randint(0, 10000, count)``. The demonstrations of a prompt
+  are the first ``num`` rows after a permutation with its seed.
 
   Args:
     task: The task.
@@ -700,7 +704,7 @@ def encode_rows(
     prior: Whether to encode dev and test candidates after a prompt without
       content, too. Defaults to False.
     soft_ids: Token ids of a soft prompt, which come first. Defaults to none.
-    untold: Splits that are private. Their rows are all padded to the same
+    untold: Names of private splits. Their rows are all padded to the same
       length, and their labels and lengths are not logged. Defaults to none.
     lm_loss: Whether the language-model loss of dev and test rows is evaluated,
       too. Candidates are then encoded in full, and if answers are generated,
@@ -711,7 +715,8 @@ def encode_rows(
   Raises:
     InputError: If rows, task and tokenizer do not fit each other.
   """
-  # This reads private rows as well, to raise an error for labels of two kinds.
+  # Read the labels of all splits, including private ones, because `reading`
+  # raises an error if some labels are names and others numbers.
   labels = task.reading([*rows.train, *rows.dev, *rows.test])
   if untold:  # The log must not depend on private rows.
     labels = task.reading([*rows.dev, *rows.test])
@@ -756,8 +761,8 @@ def encode_rows(
       if split.lengths.max() > most(split):
         raise InputError(
             f'a {name} row has more than {most(split)} tokens with its '
-            'candidates; raise --config.data.max_length, to which all rows are '
-            'padded here.')
+            'candidates. In private training all rows are padded to '
+            '--config.data.max_length; raise it.')
       say(f'data: {len(split.prompts)} {name} rows, padded to {most(split)} '
           'tokens')
       continue
@@ -775,10 +780,12 @@ def encode_rows(
 
 def buckets_for(data: Encoded, buckets: Sequence[int], limit: int
                 ) -> tuple[int, ...]:
-  """Returns the buckets that some rows need.
+  """Returns the buckets that the given rows need.
 
-  The last one is the smallest bucket that holds the longest row, or ``limit``
-  if that is smaller, or the length of the longest row if no bucket holds it.
+  These are all buckets shorter than the longest row, and a last one for the
+  longest row. The last one is the smallest bucket that holds the longest row,
+  but at most ``limit``. If no bucket holds it, the last one is the length of
+  the longest row.
 
   Args:
     data: The tokenised rows.
@@ -897,7 +904,12 @@ def spread(lengths: np.ndarray, buckets: tuple[int, ...],
 
 
 def used_lengths(lengths: np.ndarray, buckets: tuple[int, ...]) -> list[int]:
-  """Returns the buckets that rows of some lengths fall into."""
+  """Returns the buckets that rows of some lengths fall into.
+
+  Args:
+    lengths: Lengths of the rows, integers [R].
+    buckets: Lengths to pad to, in ascending order.
+  """
   return sorted({bucket_of(n, buckets) for n in lengths})
 
 

@@ -175,7 +175,7 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
 
 def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
                    ) -> list[str]:
-  """Finds answers with no space, or with two, between them and their prompt.
+  """Warns if not exactly one space is between an answer and its prompt.
 
   It warns only if the tokenizer gives other tokens than with one space.
 
@@ -342,10 +342,11 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
   """Encodes rows whose candidates or right answers follow the prompt.
 
   A tokenizer may join the end of the prompt and the start of an answer in one
-  token, so the two are tokenised together. The answer tokens of a candidate are
-  those at its end by which it is longer than the prompt alone, but at least
-  one. The tokens before them, as far as all candidates of a row share them, are
-  the prompt.
+  token, so prompt and answer are tokenised together. If the prompt alone has m
+  tokens and the prompt with a candidate has n tokens, the last n - m tokens (at
+  least one) are the answer and are scored. `Encoded.prompts` has the tokens
+  before the answers that all candidates of a row share. The other tokens before
+  an answer are stored with its candidate but not scored.
 
   Args:
     task: The task.
@@ -685,7 +686,8 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
       'row': np.zeros(rows, np.int32),
       'weight': np.zeros(rows, np.float32),
   }
-  # Rows of padding get one token, so that no row attends to nothing.
+  # Padding rows get one token, so that attention always has a token to attend
+  # to.
   end = -1 if data.generates else 0
   batch['attention_mask'][len(index):, end] = 1
   laid_out = data.read_at is None and not data.generates
@@ -727,8 +729,8 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
       batch['input_ids'][i, at:after] = ids
       batch['attention_mask'][i, at:after] = c + 2
       # Each token is predicted at the position before it. The first token of a
-      # candidate is predicted at the end of the prompt, which in the sequence
-      # is not next to it if there are other candidates between them.
+      # candidate is predicted at the end of the prompt, position n - 1, even if
+      # other candidates are between the prompt and this one in the sequence.
       before = np.arange(after - k - 1, after - 1)
       before[before < at] = n - 1
       batch['answer_at'][i, a:a + k] = before

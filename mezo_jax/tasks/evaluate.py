@@ -203,7 +203,8 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
     are generated or ``data`` has right answers only.
 
   Raises:
-    ValueError: If the objective is 'lm' and ``data`` is not written out.
+    ValueError: If the objective is 'lm' and the candidates in ``data`` were not
+      encoded in full; see ``write_out`` of `mezo_jax.tasks.encode.encode`.
   """
   objective = objectives.of(task, objective)
   if data.generates:
@@ -360,7 +361,11 @@ def calibrated(task: Task, objective: str | Callable[..., Any], data: Encoded,
 
 
 def _of_golds(task: Task, objective: str | Callable) -> str:
-  """Returns the main metric among those that need right answers."""
+  """Returns the main metric that compares predictions with right answers.
+
+  If a user's function is trained, which reads the rows itself, this is the main
+  metric of the task.
+  """
   return task.main_metric if callable(objective) else objectives.metric(
       task, objective)
 
@@ -647,7 +652,12 @@ def spell_value(name: str, report: dict[str, Any]) -> str:
 
 
 def spell_number(name: str, report: dict[str, Any]) -> str:
-  """Formats a number of a report for a log line: ``65.5%`` or ``0.612``."""
+  """Formats a number of a report for a log line: ``65.5%`` or ``0.612``.
+
+  Args:
+    name: Name of the number.
+    report: Report with the number.
+  """
   value = report[name]
   return f'{value:.1%}' if in_percent(name, report) else f'{value:.3f}'
 

@@ -15,8 +15,8 @@ from mezo_jax.core.errors import first_line, InputError
 from mezo_jax.tasks.task import METRICS, Task
 
 OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
-# Names of other numbers in reports and records. The value of a user's function
-# is never reported under one of them.
+# Names that reports and records use for other numbers. The value of a user's
+# function is never reported under one of these names.
 _TAKEN = (*METRICS, 'exact_match', 'loss', 'cross_entropy', 'count', 'mean',
           'not_finite', 'step', 'kind', 'epsilon', 'score')
 

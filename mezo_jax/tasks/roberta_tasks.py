@@ -1,9 +1,8 @@
 """Declares the six tasks on which the MeZO paper fine-tunes RoBERTa-large.
 
-The prompts are for masked models, which predict a label word at ``{mask}``. In
-the paper, train and dev rows are k of each label, with k = 16 or 512 and the
-seeds in `SEEDS`. These are the fields ``data.k_shot`` and ``data.seed`` of a
-run.
+The prompts are for masked models, which predict a label word at ``{mask}``. The
+paper uses k training rows and k dev rows of each label, with k = 16 or 512 and
+the seeds in `SEEDS`. Set k as ``data.k_shot`` and the seed as ``data.seed``.
 
 References:
   Malladi et al. (2023), Fine-Tuning Language Models with Just Forward Passes,

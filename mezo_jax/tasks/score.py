@@ -294,11 +294,13 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
   objectives.check_objective(task, objective)
   likely = functools.partial(log_likelihoods, model, form=data.form)
   def cross_entropy(params, batch):
+    """Returns each row's cross-entropy over its candidates, and its weight."""
     log_p = jax.nn.log_softmax(scores(*likely(params, batch)))
     nll = -jnp.take_along_axis(log_p, batch['label'][:, None], -1)[:, 0]
     return nll, batch['weight']
 
   def lm(params, batch):
+    """Returns each row's mean negative log-likelihood, and its weight."""
     sums, counts = (jnp.sum(x, -1) for x in likely(params, batch))
     # Weighting the mean of a row by its number of tokens gives every token of
     # the batch the same weight.
@@ -310,6 +312,8 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
     return jnp.argmax(found, -1), jnp.isfinite(jnp.max(found, -1))
 
   def accuracy(params, batch):
+    """Returns -1 for each row with a right prediction, else 0, and its weight.
+    """
     said, finite = predict(params, batch)
     right = jnp.take_along_axis(batch['gold'], said[:, None], -1)[:, 0]
     # A row without finite scores makes the loss NaN instead of counting as
@@ -318,6 +322,7 @@ def make_loss_fn(model: Any, data: Encoded, task: Task,
         batch['weight'])
 
   def f1(params, batch):
+    """Returns minus the macro F1 of the batch, a scalar."""
     weight = batch['weight'][:, None]
     one_hot = lambda x: jax.nn.one_hot(x, data.width) * weight
     predictions, finite = predict(params, batch)

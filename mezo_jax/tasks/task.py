@@ -30,8 +30,9 @@ from mezo_jax.core.errors import InputError
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
 METRICS = (*_OF_CHOICES, *_OF_TEXTS)
-# Names of classes that mean true or false. Letters and answers count only if
-# all names of a task are among them: elsewhere, 'f' may be short for 'female'.
+# Names of classes that mean true or false. Names in `_LETTERS` and `_ANSWERS`
+# have this meaning only if all class names of the task are in the same dict.
+# For example, 'f' means false next to 't', but female next to 'm'.
 _TRUTH = {'true': True, 'false': False}
 _LETTERS = {'t': True, 'f': False}
 _ANSWERS = {'yes': True, 'no': False, 'y': True, 'n': False, 'on': True,
@@ -91,8 +92,9 @@ class Task:
   label_column: str = 'label'
   # Name of each class in the data. () for the label words without white space.
   label_names: tuple[str, ...] = ()
-  # Whether labels are a 'name' or a 'number'. '' takes a label for a name if
-  # there is such a name, and otherwise for a number, counted from 0.
+  # How labels are read: as a 'name' or as a 'number', counted from 0. With '',
+  # a label is read as a name if a class has this name, and otherwise as a
+  # number.
   label_is: str = ''
 
   # --- multiple choice ---
@@ -121,7 +123,8 @@ class Task:
   objective: str = ''
   # Prompt without content, for surface-form calibration. None if there is none.
   calibration: TextOrNone = None
-  # Pairs (column, tokens). Longer texts of the column lose their end.
+  # Pairs (column, maximum number of tokens). Longer texts of the column are
+  # truncated at their end.
   limits: tuple[tuple[str, int], ...] = ()
   # Whether to remove the white space around the texts of columns.
   strip: bool = True
@@ -263,8 +266,8 @@ class Task:
       One line, or '' if the rows have no labels.
 
     Raises:
-      InputError: If labels are names in some rows and numbers in others. One of
-        the two then matches by accident.
+      InputError: If labels are names in some rows and numbers in others, since
+        one of the two probably matches by accident.
     """
     # Maps each way of reading ('name', 'number', 'letter') to a dict from the
     # labels that are read so to their answers.
@@ -575,9 +578,10 @@ def _kind_of(value) -> str:
 def _find(value, names: Sequence[str]) -> int | None:
   """Finds the name that a label matches.
 
-  An exact match comes first. After it come, in this order, a match without the
-  white space around texts, one without regard to case, and one by number (1.0
-  matches 1). Such a match counts only if it is not ambiguous.
+  An exact match is tried first. If there is none, these are tried in order: a
+  match without surrounding white space, a match that also ignores case, and a
+  match as numbers (1.0 matches 1). The first of them that matches decides. If
+  it matches several different names, the result is None.
 
   Args:
     value: The label.
@@ -626,7 +630,11 @@ def _letter(value) -> int | None:
 
 
 def _texts_of(value) -> tuple[str, ...]:
-  """Returns the texts under which a label may be among the declared names."""
+  """Returns the spellings of a label that may be among the declared names.
+
+  For example, the label True may be declared as 'True' or 'true', and 1.0 as
+  '1.0' or '1'.
+  """
   if isinstance(value, ClassNumber):
     return (value.name,)
   if isinstance(value, np.generic):
@@ -641,9 +649,10 @@ def _texts_of(value) -> tuple[str, ...]:
 
 
 def _integer(value) -> int | None:
-  """Converts a bool, an integer of at most nine digits or its text to an int.
+  """Converts a bool, or a whole number of at most nine digits, to an int.
 
-  Returns None for anything else, including negative numbers.
+  The number may be an int, a float or a string. Returns None for anything else,
+  including negative numbers.
   """
   if isinstance(value, (bool, np.bool_)):
     return int(value)

@@ -89,8 +89,9 @@ def build(config: config_lib.Train, *, abstract: bool = False,
       model's files.
     rows: Rows of all splits. Defaults to None, which reads the data that the
       config names.
-    mesh: Mesh of the run, which may consist of devices that are only described.
-      Defaults to None, for the mesh of the config.
+    mesh: Mesh of the run. For planning it may consist of devices that are not
+      available; see `mezo_jax.planning.machines`. Defaults to None, for the
+      mesh of the config.
     say: A function that reports a line to the user. Defaults to `print`.
 
   Returns:
@@ -122,10 +123,10 @@ def build(config: config_lib.Train, *, abstract: bool = False,
 
 
 def _host_is_silent(fn, shape, found, *args):
-  """Replaces `score.Host` where devices are only described and lack a host.
+  """Stands in for `score.Host` when a run is only compiled, not executed.
 
-  The result depends on ``found``, so the compiler cannot remove what computes
-  it.
+  It returns zeros that formally depend on the predictions ``found``. Otherwise
+  the compiler would remove the computation of the predictions.
   """
   del fn, args
   return jnp.zeros(shape.shape, shape.dtype) + 0 * jnp.sum(found)
@@ -283,7 +284,12 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
 
 def eval_sizes(config: config_lib.Train, splits: data_lib.Splits
                ) -> dict[str, evaluate.Sizes]:
-  """Returns the sizes of the evaluation batches of each split."""
+  """Returns the sizes of the evaluation batches of each split.
+
+  Args:
+    config: Config of the run, which limits the rows and tokens of a batch.
+    splits: The encoded rows.
+  """
   return evaluate.sizes_of(
       splits, config.eval_batch_size, config.eval_batch_tokens)
 
@@ -309,6 +315,10 @@ def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
   """Returns a log line with the number of rows of each split.
 
   For example ``data: 230 rows of x.csv: 138 train, 46 dev, 46 test``.
+
+  Args:
+    config: Config of the run, which names the sources of the rows.
+    rows: Rows of all splits.
   """
   d, task = config.data, config.task
   source = d.train or task.hub
@@ -362,6 +372,7 @@ def data_warnings(config: config_lib.Train,
     return out
 
   def key(row):
+    """Returns the prompt of a row, with its choices if the row has its own."""
     text = task.prompt(row, mask='', sep='')
     choices = [] if task.traits.classes or task.traits.generates else (
         task.candidates(row))
@@ -469,6 +480,7 @@ def add(config: config_lib.Train, model: models.Transformer,
   made = []
 
   def laid_out(params):
+    """Returns the parameters in the layout that the config needs."""
     found, params = trainable_lib.lay_out(config, model, params)
     made.append(found)
     return params
@@ -478,6 +490,7 @@ def add(config: config_lib.Train, model: models.Transformer,
     params = laid_out(params)
 
   def adapters(params):
+    """Returns the parameters of the adapters."""
     found, leaves = trainable_lib.adapters(config, made[-1], params, tokenizer)
     made.append(found)
     return leaves
@@ -506,6 +519,7 @@ def _as_before(shapes: dict, given: dict, mesh) -> dict:
   for a head that was tied to the embedding.
   """
   def place(path, x):
+    """Returns the shape of a parameter with the sharding that it had."""
     for old in (path, path.removeprefix('last_'),
                 path.replace('lm_head/', 'embed/')):
       if old in given:  # a quantised weight is a tree of several arrays
@@ -570,6 +584,7 @@ def init_state(tx: optax.GradientTransformation, params: dict[str, Any],
   known = dict(paths.named_leaves(params))
 
   def place(path, x):
+    """Returns the shape of a state's array with its sharding."""
     # The path of a moment ends with the path of its parameter.
     parts = path.split('/')
     for i in range(len(parts)):

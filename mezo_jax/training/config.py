@@ -55,9 +55,10 @@ class Data:
   test: str = ''
   test_split: str = ''  # split of a hub data set; '' for the task's
   subset: str = ''  # configuration name of a hub data set
-  # Number of rows of each split. -1 divides the rows that the other numbers
-  # leave: 60 % for training, 20 % (at most 500) for dev, and 20 % (at most
-  # 1,000) for testing. See `mezo_jax.tasks.data.share_out`.
+  # Number of rows of each split. If a number is -1, the split gets a share of
+  # the rows that remain. If all three are -1, the shares are 60 % for training,
+  # 20 % (at most 500) for dev, and 20 % (at most 1,000) for testing. See
+  # `mezo_jax.tasks.data.share_out`.
   num_train: int = 1000  # as in the paper
   num_dev: int = 500
   # With a test file or split this is the maximum, and 0 or -1 takes all rows.
@@ -89,7 +90,9 @@ class Optimizer:
   # learning_rate, eps). The first expression that is found in a parameter's
   # path applies; the other parameters use learning_rate and spsa.eps.
   groups: tuple[tuple[str, float, float], ...] = ()
-  micro_batches: int = 1  # parts in which a batch is evaluated, one by one
+  # Number of parts into which a batch is split. They are evaluated one after
+  # the other, which saves memory.
+  micro_batches: int = 1
 
 
 @dataclasses.dataclass
@@ -115,8 +118,8 @@ class Spsa:
   generator: str = 'hash32'
   # How losses become projected gradients. 'two_sided': (loss at +eps - loss at
   # -eps) / (2 eps). 'one_sided': (loss at +eps - loss at the weights) / eps.
-  # 'fzoo': as one_sided, but divided by the standard deviation of the losses
-  # over the directions instead of eps.
+  # 'fzoo': like 'one_sided', but divided by the standard deviation of the
+  # losses over the directions, instead of by eps.
   combine: str = 'two_sided'
   stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at
@@ -138,8 +141,8 @@ class Privacy:
   # (loss at +eps - loss at -eps) / (2 eps), one for each direction.
   clip: float = 10.0
   mechanism: str = 'gaussian'  # distribution of the noise; or 'laplace'
-  # Select the best step on the dev rows, which then have no privacy. Otherwise
-  # the last step is the result.
+  # Whether to select the best step on the dev rows, which are then not
+  # protected. If False, the last step is the result.
   public_dev: bool = False
 
 
@@ -151,8 +154,8 @@ class Peft:
   # 'bitfit' (biases); 'last_layers'; 'head'; 'scales' (of quantised weights);
   # '' for the model's own parameters.
   method: str = ''
-  # Regular expression. Of the parameters that `method` selects, only those
-  # whose path it matches are trained; '' for all of them.
+  # Regular expression that restricts the choice of `method`: only parameters
+  # whose path it matches are trained. '' for no restriction.
   mask: str = ''
   # Directory of a PEFT adapter to start training from, or to evaluate.
   adapter: str = ''
@@ -166,8 +169,8 @@ class Peft:
   # the vocabulary), 'text' (of the field `text`) or 'normal' (random numbers).
   init: str = 'tokens'
   text: str = ''  # for init 'text'; repeated or truncated to num_tokens
-  # Position of the first token after a prefix: 'zero', as without a prefix (the
-  # paper), or 'after', the length of the prefix (PEFT).
+  # Position of the first token of a text with a prefix. 'zero': 0, as without a
+  # prefix (MeZO paper). 'after': the length of the prefix (PEFT).
   positions: str = 'zero'
   # Number of last layers that become parameters of their own,
   # `last_layers/...`. This happens with method 'last_layers', and if mask or
@@ -215,8 +218,9 @@ class Train:
   # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
   # (predictions, examples) that is maximised; '' for the default of the task.
   objective: Objective = ''
-  # '' for none, or 'sfc' (surface-form calibration), which scores a candidate
-  # by its log-likelihood minus that after the prompt task.calibration.
+  # '' for none, or 'sfc' (surface-form calibration). With 'sfc' the score of a
+  # candidate is its log-likelihood minus its log-likelihood after
+  # task.calibration, a prompt without content.
   calibration: str = ''
   num_demos: int = 32  # demonstrations per prompt, for method 'icl'
   model: Model = dataclasses.field(default_factory=Model)
@@ -245,17 +249,19 @@ class Train:
   keep_checkpoints: int = 1  # newest checkpoints kept, in addition to the best
   # If only the last layers or a head are trained, cache the activations of the
   # frozen layers for each row (docs/one_gpu.md).
-  keep_trunk: bool = True
+  cache_frozen: bool = True
   # GiB of activations that are cached in memory. A larger cache is written to
   # files in the working directory.
-  trunk_memory: float = 4.0
+  cache_memory: float = 4.0
   eval_batch_size: int = 32  # maximum rows of an evaluation batch
-  eval_batch_tokens: int = 16_384  # maximum tokens of it, including padding
-  # Consecutive steps with a loss that is not finite after which the run stops.
+  # Maximum tokens of an evaluation batch, including padding.
+  eval_batch_tokens: int = 16_384
+  # The run stops after this many consecutive steps whose loss is not finite.
   max_skipped: int = 10
-  # The run stops as diverged if the mean loss of the last 100 steps exceeds
-  # that of the first 100 by this many standard deviations of a step's loss in
-  # the first 100; 0 for no limit.
+  # Limit on the rise of the loss, above which the run stops as diverged. The
+  # mean loss of the last 100 steps is compared with that of the first 100
+  # steps. The unit is the standard deviation of the losses of the first 100
+  # steps; 0 for no limit.
   max_rise: float = 10.0
 
 
@@ -265,7 +271,7 @@ class Train:
 _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
-    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'trunk_memory')
+    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'cache_memory')
 
 # Fields that earlier versions had and this one does not. Each is mapped to the
 # only value whose behaviour this version still has, or to `_ANY` if the field
@@ -278,7 +284,9 @@ _REMOVED = {
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
 # Fields that earlier versions had under another name.
-_RENAMED = {'spsa.fold_every': 'apply_every'}
+_RENAMED = {
+    'spsa.fold_every': 'apply_every', 'keep_trunk': 'cache_frozen',
+    'trunk_memory': 'cache_memory'}
 # Values that earlier versions supported, of fields that still exist.
 _REMOVED_VALUES = {'spsa.distribution': 'sphere',
                    'peft.positions': 'jump', 'calibration': 'icl_sfc'}
@@ -312,7 +320,7 @@ def objective(config: Train) -> str | Callable:
 def metric(config: Train) -> str:
   """Returns the name of the main metric, by which steps and runs are compared.
 
-  If the objective is a function, its values are the main metric.
+  If the objective is a function, the value of that function is the main metric.
   """
   return objectives.metric(config.task, objective(config))
 
@@ -362,8 +370,10 @@ def from_json(saved: dict[str, Any]) -> Train:
     InputError: if a field has a value that this version does not support.
   """
   def plain(v):
+    """Converts lists to tuples, which JSON does not have."""
     return tuple(map(plain, v)) if isinstance(v, list) else v
   def build(cls, values):
+    """Creates a dataclass, and the dataclasses in it, from nested dicts."""
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     return cls(**{
         name: build(fields[name], v) if isinstance(v, dict) else plain(v)
@@ -386,10 +396,11 @@ def _updated(saved: dict) -> dict:
   out = dict(saved)
   for path, now in _RENAMED.items():
     parent, _, name = path.rpartition('.')
-    if name in out.get(parent, {}):
-      holder = dict(out[parent])
+    holder = dict(out.get(parent, {})) if parent else out
+    if name in holder:
       holder[now] = holder.pop(name)
-      out[parent] = holder
+      if parent:
+        out[parent] = holder
   for path, neutral in _REMOVED.items():
     parent, _, name = path.rpartition('.')
     holder = dict(out.get(parent, {})) if parent else out
@@ -421,9 +432,9 @@ def check_same_run(config: Train, saved: dict[str, Any]) -> None:
   Some fields, such as the number of steps, the mesh and the evaluation
   interval, may change, with these exceptions. With a decaying learning rate the
   number of steps must not change, because it determines every update. In
-  private training neither the number of steps nor the mesh may change: the
-  noise was calibrated for the number of steps, and a step that is replayed on
-  another mesh has other rounding errors with the same noise, so the difference
+  private training neither the number of steps nor the mesh may change. The
+  noise was calibrated for the number of steps. On another mesh, a step that is
+  computed again has the same noise but other rounding errors, so the difference
   of the two results would reveal private data.
 
   Args:
@@ -442,6 +453,7 @@ def check_same_run(config: Train, saved: dict[str, Any]) -> None:
   changed = []
 
   def compare(new, old, path):
+    """Adds the fields below a path that differ to `changed`."""
     if path in free:
       return
     if isinstance(new, dict):

@@ -130,12 +130,12 @@ def _words(hint) -> str:
     return ' or '.join(map(_words, args))
   if origin is tuple and args[-1] is Ellipsis:
     if args[0] is str:
-      return "a tuple of texts, ('a', 'b')"
+      return "a tuple of strings, ('a', 'b')"
     return f'a tuple, each element {_words(args[0])}'
   if origin is tuple:
     return f'({", ".join(map(_words, args))})'
   if collections.abc.Callable in (hint, origin):
     return 'a function'
-  names = {str: 'a text', int: 'an integer', float: 'a number',
+  names = {str: 'a string', int: 'an integer', float: 'a number',
            bool: 'True or False', type(None): 'None'}
   return names.get(hint, getattr(hint, '__name__', str(hint)))

@@ -18,9 +18,11 @@ class Drawn(NamedTuple):
   Attributes:
     batch_size: Number of rows in a batch.
     seed: Seed of the order of the rows.
-    anchor_every: Number of batches from one anchor to the next. Defaults to 0,
-      for no anchors.
-    anchor_batches: Size of an anchor's batch, in units of ``batch_size``.
+    anchor_every: Number of batches from one anchor to the next. An anchor is a
+      step at which SVRG estimates the gradient on a larger batch. Defaults to
+      0, for no anchors.
+    anchor_batches: Number of rows of an anchor's batch divided by
+      ``batch_size``. Defaults to 0.
   """
 
   batch_size: int
@@ -51,7 +53,8 @@ def private(plan: privacy.Plan, secret: bytes, splits: data_lib.Splits,
   """Yields the batches of a private run, in the same form as `batches`.
 
   All batches are padded to the same number of rows and tokens, and ``tokens``
-  includes the padding, so neither reveals anything about the sampled rows.
+  includes the padding. So their shapes and ``tokens`` reveal nothing about the
+  sampled rows.
 
   Args:
     plan: Plan of the run.
@@ -85,6 +88,7 @@ def batches(drawn: Drawn, splits: data_lib.Splits,
   train, every = splits.train, drawn.anchor_every
 
   def put(length, index):
+    """Returns the number of tokens of a batch, and the batch on the mesh."""
     batch = encode.batch_of(train, index, length, len(index))
     return int(batch['attention_mask'].sum()), sharding.put_batch(batch, mesh)
   # All anchors have the same batch. It takes the place of a drawn batch, so the

@@ -49,7 +49,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   """Returns the same run with cached activations of its frozen layers.
 
   Batches then contain the activations, ``width`` numbers per token. Up to
-  ``config.trunk_memory`` GiB are kept in memory. A larger cache is written to
+  ``config.cache_memory`` GiB are kept in memory. A larger cache is written to
   files, which a resumed run uses again if its rows and weights are the same.
 
   ``built.frozen`` keeps only the parameters that steps and evaluations still
@@ -64,10 +64,10 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
 
   Returns:
     The run with cached activations. It is unchanged if a parameter of
-    ``layers`` or before them is trained, if ``config.keep_trunk`` is False, or
-    if the answers of all splits are generated.
+    ``layers`` or before them is trained, if ``config.cache_frozen`` is False,
+    or if the answers of all splits are generated.
   """
-  if not config.keep_trunk or not is_frozen(built.params):
+  if not config.cache_frozen or not is_frozen(built.params):
     return built
   splits, model = built.splits, built.model
   of = {name: getattr(splits, name) for name in ('train', 'dev', 'test')}
@@ -84,7 +84,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
   size = sum(int(np.prod(shape(data))) for data in wanted.values()) * (
       dtype.itemsize)
   abstract = isinstance(like, jax.ShapeDtypeStruct)
-  in_files = size > config.trunk_memory * 2**30 and not abstract
+  in_files = size > config.cache_memory * 2**30 and not abstract
   where = f'files of {directory}' if in_files else 'memory'
   rows = sum(len(data.prompts) for data in wanted.values())
   much = f'{size / 2**20:.0f} MiB, '
@@ -156,6 +156,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   ends = np.cumsum(data.lengths)
 
   def write(index, x_BxSxD):
+    """Writes the activations of a batch without its padding."""
     x_BxSxD = np.asarray(x_BxSxD.addressable_data(0))
     for i, row in enumerate(index):
       n = data.row_length(row)
@@ -191,6 +192,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
 def _trunk(model, dtype) -> Callable:
   """Returns a function that computes the activations of a batch."""
   def trunk(params, batch):
+    """Runs the frozen layers."""
     return score.apply(model, params, batch)(
         features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
   return trunk
@@ -221,7 +223,7 @@ def _make_room(file: Path, size: int) -> None:
       raise InputError(
           f'{file.parent} does not have {size / 2**30:.2f} GiB of free space '
           f'for cached activations ({e.strerror}); free some space, choose '
-          'another --workdir, or set --config.keep_trunk=False.') from e
+          'another --workdir, or set --config.cache_frozen=False.') from e
 
 
 def _everywhere(here: bool) -> bool:
@@ -232,7 +234,10 @@ def _everywhere(here: bool) -> bool:
 
 
 def _mark(config, model, below: dict) -> str:
-  """Returns a text that identifies model and frozen weights, on any mesh."""
+  """Returns a string that identifies the model and its frozen weights.
+
+  The string does not depend on the mesh.
+  """
   return repr((_FORMAT, model.config, config.model.dtype,
                fingerprint.of_weights(below)))
 

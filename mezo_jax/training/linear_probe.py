@@ -31,6 +31,7 @@ def features(model: Any, params: Any, data: Encoded, sizes: Sizes,
     Features, an array of shape [rows, width] and dtype float32.
   """
   def read(params, batch):
+    """Returns the features [rows, width] of a batch."""
     return models.apply(
         model, params, batch['input_ids'], batch['attention_mask'],
         answer_at=batch['answer_at'], features='head')[:, 0].astype(jnp.float32)

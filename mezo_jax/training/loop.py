@@ -112,7 +112,7 @@ def steps(state: TrainState, numbered: range, step_fn: Step, log: replay.Log,
   """Dispatches steps, and yields ``(step, state, numbers)`` of each.
 
   The device may not have computed the step yet when it is yielded. The state is
-  donated to the next step, so it can be used only until that is requested.
+  donated to the next step, so use it before you request the next item.
 
   Args:
     state: The state before the first step. It is donated.
@@ -196,7 +196,12 @@ class Recorder:
   say: Callable[[str], None]
 
   def step(self, step: int, numbers: Numbers) -> None:
-    """Waits until the device has computed a step, and records it."""
+    """Waits until the device has computed a step, and records it.
+
+    Args:
+      step: Number of the step.
+      numbers: The metrics of the step.
+    """
     values = jax.device_get(numbers.values)
     self.host.check()
     if self.plan:
@@ -213,6 +218,10 @@ class Recorder:
 
     If updates accumulate, the log records that they were applied at this step.
     With replicas, a checksum of the weights is recorded for comparison.
+
+    Args:
+      step: Number of the step.
+      state: The state after the step.
     """
     if self.accumulates:
       self.log.added(step)
@@ -220,7 +229,12 @@ class Recorder:
       self.others.mark(step, fingerprint.checksum(state.params))
 
   def evaluation(self, step: int, report: dict[str, Any]) -> None:
-    """Records and prints an evaluation on the dev rows."""
+    """Records and prints an evaluation on the dev rows.
+
+    Args:
+      step: Number of the step.
+      report: The report on the dev rows.
+    """
     text, spent = f'step {step}: dev {evaluate.spell(report)}', {}
     if self.plan:
       spent = {'epsilon': self.plan.spent(step)}
@@ -230,7 +244,14 @@ class Recorder:
 
   def save(self, step: int, state: TrainState, report: dict[str, Any] | None
            ) -> None:
-    """Starts to save a checkpoint. The state may be donated afterwards."""
+    """Starts to save a checkpoint. The state may be donated afterwards.
+
+    Args:
+      step: Number of the step.
+      state: The state after the step.
+      report: The report on the dev rows, by which the best checkpoint is found;
+        None if the step was not evaluated.
+    """
     rank = self.rank(report) if self.rank and report else None
     # Write the log to disk first, so that it always reaches at least to the
     # newest checkpoint.
@@ -262,8 +283,9 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
     steps: Yields ``(step, state, numbers)``; see the function `steps`.
     record: Records steps, evaluations and checkpoints.
     evaluates: A function of the step number that returns whether the step is
-      evaluated. It must be True for the last step, because a step is recorded
-      when the next one has been dispatched or when it is evaluated.
+      evaluated. It must return True for the last step, so that this step is
+      recorded: a step is recorded when the next one has been dispatched, or
+      before it is evaluated or saved.
     checkpoint_every: Steps from one checkpoint to the next. Evaluated steps are
       saved in addition.
     evaluate_dev: A function from the trained parameters to the report on the

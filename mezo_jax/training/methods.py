@@ -155,8 +155,8 @@ class Method:
       must satisfy in addition to those of
       `mezo_jax.training.checks.check_config`.
     reads: Names of the options of `Variant` that the method reads.
-    ignores: Regular expression of the other fields of a config that the method
-      does not read.
+    ignores: Regular expression that matches the names of fields outside of
+      `Variant` that the method does not read.
     backprop: Whether it trains by backpropagation.
     probe: Whether it starts by fitting a linear probe.
     demonstrations: Whether labelled examples precede each prompt.
@@ -169,8 +169,8 @@ class Method:
     mixes: Whether it can train several tasks in one run.
     private: Whether it gives the training rows the differential privacy of
       ``config.privacy``, so that nothing else about them may be reported.
-    anchors: Whether every ``variant.every``-th batch is that of an anchor, with
-      more rows than others.
+    anchors: Whether every ``variant.every``-th step sets a new anchor, whose
+      gradient is estimated on a larger batch.
     offloads: Whether it works with weights that are kept in host memory.
     replicated: Whether replicas can evaluate a part of its directions each.
     score: ``score(config, value_fns, params, **options) -> (memory, words)``,
@@ -463,14 +463,14 @@ _PLAIN = _no_groups, _no_accumulation
 def _score_mazo(config, value_fns, params, **options):
   """Computes the mask of the weights that MaZO trains.
 
-  The memory is a list of the masks of matrices. Masks of other parameters are
-  single bools and not part of the state.
+  The memory is a list with the mask of each matrix. The mask of any other
+  parameter is a single bool, which is not stored in the optimizer state.
   """
   v = config.variant
   mask = variants.saliency(
       value_fns, params, share=v.share, alpha=v.alpha, beta=v.beta, **options)
   return ([m for m in jax.tree.leaves(mask) if jnp.ndim(m)],
-          f'{v.share:.0%} of each row are trained')
+          f'{v.share:.0%} of the weights in each row of a matrix are trained')
 
 
 def _score_layers(config, value_fns, params, **options):
@@ -478,7 +478,7 @@ def _score_layers(config, value_fns, params, **options):
   del config
   # These methods train a single task, so there is one function.
   return (variants.grad_norms(value_fns[0], params, **options),
-          'norms of layers, grad')
+          'norms of layers, gradients of the loss')
 
 
 # --- forward passes of a step -----------------------------------------------
@@ -492,8 +492,9 @@ def _directions_seen(config) -> int:
 def _forwards_of_svrg(config, rows: int) -> float:
   """Returns the average number of forward passes of a step of MeZO-SVRG.
 
-  Of ``every`` steps, one is an anchor's, with 2 forward passes per direction
-  and batch. Each of the others takes 4: 2 at the weights and 2 at the anchor.
+  One of ``every`` steps sets an anchor. It takes 2 forward passes per direction
+  for each batch of the anchor's rows. Each of the other steps takes 4 forward
+  passes per direction: 2 at the weights and 2 at the anchor.
   """
   every = config.variant.every
   of_anchor = 2 * anchor_batches(config, rows)
@@ -710,8 +711,8 @@ def adapts(config: Any) -> bool:
 def layers_apart(config: Any) -> bool:
   """Returns whether the last layers are separate parameters.
 
-  The last ``peft.num_layers`` layers then have paths ``last_layers/...``, so
-  that they can be trained without the others.
+  If so, the last ``peft.num_layers`` layers have paths ``last_layers/...`` and
+  can be trained without the others.
   """
   part, p = part_of(config), config.peft
   names = p.mask, p.targets if part.added else ''
@@ -720,11 +721,11 @@ def layers_apart(config: Any) -> bool:
 
 
 def made(config: Any) -> str:
-  """Returns a regular expression of the parameters that the run itself creates.
+  """Returns a regular expression for the parameters that the run creates.
 
-  These are adapters and a new classification head, which are not in the model's
-  files. They are computed from a seed, so their last bits may differ between
-  kinds of processors.
+  It matches the paths of adapters and of a new classification head, which are
+  not in the model's files. Their initial values are computed from a seed and
+  may differ in the last bits between kinds of processors.
   """
   return '|'.join(filter(None, (part_of(config).adapter, r'^classifier/')))
 

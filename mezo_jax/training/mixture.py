@@ -6,8 +6,9 @@ A mixture minimises the weighted mean of the losses of its tasks,
 
 The batch of a step belongs to a single task, which is drawn with a probability
 proportional to its weight. So the expected loss of a step is the weighted mean.
-A program is compiled for each task and sequence length. The best step is that
-with the best mean of the tasks' metrics on their dev rows.
+A program is compiled for each task and sequence length. The best step is the
+one with the best mean of the tasks' main metrics (or losses, with select
+'loss') on their dev rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -223,7 +224,7 @@ class Mixture:
 
 
 def alone(config: config_lib.Train) -> list[tuple[Any, ...]]:
-  """Returns the tasks of a config as configs of single tasks.
+  """Splits a config with several tasks into one config per task.
 
   Args:
     config: Config of the run.

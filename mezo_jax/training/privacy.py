@@ -4,7 +4,8 @@ The rows and the noise key of a step are derived from HMAC-SHA256 of a secret
 and the number of the step. Each row is in the batch with the same probability,
 independently of the others (Poisson sampling). Without the secret, neither rows
 nor noise can be predicted. With it, a resumed run repeats exactly the same
-steps, so no row is released with two different noises.
+steps. So the same result is never released with two different noises, from
+which the noise could be averaged out.
 
 The package dp-accounting computes the privacy that is spent, with privacy loss
 distributions of Poisson-sampled Gaussian or Laplace mechanisms. Neighbouring
@@ -12,8 +13,8 @@ data sets differ by one row that is added or removed.
 
 The guarantee does not cover:
 
-* the rounding of floating-point noise,
-* the length of a step's noise key, 64 bits,
+* the rounding of the noise to floating-point numbers,
+* an attacker who tries all 2**64 values of a step's noise key,
 * earlier runs on the same rows, such as a search for a learning rate,
 * the dev and test rows.
 """
@@ -87,11 +88,16 @@ def spell(plan: Plan, steps: int | None = None) -> str:
           f'of {plan.rows} rows (at most {plan.capacity}), with '
           f'{plan.mechanism} noise of {plan.noise_multiplier:.4f} times the '
           f'clip, spend epsilon {plan.spent(plan.steps):.3f} at delta '
-          f'{plan.delta:g}; the dev and test rows have no privacy')
+          f'{plan.delta:g}; the dev and test rows are not protected')
 
 
 def account(plan: Plan, steps: int) -> dict[str, Any]:
-  """Returns the entry 'privacy' of a result: the plan and the spent epsilon."""
+  """Returns the entry 'privacy' of a result: the plan and the spent epsilon.
+
+  Args:
+    plan: The plan of the run.
+    steps: Number of steps that were made.
+  """
   return dataclasses.asdict(plan) | {'spent': plan.spent(steps)}
 
 
@@ -122,9 +128,11 @@ def plan(epsilon: float, delta: float, mechanism: str, steps: int, rows: int,
   rate = batch_size / rows
   # If more rows are sampled than fit, some are left out, which the accountant
   # does not model. The capacity is therefore so large that this happens with a
-  # probability of at most `most` per step. It can happen with either of two
-  # neighbouring data sets, one of which has rows + 1 rows; together this costs
-  # 1 + e^epsilon times the probability in delta. min() keeps exp finite.
+  # probability of at most `most` per step. The guarantee compares two
+  # neighbouring data sets, and the larger one has rows + 1 rows. An overflow
+  # with either of them adds to delta, in total (1 + e^epsilon) * `most` per
+  # step, so that all steps together add at most `_SHARE` * delta. min() keeps
+  # exp() finite.
   most = _SHARE * delta / ((1 + math.exp(min(epsilon, 700.0))) * steps)
   capacity = int(stats.binom.isf(most, rows + 1, rate))
   capacity = -(-max(capacity, 1) // multiple) * multiple

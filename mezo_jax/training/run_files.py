@@ -30,9 +30,9 @@ def check_workdir(config: config_lib.Train, workdir: Path) -> None:
     workdir: Directory of the run. It may be empty or missing.
 
   Raises:
-    InputError: if the directory contains a run with other settings, with more
-      steps than the config, or with as many steps whose last one was not
-      evaluated.
+    InputError: if the directory contains a run with other settings, a run with
+      more steps than the config, or a run with as many steps as the config
+      whose last step was not evaluated.
   """
   config_file = workdir / 'config.json'
   if config_file.exists():
@@ -81,7 +81,7 @@ def inputs_of(config: config_lib.Train, model: models.Config, tokenizer: Any
 def check_inputs(config: config_lib.Train, workdir: Path,
                  model: models.Config, tokenizer: Any, weights: str,
                  splits: Sequence[data.Splits], secret: bytes | None) -> None:
-  """Records fingerprints of a run's inputs, or compares them with the recorded.
+  """Records fingerprints of a run's inputs, or compares them with earlier ones.
 
   Args:
     config: Config of the run.
@@ -91,9 +91,9 @@ def check_inputs(config: config_lib.Train, workdir: Path,
     weights: Fingerprint of the weights before training, from
       `mezo_jax.core.fingerprint.of_weights`.
     splits: Encoded rows of each task.
-    secret: Secret of a private run, or None for another run. It is the key of
-      the fingerprint of the rows, so that nobody without it can find out rows
-      from their fingerprint.
+    secret: Secret of a private run, or None for another run. The fingerprint of
+      the rows is a keyed hash with the secret as its key. Without the secret,
+      nobody can test from the fingerprint whether they guessed the rows.
 
   Raises:
     InputError: if the weights, the model, the tokenizer, the adapter or the
@@ -160,7 +160,12 @@ def read_config(workdir: Path) -> config_lib.Train:
 
 
 def write_config(config: config_lib.Train, workdir: Path) -> None:
-  """Writes config.json."""
+  """Writes ``config.json``.
+
+  Args:
+    config: Config of the run.
+    workdir: Directory of the run.
+  """
   loggers.write_json(workdir / 'config.json', config_lib.to_json(config))
 
 

@@ -17,8 +17,8 @@ def score_weights(config: Any, tasks: mixture.Mixture, params: Any,
                   mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> Any:
   """Runs the scoring pass of a method, for example to find sensitive weights.
 
-  It evaluates as many rows as four batches have, taken at equal distances from
-  the training rows of each task.
+  For each task it evaluates four batches' worth of training rows, or all of
+  them if there are fewer. The rows are evenly spaced among the training rows.
 
   Args:
     config: The config of the run. Its method must have a ``score``.

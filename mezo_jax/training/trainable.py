@@ -86,7 +86,8 @@ def adapters(config: config_lib.Train, model: models.Transformer,
     model, found, _ = peft.load(p.adapter, model)
     return model, (peft.split_layers(found, p.num_layers) if (
         methods.layers_apart(config)) else found)
-  # Adapters start from other random numbers than the directions of training.
+  # Fold in a constant, so that the initial values of adapters do not repeat the
+  # random numbers of the directions.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
   if methods.part_of(config).added:
     return model, peft.lora.init(

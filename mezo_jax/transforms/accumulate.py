@@ -2,9 +2,9 @@ r"""Accumulates updates for k steps before it applies them to the weights.
 
 The accumulated updates are a `Displacement` :math:`\sum_i c_i z_i`, which is
 stored as keys and coefficients. Losses are evaluated at :math:`\theta + \sum_i
-c_i z_i \pm \epsilon z`, so that the trajectory is that of updates in every
-step. Weights are read and written once in k steps. This saves a large part of a
-step if prompts are short.
+c_i z_i \pm \epsilon z`, so the trajectory is the same as if each step changed
+the weights. The weights are read and written only once in k steps. If prompts
+are short, this saves a large part of the time of a step.
 
 References:
   Chen et al., 2024, `LOZO <https://arxiv.org/abs/2410.07698>`_, which
@@ -37,9 +37,10 @@ class PendingState(NamedTuple):
   """Holds the coefficients of updates that have not been applied yet.
 
   Attributes:
-    count: Number of steps that were not skipped, for schedules. int32 [].
-    pending: Coefficients of z, float32 [k, n]. Row i belongs to the steps whose
-      number is i modulo k.
+    count: Number of steps so far that were not skipped, for schedules. int32
+      [].
+    pending: Coefficients of z of the accumulated updates, float32 [k, n]. Row i
+      belongs to the step of the last k whose number is i modulo k.
   """
 
   count: jax.Array
@@ -52,14 +53,16 @@ class Rule(NamedTuple):
   Attributes:
     fn: A function ``(pending, slot, g, count, *memory) -> (pending, *memory)``.
       It adds the coefficients of a step to ``pending`` [k, n], usually in row
-      ``slot``, which is the number of the step modulo k. ``g`` are the
-      projected gradients [n], and ``count`` is the number of steps that were
-      not skipped.
+      ``slot``, which is the number of the step modulo k. ``g`` has the
+      projected gradients [n], and ``count`` is the number of steps so far that
+      were not skipped.
     init: A function ``n -> memory`` that returns the first memory, given the
       number of directions. Defaults to None, for no memory.
-    missed: A function ``(slot, memory) -> memory``. It is called with the slot
-      of a step that was skipped, and with None if updates were applied before
-      k steps were complete. Defaults to a function that keeps the memory.
+    missed: A function ``(slot, memory) -> memory`` that returns the memory
+      after a step was skipped. ``slot`` is that of the step. The function is
+      also called with None in place of the slot, after updates were applied
+      before k steps were complete. Defaults to a function that keeps the
+      memory.
   """
 
   fn: Callable
@@ -68,7 +71,7 @@ class Rule(NamedTuple):
 
 
 def sgd(learning_rate: float | optax.Schedule) -> Rule:
-  r"""Returns the rule of SGD, whose coefficients are :math:`-\eta g_j / n`.
+  r"""Returns the rule of SGD, with the coefficients :math:`-\eta g_j / n`.
 
   Args:
     learning_rate: The learning rate :math:`\eta`, a number or a schedule.
@@ -84,15 +87,15 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
                 ) -> ZerothOrderTransformation:
   r"""Returns an optimizer that applies its updates every k steps.
 
-  All other updates are zero. With the rule `sgd`,
+  The updates of all other steps are zero. With the rule `sgd`,
 
   .. math::
     u_t = -\sum_{s=t-k+1}^t \frac{\eta_s}{n} \sum_j g_{s,j} z_{s,j}
     \text{ if } k \mid t + 1, \text{ else } 0.
 
-  ``update`` takes two more arguments. ``apply`` is a Python bool that decides
-  whether accumulated updates are applied after this step, whatever its number.
-  Defaults to None, for every k-th step. ``apply_only=True`` applies the
+  ``update`` takes two more arguments. ``apply`` is a Python bool: whether to
+  apply the accumulated updates after this step. It defaults to None, which
+  applies them after every k-th step. ``apply_only=True`` applies the
   accumulated updates without making a step.
 
   Args:
@@ -129,7 +132,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     check_update(updates, spsa_state, params, value_fn, projected_grad)
     if around is not None:
       raise ValueError('around= cannot be combined with apply_every, which '
-                       'uses it to add the accumulated updates to the weights.')
+                       'uses around= itself, for the accumulated updates.')
     # Measure the numbers of this step, or take recorded ones.
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
@@ -162,8 +165,8 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     def wait(ring, rest):
       """Keeps accumulating: all updates are zero."""
       return jax.tree.map(zeros, params), ring, rest
-    # Every k-th step applies the sum. `make_step` passes ``apply``, since it
-    # has decided this outside of ``update``.
+    # Every k-th step applies the sum. If ``apply`` is passed, the caller has
+    # decided already, as `make_step` does.
     if apply is None:
       out = lax.cond(is_due(state), add, wait, ring, rest)
     else:
@@ -192,10 +195,10 @@ def displacement(state: SpsaState, ring: PendingState, directions: Directions,
 
   Args:
     state: State of the estimator, for its key.
-    ring: The accumulated coefficients.
+    ring: The accumulated coefficients of k steps.
     directions: Distribution of z.
-    count: Number of a step. The first of the k steps is the last one whose
-      number is a multiple of k.
+    count: Number of one of these k steps. The first of them is the last step up
+      to this one whose number is a multiple of k.
   """
   every, n = ring.pending.shape
   first = count - count % every

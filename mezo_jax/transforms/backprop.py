@@ -30,7 +30,7 @@ class BackpropState(NamedTuple):
 
 
 def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
-  """Computes the gradient by backpropagation, as the first link of a chain.
+  """Computes gradients by backpropagation. Use it first in an optax chain.
 
   ``update(None, state, params, value_fn=loss, **batch)`` differentiates
   ``loss(params, **batch)`` with respect to all params. To train only some of

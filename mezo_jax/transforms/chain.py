@@ -11,14 +11,14 @@ _CHAINS = ('chain.<locals>.update_fn', 'named_chain.<locals>.update_fn')
 def check_first(name: str) -> None:
   """Checks that no link of a chain was called before this estimator.
 
-  A chain with an estimator in it is called with None in place of updates. A
+  A chain that contains an estimator is called with None in place of updates. A
   link before the estimator, such as `optax.clip_by_global_norm`, maps over None
-  and returns None. It has no effect, and optax passes nothing from link to link
-  that would reveal it. This function therefore inspects the Python stack. It
-  looks for calls of `optax.chain` and `optax.named_chain` that are in progress.
-  Their local variables hold the new states of all links that were called
-  before. The check runs while a program is traced, and costs nothing in a
-  compiled step.
+  and returns None, so it has no effect. The estimator cannot learn of such a
+  link from its arguments, so this function inspects the Python stack. It looks
+  for calls of `optax.chain` and `optax.named_chain` that are in progress. Their
+  local variables contain the new states of all links that were called before.
+  The check runs while a program is traced, and costs nothing in a compiled
+  step.
 
   Args:
     name: Name of the estimator, for the error message.

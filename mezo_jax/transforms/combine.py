@@ -21,15 +21,16 @@ class Combine:
   `mezo_jax.two_sided`, `mezo_jax.one_sided` and `mezo_jax.fzoo` are instances.
 
   Attributes:
-    signs: The factors s at which each direction is evaluated, a tuple of
-      numbers. The loss at s = 0 is the same for all directions and is evaluated
-      once.
+    signs: The factors s, a tuple of numbers. The loss is evaluated at each of
+      them along every direction. At s = 0 it is the same for all directions and
+      is evaluated once.
     fn: A function ``(losses, eps) -> (value, projected_grad)`` of the losses
       [n, len(signs)] and the perturbation scale. It returns the mean loss []
       and the coefficients [n].
     needs_all: Whether the coefficient of a direction depends on the losses of
-      other directions, as a z-score does. If it does not, replicas can each
-      evaluate a part of the directions (``part=``). Defaults to True.
+      other directions, as a z-score does. If it does not, each of several
+      replicas can evaluate a part of the directions (``part=``). Defaults to
+      True.
 
   Raises:
     ValueError: If ``signs`` is not a tuple of numbers, ``fn`` is not callable
@@ -136,13 +137,13 @@ COMBINES: dict[str, Combine] = {
 
 
 def as_combine(combine: Combine | str) -> Combine:
-  """Returns the `Combine` that a name stands for.
+  """Converts the name of a `Combine` to the `Combine`.
 
   Args:
     combine: A `Combine`, which is returned unchanged, or a key of `COMBINES`.
 
   Raises:
-    ValueError: If ``combine`` is neither.
+    ValueError: If ``combine`` is neither a `Combine` nor a known name.
   """
   if isinstance(combine, Combine):
     return combine

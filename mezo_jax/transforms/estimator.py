@@ -6,8 +6,8 @@ r"""Defines estimators, which split a step into two halves.
 
 ``measure`` evaluates losses and returns a few numbers g. It does not change the
 weights. ``apply`` turns the numbers into updates u. It does not evaluate a
-loss. Training calls both. Replay, replicas and resumed runs call only
-``apply``, with numbers that were recorded or received.
+loss. Training calls both. To replay a step, only ``apply`` is called, with
+recorded numbers. Replicas call it with numbers that they received.
 """
 
 from collections import OrderedDict
@@ -84,7 +84,7 @@ class SpsaState(NamedTuple):
 class SpsaStateWithMemory(NamedTuple):
   """Holds the state of an estimator that keeps a memory between steps.
 
-  The attributes of `SpsaState` can be read from it directly.
+  It also has the attributes of `SpsaState`, to read them directly.
 
   Attributes:
     spsa: The state without the memory.
@@ -94,8 +94,7 @@ class SpsaStateWithMemory(NamedTuple):
   spsa: SpsaState
   memory: Any
 
-  # `__getattr__` would not be called for this one, since tuples have a method
-  # of this name.
+  # Tuples have a method `count`, so `__getattr__` is not called for this name.
   @property
   def count(self) -> jax.Array:
     return self.spsa.count
@@ -157,13 +156,13 @@ class SampleOptions(TypedDict):
 
 
 class LossOptions(SampleOptions):
-  """Lists the options of a variant that combines losses in its own way."""
+  """Lists the options of a variant that has no ``combine`` option."""
 
   over: NotRequired[str]
 
 
 class SpsaOptions(LossOptions):
-  """Lists the options of a variant that works with projected gradients."""
+  """Lists the options of a variant that also has a ``combine`` option."""
 
   combine: NotRequired[Combine | str]
 
@@ -172,7 +171,8 @@ class SpsaOptions(LossOptions):
 class Spsa:
   """Implements the two halves of `mezo_jax.spsa`, which documents the fields.
 
-  A variant replaces one of the halves or both, and may call these in its own.
+  A variant replaces one or both of these halves by functions of its own. These
+  functions may call the methods of this class.
   """
 
   eps: Any = 1e-3
@@ -186,7 +186,7 @@ class Spsa:
   dtype: Any = None
 
   def __post_init__(self) -> None:
-    """Checks the fields and replaces names by the objects they stand for."""
+    """Checks the fields, and replaces names by the objects that have them."""
     def put(name, value):
       object.__setattr__(self, name, value)
     for name in ('num_samples', 'micro_batches'):
@@ -213,10 +213,10 @@ class Spsa:
         self, directions=dataclasses.replace(self.directions, **changes))
 
   def one_eps(self) -> 'Spsa':
-    """Returns itself after checking that eps has no groups.
+    """Checks that eps has no groups, and returns this object.
 
-    A variant that changes projected gradients in a nonlinear way needs this,
-    since the state holds only the projected gradients of the first group.
+    A variant that changes projected gradients in a nonlinear way needs this
+    check, since projected gradients are computed for the first group only.
 
     Raises:
       ValueError: If eps has groups.
@@ -279,7 +279,8 @@ class Spsa:
               part: Any = None) -> tuple[Any, jax.Array]:
     """Returns the mean loss and the projected gradients [n].
 
-    With ``part``, the projected gradients of all other directions are NaN.
+    The arguments are those of `losses`. With ``part``, the projected gradients
+    of all other directions are NaN.
     """
     losses = self.losses(state, params, value_fn, batch, around=around,
                          part=part, signs=self.combine.signs)
@@ -292,19 +293,20 @@ class Spsa:
   def apply(self, state: Any, params: Any, numbers: Numbers) -> Any:
     r"""Returns :math:`\frac{1}{n} \sum_j g_j z_j`, float32."""
     g = numbers.projected_grad
-    # In a step that is skipped, g is NaN and the updates are 0.
+    # If the step is skipped, g is NaN, and the updates must be 0.
     mean = jnp.where(jnp.isfinite(g), g, 0.0) / self.num_samples
     eps = self.eps_at(state)
-    # Convert projected gradients, which refer to the first eps, to each group.
+    # Projected gradients are differences divided by the eps of the first group.
+    # Convert them, for each group, to differences divided by its own eps.
     of_group = jax.tree.map(lambda e: mean * (_first(eps) / e), eps)
     return direction(params, self.z(state).times(of_group), self.directions,
                      dtype=jnp.float32)
 
 
 def _first(eps) -> jax.Array:
-  """Returns the eps that projected gradients are divided by.
+  """Returns the eps by which differences of losses are divided.
 
-  If there are groups, this is the eps of the first one.
+  If there are groups, this is the eps of the first group.
   """
   return jax.tree.leaves(eps)[0]
 
@@ -326,7 +328,7 @@ def _part(part: tuple[int, int], spsa: Spsa) -> slice:
 
 
 def check_part(part: Any) -> tuple[int, int]:
-  """Returns a checked pair ``(i, r)``, which means part i of r.
+  """Checks and returns a pair ``(i, r)``, which means part i of r parts.
 
   Raises:
     ValueError: If ``part`` is not a pair of integers with 0 <= i < r.
@@ -355,8 +357,8 @@ class Estimator(ZerothOrderTransformation):
   projected_grad=g)`` calls only ``apply``, which is the replay path.
 
   Args:
-    options: An instance of `mezo_jax.transforms.Spsa`. Its halves are used
-      where none is passed.
+    options: An instance of `mezo_jax.transforms.Spsa`. Its ``measure`` and
+      ``apply`` are used unless others are passed.
     measure: Evaluates losses: ``(state, params, value_fn, batch, **where) ->
       (value, numbers)``. ``batch`` has all further arguments of ``update``, by
       name. ``numbers`` is a float32 array [size]. ``value`` is the mean loss,
@@ -365,17 +367,19 @@ class Estimator(ZerothOrderTransformation):
       may contain ``around``, a displacement that is added to the params (for
       ``apply_every`` of `mezo_jax.mezo`), and ``part``, the part of the
       directions that this replica evaluates. Pass them on to ``Spsa.measure``
-      or ``Spsa.losses``. If an estimator does not support them, leave them out
-      of the arguments. Defaults to None, for that of SPSA.
+      or ``Spsa.losses``. A function without these arguments is allowed, but
+      then they are not supported. Defaults to None, for that of SPSA.
     apply: Computes float32 updates: ``(state, params, numbers) -> updates``,
       where ``numbers`` is a `Numbers`. With a memory, it returns ``(updates,
-      memory)``. It may not depend on anything else, since a replayed step has
-      only the recorded numbers, and its ``value`` may be NaN. In a step that is
-      skipped, the numbers are NaN; `mezo_jax.transforms.unless_skipped` then
-      keeps the old memory. Defaults to None, for that of SPSA.
-    memory: Returns the first ``state.memory``, given the params. Needs
+      memory)``. It must not depend on anything else, since only the recorded
+      numbers are known when a step is replayed. Their ``value`` may be NaN. If
+      the step is skipped, all numbers are NaN, and the old memory must be
+      returned; see `mezo_jax.transforms.unless_skipped`. Defaults to None, for
+      that of SPSA.
+    memory: Returns the first ``state.memory``, given the params. Requires
       ``apply``. Defaults to None, for no memory.
-    size: Length of the numbers. Defaults to None, for the number of directions.
+    size: Length of the array of numbers. Defaults to None, for the number of
+      directions.
     check: Raises ValueError for params that cannot be used. Defaults to None.
 
   Attributes:
@@ -428,12 +432,12 @@ class Estimator(ZerothOrderTransformation):
 
   @property
   def size(self) -> int:
-    """Returns the number of numbers that a step measures."""
+    """Returns the length of the array of numbers that a step measures."""
     return self._made['size'] or self.options.num_samples
 
   @property
   def is_linear(self) -> bool:
-    """Returns whether updates are the sum of g_j z_j / n, as those of SPSA."""
+    """Returns whether updates are the sum of g_j z_j / n, as in SPSA."""
     return self._made['apply'] is None
 
   def in_float32(self) -> 'Estimator':
@@ -528,7 +532,7 @@ class Estimator(ZerothOrderTransformation):
     return Numbers(jnp.float32(value), g.astype(jnp.float32))
 
   def _init(self, params):
-    """Returns the first state; this is ``init``."""
+    """Implements ``init``, which returns the first state."""
     arguments.tree('params', params)
     _check_holes(params)
     if self._made['check'] is not None:
@@ -536,7 +540,7 @@ class Estimator(ZerothOrderTransformation):
     self.options.directions.selected(params)
     state = SpsaState(
         count=jnp.zeros([], jnp.int32),
-        key=noise.state_key(self.options.key),  # the caller's is not donated
+        key=noise.state_key(self.options.key),  # a copy, which can be donated
         value=jnp.zeros([], jnp.float32),
         projected_grad=jnp.zeros([self.size], jnp.float32),
         notfinite_count=jnp.zeros([], jnp.int32),
@@ -548,7 +552,7 @@ class Estimator(ZerothOrderTransformation):
   def _update(self, updates, state, params=None, *, value_fn=None,
               projected_grad=None, around=None, part=None, measure_only=False,
               **batch):
-    """Makes a step or replays one; this is ``update``."""
+    """Implements ``update``, which makes a step or replays one."""
     check_update(updates, state, params, value_fn, projected_grad)
     if value_fn is None:
       return self.apply(state, params, Numbers(
@@ -559,8 +563,8 @@ class Estimator(ZerothOrderTransformation):
         state, params, value_fn, batch, around=around, part=part)
     if measure_only:
       raise Measured(numbers)
-    # Make the key depend on the loss. Otherwise XLA finds the same z in both
-    # halves and keeps it in between, as large as the model.
+    # Make the key depend on the loss. Otherwise XLA recognises that both halves
+    # draw the same z and stores it in between, which is as large as the model.
     later = with_key(state, after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
     # The next state gets the original key.
@@ -595,7 +599,14 @@ def measure(tx: optax.GradientTransformation, state: Any, params: Any,
 
 
 def counted(state: Any, numbers: Numbers, memory: Any = ()) -> Any:
-  """Returns the state after a step with these numbers."""
+  """Returns the state after a step with these numbers.
+
+  Args:
+    state: The state before the step.
+    numbers: The numbers of the step. If any is not finite, the step counts as
+      skipped.
+    memory: The memory after the step. It is ignored for an `SpsaState`.
+  """
   old = getattr(state, 'spsa', state)
   finite = jnp.all(jnp.isfinite(numbers.projected_grad))
   new = SpsaState(
@@ -628,12 +639,16 @@ def with_key(state: Any, key: jax.Array) -> Any:
 
 
 def after(key: jax.Array, value: jax.Array) -> jax.Array:
-  """Returns the key, made to depend on ``value``; see `Displacement.after`."""
+  """Makes a key depend on a value; see `Displacement.after`."""
   return Displacement(key, 1.0).after(value).keys
 
 
 def _as_param(path, x, update):
-  """Returns an update in the dtype of its param, or one of no effect."""
+  """Casts an update to the dtype of its param.
+
+  For a param that is not of a floating-point dtype, returns an update that
+  leaves it unchanged.
+  """
   del path
   if is_codes(x) or paths.is_floating(x):
     return update.astype(x.dtype if is_codes(x) else jnp.result_type(x))

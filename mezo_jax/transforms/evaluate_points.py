@@ -17,7 +17,7 @@ from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 
-# `_check_room` accepts any request of at most this many elements.
+# Number of elements that one forward pass may always build; see `_check_room`.
 _ROOM = 2**24
 OVER = ('scan', 'batch', 'rows')
 
@@ -78,10 +78,11 @@ def estimate(
       directions. Defaults to (1.0, -1.0).
     over: How the points are evaluated. 'scan', the default, evaluates one point
       after the other, with one forward pass in memory. 'batch' evaluates all
-      points in one forward pass, each on the whole batch. 'rows' does so in a
-      pass in which each direction has its own n-th of the rows. With `LowRank`
-      directions, all points share one product with each clean weight. Other
-      directions build each layer once per point.
+      points in one forward pass, each on the whole batch. 'rows' also uses one
+      forward pass, but divides the rows of the batch into n equal parts and
+      evaluates each direction on its own part. In such a pass over several
+      points, `LowRank` directions need one product with each clean weight for
+      all points. Other directions build each layer once per point.
     micro_batches: Number of equal parts in which the batch is evaluated, one
       after the other. With 'rows', it must divide n. Defaults to 1.
     batch: Arguments of ``value_fn``, by name. Arguments that ``value_fn`` does
@@ -96,8 +97,8 @@ def estimate(
     different weights.
 
   Raises:
-    ValueError: If ``over`` is unknown, if ``value_fn`` returns something else
-      or half precision, if the rows cannot be divided into n or
+    ValueError: If ``over`` is unknown, if ``value_fn`` returns half precision
+      or something that is not a loss, if the rows cannot be divided into n or
       ``micro_batches`` equal parts, or if a forward pass over all points would
       build several times as many weights as the model has.
 
@@ -124,8 +125,8 @@ def estimate(
     _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
                                       // sharding.direction_groups()))
   n = z.keys.shape[0]
-  # If all points are evaluated in one pass, they share the displacement
-  # ``around``. It is applied to the weights once for all of them.
+  # If all points are evaluated in one pass, the displacement ``around``, which
+  # they share, is applied to the weights once for all points.
   if around is not None and (
       over == 'rows' or over == 'batch' and n > 1):
     value_fn = _displaced(value_fn, around, directions)
@@ -149,9 +150,9 @@ def estimate(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
   coefs = cast(jax.Array, z.coefs)
-  # A point is one term: a direction with a coefficient. The points of the
-  # nonzero signs come first, direction by direction, and then that of sign 0.
-  # The signs are a NumPy array, so that they are constants of the program.
+  # A point is a displacement of one term. The points of the nonzero signs come
+  # first, direction by direction. The point of sign 0 comes last, if there is
+  # one. The signs are a NumPy array, so that they are constants of the program.
   moved: Any = np.array([s for s in signs if s], np.float32)
   points = Displacement(
       jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
@@ -213,7 +214,7 @@ def _displaced(value_fn: Callable, by: Displacement,
 
 
 def _losses_of_rows(at, z, signs, parts, batch):
-  """Returns the losses of n directions, each on its own n-th of the rows.
+  """Returns the losses of n directions, each on its own part of the rows.
 
   Args:
     at: A function ``(z, part of the batch) -> result of the loss``.
@@ -238,7 +239,7 @@ def _losses_of_rows(at, z, signs, parts, batch):
       return losses_lib.sums(out)
     return jax.vmap(of_sign)(signs)
 
-  # Rows, and so their directions, are split between the devices of a mesh.
+  # The rows are split over the devices of a mesh, and so are the directions.
   together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
   with sharding.rows_have_directions():
     if parts == 1:

@@ -7,10 +7,10 @@ A ``value_fn`` returns one of
 * ``(losses, weights)``, both ``[B]``, whose weighted mean
   :math:`\sum_i w_i v_i / \sum_i w_i` is the loss of the batch.
 
-With the last two, the weight of each part of a batch is known. The mean over
-parts then equals the loss of the whole batch, even for a mean over tokens with
-rows of different lengths. Losses are computed in float32, or in float64 if
-``value_fn`` returns float64.
+With the last two forms, the weight of each part of a batch is known. The
+weighted mean over parts then equals the loss of the whole batch, even if the
+loss is a mean over tokens and rows have different lengths. Losses are computed
+in float32, or in float64 if ``value_fn`` returns float64.
 """
 
 from collections.abc import Callable
@@ -85,9 +85,9 @@ def check_parts(out: Any, parts: int, what: str = 'micro_batches',
     out: The result of a ``value_fn`` for one part.
     parts: Number of parts.
     what: Name of the option that splits the batch, for the error message.
-    rows: Number of rows of a part. If it is above 1, a result of shape [1], as
+    rows: Number of rows in a part. If it is above 1, a result of shape [1], as
       from ``jnp.mean(..., keepdims=True)``, counts as a scalar. Defaults to
-      None, if the number is unknown.
+      None, for an unknown number.
 
   Raises:
     ValueError: If there are several parts and ``out`` is a scalar, since the
@@ -141,8 +141,9 @@ def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
 
   Returns:
     ``(rows, with_rows)``. ``rows`` is a list of the split arrays, ``[parts, B /
-    parts, ...]``. ``with_rows`` is a function that takes those of one part,
-    ``[B / parts, ...]``, and returns the arguments for this part.
+    parts, ...]``. ``with_rows`` is a function that takes a list of the arrays
+    of one part, ``[B / parts, ...]``, and returns the arguments of the loss for
+    this part.
 
   Raises:
     ValueError: If the first axes differ, or ``parts`` does not divide them.
@@ -199,8 +200,12 @@ def accepted(value_fn: Callable[..., Any], extra_args: dict[str, Any]
              ) -> dict[str, Any]:
   """Returns those extra arguments that a function can take by name.
 
-  If the signature of the function is not known, or it has ``**kwargs``, these
-  are all of them.
+  Returns all of them if the function has ``**kwargs`` or if its signature is
+  not known.
+
+  Args:
+    value_fn: The function.
+    extra_args: The arguments, by name.
   """
   try:
     taken = inspect.signature(value_fn).parameters.values()

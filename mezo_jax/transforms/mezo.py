@@ -64,9 +64,10 @@ def mezo(
   ``mezo(1e-6, estimator=variants.hizoo(1e-3, key=0))``.
 
   Call ``update`` and `optax.apply_updates` in one `jax.jit` that donates params
-  and state, or use `mezo_jax.make_step`. The tree of updates is never stored
-  then. Like `spsa`, ``mezo`` must be the first link of a chain. ``chain(
-  mezo(...), clip_by_global_norm(1e-3))`` clips the whole step.
+  and state, or use `mezo_jax.make_step`. Otherwise the updates are stored,
+  which are as large as the params. Like `spsa`, ``mezo`` must be the first link
+  of a chain. ``chain(mezo(...), clip_by_global_norm(1e-3))`` clips the whole
+  step.
 
   Args:
     learning_rate: Learning rate :math:`\eta`. A number, a schedule, or groups
@@ -74,9 +75,10 @@ def mezo(
       first expression that is found in its path. Schedules count the steps that
       were not skipped. The paper uses 1e-7 to 1e-6 for all weights of a 13B
       model, 5e-5 to 1e-4 with LoRA, and 1e-3 to 1e-2 with prefixes.
-    eps: Perturbation scale :math:`\epsilon`, in the same forms; its schedules
-      count all steps. Defaults to None, for 1e-3. The paper uses 1e-3 for all
-      weights, 1e-2 with LoRA (1e-3 on RoBERTa), and 1e-1 with prefixes.
+    eps: Perturbation scale :math:`\epsilon`, in the same forms. Its schedules
+      count all steps, including skipped steps. Defaults to None, for 1e-3. The
+      paper uses 1e-3 for all weights, 1e-2 with LoRA (1e-3 on RoBERTa), and
+      1e-1 with prefixes.
     key: A `jax.random.key` or an integer seed, from which all directions are
       drawn. Required unless ``estimator`` is given.
     directions: Distribution of z, as in `mezo_jax.spsa`. Its mask selects the
@@ -100,17 +102,17 @@ def mezo(
       to True.
     apply_every: Number of steps k after which updates are applied. In between,
       losses are evaluated at the weights plus the accumulated updates, so that
-      the trajectory is unchanged. This saves time if updates take long compared
-      with forward passes (short prompts) and a term of z is cheap (`LowRank`),
-      under `mezo_jax.make_step`. It needs a single learning rate and eps, no
-      weight decay, and no links after it that change updates. Call
-      ``step.apply_accumulated(params, state)`` before you read the weights.
-      Defaults to None, for 1.
+      the trajectory is unchanged. Use it with `mezo_jax.make_step`. It saves
+      time if updates take long compared with forward passes, as with short
+      prompts, and if z is cheap to draw (`LowRank`). It requires a single
+      learning rate and eps, no weight decay, and no later links that change
+      updates. Call ``step.apply_accumulated(params, state)`` before you read
+      the weights. Defaults to None, for 1.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose ``update`` takes the
-    arguments of that of `spsa`. Updates have the dtypes of the params. The
-    first element of its state is the state of the estimator.
+    An `optax.GradientTransformationExtraArgs`. Its ``update`` takes the same
+    arguments as the ``update`` of `spsa`. Updates have the dtypes of the
+    params. The first element of its state is the state of the estimator.
 
   Raises:
     ValueError: If an option is out of range, as in `spsa`; if neither ``key``
@@ -166,7 +168,7 @@ def mezo(
     return accumulated(estimator, apply_every, sgd(learning_rate), finish)
 
   def decayed(params):
-    """Returns which leaves are decayed: those that have a z and are chosen."""
+    """Returns which leaves are decayed. A leaf without a z is never decayed."""
     if decay is None:
       chosen = paths.decayed(params, options.directions.stacked)
     else:
@@ -178,9 +180,9 @@ def mezo(
   def add_decay(updates, params):
     """Adds weight decay to updates, like `optax.add_decayed_weights`.
 
-    Both terms are rounded before they are added. A compiler could otherwise
-    fuse the product and the sum in some programs and not in others, and their
-    results would differ in a bit.
+    Both terms are rounded before they are added. Otherwise, a compiler could
+    fuse the product and the sum in some programs and not in others, so that
+    results would differ in the last bit.
     """
     if never:
       return updates
@@ -248,7 +250,8 @@ def by_group(make: Callable[..., Any], value: Any
 
 
 def _show(params, decayed) -> None:
-  """Warns about which leaves were chosen to have weight decay."""
+  """Warns which leaves have weight decay, since they were chosen by guessing.
+  """
   names = {True: [], False: []}
   for (path, _), d in zip(paths.named_leaves(params),
                           jax.tree.leaves(decayed)):

@@ -12,17 +12,17 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 def skip_not_finite(
     inner: optax.GradientTransformation) -> ZerothOrderTransformation:
-  r"""Skips the whole step of a chain if its estimator skips the step.
+  r"""Makes a whole chain skip a step that its estimator skips.
 
   .. math:: u_t = \begin{cases} \text{inner}(g_t) & \text{if } g_t
             \text{ is finite} \\ 0 & \text{otherwise} \end{cases}
 
   If a loss or a projected gradient is not finite, `mezo_jax.spsa` returns zero
-  updates and counts the step. The links after it would still move the weights,
-  Adam by its momentum and weight decay by itself. With this wrapper, the
-  updates of such a step are zero. All states except that of the estimator stay
-  as they were, including the counts of schedules. `mezo_jax.mezo` contains this
-  wrapper.
+  updates and counts the step as skipped. Later links of the chain could still
+  change the weights: Adam has momentum, and weight decay does not depend on the
+  updates. With this wrapper, the updates of the whole chain are zero in such a
+  step. All states except that of the estimator stay as they were, including the
+  step counts of schedules. `mezo_jax.mezo` contains this wrapper.
 
   Args:
     inner: A transform that contains an estimator, such as

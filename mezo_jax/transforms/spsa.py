@@ -65,9 +65,9 @@ def spsa(
   a chain.
 
   If a loss or a projected gradient is not finite, the step is skipped: its
-  updates are zero, and the state counts it. Leaves that are not of floating
-  point have zero updates, too. `optax.apply_updates` leaves PRNG keys among the
-  params unchanged.
+  updates are zero, and the state counts it. Leaves that do not have a
+  floating-point dtype always have zero updates. If there are PRNG keys among
+  the params, `optax.apply_updates` leaves them unchanged.
 
   When ``update`` evaluates losses, it takes two more arguments. ``around`` is a
   `mezo_jax.Displacement` that is added to the weights for the evaluation.
@@ -98,13 +98,14 @@ def spsa(
       rate by n.
     over: How directions are evaluated. 'scan', the default, evaluates one after
       the other. 'batch' evaluates all directions and both signs in one forward
-      pass. 'rows' does so in a pass in which each direction has its own n-th of
-      the rows of the batch. See `estimate`.
+      pass. 'rows' also uses one forward pass, but divides the rows of the batch
+      into n equal parts and evaluates each direction on its own part. See
+      `estimate`.
     micro_batches: Number of equal parts in which the batch is evaluated, all
       with the same z, as in gradient accumulation. Defaults to None, for 1.
-      Every array among the arguments of the loss that has axes is split along
-      its first axis. Close over arrays that do not have one entry per row. With
-      more than one part, the loss must return per-example losses.
+      Every array among the arguments of the loss is split along its first axis
+      (unless it is a scalar). Close over arrays that do not have one entry per
+      row. With more than one part, the loss must return per-example losses.
     dtype: Dtype of the updates. Defaults to None, for the dtype of each param.
 
   Returns:

@@ -47,8 +47,8 @@ def make_step(tx: optax.GradientTransformation,
     mesh: The device mesh of the params, under which programs are traced.
       Defaults to None, for no mesh.
     on_compile: A function ``(batch, program, seconds)`` that is called after
-      each compilation. The batch is None for all programs but that of the
-      losses. Defaults to None.
+      each compilation. The batch is None unless the program evaluates losses.
+      Defaults to None, for no function.
     part: ``(i, r)`` for replica i of r, which evaluates part i of the
       directions. A replica calls ``g, value = step.losses(...)``, exchanges the
       results with the other replicas, and calls ``step.update(params, state, g,
@@ -100,9 +100,9 @@ class Step:
   Each program is compiled when it is first needed.
 
   Attributes:
-    compiled: The compiled programs: that of the losses by the shape of the
-      batch, the update under the key None, and `apply_accumulated` under
-      'apply'.
+    compiled: A dict of the compiled programs. Programs that evaluate losses
+      have the shapes of their batch as key, the update has the key None, and
+      `apply_accumulated` has the key 'apply'.
   """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
@@ -200,7 +200,8 @@ class Step:
       params: The params, which are donated.
       state: State of the optimizer, which is donated.
       projected_grad: The numbers [n] of the step.
-      value: Its mean loss, for the metrics. Defaults to NaN, if it is unknown.
+      value: The mean loss of the step, for the metrics. Defaults to NaN, for an
+        unknown loss.
 
     Returns:
       ``(params, state, metrics)``.
@@ -215,8 +216,12 @@ class Step:
   def apply_accumulated(self, params: Any, state: Any) -> tuple[Any, Any]:
     """Applies accumulated updates (``apply_every`` of `mezo_jax.mezo`).
 
-    Both arguments are donated. Without accumulated updates they are returned
+    If the optimizer does not accumulate updates, both arguments are returned
     unchanged.
+
+    Args:
+      params: The params, which are donated.
+      state: State of the optimizer, which is donated.
 
     Returns:
       ``(params, state)``.
@@ -227,7 +232,7 @@ class Step:
         params, state))(params, state)[:2]
 
   def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
-    """Calls `apply_accumulated`, which is the new name of this method."""
+    """Calls `apply_accumulated`. This is the old name of that method."""
     arguments.warn_renamed('flush', 'apply_accumulated')
     return self.apply_accumulated(params, state)
 
@@ -239,9 +244,10 @@ class Step:
     `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      A list of `jax.stages.Traced`: the losses, the update and, if updates
-      accumulate, `apply_accumulated`. For backpropagation it has only the whole
-      step.
+      A list of `jax.stages.Traced`: the program of the losses, that of the
+      update and, if the optimizer accumulates updates, that of
+      `apply_accumulated`. For backpropagation, the list has one program, the
+      whole step.
     """
     out = [self._trace_losses(params, state, batch, frozen, more)]
     if _replays(state):
@@ -252,13 +258,16 @@ class Step:
 
   def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
-    """Returns the programs of `trace` after lowering."""
+    """Lowers the programs of `trace`, which documents the arguments."""
     return [*map(self._lower, self.trace(
         params, state, batch, frozen, **more))]
 
   def compile(self, params: Any, state: Any, batch: Any, frozen: Any = None,
               **more: Any) -> None:
-    """Compiles the programs of a step without running them."""
+    """Compiles the programs of a step without running them.
+
+    The arguments are those of `trace`.
+    """
     self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
         params, state, batch, frozen, more))
     if _replays(state):
@@ -294,9 +303,9 @@ class Step:
     Args:
       fn: The function.
       args: Its arguments.
-      kept: The first of these arguments, which are donated. The function must
-        return their new values first, and these keep the old shardings. All
-        other results are replicated.
+      kept: Those arguments that are donated; they must be the first ones. The
+        first results of the function must be their new values, which keep the
+        shardings of the arguments. All other results are replicated.
     """
     out = self._mesh and sharding.replicated(self._mesh)
     if kept:
@@ -329,7 +338,7 @@ class Step:
 def _moved(tx, params, state, **how):
   """Applies an update from recorded numbers.
 
-  Stacks of weights that are in the memory of the host go to the device and back
+  Stacks of weights in the memory of the host are copied to the device and back
   one layer at a time, so that the device never holds a whole stack.
 
   Args:
@@ -342,7 +351,7 @@ def _moved(tx, params, state, **how):
     ``(params, state)`` after the update.
   """
   def only(on_host):
-    """Returns the params with None for those that are elsewhere."""
+    """Replaces the params that are in the other memory by None."""
     return jax.tree.map(
         lambda x: x if sharding.is_on_host(x) == on_host else None, params)
   # Update the params on the device as usual. This also gives the next state.
@@ -452,8 +461,8 @@ def _join(params, frozen):
 def field(state: Any, name: str) -> Any:
   """Returns a field of the state of an estimator or of accumulated updates.
 
-  The states of other links, such as `optax.apply_if_finite`, may have fields of
-  the same names. They are ignored.
+  States of other links, such as that of `optax.apply_if_finite`, are ignored,
+  since they may have fields with the same names.
 
   Args:
     state: State of an optimizer.
@@ -491,7 +500,7 @@ def pends(state: Any) -> bool:
 
 
 def _metrics(state) -> dict[str, Any]:
-  """Returns the metrics of the last step, which `make_step` lists."""
+  """Returns the metrics of the last step; see `make_step` for their names."""
   name = 'projected_grad' if _replays(state) else 'grad_norm'
   return {
       'loss': field(state, 'value'), name: field(state, name),

@@ -15,8 +15,8 @@ from mezo_jax.directions import streams as streams_lib
 from mezo_jax.perturb.api import zeros
 
 _U32 = jnp.uint32
-# Number that is folded into the key of a step, in place of that of a direction.
-# No direction has this number, so the bits are independent of all directions.
+# Number that is folded into the key of a step, in place of the number of a
+# direction. No direction has it, so the bits are independent of all directions.
 _SAMPLE = 2**31
 
 
@@ -145,8 +145,8 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array
 
   Args:
     x: A float32 array.
-    dtype: bfloat16, whose probabilities are exact, or float16, whose
-      probabilities have 24 bits.
+    dtype: bfloat16 or float16. The probability of rounding up is exact for
+      bfloat16, and is rounded to 24 bits for float16.
     bits: Uniform random uint32 words, independent of ``x``, of its shape.
 
   Returns:

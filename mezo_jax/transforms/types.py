@@ -26,7 +26,7 @@ class Update(Protocol):
 
 
 class ZerothOrderTransformation(optax.GradientTransformationExtraArgs):
-  r"""Types an optax transform whose ``update`` accepts None for the gradients.
+  r"""Defines an optax transform whose ``update`` accepts None as gradients.
 
   .. math:: (u, \text{state}) = \text{update}(\text{None}, \text{state}, \theta,
             \mathcal{L}, \mathcal{B})

@@ -1,9 +1,9 @@
 """Provides the variants of MeZO. Related variants share a file.
 
-A variant is a `mezo_jax.Estimator`. It takes the place of `mezo_jax.spsa` in
-any chain, or in ``mezo_jax.mezo(learning_rate, estimator=...)``. `svrg` is a
-whole optimizer instead. docs/variants.md compares the variants. Configs refer
-to them by the names in `mezo_jax.training.methods.METHODS`.
+A variant is a `mezo_jax.Estimator`. It replaces `mezo_jax.spsa` in any chain,
+or in ``mezo_jax.mezo(learning_rate, estimator=...)``. Only `svrg` is a whole
+optimizer. docs/variants.md compares the variants. Configs refer to them by the
+names in `mezo_jax.training.methods.METHODS`.
 """
 
 from mezo_jax.variants.conservative import conservative

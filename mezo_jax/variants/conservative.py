@@ -21,9 +21,9 @@ def conservative(eps: Any = 1e-3, *, learning_rate: float | optax.Schedule,
             \hat g, \theta + \eta \hat g\}} \mathcal{L}(\theta'; \mathcal{B}),
             \qquad \hat g = \frac{1}{n} \sum_{j=1}^n g_j z_j
 
-  For this, the projected gradients :math:`g_j` of SPSA are kept, negated or set
-  to 0. A step takes 2n + 3 evaluations. Weight decay is not included in the
-  comparison.
+  Accordingly, the projected gradients :math:`g_j` of SPSA are kept, negated or
+  set to 0. A step takes 2n + 3 evaluations of the loss. The comparison does not
+  include weight decay.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
@@ -66,8 +66,8 @@ def conservative(eps: Any = 1e-3, *, learning_rate: float | optax.Schedule,
     losses = lax.map(
         lambda sign: loss(z.times(sign * rate * g / spsa.num_samples)), signs)
     best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-    # If an element of g is not finite, keep it, so that the step is skipped
-    # whatever the losses are.
+    # If an element of g is not finite, keep it, so that the step is skipped for
+    # any values of the losses.
     return value, jnp.where(jnp.isfinite(g), -signs[best], 1.0) * g
 
   return Estimator(spsa, measure=measure)

@@ -24,9 +24,9 @@ def forward_grad(**options: Unpack[SampleOptions]) -> Estimator:
   :math:`\epsilon` costs.
 
   `jax.jvp` differentiates `mezo_jax.perturbed` with respect to c, so the z of
-  only one layer is in memory at a time. A direction takes one evaluation
-  together with its tangent, which takes about as long as two evaluations. The
-  loss must be differentiable.
+  only one layer is in memory at a time. Each direction takes one forward pass
+  that also computes a tangent, which takes about as long as two evaluations of
+  the loss. The loss must be differentiable.
 
   Args:
     **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,

@@ -26,13 +26,13 @@ def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
   .. math:: u_t = \sum_{s=t-h+1}^{t} \beta^{t-s}
             \frac{1}{n} \sum_{j=1}^n g_{s,j} z_{s,j}
 
-  This equals ``chain(spsa(...), optax.trace(beta))``, except that steps older
-  than h are ignored. Their weight would be at most :math:`\beta^h`.
+  This equals ``chain(spsa(...), optax.trace(beta))``, except that only the last
+  h steps count. The weight of an older step would be at most :math:`\beta^h`.
 
-  An update draws h times as many directions as that of SPSA, so prefer
-  `mezo_jax.Rademacher` or `mezo_jax.LowRank`, which are cheap to draw. With
-  more than 8 terms h n (32 for `LowRank`), the sum is computed in a loop and
-  takes a float32 array of the size of the largest leaf.
+  An update draws h times as many directions as an update of SPSA. Prefer
+  `mezo_jax.Rademacher` or `mezo_jax.LowRank`, which are cheap to draw. If the
+  number h n of terms is above 8 (32 for `LowRank`), the sum is computed in a
+  loop, which needs a float32 array of the size of the largest leaf.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
@@ -152,7 +152,8 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
 
 
 def _powers(beta, age: jax.Array) -> jax.Array:
-  """Returns ``beta**age``. `lax.pow` works with strict dtype promotion, too."""
+  """Returns ``beta**age``, computed so that strict dtype promotion allows it.
+  """
   return lax.pow(jnp.broadcast_to(jnp.asarray(beta), age.shape), age)
 
 

@@ -20,10 +20,10 @@ from mezo_jax.transforms.estimator import (
 
 def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
           **options: Unpack[LossOptions]) -> Estimator:
-  r"""Runs SPSA along directions that an estimate of the Hessian scales (HiZOO).
+  r"""Runs SPSA along directions scaled by an estimate of the Hessian (HiZOO).
 
-  H has one positive number per weight, which is 1 at first and approaches the
-  diagonal of the Hessian. With one direction,
+  The estimate H has one positive number per weight, which is 1 at first and
+  approaches the diagonal of the Hessian. With one direction,
 
   .. math::
     \ell_\pm &= \mathcal{L}(\theta \pm \epsilon H^{-1/2} z; \mathcal{B}), \quad
@@ -36,16 +36,17 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
   afterwards. With n directions, the means of :math:`g z` and of :math:`h z^2`
   are used. A step takes 2n + 1 evaluations.
 
-  H takes the memory of float32 weights. This variant therefore takes twice the
-  memory of inference (three times that of half-precision weights), and during
-  an update as much again.
+  H takes as much memory as float32 weights. Weights and H together take twice
+  the memory of float32 weights, or three times that of half-precision weights.
+  During an update, the new H takes the memory of H once more.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
       to 1e-3.
     alpha: Weight :math:`\alpha` of the curvature of a step, at least 0 and
-      below 1. h is about half the trace of the Hessian, which is large for a
-      large model. Defaults to 1e-8, as in the authors' example.
+      below 1. It must be small, since h is about half the trace of the Hessian,
+      which is large for a large model. Defaults to 1e-8, as in the authors'
+      example.
     **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
       ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
 
@@ -77,8 +78,8 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
                            spsa.directions.selected(params))
 
   def measure(state, params, value_fn, batch):
-    # Read eps from the options. That of `eps_at` is a float32 array, whose
-    # square would differ in its last bit from that of a Python number.
+    # Read eps from the options, since `eps_at` returns a float32 array. The
+    # square of that would differ in the last bit from that of a Python number.
     eps = arguments.at(spsa.eps, state.count)
     losses = spsa.along(multiplier=Multiplier(state.memory)).losses(
         state, params, value_fn, batch, signs=(1.0, -1.0, 0.0))
@@ -99,7 +100,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
         params, spsa.z(state), scaled.directions, dtype=jnp.float32)
     def after(s, square):
       if not s.ndim and square.ndim:
-        return s  # The leaf has no z, and one number stands for its memory.
+        return s  # The leaf has no z. Its memory is the number 1; see `_ones`.
       hessian = (1 - rate + rate * square / s**2) / s**2
       return jnp.minimum(jax.lax.rsqrt(hessian), jnp.float32(1e6))
     new = jax.tree.map(after, state.memory, squares)

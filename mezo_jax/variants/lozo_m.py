@@ -28,10 +28,10 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
 
   When V changes, the momentum is first projected onto the new factor, by
   :math:`N \leftarrow \frac{1}{k} N (V_{old}^\top V_{new})`. Vectors and small
-  matrices, which have no factors, have no momentum.
+  matrices have no factors, and therefore no momentum.
 
-  The paper's factors are normal, and it has no :math:`1 / \sqrt r`. Multiply
-  its learning rates by r.
+  In the paper, the factors are normal and there is no :math:`1 / \sqrt r`.
+  Multiply learning rates of the paper by r to use them here.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
@@ -112,8 +112,8 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
         return jnp.einsum('...a,...ab->...b', momentum, meet,
                           precision='highest')
       moved = lax.cond(changes, projected, lambda m: m, momentum)
-      # Store the momentum before it is used. XLA could otherwise compute it
-      # twice, for the state and for the update, with other roundings.
+      # Store the momentum before it is used. Otherwise, XLA could compute it
+      # twice, for the state and for the update, and round differently.
       moved = xla.made_first(
           lambda there, moved, g, u, momentum: jnp.where(
               there, beta * moved + (1 - beta) * g * u, momentum),

@@ -23,9 +23,9 @@ from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
-from mezo_jax.perturb.api import mapped, perturbed
-from mezo_jax.transforms import losses
+from mezo_jax.perturb.api import mapped
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
+from mezo_jax.transforms.evaluate_points import estimate
 
 _PART = 2**20  # Largest number of elements that are scored in one operation.
 
@@ -49,27 +49,28 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
 
   .. math:: S^t = \frac{\hat g^2}{2 |\hat H|} + \alpha \hat g^2 + \beta |w|,
 
-  divided by the sum over its row. The three terms are the cost of freezing the
-  weight at the optimum, the gain of a step of descent, and the size of the
-  weight. The scores of all tasks are added. The mask selects the highest scores
-  of each row.
+  divided by the sum of the scores in its row. The first term is the cost of not
+  moving the weight to its optimum, the second is the gain of a step of gradient
+  descent, and the third is the size of the weight. The scores of all tasks are
+  added. The mask selects the highest scores of each row.
 
-  Scores are computed from the scalars and the keys, for some rows at a time.
-  Nothing of the size of the weights is stored except the mask. If n is far
+  Scores are computed for some rows at a time, from the keys and from g and h.
+  No array of the size of the weights is stored except the mask. If n is far
   smaller than the number of weights, each score is mostly noise, and the mask
-  is close to a random one.
+  is close to a random mask.
 
-  There is no public code for the paper. Three choices are ours: gradient and
-  curvature are estimated by forward passes, :math:`|\hat H|` is at least the
-  mean of its row, and a row runs along the last axis of a leaf.
+  There is no public code for the paper. This implementation makes three choices
+  of its own: gradient and curvature are estimated by forward passes,
+  :math:`|\hat H|` is at least the mean of its row, and a row runs along the
+  last axis of a leaf.
 
   Args:
     value_fns: A sequence of functions of the params, one for each task. Each
       returns what the ``value_fn`` of `mezo_jax.spsa` may return.
     params: The params before training.
     key: A `jax.random.key` or an integer seed.
-    share: Share of each row that is trained, above 0 and at most 1. At least
-      one weight of each row is trained. Defaults to 0.25.
+    share: Share of the weights of each row that are trained, above 0 and at
+      most 1. At least one weight of each row is trained. Defaults to 0.25.
     num_samples: Number n of directions. Each task takes 2n + 1 evaluations.
       Defaults to 16.
     eps: Perturbation scale :math:`\epsilon`. Defaults to 1e-3.
@@ -137,13 +138,9 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     """Returns g and h of all tasks, both float32 [tasks, n]."""
     found = []
     for t, value_fn in enumerate(value_fns):
-      at = lambda point, f=value_fn: losses.mean(
-          perturbed(f, directions)(params, point))
-      mine = keys[t * n:(t + 1) * n]
-      both = lax.map(at, Displacement(
-          jnp.repeat(mine, 2), jnp.tile(jnp.float32([eps, -eps]), n)))
-      plus, minus = both.reshape(n, 2).T
-      clean = at(Displacement(mine[0], 0.0).after(minus[-1]))
+      z = Displacement(keys[t * n:(t + 1) * n], jnp.ones(n))
+      plus, minus, clean = estimate(
+          value_fn, params, z, eps, directions, signs=(1.0, -1.0, 0.0)).T
       found.append(((plus - minus) / (2 * eps),
                     (plus - 2 * clean + minus) / eps**2))
     return tuple(map(jnp.stack, zip(*found)))
@@ -173,7 +170,8 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     """Returns the mask of one leaf.
 
     A leaf is scored layer by layer, and a large layer some rows at a time,
-    since scoring needs several float32 arrays of the size of what is scored.
+    since scoring needs several float32 arrays that are as large as the scored
+    part.
     """
     if w.ndim < 2:
       return of_rows(g, h, w, draws)
@@ -236,8 +234,8 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
     A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.
 
   Raises:
-    ValueError: If ``mask`` is not a tree of bools, if ``directions`` have a
-      mask, too, or for an option that `mezo_jax.spsa` does not accept.
+    ValueError: If ``mask`` is not a tree of bools, if ``directions`` also have
+      a mask, or for an option that `mezo_jax.spsa` does not accept.
 
   References:
     Zhang et al., 2025, `MaZO: Masked Zeroth-Order Optimization for Multi-Task
@@ -264,7 +262,7 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
   is_array = [bool(jnp.ndim(m)) for m in leaves]
 
   def masked(state):
-    """Returns SPSA with the mask whose arrays are in the state."""
+    """Returns SPSA with the mask; its arrays are those of the state."""
     arrays = iter(state.memory)
     return spsa.along(mask=jax.tree.unflatten(tree, [
         next(arrays) if a else m for m, a in zip(leaves, is_array)]))

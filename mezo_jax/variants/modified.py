@@ -6,8 +6,8 @@ element divided by the scale of its layer:
 .. math:: g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
           - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon}.
 
-The update of `variance_modified` is :math:`g\, (d \odot z)`. Its expectation is
-the gradient, as that of SPSA, but with another variance. The update of
+The update of `variance_modified` is :math:`g\, (d \odot z)`. Like that of SPSA,
+its expectation is the gradient, but its variance is different. The update of
 `expectation_modified` is :math:`g\, z`. Its expectation is :math:`\nabla
 \mathcal{L} / d`, which has the same length in every layer if d is the norm of
 the layer's gradient. `grad_norms` estimates these norms.
@@ -62,8 +62,9 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
 
   Returns:
     A tree of float32 numbers with the structure of the params, and arrays [L]
-    for stacks of L layers. They are scaled so that z/d is as long as z on
-    average. No norm is less than a hundredth of their root mean square.
+    for stacks of L layers. The norms are scaled so that z/d is as long as z on
+    average. Norms below a hundredth of the root mean square of all norms are
+    replaced by that value.
 
   Raises:
     ValueError: If an argument is out of range or has the wrong type.
@@ -148,7 +149,7 @@ def variance_modified(eps: Any = 1e-3, *, norms: Any,
             g = \frac{\mathcal{L}(\theta + \epsilon z/d; \mathcal{B})
             - \mathcal{L}(\theta - \epsilon z/d; \mathcal{B})}{2 \epsilon}
 
-  The expectation of the update is the gradient, as that of SPSA.
+  The expectation of the update is the gradient, as in SPSA.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
@@ -224,7 +225,7 @@ def expectation_modified(eps: Any = 1e-3, *, norms: Any,
 
 
 def _modified(eps, norms, options, *, back: bool) -> Estimator:
-  """Returns either variant; ``back`` multiplies the update by d again."""
+  """Returns one of the variants. With ``back``, updates are multiplied by d."""
   spsa = Spsa(eps, **options)
   arguments.tree('norms', norms)
   for d in jax.tree.leaves(norms):

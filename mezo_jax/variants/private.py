@@ -1,9 +1,9 @@
 r"""Provides SPSA with differential privacy.
 
-A direction z does not depend on the data. A step therefore reveals only one
-number per example, its difference of losses along z. `private` clips these
-numbers and adds noise to their sum. `mezo_jax.training.privacy` chooses the
-noise for a privacy budget.
+A direction z does not depend on the data. A step therefore uses only one number
+from each example: the difference of its losses along z. `private` clips these
+numbers and adds noise to their sum. `mezo_jax.training.privacy` chooses how
+much noise a privacy budget requires.
 """
 
 from typing import Any, Unpack
@@ -27,7 +27,7 @@ MECHANISMS = ('gaussian', 'laplace')
 def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
             batch_size: float, mechanism: str = 'gaussian',
             **options: Unpack[SampleOptions]) -> Estimator:
-  r"""Clips the difference of losses of each example, and adds noise to the sum.
+  r"""Clips each example's difference of losses, and adds noise to their sum.
 
   .. math::
     d_i &= (\ell_i(\theta + \epsilon z) - \ell_i(\theta - \epsilon z))
@@ -51,13 +51,13 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
   difference that is not finite counts as 0, so that no example can cause a step
   to be skipped.
 
-  The state has g with its noise, which may be published. Its ``value`` is
-  always NaN, since the loss would reveal more.
+  The state contains g, which includes the noise and may be published. The
+  ``value`` of the state is always NaN, since the loss would reveal more.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, a number or a schedule. Defaults
       to 1e-3.
-    clip: Clipping threshold C, above 0, in units of g.
+    clip: Clipping threshold C of the differences :math:`d_i`, above 0.
     noise_multiplier: Noise :math:`\sigma` relative to C, at least 0. It is the
       standard deviation of the noise for 'gaussian' and its scale for
       'laplace'.
@@ -142,7 +142,7 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
     d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
-    # The loss is not reported, since only g is private.
+    # The loss is not reported, since it has no noise and is not private.
     return None, total / batch_size
 
   return Estimator(spsa, measure=measure)
@@ -185,8 +185,8 @@ def noise(key: Any, n: int, mechanism: str) -> jax.Array:
   r"""Returns the noise :math:`\xi`, float32 [n].
 
   The noise is computed from uniform numbers of 64 bits. `jax.random.normal`
-  uses 23 bits, so it never exceeds 5.4. Over thousands of steps, the
-  probability of the missing tail would be larger than a typical delta.
+  uses 23 bits, so its results never exceed 5.4. Over thousands of steps, the
+  probability of larger numbers, which are missing, is above a typical delta.
 
   Args:
     key: The secret key of the step.

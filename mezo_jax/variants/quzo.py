@@ -22,14 +22,15 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
     q &\leftarrow q - u_2, \quad u_2 = \lfloor \eta g z / s \rceil.
 
   The roundings of :math:`u_1` and :math:`u_2` are independent, so that
-  :math:`E[s u_2] = \eta E[zz^\top] \nabla \mathcal{L}`. The paper rounds z and
-  then the product with it. Rounding only the product, as here, adds less noise.
+  :math:`E[s u_2] = \eta E[zz^\top] \nabla \mathcal{L}`. The paper rounds z
+  first, and then the product with the rounded z. Here only the product is
+  rounded, which adds less noise.
 
   This estimator evaluates losses at points of the grid, and `mezo_jax.mezo`
-  around it moves the weights on the grid. `mezo_jax.spsa` instead evaluates
-  losses off the grid, at :math:`s q + o \pm \epsilon z`, which adds less noise.
-  Prefer it, unless the products of your model need integer weights. Weights
-  that are not `QuantizedArray` (norms, biases) are trained as usual.
+  moves the weights on the grid. In contrast, `mezo_jax.spsa` evaluates losses
+  off the grid, at :math:`s q + o \pm \epsilon z`, which adds less noise. Prefer
+  `mezo_jax.spsa`, unless the matrix products of your model need integer
+  weights. Weights that are not quantised (norms, biases) are trained as usual.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
@@ -37,8 +38,8 @@ def quzo(eps: Any = 1e-3, **options: Unpack[SpsaOptions]) -> Estimator:
       are 0, and the others are as large as s. Defaults to 1e-3.
     **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
       ``combine``, ``num_samples``, ``over``, ``micro_batches`` and ``dtype``.
-      ``directions`` must not be of low rank, since products do not build their
-      elements, which therefore cannot be rounded.
+      ``directions`` must not be of low rank: matrix products use the factors of
+      such directions and do not build the elements, which would be rounded.
 
   Returns:
     A `mezo_jax.Estimator`, which takes the place of `mezo_jax.spsa`.

@@ -29,11 +29,11 @@ def qzo(eps: Any = 1e-3, *, clip: float = 100.0,
   To train the scales of a model with quantised ``params``, pass
   ``mezo_jax.peft.factors(params)`` to ``init`` and ``update`` as params, and
   ``lambda f, batch: loss(mezo_jax.peft.join(f, params), batch)`` as
-  ``value_fn``. All factors are 1 at first. `nonnegative` adds the maximum with
-  0.
+  ``value_fn``. All factors are 1 at first. `qzo` computes g, and `nonnegative`
+  takes the maximum with 0.
 
   The paper perturbs the scales themselves. Factors are relative to the scales,
-  so that one :math:`\epsilon` suits small and large scales.
+  so that the same :math:`\epsilon` suits both small and large scales.
 
   Args:
     eps: Perturbation scale :math:`\epsilon` of the factors, in the forms of
@@ -79,7 +79,7 @@ def nonnegative(tx: optax.GradientTransformation) -> ZerothOrderTransformation:
   .. math:: u \leftarrow \max(u, -f)
 
   This applies to params whose path ends in ``factors``. The updates of all
-  other params are left as they are.
+  other params are not changed.
 
   Args:
     tx: An optimizer whose updates are added to the params without further

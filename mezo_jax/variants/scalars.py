@@ -60,16 +60,17 @@ def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
 
 def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
                 **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""Rescales SPSA by one second moment for all weights, that of g (MEAZO).
+  r"""Divides SPSA updates by the root of the second moment of g (MEAZO).
+
+  All weights share this second moment v:
 
   .. math:: v \leftarrow \beta_2 v + (1 - \beta_2) \frac{1}{n} \sum_{j=1}^n
             g_j^2, \qquad u = \frac{1}{\sqrt{\hat v} + \epsilon_{Adam}}
             \frac{1}{n} \sum_{j=1}^n g_j z_j
 
-  Here :math:`\hat v = v / (1 - \beta_2^t)`, as in Adam. The learning rate is
-  then the typical change of an element in a step. The paper finds that the
-  elements of a zeroth-order gradient differ too little to need a second moment
-  each.
+  Here :math:`\hat v = v / (1 - \beta_2^t)`, as in Adam. A typical element then
+  changes by the learning rate in a step. The paper finds that the elements of a
+  zeroth-order gradient differ too little to need a second moment each.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.
@@ -123,7 +124,7 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
 
 
 def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
-  r"""Evaluates the loss once per step, and subtracts that of the last step.
+  r"""Evaluates the loss once per step, and subtracts that of the step before.
 
   .. math:: u_t = g_t z_t, \qquad g_t = \frac{\mathcal{L}(\theta_t + \epsilon
             z_t; \mathcal{B}_t) - \mathcal{L}(\theta_{t-1} + \epsilon z_{t-1};
@@ -158,7 +159,8 @@ def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> tx = mezo_jax.mezo(1e-6, estimator=variants.one_point(1e-3, key=0))
   """
   def inverse(losses, eps):
-    """Returns 1 / eps, which `measure` multiplies by a difference of losses."""
+    """Returns the loss and 1 / eps, which `measure` multiplies by a difference.
+    """
     return losses[0, 0], jnp.ones(1) / eps
   spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
   if spsa.num_samples > 1:

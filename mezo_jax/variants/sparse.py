@@ -1,9 +1,10 @@
 r"""Provides Sparse-MeZO, which trains only the smallest weights.
 
-`smallest` finds a threshold for each leaf and layer before training.
-`sparse_mezo` perturbs and moves only weights that are not above it. The mask is
-computed from the clean weights wherever z is added: in both evaluations and in
-the update. It is never stored. (Perturbed weights would give another mask.)
+Before training, `smallest` finds a threshold for each leaf and layer.
+`sparse_mezo` perturbs and moves only weights whose absolute value is not above
+the threshold. The mask of these weights is not stored. It is computed wherever
+z is added: in both evaluations of the loss and in the update. It is computed
+from the unperturbed weights, since perturbed weights would give another mask.
 """
 
 from typing import Any, Unpack
@@ -36,7 +37,7 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
 
   Returns:
     A tree of numbers in the dtypes of the params, with arrays [L] for stacks of
-    L layers. If ``params`` are shapes (`jax.ShapeDtypeStruct`), these are
+    L layers. If ``params`` are shapes (`jax.ShapeDtypeStruct`), the numbers are
     zeros.
 
   Raises:
@@ -82,15 +83,15 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
 
 def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
                 **options: Unpack[SpsaOptions]) -> Estimator:
-  r"""Runs SPSA on the weights that are not above their thresholds.
+  r"""Runs SPSA on weights whose absolute value is not above a threshold.
 
   .. math:: u = g\, m \odot z, \qquad g = \frac{\mathcal{L}(\theta + \epsilon\,
             m \odot z; \mathcal{B}) - \mathcal{L}(\theta - \epsilon\, m \odot z;
             \mathcal{B})}{2 \epsilon}, \qquad m = [\,|\theta| \le h\,]
 
   The mask m changes during training: a weight that a step has moved past its
-  threshold h is not moved again. The estimate has less variance with fewer
-  elements, so that learning rates may be larger.
+  threshold h is not moved again. With fewer elements, the estimate has less
+  variance, which allows larger learning rates.
 
   Args:
     eps: Perturbation scale :math:`\epsilon`, in the forms of `mezo_jax.spsa`.

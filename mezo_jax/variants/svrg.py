@@ -1,10 +1,11 @@
 r"""Provides MeZO-SVRG, which reduces variance by differences to an anchor.
 
-The paper keeps a copy of the anchor :math:`\bar\theta`. Here the stored weights
-are the anchor. The updates of the steps since then are accumulated as
-coefficients of z, as with ``apply_every`` of `mezo_jax.mezo`, and losses are
-evaluated at the weights plus these updates. Both points together therefore take
-the memory of one model, and the anchor is exact in every precision.
+The anchor :math:`\bar\theta` is a point at which the weights were at an earlier
+step. The paper stores a copy of it. Here the stored weights are the anchor.
+Later updates are accumulated as coefficients of z, as with ``apply_every`` of
+`mezo_jax.mezo`, and losses are evaluated at the stored weights plus these
+updates. Both points together therefore take the memory of one model, and the
+anchor is exact in every precision.
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
 class SvrgMemory(NamedTuple):
-  """Holds the state of the anchor.
+  """Holds the memory that the coefficients of later steps depend on.
 
   Attributes:
-    anchor_grad: Projected gradients of the anchor, float32 [n]. NaN if there is
+    anchor_grad: Projected gradients at the anchor, float32 [n]. NaN if there is
       no anchor.
   """
 
@@ -47,8 +48,8 @@ def svrg(
     **options: Unpack[LossOptions]) -> ZerothOrderTransformation:
   r"""Optimizes with MeZO-SVRG, which has two learning rates.
 
-  Every q steps, on all examples :math:`\mathcal{D}` or many of them, a step
-  sets a new anchor:
+  Every q steps, a step sets a new anchor. It is made on all examples
+  :math:`\mathcal{D}`, or many of them:
 
   .. math:: \bar\theta \leftarrow \theta, \quad \bar g \leftarrow
             \hat\nabla \mathcal{L}(\bar\theta; \mathcal{D}), \quad
@@ -60,14 +61,16 @@ def svrg(
             \hat\nabla \mathcal{L}(\theta; \mathcal{B}) -
             \hat\nabla \mathcal{L}(\bar\theta; \mathcal{B}) + \bar g \right].
 
-  Step number t, counted from 0, sets an anchor if q divides t. Pass a batch of
-  many examples to this ``update`` (or to the step of `mezo_jax.make_step`). An
-  anchor takes 2n evaluations, and every other step 4n.
+  Step number t, counted from 0, sets an anchor if q divides t. For such a step,
+  pass a batch of many examples to ``update`` (or to the step of
+  `mezo_jax.make_step`). A step that sets an anchor takes 2n evaluations. Every
+  other step takes 4n.
 
-  As with ``apply_every`` of `mezo_jax.mezo`, weights change only every q steps,
-  and all other updates are zero. Evaluate your model after such a step.
-  Otherwise call ``step.apply_accumulated`` first, and note that the weights
-  then stay where they are until the next anchor.
+  As with ``apply_every`` of `mezo_jax.mezo`, the weights change only every q
+  steps, and all other updates are zero. Evaluate your model after a step that
+  changes the weights. To evaluate it at another time, call
+  ``step.apply_accumulated`` first. This removes the anchor, so that the steps
+  up to the next anchor do not change the weights.
 
   The paper also divides both learning rates by a constant when losses rise.
   This is not implemented.
@@ -81,8 +84,9 @@ def svrg(
       to 2.
     anchor_learning_rate: Learning rate :math:`\eta_1` of anchors, a number or a
       schedule. Defaults to 1e-3.
-    rows: A batch with more examples than this is evaluated in equal parts of so
-      many examples. Defaults to None, for no limit.
+    rows: Largest number of examples that are evaluated at once. A batch with
+      more examples is evaluated in parts of exactly this size. Defaults to
+      None, for no limit.
     stochastic_rounding: Whether half-precision and quantised weights are
       rounded stochastically. Defaults to True.
     **options: Options of `mezo_jax.spsa`: ``key`` (required), ``directions``,
@@ -125,8 +129,8 @@ def svrg(
   def measure(state, params, value_fn, batch, around=None):
     parts = dataclasses.replace(spsa, micro_batches=_parts(batch, rows))
     value, here = parts.measure(state, params, value_fn, batch, around=around)
-    # Evaluate the anchor after the weights. On several devices, the collectives
-    # of two evaluations at once could wait for each other.
+    # Evaluate the anchor after the weights. On several devices, two evaluations
+    # at the same time could deadlock in their collectives.
     key = after(state.key, value)
     def there(key):
       """Returns the projected gradients at the anchor."""
@@ -138,26 +142,31 @@ def svrg(
   def coefs(is_anchor, g, count, memory):
     """Returns the coefficients that a step adds, and the next memory.
 
-    The first are those of the z of this step, [n]. The second are those of the
-    z of the anchor, [n], by which its gradient is added again.
+    The first result has coefficients [n] of the z of this step. The second has
+    coefficients [n] of the z of the anchor's step, by which the gradient at the
+    anchor is added once more.
     """
     n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
     rates = [arguments.at(rate, count)
              for rate in (anchor_learning_rate, learning_rate)]
-    # Without an anchor, the difference on a single batch is no estimate of the
-    # gradient, so the weights stay where they are.
+    # Without an anchor, the difference on a batch does not estimate the
+    # gradient, so the weights are not changed.
     lost = jnp.any(jnp.isnan(anchor_grad))
     own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
     anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)
     return own / n, anchors / n, SvrgMemory(anchor_grad)
 
   def fn(ring, slot, g, count, memory):
-    """Adds the coefficients of a step; those of the anchor are in row 0."""
+    """Adds the coefficients of a step. The z of the anchor belongs to row 0."""
     own, anchors, memory = coefs(slot == 0, g, count, memory)
     return ring.at[slot].set(own).at[0].add(anchors), memory
 
   def forget(slot, memory):
-    """Removes the anchor if it was skipped, or if the weights have moved."""
+    """Removes the anchor.
+
+    This happens if the step that should have set it was skipped, or if the
+    accumulated updates have been applied, so that the weights have changed.
+    """
     lost = True if slot is None else slot == 0
     return SvrgMemory(jnp.where(lost, jnp.nan, memory.anchor_grad))
 

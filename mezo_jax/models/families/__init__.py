@@ -1,8 +1,16 @@
-"""Describes each family of models by one table.
+"""Describes each family of models in one module.
 
-A table says how the fields of a ``config.json`` choose among the layers of
-`mezo_jax.models.layers`, and which tensor of a checkpoint holds each parameter.
-To add a family, add a table. Nothing in this room reads a file.
+A module has two functions. ``config_from_hf`` maps the fields of a
+``config.json`` to a `mezo_jax.models.layers.Config`. ``table`` returns a row
+for each parameter, with the name and layout of its tensor in a checkpoint.
+Nothing in this package reads files. To support another family, add a module
+here, and list it in ``FAMILIES`` and ``ARCHITECTURES`` of
+`mezo_jax.models.formats.huggingface`.
+
+A module also has two constants. ``RENAMES`` are pairs of a pattern and a
+replacement that turn other spellings of tensors' names into those of the table.
+``IGNORED`` is a pattern of tensors that are not an error although the table
+does not have them.
 """
 
 __all__ = ()

@@ -1,4 +1,7 @@
-"""BERT and RoBERTa with their masked-LM heads: config reader and one table."""
+"""Describes the configs and checkpoints of BERT and RoBERTa.
+
+The models have the heads of masked language models.
+"""
 
 from typing import Any
 
@@ -6,19 +9,20 @@ from mezo_jax.models.families import table as t
 from mezo_jax.models.families.config_json import Fields
 from mezo_jax.models.layers import Config
 
-RENAMES = (
-    (r'\.gamma$', '.weight'),  # as early checkpoints spell it
+RENAMES = (  # Early checkpoints use these names for LayerNorms.
+    (r'\.gamma$', '.weight'),
     (r'\.beta$', '.bias'))
 IGNORED = (r'embeddings\.(position|token_type)_ids$|(^|\.)pooler\.|'
            r'^cls\.seq_relationship\.|'
-           r'\.decoder\.(weight|bias)$')  # of a tied head: other names' copies
+           # In files with a tied head these repeat other tensors.
+           r'\.decoder\.(weight|bias)$')
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-  """Reads a ``config.json`` of Hugging Face.
+  """Reads a ``config.json`` of this family.
 
   Raises:
-    ValueError: for a choice that this family's code does not cover.
+    ValueError: If the value of a field is not supported.
   """
   f = Fields(hf)
   family = f.family
@@ -26,11 +30,12 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
          add_cross_attention=False)
   f.ignore('is_causal')
   act = f.activation('hidden_act', 'gelu')
-  if family == 'roberta' and act != 'gelu':  # which its head has in any case
+  # RoBERTa's head always uses gelu, and `Config` has one activation for both.
+  if family == 'roberta' and act != 'gelu':
     f.refuse('hidden_act', f.get('hidden_act'), "'gelu'")
   width, heads = f.size('hidden_size', 768), f.size('num_attention_heads', 12)
   length = f.size('max_position_embeddings', 512)
-  # RoBERTa's positions start after its padding token's id.
+  # In RoBERTa, position i is in row i + pad_token_id + 1 of the table.
   offset = 0 if family == 'bert' else f.size('pad_token_id', 1, 0) + 1
   if length <= offset:
     f.refuse('max_position_embeddings', length, 'more than pad_token_id + 1')
@@ -65,7 +70,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 
 def table(c: Config) -> list[t.Row]:
-  """Every parameter: our path and shape, the checkpoint's name and layout."""
+  """Returns a row for every parameter of the model."""
   d, v = ('d', c.width), c.vocab_size
   top, head = c.family + '.embeddings.', 'lm_head.'
   dense, norm, decoder = 'dense', 'layer_norm', 'decoder'
@@ -92,7 +97,8 @@ def table(c: Config) -> list[t.Row]:
   bias, other = head + 'bias', head + decoder + '.bias'
   if c.tied_head:
     return [*rows, t.Row('head/bias', (v,), bias, 'v -> v', otherwise=other)]
-  # Older versions of transformers tied the two biases in any case.
+  # Older versions of transformers always tied the two biases, so files may have
+  # one of the two names, and both are written.
   return [
       *rows,
       *t.embedding('lm_head', head + decoder, v, c.width),

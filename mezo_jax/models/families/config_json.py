@@ -1,8 +1,9 @@
 """Reads the fields of a ``config.json`` as transformers reads them.
 
-Every field of a file ends in one of four ways: it is read, it must have a value
-that we cover (any other is refused), it is known to leave logits as they are,
-or neither we nor transformers know it, which a warning says.
+Each field of a file is treated in one of four ways. It is read; or it must have
+a value that this library supports, and any other value is refused; or it is
+ignored, because it does not change logits; or neither this library nor
+transformers knows it, and a warning names it.
 """
 
 from collections.abc import Iterable
@@ -15,13 +16,14 @@ import warnings
 from mezo_jax.core.errors import InputError
 from mezo_jax.models.layers import Config, Rope
 
-ACTIVATIONS = {  # Hugging Face's names: those of one function have one value.
+# {name in Hugging Face files: name in `layers`}. Several names are synonyms.
+ACTIVATIONS = {
     'relu': 'relu', 'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu',
     'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
     'gelu_accurate': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu_python_tanh': 'gelu_tanh'}
 
-# Fields that no forward pass in evaluation depends on, in any family.
+# Fields that do not change the logits of any family in evaluation.
 _HARMLESS = frozenset('''
     _attn_implementation _attn_implementation_autoset
     _attn_implementation_internal _auto_class _commit_hash
@@ -57,8 +59,10 @@ _HARMLESS = frozenset('''
     suppress_tokens target_lookbehind temperature top_k top_p typical_p
     '''.split())
 _MOST_LAYERS = 10_000
-_IDS = re.compile(r'.*_token_(id|ids|index)')  # of special tokens
-_COMMON = {  # what transformers reads in every family, and the values we cover
+_IDS = re.compile(r'.*_token_(id|ids|index)')  # Fields of special tokens.
+# Fields that transformers reads in every family, with the supported values. The
+# first of a tuple is the default.
+_COMMON = {
     'attention_chunk_size': None,
     'compression_config': (None, {}),
     'configuration_files': (None, []),
@@ -72,27 +76,32 @@ _COMMON = {  # what transformers reads in every family, and the values we cover
 
 
 class Fields:
-  """The fields of a ``config.json``, and which of them were read.
+  """Reads the fields of a ``config.json``, and records which of them were read.
 
-  A field that is missing has the default that transformers gives it in this
-  family; one that is null is not missing.
+  The methods return a default for a missing field; it is the default that
+  transformers gives this field in this family. A field that is null is not
+  missing. The methods raise InputError for a value that is not supported.
 
   Attributes:
-    family: The file's ``model_type``.
+    family: The ``model_type`` of the file.
   """
 
   def __init__(self, hf: dict[str, Any], aliases: dict[str, str] | None = None
                ) -> None:
-    """Takes a config and refuses what no family of ours covers.
+    """Reads the fields that all families share.
 
     Args:
-      hf: The dict of ``config.json``.
-      aliases: {other name of a field: its name}.
+      hf: Contents of ``config.json``.
+      aliases: {alternative name of a field: its name}. Defaults to None, for no
+        alternative names.
+
+    Raises:
+      InputError: If a field has a value that no family supports.
     """
     aliases = aliases or {}
     self.family: str = hf['model_type']
     named = {k: v for k, v in hf.items() if k not in aliases}
-    # transformers sets aliases last, so they win.
+    # transformers sets alternative names last, so they take precedence.
     self._values = named | {aliases[k]: v for k, v in hf.items()
                             if k in aliases}
     self._read = set()
@@ -104,62 +113,75 @@ class Fields:
     return self._values.get(name, default)
 
   def ignore(self, *names: str) -> None:
-    """Marks fields that this family's logits do not depend on."""
+    """Marks fields that do not change the logits of this family."""
     self._read.update(names)
 
   def size(self, name: str, default: int, least: int = 1) -> int:
-    """Returns a whole number."""
+    """Returns a field that must be a whole number.
+
+    Args:
+      name: Name of the field.
+      default: Value of a missing field.
+      least: Inclusive lower bound. Defaults to 1.
+    """
     value = self.get(name, default)
-    # Lists of layers are built while fields are read, so this comes first.
+    # The number of layers is checked here, and not only in check_sizes, because
+    # readers build lists of that length.
     most = _MOST_LAYERS if name in ('num_hidden_layers', 'n_layer') else 2**31
     if type(value) is not int or not least <= value < most:
-      self.refuse(name, value, f'a whole number from {least} to {most}')
+      self.refuse(name, value, f'a whole number from {least} to {most - 1}')
     return value
 
   def maybe_size(self, name: str, default: int | None = None) -> int | None:
-    """Returns a whole number, or None for null."""
+    """Returns a field that must be a whole number or null (None)."""
     value = self.get(name, default)
     return None if value is None else self.size(name, value)
 
   def head_size(self, width: int, name: str, default: int) -> int:
-    """Returns the width of a head, where ``name`` heads share the model's."""
+    """Returns the width of a head, if heads divide the model's width.
+
+    Args:
+      width: Width of the model.
+      name: Name of the field with the number of heads.
+      default: Number of heads if the field is missing.
+    """
     heads = self.size(name, default)
     if width % heads:
       self.refuse(name, heads, f'a divisor of {width}, the width,')
     return width // heads
 
   def number(self, name: str, default: float) -> float:
-    """Returns a positive number."""
+    """Returns a field that must be a positive number."""
     value = self.get(name, default)
     if not _is_positive(value):
       self.refuse(name, value, 'a positive number')
     return value
 
   def maybe_number(self, name: str, default: float | None) -> float | None:
-    """Returns a positive number, or None for null."""
+    """Returns a field that must be a positive number or null (None)."""
     value = self.get(name, default)
     return None if value is None else self.number(name, value)
 
   def flag(self, name: str, default: bool) -> bool:
-    """Returns true or false."""
+    """Returns a field that must be true or false."""
     value = self.get(name, default)
     if type(value) is not bool:
       self.refuse(name, value, 'true or false')
     return value
 
   def activation(self, name: str, default: str) -> str:
-    """Returns our name of an activation."""
+    """Returns the name in `layers` of the activation that a field names."""
     value = self.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
       self.refuse(name, value, ', '.join(ACTIVATIONS))
     return ACTIVATIONS[value]
 
   def only(self, **supported: Any) -> None:
-    """Refuses fields whose value is not the one (or of those) that we cover.
+    """Checks that fields have supported values.
 
     Args:
-      **supported: The value, or a tuple of values; the first is that of a
-        missing field.
+      **supported: The supported value of each field, or a tuple of values. The
+        first one is the default of a missing field.
     """
     for name, values in supported.items():
       values = values if isinstance(values, tuple) else (values,)
@@ -168,17 +190,23 @@ class Fields:
         self.refuse(name, value, ' or '.join(map(repr, values)))
 
   def refuse(self, name: str, value: Any, supported: str) -> NoReturn:
-    """Raises InputError with the field, its value and what we cover."""
+    """Raises InputError for the value of a field.
+
+    Args:
+      name: Name of the field.
+      value: The value that is not supported.
+      supported: Description of the supported values.
+    """
     raise InputError(f'{self.family} with {name}={_short(value)} is not '
                      f'supported; only {supported} is.')
 
   def check_rest(self) -> None:
-    """Refuses or reports the fields that nobody has read.
+    """Checks the fields that have not been read.
 
-    A field that transformers' class of this family has, with another value than
-    its default there, may change the model, so it is refused: it is newer than
-    this reader. A field that the class does not have is not read by its torch
-    code either; a warning names it, unless it is null or false.
+    If transformers' config class of this family declares such a field, it is
+    newer than this reader and may change the model, so any value but its
+    default is refused. If the class does not declare it, transformers ignores
+    it, too; a warning names it, unless it is null or false.
     """
     rest = [name for name in self._values
             if name not in self._read | _HARMLESS and not _IDS.fullmatch(name)]
@@ -193,28 +221,34 @@ class Fields:
               and not off(self._values[name]))
 
   def warn(self, names: Iterable[str]) -> None:
-    """Warns of fields that neither we nor transformers read."""
+    """Warns of fields that neither this library nor transformers reads."""
     names = ', '.join(sorted(names))
     if names:
       warnings.warn(
-          f'the config of this {self.family} has fields that its model code in '
-          f'transformers does not read, and they are ignored here too: {names}',
+          f'the config.json of this {self.family} has fields that are ignored, '
+          f'because transformers does not read them either: {names}',
           stacklevel=4)
 
 
 def _is_positive(value) -> bool:
+  """Returns whether a value is a positive, finite number, and not a bool."""
   return (isinstance(value, int | float) and not isinstance(value, bool)
           and 0 < value < math.inf)
 
 
 def _short(value) -> str:
+  """Returns the repr of a value, cut to 80 characters."""
   text = repr(value)
   return text if len(text) < 80 else f'{text[:76]} ...'
 
 
 def _declared(family: str) -> dict:
-  """Returns {field: default} of transformers' config class, {} without it."""
-  try:  # slow to import, and wanted for unusual files alone
+  """Returns {field: default} of transformers' config class for a family.
+
+  It returns {} if transformers is not installed or has no such class.
+  """
+  try:
+    # Imported here because it is slow, and only unusual files need it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     fields = dataclasses.fields(CONFIG_MAPPING[family])
   except (ImportError, KeyError, TypeError):
@@ -231,7 +265,13 @@ _IS_LOCAL = {'full_attention': False, 'attention': False,
 
 def read_local_layers(f: Fields, layers: int, default: tuple[bool, ...]
                       ) -> tuple[bool, ...]:
-  """Returns which layers have a window, from ``layer_types``."""
+  """Reads which layers have a window from ``layer_types``, one flag per layer.
+
+  Args:
+    f: The fields of the file.
+    layers: Number of layers.
+    default: The flags if the field is missing or null.
+  """
   kinds = f.get('layer_types')
   if kinds is None:
     return default
@@ -244,26 +284,30 @@ def read_local_layers(f: Fields, layers: int, default: tuple[bool, ...]
 
 # --- rotary positions -------------------------------------------------------
 
-_ROPE_KEYS = {  # of each kind, and those that may be missing
+# {kind: the keys that it reads}. original_max_position_embeddings defaults to
+# the model's number of positions.
+_ROPE_KEYS = {
     'default': (), 'linear': ('factor',),
     'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
                'original_max_position_embeddings')}
 
 
 def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
-  """Reads rotary positions that all layers share.
+  """Reads the rotary positions of a model in which all layers share them.
 
-  As in transformers, ``rope_scaling`` wins over ``rope_parameters`` (they are
-  two names of one dictionary), and a theta within it over ``rope_theta``.
+  ``rope_scaling`` and ``rope_parameters`` are two names of one dictionary. As
+  in transformers, the first takes precedence, and ``rope_theta`` within the
+  dictionary takes precedence over the field of that name.
 
   Args:
     f: The fields of the file.
-    max_length: Positions of the model.
-    theta: Base of the frequencies where the file does not say it.
+    max_length: Number of positions of the model.
+    theta: Base of the frequencies if the file has none. Defaults to 10,000.
   """
   scaling, parameters = f.get('rope_scaling'), f.get('rope_parameters')
   where = 'rope_scaling' if scaling else 'rope_parameters'
-  # Outside of the dictionary it wins, which transformers has for Phi 3.
+  # transformers has this field for Phi 3, but reads it in every family. It
+  # takes precedence over the key in the dictionary.
   original = f.maybe_size('original_max_position_embeddings')
   inside = scaling or parameters or {}
   _check_dict(f, where, inside)
@@ -277,10 +321,20 @@ def read_rope(f: Fields, max_length: int, theta: float = 1e4) -> Rope:
 
 def read_ropes(f: Fields, max_length: int, theta: float, local_theta: float
                ) -> tuple[Rope, Rope]:
-  """Reads rotary positions of full layers, and of those with a window.
+  """Reads the rotary positions of a model with two kinds of layers.
 
-  ``rope_parameters`` has a dictionary for each; the older ``rope_scaling``,
-  ``rope_theta`` and ``rope_local_base_freq`` complete them.
+  ``rope_parameters`` has a dictionary for each kind. The older fields
+  ``rope_scaling``, ``rope_theta`` and ``rope_local_base_freq`` complete them.
+
+  Args:
+    f: The fields of the file.
+    max_length: Number of positions of the model.
+    theta: Base of the frequencies in full layers if the file has none.
+    local_theta: Base of the frequencies in layers with a window if the file has
+      none.
+
+  Returns:
+    ``rope, local_rope``: for full layers, and for layers with a window.
   """
   parameters, scaling = f.get('rope_parameters'), f.get('rope_scaling')
   kinds = ('full_attention', 'sliding_attention')
@@ -300,20 +354,29 @@ def read_ropes(f: Fields, max_length: int, theta: float, local_theta: float
 
 
 def _check_dict(f: Fields, name: str, value) -> None:
+  """Raises InputError if the value of a field is not a dictionary."""
   if not isinstance(value, dict):
     f.refuse(name, value, 'null or a dictionary')
 
 
 def _rope(f: Fields, where: str, given: dict, theta: float,
           max_length: int) -> Rope:
-  """Reads one dictionary of rotary positions."""
+  """Reads one dictionary of rotary positions.
+
+  Args:
+    f: The fields of the file.
+    where: Name of the field that has the dictionary, for errors.
+    given: The dictionary.
+    theta: Base of the frequencies if the dictionary has none.
+    max_length: Number of positions of the model.
+  """
   _check_dict(f, where, given)
   kind = given.get('rope_type', given.get('type', 'default'))
   if not isinstance(kind, str) or kind not in _ROPE_KEYS:
     raise InputError(
         f'{f.family} with rope scaling {kind!r} in {where} is not supported; '
-        f'{", ".join(map(repr, _ROPE_KEYS))} are.')
-  # A part of each head without rotation: no family of ours has it.
+        f'the supported ones are {", ".join(map(repr, _ROPE_KEYS))}.')
+  # Rotating only a part of each head is not supported in any family.
   f.only(partial_rotary_factor=(None, 1))
   if given.get('partial_rotary_factor', 1) != 1:
     f.refuse(f'{where}.partial_rotary_factor', given['partial_rotary_factor'],
@@ -338,31 +401,41 @@ def _rope(f: Fields, where: str, given: dict, theta: float,
   return Rope(theta, kind, factor, low, high, original)
 
 
-# --- the whole --------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------
 
-_MOST: dict[str, int] = {'num_layers': _MOST_LAYERS}  # of all other sizes 2**31
+# Exclusive upper bounds of sizes; 2**31 for those that are not listed.
+_MOST: dict[str, int] = {'num_layers': _MOST_LAYERS}
 
 
 def check_sizes(config: Config, path: Any) -> None:
-  """Raises InputError for sizes that no model has, before they take memory."""
+  """Checks the sizes of a config before memory is allocated for them.
+
+  Args:
+    config: The config.
+    path: Path of its file, for errors.
+
+  Raises:
+    InputError: If a size is out of range, or sizes contradict each other.
+  """
   for field in ('vocab_size', 'width', 'ff_width', 'num_layers', 'num_heads',
                 'num_kv_heads', 'head_width', 'max_length'):
     value: Any = getattr(config, field)
     most = _MOST[field] if field in _MOST else 2**31
     if type(value) is not int or not 0 < value < most:
-      raise InputError(f'{path}: {field} would be {value!r}, which is no whole '
-                       f'number from 1 to {most}.')
+      raise InputError(f'{path}: {field} would be {value!r}, but must be a '
+                       f'whole number from 1 to {most - 1}.')
   if config.num_heads % config.num_kv_heads:
     raise InputError(
-        f'{path}: {config.num_heads} heads (num_attention_heads) cannot share '
-        f'{config.num_kv_heads} keys (num_key_value_heads) equally.')
+        f'{path}: num_attention_heads ({config.num_heads}) must be a multiple '
+        f'of num_key_value_heads ({config.num_kv_heads}).')
   if config.rope and config.head_width % 2:
-    raise InputError(f'{path}: heads of width {config.head_width} (head_dim) '
-                     'have no halves to be rotated; an even width has.')
+    raise InputError(f'{path}: the width of a head (head_dim) is '
+                     f'{config.head_width}, but must be even for rotary '
+                     'positions.')
   ropes = [r for r in (config.rope, config.local_rope) if r]
   for what, value in (('the epsilon of norms', config.norm_eps), *(
       (f'{f.name} of rotary positions', getattr(r, f.name))
       for r in ropes for f in dataclasses.fields(r) if f.name != 'kind')):
     if not _is_positive(value):
-      raise InputError(f'{path}: {what} would be {value!r}, which is no '
+      raise InputError(f'{path}: {what} would be {value!r}, but must be a '
                        'positive number.')

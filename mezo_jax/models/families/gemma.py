@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and the text part of 3: config reader and one table."""
+"""Describes the configs and checkpoints of Gemma 1, 2 and 3 (text only)."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from mezo_jax.models.families.config_json import (
 )
 from mezo_jax.models.layers import Config
 
-RENAMES = (  # the text part of a model with vision
+# Files of a model with vision have other names for the text part.
+RENAMES = (
     (r'^language_model\.lm_head\.', 'lm_head.'),
     (r'^(model\.)?language_model\.(model\.)?', 'model.'))
 IGNORED = (r'rotary_emb\.inv_freq$|^lm_head\.weight$|'
@@ -20,10 +21,10 @@ IGNORED = (r'rotary_emb\.inv_freq$|^lm_head\.weight$|'
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-  """Reads a ``config.json`` of Hugging Face, old and new spellings.
+  """Reads a ``config.json`` of this family, in its old and new spellings.
 
   Raises:
-    ValueError: for a choice that this family's code does not cover.
+    ValueError: If the value of a field is not supported.
   """
   f = Fields(hf)
   first, third = f.family == 'gemma', f.family == 'gemma3_text'
@@ -70,15 +71,20 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 
 def _activation(f: Fields) -> str:
-  """Returns the activation: ``hidden_act`` of Gemma 1, ``hidden_activation`` of
-  the later ones, whose files have the other field too."""
+  """Returns the name of the activation.
+
+  Gemma 1 reads ``hidden_act``. Later ones read ``hidden_activation``, although
+  their files have both fields.
+  """
   if f.family != 'gemma':
     f.ignore('hidden_act')
     return f.activation('hidden_activation', 'gelu_pytorch_tanh')
   used = f.activation('hidden_act', 'gelu_pytorch_tanh')
-  if used == 'gelu':  # Early files say so, and mean the other.
+  # Early files have 'gelu', but mean its tanh approximation.
+  if used == 'gelu':
     used = 'gelu_tanh'
-  # Older versions of transformers read this one instead.
+  # Older versions of transformers read hidden_activation instead. A file in
+  # which the two fields disagree is ambiguous.
   other = f.get('hidden_activation')
   if other is not None and f.activation('hidden_activation', '') not in (
       used, 'gelu' if used == 'gelu_tanh' else used):
@@ -87,20 +93,24 @@ def _activation(f: Fields) -> str:
 
 
 def _attention_softcap(f: Fields) -> float | None:
+  """Returns the soft cap of the attention scores, or None for no cap."""
   if f.family == 'gemma2':
     return f.maybe_number('attn_logit_softcapping', 50.0)
-  # Gemma 3 has normed queries and keys instead, whatever its file says.
+  # Gemma 3 normalises queries and keys instead, and this field has no effect.
   f.ignore('attn_logit_softcapping')
   return None
 
 
 def _window(f: Fields, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-  """Returns the window and which layers have it (() for all)."""
+  """Returns the window, and for each layer whether the window applies to it.
+
+  The flags are () if no layer has a window.
+  """
   if f.family == 'gemma':
     f.only(sliding_window=None,
            layer_types=(None, ['full_attention'] * layers))
     return None, ()
-  # Older files repeat the window, and say of the layers what layer_types says.
+  # Older files have these fields, which repeat sliding_window and layer_types.
   f.ignore('sliding_window_size', '_sliding_window_pattern')
   every = 2
   if f.family == 'gemma3_text':
@@ -117,9 +127,16 @@ def _window(f: Fields, layers: int) -> tuple[int | None, tuple[bool, ...]]:
 
 
 def text_of_gemma3(hf: dict[str, Any]) -> dict[str, Any]:
-  """Returns the config of the text part, where ``hf`` has a vision part too.
+  """Returns the config of the text part of a Gemma 3 with vision.
 
-  The head is outside of the text part, so its flag is that of the whole.
+  The language model's head is outside of the text part, so
+  ``tie_word_embeddings`` is taken from the whole model's config.
+
+  Args:
+    hf: Contents of the ``config.json`` of the whole model.
+
+  Raises:
+    InputError: If the value of a field is not supported.
   """
   f = Fields(hf)
   text = f.get('text_config') or {}
@@ -134,7 +151,12 @@ def text_of_gemma3(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(c: Config) -> list[t.Row]:
-  """Every parameter: Llama's, and where 2 and 3 have them two norms more."""
+  """Returns a row for every parameter of the model.
+
+  Gemma 1 has the tensors of Llama. Gemma 2 and 3 have norms after attention and
+  feed-forward, too: their 'post_attention_layernorm' is the one after
+  attention, whereas Llama's precedes feed-forward.
+  """
   if c.norm_place == 'pre':
     return llama.table(c)
   layer = 'model.layers.{l}.'

@@ -1,4 +1,4 @@
-"""GPT-2: config reader and one table."""
+"""Describes the configs and checkpoints of GPT-2."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from mezo_jax.models.layers import Config
 RENAMES = ()
 IGNORED = r'\.attn\.(masked_)?bias$|^lm_head\.weight$'
 
-_ALIASES = {  # transformers' attribute_map
+_ALIASES = {  # The attribute_map of transformers' config class.
     'hidden_size': 'n_embd', 'max_position_embeddings': 'n_positions',
     'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-  """Reads a ``config.json`` of Hugging Face.
+  """Reads a ``config.json`` of this family.
 
   Raises:
-    ValueError: for a choice that this family's code does not cover.
+    ValueError: If the value of a field is not supported.
   """
   f = Fields(hf, _ALIASES)
   f.only(is_causal=True, add_cross_attention=False,
@@ -50,13 +50,15 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 
 def table(c: Config) -> list[t.Row]:
-  """Every parameter: our path and shape, the checkpoint's name and layout.
+  """Returns a row for every parameter of the model.
 
-  Its matrices are [inputs, outputs], and q, k and v are parts of one.
+  The matrices of GPT-2 are stored as [inputs, outputs], unlike those of
+  `torch.nn.Linear`, and q, k and v are the three parts of one matrix.
   """
   layer = 'transformer.h.{l}.'
 
   def linear(path, name, inputs, outputs, part=(0, 1)):
+    """Returns the rows of a matrix [inputs, outputs] and of its bias."""
     (i, n), (o, m) = inputs, outputs
     return [
         t.Row(f'layers/{path}/kernel', (n, m), f'{layer}{name}.weight',

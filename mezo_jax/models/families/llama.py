@@ -1,4 +1,8 @@
-"""Llama (1 to 3, SmolLM2, TinyLlama, Yi), Mistral and Qwen (2, 2.5, 3)."""
+"""Describes the configs and checkpoints of Llama, Mistral and Qwen.
+
+Llama includes Llama 1 to 3, SmolLM2, TinyLlama and Yi. Qwen includes Qwen 2,
+2.5 and 3.
+"""
 
 from typing import Any
 
@@ -10,22 +14,23 @@ from mezo_jax.models.families.config_json import (
 )
 from mezo_jax.models.layers import Config
 
-RENAMES = (  # the body of transformers' classes for question answering
+# transformers' classes for question answering call the body 'transformer'.
+RENAMES = (
     (r'^transformer\.(?=(embed_tokens|layers|norm)\.)', 'model.'),)
 IGNORED = r'rotary_emb\.(inv_freq|(cos|sin)_cached)$|^lm_head\.weight$'
 
 _QWEN = dict(vocab=151_936, ff_width=22_016, length=32_768, kv_heads=32)
-_DEFAULTS = {  # where these families differ in transformers
+_DEFAULTS = {  # Defaults in transformers that differ between the families.
     'llama': dict(vocab=32_000, ff_width=11_008, length=2048, kv_heads=None),
     'mistral': dict(vocab=32_000, ff_width=14_336, length=131_072, kv_heads=8),
     'qwen2': _QWEN, 'qwen3': _QWEN}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-  """Reads a ``config.json`` of Hugging Face, old and new spellings.
+  """Reads a ``config.json`` of this family, in its old and new spellings.
 
   Raises:
-    ValueError: for a choice that this family's code does not cover.
+    ValueError: If the value of a field is not supported.
   """
   f = Fields(hf)
   family = f.family
@@ -35,7 +40,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
   layers, default = f.size('num_hidden_layers', 32), _DEFAULTS[family]
   length = f.size('max_position_embeddings', default['length'])
   kv_heads = f.maybe_size('num_key_value_heads', default['kv_heads'])
-  # The other families have biases always, or never, whatever their files say.
+  # In the other families biases are fixed, and these fields have no effect.
   bias = family in ('llama', 'qwen3') and f.flag('attention_bias', False)
   mlp_bias = family == 'llama' and f.flag('mlp_bias', False)
   window, local = _window(f, layers, length)
@@ -66,13 +71,16 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 def _window(f: Fields, layers: int,
             length: int) -> tuple[int | None, tuple[bool, ...]]:
-  """Returns the window and which layers have it.
+  """Returns the window, and for each layer whether the window applies to it.
 
-  In a Mistral all layers have it, in a Qwen those that ``layer_types`` names,
-  or those from ``max_window_layers`` on, if ``use_sliding_window`` is true.
+  In a Mistral it applies to all layers. In a Qwen it applies only if
+  ``use_sliding_window`` is true, to the layers that ``layer_types`` lists, or
+  else to those from ``max_window_layers`` on. The flags are () if all layers
+  are the same.
   """
   if f.family == 'llama':
-    # Its attention has none, but a cache in transformers would have it.
+    # The attention of a Llama in transformers ignores this field, but its cache
+    # does not. So a window that could have an effect is refused.
     if (f.maybe_size('sliding_window') or length) < length:
       f.refuse('sliding_window', f.get('sliding_window'), 'null')
     f.only(use_sliding_window=(False, None),
@@ -99,7 +107,7 @@ def _window(f: Fields, layers: int,
 
 
 def table(c: Config) -> list[t.Row]:
-  """Every parameter: our path and shape, the checkpoint's name and layout."""
+  """Returns a row for every parameter of the model."""
   layer = 'model.layers.{l}.'
   attn, mlp = layer + 'self_attn.', layer + 'mlp.'
   rows = [

@@ -1,4 +1,4 @@
-"""OPT, 125M to 175B, and Galactica: config reader and one table."""
+"""Describes the configs and checkpoints of OPT (125M to 175B) and Galactica."""
 
 from typing import Any
 
@@ -6,16 +6,18 @@ from mezo_jax.models.families import table as t
 from mezo_jax.models.families.config_json import Fields
 from mezo_jax.models.layers import Config
 
-_OFFSET = 2  # rows 0 and 1 of the positions are for padding
+# The table of positions has two more rows, at its start: position i is in row
+# i + 2.
+_OFFSET = 2
 RENAMES = ()
 IGNORED = r'^lm_head\.weight$|decoder\.version$'
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-  """Reads a ``config.json`` of Hugging Face.
+  """Reads a ``config.json`` of this family.
 
   Raises:
-    ValueError: for a choice that this family's code does not cover.
+    ValueError: If the value of a field is not supported.
   """
   f = Fields(hf)
   f.only(is_causal=True, scale_embeddings=False,
@@ -53,7 +55,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
 
 
 def table(c: Config) -> list[t.Row]:
-  """Every parameter: our path and shape, the checkpoint's name and layout."""
+  """Returns a row for every parameter of the model."""
   top, layer = 'model.decoder.', 'model.decoder.layers.{l}.'
   attn = layer + 'self_attn.'
   e, d = ('e', c.embed_width or c.width), ('d', c.width)

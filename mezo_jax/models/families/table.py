@@ -1,4 +1,8 @@
-"""One row a parameter: where it is in a checkpoint and how it is laid out."""
+"""Defines how parameters correspond to the tensors of a checkpoint.
+
+Each parameter has one `Row`. The functions below return the rows of common
+groups of parameters.
+"""
 
 import dataclasses
 from typing import Any
@@ -10,45 +14,64 @@ from mezo_jax.models.layers import Config
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A parameter of ours and the tensor(s) of a checkpoint it is read from.
+  """Maps one parameter to its tensor, or tensors, in a checkpoint.
 
-  ``layout`` names the axes, the checkpoint's first: ``'f d -> d f'``. A name
-  with ``{l}`` stands for one tensor a layer, stacked on a leading axis.
+  Attributes:
+    path: Path of the parameter, such as 'layers/attn/q/kernel'.
+    shape: Shape of the parameter, without the layer axis.
+    name: Name of the tensor. A name with ``{l}`` means one tensor per layer;
+      they are stacked along a leading axis.
+    layout: A letter for each axis, first in the order of the tensor, then in
+      the order of the parameter: ``'f d -> d f'`` is a transpose. From these
+      letters `mezo_jax.core.sharding` decides which axes to split: 'v', 'n' and
+      'f' are vocabulary, heads and feed-forward, and 'd' is the width.
+    part: ``(i, n)`` means that the parameter is part i of n equal parts of the
+      tensor along its last axis. Defaults to (0, 1), the whole tensor.
+    otherwise: Name of the tensor to read if there is none of ``name``. Defaults
+      to None.
+    copy: Another name under which files may repeat the tensor, and under which
+      `save` repeats it. Defaults to None.
   """
 
   path: str
-  shape: tuple[int, ...]  # of one layer
+  shape: tuple[int, ...]
   name: str
   layout: str
-  part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n parts of its last axis
-  otherwise: str | None = None  # the tensor to read where ``name`` is not there
-  copy: str | None = None  # another name that files give the same tensor
+  part: tuple[int, int] = (0, 1)
+  otherwise: str | None = None
+  copy: str | None = None
 
   @property
   def stacked(self) -> bool:
+    """Returns whether the parameter has a layer axis."""
     return '{l}' in self.name
 
   @property
   def axes(self) -> str:
-    """A letter for each axis of one layer of ours."""
+    """Returns a letter for each axis of the parameter except the layer axis."""
     return self.layout.split('->')[1].replace(' ', '')
 
   def _order(self) -> list[int]:
-    """Of which axis of ours each axis of the checkpoint is."""
+    """Returns the axis of the parameter for each axis of the tensor."""
     return [self.axes.index(a) for a in self.layout.split('->')[0].split()]
 
   @property
   def last(self) -> int:
-    """Which axis of ours is the checkpoint's last."""
+    """Returns the axis of the parameter that is the last axis of the tensor."""
     return self._order()[-1]
 
   def source_shape(self) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor."""
+    """Returns the shape of the tensor in the checkpoint."""
     *rest, last = (self.shape[i] for i in self._order())
     return (*rest, last * self.part[1])
 
   def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """The part ``index`` of our array; nothing else of the tensor is read."""
+    """Reads a block of the parameter, and nothing else of the tensor.
+
+    Args:
+      tensor: The tensor of one layer; it is read when it is sliced.
+      index: A slice of each axis of the parameter except the layer axis.
+    """
     order = self._order()
     *rest, last = (index[i] for i in order)
     skip = self.part[0] * self.shape[order[-1]]
@@ -56,7 +79,7 @@ class Row:
     return np.asarray(tensor[(*rest, last)]).transpose(np.argsort(order))
 
   def write(self, block: np.ndarray) -> np.ndarray:
-    """One layer of ours in the layout of the checkpoint."""
+    """Returns one layer of the parameter in the layout of the tensor."""
     return block.transpose(self._order())
 
 
@@ -65,14 +88,32 @@ class Row:
 
 def embedding(path: str, name: str, rows: int, width: int, letter: str = 'v',
               **kwargs: Any) -> list[Row]:
-  """A table with a row a token ('v') or a position ('s')."""
+  """Returns the row of an embedding table.
+
+  Args:
+    path: Path of the table's module, such as 'embed'.
+    name: Name of the tensor, without '.weight'.
+    rows: Number of rows of the table.
+    width: Length of each row.
+    letter: What the rows stand for: 'v' tokens, 's' positions, or 't' token
+      types. Defaults to 'v'.
+    **kwargs: Further fields of the `Row`.
+  """
   return [Row(f'{path}/embedding', (rows, width), f'{name}.weight',
               f'{letter} d -> {letter} d', **kwargs)]
 
 
 def linear(path: str, name: str, inputs: tuple[str, int],
            outputs: tuple[str, int], bias: bool) -> list[Row]:
-  """A `torch.nn.Linear`: (letter, size) of its inputs and outputs."""
+  """Returns the rows of a `torch.nn.Linear`.
+
+  Args:
+    path: Path of the linear module, such as 'layers/attn/q'.
+    name: Name of the tensors, without '.weight' and '.bias'.
+    inputs: Letter and length of the input axis.
+    outputs: Letter and length of the output axis.
+    bias: Whether there is a bias.
+  """
   (i, n), (o, m) = inputs, outputs
   rows = [Row(
       f'{path}/kernel', (n, m), f'{name}.weight', f'{o} {i} -> {i} {o}')]
@@ -82,7 +123,7 @@ def linear(path: str, name: str, inputs: tuple[str, int],
 
 
 def norm(path: str, name: str, width: int, bias: bool) -> list[Row]:
-  """The scale of a norm and, of a LayerNorm, its bias."""
+  """Returns the rows of a norm: its scale, and its bias if it has one."""
   rows = [Row(f'{path}/scale', (width,), f'{name}.weight', 'd -> d')]
   if bias:
     rows.append(Row(f'{path}/bias', (width,), f'{name}.bias', 'd -> d'))
@@ -90,7 +131,15 @@ def norm(path: str, name: str, width: int, bias: bool) -> list[Row]:
 
 
 def attention(c: Config, q: str, k: str, v: str, o: str) -> list[Row]:
-  """Queries, keys, values and output, under the checkpoint's four names."""
+  """Returns the rows of the attention matrices.
+
+  Args:
+    c: Config of the model.
+    q: Name of the query tensors, without '.weight' and '.bias'.
+    k: Name of the key tensors.
+    v: Name of the value tensors.
+    o: Name of the output tensors.
+  """
   d = ('d', c.width)
   n, m = (('n', heads * c.head_width)
           for heads in (c.num_heads, c.num_kv_heads))
@@ -102,7 +151,14 @@ def attention(c: Config, q: str, k: str, v: str, o: str) -> list[Row]:
 
 
 def mlp(c: Config, up: str, down: str, gate: str = '') -> list[Row]:
-  """The feed-forward matrices, under the checkpoint's names."""
+  """Returns the rows of the feed-forward matrices.
+
+  Args:
+    c: Config of the model.
+    up: Name of the first matrix, without '.weight' and '.bias'.
+    down: Name of the last matrix.
+    gate: Name of the gate's matrix. Defaults to '', for no gate.
+  """
   d, f = ('d', c.width), ('f', c.ff_width)
   return [
       *(linear('layers/mlp/gate', gate, d, f, c.mlp_bias) if gate else []),

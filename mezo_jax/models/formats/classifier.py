@@ -1,5 +1,7 @@
-"""The files of a model with a classification head, as transformers'
-``...ForSequenceClassification`` classes have them."""
+"""Maps classification heads to files of transformers.
+
+The classes are those named ``...ForSequenceClassification``.
+"""
 
 import copy
 from typing import Any
@@ -14,24 +16,28 @@ def check_head(config: Config) -> None:
   """Checks that a classification head can be written for transformers.
 
   Raises:
-    InputError: if the model's class in transformers feeds its head with other
-      features than ours.
+    InputError: If the class in transformers applies its head to other features
+      than this library does.
   """
   if config.family == 'opt' and config.embed_width:
     raise InputError(
-        'a classification head of this OPT has no equal in transformers, which '
-        'reads it after the projection to the width of the embedding (as of '
-        'OPT-350M): take another model, or a task with label words.')
+        'a classification head for this OPT cannot be written for '
+        'transformers, whose class applies the head after the projection to '
+        'the embedding width (as in OPT-350M). Choose another model, or a '
+        'task with label words.')
 
 
 def architecture(config: Config) -> str:
-  """Returns the name of transformers' class."""
+  """Returns the name of transformers' class for sequence classification."""
   base = huggingface.ARCHITECTURES[config.family][1]
   return f'{base.removesuffix("Model")}ForSequenceClassification'
 
 
 def head(config: Config, num_classes: int) -> list[t.Row]:
-  """Returns the rows of the parameters of `mezo_jax.tasks.head`."""
+  """Returns the rows of a classification head's parameters.
+
+  The parameters are those of `mezo_jax.tasks.head`.
+  """
   width, hidden = ('d', config.width), ('e', config.width)
   classes = ('c', num_classes)
   if config.causal:
@@ -45,7 +51,14 @@ def head(config: Config, num_classes: int) -> list[t.Row]:
 
 
 def table(config: Config, num_classes: int) -> list[t.Row]:
-  """Returns the rows of the body and of the classification head."""
+  """Returns the rows of a model with a classification head.
+
+  They are those of the body and of the classification head, without those of
+  the language model's head.
+
+  Raises:
+    InputError: If transformers has no such class (see `check_head`).
+  """
   check_head(config)
   unused = {row.path for row in huggingface.head_of(config)}
   body = [row for row in huggingface.FAMILIES[config.family].table(config)
@@ -55,16 +68,20 @@ def table(config: Config, num_classes: int) -> list[t.Row]:
 
 def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any
            ) -> tuple[dict[str, Any], object]:
-  """Returns ``hf, tokenizer`` with what the class needs to give our logits.
+  """Returns the config and the tokenizer of a model with a classification head.
 
-  A causal model's class reads the last token that is not ``pad_token_id``, so
-  that must be the token with which the tokenizer pads.
+  With them transformers computes the same logits as this library. The class of
+  a causal model applies its head to the last token that is not
+  ``pad_token_id``, so this must be the token with which the tokenizer pads.
 
   Args:
-    hf: The contents of config.json.
-    config: The same, as ours.
-    labels: The names of the classes.
-    tokenizer: The model's, or None. It is not changed.
+    hf: Contents of config.json.
+    config: The `Config` of the model.
+    labels: Names of the classes.
+    tokenizer: The model's tokenizer, or None. It is copied, not changed.
+
+  Returns:
+    ``hf, tokenizer``: the contents of config.json, and a tokenizer or None.
   """
   hf = {k: v for k, v in hf.items()
         if k not in ('num_labels', '_num_labels', 'problem_type')}
@@ -84,7 +101,11 @@ def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any
 
 
 def _padding(tokenizer) -> str | None:
-  """Returns a special token that does not end the tokenizer's texts."""
+  """Returns a special token to pad with, or None if there is no suitable one.
+
+  It must differ from the token that the tokenizer puts at the end of a text,
+  because the class would skip that token as padding.
+  """
   last = tokenizer('a')['input_ids'][-1:]
   for token in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):
     if token and tokenizer.convert_tokens_to_ids(token) not in last:

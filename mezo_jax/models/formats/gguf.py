@@ -1,9 +1,10 @@
-"""Reads GGUF files: Llamas, Mistrals and Qwens, and SmolLM's tokenizers.
+"""Reads GGUF files of Llama, Mistral and Qwen models, and SmolLM's tokenizer.
 
-llama.cpp stores a Llama's rotary pairs interleaved, so the rows of q and k come
-permuted; names differ; and weights may be quantised, which the `gguf` package
-undoes. A model may be split into several files, as llama.cpp's llama-gguf-split
-does it; any of them stands for all.
+The files differ from those of Hugging Face in three ways. Tensors and metadata
+have other names. llama.cpp interleaves the rotary pairs of Llama models, so the
+rows of q and k are permuted. Weights may be quantised; the `gguf` package
+dequantises them. A model that llama-gguf-split has split into several files can
+be named by any of them.
 """
 
 import functools
@@ -17,7 +18,7 @@ import numpy as np
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.models.formats import gguf_header
 
-_NAMES = {
+_NAMES = {  # {name of a GGUF tensor: its name in Hugging Face files}
     'token_embd': 'model.embed_tokens',
     'output_norm': 'model.norm',
     'output': 'lm_head',
@@ -34,9 +35,10 @@ _NAMES = {
     'ffn_down': 'mlp.down_proj',
 }
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
-# The metadata of an architecture: what is read here, what leaves logits as they
-# are, and what llama.cpp may multiply, cut or cap with, with the values for
-# which it does not. Anything else is refused.
+# The metadata of an architecture falls into three groups: fields that are read
+# here, fields that do not change logits, and fields by which llama.cpp scales,
+# clips or caps values. The last are accepted only with the values listed below,
+# for which they have no effect. All other fields are refused.
 _READ = frozenset({
     'attention.head_count', 'attention.head_count_kv', 'attention.key_length',
     'attention.value_length', 'attention.layer_norm_rms_epsilon',
@@ -58,26 +60,35 @@ _WITHOUT_EFFECT = {
     'logit_scale': (0, 1), 'residual_scale': (0, 1),
     'rope.scaling.attn_factor': (1,), 'rope.scaling.yarn_attn_factor': (1,),
     'rope.scaling.yarn_ext_factor': (0, -1)}
+# {kind of quantised tensor: (bits, whether it has offsets)}
 CODES = {'Q8_0': (8, False), 'Q4_0': (4, False), 'Q4_1': (4, True)}
-_PRE_TOKENIZERS = ('smollm',)  # digits one by one, then GPT-2's
+# These split digits one by one, and then split as GPT-2 does.
+_PRE_TOKENIZERS = ('smollm',)
 _PART = re.compile(r'(.*-)(\d{5})-of-(\d{5})\.gguf')
-_OTHER_FILES = {  # general.type
+_OTHER_FILES = {  # {general.type: description for the error}
     'adapter': 'a LoRA adapter', 'imatrix': 'an importance matrix',
     'mmproj': 'the vision part of a model'}
 
 
 class Tensor:
-  """A tensor of a GGUF file; the rows of a slice are dequantised alone."""
+  """Holds a tensor of a GGUF file. Slicing dequantises only the sliced rows.
+
+  Attributes:
+    raw: The tensor as the `gguf` package reads it.
+    heads: Number of heads whose rows are permuted; None if no rows are.
+  """
 
   def __init__(self, raw: Any, heads: int | None) -> None:
     self.raw: Any = raw
     self.heads = heads
 
   def get_shape(self) -> list[int]:
+    """Returns the shape in the order of Hugging Face, outputs first."""
     return [int(n) for n in reversed(self.raw.shape)]
 
   @property
   def kind(self) -> str:
+    """Returns the name of the tensor's type, such as 'F16' or 'Q4_0'."""
     return self.raw.tensor_type.name
 
   def __getitem__(self, index: Any) -> np.ndarray:
@@ -87,22 +98,34 @@ class Tensor:
     return w[(slice(None), *rest)]
 
   def _rows(self) -> np.ndarray:
+    """Returns the index in the file of each row."""
     rows = np.arange(self.get_shape()[0])
-    if self.heads:  # theirs are (head, pair, half), ours (head, half, pair)
+    # llama.cpp orders the rows of q and k as (head, pair, half), Hugging Face
+    # as (head, half, pair).
+    if self.heads:
       rows = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
     return rows
 
   def codes(self) -> list[tuple[np.ndarray | None, int]]:
-    """int8 codes, float16 scales and offsets, each with how many weights of
-    the last axis share an entry; of a ``kind`` that is among `CODES`."""
+    """Returns the quantised weights without dequantising them.
+
+    The ``kind`` must be one of `CODES`.
+
+    Returns:
+      Three pairs of an array and the number of weights along the last axis that
+      share one of its entries: int8 weights, float16 scales, and float16
+      offsets. The offsets are None if the kind has none.
+    """
     bits, offsets = CODES[self.kind]
     rows, n = self.get_shape()
-    half = 4 if offsets else 2  # bytes of scale and offset
+    half = 4 if offsets else 2  # Bytes of a scale and an offset in float16.
     blocks = self.raw.data[self._rows()].reshape(
         rows, n // 32, half + 4 * bits)
     floats = np.ascontiguousarray(blocks[..., :half]).view(np.float16)
     q = blocks[..., half:]
-    if bits == 4:  # the first 16 of 32 are the low halves
+    # With 4 bits, the low halves of a block's 16 bytes are its first 16
+    # weights, and the high halves are the other 16.
+    if bits == 4:
       q = np.concatenate([q & 15, q >> 4], -1).astype(np.int8)
       q = q if offsets else q - np.int8(8)
     return [(q.view(np.int8).reshape(rows, n), 1), (floats[..., 0], 32),
@@ -113,16 +136,16 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """Opens a model.
 
   Args:
-    path: a GGUF file, or a part of one that was split.
+    path: Path of a GGUF file, or of any part of a split model.
 
   Returns:
-    ``config, tensors``: the config in Hugging Face's words, and the tensors by
-    Hugging Face's names.
+    ``config, tensors``: the metadata as the fields of a ``config.json``, and
+    the tensors by the names that Hugging Face gives them.
 
   Raises:
-    FileNotFoundError: if a part is missing.
-    ValueError: for a file that is not a GGUF file of a whole model, or one of
-      another architecture.
+    FileNotFoundError: If a part is missing.
+    ValueError: If it is not a GGUF file with a complete model, or the
+      architecture is not supported.
   """
   reader, field = _reader(path)
   try:
@@ -131,26 +154,28 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     raise
   except (ArithmeticError, AttributeError, KeyError, TypeError,
           ValueError) as e:
-    raise InputError(f'{path} lacks what its model needs, or has it in another '
-                     f'form ({type(e).__name__}: {e}); fetch it again.') from e
+    raise InputError(f'{path} has missing or malformed metadata '
+                     f'({type(e).__name__}: {e}); fetch it again.') from e
 
 
 def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
+  """Returns the config and the tensors of an opened file."""
   kind = field('general.type', 'model')
   if kind != 'model':
-    what = _OTHER_FILES.get(kind, f'of the type {kind!r}')
-    raise InputError(f'{path} is {what}, not a language model.')
+    what = _OTHER_FILES.get(kind, f'a file of type {kind!r}')
+    raise InputError(f'{path} is {what}, not a language model; give the file '
+                     'of the model.')
   family = field('general.architecture')
   if family not in _ARCHITECTURES:
     raise InputError(
-        f'{path}: GGUF architecture {family!r} is not supported; '
-        f'{", ".join(_ARCHITECTURES)} are.')
+        f'{path}: GGUF architecture {family!r} is not supported; the supported '
+        f'ones are {", ".join(_ARCHITECTURES)}.')
   if not reader.tensors:
-    raise InputError(f'{path} has a vocabulary and no weights; it is not a '
-                     'whole model.')
+    raise InputError(f'{path} has a vocabulary but no weights; give the file '
+                     'of a complete model.')
   if all(raw.name != 'token_embd.weight' for raw in reader.tensors):
-    raise InputError(f'{path} has no token_embd.weight: it is not a whole '
-                     'model.')
+    raise InputError(f'{path} has no token_embd.weight; give the file of a '
+                     'complete model.')
   of = lambda name, default=None: field(f'{family}.{name}', default)
   _check(path, reader, family, of)
   heads = of('attention.head_count')
@@ -172,7 +197,7 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
     tensors[name] = Tensor(raw, permuted if family == 'llama' else None)
   width = of('embedding_length')
   special = lambda name: field(f'tokenizer.ggml.{name}_token_id')
-  # Chats end with a turn's end, or with the end of a text.
+  # Generation stops at the end of a text, of a turn or of a message.
   ends = [*dict.fromkeys(i for i in map(special, ('eos', 'eot', 'eom'))
                          if i is not None)]
   padding = special('padding')
@@ -198,12 +223,15 @@ def _read(path: Path, reader, field) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _float(x: float) -> float:
-  """Returns the decimal number that was stored as a float32."""
+  """Returns the decimal number that was rounded to a float32, such as 1e-5."""
   return float(f'{x:.6g}')
 
 
 def _rope_scaling(of) -> dict | None:
-  """Returns the linear scaling, which is the type where none is named."""
+  """Returns ``rope_scaling`` of a config.json, or None without scaling.
+
+  A scaling whose type is not given is linear.
+  """
   factor = of('rope.scaling.factor', of('rope.scale_linear', 0))
   if of('rope.scaling.type', 'linear') == 'none' or not factor:
     return None
@@ -211,9 +239,14 @@ def _rope_scaling(of) -> dict | None:
 
 
 def _check(path: Path, reader, family: str, of) -> None:
-  """Refuses metadata that changes what llama.cpp computes, and not us."""
+  """Refuses metadata that this library would ignore and llama.cpp would not.
+
+  Raises:
+    InputError: If a field is missing, or its value is not supported.
+  """
 
   def refuse(name, supported):
+    """Raises an error; ``supported`` may be ''."""
     raise InputError(
         f'{path}: {family}.{name}={of(name)!r} in GGUF is not supported'
         f"{supported and f', only {supported} is'}; use the model's Hugging "
@@ -238,7 +271,7 @@ def _check(path: Path, reader, family: str, of) -> None:
   for name in ('attention.value_length', 'rope.dimension_count'):
     if of(name, head) != head:
       refuse(name, f'{head}, the width of a head,')
-  # No window, or one that no text reaches.
+  # A window of 0 is none, and one as long as the context has no effect.
   if 0 < of('attention.sliding_window', 0) < of('context_length'):
     refuse('attention.sliding_window', '0')
 
@@ -246,11 +279,17 @@ def _check(path: Path, reader, family: str, of) -> None:
 def tokenizer(path: Path) -> Any:
   """Returns the byte-level BPE tokenizer of a GGUF file.
 
-  It has the file's special tokens and chat templates, and puts first and last
-  the tokens that the file wants there.
+  It has the file's special tokens and chat templates. It puts a token at the
+  start or the end of each text if the file requests it.
+
+  Args:
+    path: Path of a GGUF file, or of any part of a split model.
+
+  Returns:
+    A `PreTrainedTokenizerFast` of transformers.
 
   Raises:
-    ValueError: for another kind of tokenizer.
+    ValueError: If the file has another kind of tokenizer, or a damaged one.
   """
   _, field = _reader(path)
   kind, pre = field('tokenizer.ggml.model'), field('tokenizer.ggml.pre')
@@ -265,12 +304,13 @@ def tokenizer(path: Path) -> Any:
           "model's Hugging Face directory.")
   try:
     return _tokenizer(field)
-  except Exception as e:  # of the tokenizers package too
+  except Exception as e:  # The tokenizers package raises plain Exceptions.
     raise InputError(f'the tokenizer of {path} cannot be read '
                      f'({type(e).__name__}: {e}); fetch it again.') from e
 
 
 def _tokenizer(field):
+  """Builds the tokenizer that the fields of a file describe."""
   from tokenizers import (
     AddedToken,
     decoders,
@@ -279,7 +319,7 @@ def _tokenizer(field):
     processors,
     Tokenizer,
   )
-  from transformers import PreTrainedTokenizerFast  # slow to import
+  from transformers import PreTrainedTokenizerFast  # Imported late, it is slow.
 
   tokens = field('tokenizer.ggml.tokens')
   merges = [tuple(m.split(' ')) for m in field('tokenizer.ggml.merges')]
@@ -299,7 +339,7 @@ def _tokenizer(field):
   special = {}
   for name, key in (
       ('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding'),
-      ('sep', 'seperator'), ('mask', 'mask')):  # llama.cpp's own spelling
+      ('sep', 'seperator'), ('mask', 'mask')):  # llama.cpp spells it this way.
     i = field(f'tokenizer.ggml.{key}_token_id')
     if i is not None:
       special[f'{name}_token'] = tokens[i]
@@ -319,7 +359,7 @@ def _tokenizer(field):
 
 
 def _chat_template(field) -> str | dict[str, str] | None:
-  """Returns the chat template, or all by name where there are several."""
+  """Returns the chat template, or {name: template} if there are several."""
   default = field('tokenizer.chat_template')
   named = {name: field(f'tokenizer.chat_template.{name}')
            for name in field('tokenizer.chat_templates', [])}
@@ -330,15 +370,17 @@ def _chat_template(field) -> str | dict[str, str] | None:
 
 
 def _reader(path: Path):
-  """Returns a reader with a file's tensors, and its fields by their names.
+  """Opens a model, with all of its parts if it is split.
 
   Returns:
-    ``reader, field``: of a file that was split, ``reader.tensors`` are those of
-    all parts; ``field(name, default)`` is the value of a field.
+    ``reader, field``: a reader whose ``tensors`` are those of all parts, and a
+    function ``field(name, default)`` that returns the value of a metadata
+    field.
   """
   split = _PART.fullmatch(path.name)
   paths = [path]
-  if split:  # the first part has the fields of all
+  # The parts are opened in order, since the first has the metadata of all.
+  if split:
     count = int(split[3])
     paths = [path.with_name(f'{split[1]}{i:05d}-of-{count:05d}.gguf')
              for i in range(1, count + 1)] or paths
@@ -349,41 +391,46 @@ def _reader(path: Path):
 
 @functools.lru_cache(maxsize=1)
 def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
-  """Opens the parts of a model; ``versions`` change when files do."""
-  first = paths[0] if versions[0] else path  # whose error names what is missing
+  """Opens the parts of a model, and keeps the last model opened.
+
+  ``versions`` has the time and size of each file, or None for a missing file.
+  They are part of the cache's key, so that a changed file is opened again.
+  """
+  # If the first part is missing, the given part is opened instead: its number
+  # of parts is needed for the error below.
+  first = paths[0] if versions[0] else path
   reader, field = _open(first)
   count = field('split.count', 0)
   if count < 2:
-    if first != path:  # a whole file with the name of a part
+    if first != path:  # A complete file that is named like a part.
       reader, field = _open(path)
     return reader, field
-  join = ('put all of them in one directory under the names that they had, or '
-          'join them with llama-gguf-split --merge.')
+  join = ('put all parts in one directory under their original names, or join '
+          'them with llama-gguf-split --merge.')
   if len(paths) != count:
-    raise InputError(f'{path} is one of the {count} parts of a model that was '
-                     f'split, and its name does not say which; {join}')
+    raise InputError(f'{path} is one of the {count} parts of a split model, '
+                     f'but its name does not have the form of a part; {join}')
   missing = [p.name for p, version in zip(paths, versions) if not version]
   if missing:
-    raise MissingError(f'{path} is one of the {count} parts of a model that '
-                       f'was split, and {", ".join(missing)} is not there; '
-                       f'{join}')
+    raise MissingError(f'{path} is one of the {count} parts of a split model, '
+                       f'but {", ".join(missing)} is missing; {join}')
   for i, part in enumerate(paths[1:], 1):
     more, of_part = _open(part)
     if of_part('split.count') != count or of_part('split.no') != i:
-      raise InputError(f'{part} is not part {i + 1} of {count} of a model that '
-                       f'was split; {join}')
+      raise InputError(f'{part} is not part {i + 1} of {count} of a split '
+                       f'model; {join}')
     reader.tensors += more.tensors
   tensors = reader.tensors
   total = field('split.tensors.count', len(tensors))
   if len(tensors) != total or len({x.name for x in tensors}) != total:
-    raise InputError(f'the {count} parts of {path} have {len(tensors)} tensors '
-                     f'and the first announces {total}: they are not of one '
-                     'model.')
+    raise InputError(f'the {count} parts of {path} have {len(tensors)} '
+                     f'tensors, but the first part declares {total}; they '
+                     'are not parts of one model. Fetch them again.')
   return reader, field
 
 
 def _open(path: Path):
-  """Opens one file: its reader, and a function that gives a field's value."""
+  """Opens one file; returns its reader and a function to look up fields."""
   try:
     gguf_header.check_header(path)
     reader = gguf.GGUFReader(path)

@@ -1,7 +1,8 @@
-"""Checkpoints: Hugging Face directories and GGUF files to sharded parameters.
+"""Loads Hugging Face directories and GGUF files into sharded parameters.
 
-Nothing here needs torch. Each device's slice of each parameter is read straight
-from the files: host memory above the result is one shard of one parameter.
+Loading does not need torch. The slice of each parameter that a device needs is
+read directly from the files, so loading needs no more memory on the host than
+one shard of one parameter.
 """
 
 from collections.abc import Iterable
@@ -33,7 +34,8 @@ FAMILIES = {
     'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,
     'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'opt': opt, 'qwen2': llama,
     'qwen3': llama, 'roberta': bert}
-ARCHITECTURES = {  # transformers' classes: with the head, and without it
+# Names of transformers' classes: with the language model's head, and without.
+ARCHITECTURES = {
     'bert': ('BertForMaskedLM', 'BertModel'),
     'gemma': ('GemmaForCausalLM', 'GemmaModel'),
     'gemma2': ('Gemma2ForCausalLM', 'Gemma2Model'),
@@ -45,8 +47,9 @@ ARCHITECTURES = {  # transformers' classes: with the head, and without it
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
     'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
     'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
-# transformers' classes with another head than a language model's, and the
-# tensors of these heads. AutoModel reads the body of such files.
+# transformers has classes with other heads than a language model's. As with its
+# AutoModel, the body of their files can be loaded. These patterns match the
+# classes' names and the tensors of their heads.
 _CLASSIFIERS = re.compile(
     'For(SequenceClassification|TokenClassification|QuestionAnswering|'
     'MultipleChoice|NextSentencePrediction)$')
@@ -64,39 +67,45 @@ def load(name_or_dir: str | os.PathLike[str],
          ) -> tuple[transformer.Transformer, dict[str, Any]]:
   """Loads a language model.
 
+  ``model.apply({'params': params}, input_ids, attention_mask)`` then returns
+  float32 logits of shape [batch, length, vocab]. With quantised weights use
+  ``mezo_jax.dequantized(lambda p: model.apply({'params': p}, ...))(params)``.
+
+  If the files have no language model's head, as those of a base class
+  (``BertModel``) or of a classifier (``...ForSequenceClassification``), only
+  the body is loaded: ``model.config.head`` is False, and the model returns
+  features only. If the head is tied to the embedding, the files of a base class
+  are complete.
+
   Args:
-    name_or_dir: a directory with ``config.json`` and safetensors files (or, as
-      older checkpoints have them, ``pytorch_model*.bin``), a ``.gguf`` file, or
-      the id of a Hugging Face repository.
-    mesh: parameters are sharded over its `fsdp` and `tensor` axes as they are
-      read (see `mezo_jax.sharding.make_mesh`); None for the default device.
-      These axes must not be Explicit.
-    dtype: of the parameters, such as 'float32' or jnp.bfloat16; None for the
-      checkpoint's own. With 'int8' and 'int4' matrices are quantised as they
-      are read, with 'codes' they keep a GGUF file's own codes (Q8_0, Q4_0,
-      Q4_1): they are `mezo_jax.QuantizedArray`, the rest is float32, and
-      ``mezo_jax.dequantized(lambda p: model.apply({'params': p}, ...))``
-      applies the model.
-    progress: whether to show a progress bar.
-    revision: branch, tag or commit of a Hugging Face repository.
-    offload: put the layers' matrices into the host's memory, where a program
-      takes them from one layer at a time; see `mezo_jax.sharding.on_host`.
+    name_or_dir: A directory with ``config.json`` and safetensors files (or
+      ``pytorch_model*.bin``, as in older checkpoints), a ``.gguf`` file, or the
+      id of a Hugging Face repository.
+    mesh: The mesh (see `mezo_jax.sharding.make_mesh`). Parameters are sharded
+      over its axes `fsdp` and `tensor` as they are read; these axes must not be
+      Explicit. Defaults to None, for the default device.
+    dtype: Dtype of the parameters, such as 'float32' or jnp.bfloat16. With
+      'int8' and 'int4', matrices are quantised as they are read; with 'codes',
+      they keep the quantised weights of a GGUF file (Q8_0, Q4_0, Q4_1). Such
+      matrices are `mezo_jax.QuantizedArray`, and all other parameters are
+      float32. Defaults to None, for the checkpoint's own dtype.
+    progress: Whether to show a progress bar. Defaults to True.
+    revision: Branch, tag or commit of a Hugging Face repository. Defaults to
+      None, for its main branch.
+    offload: Whether to store the layers' matrices in the host's memory, from
+      which a program fetches one layer at a time (see
+      `mezo_jax.sharding.on_host`). Defaults to False.
 
   Returns:
-    ``model, params``: a `Transformer` and its plain nested dict, so that
-    ``model.apply({'params': params}, input_ids, attention_mask)`` gives float32
-    logits [batch, length, vocab]; ``model.config`` is the frozen config. From
-    files without the language model's head, those of a base class
-    (``BertModel``) or of a classifier (``...ForSequenceClassification``), the
-    body alone is read: ``config.head`` is False, and the model gives features
-    only. A base class whose head is the embedding lacks nothing.
+    ``model, params``: a `Transformer`, whose ``config`` describes the model,
+    and its parameters as a plain nested dict.
 
   Raises:
-    FileNotFoundError: if there is no such model.
-    ValueError: if its family is not supported, or its tensors do not fit the
-      config (all misfits are named at once).
+    FileNotFoundError: If there is no such model.
+    ValueError: If the model's family is not supported, or its tensors do not
+      fit its config. The error names all tensors that do not fit.
   """
-  float_dtype(dtype)  # it is one
+  float_dtype(dtype)  # Raises for an unknown dtype before any file is read.
   _check_mesh(mesh)
   path = find(name_or_dir, revision)
   config = load_config(path)
@@ -106,8 +115,8 @@ def load(name_or_dir: str | os.PathLike[str],
     else:
       found = weights.open_files(path, stack)
     if dtype == 'codes' and path.suffix != '.gguf':
-      raise InputError(f"{path} has no codes: dtype 'codes' needs a .gguf "
-                       "file; take 'int8' or 'int4'.")
+      raise InputError(f"dtype 'codes' needs a .gguf file, but {path} is "
+                       "a directory; choose 'int8' or 'int4'.")
     rows = table_of(config)
     tensors = _fit(rows, config, found, path)
     params = {}
@@ -124,13 +133,21 @@ def load(name_or_dir: str | os.PathLike[str],
 
 def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
                 ) -> Config:
-  """Returns the `Config` of a model without its weights.
+  """Returns the `Config` of a model without loading its weights.
 
-  The arguments are those of `load`.
+  Whether the model has a head depends on the names of the tensors in its files.
+  If the weights are not present, as for a hub id, it depends on
+  ``architectures`` in ``config.json``. Likewise, a head that is untied in spite
+  of the config can be found only if the weights are present.
 
-  The names in the model's files decide whether it has a head. Where these are
-  not at hand, as for a hub id, ``architectures`` in its config decides. A head
-  that only the config ties to the embedding is found where the files are.
+  Args:
+    name_or_dir: A directory, a ``.gguf`` file or a hub id, as for `load`.
+    revision: Branch, tag or commit of a Hugging Face repository. Defaults to
+      None, for its main branch.
+
+  Raises:
+    FileNotFoundError: If there is no such model.
+    ValueError: If a file cannot be read, or the model is not supported.
   """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
@@ -138,13 +155,16 @@ def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
   try:
     hf = json.loads((path / 'config.json').read_text())
   except ValueError as e:
-    raise InputError(f'{path}/config.json is not JSON ({e}).') from e
+    raise InputError(f'{path}/config.json is not valid JSON ({e}); fetch it '
+                     'again.') from e
   if (path / 'adapter_config.json').is_file():
+    # transformers loads the base model that adapter_config.json names and adds
+    # the adapter. Reading the weights here would silently give another model.
     raise InputError(
-        f'{path} has an adapter_config.json next to config.json: transformers '
-        'adds its adapter to the model that it names. Load that model, and '
-        'the adapter with mezo_jax.peft.load; or remove adapter_config.json '
-        'if the weights of the adapter are merged already.')
+        f'{path} has an adapter_config.json next to config.json. Load the base '
+        'model that it names and add the adapter with mezo_jax.peft.load; or '
+        'remove adapter_config.json if the adapter is already merged into '
+        'these weights.')
   config = read_config(hf, path)
   names = weights.names(path)
   config = _with_head(config, names) if names else config
@@ -152,24 +172,28 @@ def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
     with contextlib.ExitStack() as stack:
       try:
         found = weights.open_files(path, stack)
-      except MissingError:  # an index came without its files
+      except MissingError:  # There is an index, but not the files it lists.
         return config
       return _with_own_head(config, found)
   return config
 
 
 def read_config(hf: dict[str, Any], path: Path | str = 'config.json') -> Config:
-  """Returns the `Config` of a ``config.json``, which it keeps for `save`.
+  """Returns the `Config` that a ``config.json`` describes.
 
   Fields are read as transformers reads them; see docs/families.md. A warning
-  names the fields that neither it nor this reader knows.
+  names the fields that neither transformers nor this reader knows.
+
+  Args:
+    hf: Contents of ``config.json``. The config keeps them for `save`.
+    path: Path of the file, for errors. Defaults to 'config.json'.
 
   Raises:
-    ValueError: For a family, or a choice within one, that is not supported; it
-      names the field.
+    ValueError: If the family or the value of a field is not supported. The
+      error names the field.
   """
   if not isinstance(hf, dict):
-    raise InputError(f'{path} is no JSON object; fetch it again.')
+    raise InputError(f'{path} is not a JSON object; fetch it again.')
   if hf.get('model_type') == 'gemma3' and 'text_config' in hf:
     try:
       hf = gemma.text_of_gemma3(hf)
@@ -178,16 +202,16 @@ def read_config(hf: dict[str, Any], path: Path | str = 'config.json') -> Config:
   family = hf.get('model_type')
   if not isinstance(family, str) or family not in FAMILIES:
     raise InputError(
-        f'{path}: model_type {family!r} is not supported; supported are '
-        f'{", ".join(FAMILIES)}.')
+        f'{path}: model_type {family!r} is not supported; the supported ones '
+        f'are {", ".join(FAMILIES)}.')
   try:
     config = FAMILIES[family].config_from_hf(hf)
   except InputError as e:
     raise InputError(f'{path}: {e}') from None
   except (ArithmeticError, AttributeError, LookupError, TypeError,
           ValueError) as e:
-    raise InputError(f'{path}: a field has a value that no {family} has '
-                     f'({e}).') from e
+    raise InputError(f'{path}: a field has a value that is invalid for '
+                     f'model_type {family!r} ({e}).') from e
   check_sizes(config, path)
   named = hf.get('architectures')
   of_base = named == [ARCHITECTURES[family][1]] and head_of(config)
@@ -196,14 +220,17 @@ def read_config(hf: dict[str, Any], path: Path | str = 'config.json') -> Config:
 
 
 def names_classifier(architectures: Any) -> bool:
-  """Returns whether a config's ``architectures`` have a classifier's head."""
+  """Returns whether a config's ``architectures`` name a classifier."""
   return isinstance(architectures, list) and any(
       _CLASSIFIERS.search(str(name)) for name in architectures)
 
 
 def table_of(config: Config) -> list[table.Row]:
-  """The rows of a model's parameters, the embedding's first; without the head
-  those of the body, under the names that its class's files have."""
+  """Returns the rows of a model's parameters, with that of the embedding first.
+
+  For a model without a head these are the rows of the body, with the tensors'
+  names as the files of transformers' base class have them.
+  """
   rows, prefix = FAMILIES[config.family].table(config), _prefix(config)
   return rows if config.head else [
       dataclasses.replace(row, name=row.name.removeprefix(prefix))
@@ -211,22 +238,28 @@ def table_of(config: Config) -> list[table.Row]:
 
 
 def head_of(config: Config) -> list[table.Row]:
-  """The rows that a base class lacks; none where the embedding is the head."""
+  """Returns the rows that belong to the head and not to the base class.
+
+  There are none if the embedding is the head.
+  """
   return [row for row in FAMILIES[config.family].table(config)
           if not row.name.startswith(_prefix(config))]
 
 
 def _prefix(config: Config) -> str:
-  """What the names of a whole model's body begin with, and no base class's."""
+  """Returns the prefix of the body's tensors, such as 'model.'.
+
+  Files of a model with a head have it, and files of a base class do not.
+  """
   first, _ = FAMILIES[config.family].table(config)[0].name.split('.', 1)
   return f'{first}.'
 
 
 def _with_head(config: Config, names: Iterable[str]) -> Config:
-  """Returns the config of files that have tensors of these names.
+  """Returns the config with ``head`` as the names of a file's tensors imply.
 
-  A head that is the embedding has no tensors of its own; such a model lacks
-  its head only where the files have a classifier's instead.
+  A head that is tied to the embedding may have no tensors. Such a model lacks
+  its head only if the files have a classifier's head instead.
   """
   rows, prefix = head_of(config), _prefix(config)
   found = {_renamed(name, config) for name in names}
@@ -241,16 +274,19 @@ def _with_head(config: Config, names: Iterable[str]) -> Config:
 
 
 def _head_name(config: Config) -> str:
-  """Returns the name that files have for the matrix of the model's head."""
+  """Returns the name of the tensor of the head's matrix."""
   untied = dataclasses.replace(config, tied_head=False)
   return next(row.name for row in FAMILIES[config.family].table(untied)
               if row.path == 'lm_head/embedding')
 
 
 def _pairs(config: Config, names: Iterable[str]) -> list[tuple[str, str]]:
-  """Returns the tensors that a tied flag says are one, where a file has both.
+  """Returns pairs of tensors that are equal if the model's head is tied.
+
+  The first of a pair belongs to the body or the tied head, the second to an
+  untied head. Only pairs of which both are among ``names`` are returned.
   """
-  # Rows of the same model with a head of its own name the second of each pair.
+  # The table of an untied model has the names of the second tensors.
   rows = FAMILIES[config.family].table(
       dataclasses.replace(config, tied_head=False))
   same = [(rows[0].name, row.name) for row in rows if row.path.startswith(
@@ -263,10 +299,11 @@ def _pairs(config: Config, names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _with_own_head(config: Config, found: list) -> Config:
-  """Returns the config without its tied flag where the file contradicts it.
+  """Returns the config with an untied head if the tensors require one.
 
-  A flag (or its default) may tie the head to the embedding though the file has
-  another head. As in transformers, the file is right.
+  The flag ``tie_word_embeddings``, or its default, may be true although the
+  files have a head that differs from the embedding. As in transformers, the
+  files then take precedence.
   """
   if not (config.tied_head and config.head):
     return config
@@ -278,7 +315,10 @@ def _with_own_head(config: Config, found: list) -> Config:
 
 
 def _equal(a, b) -> bool:
-  """Compares two tensors of files, some rows at a time."""
+  """Returns whether two tensors of files are equal.
+
+  It compares about 16 million elements at a time, to bound the memory.
+  """
   if list(a.get_shape()) != list(b.get_shape()):
     return False
   rows, *rest = a.get_shape()
@@ -290,6 +330,7 @@ def _equal(a, b) -> bool:
 
 
 def _renamed(name: str, config: Config) -> str:
+  """Returns a tensor's name in the spelling that the family's table uses."""
   for pattern, replacement in FAMILIES[config.family].RENAMES:
     name = re.sub(pattern, replacement, name)
   return name
@@ -298,11 +339,27 @@ def _renamed(name: str, config: Config) -> str:
 def param_shapes(config: Config, mesh: jax.sharding.Mesh | None = None,
                  dtype: jax.typing.DTypeLike = jnp.float32,
                  offload: bool = False) -> dict[str, Any]:
-  """The parameters as `jax.ShapeDtypeStruct`s, to compile without weights, on
-  a mesh where `load` puts them."""
+  """Returns the parameters of a model as `jax.ShapeDtypeStruct`s.
+
+  Programs can be compiled with them, without weights.
+
+  Args:
+    config: Config of the model.
+    mesh: The shapes have the shardings that `load` gives the parameters on this
+      mesh. Defaults to None, for no shardings.
+    dtype: Dtype of the parameters, as for `load`, except 'codes'. Defaults to
+      float32.
+    offload: Whether the layers' matrices are in the host's memory. Defaults to
+      False.
+
+  Raises:
+    ValueError: If the dtype is unknown or 'codes', or an axis of the mesh is
+      Explicit.
+  """
   if dtype == 'codes':
-    raise InputError("the shapes of dtype 'codes' are those of a GGUF file: "
-                     'load it.')
+    raise InputError("dtype 'codes' has the shapes of a GGUF file, which are "
+                     "not known here; load the file, or choose 'int8' or "
+                     "'int4'.")
   _check_mesh(mesh)
   params = {}
   for row in table_of(config):
@@ -316,11 +373,14 @@ def param_shapes(config: Config, mesh: jax.sharding.Mesh | None = None,
 
 
 def float_dtype(dtype: Any) -> Any:
-  """Returns the dtype that is computed with, of parameters of this dtype.
+  """Returns the dtype of the arithmetic for a dtype of parameters.
+
+  Args:
+    dtype: A floating-point dtype, which is returned unchanged; the name of a
+      quantised dtype, which results in float32; or None, which results in None.
 
   Raises:
-    ValueError: for what is neither a floating-point dtype nor a name of
-      quantised weights.
+    ValueError: If it is none of these.
   """
   if dtype is None:
     return None
@@ -331,30 +391,32 @@ def float_dtype(dtype: Any) -> Any:
   except TypeError:
     fits = False
   if not fits:
-    raise InputError(f'dtype {dtype!r} is not one of float32, bfloat16, '
-                     f'float16, {", ".join(QUANTISED)}.')
+    raise InputError(f'dtype {dtype!r} is unknown; choose one of float32, '
+                     f'bfloat16, float16, {", ".join(QUANTISED)}.')
   return dtype
 
 
 def _check_mesh(mesh) -> None:
-  """Raises InputError for a mesh that the layers cannot be split over."""
+  """Raises InputError if the layers cannot be split over a mesh."""
   if mesh is None:
     return
   for name, kind in zip(mesh.axis_names, mesh.axis_types):
     if (name in ('fsdp', 'tensor') and mesh.shape[name] > 1
         and kind == jax.sharding.AxisType.Explicit):
       raise InputError(
-          f'the axis {name!r} of the mesh is Explicit, and the layers of these '
-          'models leave it to the compiler how they are split: make the mesh '
-          'with mezo_jax.core.make_mesh, or jax.make_mesh with axis_types that '
-          'are AxisType.Auto.')
+          f'mesh: the axis {name!r} is Explicit, but these models need the '
+          'compiler to propagate shardings. Make the mesh with '
+          'mezo_jax.sharding.make_mesh, or with jax.make_mesh and axis_types '
+          'of AxisType.Auto.')
 
 
 def _shape(row: table.Row, config) -> tuple[int, ...]:
+  """Returns the shape of a parameter, with the layer axis if it is stacked."""
   return (config.num_layers, *row.shape) if row.stacked else row.shape
 
 
 def _place(row: table.Row, shape, mesh):
+  """Returns the sharding of a parameter on a mesh, or None without a mesh."""
   if mesh is None:
     return None
   return jax.NamedSharding(
@@ -364,24 +426,28 @@ def _place(row: table.Row, shape, mesh):
 def load_tokenizer(name_or_dir: str | os.PathLike[str],
                    revision: str | None = None, bos_token: str | None = None
                    ) -> Any:
-  """The tokenizer beside a model: a transformers `PreTrainedTokenizerFast`.
+  """Loads the tokenizer of a model.
 
   Args:
-    name_or_dir: as for `load`.
-    revision: as for `load`.
-    bos_token: the token to put first, such as '<s>', where the tokenizer's own
-      choice is not wanted. (OPT's is '</s>'; the paper's code has '<s>', the
-      token with id 0.)
+    name_or_dir: A directory, a ``.gguf`` file or a hub id, as for `load`.
+    revision: Branch, tag or commit of a Hugging Face repository. Defaults to
+      None, for its main branch.
+    bos_token: The token to put before each text, such as '<s>'. Defaults to
+      None, for the tokenizer's own choice. (OPT's tokenizer puts '</s>' first,
+      and the code of the MeZO paper puts '<s>', with id 0.)
+
+  Returns:
+    A tokenizer of transformers.
 
   Raises:
-    FileNotFoundError: if there is no such model.
-    ValueError: if it does not have that token.
+    FileNotFoundError: If there is no such model.
+    ValueError: If the tokenizer cannot be read, or lacks ``bos_token``.
   """
   path = find(name_or_dir, revision, weights=False)
   if path.suffix == '.gguf':
     tokenizer = gguf.tokenizer(path)
   else:
-    from transformers import AutoTokenizer  # slow to import, needed here only
+    from transformers import AutoTokenizer  # Imported late, as it is slow.
     try:
       tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as e:
@@ -391,7 +457,10 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str],
   if bos_token is None:
     return tokenizer
   if bos_token not in tokenizer.get_vocab():
-    raise InputError(f'the tokenizer of {path} has no token {bos_token!r}.')
+    raise InputError(f'the tokenizer of {path} has no token {bos_token!r}; '
+                     'choose a bos_token of its vocabulary.')
+  # The post-processor adds the token to every text, so it has to change along
+  # with the name.
   from tokenizers.processors import TemplateProcessing
   tokenizer.bos_token = bos_token
   tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -402,15 +471,20 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str],
 
 def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
          weights: bool = True) -> Path:
-  """A local directory or GGUF file, fetched from the hub if it is an id.
+  """Returns the local path of a model, which it downloads if necessary.
 
   Args:
-    name_or_dir: as for `load`.
-    revision: as for `load`.
-    weights: whether to fetch them too, and not just what is beside them.
+    name_or_dir: A directory, a ``.gguf`` file or a hub id, as for `load`.
+    revision: Branch, tag or commit of a Hugging Face repository. Defaults to
+      None, for its main branch.
+    weights: Whether to download the weights in addition to the config and the
+      tokenizer. Defaults to True.
+
+  Returns:
+    The path of a directory with ``config.json``, or of a GGUF file.
 
   Raises:
-    FileNotFoundError: if there is no such model.
+    FileNotFoundError: If there is no such model.
   """
   path = Path(name_or_dir).expanduser()
   if path.is_file() and path.suffix == '.gguf':
@@ -419,20 +493,22 @@ def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
     if (path / 'config.json').is_file():
       return path
     raise MissingError(
-        f'{path} has no config.json: it is not a Hugging Face model directory.')
+        f'{path} has no config.json; give the directory of a Hugging Face '
+        'model.')
   name = str(name_or_dir)
   if path.is_absolute() or name.count('/') > 1 or not re.fullmatch(
       r'[\w-][\w.-]*(/[\w.-]+)?', name) or path.suffix == '.gguf':
     raise MissingError(
-        f'no model at {name}: give a directory with config.json, a .gguf file '
+        f'no model at {name}; give a directory with config.json, a .gguf file '
         'or a hub id such as "HuggingFaceTB/SmolLM2-135M".')
-  from huggingface_hub import snapshot_download  # slow to import
+  from huggingface_hub import snapshot_download  # Imported late, as it is slow.
   fetch = functools.partial(snapshot_download, name, revision=revision)
   text = ['*.json', '*.model', '*.txt', '*.jinja']
   try:
     safetensors = ['*.safetensors'] if weights else []
-    # A pattern's star takes slashes too; of the directories below only that
-    # of further chat templates is wanted.
+    # The star of a pattern matches slashes, too. Subdirectories often have
+    # weights in other formats, so only further chat templates are taken from
+    # them.
     below = [f'*/{kind}' for kind in (*text, *safetensors) if kind != '*.jinja']
     path = Path(fetch(allow_patterns=[*text, *safetensors],
                       ignore_patterns=['consolidated*', *below]))
@@ -441,25 +517,34 @@ def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
                         ignore_patterns=[*below, '*/*.bin']))
   except Exception as e:
     raise MissingError(
-        f'no directory {name!r} here, and the hub did not give one: '
-        f'{" ".join(str(e).split())}') from e
+        f'there is no local directory {name!r}, and it could not be fetched '
+        f'from the hub: {" ".join(str(e).split())}') from e
   if not (path / 'config.json').is_file():
     raise MissingError(
-        f'the hub\'s {name} has no config.json: it is not a whole model.')
+        f'{name} on the hub has no config.json; choose a repository with a '
+        'complete model.')
   return path
 
 
 def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
-  """Finds the tensor of each row in files, with the body's prefix or without.
+  """Matches the tensors of files with the rows of a table.
 
-  A head that is the embedding may have the matrix under its own name alone.
-  Tensors of classifiers' heads are left out.
+  Names match with or without the prefix of the body. The matrix of a tied head
+  may be stored under the head's name only. Tensors of classifiers' heads are
+  ignored.
+
+  Args:
+    rows: The rows of the model's parameters.
+    config: Config of the model.
+    found: Pairs of a name and a tensor.
+    path: Path of the model, for errors.
 
   Returns:
     {name in the table: tensor}.
 
   Raises:
-    ValueError: names every missing, misshapen, double and unexpected tensor.
+    ValueError: If tensors are missing, duplicate or unexpected, or have other
+      shapes. The error names all of them.
   """
   prefix, ignored = _prefix(config), FAMILIES[config.family].IGNORED
   wanted = {row.name.format(l=l) for row in rows
@@ -470,7 +555,7 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     name = next((n for n in (name, prefix + name, name.removeprefix(prefix))
                  if n in wanted), name)
     if name in tensors:
-      problems.append(f'{name} is there twice')
+      problems.append(f'duplicate {name}')
     tensors[name] = tensor
   embedding = rows[0].name
   if config.tied_head and embedding not in tensors:
@@ -484,7 +569,7 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
       if name not in tensors and row.otherwise in tensors:
         tensors[name] = tensors[row.otherwise]
       if name in known:
-        continue  # another part of the same tensor
+        continue  # Another row is a part of the same tensor.
       if name not in tensors:
         problems.append(f'missing {name}')
       elif tuple(tensors[name].get_shape()) != row.source_shape():
@@ -498,43 +583,53 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
   if problems:
     shown = '; '.join(problems[:20])
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''
-    raise InputError(f'{path} does not fit its config: {shown}{more}.')
+    raise InputError(f'the tensors of {path} do not fit its config.json: '
+                     f'{shown}{more}.')
   return tensors
 
 
 def _here():
-  # jax adds its options to the class when it runs.
+  """Returns the sharding of arrays on the default device."""
+  # jax adds this option to the class at run time, so type checkers do not know
+  # the attribute.
   chosen = getattr(jax.config, 'jax_default_device')
   return jax.sharding.SingleDeviceSharding(chosen or jax.local_devices()[0])
 
 
 def _is_offloaded(row: table.Row) -> bool:
-  """Vectors are few, and no TPU takes a row of a stack of them."""
+  """Returns whether ``offload`` puts a parameter into the host's memory.
+
+  It does so for matrices of layers. Vectors take little memory, and a TPU
+  cannot fetch one row of a stack of vectors from the host.
+  """
   return row.stacked and len(row.shape) > 1
 
 
 def _read(row: table.Row, config, tensors: dict, mesh, dtype,
           offload: bool) -> jax.Array:
-  """One parameter, assembled per device from the slices that it needs."""
+  """Reads one parameter; for each device only its shard is read from files."""
   shape = _shape(row, config)
   place = _place(row, shape, mesh) or _here()
   if offload and _is_offloaded(row):
     place = sharding.on_host(place)
 
   def read(index):
+    """Returns the shard of the parameter at an index."""
     index = [slice(*i.indices(n)) for i, n in zip(index, shape)]
     if not row.stacked:
       block = row.read(tensors[row.name], tuple(index))
       return block.astype(jnp.dtype(dtype or block.dtype))
     layers, *rest = index
-    out = None  # filled layer by layer: one layer is alive beside it
+    # Layers are copied into `out` one by one, so that only one of them is in
+    # memory in addition to the result.
+    out = None
     for i, layer in enumerate(range(layers.start, layers.stop)):
       block = row.read(tensors[row.name.format(l=layer)], tuple(rest))
       if out is None:
         out = np.empty((layers.stop - layers.start, *block.shape),
                        jnp.dtype(dtype or block.dtype))
       out[i] = block
-    assert out is not None  # no device has a part without layers
+    assert out is not None  # The layer axis is never split, so it is not empty.
     return out
 
   return jax.make_array_from_callback(shape, place, read)

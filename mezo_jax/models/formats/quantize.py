@@ -1,9 +1,9 @@
-"""Makes `mezo_jax.QuantizedArray` of floats or of the weights of a GGUF file.
+"""Quantises weights as they are read, or keeps those of a GGUF file.
 
-A matrix has a scale for each 32 weights along the axis that is last in the
-files, as a rule the inputs; the rest (norms, biases, tables of few rows) are
-floats. Of 4 bits embeddings have 8, as llama.cpp has it: they are scored
-against, too.
+A matrix has one scale per 32 weights along the axis that is last in the files,
+usually the inputs. All other parameters (norms, biases, small tables) stay
+floats. With 'int4', embeddings have 8 bits, as in llama.cpp, because they may
+be the output matrix, too.
 """
 
 import dataclasses
@@ -19,21 +19,27 @@ from mezo_jax.core.quantized import QUANTISED, QuantizedArray
 from mezo_jax.models.families.table import Row
 from mezo_jax.models.formats import gguf
 
-_LEAST = 2**10  # weights; fewer are not worth it
+_LEAST = 2**10  # Matrices with fewer weights are not quantised.
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What one parameter is quantised to."""
+  """Describes how one parameter is quantised."""
 
-  bits: int
-  offsets: bool
-  axis: int  # of one layer's, from the end: where weights share scales
-  kept: bool = False  # the file's own codes
+  bits: int  # 8 or 4
+  offsets: bool  # Whether there are offsets in addition to scales.
+  # Axis along which weights share a scale, counted from the end.
+  axis: int
+  kept: bool = False  # Whether the quantised weights of the file are kept.
 
   def parts(self, shape: tuple[int, ...]
             ) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
-    """Shapes and dtypes of the arrays of `QuantizedArray`."""
+    """Returns the shape and dtype of each array of the parameter's
+    `QuantizedArray`.
+
+    Args:
+      shape: Shape of the parameter before quantisation.
+    """
     axis = len(shape) + self.axis
     at = lambda n: (*shape[:axis], n, *shape[axis + 1:])
     n = shape[axis]
@@ -44,20 +50,22 @@ class Form:
     return out | ({'offsets': runs} if self.offsets else {})
 
   def codes(self, arrays: dict[str, Any]) -> QuantizedArray:
+    """Returns a `QuantizedArray` of these arrays, named as in `parts`."""
     packed = self.axis if self.bits == 4 else None
     return QuantizedArray(bits=self.bits, packed=packed, **arrays)
 
 
 def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
          layers: int = 1) -> Form | None:
-  """How a parameter is quantised; None if it is not.
+  """Returns how a parameter is quantised, or None if it is not.
 
   Args:
-    row: of it.
-    dtype: 'int8', 'int4', or 'codes', which is as ``tensors`` of a GGUF file
-      are, if those of all ``layers`` are of one kind that is known.
-    tensors: by their names; for 'codes'.
-    layers: of the model.
+    row: Row of the parameter.
+    dtype: 'int8', 'int4' or 'codes'; any other dtype results in None. 'codes'
+      keeps the quantisation of a GGUF file if all layers have the same kind and
+      it is one of `gguf.CODES`.
+    tensors: {name: tensor} of the GGUF file. Required for 'codes'.
+    layers: Number of layers of the model. Used for 'codes'.
   """
   if (dtype not in QUANTISED or len(row.shape) != 2
       or np.prod(row.shape) < _LEAST):
@@ -67,7 +75,7 @@ def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
     coarse = dtype == 'int4' and not row.path.endswith('/embedding')
     bits = 4 if coarse and row.shape[axis] % 2 == 0 else 8
     return Form(bits, bits == 4, axis)
-  assert tensors is not None  # codes are those of a file
+  assert tensors is not None
   kinds = {tensors[row.name.format(l=l)].kind
            for l in range(layers if row.stacked else 1)}
   known = gguf.CODES.get(kinds.pop()) if len(kinds) == 1 else None
@@ -75,7 +83,13 @@ def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
 
 
 def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> QuantizedArray:
-  """A parameter as shapes; ``place(shape)`` says where an array is."""
+  """Returns a quantised parameter as shapes, without weights.
+
+  Args:
+    shape: Shape of the parameter before quantisation.
+    form_: How it is quantised.
+    place: A function that returns the sharding of an array of a given shape.
+  """
   return form_.codes({
       name: jax.ShapeDtypeStruct(part, dtype, sharding=place(part))
       for name, (part, dtype) in form_.parts(shape).items()})
@@ -83,19 +97,22 @@ def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> QuantizedArray:
 
 def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
          place: Any) -> QuantizedArray:
-  """One parameter; each device's part of it is read and quantised alone.
+  """Reads and quantises one parameter, separately for each device's shard.
 
   Args:
-    row: of it.
-    shape: of all its layers.
-    form_: what it becomes.
-    tensors: by their names.
-    place: from the shape of an array to where it is.
+    row: Row of the parameter.
+    shape: Shape of the parameter, with the layer axis if it is stacked.
+    form_: How it is quantised.
+    tensors: {name: tensor} of the files.
+    place: A function that returns the sharding of an array of a given shape.
   """
   axis, n = len(shape) + form_.axis, shape[form_.axis]
 
-  @functools.cache  # codes, scales and offsets are of the same weights
+  # The quantised weights, scales and offsets of a shard all come from the same
+  # block of the file. The cache reads it once instead of three times.
+  @functools.cache
   def block(index: tuple[tuple[int, int], ...]):
+    """Returns the arrays for a block, given as (start, stop) per axis."""
     where = tuple(slice(*i) for i in index)
     if not row.stacked:
       return _layer(row, tensors[row.name], where, form_)
@@ -108,11 +125,14 @@ def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
   group = n // parts['scales'][0][axis]
 
   def make(name, part, dtype):
-    run = n // part[axis]
+    """Builds one array of the `QuantizedArray` from blocks of weights."""
+    run = n // part[axis]  # Number of weights that share an entry.
     def of(index):
+      """Returns the shard of the array at an index."""
       index = [i.indices(m)[:2] for i, m in zip(index, part)]
       start, stop = (run * i for i in index[axis])
-      # A device's part may begin amid weights that share a scale.
+      # A shard may begin or end within weights that share a scale. So a block
+      # of whole groups is read, and the shard is cut out of it.
       index[axis] = first, _ = start // group * group, -(-stop // group) * group
       cut = [slice(None)] * len(part)
       cut[axis] = slice((start - first) // run, (stop - first) // run)
@@ -123,7 +143,7 @@ def read(row: Row, shape: tuple[int, ...], form_: Form, tensors: dict[str, Any],
 
 
 def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
-  """The arrays of (a part of) one layer."""
+  """Returns the arrays of `QuantizedArray` for a block of one layer."""
   if not form_.kept:
     q, scales, offsets = quantized.quantized(
         row.read(tensor, index), form_.bits, 2 + form_.axis)
@@ -138,7 +158,11 @@ def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
 
 
 class _Runs:
-  """A tensor with an entry for each run along its last axis."""
+  """Slices an array that has one entry per ``run`` weights as if by weights.
+
+  Slices of the last axis are given in weights, and begin and end at multiples
+  of ``run``.
+  """
 
   def __init__(self, array, run: int):
     self.array, self.run = array, run

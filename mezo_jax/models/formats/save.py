@@ -1,4 +1,8 @@
-"""Parameters to Hugging Face files: the inverse of `load`, from one table."""
+"""Writes parameters to Hugging Face files.
+
+It is the inverse of `mezo_jax.models.load` and uses the same table of each
+family.
+"""
 
 from collections.abc import Sequence
 import contextlib
@@ -22,7 +26,8 @@ from mezo_jax.models.formats import classifier, huggingface
 from mezo_jax.models.formats.weights import EXPLICIT
 from mezo_jax.models.transformer import Transformer
 
-_PART = '.part'  # what is not yet whole
+_PART = '.part'  # Suffix or name of a directory that is being written.
+# A directory with one of these files is taken for a model, so they come last.
 _LAST = ('config.json', 'adapter_config.json')
 
 
@@ -30,41 +35,45 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
          tokenizer: Any = None, card: str | None = None,
          labels: Sequence[str] = (), max_shard_bytes: int = 2 * 2**30,
          progress: bool = True) -> Path:
-  """Writes a model as Hugging Face has it; any tool that reads those reads it.
+  """Writes a model as a directory that transformers can load.
 
-  `mezo_jax.QuantizedArray` are written as the weights that they stand for.
-  ``config.json`` is the one that the model was loaded with, with the dtype of
-  ``params`` and, where it was missing or no longer fits, transformers' name of
-  the class. A model without its head is written as its base class has it; with
-  a classification head, ``params['classifier']``, as its class for sequence
-  classification, without the vocabulary's head.
-  Tensors are gathered one at a time, those of a file are held by the host until
-  it is written; the directory appears when all is written. On several hosts
-  every process must call this, and the first one writes.
+  ``config.json`` is the one that the model was loaded with, except for the
+  dtype, which is that of ``params``, and the class name in ``architectures``,
+  which is set if it is missing or no longer correct. A model without a head is
+  written as transformers' base class. A model with a classification head,
+  ``params['classifier']``, is written as the class for sequence classification,
+  without the language model's head. Quantised weights
+  (`mezo_jax.QuantizedArray`) are dequantised.
+
+  Tensors are gathered one at a time, and the host holds those of one file at a
+  time. The directory appears only when it is complete. With several processes,
+  all of them must call this function, and process 0 writes.
 
   Args:
-    directory: to make, or one that is empty.
-    model: from `load` (its config remembers where it came from).
-    params: its parameters, in `load`'s layout, on any devices.
-    tokenizer: to write beside it.
-    card: the text of README.md.
+    directory: The directory to write. It must not exist, or be empty.
+    model: A model from `load`, whose config holds its ``config.json``.
+    params: Parameters of the model, on any devices.
+    tokenizer: A tokenizer of transformers to write as well. Defaults to None,
+      for none.
+    card: Text of README.md. Defaults to None, for no such file.
     labels: Names of the classes of a classification head. Defaults to LABEL_0,
       LABEL_1, ..., as in transformers.
-    max_shard_bytes: size of a file at most, but for a tensor larger than it.
-    progress: whether to show a progress bar.
+    max_shard_bytes: Maximal size of a file in bytes. A larger tensor gets a
+      file of its own. Defaults to 2 GiB.
+    progress: Whether to show a progress bar. Defaults to True.
 
   Returns:
-    The directory.
+    The path of the directory.
 
   Raises:
-    FileExistsError: if the directory is there and not empty.
-    ValueError: if ``params`` do not fit the config, or that was not read from
-      a file.
+    FileExistsError: If the directory exists and is not empty.
+    ValueError: If the parameters do not fit the config, or the config was not
+      read from a ``config.json``.
   """
   config = model.config
   if not config.source:
-    raise ValueError('this config was not read from a config.json, which '
-                     'belongs to the files; make it with models.read_config.')
+    raise ValueError('model.config was not read from a config.json, so there '
+                     'is none to write; create it with models.read_config.')
   classes = num_classes(params)
   if classes:
     rows = classifier.table(config, classes)
@@ -97,14 +106,17 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
 
 
 def num_classes(params: dict[str, Any]) -> int:
-  """Returns the number of classes of the classification head, 0 for none."""
+  """Returns the number of classes of a classification head, 0 without one."""
   if 'classifier' not in params:
     return 0
   return params['classifier']['out']['kernel'].shape[-1]
 
 
 def save_tokenizer(part: Path, tokenizer: Any) -> None:
-  """Writes a tokenizer without the local paths that it was loaded from."""
+  """Writes a tokenizer into the directory ``part``.
+
+  Local paths that the tokenizer was loaded from are removed from its config.
+  """
   tokenizer.save_pretrained(part)
   file = part / 'tokenizer_config.json'
   if not file.is_file():
@@ -117,7 +129,10 @@ def save_tokenizer(part: Path, tokenizer: Any) -> None:
 
 
 def _architectures(config, hf: dict) -> list[str]:
-  """The class that has these tensors; of several, what ``hf`` says."""
+  """Returns ``architectures``: transformers' class with these tensors.
+
+  The value in ``hf`` is kept if that class fits.
+  """
   whole, base = huggingface.ARCHITECTURES[config.family]
   if not config.head:
     return [base]
@@ -129,34 +144,36 @@ def _architectures(config, hf: dict) -> list[str]:
 
 
 def check_new(directory: str | os.PathLike[str]) -> Path:
-  """Returns the absolute path of a directory to write.
+  """Checks that a directory can be written, and returns its absolute path.
 
-  '~' is the home directory, and links are followed: '.' and '..' have no name
-  of their own, and a link cannot be replaced by a directory.
+  '~' is the home directory. The path is resolved, because '.' and '..' cannot
+  be renamed, and a link cannot be replaced by a directory.
 
   Raises:
-    FileExistsError: if there is a file, or a directory that is not empty.
+    FileExistsError: If it is a file, or a directory that is not empty.
   """
   path = Path(directory).expanduser().resolve()
   if path.exists() and not path.is_dir():
     raise ExistsError(f'{directory} is a file; give another directory.')
   if path.is_dir() and any(x.name != _PART for x in path.iterdir()):
     raise ExistsError(
-        f'{directory} is there already and not empty; give another directory.')
+        f'{directory} exists and is not empty; give another directory.')
   return path
 
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike):
-  """Gives a place to write to that becomes ``directory`` when all is written.
+  """Creates a directory whose files appear only when all of them are written.
 
-  ``with new_directory(d) as (part, first)``: every process enters, and the
-  first one writes into ``part``. An empty directory that is there already is
-  kept, as it may be the working directory, a link or a mount; its files appear
-  in it at the end, the config.json that makes it a model last.
+  ``with new_directory(d) as (part, first)`` yields a temporary directory
+  ``part``, which becomes ``directory`` at the end, and whether this is process
+  0. With several processes, all of them must enter; ``part`` is None in all
+  processes but process 0, which writes. If ``directory`` exists and is empty,
+  it is kept, because it may be the working directory, a link or a mount point;
+  the files are then moved into it, with config.json last.
 
   Raises:
-    FileExistsError: as `check_new`.
+    FileExistsError: If ``directory`` is a file, or is not empty.
   """
   first, problem, path = jax.process_index() == 0, None, None
   if first:
@@ -165,16 +182,19 @@ def new_directory(directory: str | os.PathLike):
     except ExistsError as e:
       problem = e
   failed = problem is not None
-  if jax.process_count() > 1:  # all raise, or none
+  if jax.process_count() > 1:
+    # All processes raise, or none. Otherwise the others would wait forever for
+    # process 0.
     failed = multihost_utils.broadcast_one_to_all(np.array(failed))
   if failed:
     raise problem or ExistsError(
-        f'{directory} is a file, or a directory that is not empty.')
+        f'{directory} is a file, or a directory that is not empty; give '
+        'another directory.')
   part = None
   kept = path is not None and path.is_dir()
   if path is not None:
     part = path / _PART if kept else path.with_name(path.name + _PART)
-    shutil.rmtree(part, ignore_errors=True)  # from a run that was stopped
+    shutil.rmtree(part, ignore_errors=True)  # Left over from a stopped run.
     part.mkdir(parents=True)
   yield part, first
   if path is not None and part is not None:
@@ -191,10 +211,14 @@ def new_directory(directory: str | os.PathLike):
 
 def _write(part: Path | None, rows: list[Row], params, config, most: int,
            progress: bool, name: str) -> None:
-  """The safetensors files, of ``most`` bytes; none where ``part`` is None."""
+  """Writes tensors to safetensors files of at most ``most`` bytes each.
+
+  Every process gathers the tensors, and only one with a ``part`` writes them.
+  """
   files, batch, held, total = [], {}, 0, 0
 
   def flush():
+    """Writes the tensors collected so far to the next file."""
     nonlocal batch, held
     files.append(list(batch))
     if part:
@@ -216,7 +240,11 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
 
 
 def _check(params, rows: list[Row], config):
-  """Raises one error for all leaves that are missing, unexpected or misshapen.
+  """Checks that the parameters have the paths and shapes of the rows.
+
+  Raises:
+    ValueError: If leaves are missing, unexpected or of another shape. The error
+      names up to 20 of them.
   """
   leaves: dict[str, Any] = flatten_dict(params, sep='/')
   have = {path: tuple(x.shape) for path, x in leaves.items()}
@@ -231,7 +259,10 @@ def _check(params, rows: list[Row], config):
 
 
 def _tensors(rows: list[Row], params):
-  """Yields (name, whole tensor on the host), layer by layer."""
+  """Yields the name and the array of each tensor, layer by layer.
+
+  Each array is gathered to the host as a whole.
+  """
   flat: dict[str, Any] = flatten_dict(params, sep='/')
   for group in _grouped(rows):
     leaves = [flat[row.path] for row in group]
@@ -246,14 +277,14 @@ def _tensors(rows: list[Row], params):
 
 
 def _floats(leaf, layer: int | None):
-  """A leaf, or a layer of one, as a weight."""
+  """Returns a parameter, or one layer of it, dequantised if necessary."""
   if layer is not None:
     leaf = jax.tree.map(lambda x: x[layer], leaf)
   return leaf.astype(leaf.dtype) if is_codes(leaf) else leaf
 
 
 def _grouped(rows: list[Row]) -> list[list[Row]]:
-  """Rows that are parts of one tensor together, in the order of the parts."""
+  """Groups rows that are parts of one tensor, in the order of the parts."""
   groups = {}
   for row in rows:
     groups.setdefault(row.name, []).append(row)
@@ -261,14 +292,15 @@ def _grouped(rows: list[Row]) -> list[list[Row]]:
 
 
 def on_host(x: Any) -> np.ndarray:
-  """A whole array, of all processes' devices."""
+  """Returns an array gathered from the devices of all processes."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)
 
 
 def _name_files(part: Path, files: list[list[str]], total: int):
-  """Names one file or many as Hugging Face does, with an index for many."""
+  """Renames the files as Hugging Face does, and writes an index for several.
+  """
   n = len(files)
   if n == 1:
     (part / '1.safetensors').rename(part / 'model.safetensors')

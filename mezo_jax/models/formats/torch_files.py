@@ -1,9 +1,10 @@
-"""Tensors of ``pytorch_model.bin`` files, read without torch.
+"""Reads the tensors of ``pytorch_model.bin`` files without torch.
 
-Such a file is a zip archive of raw storages and a pickle that says which part
-of which is a tensor. Only the names that weights need are let through, so that
-a file cannot run code, and nothing is read before it is sliced. Older
-checkpoints, OPT's among them, have no safetensors.
+Older checkpoints, such as those of OPT, have no safetensors files. A file of
+this format is a zip archive with raw storages and a pickle, which describes
+each tensor as a view of a storage. A file cannot run code, since the unpickler
+resolves only the names that tensors need. The data of a tensor are read when it
+is sliced.
 """
 
 import collections
@@ -28,12 +29,13 @@ _DTYPES = {
 
 
 class Tensor:
-  """A tensor that is read when it is sliced."""
+  """Holds a tensor that is read from its file when it is sliced."""
 
   def __init__(self, array: np.ndarray):
-    self.array = array  # a view of the mapped file
+    self.array = array  # A view of the memory-mapped file.
 
   def get_shape(self) -> list[int]:
+    """Returns the shape, as the slices of safetensors do."""
     return list(self.array.shape)
 
   def __getitem__(self, index: Any) -> np.ndarray:
@@ -41,12 +43,18 @@ class Tensor:
 
 
 class _Unpickler(pickle.Unpickler):
+  """Reads the pickle of a file, and raises for anything but tensors.
+
+  Its ``storage`` is a function of a storage's key, dtype and number of elements
+  that returns a flat array.
+  """
 
   def __init__(self, file, storage):
     super().__init__(file)
     self.storage = storage
 
   def find_class(self, module, name):
+    """Returns what an allowed name stands for; other names raise ValueError."""
     if module == 'torch' and name in _DTYPES:
       return _DTYPES[name]
     allowed = {
@@ -55,14 +63,17 @@ class _Unpickler(pickle.Unpickler):
         ('torch._utils', '_rebuild_parameter'): lambda tensor, *_: tensor,
     }
     if (module, name) not in allowed:
-      raise ValueError(f'it holds {module}.{name}, which is no weight')
+      raise ValueError(f'it contains {module}.{name}, which is not a tensor')
     return allowed[module, name]
 
   def persistent_load(self, pid):
+    """Resolves a reference to a storage, as torch.save writes it."""
     _, dtype, key, _, size = pid
     return self.storage(key, dtype, size)
 
   def tensor(self, storage, offset, shape, strides, *_):
+    """Returns a view of a storage; takes torch's ``_rebuild_tensor_v2`` args.
+    """
     bytes_ = storage.dtype.itemsize
     return Tensor(np.ndarray(
         shape, storage.dtype, storage, offset * bytes_,
@@ -70,10 +81,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
-  """[(name, tensor)] of a file; ``stack`` is not needed: views keep it open.
+  """Opens a file of PyTorch weights.
+
+  Args:
+    file: Path of the file.
+    stack: Not used, as the tensors themselves keep the file mapped. It is there
+      for the signature that all readers share.
+
+  Returns:
+    Pairs of a name and a `Tensor`.
 
   Raises:
-    ValueError: if it is not such a file, or holds more than weights.
+    ValueError: If it is not a file of this format, or contains anything but
+      tensors.
   """
   del stack
   try:
@@ -82,9 +102,13 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
       entries = {i.filename.split('/', 1)[1]: i for i in archive.infolist()}
 
       def storage(key, dtype, size):
+        """Returns a storage as a flat view of the mapped file."""
         entry = entries[f'data/{key}']
         if entry.compress_type != zipfile.ZIP_STORED:
           raise ValueError('it is compressed')
+        # zipfile does not give the position of the data: it follows the local
+        # header of 30 bytes, a name and an extra field. The lengths of the
+        # latter two are at bytes 26 and 28.
         head = entry.header_offset
         name, extra = struct.unpack_from('<HH', mapped, head + 26)
         start = head + 30 + name + extra
@@ -96,10 +120,10 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
         tensors = dict(_Unpickler(pickled, storage).load())
       for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-          raise ValueError(f'it holds {name!r}, which is no weight')
+          raise ValueError(f'it contains {name!r}, which is not a tensor')
   except Exception as e:
     raise InputError(
-        f'{file} is not a readable file of PyTorch weights ({e}); fetch it '
-        'again, or, if it is older than PyTorch 1.6, save the model as '
-        'safetensors.') from e
+        f'{file} is not a readable file of PyTorch weights ({e}). Fetch it '
+        'again or, if PyTorch before 1.6 wrote it, convert it to safetensors.'
+    ) from e
   return list(tensors.items())

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.models.formats import torch_files
 
-EXPLICIT = 'transformers_weights'  # the field of config.json that names a file
+EXPLICIT = 'transformers_weights'  # Field of config.json that names a file.
 _INDEX = '.index.json'
 
 
@@ -21,34 +21,38 @@ def open_files(path: Path, stack: contextlib.ExitStack) -> list[Any]:
   """Opens the weight files of a directory.
 
   Args:
-    path: the directory.
-    stack: closes the files.
+    path: The directory of a model.
+    stack: An exit stack that closes the files when it is closed.
 
   Returns:
-    [(name, lazily read tensor)] of all tensors in these files.
+    Pairs of a name and a tensor, for all tensors of these files. A tensor has
+    ``get_shape()`` and is read when it is sliced.
 
   Raises:
-    FileNotFoundError: if there are none, or not all that an index names.
-    ValueError: if a file or an index cannot be read.
+    FileNotFoundError: If there is no weight file, or one that an index lists is
+      missing.
+    ValueError: If a file or an index cannot be read.
   """
   open_, files, _ = _find(path)
   if not files:
     raise MissingError(
-        f'{path} has no .safetensors file and no pytorch_model.bin.')
+        f'{path} has no .safetensors file and no pytorch_model.bin; fetch the '
+        'weights, or give another directory.')
   missing = [f.name for f in files if not f.is_file()]
   if missing:
-    raise MissingError(f'{path} lacks {", ".join(missing)}.')
+    raise MissingError(f'{path} lacks {", ".join(missing)}; fetch the weights '
+                       'again.')
   return [found for file in files for found in open_(file, stack)]
 
 
 def names(path: Path) -> list[str]:
-  """Returns the tensors' names, [] where no weights are there.
+  """Returns the names of a directory's tensors, or [] if it has no weights.
 
-  They are read from the files; where files that an index names are not there
-  yet, from the index.
+  The names are read from the files, or from the index if some of the files it
+  lists are missing.
 
   Raises:
-    ValueError: if a file or an index cannot be read.
+    ValueError: If a file or an index cannot be read.
   """
   open_, files, indexed = _find(path)
   if not all(file.is_file() for file in files):
@@ -60,13 +64,13 @@ def names(path: Path) -> list[str]:
 def _find(path: Path) -> tuple:
   """Chooses the weight files as transformers does.
 
-  A whole file comes before an index, which an earlier save may have left, and
-  safetensors come before PyTorch's files. Without any of the four names that
-  transformers knows, all files of a kind are taken together.
+  A single file precedes an index, which may be left over from an earlier save,
+  and safetensors precede PyTorch's files. If none of the four names that
+  transformers knows is present, all files of one kind are taken together.
 
   Returns:
     ``open_, files, indexed``: the function that opens a file, the files, and
-    the tensors' names if an index lists them.
+    the names of the tensors if there is an index.
   """
   explicit = _explicit(path)
   if explicit:
@@ -89,40 +93,47 @@ def _find(path: Path) -> tuple:
 
 
 def _explicit(path: Path) -> str | None:
-  """Returns the file that config.json names, which comes before all others.
+  """Returns the file that config.json names, which precedes all others.
 
   Raises:
-    ValueError: if it is not a safetensors file, or index, of the directory.
+    ValueError: If it is not a safetensors file, or an index of such files,
+      within the directory.
   """
   try:
     config = json.loads((path / 'config.json').read_text())
   except (OSError, ValueError):
-    return None  # load_config reports it
+    return None  # load_config reports this error.
   name = config.get(EXPLICIT) if isinstance(config, dict) else None
   if name is None:
     return None
   if not (isinstance(name, str) and _is_within(name) and name.endswith(
       ('.safetensors', '.safetensors' + _INDEX))):
     raise InputError(
-        f'{path}/config.json: {EXPLICIT} is {name!r}, which is not the name of '
-        'a safetensors file, or of an index of such files, in the directory.')
+        f'{path}/config.json: {EXPLICIT} is {name!r}; it must be the name of a '
+        'safetensors file, or of an index of such files, in this directory.')
   return name
 
 
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
-  """Returns the files and the tensors' names that an index lists."""
+  """Returns the files and the names of the tensors that an index lists.
+
+  Raises:
+    FileNotFoundError: If there is no index.
+    ValueError: If it cannot be read, or lists a file outside of its directory.
+  """
   try:
     named = dict(json.loads(index.read_text())['weight_map'])
   except FileNotFoundError:
-    raise MissingError(f'{index} is not there.') from None
+    raise MissingError(f'{index}, which config.json names, does not exist; '
+                       'fetch it.') from None
   except (KeyError, TypeError, ValueError) as e:
     raise InputError(
-        f'{index} has no weight_map that can be read; fetch it again, or '
-        'delete it if the model is one file.') from e
+        f'{index} has no readable weight_map; fetch it again, or delete it if '
+        'the model is a single file.') from e
   files = sorted({*map(str, named.values())})
   outside = [name for name in files if not _is_within(name)]
   if outside:
-    raise InputError(f'{index} names {outside[0]!r}, which is no file of '
+    raise InputError(f'{index} lists {outside[0]!r}, which is not a file of '
                      'its directory; fetch it again.')
   if not files:
     raise InputError(f'{index} lists no tensors; fetch it again.')
@@ -130,11 +141,12 @@ def _indexed(index: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_within(name: str) -> bool:
-  """Returns whether this is the plain name of a file in a directory."""
+  """Returns whether a name is that of a file, without any directory."""
   return bool(name) and Path(name).name == name and name != '..'
 
 
 def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> list:
+  """Opens a safetensors file; returns pairs of a name and a lazy slice."""
   try:
     opened = stack.enter_context(safe_open(file, framework='numpy'))
   except Exception as e:
