@@ -221,7 +221,7 @@ def test_parts_make_the_whole():
     np.testing.assert_allclose(g[mine], whole[0][mine], rtol=1e-5)
     assert np.isnan(np.delete(g, mine)).all()
     assert np.isfinite(value)
-  with pytest.raises(ValueError, match='makes no step'):
+  with pytest.raises(ValueError, match='part'):
     mezo_jax.make_step(tx(4), loss_fn, part=(0, 2))(
         params, state, batch_of(1))
   for part in ((2, 2), (0, 3)):

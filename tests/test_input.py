@@ -20,7 +20,7 @@ TASK = Task(template='{text} It was', label_words=(' terrible', ' great'))
     (None, 'nothing'), (['a', 'b'], 'a list'), ({'a': 1}, 'a dict'),
     (b'a', 'a bytes')])
 def test_what_is_no_text(value, kind):
-  with pytest.raises(InputError, match=f"column 'text' .* {kind} "):
+  with pytest.raises(InputError, match=f"column 'text' .* {kind}"):
     TASK.prompt({'text': value, 'label': 1})
   assert TASK.prompt({'text': 5, 'other': None}) == '5 It was'
   assert TASK.prompt({'text': ''}) == ' It was'

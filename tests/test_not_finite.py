@@ -67,7 +67,7 @@ def test_a_run_that_does_not_move_any_more_stops(
   config = small_config(
       tiny_dir, reviews_file, steps=30, optimizer__learning_rate=1e8)
   monkeypatch.setattr(guards, 'STILL', 5)
-  with pytest.raises(Stopped, match='0 since step [0-9]+'):
+  with pytest.raises(Stopped, match='after step [0-9]+'):
     train.run(config, tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_a_run_that_compiles_ends_at_once(tmp_path, number):
   said, status = told_to_stop(
       tmp_path, "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)", number)
   assert status == AGAIN
-  assert 'train.py: ' in said and 'step 1 is saved' in said
+  assert 'mezo-jax: ' in said and 'step 1 is saved' in said
   assert 'Traceback' not in said
 
 

@@ -224,7 +224,7 @@ def test_what_is_refused():
     whole.quzo(1e-3, key=0, directions='low_rank')
   with pytest.raises(ValueError, match='bits .*3'):
     mezo_jax.quantize(floats['w'], 3)
-  with pytest.raises(ValueError, match=r'4 bits .*\[5, 4\]'):
+  with pytest.raises(ValueError, match=r'bits=4 .*\[5, 4\]'):
     mezo_jax.quantize(jnp.ones((5, 4)), 4)
 
 

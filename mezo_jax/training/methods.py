@@ -478,7 +478,7 @@ def _score_layers(config, value_fns, params, **options):
   del config
   # These methods train a single task, so there is one function.
   return (variants.grad_norms(value_fns[0], params, **options),
-          'norms of layers, gradients of the loss')
+          'estimated the gradient norm of each layer')
 
 
 # --- forward passes of a step -----------------------------------------------
