@@ -130,7 +130,7 @@ def locate(path: str, stacked: bool | None = None
 
 
 def layer_of(path: str) -> tuple[str, int | None]:
-  """Returns where a leaf's layer is: the path of the layers, and a number.
+  """Returns the path of the layers of a leaf, and the number of its layer.
 
   For ``'model/layers/3/q/kernel'`` the result is ``('model/layers', 3)``. If
   the leaf is a stack of layers, the number is None. For a leaf outside of

@@ -23,7 +23,7 @@ from mezo_jax.core import arguments, views
 if TYPE_CHECKING:  # in typing from Python 3.13 on
   from typing_extensions import TypeIs
 
-# Values of `model.dtype` in a config with which a model has quantised weights.
+# Values of `model.dtype` in a config that select quantised weights.
 QUANTISED = ('int8', 'int4', 'codes')
 GROUP = 32  # number of weights that share a scale, as in GGUF
 # Name of the trained parameters that multiply the scales of a quantised weight

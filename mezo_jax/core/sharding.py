@@ -222,8 +222,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def place(tree: Any, shardings: Any) -> Any:
   """Places a tree of arrays that each process has computed for itself.
 
-  It goes through `jax.jit` because the tree may contain typed PRNG keys, which
-  `jax.device_put` refuses to put on devices of other processes.
+  It uses `jax.jit` instead of `jax.device_put`, because the tree may contain
+  typed PRNG keys. `jax.device_put` refuses to put these on devices of other
+  processes.
 
   Args:
     tree: Arrays that have the same values on each process.

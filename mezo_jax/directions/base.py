@@ -149,7 +149,7 @@ class Directions:
       stream: The stream of the leaf's elements.
       coefs: Coefficients of the n directions, float32 [n].
       shape: Shape of the leaf.
-      columns: The stream that `of_columns` provides the keys for. Defaults to
+      columns: The stream with the keys that `of_columns` returned. Defaults to
         None, for distributions without such keys.
     """
     del shape, columns

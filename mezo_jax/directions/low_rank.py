@@ -231,8 +231,9 @@ class LowRank(Directions):
       stream: The stream of the rows of U, or that of the rows of V.
       shape: Shape of the block.
       dtype: Dtype of the result.
-      times: How often the columns of the factor are repeated, word by word.
-        Defaults to 1.
+      times: How often the columns of the factor are repeated. The columns of
+        one word are repeated before those of the next word follow. Defaults to
+        1.
 
     Returns:
       An array of 1 and -1 of shape [*axes, n, times * rank]. Its leading axes
@@ -248,7 +249,8 @@ class LowRank(Directions):
       moved = streams_lib.moved(every, word)
       words = noise.words(moved, 0, like, self.generator)
       words = jnp.broadcast_to(words, like.shape)
-      # The explicit axes work under jax_numpy_rank_promotion='raise', too.
+      # Under jax_numpy_rank_promotion='raise', arrays must have equally many
+      # axes to broadcast, so axes of length 1 are added.
       few = few.reshape((1,) * words.ndim + few.shape)
       bits.append((words[..., None] >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)

@@ -363,7 +363,9 @@ def _rounding(k0, k1, hi, lo_plus):
 
 
 def _finalise(x, m0, m1):
-  """Mixes all bits of 32-bit words by a bijection, as hash functions do last.
+  """Mixes all bits of 32-bit words, as the last step of a hash function does.
+
+  The map is a bijection.
   """
   x = (x ^ (x >> 16)) * _U32(m0)
   x = (x ^ (x >> 15)) * _U32(m1)

@@ -161,9 +161,9 @@ def generate(model: Transformer, params: Any, input_ids: Any,
     top_p: Samples from the smallest set of likeliest tokens whose probabilities
       sum to at least top_p. Defaults to 1, for all.
     key: A PRNG key or an integer seed. Required if the temperature is above 0.
-    check: Whether to return as well whether the logits of each row were finite.
-      Without it, NaN logits are not noticed: their argmax is an ordinary token.
-      Defaults to False.
+    check: Whether to return, in addition to the tokens, a bool for each row
+      that is True if all its logits were finite. Without it, NaN logits are not
+      noticed, because their argmax is an ordinary token. Defaults to False.
 
   Returns:
     The new tokens, int32 of shape [B, max_new_tokens]. With ``check``, a pair
@@ -212,8 +212,9 @@ def generate(model: Transformer, params: Any, input_ids: Any,
   given = lambda x: isinstance(x, Tracer)
   if (not given(temperature) and not 0 <= temperature < float('inf')
       or not given(top_p) and not 0 < top_p <= 1 or top_k < 0):
-    raise ValueError(f'temperature {temperature}, top_k {top_k} and top_p '
-                     f'{top_p} must be >= 0, >= 0 and in (0, 1].')
+    raise ValueError(f'got temperature={temperature}, top_k={top_k} and top_p='
+                     f'{top_p}; temperature must be finite and at least 0, '
+                     'top_k at least 0, and top_p above 0 and at most 1.')
   sample = given(temperature) or bool(temperature > 0)
   if sample and key is None:
     raise ValueError('temperature > 0 samples tokens; pass a key or a seed.')

@@ -1,10 +1,10 @@
 """Defines the layers that all model families share, and their configuration.
 
-A suffix of a variable's name gives its shape. The letters are: B batch,
-S sequence, T keys (S without a cache, else the cache's length), D width,
-N query heads, K key and value heads, G query heads per key head, H head width,
-F feed-forward width, V vocabulary, L layers, A answer positions, M tokens of a
-prefix or soft prompt, R rank.
+The suffix of a variable's name gives its shape: ``x_BxSxD`` has the shape
+[B, S, D]. The letters are: B batch, S sequence, T keys (S without a cache, else
+the cache's length), D width, N query heads, K key and value heads, G query
+heads per key head, H head width, F feed-forward width, V vocabulary, L layers,
+A answer positions, M tokens of a prefix or soft prompt, R rank.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ class Rope:
     theta: Base of the frequencies.
     kind: Rescaling of the frequencies. 'default' leaves them as they are.
       'linear' divides all of them by ``factor``. 'llama3' divides the low
-      frequencies by ``factor``, keeps the high ones, and interpolates between.
+      frequencies by ``factor``, keeps the high ones, and interpolates for the
+      frequencies in between.
     factor: Divisor of the frequencies. Used unless ``kind`` is 'default'.
     low_freq_factor: For 'llama3': frequencies with at most this many full turns
       in ``original_max_length`` tokens are divided by ``factor``.
@@ -78,33 +79,39 @@ class Config:
   activation: str = 'silu'  # 'silu', 'relu', 'gelu' or 'gelu_tanh'
   gated: bool = True  # True is act(gate(x)) * up(x); False is act(up(x)).
   rope: Rope | None = Rope()  # None selects learned positions.
-  local_rope: Rope | None = None  # For local layers. None is the same as rope.
-  # Number of rows of the learned positions before that of position 0.
+  # Rotary positions of the layers with a window. None means those of `rope`.
+  local_rope: Rope | None = None
+  # In the table of learned positions, position i is in row position_offset + i.
   position_offset: int = 0
   causal: bool = True
-  # Number of keys that a query of a local layer sees, its own included. None is
-  # no limit.
+  # In a layer with a window, a query attends to at most this many keys,
+  # including the key of its own token. None means no limit.
   window: int | None = None
-  # One flag per layer: whether the window applies to it. () applies it to all.
+  # For each layer, whether the window applies to it. () means to all layers.
   local_layers: tuple[bool, ...] = ()
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False  # Whether each head of q and k is normalised.
-  query_scale: float | None = None  # None is head_width ** -0.5.
-  attention_softcap: float | None = None  # None is no cap.
-  logit_softcap: float | None = None  # None is no cap.
-  # Width of the embedding, if a projection maps it to and from width. None is
-  # the same as width, without projections.
+  # Factor of the attention scores. None means head_width ** -0.5.
+  query_scale: float | None = None
+  # Soft caps, see `softcap`, of the attention scores and of the logits. None
+  # means no cap.
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  # Width of the embedding, if it differs from `width`. Linear layers then
+  # project from it to `width` and back. None means `width` and no projections.
   embed_width: int | None = None
-  embed_scale: float | None = None  # Factor of the embedding. None is 1.
-  embed_norm: bool = False
-  token_types: int = 0  # Number of token types (segments). 0 is none.
-  # Whether a dense layer, an activation and a norm precede the vocabulary.
+  # Factor by which embeddings are multiplied. None means 1.
+  embed_scale: float | None = None
+  embed_norm: bool = False  # Whether a norm follows the embedding.
+  token_types: int = 0  # Number of token types (segments). 0 means none.
+  # Whether the head has a dense layer, an activation and a norm before the
+  # output matrix, as in masked language models.
   masked_head: bool = False
   tied_head: bool = False  # Whether the embedding is the output matrix.
-  # False if the files are those of a base class, without the language model's
-  # head. Such a model returns features only.
+  # Whether there is a language model's head. The files of a base class, such as
+  # BertModel, have none; such a model returns features only.
   head: bool = True
   # Text of the config.json that this config was read from. `save` writes it.
   source: str = dataclasses.field(
@@ -127,9 +134,9 @@ class Shared(NamedTuple):
 
   The ``local_`` fields replace the others in layers with a window.
 
-  If the output of a layer is needed at A of its S tokens only, its input is
-  these A tokens, and ``context`` has all S, from which it computes keys and
-  values.
+  Sometimes the output of a layer is needed at only A of the S tokens. The layer
+  then gets these A tokens as its input, and all S tokens as ``context``, from
+  which it computes keys and values.
   """
 
   mask: jax.Array  # bool [B, 1, S or A, T]
@@ -154,9 +161,9 @@ class RMSNorm(nn.Module):
   .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w
 
   The quotient is computed in float32 and multiplied by the scale in the dtype
-  of the input. With ``plus_one`` the factor is 1 + w, and the product is
-  computed in float32, too. These are the conventions of transformers for Llama
-  and for Gemma, and they round differently in bfloat16.
+  of the input, as in transformers' Llama. With ``plus_one`` the factor is 1 + w
+  and the product is computed in float32, too, as in transformers' Gemma. In
+  bfloat16 the two round differently.
 
   Attributes:
     eps: Number that is added to the mean square.
@@ -248,7 +255,8 @@ class Linear(nn.Module):
 class Table(nn.Module):
   """Looks up rows of an embedding table.
 
-  Called without ids it returns the whole table, for use as an output matrix.
+  If it is called without ids, it returns the whole table, for use as an output
+  matrix.
 
   Attributes:
     rows: Number of rows: the vocabulary's size, or a number of positions or
@@ -311,7 +319,16 @@ def take_tokens(x_BxSxD: jax.Array, at_BxA: jax.Array) -> jax.Array:
 
 def apply_rope(x_BxSxNxH: jax.Array, cos_BxSxH: jax.Array, sin_BxSxH: jax.Array
                ) -> jax.Array:
-  """Rotates the coordinate pairs (i, i + H/2) of every head, in float32."""
+  """Rotates the coordinate pairs (i, i + H/2) of every head, in float32.
+
+  Args:
+    x_BxSxNxH: Queries or keys.
+    cos_BxSxH: Cosines from `rope_tables`.
+    sin_BxSxH: Sines from `rope_tables`.
+
+  Returns:
+    An array of the shape and dtype of ``x_BxSxNxH``.
+  """
   x = x_BxSxNxH.astype(jnp.float32)
   first, second = jnp.split(x, 2, -1)
   turned = jnp.concatenate([-second, first], -1)
@@ -326,10 +343,11 @@ def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
   .. math:: \mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v, \quad
             s = 1 / \sqrt{H} \text{ or query\_scale}
 
-  The cap is that of Gemma 2 (see `softcap`); most models have none.
+  Gemma 2 caps the attention scores (see `softcap`); most models do not.
 
   Args:
-    config: Gives the scale s, the cap and the number of key heads.
+    config: Config of the model. It has the scale s, the cap and the number of
+      key heads.
     q_BxSxNxH: Queries.
     k_BxTxKxH: Keys. N / K consecutive query heads share a key head.
     v_BxTxKxH: Values.
@@ -342,8 +360,8 @@ def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
     Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762).
   """
   # In float16, jax.nn.dot_product_attention requests a precision that CPUs do
-  # not have. The code below uses the default precision, with which products are
-  # summed in float32 on all devices.
+  # not support. The code below uses the default precision, with which products
+  # are summed in float32 on all devices.
   half = q_BxSxNxH.dtype == jnp.float16
   if config.attention_softcap is None and not half:
     return jax.nn.dot_product_attention(
@@ -358,8 +376,8 @@ def attend(config: Config, q_BxSxNxH: jax.Array, k_BxTxKxH: jax.Array,
   scores = jnp.einsum('bskgh,btkh->bkgst', q_BxSxKxGxH, k_BxTxKxH,
                       preferred_element_type=jnp.float32)
   scores = softcap(scores * scale, config.attention_softcap)
-  # A finite number instead of -inf: a query without any key then gets equal
-  # weights instead of NaN.
+  # Masked scores are a large negative number instead of -inf, so that a query
+  # without any key gets equal weights instead of NaN.
   scores = jnp.where(mask_Bx1xSxT[:, :, None], scores, -1e30)
   weights = jax.nn.softmax(scores).astype(v_BxTxKxH.dtype)
   return jnp.einsum('bkgst,btkh->bskgh', weights, v_BxTxKxH).reshape(b, s, n, h)
@@ -370,7 +388,7 @@ class Attention(nn.Module):
 
   If the parameters also have ``prefix_k`` and ``prefix_v`` [M, K, H] (see
   `mezo_jax.peft.prefix`), every token also attends to these keys and values.
-  Prefix keys are used without rotation.
+  Rotary positions are not applied to prefix keys.
   """
 
   config: Config
@@ -379,6 +397,19 @@ class Attention(nn.Module):
   def __call__(self, x_BxSxD: jax.Array, of_BxTxD: jax.Array, cache: Any,
                shared: Shared, local: jax.Array | None, layer: jax.Array | None
                ) -> Any:
+    """Returns the output of the attention, and the cache.
+
+    Args:
+      x_BxSxD: The tokens for which queries are computed.
+      of_BxTxD: The tokens for which keys and values are computed. Usually they
+        are the same tokens; see `Shared`.
+      cache: Keys and values of earlier tokens, to which new ones are added.
+        None for no cache.
+      shared: Inputs that are the same for all layers.
+      local: Whether the window applies to this layer, bool []. None if all
+        layers are the same.
+      layer: Index of this layer in the cache, int []. None without a cache.
+    """
     c = self.config
     b, s, _ = x_BxSxD.shape
     # Kernels are stored as matrices, without a head axis: with one, XLA copies
@@ -426,7 +457,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Applies the feed-forward layers to each token, gated or not."""
+  """Applies the feed-forward network to each token.
+
+  It computes ``down(act(gate(x)) * up(x))`` if the config is gated, and
+  ``down(act(up(x)))`` otherwise.
+  """
 
   config: Config
 
@@ -444,7 +479,8 @@ class Block(nn.Module):
   """Applies one layer: attention and feed-forward, with norms and residuals.
 
   It has the signature that `nn.scan` requires. The carry is ``(x, cache)``,
-  where the cache holds the keys and values of all layers.
+  where the cache holds the keys and values of all layers. The other arguments
+  are those of `Attention`.
   """
 
   config: Config

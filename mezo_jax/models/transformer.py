@@ -40,9 +40,10 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
   .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
 
   The vocabulary is processed in chunks that update a running maximum and sum.
-  Logits of shape [B, A, V] are never alive, nor is, under `mezo_jax.perturbed`,
-  a whole perturbed table. If the vocabulary is split over the `tensor` axis of
-  a mesh, it is processed at once, as each device has only a part of it.
+  So the logits of shape [B, A, V] are never in memory as a whole. Neither is
+  the perturbed table under `mezo_jax.perturbed`. If the vocabulary is split
+  over the `tensor` axis of a mesh, it is processed in one chunk, because each
+  device has only a part of it.
 
   Args:
     x_BxAxD: Features of the answer positions.
@@ -66,7 +67,8 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
                  preferred_element_type=jnp.float32),
       None if bias_V is None else bias_V[targets_BxA])
 
-  # An index out of range reads the nearest row, so it is marked explicitly.
+  # For an index out of range, jax reads the nearest row of the table. The
+  # result for such a target is therefore set to NaN.
   inside_BxA = (targets_BxA >= 0) & (targets_BxA < table_VxD.shape[0])
   picked_BxA = jnp.where(inside_BxA, picked_BxA, jnp.nan)
 
@@ -82,9 +84,10 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
 
   vocab = table_VxD.shape[0]
   chunk = vocab if splits_vocabulary() else min(chunk, vocab)
-  # The target's logit is a finite first maximum; its term joins the sum later,
-  # with its chunk. The rows that do not fill a chunk are added first, so that
-  # the scan has chunks of one size.
+  # The maximum starts with the logit of the target, which is finite. The sum
+  # starts with 0, because the term of the target is added with its chunk. Rows
+  # that do not fill a chunk are added first, so that all chunks of the scan
+  # have the same size.
   carry, rest = (picked_BxA, jnp.zeros_like(picked_BxA)), vocab % chunk
   if rest:
     carry = add(carry, lambda rows: rows[vocab - rest:])
@@ -153,18 +156,19 @@ class Transformer(nn.Module):
     """Returns logits, log-likelihoods of given tokens, or features.
 
     All arrays may be jax arrays, numpy arrays or lists. Their values are
-    checked when they are known. Arguments of a jitted function are not known
-    when it is traced; there, a row with a token, a token type or a position
-    that the model does not have returns NaN.
+    checked if they are known. Inside a jitted function they are not known.
+    There, the results are NaN for a row that has a token, a token type or a
+    position that the model does not have.
 
     Args:
       input_ids: Integers of shape [B, S]. The ids V, V + 1, ... are the tokens
         of a soft prompt.
       attention_mask: Integers or booleans of shape [B, S]: 0 at padding, which
-        may be on either side, and 1 at tokens. Or 1, 2, ... for several texts
-        that are packed into a row; each starts at position 0, and none sees
-        another. With a cache it has the shape [B, T] and describes the tokens
-        in the cache and the new ones. Defaults to None, for no padding.
+        may be on either side, and 1 at tokens. If several texts are packed
+        into a row, their tokens have the values 1, 2, ...; each text starts at
+        position 0 and does not attend to the others. With a cache it has the
+        shape [B, T] and describes the tokens in the cache and the new ones.
+        Defaults to None, for no padding.
       token_type_ids: Integers of shape [B, S], for families that have token
         types. Defaults to None, for type 0.
       answer_at: Integers of shape [B, A]: the positions whose results are
@@ -177,10 +181,11 @@ class Transformer(nn.Module):
       cache: Keys and values of the preceding tokens, from `make_cache` or an
         earlier call. If it has no room for the new tokens, the call raises, or
         returns NaN inside a jitted function. Defaults to None, for no cache.
-      shared_prompt: Whether text 1 of each row is a prompt that its texts 2, 3,
-        ... continue, each as if it were alone with the prompt. The prompt and
-        any one continuation must fit the model's positions; all of them
-        together need not. Defaults to False.
+      shared_prompt: Whether text 1 of each row is a prompt and texts 2, 3, ...
+        are continuations of it. Each continuation attends to the prompt and to
+        itself, but not to the others, and its positions follow those of the
+        prompt. The prompt with any one continuation must fit the model's
+        positions; all of them together need not. Defaults to False.
       features: The features to return instead of logits. 'head' selects those
         that are multiplied by the output matrix; 'body' selects the output of
         the last layer after the final norm (in masked models the head follows);
@@ -207,8 +212,9 @@ class Transformer(nn.Module):
     if features not in _FEATURES:
       raise ValueError(f'features={features!r} is unknown; choose one of '
                        f'{", ".join(_FEATURES[1:])}.')
-    # `inside` collects boolean masks that broadcast to [B, S], or None: False
-    # marks an invalid value that could not be checked while tracing.
+    # `inside` collects masks of the values that could not be checked while
+    # tracing. A mask has bools that broadcast to [B, S] and are False for an
+    # invalid value, or it is None if all values have been checked.
     have = self.variables.get('params', {})
     soft = have['prompt']['embedding'].shape[0] if 'prompt' in have else 0
     input_ids, inside = known_ids(
@@ -372,9 +378,9 @@ def known_ids(name: str, ids: Any, size: int, shape: tuple[Any, ...],
               least: int = 0) -> tuple[jax.Array, jax.Array | None]:
   """Checks integers that select rows: token ids, token types, positions.
 
-  For an index out of range jax reads the nearest row, where torch raises. So
-  values that are known are checked here, and others can be masked by the
-  caller.
+  For an index out of range, torch raises an error, but jax reads the nearest
+  row. Therefore this function checks the values if they are known. If they are
+  not, it returns a mask with which the caller can replace invalid results.
 
   Args:
     name: Name of the argument, for errors.
@@ -421,14 +427,14 @@ def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
   """Checks an attention mask and returns it as int32 of shape [B or 1, T].
 
   Args:
-    mask: A jax array, a numpy array, or nested lists: 0 at padding, and 1, or
-      the number of the text in its row, at tokens.
+    mask: A jax array, a numpy array, or nested lists. It is 0 at padding. At a
+      token it is 1, or the number of the token's text if the row has several.
     rows: Number B of rows in the batch.
     length: Number T of tokens per row.
 
   Raises:
-    ValueError: If the shape differs, or a known value is not one of 0, 1, 2,
-      ..., as in a mask that is meant to be added to scores.
+    ValueError: If the shape differs, or if a known value is not one of 0, 1, 2,
+      ... This is the case for a mask that is meant to be added to scores.
   """
   if not isinstance(mask, jax.Array):
     mask = np.asarray(mask)
@@ -447,8 +453,8 @@ def known_mask(mask: Any, rows: int, length: int) -> jax.Array:
 def is_known(x: Any) -> bool:
   """Returns whether the values of an array can be read by this process.
 
-  They cannot for tracers, nor for arrays that are partly on the devices of
-  other processes.
+  The values of tracers cannot be read, nor those of arrays that are partly on
+  the devices of other processes.
   """
   return not isinstance(x, Tracer) and (
       not isinstance(x, jax.Array) or x.is_fully_addressable)
@@ -458,10 +464,11 @@ def _has_room(cache: Cache, tokens: int) -> jax.Array | None:
   """Checks that a cache has room for more tokens.
 
   Returns:
-    None if it has. While tracing, a boolean of shape [1, 1].
+    None if the cache is known to have room. While tracing, a boolean of shape
+    [1, 1] that tells whether it has.
 
   Raises:
-    ValueError: If it is known to have no room.
+    ValueError: If the cache is known to have too little room.
   """
   most = cache.k.shape[2]
   if isinstance(cache.length, Tracer):
@@ -498,7 +505,8 @@ def prefix_length(params: Mapping[str, Any]) -> int:
 
 
 def _parts(c: Config, params: Mapping[str, Any]) -> list[tuple[str, int]]:
-  """Returns the name and number of layers of each stack, in order."""
+  """Returns the stacks of layers in order, as pairs (name, number of layers).
+  """
   last = jax.tree.leaves(params.get('last_layers', {}))
   k = len(last[0]) if last else 0
   return [(name, n) for name, n in (
@@ -531,9 +539,9 @@ def _shared(c: Config, b: int, s: int, attention_mask, cache, shared_prompt,
     at_BxS = jnp.sum(same_BxSxT & before_1xSxT, -1) - 1
   at_BxS = at_BxS + shift
   mask_BxSxT = same_BxSxT & before_1xSxT if c.causal else same_BxSxT
-  # Windows count distances within a text. These are distances within the row,
-  # except where other continuations are stored between a continuation and its
-  # prompt.
+  # A window limits the distance between two tokens of a text. That is also
+  # their distance within the row, unless other continuations are stored between
+  # a continuation and its prompt.
   ago_BxSxT = (at_BxS[:, :, None] - at_BxS[:, None] if shared_prompt
                else query_Sx1 - key_T)
   window = c.window

@@ -128,7 +128,8 @@ def _by_factors(eqn, ins, at):
   narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
                 subs[first], kept)
   narrow = narrow * w.draws.coefs.reshape(
-      # The explicit axes work under jax_numpy_rank_promotion='raise', too.
+      # Under jax_numpy_rank_promotion='raise', arrays must have equally many
+      # axes to broadcast, so axes of length 1 are added.
       (1,) * (narrow.ndim - 2) + (-1, 1))
   core = w.draws.streams[0].core
   if core is not None:  # Multiply by the matrix C of SubZero, or its transpose.

@@ -92,9 +92,10 @@ def _gather(eqn, ins, context):
     return None
   axis, at = found
   index, n = others[0][..., 0], x.shape[axis]
-  # JAX fills entries that are out of bounds. The view looks up any entry there,
-  # and `Keep` removes its z. The clean weights, including the fill values, come
-  # from the gather itself (`_bound`).
+  # For an index out of bounds, JAX returns a fill value. The view clips such an
+  # index to one within bounds, and `Keep` removes the z of the result. The
+  # clean weights, including the fill values, come from the gather itself
+  # (`_bound`).
   chain: list[views.View] = [views.Take(axis, jnp.clip(index, 0, n - 1))]
   order = [*range(len(x.shape) - 1 + index.ndim)]
   if eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP:

@@ -308,8 +308,8 @@ def _meet(name: str) -> None:
 def latest_step(directory: Path) -> int:
   """Returns the last step that is saved in a directory, or 0 for none.
 
-  Only names are read, so a run may be writing there: the name of an incomplete
-  checkpoint is not a number.
+  It may be called while a run writes to the directory. It reads only names, and
+  the name of an incomplete checkpoint is not a number.
 
   Args:
     directory: Directory of checkpoints, which need not exist.

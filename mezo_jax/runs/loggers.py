@@ -25,7 +25,7 @@ class Metrics:
   ``step``. A number that is not finite is written as null.
 
   Attributes:
-    records: All records, also those that were read from the file.
+    records: All records, including those that were read from the file.
   """
 
   def __init__(self, workdir: Path, step: int = 0):

@@ -30,8 +30,8 @@ step).
 
 Steps are replayed with the replay path of `mezo_jax.spsa` (`projected_grad=`),
 by the same program that made them. So the replayed weights are equal to those
-of training bit for bit, on any mesh. With normal directions that holds on
-processors of the same kind, since others round normal numbers differently.
+of training bit for bit, on any mesh. With normal directions that holds only on
+processors of the same kind, since other kinds round normal draws differently.
 """
 
 from collections.abc import Iterable

@@ -158,7 +158,7 @@ def _check_caches(source: str, error: Exception) -> None:
 
 def _with_class_names(rows: list[dict],
                       names: dict[str, list[str]]) -> list[dict]:
-  """Replaces class numbers by `ClassNumber`, which know the names of classes.
+  """Replaces class numbers by `ClassNumber`, which also have the class's name.
 
   Args:
     rows: Rows, which are changed in place.
@@ -356,8 +356,8 @@ def _parse(text: str, line: int = 0):
 
   Args:
     text: Text of the value.
-    line: Number of the line that the text is, for error messages. Defaults to
-      0 for a text of several lines.
+    line: Number of the line that the text was read from, for error messages.
+      Defaults to 0, which means that the text has several lines.
 
   Raises:
     ValueError: If the text is not valid JSON, has a name twice in an object, or
@@ -504,9 +504,10 @@ def share_out(rows: int, num_train: int, num_dev: int,
               num_test: int) -> tuple[int, int, int]:
   """Replaces numbers of rows that are -1 by shares of the rows.
 
-  The rows that the given numbers leave are divided 3 : 1 : 1 among train, dev
-  and test rows, as far as their numbers are -1. A share has at most 500 dev
-  rows and 1,000 test rows. If ``num_train`` is -1, train rows get the rest.
+  The rows that remain after the given numbers are divided among the splits
+  whose number is -1. Train, dev and test rows get shares of 3 : 1 : 1, but dev
+  rows at most 500 and test rows at most 1,000. If ``num_train`` is -1, train
+  rows get what the others leave.
 
   Args:
     rows: Number of rows.
@@ -561,8 +562,8 @@ class Splits(NamedTuple):
   """Holds the tokenised rows of a run.
 
   `prior` and `gold` have the keys 'dev' and 'test', or are empty. `buckets` has
-  the keys 'train', 'dev', 'test' and, as far as the other dicts are not empty,
-  'prior_dev', 'prior_test', 'gold_dev' and 'gold_test'.
+  the keys 'train', 'dev' and 'test'. If `prior` or `gold` is not empty, it also
+  has 'prior_dev' and 'prior_test', or 'gold_dev' and 'gold_test'.
   """
 
   train: Encoded  # train rows in the form that the objective needs

@@ -175,9 +175,9 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
 
 def space_warnings(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any
                    ) -> list[str]:
-  """Warns if not exactly one space is between an answer and its prompt.
+  """Warns unless one space separates each answer from its prompt.
 
-  It warns only if the tokenizer gives other tokens than with one space.
+  It warns only if the tokens differ from those with exactly one space.
 
   Args:
     task: The task.
@@ -242,8 +242,8 @@ def _mask_space(task, row, word: str, tokens: '_Tokens') -> str:
   with_space, without = tokens([f'{end} {mask}', f'{end}{mask}'])
   if end != before and with_space != without:
     return ''  # The space is a token of its own, before the mask.
-  return (f'the label word {word!r} is read without a space after {end[-20:]!r}'
-          f', but {" " + word!r} is another token')
+  return (f'the label word {word!r} has no space between it and '
+          f'{end[-20:]!r}, but {" " + word!r} has a token of its own')
 
 
 def _wants_space(before: str, word: str) -> bool:

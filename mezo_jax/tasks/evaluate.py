@@ -197,8 +197,8 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
   Returns:
     A function ``evaluate(params, offsets=None)`` that returns
     ``(report, scores)``. The report has the metrics of the task, ``count`` and
-    ``loss``, the value of the objective over all rows with the sign with which
-    it is minimised; see `report` for the others. With ``offsets`` [C] it also
+    ``loss``; see `report`. The loss is the value of the objective over all
+    rows, negated if the objective is maximised. With ``offsets`` [C] it also
     has metrics of ``scores + offsets``. Scores are [R, C], or None if answers
     are generated or ``data`` has right answers only.
 
@@ -282,7 +282,7 @@ def trained_loss(objective: str | Callable[..., Any], scores: np.ndarray,
                  data: Encoded) -> float:
   """Returns the value of an objective for the scores of all rows.
 
-  The value has the sign with which training steps minimise it.
+  As in training, the value of an objective that is maximised is negated.
 
   Args:
     objective: Objective over candidates, except 'lm'.
@@ -610,8 +610,8 @@ def rank(report: dict[str, Any], metric: str, select: str
           'loss': report.get('cross_entropy', loss)}
 
 
-# Numbers between 0 and 1, which are formatted in percent, and the other numbers
-# of a report that are not the value of a user's function.
+# Names of the numbers of a report, except the value of a user's function. Those
+# in `_SHARES` are between 0 and 1 and are formatted in percent.
 _SHARES = ('accuracy', 'macro_f1', 'f1', 'exact_match', 'drop_f1')
 _PLAIN = ('loss', 'cross_entropy', 'matthews')
 
@@ -619,8 +619,8 @@ _PLAIN = ('loss', 'cross_entropy', 'matthews')
 def in_percent(name: str, report: dict[str, Any]) -> bool:
   """Returns whether a number of a report is a share, to format in percent.
 
-  The value of a user's function is not. The mean of several tasks is, unless
-  the report contains such a value.
+  The value of a user's function is not a share. The mean of several tasks
+  counts as a share unless the report has the value of a user's function.
 
   Args:
     name: Name of the number.

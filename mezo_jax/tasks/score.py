@@ -5,7 +5,7 @@ the candidate is its length-normalised log-likelihood,
 
 .. math:: s_c = \frac{1}{|a_c|} \sum_t \log p(a_{c,t} \mid x, a_{c,<t}).
 
-Each objective is a ``value_fn(params, batch)``, with or without a derivative:
+Each objective is a ``value_fn(params, batch)``. Only some are differentiable:
 
 * ``cross_entropy`` is the cross-entropy of softmax(s) over the candidates. The
   code of the paper calls it train_as_classification.

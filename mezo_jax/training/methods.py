@@ -54,7 +54,8 @@ class Variant:
   every: int = 2  # svrg: steps from one anchor to the next
   # svrg: learning rate of the step that sets a new anchor.
   anchor_learning_rate: float = 1e-3
-  # svrg: training rows that the gradient at an anchor averages; 0 for all.
+  # svrg: number of training rows over which the gradient at an anchor is
+  # averaged; 0 for all.
   anchor_rows: int = 0
   # momentum_by_history, adam_by_history: number of past steps that are used.
   window: int = 8
@@ -172,7 +173,8 @@ class Method:
     anchors: Whether every ``variant.every``-th step sets a new anchor, whose
       gradient is estimated on a larger batch.
     offloads: Whether it works with weights that are kept in host memory.
-    replicated: Whether replicas can evaluate a part of its directions each.
+    replicated: Whether it can run on several replicas, each of which evaluates
+      a part of the directions.
     score: ``score(config, value_fns, params, **options) -> (memory, words)``,
       for a method with a scoring pass before the first step. ``memory`` is the
       part of the optimizer state that the pass fills, and ``words`` describes
@@ -254,8 +256,8 @@ def _backprop(s: Setup):
 def _svrg(s: Setup):
   """Builds the transform of MeZO-SVRG.
 
-  A large batch, an anchor's, is evaluated in parts of ``data.batch_size`` rows,
-  so it takes no more memory than any other batch.
+  The large batch of an anchor is evaluated in parts of ``data.batch_size``
+  rows, so it takes no more memory than any other batch.
   """
   v = s.config.variant
   return variants.svrg(

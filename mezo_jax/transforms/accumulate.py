@@ -39,8 +39,8 @@ class PendingState(NamedTuple):
   Attributes:
     count: Number of steps so far that were not skipped, for schedules. int32
       [].
-    pending: Coefficients of z of the accumulated updates, float32 [k, n]. Row i
-      belongs to the step of the last k whose number is i modulo k.
+    pending: Coefficients of z of the accumulated updates, float32 [k, n]. Row
+      ``t % k`` belongs to step t, for each of the last k steps.
   """
 
   count: jax.Array
@@ -59,10 +59,9 @@ class Rule(NamedTuple):
     init: A function ``n -> memory`` that returns the first memory, given the
       number of directions. Defaults to None, for no memory.
     missed: A function ``(slot, memory) -> memory`` that returns the memory
-      after a step was skipped. ``slot`` is that of the step. The function is
-      also called with None in place of the slot, after updates were applied
-      before k steps were complete. Defaults to a function that keeps the
-      memory.
+      after the step of a slot was skipped. If accumulated updates are applied
+      early, before k steps are complete, it is called with None as the slot.
+      Defaults to a function that keeps the memory.
   """
 
   fn: Callable
@@ -197,8 +196,8 @@ def displacement(state: SpsaState, ring: PendingState, directions: Directions,
     state: State of the estimator, for its key.
     ring: The accumulated coefficients of k steps.
     directions: Distribution of z.
-    count: Number of one of these k steps. The first of them is the last step up
-      to this one whose number is a multiple of k.
+    count: Number of any of these k steps. They begin at a multiple of k: at
+      step ``count - count % k``.
   """
   every, n = ring.pending.shape
   first = count - count % every

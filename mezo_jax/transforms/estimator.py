@@ -186,7 +186,7 @@ class Spsa:
   dtype: Any = None
 
   def __post_init__(self) -> None:
-    """Checks the fields, and replaces names by the objects that have them."""
+    """Checks the fields, and replaces names by the objects they stand for."""
     def put(name, value):
       object.__setattr__(self, name, value)
     for name in ('num_samples', 'micro_batches'):

@@ -7,10 +7,10 @@ Nothing in this package reads files. To support another family, add a module
 here, and list it in ``FAMILIES`` and ``ARCHITECTURES`` of
 `mezo_jax.models.formats.huggingface`.
 
-A module also has two constants. ``RENAMES`` are pairs of a pattern and a
-replacement that turn other spellings of tensors' names into those of the table.
-``IGNORED`` is a pattern of tensors that are not an error although the table
-does not have them.
+A module also has two constants. ``RENAMES`` has pairs of a pattern and a
+replacement. They turn other spellings of tensors' names into those of the
+table. ``IGNORED`` is a pattern of names: files may contain these tensors
+although the table does not.
 """
 
 __all__ = ()

@@ -97,8 +97,8 @@ def table(c: Config) -> list[t.Row]:
   bias, other = head + 'bias', head + decoder + '.bias'
   if c.tied_head:
     return [*rows, t.Row('head/bias', (v,), bias, 'v -> v', otherwise=other)]
-  # Older versions of transformers always tied the two biases, so files may have
-  # one of the two names, and both are written.
+  # Older versions of transformers always tied the two biases. A file may
+  # therefore have the bias under either name, and `save` writes both names.
   return [
       *rows,
       *t.embedding('lm_head', head + decoder, v, c.width),

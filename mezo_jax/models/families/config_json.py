@@ -1,9 +1,12 @@
 """Reads the fields of a ``config.json`` as transformers reads them.
 
-Each field of a file is treated in one of four ways. It is read; or it must have
-a value that this library supports, and any other value is refused; or it is
-ignored, because it does not change logits; or neither this library nor
-transformers knows it, and a warning names it.
+Each field of a file is treated in one of four ways:
+
+* It is read.
+* It must have a value that this library supports. Any other value is an error.
+* It is ignored, because it does not change logits.
+* It is unknown to this library. If transformers knows the field, any value but
+  its default is an error. Otherwise a warning names the field.
 """
 
 from collections.abc import Iterable
@@ -78,9 +81,10 @@ _COMMON = {
 class Fields:
   """Reads the fields of a ``config.json``, and records which of them were read.
 
-  The methods return a default for a missing field; it is the default that
-  transformers gives this field in this family. A field that is null is not
-  missing. The methods raise InputError for a value that is not supported.
+  The methods return a default for a missing field. Callers pass the default
+  that transformers has for this field in this family. A field whose value is
+  null is not missing. The methods raise InputError for a value that is not
+  supported.
 
   Attributes:
     family: The ``model_type`` of the file.
@@ -133,12 +137,14 @@ class Fields:
     return value
 
   def maybe_size(self, name: str, default: int | None = None) -> int | None:
-    """Returns a field that must be a whole number or null (None)."""
+    """Returns a field that must be a positive whole number or null (None)."""
     value = self.get(name, default)
     return None if value is None else self.size(name, value)
 
   def head_size(self, width: int, name: str, default: int) -> int:
-    """Returns the width of a head, if heads divide the model's width.
+    """Returns the width of a head, which is the model's width divided by heads.
+
+    If the number of heads does not divide the width, it raises InputError.
 
     Args:
       width: Width of the model.
@@ -170,7 +176,7 @@ class Fields:
     return value
 
   def activation(self, name: str, default: str) -> str:
-    """Returns the name in `layers` of the activation that a field names."""
+    """Reads the name of an activation, and returns the one `layers` uses."""
     value = self.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
       self.refuse(name, value, ', '.join(ACTIVATIONS))
@@ -334,7 +340,8 @@ def read_ropes(f: Fields, max_length: int, theta: float, local_theta: float
       none.
 
   Returns:
-    ``rope, local_rope``: for full layers, and for layers with a window.
+    ``rope, local_rope``: the first for layers with full attention, the second
+    for layers with a window.
   """
   parameters, scaling = f.get('rope_parameters'), f.get('rope_scaling')
   kinds = ('full_attention', 'sliding_attention')

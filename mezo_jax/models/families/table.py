@@ -27,10 +27,10 @@ class Row:
       'f' are vocabulary, heads and feed-forward, and 'd' is the width.
     part: ``(i, n)`` means that the parameter is part i of n equal parts of the
       tensor along its last axis. Defaults to (0, 1), the whole tensor.
-    otherwise: Name of the tensor to read if there is none of ``name``. Defaults
-      to None.
-    copy: Another name under which files may repeat the tensor, and under which
-      `save` repeats it. Defaults to None.
+    otherwise: Name of the tensor to read if there is no tensor ``name``.
+      Defaults to None, for no other name.
+    copy: Another name under which files may contain the same tensor again.
+      `save` writes it under both names. Defaults to None, for no other name.
   """
 
   path: str
@@ -123,7 +123,14 @@ def linear(path: str, name: str, inputs: tuple[str, int],
 
 
 def norm(path: str, name: str, width: int, bias: bool) -> list[Row]:
-  """Returns the rows of a norm: its scale, and its bias if it has one."""
+  """Returns the rows of a norm: its scale, and its bias if it has one.
+
+  Args:
+    path: Path of the norm's module, such as 'layers/attn_norm'.
+    name: Name of the tensors, without '.weight' and '.bias'.
+    width: Length of the vectors that are normalised.
+    bias: Whether there is a bias.
+  """
   rows = [Row(f'{path}/scale', (width,), f'{name}.weight', 'd -> d')]
   if bias:
     rows.append(Row(f'{path}/bias', (width,), f'{name}.bias', 'd -> d'))

@@ -1,6 +1,7 @@
-"""Maps classification heads to files of transformers.
+"""Maps models with a classification head to files for transformers.
 
-The classes are those named ``...ForSequenceClassification``.
+transformers loads such files with its class for sequence classification, such
+as ``LlamaForSequenceClassification``.
 """
 
 import copy
@@ -57,7 +58,7 @@ def table(config: Config, num_classes: int) -> list[t.Row]:
   the language model's head.
 
   Raises:
-    InputError: If transformers has no such class (see `check_head`).
+    InputError: If transformers cannot load such a model (see `check_head`).
   """
   check_head(config)
   unused = {row.path for row in huggingface.head_of(config)}
@@ -70,9 +71,10 @@ def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any
            ) -> tuple[dict[str, Any], object]:
   """Returns the config and the tokenizer of a model with a classification head.
 
-  With them transformers computes the same logits as this library. The class of
-  a causal model applies its head to the last token that is not
-  ``pad_token_id``, so this must be the token with which the tokenizer pads.
+  With them transformers computes the same logits as this library. For a causal
+  model, its class applies the head to the last token that is not
+  ``pad_token_id``. Therefore ``pad_token_id`` must be the token with which the
+  tokenizer pads.
 
   Args:
     hf: Contents of config.json.
@@ -103,8 +105,8 @@ def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any
 def _padding(tokenizer) -> str | None:
   """Returns a special token to pad with, or None if there is no suitable one.
 
-  It must differ from the token that the tokenizer puts at the end of a text,
-  because the class would skip that token as padding.
+  It must differ from the token that the tokenizer puts at the end of a text.
+  Otherwise transformers' class would skip that token as padding.
   """
   last = tokenizer('a')['input_ids'][-1:]
   for token in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token):

@@ -62,7 +62,7 @@ _WITHOUT_EFFECT = {
     'rope.scaling.yarn_ext_factor': (0, -1)}
 # {kind of quantised tensor: (bits, whether it has offsets)}
 CODES = {'Q8_0': (8, False), 'Q4_0': (4, False), 'Q4_1': (4, True)}
-# These split digits one by one, and then split as GPT-2 does.
+# Pre-tokenizers that split off each digit, and split the rest as GPT-2 does.
 _PRE_TOKENIZERS = ('smollm',)
 _PART = re.compile(r'(.*-)(\d{5})-of-(\d{5})\.gguf')
 _OTHER_FILES = {  # {general.type: description for the error}
@@ -112,9 +112,9 @@ class Tensor:
     The ``kind`` must be one of `CODES`.
 
     Returns:
-      Three pairs of an array and the number of weights along the last axis that
-      share one of its entries: int8 weights, float16 scales, and float16
-      offsets. The offsets are None if the kind has none.
+      Three pairs ``(array, run)``, for int8 weights, float16 scales and float16
+      offsets. Each entry of an array belongs to ``run`` consecutive weights
+      along the last axis. The array of offsets is None if the kind has none.
     """
     bits, offsets = CODES[self.kind]
     rows, n = self.get_shape()
@@ -271,7 +271,8 @@ def _check(path: Path, reader, family: str, of) -> None:
   for name in ('attention.value_length', 'rope.dimension_count'):
     if of(name, head) != head:
       refuse(name, f'{head}, the width of a head,')
-  # A window of 0 is none, and one as long as the context has no effect.
+  # A window of 0 means no window, and a window as long as the context has no
+  # effect.
   if 0 < of('attention.sliding_window', 0) < of('context_length'):
     refuse('attention.sliding_window', '0')
 
@@ -319,7 +320,7 @@ def _tokenizer(field):
     processors,
     Tokenizer,
   )
-  from transformers import PreTrainedTokenizerFast  # Imported late, it is slow.
+  from transformers import PreTrainedTokenizerFast  # Slow to import.
 
   tokens = field('tokenizer.ggml.tokens')
   merges = [tuple(m.split(' ')) for m in field('tokenizer.ggml.merges')]
@@ -391,13 +392,14 @@ def _reader(path: Path):
 
 @functools.lru_cache(maxsize=1)
 def _opened(path: Path, paths: tuple[Path, ...], versions: tuple):
-  """Opens the parts of a model, and keeps the last model opened.
+  """Opens the parts of a model. The last opened model is cached.
 
-  ``versions`` has the time and size of each file, or None for a missing file.
-  They are part of the cache's key, so that a changed file is opened again.
+  ``versions`` has the modification time and size of each file, or None for a
+  missing file. It is a part of the cache's key, so that a changed file is
+  opened again.
   """
-  # If the first part is missing, the given part is opened instead: its number
-  # of parts is needed for the error below.
+  # If the first part is missing, the given part is opened instead. It records
+  # the number of parts, which the error below reports.
   first = paths[0] if versions[0] else path
   reader, field = _open(first)
   count = field('split.count', 0)

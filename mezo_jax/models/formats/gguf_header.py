@@ -55,7 +55,7 @@ class _Head:
       raise ValueError(f'it ends within the value at byte {self.at}')
 
   def string(self) -> bytes:
-    """Reads a string with its length before it."""
+    """Reads a string, whose length is stored before it."""
     size = self.take('Q')
     self.need(size)
     self.at += size

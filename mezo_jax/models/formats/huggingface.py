@@ -47,9 +47,10 @@ ARCHITECTURES = {
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
     'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
     'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
-# transformers has classes with other heads than a language model's. As with its
-# AutoModel, the body of their files can be loaded. These patterns match the
-# classes' names and the tensors of their heads.
+# transformers has classes for classification and similar tasks. Their files
+# have another head than a language model's. Only the body of such a file is
+# loaded, as by transformers' AutoModel. The patterns match the names of these
+# classes and of the tensors of their heads.
 _CLASSIFIERS = re.compile(
     'For(SequenceClassification|TokenClassification|QuestionAnswering|'
     'MultipleChoice|NextSentencePrediction)$')
@@ -135,10 +136,10 @@ def load_config(name_or_dir: str | os.PathLike[str], revision: str | None = None
                 ) -> Config:
   """Returns the `Config` of a model without loading its weights.
 
-  Whether the model has a head depends on the names of the tensors in its files.
-  If the weights are not present, as for a hub id, it depends on
-  ``architectures`` in ``config.json``. Likewise, a head that is untied in spite
-  of the config can be found only if the weights are present.
+  If the model's weights are on this machine, the names of their tensors
+  determine whether the model has a head. Otherwise, as for a hub id,
+  ``architectures`` in ``config.json`` determines it. A head that is untied
+  although the config says otherwise is found only if the weights are present.
 
   Args:
     name_or_dir: A directory, a ``.gguf`` file or a hub id, as for `load`.
@@ -240,7 +241,8 @@ def table_of(config: Config) -> list[table.Row]:
 def head_of(config: Config) -> list[table.Row]:
   """Returns the rows that belong to the head and not to the base class.
 
-  There are none if the embedding is the head.
+  There are none if the embedding is the output matrix and the head has no other
+  parameters.
   """
   return [row for row in FAMILIES[config.family].table(config)
           if not row.name.startswith(_prefix(config))]
@@ -249,14 +251,15 @@ def head_of(config: Config) -> list[table.Row]:
 def _prefix(config: Config) -> str:
   """Returns the prefix of the body's tensors, such as 'model.'.
 
-  Files of a model with a head have it, and files of a base class do not.
+  In the files of a model with a head, the names of the body's tensors begin
+  with it. In the files of a base class they do not.
   """
   first, _ = FAMILIES[config.family].table(config)[0].name.split('.', 1)
   return f'{first}.'
 
 
 def _with_head(config: Config, names: Iterable[str]) -> Config:
-  """Returns the config with ``head`` as the names of a file's tensors imply.
+  """Returns a config with ``head`` set according to the names of tensors.
 
   A head that is tied to the embedding may have no tensors. Such a model lacks
   its head only if the files have a classifier's head instead.
@@ -380,7 +383,7 @@ def float_dtype(dtype: Any) -> Any:
       quantised dtype, which results in float32; or None, which results in None.
 
   Raises:
-    ValueError: If it is none of these.
+    ValueError: If ``dtype`` is anything else.
   """
   if dtype is None:
     return None
@@ -529,9 +532,9 @@ def find(name_or_dir: str | os.PathLike[str], revision: str | None = None,
 def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
   """Matches the tensors of files with the rows of a table.
 
-  Names match with or without the prefix of the body. The matrix of a tied head
-  may be stored under the head's name only. Tensors of classifiers' heads are
-  ignored.
+  A name matches with or without the prefix of the body. If the head is tied to
+  the embedding, the file may have the matrix under the head's name only.
+  Tensors of classifiers' heads are ignored.
 
   Args:
     rows: The rows of the model's parameters.

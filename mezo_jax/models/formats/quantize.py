@@ -1,9 +1,9 @@
-"""Quantises weights as they are read, or keeps those of a GGUF file.
+"""Quantises weights as they are read, or keeps a GGUF file's quantisation.
 
-A matrix has one scale per 32 weights along the axis that is last in the files,
-usually the inputs. All other parameters (norms, biases, small tables) stay
-floats. With 'int4', embeddings have 8 bits, as in llama.cpp, because they may
-be the output matrix, too.
+A matrix has one scale per 32 weights along one axis, the last axis of the
+tensor in the file, which is usually that of the inputs. All other parameters
+(norms, biases, small tables) are floats. With 'int4', embeddings have 8 bits,
+as in llama.cpp, because an embedding may also be the output matrix.
 """
 
 import dataclasses
@@ -34,8 +34,7 @@ class Form:
 
   def parts(self, shape: tuple[int, ...]
             ) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
-    """Returns the shape and dtype of each array of the parameter's
-    `QuantizedArray`.
+    """Returns the shape and dtype of each array of a `QuantizedArray`.
 
     Args:
       shape: Shape of the parameter before quantisation.
@@ -83,7 +82,7 @@ def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
 
 
 def shapes(shape: tuple[int, ...], form_: Form, place: Any) -> QuantizedArray:
-  """Returns a quantised parameter as shapes, without weights.
+  """Returns a `QuantizedArray` of shapes instead of arrays.
 
   Args:
     shape: Shape of the parameter before quantisation.
@@ -158,10 +157,10 @@ def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
 
 
 class _Runs:
-  """Slices an array that has one entry per ``run`` weights as if by weights.
+  """Wraps an array that has one entry per ``run`` weights along its last axis.
 
-  Slices of the last axis are given in weights, and begin and end at multiples
-  of ``run``.
+  A slice of the last axis counts weights instead of entries. It must begin and
+  end at multiples of ``run``.
   """
 
   def __init__(self, array, run: int):

@@ -27,7 +27,8 @@ from mezo_jax.models.formats.weights import EXPLICIT
 from mezo_jax.models.transformer import Transformer
 
 _PART = '.part'  # Suffix or name of a directory that is being written.
-# A directory with one of these files is taken for a model, so they come last.
+# A directory with one of these files is taken for a complete model or adapter,
+# so these files are moved into it last.
 _LAST = ('config.json', 'adapter_config.json')
 
 
@@ -129,9 +130,9 @@ def save_tokenizer(part: Path, tokenizer: Any) -> None:
 
 
 def _architectures(config, hf: dict) -> list[str]:
-  """Returns ``architectures``: transformers' class with these tensors.
+  """Returns the field ``architectures``: the class that has these tensors.
 
-  The value in ``hf`` is kept if that class fits.
+  The value in ``hf`` is kept if that class of transformers fits.
   """
   whole, base = huggingface.ARCHITECTURES[config.family]
   if not config.head:
@@ -167,10 +168,10 @@ def new_directory(directory: str | os.PathLike):
 
   ``with new_directory(d) as (part, first)`` yields a temporary directory
   ``part``, which becomes ``directory`` at the end, and whether this is process
-  0. With several processes, all of them must enter; ``part`` is None in all
-  processes but process 0, which writes. If ``directory`` exists and is empty,
-  it is kept, because it may be the working directory, a link or a mount point;
-  the files are then moved into it, with config.json last.
+  0. With several processes, all of them must enter this context. Only process 0
+  writes; in all others ``part`` is None. If ``directory`` exists and is empty,
+  it is kept, because it may be the current directory, a link or a mount point.
+  The files are then moved into it, with config.json last.
 
   Raises:
     FileExistsError: If ``directory`` is a file, or is not empty.
@@ -213,7 +214,8 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
            progress: bool, name: str) -> None:
   """Writes tensors to safetensors files of at most ``most`` bytes each.
 
-  Every process gathers the tensors, and only one with a ``part`` writes them.
+  All processes take part in gathering the tensors. Only process 0, which has a
+  ``part``, writes them.
   """
   files, batch, held, total = [], {}, 0, 0
 

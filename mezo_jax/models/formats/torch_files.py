@@ -54,7 +54,7 @@ class _Unpickler(pickle.Unpickler):
     self.storage = storage
 
   def find_class(self, module, name):
-    """Returns what an allowed name stands for; other names raise ValueError."""
+    """Returns the object of an allowed name; raises ValueError for others."""
     if module == 'torch' and name in _DTYPES:
       return _DTYPES[name]
     allowed = {
@@ -85,8 +85,8 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> list[Any]:
 
   Args:
     file: Path of the file.
-    stack: Not used, as the tensors themselves keep the file mapped. It is there
-      for the signature that all readers share.
+    stack: Not used, because the tensors themselves keep the file mapped. All
+      readers have this argument.
 
   Returns:
     Pairs of a name and a `Tensor`.

@@ -64,9 +64,10 @@ def names(path: Path) -> list[str]:
 def _find(path: Path) -> tuple:
   """Chooses the weight files as transformers does.
 
-  A single file precedes an index, which may be left over from an earlier save,
-  and safetensors precede PyTorch's files. If none of the four names that
-  transformers knows is present, all files of one kind are taken together.
+  It prefers safetensors to PyTorch's files. Among files of one kind, it prefers
+  a single file to an index, which may be left over from an earlier save. If the
+  directory has none of the four names that transformers knows, it takes all
+  files of one kind together.
 
   Returns:
     ``open_, files, indexed``: the function that opens a file, the files, and
@@ -93,7 +94,9 @@ def _find(path: Path) -> tuple:
 
 
 def _explicit(path: Path) -> str | None:
-  """Returns the file that config.json names, which precedes all others.
+  """Returns the file that config.json names, or None if it names none.
+
+  This file takes precedence over all others.
 
   Raises:
     ValueError: If it is not a safetensors file, or an index of such files,
