@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_the_norms_it_began_with(
       eval_every=2, checkpoint_every=2, zero_shot=False,
       optimizer__learning_rate=1e-4, variant__num_scores=2)
   train.run(config(2), tmp_path)
-  assert 'norms of layers, grad' in capsys.readouterr().out
+  assert 'gradient norm' in capsys.readouterr().out
   norms = optax.tree.get(state_of(tmp_path), 'memory')
   train.run(config(4), tmp_path)
   assert 'norms of layers' not in capsys.readouterr().out

@@ -57,8 +57,8 @@ def load_rows(
   source = os.fspath(source)
   path = Path(source)
   if '://' in source and not path.exists():
-    raise InputError(f'{source} is an address, from which rows cannot be read; '
-                     'copy the file and give its local path.')
+    raise MissingError(f'{source} is an address, from which rows cannot be '
+                       'read; copy the file and give its local path.')
   if source.startswith('~') and not path.exists():
     path = Path(os.path.expanduser(source))
   read = _READERS.get(path.suffix.lower())
