@@ -147,7 +147,7 @@ def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
   """With updates pending: nothing is lost, and evaluation adds them."""
   config = small_config(
       tiny_dir, reviews_file, steps=8, eval_every=4, zero_shot=False,
-      spsa__fold_every=3, spsa__distribution='low_rank', spsa__rank=2,
+      spsa__apply_every=3, spsa__distribution='low_rank', spsa__rank=2,
       optimizer__learning_rate=1e-2)
   result = train.run(config, tmp_path / 'a')
   with monkeypatch.context() as m, pytest.raises(Stopped, match='step 5'):

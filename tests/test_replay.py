@@ -283,7 +283,7 @@ WAYS = {
     'last layers': dict(peft__method='last_layers', peft__num_layers=1),
     'lozo, pending': dict(
         spsa__distribution='lazy_low_rank', spsa__lazy_every=4, spsa__rank=2,
-        spsa__fold_every=4, model__dtype='bfloat16'),
+        spsa__apply_every=4, model__dtype='bfloat16'),
     'fzoo': dict(spsa__combine='fzoo', spsa__num_samples=3,
                  spsa__distribution='rademacher'),
     'svrg': dict(method='svrg', variant__every=3, model__dtype='bfloat16'),
@@ -422,7 +422,7 @@ class Killed(BaseException):
 @pytest.mark.slow
 @pytest.mark.parametrize('way', [
     dict(), dict(method='finetune'),
-    dict(spsa__fold_every=3, spsa__distribution='low_rank')],
+    dict(spsa__apply_every=3, spsa__distribution='low_rank')],
     ids=['mezo', 'backpropagation', 'accumulated updates'])
 def test_killed_around_an_evaluation(
     tiny_dir, reviews_file, tmp_path, monkeypatch, way):

@@ -134,7 +134,7 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
     dict(model__dtype='bfloat16', optimizer__micro_batches=1),
     dict(spsa__distribution='low_rank', spsa__rank=4, spsa__over='rows',
          spsa__num_samples=4),
-    dict(spsa__fold_every=4, spsa__distribution='low_rank', spsa__rank=4),
+    dict(spsa__apply_every=4, spsa__distribution='low_rank', spsa__rank=4),
     dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
     dict(model__bos_token='<pad>')])
 def test_options_run(tiny_dir, reviews_file, tmp_path, changes):
