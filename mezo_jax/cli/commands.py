@@ -176,7 +176,10 @@ def plan(argv: Sequence[str]) -> int:
       sizes=read_mesh(values.mesh, n) if values.mesh else None)
   print(planning.spell(found))
   if found.fits:
-    print('It fits.')
+    if math.isinf(found.limit):
+      print('The memory of these devices is unknown; compare it with the peak.')
+    else:
+      print('It fits.')
     return 0
   print(f'It does not fit into {found.limit / planning.GIB:g} GiB.')
   other = alternatives.what_fits(found)
