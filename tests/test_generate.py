@@ -131,8 +131,8 @@ def test_one_program_for_prompts_of_one_shape(tiny):
     (dict(max_new_tokens=60), 'max_new_tokens=60 .* 64'),
     (dict(max_new_tokens=0), 'max_new_tokens'),
     (dict(max_new_tokens=2, temperature=1.0), 'temperature.* key'),
-    (dict(max_new_tokens=2, temperature=-1.0), 'temperature -1.0'),
-    (dict(max_new_tokens=2, top_p=0.0), 'top_p 0.0'),
+    (dict(max_new_tokens=2, temperature=-1.0), 'temperature=-1.0'),
+    (dict(max_new_tokens=2, top_p=0.0), 'top_p=0.0'),
     (dict(max_new_tokens=2, attention_mask=np.tril(np.ones((4, 12)))),
      'padding.*left')])
 def test_what_cannot_be_generated(tiny, kwargs, message):

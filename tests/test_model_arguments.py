@@ -243,8 +243,8 @@ def test_draws_within_a_program():
     (dict(stop_ids=None), TypeError, 'stop_ids'),
     (dict(pad_id=None), TypeError, 'pad_id'),
     (dict(top_k=1.5), TypeError, 'top_k'),
-    (dict(temperature=float('nan')), ValueError, 'temperature nan'),
-    (dict(temperature=float('inf')), ValueError, 'temperature inf'),
+    (dict(temperature=float('nan')), ValueError, 'temperature=nan'),
+    (dict(temperature=float('inf')), ValueError, 'temperature=inf'),
     (dict(temperature=np.ones(2)), ValueError, 'temperature'),
     (dict(params={'params': {}}), ValueError, 'params .*embed')])
 def test_what_is_refused(change, error, message):
