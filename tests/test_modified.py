@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_the_norms_it_began_with(
   assert 'gradient norm' in capsys.readouterr().out
   norms = optax.tree.get(state_of(tmp_path), 'memory')
   train.run(config(4), tmp_path)
-  assert 'norms of layers' not in capsys.readouterr().out
+  assert 'gradient norm' not in capsys.readouterr().out
   helpers.assert_bitwise(optax.tree.get(state_of(tmp_path), 'memory'), norms)
   assert len(np.unique(np.concatenate([
       np.ravel(x) for x in jax.tree.leaves(norms)]))) > 3
