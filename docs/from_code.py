@@ -180,6 +180,8 @@ def _type(hint: typing.Any) -> str:
     return ' or '.join(map(_type, typing.get_args(hint)))
   if collections.abc.Callable in (hint, typing.get_origin(hint)):
     return 'function'
+  if typing.get_origin(hint) is typing.Literal:
+    return 'one of ' + ', '.join(map(repr, typing.get_args(hint)))
   if hint is type(None):
     return 'None'
   if isinstance(hint, type) and not typing.get_args(hint):

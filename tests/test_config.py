@@ -1,6 +1,7 @@
 """A config's checks, and its way through JSON."""
 
 import json
+import typing
 
 import pytest
 from runs import changed
@@ -101,3 +102,29 @@ def test_bad_settings(changes, message):
   with pytest.raises(InputError, match=message) as e:
     checks.check_config(changed(config, **changes))
   assert str(e.value).endswith('.') and '\n' not in str(e.value)
+
+
+def test_the_types_of_fields_name_what_the_tables_have():
+  from mezo_jax.core.quantized import QUANTISED
+  from mezo_jax.directions import by_name, noise
+  from mezo_jax.peft import adapter_config, kinds, prefix
+  from mezo_jax.tasks import task
+  from mezo_jax.training import methods, optimizer
+  from mezo_jax.transforms import combine, evaluate_points
+  from mezo_jax.variants.private import MECHANISMS
+  for cls, name, known in (
+      (config_lib.Model, 'dtype',
+       ('float32', 'bfloat16', 'float16', *QUANTISED)),
+      (config_lib.Optimizer, 'name', methods.OPTIMIZERS),
+      (config_lib.Optimizer, 'schedule', optimizer.SCHEDULES),
+      (config_lib.Spsa, 'over', evaluate_points.OVER),
+      (config_lib.Spsa, 'distribution', by_name.KINDS),
+      (config_lib.Spsa, 'generator', noise.GENERATORS),
+      (config_lib.Spsa, 'combine', combine.COMBINES),
+      (config_lib.Privacy, 'mechanism', MECHANISMS),
+      (config_lib.Peft, 'method', kinds.PARTS),
+      (config_lib.Peft, 'init', prefix.INITS),
+      (config_lib.Peft, 'positions', adapter_config.PLACES),
+      (task.Task, 'kind', task.KINDS)):
+    hint = typing.get_type_hints(cls)[name]
+    assert {*typing.get_args(hint)} == {*known}, (cls, name)

@@ -53,6 +53,8 @@ def _examples(path):
     return VALUES['row']
   if path == 'objective':
     return VALUES[config_lib.Objective]
+  if typing.get_origin(hint) is typing.Literal:
+    return [(name, name) for name in typing.get_args(hint)]
   return VALUES[hint]
 
 

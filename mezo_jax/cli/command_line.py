@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training.config_fields import unknown, WHERE
+from mezo_jax.training.config_fields import literals, unknown, WHERE
 
 # Directory of the configs that come with the package. In a clone this is a
 # symbolic link to configs/ in the root of the repository.
@@ -325,8 +325,9 @@ def _no_tasks(argument: str) -> tuple:
 
 
 # ml_collections looks up the parser of a field by its annotation. It has none
-# for unions (which are therefore wrapped in `Annotated`), for functions, or for
-# dataclasses, so parsers for the fields with such types are registered here.
+# for unions (which are therefore wrapped in `Annotated`), for functions, for
+# dataclasses, or for `Literal`, so parsers for the fields with such types are
+# registered here. `check_config` checks the values of literals.
 for _hint, _parse, _what in (
     (config_lib.Objective, str, 'text'),
     (task_lib.TextOrNone, lambda text: None if text == 'None' else text,
@@ -334,3 +335,5 @@ for _hint, _parse, _what in (
     (task_lib.RowFunction, _none, 'None'),
     (config_lib.Tasks, _no_tasks, 'tasks')):
   config_flags.register_flag_parser_for_type(_hint, _Parser(_parse, _what))
+for _hint in literals():
+  config_flags.register_flag_parser_for_type(_hint, _Parser(str, 'text'))

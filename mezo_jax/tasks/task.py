@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 import string
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -78,8 +78,9 @@ class Task:
 
   # Name of a task that this library declares. '' for other tasks.
   name: str = ''
-  # 'classification', 'multiple_choice', 'generation' or 'head'.
-  kind: str = 'classification'
+  # 'head' classifies with a new linear layer instead of label words.
+  kind: Literal['classification', 'multiple_choice', 'generation',
+                'head'] = 'classification'
   # Prompt with columns in braces. {mask} is the position of the label word for
   # a masked model, {sep} the separator of the two texts of kind 'head'.
   template: str = ''
@@ -95,7 +96,7 @@ class Task:
   # How labels are read: as a 'name' or as a 'number', counted from 0. With '',
   # a label is read as a name if a class has this name, and otherwise as a
   # number.
-  label_is: str = ''
+  label_is: Literal['', 'name', 'number'] = ''
 
   # --- multiple choice ---
 

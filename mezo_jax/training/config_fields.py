@@ -37,6 +37,22 @@ def leaves(cls: type = config_lib.Train, before: str = '') -> Iterator[str]:
       yield before + name
 
 
+def literals(cls: type = config_lib.Train) -> set[Any]:
+  """Returns the `typing.Literal` types of the fields that have one.
+
+  Args:
+    cls: The dataclass whose fields are examined, together with those of the
+      dataclasses in it. Defaults to the whole config.
+  """
+  found = set()
+  for hint in typing.get_type_hints(cls).values():
+    if dataclasses.is_dataclass(hint):
+      found |= literals(cast(type, hint))
+    elif typing.get_origin(hint) is typing.Literal:
+      found.add(hint)
+  return found
+
+
 def unknown(path: str, known: Sequence[str] = ()) -> str:
   """Returns the error message for a field that does not exist.
 
@@ -88,6 +104,11 @@ def check_types(config: Any, before: str = '') -> None:
     value, path = getattr(config, name), before + name
     if dataclasses.is_dataclass(hint) and isinstance(value, cast(type, hint)):
       check_types(value, f'{path}.')
+    elif typing.get_origin(hint) is typing.Literal:
+      known = typing.get_args(hint)
+      if not isinstance(value, str) or value not in known:
+        raise InputError(f'config: unknown {path} {value!r}; choose one of '
+                         f'{", ".join(filter(None, known))}.')
     elif not _is_of(value, hint):
       raise InputError(
           f'config: {path} is {value!r} but must be {_words(hint)}.')

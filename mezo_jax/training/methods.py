@@ -37,7 +37,6 @@ from mezo_jax.transforms.estimator import Estimator
 from mezo_jax.transforms.mezo import by_group, mezo
 from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
-from mezo_jax.variants.private import MECHANISMS
 
 # --- options ----------------------------------------------------------------
 
@@ -434,13 +433,6 @@ def _budget(config):
           'privacy.delta must be between 0 and 1')
 
 
-def _mechanism(config):
-  p = config.privacy
-  return (p.mechanism in MECHANISMS,
-          f'unknown privacy.mechanism {p.mechanism!r}; choose one of '
-          f'{", ".join(MECHANISMS)}')
-
-
 def _laplace_is_of_one(config):
   return (config.privacy.mechanism != 'laplace'
           or config.spsa.num_samples == 1,
@@ -602,7 +594,7 @@ METHODS = {
     'private': Method(
         'private MeZO (Zhang et al., 2024; Tang et al., 2024), forward passes '
         'only', _private,
-        needs=(*_PLAIN, _two_sided, _budget, _mechanism, _laplace_is_of_one,
+        needs=(*_PLAIN, _two_sided, _budget, _laplace_is_of_one,
                _scan, _per_example),
         mixes=False, private=True),
     'zero_shot': Method(
