@@ -74,7 +74,7 @@ class Directions:
     'hash32'
   """
 
-  generator: str = 'hash32'
+  generator: noise.Generator = 'hash32'
   _: dataclasses.KW_ONLY
   mask: Any = None
   stacked: Any = None

@@ -37,7 +37,7 @@ References:
 import dataclasses
 import functools
 import sys
-from typing import Any
+from typing import Any, get_args, Literal
 import zlib
 
 import jax
@@ -47,7 +47,8 @@ import numpy as np
 
 from mezo_jax.core import paths
 
-GENERATORS = ('threefry2x32', 'hash32')
+Generator = Literal['threefry2x32', 'hash32']
+GENERATORS = get_args(Generator)
 _U32 = jnp.uint32
 
 

@@ -19,7 +19,7 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,12 @@ from mezo_jax.models.transformer import (
   Transformer,
 )
 
-INITS = ('tokens', 'normal', 'text')
+Init = Literal['tokens', 'normal', 'text']
+INITS = get_args(Init)
 
 
 def init(model: Transformer, params: dict[str, Any], key: jax.Array, *,
-         num_tokens: int = 5, init: str = 'tokens',
+         num_tokens: int = 5, init: Init = 'tokens',
          token_ids: Sequence[int] = ()) -> dict[str, Any]:
   """Creates a prefix, by default from the keys and values of real tokens.
 
@@ -76,7 +77,7 @@ def init(model: Transformer, params: dict[str, Any], key: jax.Array, *,
 
 
 def init_prompt(model: Transformer, params: dict[str, Any], key: jax.Array, *,
-                num_tokens: int = 10, init: str = 'tokens',
+                num_tokens: int = 10, init: Init = 'tokens',
                 token_ids: Sequence[int] = ()) -> dict[str, Any]:
   """Creates a soft prompt, by default from the embeddings of real tokens.
 

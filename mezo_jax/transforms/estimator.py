@@ -34,6 +34,7 @@ from mezo_jax.transforms.evaluate_points import (
   check_over,
   estimate,
   loss_at,
+  Over,
 )
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
@@ -158,7 +159,7 @@ class SampleOptions(TypedDict):
 class LossOptions(SampleOptions):
   """Lists the options of a variant that has no ``combine`` option."""
 
-  over: NotRequired[str]
+  over: NotRequired[Over]
 
 
 class SpsaOptions(LossOptions):
@@ -181,7 +182,7 @@ class Spsa:
   directions: Any = Normal()
   combine: Any = two_sided
   num_samples: Any = None
-  over: str = 'scan'
+  over: Over = 'scan'
   micro_batches: Any = None
   dtype: Any = None
 

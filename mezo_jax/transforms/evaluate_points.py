@@ -2,7 +2,7 @@ r"""Evaluates losses at displaced weights, for one point or for n directions."""
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any, cast
+from typing import Any, cast, get_args, Literal
 
 import jax
 from jax import lax
@@ -19,7 +19,8 @@ from mezo_jax.transforms import losses as losses_lib
 
 # Number of elements that one forward pass may always build; see `_check_room`.
 _ROOM = 2**24
-OVER = ('scan', 'batch', 'rows')
+Over = Literal['scan', 'batch', 'rows']
+OVER = get_args(Over)
 
 
 def loss_at(value_fn: Callable[..., Any], params: Any, directions: Directions,
@@ -53,7 +54,7 @@ def estimate(
     directions: Directions | str,
     *,
     signs: tuple[float, ...] = (1.0, -1.0),
-    over: str = 'scan',
+    over: Over = 'scan',
     micro_batches: int = 1,
     batch: Mapping[str, Any] | None = None,
     around: Displacement | None = None,

@@ -22,6 +22,7 @@ import optax
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.transforms.combine import Combine, two_sided
 from mezo_jax.transforms.estimator import Estimator, Spsa
+from mezo_jax.transforms.evaluate_points import Over
 
 
 def spsa(
@@ -31,7 +32,7 @@ def spsa(
     directions: Directions | str = Normal(),
     combine: Combine | str = two_sided,
     num_samples: int | None = None,
-    over: str = 'scan',
+    over: Over = 'scan',
     micro_batches: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Estimator:

@@ -6,7 +6,7 @@ numbers and adds noise to their sum. `mezo_jax.training.privacy` chooses how
 much noise a privacy budget requires.
 """
 
-from typing import Any, Unpack
+from typing import Any, get_args, Literal, Unpack
 
 import jax
 from jax import lax
@@ -21,11 +21,12 @@ from mezo_jax.transforms import losses
 from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import Estimator, SampleOptions, Spsa
 
-MECHANISMS = ('gaussian', 'laplace')
+Mechanism = Literal['gaussian', 'laplace']
+MECHANISMS = get_args(Mechanism)
 
 
 def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
-            batch_size: float, mechanism: str = 'gaussian',
+            batch_size: float, mechanism: Mechanism = 'gaussian',
             **options: Unpack[SampleOptions]) -> Estimator:
   r"""Clips each example's difference of losses, and adds noise to their sum.
 
