@@ -24,7 +24,8 @@ ROWS, TOKENS, ROUNDS, STEPS = 16, 24, 7, 4
 def loss_fn(model, params, batch):
   """Returns per-example losses, from cached activations if there are any."""
   logits = model.apply(
-      {'params': params}, batch['ids'], trunk=batch.get('trunk'),
+      {'params': params}, batch['ids'],
+      hidden_states=batch.get('hidden_states'),
       answer_at=jnp.full((ROWS, 1), TOKENS - 1),
       token_ids=jnp.array(harness.LABEL_WORDS))[:, 0]
   return -jax.nn.log_softmax(logits)[:, 0]
@@ -50,8 +51,8 @@ def main():
     trained, frozen = params, {}
     if k < 30:
       params = peft.split_layers(params, k)
-      batch['trunk'] = jax.jit(functools.partial(
-          model.apply, features='trunk'))({'params': params}, ids)
+      batch['hidden_states'] = jax.jit(functools.partial(
+          model.apply, features='hidden_states'))({'params': params}, ids)
       trained, frozen = peft.split(params, '^last_layers/')
       del frozen['layers']
     tx = mezo_jax.mezo(1e-6, key=0, directions='rademacher')

@@ -67,7 +67,7 @@ def config_of(folder: Path, names, method: str, rate: float, seed: int):
   return config
 
 
-def share_trunks() -> None:
+def share_cached_activations() -> None:
   """Lets all runs share the activations of the frozen layers.
 
   The activations of a data set are the same in all runs, so they are computed
@@ -84,7 +84,7 @@ def share_trunks() -> None:
 
 
 def main():
-  share_trunks()
+  share_cached_activations()
   parser = argparse.ArgumentParser()
   parser.add_argument('--data', type=Path, required=True)
   parser.add_argument('--runs', type=Path)

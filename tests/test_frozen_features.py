@@ -31,7 +31,7 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
-def test_trunk_and_top_are_the_model(kind):
+def test_frozen_layers_and_top_are_the_model(kind):
   model, params, ids = helpers.tiny_model(**KINDS[kind])
   params = peft.split_layers(params, 2)
   mask = jnp.arange(12) < jnp.array([12, 9, 5, 1])[:, None]
@@ -39,28 +39,29 @@ def test_trunk_and_top_are_the_model(kind):
   apply = lambda params, **kwargs: helpers.quick_jit(functools.partial(
       model.apply, features=kwargs.pop('features', '')))(
           {'params': params}, ids, mask, token_type_ids=types, **kwargs)
-  x = apply(params, features='trunk')
+  x = apply(params, features='hidden_states')
   top = {name: x for name, x in params.items() if name not in (
       'positions', 'types', 'embed_norm', 'project_in', 'layers')}
   assert x.shape == (4, 12, model.config.width)
   there = np.asarray(mask)
   x = x.at[~there].set(0.0)  # what is kept has nothing at padding
   helpers.assert_close(
-      apply(params)[there], apply(top, trunk=x)[there], rtol=2e-5, atol=2e-5)
+      apply(params)[there], apply(top, hidden_states=x)[there], rtol=2e-5,
+      atol=2e-5)
   at = jnp.array([[11, 3], [8, 0], [4, 1], [0, 0]])
   want = apply(params)[jnp.arange(4)[:, None], at]
   for last in (2, 1):  # of one, no more than is read is computed
     apart = peft.split_layers(peft.join_layers(params), last)
     helpers.assert_close(apply(apart, answer_at=at), want, rtol=2e-5, atol=2e-5)
   helpers.assert_close(
-      apply(top, trunk=x, answer_at=at), want, rtol=2e-5, atol=2e-5)
+      apply(top, hidden_states=x, answer_at=at), want, rtol=2e-5, atol=2e-5)
 
 
 def test_a_cache_is_of_all_layers():
   model, params, ids = helpers.tiny_model()
   cache = models.make_cache(model.config, 4, 12, jnp.float32)
   with pytest.raises(ValueError, match='cache'):
-    model.apply({'params': params}, ids, features='trunk', cache=cache)
+    model.apply({'params': params}, ids, features='hidden_states', cache=cache)
 
 
 WAYS = {
@@ -95,7 +96,7 @@ def of(built, data, params):
 @pytest.mark.parametrize('way', WAYS)
 def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
                                              tmp_path):
-  """At other weights than those that the trunk was computed with, too."""
+  """At other weights than those of the hidden states, too."""
   config = small_config(tiny_dir, reviews_file, **WAYS[way])
   built = build.build(config, say=lambda text: None)
   kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
@@ -108,8 +109,8 @@ def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['laid-out candidates', 'Adam'])
-def test_a_run_is_the_same_with_a_kept_trunk(way, tiny_dir, reviews_file,
-                                             tmp_path, capsys):
+def test_a_run_is_the_same_with_cached_activations(
+    way, tiny_dir, reviews_file, tmp_path, capsys):
   results = []
   for keeps in (False, True):
     config = small_config(
@@ -179,7 +180,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
         tiny_dir, reviews_file, steps=steps, eval_every=2, zero_shot=False,
         cache_memory=gib, **LAST)
     held = lambda where: {p: p.stat().st_mtime_ns
-                          for p in (tmp_path / where).glob('trunk/*')}
+                          for p in (tmp_path / where).glob('hidden_states/*')}
     files = held(where)
     train.run(config, tmp_path / where)
     now = held(where)
@@ -202,7 +203,7 @@ def test_files_are_of_these_rows_and_weights(tiny_dir, reviews_file, tmp_path):
     kept = frozen_features.keep(config, other, tmp_path, lambda text: None)
     names.append(sorted(p.name for p in tmp_path.iterdir()))
     assert len(names[-1]) == 3  # those of other weights are gone
-    assert kept.splits.train.trunk.values.shape[1] == 32
+    assert kept.splits.train.hidden_states.values.shape[1] == 32
   assert len({*map(tuple, names)}) == 3
 
 
@@ -214,10 +215,11 @@ def test_a_disk_without_room(tiny_dir, reviews_file, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
   try:
     with pytest.raises(InputError, match='GiB'):
-      frozen_features.keep(config, built, tmp_path / 'trunk', lambda text: None)
+      frozen_features.keep(
+          config, built, tmp_path / 'hidden_states', lambda text: None)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert not [*(tmp_path / 'trunk').iterdir()]
+  assert not [*(tmp_path / 'hidden_states').iterdir()]
 
 
 def test_the_weights_below_are_let_go(tiny_dir, reviews_file, tmp_path):
@@ -227,7 +229,7 @@ def test_the_weights_below_are_let_go(tiny_dir, reviews_file, tmp_path):
     kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
     assert 'layers' in built.frozen and kept.frozen.keys() == {'embed', 'norm'}
     batch = build.batch_shapes(kept.splits.train, 16, 8, built.mesh)
-    assert batch['trunk'].shape == (8, 16, 32)
+    assert batch['hidden_states'].shape == (8, 16, 32)
   all_trained = build.build(
       small_config(tiny_dir, reviews_file), say=lambda text: None)
   assert frozen_features.keep(config, all_trained, tmp_path) is all_trained
@@ -242,5 +244,5 @@ def test_answers_are_generated_by_the_whole_model(tiny_dir, reviews_file,
       task__max_new_tokens=4, select='loss', **LAST)
   built = build.build(config, say=lambda text: None)
   kept = frozen_features.keep(config, built, tmp_path, lambda text: None)
-  assert kept.splits.train.trunk and not kept.splits.test.trunk
+  assert kept.splits.train.hidden_states and not kept.splits.test.hidden_states
   assert kept.frozen is built.frozen

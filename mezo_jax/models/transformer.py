@@ -29,7 +29,7 @@ from mezo_jax.models.layers import (
 from mezo_jax.perturb.api import dequantized
 
 _CHUNK = 4096  # Rows of the vocabulary that are scored at a time.
-_FEATURES = ('', 'head', 'body', 'trunk')
+_FEATURES = ('', 'head', 'body', 'hidden_states')
 
 
 def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
                token_type_ids: Any = None, answer_at: Any = None,
                token_ids: Any = None, targets: Any = None, cache: Any = None,
                shared_prompt: bool = False, features: str = '',
-               trunk: jax.Array | None = None) -> Any:
+               hidden_states: jax.Array | None = None) -> Any:
     """Returns logits, log-likelihoods of given tokens, or features.
 
     All arrays may be jax arrays, numpy arrays or lists. Their values are
@@ -189,16 +189,16 @@ class Transformer(nn.Module):
       features: The features to return instead of logits. 'head' selects those
         that are multiplied by the output matrix; 'body' selects the output of
         the last layer after the final norm (in masked models the head follows);
-        'trunk' selects the output of ``layers``, which is the input of
+        'hidden_states' selects the output of ``layers``, which is the input of
         ``last_layers``. Defaults to '', for logits.
-      trunk: Output of ``layers`` for these tokens, of shape [B, S, D], as
-        returned with features='trunk'. The embedding and ``layers`` are then
-        skipped. Defaults to None.
+      hidden_states: Output of ``layers`` for these tokens, of shape [B, S, D],
+        as returned with features='hidden_states'. The embedding and ``layers``
+        are then skipped. Defaults to None.
 
     Returns:
       Float32 logits of shape [B, A or S, C or V]; with ``targets``, float32
       log-likelihoods of shape [B, A or S]; with ``features``, vectors of shape
-      [B, A or S, D] in the dtype of the parameters (with 'trunk' always
+      [B, A or S, D] in the dtype of the parameters (with 'hidden_states' always
       [B, S, D]). With a cache, a pair of that and the extended cache.
 
     Raises:
@@ -206,7 +206,8 @@ class Transformer(nn.Module):
       ValueError: If shapes do not fit, if there are more tokens than the model
         has positions or the cache has room for, if the model does not have a
         token or token type, if logits are requested of a model without a head,
-        or if ``trunk`` or features='trunk' is combined with a cache.
+        or if ``hidden_states`` or features='hidden_states' is combined with a
+        cache.
     """
     c = self.config
     if features not in _FEATURES:
@@ -248,9 +249,11 @@ class Transformer(nn.Module):
     if longest > c.max_length and not shared_prompt:
       raise ValueError(f'{longest} tokens exceed the {c.max_length} '
                        'positions of this model; shorten the input.')
-    if cache is not None and (trunk is not None or features == 'trunk'):
-      raise ValueError('trunk and features="trunk" cannot be combined with a '
-                       'cache, which covers all layers; omit one of them.')
+    if cache is not None and (
+        hidden_states is not None or features == 'hidden_states'):
+      raise ValueError('hidden_states and features="hidden_states" cannot be '
+                       'combined with a cache, which covers all layers; omit '
+                       'one of them.')
     if cache is not None:
       inside.append(_has_room(cache, s))
     embed = Table(c.vocab_size, c.embed_width or c.width, name='embed')
@@ -266,8 +269,8 @@ class Transformer(nn.Module):
         raise ValueError('a prompt with its continuation exceeds the '
                          f'{c.max_length} positions of this model; shorten it.')
       inside.append(fits)
-    if trunk is not None:
-      x_BxSxD = trunk
+    if hidden_states is not None:
+      x_BxSxD = hidden_states
     else:
       x_BxSxD = self._embed(embed, input_ids, token_type_ids, at_BxS, have)
       # A traced program cannot raise. NaN in the embedding of an invalid row
@@ -278,10 +281,10 @@ class Transformer(nn.Module):
           x_BxSxD = jnp.where(mask[..., None], x_BxSxD, jnp.nan)
     carry, first = (constrain_rows(x_BxSxD), cache), 0
     for name, length in _parts(c, have):
-      if name == 'layers' and trunk is not None:
+      if name == 'layers' and hidden_states is not None:
         first += length
         continue
-      if name == 'last_layers' and features == 'trunk':
+      if name == 'last_layers' and features == 'hidden_states':
         break
       if (answer_at is not None and cache is None and length == 1
           and first + length == c.num_layers):
@@ -301,7 +304,7 @@ class Transformer(nn.Module):
           None if cache is None else index)
       first += length
     x_BxSxD, cache = carry
-    if features == 'trunk':
+    if features == 'hidden_states':
       return x_BxSxD
     if answer_at is not None and shared.wanted is None:
       x_BxSxD = take_tokens(x_BxSxD, answer_at)

@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
   # Whether the model continues the prompts, which are then padded on the left.
   generates: bool = False
   # Cached activations; see `mezo_jax.training.frozen_features`.
-  trunk: Kept | None = None
+  hidden_states: Kept | None = None
   # Number of classes of a new head, some of which may not occur in the rows. 0
   # for other tasks.
   classes: int = 0
@@ -677,7 +677,7 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
     * ``answer_of`` [rows, A], the candidate of each token, -1 at padding.
 
     If ``data`` has them, there are ``token_type_ids`` [rows, S] and the cached
-    activations ``trunk`` [rows, S, D], which are zero at padding.
+    cached ``hidden_states`` [rows, S, D], which are zero at padding.
   """
   most, shape = answers_within(data, length), (rows, length)
   batch = {
@@ -700,12 +700,12 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
               'answer_of': np.full((rows, most), -1, np.int32)}
   if data.types is not None:
     batch['token_type_ids'] = np.zeros(shape, np.int32)
-  if data.trunk is not None:
-    values, starts = data.trunk
-    batch['trunk'] = np.zeros((*shape, values.shape[-1]), values.dtype)
+  if data.hidden_states is not None:
+    values, starts = data.hidden_states
+    batch['hidden_states'] = np.zeros((*shape, values.shape[-1]), values.dtype)
     for i, r in enumerate(index):
       n = data.row_length(r)
-      batch['trunk'][i, :n] = values[starts[r]:starts[r] + n]
+      batch['hidden_states'][i, :n] = values[starts[r]:starts[r] + n]
   for i, r in enumerate(index):
     prompt, n = data.prompts[r], len(data.prompts[r])
     batch['row'][i], batch['weight'][i] = r, 1

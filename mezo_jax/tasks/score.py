@@ -61,7 +61,8 @@ def apply(model: Any, params: Any, batch: dict[str, Any]) -> Callable[..., Any]:
   types = batch.get('token_type_ids') if model.config.token_types > 1 else None
   return functools.partial(
       models.apply, model, params, batch['input_ids'],
-      batch['attention_mask'], token_type_ids=types, trunk=batch.get('trunk'))
+      batch['attention_mask'], token_type_ids=types,
+      hidden_states=batch.get('hidden_states'))
 
 
 def log_likelihoods(model: Any, params: Any, batch: dict[str, Any], form: Form

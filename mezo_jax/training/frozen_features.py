@@ -107,7 +107,7 @@ def keep(config: Any, built: build_lib.Built, directory: str | os.PathLike[str],
               else None)
       kept[name] = _computed(model, whole, data, sizes[name], built.mesh,
                              dtype, shape(data), file)
-  of |= {name: data._replace(trunk=Kept(
+  of |= {name: data._replace(hidden_states=Kept(
       kept[name], np.cumsum(data.lengths) - data.lengths))
          for name, data in wanted.items()}
 
@@ -166,7 +166,7 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
   # computes while the host writes.
   waiting = None
   for found in evaluate.each_batch(
-      _trunk(model, dtype), data, sizes, mesh)(params):
+      _hidden_states(model, dtype), data, sizes, mesh)(params):
     if waiting and writes:
       write(*waiting)
     waiting = found
@@ -183,19 +183,20 @@ def _computed(model, params, data: Encoded, sizes, mesh, dtype, shape,
       if other != file:  # a cache for other rows or weights
         other.unlink()
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'trunk {file.name}')
+    multihost_utils.sync_global_devices(f'hidden_states {file.name}')
   return opened(file)
 
 
 # Cached, so that all splits share the compiled programs.
 @functools.lru_cache(maxsize=4)
-def _trunk(model, dtype) -> Callable:
+def _hidden_states(model, dtype) -> Callable:
   """Returns a function that computes the activations of a batch."""
-  def trunk(params, batch):
+  def hidden_states(params, batch):
     """Runs the frozen layers."""
-    return score.apply(model, params, batch)(
-        features='trunk', shared_prompt='answer_of' in batch).astype(dtype)
-  return trunk
+    found = score.apply(model, params, batch)(
+        features='hidden_states', shared_prompt='answer_of' in batch)
+    return found.astype(dtype)
+  return hidden_states
 
 
 def _make_room(file: Path, size: int) -> None:

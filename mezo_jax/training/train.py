@@ -104,7 +104,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   total = paths.size_of(built.params) + paths.size_of(built.frozen)
   _say(f'model: {model_name}, {total:,} parameters in {config.model.dtype} on '
        f'{mesh.size} {jax.devices()[0].platform} device(s)')
-  tasks = mixture.make(config, built, workdir / 'trunk', _say)
+  tasks = mixture.make(config, built, workdir / 'hidden_states', _say)
   ask, metric = tasks.ask(), tasks.metric
   # From here on only `state` refers to the trained parameters, which steps
   # donate, and only `tasks` to the frozen ones. All other arrays are freed.
