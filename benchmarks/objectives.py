@@ -52,14 +52,15 @@ def two_phases(model, data):
         jnp.array([1.0, -1.0]))
 
   tx = mezo_jax.mezo(LEARNING_RATE, EPS, key=0, directions=Z)
-  told = mezo_jax.make_step(tx, None)  # Updates from given projected gradients.
+  # This step applies projected gradients that are computed elsewhere.
+  replayed = mezo_jax.make_step(tx, None)
 
   def step(params, state, batch):
     key = noise.direction_key(jax.random.key(0), int(state[0].count))
     plus, minus = np.asarray(predict(params, key, batch)).tolist()
     rows = [data.rows[r] for r in batch['row']]
     g = -(accuracy(plus, rows) - accuracy(minus, rows)) / (2 * EPS)
-    return told.update(params, state, [g])[:2]
+    return replayed.update(params, state, [g])[:2]
 
   return tx.init, step
 

@@ -5,8 +5,8 @@
 The quickstart's last layer with a constant learning rate of 5e-6, 5e-4 (the
 quickstart's) and 5e-2, 1,500 steps, one seed. The loss of steps, at the
 perturbed weights, and |g| are means of 100 steps; dev rows are evaluated every
-500 steps. Runs are kept in DIR, and those that are finished there are not made
-again. Writes benchmarks/results/rates.md and rates.json; 15 minutes on 2 CPU
+500 steps. Runs are kept in DIR, and finished ones are not
+repeated. Writes benchmarks/results/rates.md and rates.json; 15 minutes on 2 CPU
 cores with other work.
 """
 
@@ -29,6 +29,7 @@ RATES, STEPS, EVERY = (5e-6, 5e-4, 5e-2), 1500, 100
 
 
 def config_of(rate: float):
+  """Returns the config of the run with a learning rate."""
   config = quickstart.get_config()
   config.optimizer.learning_rate = rate
   config.optimizer.schedule = 'constant'
@@ -60,7 +61,7 @@ def main():
             'mean loss': f'{np.mean([r["loss"] for r in part]):.3f}',
             'mean |g|': '%.2f' % np.mean(
                 [np.abs(r['projected_grad']) for r in part])})
-  harness.write('rates', harness.header('other work beside'), [
+  harness.write('rates', harness.header('other work at the same time'), [
       ('On dev rows:', dev), (f'Of steps, by {EVERY}:', steps)])
 
 

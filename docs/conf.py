@@ -1,4 +1,4 @@
-"""Settings of the documentation's site.
+"""Configures the documentation site.
 
   pip install -e '.[train,docs]'
   sphinx-build -W --keep-going docs docs/_build/html
@@ -96,7 +96,8 @@ def plurals(app, what, name, obj, options, lines):
   lines[:] = [re.sub(r'(?<!`)(`[^`]+`)s\b', r'\1\\s', line) for line in lines]
 
 
-# Types in signatures are expanded: what they are and how they are written.
+# autodoc writes type aliases out in full and uses private modules. These are
+# replaced by the public names.
 _ARRAY = ('~jax.jaxlib._jax.Array | ~numpy.ndarray | ~numpy.bool | '
           '~numpy.number | bool | int | float | complex')
 _NAMES = {

@@ -71,12 +71,14 @@ def draw_curves(axes, name: str, key: str, chosen: dict) -> None:
 
 
 def save(figure, name: str, *, title: str) -> None:
+  """Writes a figure to docs/results_NAME.svg and closes it."""
   figure.savefig(DOCS / f'results_{name}.svg', metadata={
       'Date': None, 'Title': title})
   plt.close(figure)
 
 
 def learning() -> None:
+  """Draws the test loss of four distributions of z on two tasks."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
   chosen = {
       'normal': ('Normal()', BLUE, None),
@@ -97,7 +99,9 @@ def learning() -> None:
 
 
 def rates() -> None:
+  """Draws the loss and the projected gradients of three learning rates."""
   _, rows = table('rates', 1)
+  before = float(table('rates')[1][0]['dev loss, step 0'])
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
   for rate, label, colour in (
       ('5e-06', '5e-6: far too low', SKY), ('0.0005', '5e-4', BLUE),
@@ -107,8 +111,8 @@ def rates() -> None:
     for axes, name in ((left, 'mean loss'), (right, 'mean |g|')):
       axes.plot(steps, [float(row[name]) for row in mine], color=colour,
                 marker='o', markersize=4, linewidth=1.6, label=label)
-  left.axhline(1.055, color=GRAY, linewidth=0.9, linestyle='--')
-  left.annotate('dev loss before training', (1500, 1.055), xytext=(0, 5),
+  left.axhline(before, color=GRAY, linewidth=0.9, linestyle='--')
+  left.annotate('dev loss before training', (1500, before), xytext=(0, 5),
                 textcoords='offset points', ha='right', fontsize=9, color=GRAY)
   left.set_ylabel('loss, mean of 100 steps')
   right.set_ylabel('|g|, mean of 100 steps')
@@ -124,6 +128,7 @@ def rates() -> None:
 
 
 def variants() -> None:
+  """Draws the test loss of six variants."""
   figure, axes = plt.subplots(figsize=(7, 4.2))
   draw_curves(axes, 'variants_last_layer', 'method', {
       'mezo': ('mezo', BLUE, 4),
@@ -140,6 +145,7 @@ def variants() -> None:
 
 
 def quickstart() -> None:
+  """Draws the test accuracy of the quickstart."""
   _, rows = table('quickstart')
   names = {
       'zero-shot': ('zero-shot', GRAY),
@@ -167,39 +173,12 @@ def quickstart() -> None:
   save(figure, 'quickstart', title='Test accuracy of the quickstart')
 
 
-def memory() -> None:
-  _, rows = table('memory')
-  chosen = {
-      'inference': ('inference', GRAY),
-      'MeZO, normal': ('MeZO, normal z', BLUE),
-      'MeZO, low rank, both signs in one pass': (
-          'MeZO, LowRank(rank=16),\nboth signs in one pass', BLUE),
-      'backprop SGD': ('backpropagation, SGD', ORANGE),
-      'backprop Adam, remat': ('backpropagation, Adam, remat', ORANGE),
-      'backprop Adam': ('backpropagation, Adam', ORANGE)}
-  by_name = {row['program']: row for row in rows}
-  figure, axes = plt.subplots(figsize=(7, 2.9))
-  for y, (name, (label, colour)) in enumerate(chosen.items()):
-    extra = float(by_name[name]['compiler: extra / weights'])
-    axes.barh(y, 1, height=0.62, color='#d1d5db')
-    axes.barh(y, extra, left=1, height=0.62, color=colour)
-    axes.annotate(f'1 + {extra:g}', (1 + extra, y), xytext=(5, 0),
-                  textcoords='offset points', va='center', fontsize=9)
-  axes.set_yticks(range(len(chosen)), [label for label, _ in chosen.values()],
-                  fontsize=9)
-  axes.invert_yaxis()
-  axes.set_xlim(0, 5.6)
-  axes.set_xlabel('memory, in units of the weights (the gray part)')
-  figure.tight_layout()
-  save(figure, 'memory', title='Memory of a step relative to the weights')
-
-
 def main() -> None:
   plt.rcParams.update({
       'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
       'svg.hashsalt': 'mezo_jax', 'svg.fonttype': 'none',
       'font.family': 'sans-serif', 'figure.facecolor': 'white'})
-  for draw in (learning, rates, variants, quickstart, memory):
+  for draw in (learning, rates, variants, quickstart):
     draw()
 
 

@@ -1,4 +1,4 @@
-"""Directives for what the pages take from the code.
+"""Provides directives for what the pages take from the code.
 
     ```{config-fields} Optimizer
     weight_decay: An explanation of a field without a comment.
@@ -34,6 +34,7 @@ import types
 import typing
 
 import mezo_jax
+from mezo_jax.core import reports
 from mezo_jax.tasks import Task
 from mezo_jax.training import config, methods
 
@@ -48,7 +49,7 @@ GROUPS = {'Train': (config.Train, ''), 'Task': (Task, 'task.')} | {
 
 @dataclasses.dataclass
 class Row:
-  """A field: its path, and its type, default and explanation as Markdown."""
+  """Holds what a table shows of a field: path, type, default, explanation."""
 
   path: str
   type: str
@@ -166,6 +167,7 @@ def _sentence(text: str, default: str) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
+  """Returns the default of a field as Python code, or 'required'."""
   if field.default is not dataclasses.MISSING:
     value = field.default
     if isinstance(value, int) and not isinstance(value, bool):
@@ -214,15 +216,15 @@ def output(line: str, status: int = 0) -> str:
 
 
 def _code(text: str) -> str:
+  """Returns a text as inline code."""
   return f'`{text}`'
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-  lines = []
-  for cells in (head, ['---'] * len(head), *body):
-    text = ' | '.join(cell.replace('|', r'\|') for cell in cells)
-    lines.append(f'| {text} |')
-  return '\n'.join(lines)
+  """Returns a Markdown table whose cells may contain vertical bars."""
+  return reports.markdown_table([
+      dict(zip(head, (cell.replace('|', r'\|') for cell in cells)))
+      for cells in body])
 
 
 def setup(app):

@@ -1,9 +1,9 @@
 """Fine-tunes language models with forward passes only: MeZO for JAX.
 
 This module exports the optimizer and its parts, which need only jax, numpy and
-optax. The packages `models`, `peft`, `tasks`, `training` and
-`variants`, and the modules `sharding` and `replay`, are imported on first use;
-some of them need the packages of ``mezo_jax[train]``.
+optax. The packages `models`, `peft`, `tasks`, `training` and `variants` and the
+modules `sharding` and `replay` are imported on first use. Some of them need the
+packages of ``mezo_jax[train]``.
 """
 
 import importlib

@@ -29,6 +29,20 @@ def test_old_names_of_arguments_and_methods():
   assert not jnp.array_equal(want['w'], jnp.ones(3))
 
 
+def test_old_names_of_arguments_of_update():
+  tx, params = mezo_jax.mezo(1e-3, key=0, apply_every=2), {'w': jnp.ones(3)}
+  state = tx.init(params)
+  kwargs = dict(value_fn=loss, batch=jnp.zeros([]))
+  with pytest.warns(DeprecationWarning, match='apply'):
+    old, state_ = tx.update(None, state, params, fold=True, **kwargs)
+  want, _ = tx.update(None, state, params, apply=True, **kwargs)
+  assert jnp.array_equal(old['w'], want['w']) and jnp.any(want['w'] != 0)
+  with pytest.warns(DeprecationWarning, match='apply_only'):
+    tx.update(None, state_, params, flush=True)
+  with pytest.raises(TypeError, match='apply'):
+    tx.update(None, state, params, fold=True, apply=True, **kwargs)
+
+
 def test_old_names_of_classes():
   with pytest.warns(DeprecationWarning, match='QuantizedArray'):
     assert mezo_jax.Codes is mezo_jax.QuantizedArray

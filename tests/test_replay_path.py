@@ -49,10 +49,10 @@ def test_recorded_gradients_give_the_weights_of_training(name, devices):
   assert metrics['skipped'] == 1 and len(step.compiled) == 2
   assert not np.isfinite(log[2]).any()
 
-  told = mezo_jax.make_step(tx, None, mesh=mesh)  # it needs no loss
+  replayed = mezo_jax.make_step(tx, None, mesh=mesh)  # it needs no loss
   got, state = copy(start), tx.init(start)
   for g in log:
-    got, state, metrics = told.update(got, state, g)
+    got, state, metrics = replayed.update(got, state, g)
   helpers.assert_bitwise(got, params)
   assert metrics['skipped'] == 1
   # A loop of one's own, update and apply_updates in one jit, is no other.

@@ -140,13 +140,13 @@ class Progress:
     """
     seconds = time.time() - self._clock
     self.restart()
-    told = {k: v for k, v in values.items() if not k.startswith('skipped')
+    shown = {k: v for k, v in values.items() if not k.startswith('skipped')
             and (k != 'loss' or self._loss)}
     cost = {} if tokens is None else dict(tokens=tokens, seconds=seconds)
     if not self._metrics.at('train', step):
-      self._metrics.write('train', step, **told, **cost,
+      self._metrics.write('train', step, **shown, **cost,
                           skipped=int(values['skipped']))
-    loss = f'loss {told["loss"]:.3f}, ' if self._loss else ''
+    loss = f'loss {shown["loss"]:.3f}, ' if self._loss else ''
     size: Any = values.get('projected_grad', values.get('grad_norm'))
     speed = ('from the log' if tokens is None else
              f'{tokens / max(seconds, 1e-9):.0f} tokens/s')

@@ -286,7 +286,7 @@ _REMOVED = {
     'variant.anneal_every': _ANY,
     'variant.norm': 'grad'}
 # Fields that earlier versions had under another name.
-_RENAMED = {
+RENAMED = {
     'spsa.fold_every': 'apply_every', 'keep_trunk': 'cache_frozen',
     'trunk_memory': 'cache_memory'}
 # Values that earlier versions supported, of fields that still exist.
@@ -396,7 +396,7 @@ def _updated(saved: dict) -> dict:
       this version does not support.
   """
   out = dict(saved)
-  for path, now in _RENAMED.items():
+  for path, now in RENAMED.items():
     parent, _, name = path.rpartition('.')
     holder = dict(out.get(parent, {})) if parent else out
     if name in holder:

@@ -62,6 +62,10 @@ def unknown(path: str, known: Sequence[str] = ()) -> str:
     path: The path that the user gave, such as ``optimizer.lr``.
     known: The paths that may be suggested. Defaults to all fields of a config.
   """
+  if path in config_lib.RENAMED:
+    parent = path.rpartition('.')[0]
+    now = f'{parent}.{config_lib.RENAMED[path]}'.lstrip('.')
+    return f'config: {path} is now called {now}; use the new name.'
   known = known or [*leaves()]
   wanted = path.rpartition('.')[2]
   last = {p: p.rpartition('.')[2] for p in known}

@@ -115,6 +115,7 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     return sharding.beside(
         (state, ring, finish.init(params), *memory), params)
 
+  @arguments.renamed(fold='apply', flush='apply_only')
   def update_fn(updates, state, params=None, *, value_fn=None,
                 projected_grad=None, apply=None, apply_only=False,
                 around=None, part=None, measure_only=False, **batch):
