@@ -36,7 +36,9 @@ def check_config(config: config_lib.Train) -> None:
   task_lib.check_task(config.task)
   of_task = config.task.traits
   objectives.check_objective(config.task, config_lib.objective(config))
-  _one_of('method', config.method, methods.METHODS)
+  if config.method not in methods.METHODS:
+    raise InputError(f'config: unknown method {config.method!r}; choose one of '
+                     f'{", ".join(methods.METHODS)}.')
   method, part = methods.method_of(config), methods.part_of(config)
   # Each rule is a pair (holds, message). The first one that does not hold is
   # the error.
@@ -268,10 +270,3 @@ def _only(readers: Sequence[str]) -> str:
   """Returns the reason that only certain methods read a field."""
   verb = 'reads' if len(readers) == 1 else 'read'
   return f'because only {", ".join(readers)} {verb} it'
-
-
-def _one_of(field: str, value, known) -> None:
-  """Raises InputError if the value of a field is not one of those known."""
-  if value not in known:
-    raise InputError(f'config: unknown {field} {value!r}; choose one of '
-                     f'{", ".join(filter(None, known))}.')
