@@ -16,7 +16,19 @@ from mezo_jax.directions.displacement import Displacement, Multiplier
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
 from mezo_jax.perturb.api import dequantized, direction, displace, perturbed
-from mezo_jax.transforms.combine import Combine, fzoo, one_sided, two_sided
+from mezo_jax.transforms.anchored import anchored
+from mezo_jax.transforms.combine import (
+  antithetic_centered_rank,
+  antithetic_per_prompt,
+  antithetic_z_score,
+  centered_rank,
+  Combine,
+  fzoo,
+  one_sided,
+  per_prompt,
+  two_sided,
+  z_score,
+)
 from mezo_jax.transforms.estimator import Estimator, Numbers, SpsaState
 from mezo_jax.transforms.evaluate_points import estimate
 from mezo_jax.transforms.mezo import mezo
@@ -38,10 +50,12 @@ if TYPE_CHECKING:  # at run time, __getattr__ imports these on first use
 __all__ = (
     'QuantizedArray', 'Combine', 'Directions', 'Displacement', 'Estimator',
     'LazyLowRank', 'LowRank', 'Multiplier', 'Normal', 'Numbers', 'Rademacher',
-    'SpsaState', 'SubZero', 'dequantize', 'dequantized', 'direction',
-    'displace', 'estimate', 'fzoo', 'make_step', 'mezo', 'one_sided',
-    'perturbed', 'quantize', 'round_stochastically', 'skip_not_finite', 'spsa',
-    'two_sided', 'ZerothOrderTransformation')
+    'SpsaState', 'SubZero', 'anchored', 'antithetic_centered_rank',
+    'antithetic_per_prompt', 'antithetic_z_score', 'centered_rank',
+    'dequantize', 'dequantized', 'direction', 'displace', 'estimate', 'fzoo',
+    'make_step', 'mezo', 'one_sided', 'per_prompt', 'perturbed', 'quantize',
+    'round_stochastically', 'skip_not_finite', 'spsa', 'two_sided', 'z_score',
+    'ZerothOrderTransformation')
 __version__ = '0.2.0'
 
 _IMPORTED_WHEN_USED = {

@@ -330,6 +330,7 @@ def _no_tasks(argument: str) -> tuple:
 # registered here. `check_config` checks the values of literals.
 for _hint, _parse, _what in (
     (config_lib.Objective, str, 'text'),
+    (config_lib.RewardFunction, str, 'text'),
     (task_lib.TextOrNone, lambda text: None if text == 'None' else text,
      'text or None'),
     (task_lib.RowFunction, _none, 'None'),

@@ -18,6 +18,7 @@ from mezo_jax.models.formats.save import check_new
 from mezo_jax.runs import checkpoint, replay
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
+from mezo_jax.tasks import objective as objectives
 from mezo_jax.training import build, methods, optimizer, run_files, trainable
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
@@ -421,7 +422,7 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
       **({'label words': ', '.join(
           f'`{_cell(w)}`' for w in run.task.label_words)} if (
               run.task.label_words) else {}),
-      'objective': config_lib.objective(run),
+      'objective': objectives.of(run.task, run.objective),
       'learning rate': f'{o.learning_rate:g}, {o.schedule}',
       **{f'learning rate, eps of `{_cell(g)}`': f'{rate:g}, {eps:g}'
          for g, rate, eps in o.groups},

@@ -76,7 +76,7 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
 
   def more(carry):
     i, _, _, done, *_ = carry
-    return (i < max_new_tokens) & ~jnp.all(done)
+    return (i < max_new_tokens) & ~_all(done)
 
   def one(carry):
     i, out, finite, done, tokens, cache = carry
@@ -89,6 +89,24 @@ def _generate(model, params, input_ids, mask, key, temperature, top_p, *,
 
   return jax.lax.while_loop(
       more, one, (1, out, finite, done, tokens, cache))[1:3]
+
+
+@jax.custom_batching.custom_vmap
+def _all(done: jax.Array) -> jax.Array:
+  """Returns whether all rows have stopped, also those of other members.
+
+  `jax.vmap` over members of a population would otherwise give each of them a
+  condition of its own, and the loop would then select between the old and the
+  new cache of every member in each iteration.
+  """
+  return jnp.all(done)
+
+
+@_all.def_vmap
+def _all_of_members(axis_size, in_batched, done):
+  """Returns one condition for all members."""
+  del axis_size, in_batched
+  return _all(done), False
 
 
 def _keep(logits, top_k: int, top_p: jax.Array | None):

@@ -24,6 +24,7 @@ from mezo_jax.perturb.interpreter import (
   Operation,
   RULES,
 )
+from mezo_jax.perturb.rules_dot import has_factors
 from mezo_jax.perturb.rules_indexing import gathered_axis
 
 
@@ -174,7 +175,7 @@ def _while(eqn, ins, context):
   # of the body, and the others are the initial carry.
   variables = [*cond.jaxpr.invars[:n], *body.jaxpr.invars[:m - n]]
   whole = [isinstance(x, Lazy) and not _by_parts(
-      cond.jaxpr if i < n else body.jaxpr, v)
+      cond.jaxpr if i < n else body.jaxpr, v, has_factors(x))
            for i, (x, v) in enumerate(zip(ins, variables))]
   for x, built in zip(ins, whole):
     if built:
@@ -262,7 +263,7 @@ def _shard_map(eqn, ins, context):
 # --- which weights a loop uses in parts --------------------------------------
 
 
-def _by_parts(jaxpr, var) -> bool:
+def _by_parts(jaxpr, var, factors: bool = False) -> bool:
   """Returns whether an iteration of a loop uses only parts of a constant.
 
   A part is a layer or some rows. If an iteration uses all of a constant, the
@@ -272,20 +273,22 @@ def _by_parts(jaxpr, var) -> bool:
   Args:
     jaxpr: The body of the loop.
     var: The variable of the constant in the body.
+    factors: Whether products with the constant are computed from the factors of
+      z, so that they need not build it. Defaults to False.
   """
   if any(v is var for v in jaxpr.outvars):
     return False
   for eqn in jaxpr.eqns:
     for i, v in enumerate(eqn.invars):
-      if v is var and not _eqn_by_parts(eqn, i):
+      if v is var and not _eqn_by_parts(eqn, i, factors):
         return False
       if v is var and eqn.primitive.name in _PASSING:
-        if not all(_by_parts(jaxpr, out) for out in eqn.outvars):
+        if not all(_by_parts(jaxpr, out, factors) for out in eqn.outvars):
           return False
   return True
 
 
-def _eqn_by_parts(eqn, i: int) -> bool:
+def _eqn_by_parts(eqn, i: int, factors: bool) -> bool:
   """Returns whether an equation uses only parts of operand number ``i``.
 
   An equation that passes the operand on, as a reshape does, counts as well.
@@ -295,23 +298,26 @@ def _eqn_by_parts(eqn, i: int) -> bool:
     return True
   if name == 'gather':
     return i == 0 and gathered_axis(eqn) is not None
+  if name == 'dot_general':
+    return factors
   if name in ('slice', 'dynamic_slice'):
     return i == 0
   if name == 'scan':
     consts, carried = jax_versions.scan_starts(p)
     if i >= consts:
       return i >= carried
-    return _by_parts(p['jaxpr'].jaxpr, p['jaxpr'].jaxpr.invars[i])
+    return _by_parts(p['jaxpr'].jaxpr, p['jaxpr'].jaxpr.invars[i], factors)
   if name == 'while':
     n, m = p['cond_nconsts'], p['cond_nconsts'] + p['body_nconsts']
     jaxpr = (p['cond_jaxpr'] if i < n else p['body_jaxpr']).jaxpr
-    return i < m and _by_parts(jaxpr, jaxpr.invars[i if i < n else i - n])
+    return i < m and _by_parts(
+        jaxpr, jaxpr.invars[i if i < n else i - n], factors)
   if name == 'cond':
-    return i > 0 and all(_by_parts(b.jaxpr, b.jaxpr.invars[i - 1])
+    return i > 0 and all(_by_parts(b.jaxpr, b.jaxpr.invars[i - 1], factors)
                          for b in p['branches'])
   if name in _CALLS:
     inner, _ = _nested(eqn)
-    return _by_parts(inner, inner.invars[i])
+    return _by_parts(inner, inner.invars[i], factors)
   return False
 
 

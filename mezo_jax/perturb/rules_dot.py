@@ -65,9 +65,7 @@ def _factors(eqn, ins, at) -> tuple | None:
   """
   w, x = ins[at], ins[1 - at]
   draws = w.draws
-  if (len(draws.streams) < 2 or not draws.is_everywhere or
-      draws.coefs.ndim > 1 or in_sharded_types(w.w) or
-      not jnp.issubdtype(x.dtype, jnp.floating)):
+  if not has_factors(w) or not jnp.issubdtype(x.dtype, jnp.floating):
     return None
   contracted = {*eqn.params['dimension_numbers'][0][at]}
   axes = [{*low_rank.counted(s, w.shape)} for s in draws.streams]
@@ -76,6 +74,13 @@ def _factors(eqn, ins, at) -> tuple | None:
     if mine[1 - first] <= axes[first]:
       return first, axes
   return None
+
+
+def has_factors(w: Any) -> bool:
+  """Returns whether z of a weight consists of factors that products can use."""
+  return (isinstance(w, Block) and len(w.draws.streams) >= 2
+          and w.draws.is_everywhere and w.draws.coefs.ndim <= 1
+          and not in_sharded_types(w.w))
 
 
 def _by_factors(eqn, ins, at):

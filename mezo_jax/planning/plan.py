@@ -21,7 +21,13 @@ from mezo_jax.core.errors import InputError
 from mezo_jax.core.reports import markdown_table
 from mezo_jax.planning import compiled, machines, standins
 from mezo_jax.tasks import evaluate
-from mezo_jax.training import build, checks, frozen_features, methods
+from mezo_jax.training import (
+  build,
+  checks,
+  frozen_features,
+  methods,
+  population,
+)
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.step import make_step
@@ -46,6 +52,8 @@ class Plan:
       updates accumulate, 'apply'; a step of backpropagation is 'step'.
       'evaluation' evaluates a batch of dev rows, and 'anchor' the batch of an
       SVRG anchor.
+    at_once: Number of members of a population that answer in one pass. None for
+      all, or if the objective is not 'reward'.
   """
 
   config: config_lib.Train
@@ -55,6 +63,7 @@ class Plan:
   resident: dict[str, int]
   on_host: int
   programs: dict[str, compiled.Program]
+  at_once: int | None = None
 
   @property
   def limit(self) -> float:
@@ -163,19 +172,23 @@ def plan(config: config_lib.Train, topology: str, *,
     tokens = max((n for n in config.data.buckets if n <= longest),
                  default=longest)
   tokens = min(tokens, model_config.max_length)
-  resident, on_host, programs = trace(config, mesh, model_config, tokens)
+  resident, on_host, at_once, programs = trace(
+      config, mesh, model_config, tokens,
+      machines.split(topology)[0].memory * GIB)
   found = {}
   for name, (traced, mesh) in programs.items():
     if wanted(name):
       with jax.set_mesh(mesh):
         found[name] = compiled.read(
             traced.lower(), traced.jaxpr, mesh.size)
-  return Plan(config, topology, model_config, tokens, resident, on_host, found)
+  return Plan(config, topology, model_config, tokens, resident, on_host, found,
+              at_once)
 
 
 def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
-          tokens: int
-          ) -> tuple[dict[str, int], int, dict[str, tuple[Any, ...]]]:
+          tokens: int, memory: float = math.inf
+          ) -> tuple[dict[str, int], int, int | None,
+                     dict[str, tuple[Any, ...]]]:
   """Traces the programs of a run from shapes.
 
   Args:
@@ -184,9 +197,11 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
       `mezo_jax.planning.machines.devices`.
     model_config: Config of the model.
     tokens: Number of tokens per row of a training batch.
+    memory: Memory of a device, in bytes. Defaults to infinity.
 
   Returns:
-    ``resident, on_host, {name: (traced program, its mesh)}``; see `Plan`.
+    ``resident, on_host, at_once, {name: (traced program, its mesh)}``; see
+    `Plan`.
   """
   tokenizer = standins.tokenizer(config.task)
   built = build.build(
@@ -198,12 +213,16 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
   # A private run samples batches of varying size and pads them to a capacity.
   rows = budget.capacity if budget else config.data.batch_size
   batch_of = lambda rows: build.batch_shapes(splits.train, tokens, rows, mesh)
-  programs, everywhere = {}, sharding.replicated(mesh)
+  programs, everywhere, at_once = {}, sharding.replicated(mesh), None
 
+  rewarded = config_lib.is_rewarded(config)
   def forward(params, frozen, batch):
-    """Returns the mean loss of a batch."""
+    """Returns the mean loss of a batch, or its rollouts."""
     assert built.loss_fn is not None
-    return losses.mean(built.loss_fn(peft.join(params, frozen), batch))
+    whole = peft.join(params, frozen)
+    if rewarded:
+      return built.loss_fn(whole, batch, 0)
+    return losses.mean(built.loss_fn(whole, batch))
   def add(name, fn, *args, mesh=mesh):
     """Traces a function and adds it to the programs."""
     with jax.set_mesh(mesh):
@@ -215,7 +234,13 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
       more['noise_key'] = jax.ShapeDtypeStruct(
           (), jax.random.key(0).dtype, sharding=everywhere)
     add('inference', forward, params, frozen, batch)
-    step = make_step(built.tx, built.loss_fn, mesh=mesh)
+    if rewarded:
+      held = _bytes((params, frozen, built.opt_state))
+      at_once = population.at_once(
+          config, model_config, tokens, mesh, memory - held)
+    step = make_step(
+        built.tx, built.loss_fn, mesh=mesh, at_once=at_once,
+        reward=(lambda outputs, batch: 0) if rewarded else None)
     traced = step.trace(params, built.opt_state, batch, frozen, **more)
     names = ('losses', 'update', 'apply') if len(traced) > 1 else ('step',)
     programs |= {name: (x, mesh) for name, x in zip(names, traced)}
@@ -237,7 +262,7 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
       build.batch_shapes(splits.dev, tokens, rows, alone), mesh=alone)
   weights = params, frozen
   return (dict(weights=_bytes(weights), state=_bytes(built.opt_state)),
-          _bytes(weights, on_host=True), programs)
+          _bytes(weights, on_host=True), at_once, programs)
 
 
 def _bytes(tree, on_host: bool = False) -> int:
@@ -342,6 +367,8 @@ def spell(found: Plan) -> str:
     lines.append(
         f'{gib(found.on_host)} GiB of layers per device are in the memory of '
         'the host; the time to transfer them is not included.')
+  if found.at_once:
+    lines.append(f'{found.at_once} members of the population answer at a time.')
   if 'inference' in found.programs and found.programs['inference'].memory:
     lines.append(f'A step needs {_ratio(found)} times the memory of inference.')
   if not math.isnan(found.cycles) and not math.isnan(kind.clock):

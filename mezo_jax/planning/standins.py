@@ -36,7 +36,8 @@ def tokenizer(task: Task) -> Any:
       pair='<s> $A </s> $B </s>', special_tokens=[('<s>', 0), ('</s>', 2)])
   return PreTrainedTokenizerFast(
       tokenizer_object=raw, bos_token='<s>', eos_token='</s>',
-      pad_token='<pad>', unk_token='<unk>', mask_token='<mask>')
+      pad_token='<pad>', unk_token='<unk>', mask_token='<mask>',
+      chat_template='{{ messages[0].content }}')
 
 
 def row(task: Task) -> dict[str, Any]:

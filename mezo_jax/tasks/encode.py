@@ -426,13 +426,42 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
     raise InputError(
         f'{task.max_new_tokens} new tokens leave no room for a prompt within '
         f'{max_length} tokens; lower --config.task.max_new_tokens.')
-  texts = [text.strip(' ') for text in texts]
-  tokens = _Tokens.of(tokenizer, texts)
-  prompts = [[*tokens.before(ids), *ids] for ids in tokens(texts)]
-  cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
-  prompts = [tokens.keep_end(ids, most) for ids in prompts]
+  if task.chat:
+    prompts = _in_conversation(texts, tokenizer, most)
+  else:
+    texts = [text.strip(' ') for text in texts]
+    tokens = _Tokens.of(tokenizer, texts)
+    prompts = [[*tokens.before(ids), *ids] for ids in tokens(texts)]
+    cut |= {r for r, ids in enumerate(prompts) if len(ids) > most}
+    prompts = [tokens.keep_end(ids, most) for ids in prompts]
   return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
                  [()] * len(rows), len(cut), generates=True)
+
+
+def _in_conversation(texts, tokenizer, most: int) -> list[list[int]]:
+  """Returns the tokens of conversations that the model is to answer.
+
+  Args:
+    texts: The message of the user in each conversation.
+    tokenizer: Tokenizer with a chat template.
+    most: Largest number of tokens of a conversation. A longer one is refused,
+      since the template would not be complete without its beginning.
+  """
+  if not tokenizer.chat_template:
+    raise InputError('task.chat needs a chat template, but the tokenizer of '
+                     'this model has none; leave task.chat at False.')
+  written = [tokenizer.apply_chat_template(
+      [{'role': 'user', 'content': text}], tokenize=False,
+      add_generation_prompt=True) for text in texts]
+  # The template contains the special tokens.
+  prompts = _Tokens(tokenizer, [], [])(written)
+  for r, ids in enumerate(prompts):
+    if len(ids) > most:
+      raise InputError(
+          f'the conversation of row {r} has {len(ids)} tokens, but at most '
+          f'{most} are allowed before the answer; shorten the row, or raise '
+          '--config.data.max_length.')
+  return prompts
 
 
 def _for_mask(task, rows, texts, tokenizer, max_length, cut):

@@ -16,7 +16,7 @@ import numpy as np
 from mezo_jax import models
 from mezo_jax.core import sharding
 from mezo_jax.tasks import data as data_lib
-from mezo_jax.tasks import metrics
+from mezo_jax.tasks import metrics, rewards
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded, Form
@@ -256,7 +256,9 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
     said = [text if fine else '' for text, fine in zip(
         score_lib.texts(tokens, task, tokenizer), finite)]
     out = {}
-    if callable(objective):
+    if isinstance(objective, rewards.Reward):
+      out |= objective.report(said, data.rows)
+    elif callable(objective):
       out[objectives.name(objective)] = objectives.value(
           objective, said, data.rows)
     if has_gold:

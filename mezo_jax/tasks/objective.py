@@ -14,7 +14,8 @@ import numpy as np
 from mezo_jax.core.errors import first_line, InputError
 from mezo_jax.tasks.task import METRICS, Task
 
-OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1')
+REWARD = 'reward'
+OBJECTIVES = ('cross_entropy', 'lm', 'accuracy', 'f1', REWARD)
 # Names that reports and records use for other numbers. The value of a user's
 # function is never reported under one of these names.
 _TAKEN = (*METRICS, 'exact_match', 'loss', 'cross_entropy', 'count', 'mean',
@@ -51,7 +52,8 @@ def check_objective(task: Task, objective: str | Callable[..., Any]) -> None:
   known = callable(objective) or objective in OBJECTIVES
   fits = not (
       objective == 'cross_entropy' and task.traits.generates
-      or objective == 'lm' and (task.masked or task.traits.new_head))
+      or objective == 'lm' and (task.masked or task.traits.new_head)
+      or objective == REWARD and not task.traits.generates)
   if not known or not fits:
     what = 'a function' if callable(objective) else repr(objective)
     raise InputError(
@@ -86,7 +88,7 @@ def needs_gold(objective: str | Callable) -> bool:
 
   A user's function does not: it gets the rows and reads what it needs.
   """
-  return not callable(objective)
+  return not callable(objective) and objective != REWARD
 
 
 def differentiable(objective: str | Callable) -> bool:
@@ -104,7 +106,7 @@ def over_rows(task: Task, objective: str | Callable[..., Any]) -> bool:
     objective: Objective that fits the task.
   """
   if task.traits.generates:
-    return not callable(objective)
+    return needs_gold(objective)
   return objective in ('cross_entropy', 'lm', 'accuracy')
 
 

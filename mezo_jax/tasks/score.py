@@ -229,6 +229,41 @@ class _Written(NamedTuple):
     return text.partition(self.stop)[0].strip()
 
 
+def make_rollout_fn(model: Any, task: Task, tokenizer: Any,
+                    temperature: float = 0.0, seed: int = 0
+                    ) -> Callable[..., Any]:
+  """Returns a function that generates the answers that rewards are given to.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows.
+    tokenizer: Tokenizer of the model.
+    temperature: Temperature of sampling. Defaults to 0, for the likeliest
+      tokens.
+    seed: Seed of sampling. A step uses the same random numbers for all points
+      at which the function is evaluated. Defaults to 0.
+
+  Returns:
+    A function ``rollout(params, batch, step)``. It returns a dict of the
+    ``tokens`` [rows, N] of the answers, the number of ``tokens_used`` [rows]
+    before padding, whether all logits were ``finite`` [rows], and the index
+    ``row`` [rows] of each row.
+  """
+  stops = stop_ids(task, tokenizer)
+
+  def rollout(params, batch, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    tokens, finite = models.generate(
+        model, params, batch['input_ids'], batch['attention_mask'],
+        max_new_tokens=task.max_new_tokens, stop_ids=stops, check=True,
+        temperature=temperature, key=key)
+    ends = jnp.isin(tokens, jnp.array(stops or (-1,)))
+    used = jnp.where(jnp.any(ends, 1), jnp.argmax(ends, 1) + 1, ends.shape[1])
+    return {'tokens': tokens, 'tokens_used': used, 'finite': finite,
+            'row': batch['row']}
+  return rollout
+
+
 class Host:
   """Calls Python functions within a jitted step, like `jax.pure_callback`.
 

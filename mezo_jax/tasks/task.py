@@ -113,6 +113,9 @@ class Task:
   stop: str = '\n'
   # Largest number of tokens of an answer.
   max_new_tokens: int = 50
+  # Whether the prompt is the message of a user, which the chat template of the
+  # tokenizer puts into a conversation.
+  chat: bool = False
 
   # --- evaluation and training ---
 
@@ -529,6 +532,8 @@ def check_task(task: Task) -> None:
        "task.kind 'head' needs two or more names in task.label_names"),
       (not task.masked or kind.words,
        "task.template with {mask} needs task.kind 'classification'"),
+      (not task.chat or kind.generates,
+       "task.chat needs task.kind 'generation'"),
       (not kind.generates or task.max_new_tokens >= 1,
        'task.max_new_tokens must be at least 1'),
       (task.main_metric in kind.metrics,

@@ -45,6 +45,7 @@ class Built(NamedTuple):
       train.
     frozen: The other parameters.
     loss_fn: ``loss_fn(params, batch)``, where ``params`` are all parameters.
+      For the objective 'reward', it returns rollouts instead of losses.
     tx: The optimizer.
     opt_state: State of the optimizer before the first step.
     host: Calls the Python functions that ``loss_fn`` needs.
@@ -113,13 +114,31 @@ def build(config: config_lib.Train, *, abstract: bool = False,
     return Built(mesh, tokenizer, splits, model, params, {})
   params, frozen = trainable_lib.split(config, params)
   host = score.Host()
-  loss_fn = score.make_loss_fn(
-      model, splits.train, config.task, config_lib.objective(config), tokenizer,
-      _host_is_silent if abstract else host)
+  loss_fn = make_loss_fn(config, model, splits.train, tokenizer,
+                         _host_is_silent if abstract else host)
   tx = optimizer.make_optimizer(
       config, params, privacy_plan(config, splits, mesh))
   return Built(mesh, tokenizer, splits, model, params, frozen, loss_fn, tx,
                init_state(tx, params, mesh), host)
+
+
+def make_loss_fn(config: config_lib.Train, model: models.Transformer,
+                 train: Encoded, tokenizer: Any, host: Callable[..., Any]
+                 ) -> Callable[..., Any]:
+  """Returns the loss, or for the objective 'reward' the function of rollouts.
+
+  Args:
+    config: Config of the run.
+    model: The model.
+    train: The encoded training rows.
+    tokenizer: Tokenizer of the model.
+    host: Calls the Python functions that the loss needs.
+  """
+  if config_lib.is_rewarded(config):
+    return score.make_rollout_fn(
+        model, config.task, tokenizer, config.reward.temperature, config.seed)
+  return score.make_loss_fn(model, train, config.task,
+                            config_lib.objective(config), tokenizer, host)
 
 
 def _host_is_silent(fn, shape, found, *args):
@@ -307,7 +326,7 @@ def make_evaluators(config: config_lib.Train, model: models.Transformer,
     mesh: Mesh that the parameters are on.
   """
   return evaluate.make_evaluators(
-      model, config.task, config.objective, splits, tokenizer, mesh,
+      model, config.task, config_lib.objective(config), splits, tokenizer, mesh,
       eval_sizes(config, splits))
 
 

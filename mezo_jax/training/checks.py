@@ -14,9 +14,11 @@ from mezo_jax.core.quantized import QUANTISED
 from mezo_jax.directions.by_name import options_of
 from mezo_jax.peft.kinds import PARTS
 from mezo_jax.tasks import objective as objectives
+from mezo_jax.tasks import rewards
 from mezo_jax.tasks import task as task_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import config_fields, methods
+from mezo_jax.transforms.combine import COMBINES
 
 
 def check_config(config: config_lib.Train) -> None:
@@ -35,7 +37,8 @@ def check_config(config: config_lib.Train) -> None:
   d, o, p, z = config.data, config.optimizer, config.peft, config.spsa
   task_lib.check_task(config.task)
   of_task = config.task.traits
-  objectives.check_objective(config.task, config_lib.objective(config))
+  named = objectives.of(config.task, config.objective)
+  objectives.check_objective(config.task, named)
   if config.method not in methods.METHODS:
     raise InputError(f'config: unknown method {config.method!r}; choose one of '
                      f'{", ".join(methods.METHODS)}.')
@@ -121,9 +124,10 @@ def check_config(config: config_lib.Train) -> None:
       (o.micro_batches >= 1, 'optimizer.micro_batches must be at least 1'),
       (d.batch_size % max(o.micro_batches, 1) == 0,
        'data.batch_size must be a multiple of optimizer.micro_batches'),
+      *_of_rewards(config),
       (o.micro_batches == 1 and z.over != 'rows' or objectives.over_rows(
-          config.task, config_lib.objective(config)),
-       f'objective {objectives.words(config_lib.objective(config))} is not a '
+          config.task, named),
+       f'objective {objectives.words(named)} is not a '
        'mean over rows, so a batch cannot be split; leave '
        "optimizer.micro_batches at 1 and spsa.over at 'scan' or 'batch'"),
       *((n >= 1 or n == -1 or d.k_shot > 0,
@@ -177,6 +181,61 @@ def check_config(config: config_lib.Train) -> None:
     except re.error as e:
       raise InputError(
           f'config: {name} {text!r} is not a regular expression ({e}).') from e
+
+
+def _of_rewards(config: config_lib.Train) -> Iterator[tuple[bool, str]]:
+  """Yields the rules of the objective 'reward', in the form of other rules."""
+  method, r, o = methods.method_of(config), config.reward, config.optimizer
+  z = config.spsa
+  rewarded = config_lib.is_rewarded(config)
+  if rewarded:
+    yield (bool(r.function),
+           "objective 'reward' needs a function; set reward.function to "
+           'MODULE:FUNCTION or FILE.py:FUNCTION')
+    if r.function:
+      rewards.source_of(r.function)
+    yield (method.rewards or not method.steps,
+           f"method {config.method!r} cannot be used with objective 'reward'; "
+           'choose one of ' + ', '.join(
+               methods.names_where(lambda m: m.rewards)))
+    yield not config.also, "objective 'reward' supports a single task"
+  yield (rewarded or not r.function,
+         "reward.function is only read by objective 'reward'; set "
+         "--config.objective=reward")
+  yield (math.isfinite(r.timeout) and r.timeout > 0,
+         'reward.timeout must be positive and finite')
+  yield (math.isfinite(r.failed) and math.isfinite(r.solved),
+         'reward.failed and reward.solved must be finite')
+  yield (min(r.workers, r.at_once) >= 0,
+         'reward.workers and reward.at_once must be at least 0')
+  yield (0 <= r.temperature < math.inf,
+         'reward.temperature must be finite and at least 0')
+  combine = COMBINES[z.combine]
+  members = combine.evaluations(z.num_samples)
+  yield (0 in combine.signs or z.combine == 'two_sided' or members > 1,
+         f'spsa.combine {z.combine!r} compares the members of a population; '
+         'set spsa.num_samples to at least 2')
+  yield (not combine.of_rows or rewarded,
+         f"spsa.combine {z.combine!r} needs objective 'reward', which gives "
+         'each row a value of its own')
+  yield (o.decay_to == 'zero' or not config.model.offload,
+         "optimizer.decay_to 'start' keeps a copy of the weights on the "
+         'devices, so model.offload has no use; set one of them back')
+  yield (o.decay_to == 'zero' or config.model.dtype not in QUANTISED or bool(
+      methods.part_of(config).adapter),
+         "optimizer.decay_to 'start' needs float weights or an adapter; choose "
+         'another model.dtype or a peft.method')
+  yield (not config.task.chat or named_reward(config),
+         'task.chat needs an objective that is computed from generated '
+         "answers: set objective to 'reward', 'accuracy' or 'f1', or choose a "
+         'method that does not train')
+
+
+def named_reward(config: config_lib.Train) -> bool:
+  """Returns whether no training row needs its right answer as tokens."""
+  named = objectives.of(config.task, config.objective)
+  return not objectives.gold_only(named) or (
+      not methods.method_of(config).steps)
 
 
 def check_given(config: config_lib.Train, given: Sequence[str]) -> None:
@@ -259,6 +318,12 @@ def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
   yield kind.generates, r'task\.(label_column|label_names)', with_kind
   yield (not kind.words and not kind.new_head, r'task\.label_words',
          with_kind)
+  yield (not config_lib.is_rewarded(config), r'reward\..*',
+         "unless objective is 'reward'")
+  yield (config.spsa.over != 'batch', r'reward\.at_once',
+         "unless spsa.over is 'batch'")
+  yield (not config.optimizer.weight_decay, r'optimizer\.decay_to',
+         'unless optimizer.weight_decay is positive')
   yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)',
          with_kind)
   yield (config.data.k_shot > 0, r'data\.num_(train|dev)',

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.tasks import objective as objectives
-from mezo_jax.tasks import Task
+from mezo_jax.tasks import rewards, Task
 from mezo_jax.training import methods
 from mezo_jax.training.methods import Variant
 
@@ -86,6 +86,9 @@ class Optimizer:
   schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
   warmup_steps: int = 0  # steps of a linear increase of the rate from 0
   weight_decay: float = 0.0
+  # What weight decay pulls the parameters towards: zero, or their values before
+  # training, of which the optimizer then keeps a copy.
+  decay_to: Literal['zero', 'start'] = 'zero'
   # Overrides for groups of parameters, each a tuple (regular expression,
   # learning_rate, eps). The first expression that is found in a parameter's
   # path applies; the other parameters use learning_rate and spsa.eps.
@@ -119,12 +122,51 @@ class Spsa:
   # How losses become projected gradients. 'two_sided': (loss at +eps - loss at
   # -eps) / (2 eps). 'one_sided': (loss at +eps - loss at the weights) / eps.
   # 'fzoo': like 'one_sided', but divided by the standard deviation of the
-  # losses over the directions, instead of by eps.
-  combine: Literal['two_sided', 'one_sided', 'fzoo'] = 'two_sided'
+  # losses over the directions, instead of by eps. The others are those of
+  # evolution strategies: they compare the losses of all members of a
+  # population, L(theta + eps z) or, if 'antithetic', also L(theta - eps z).
+  # 'z_score': (loss - mean) / standard deviation. 'centered_rank': the rank of
+  # the loss, from -1/2 to 1/2. 'per_prompt': the mean over rows of the loss
+  # minus the row's mean over members, divided by their standard deviation.
+  combine: Literal['two_sided', 'one_sided', 'fzoo', 'z_score',
+                   'centered_rank', 'per_prompt', 'antithetic_z_score',
+                   'antithetic_centered_rank',
+                   'antithetic_per_prompt'] = 'two_sided'
   stochastic_rounding: bool = True  # round half-precision updates at random
   # Steps between updates of the weights. In between, losses are evaluated at
   # the weights plus the accumulated updates.
   apply_every: int = 1
+
+
+# Annotations for which `mezo_jax.cli.command_line` registers parsers.
+Objective = Annotated[str | Callable, 'a name, or in a config file a function']
+RewardFunction = Annotated[str | Callable, 'MODULE:FUNCTION']
+
+
+@dataclasses.dataclass
+class Reward:
+  """Sets how generated answers are rewarded, for the objective 'reward'."""
+
+  # 'MODULE:FUNCTION' or 'FILE.py:FUNCTION', or in a config file a function that
+  # is defined there: ``reward(text, row)`` returns a number, or a dict of named
+  # numbers, whose sum is the reward. It is maximised.
+  function: RewardFunction = ''
+  timeout: float = 10.0  # time limit of a call, in seconds
+  # Reward of an answer for which the function fails or exceeds the time limit.
+  # Choose a number below all others.
+  failed: float = 0.0
+  workers: int = 0  # processes that call it; 0 for one per core, at most 16
+  solved: float = 1.0  # least reward of an answer that counts as solved
+  # Tokens of answers in training are sampled from softmax(logits / temperature)
+  # with the same random numbers for all members of the population; 0 for the
+  # likeliest token. Evaluation always takes the likeliest token.
+  temperature: float = 0.0
+  # Members of the population that answer in one pass, with spsa.over 'batch'; 0
+  # for as many as fit into the memory of a device.
+  at_once: int = 0
+  # Whether to measure how far the model has moved from the start, at each
+  # evaluation: the Kullback-Leibler divergence of the next tokens.
+  kl: bool = False
 
 
 @dataclasses.dataclass
@@ -205,8 +247,6 @@ class Mesh:
   direction: int = 1
 
 
-# Annotations for which `mezo_jax.cli.command_line` registers parsers.
-Objective = Annotated[str | Callable, 'a name, or in a config file a function']
 Tasks = tuple[Also, ...]
 
 
@@ -217,8 +257,9 @@ class Train:
   # Training method or baseline: a name in the table METHODS of
   # mezo_jax/training/methods.py. See docs/variants.md and docs/tasks.md.
   method: str = 'mezo'
-  # 'cross_entropy', 'lm', 'accuracy', 'f1', or in a config file a function of
-  # (predictions, examples) that is maximised; '' for the default of the task.
+  # 'cross_entropy', 'lm', 'accuracy', 'f1', 'reward' (reward.function of each
+  # generated answer), or in a config file a function of (predictions, examples)
+  # that is maximised; '' for the default of the task.
   objective: Objective = ''
   # '' for none, or 'sfc' (surface-form calibration). With 'sfc' the score of a
   # candidate is its log-likelihood minus its log-likelihood after
@@ -231,6 +272,7 @@ class Train:
   also: Tasks = ()  # further tasks of the same run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   spsa: Spsa = dataclasses.field(default_factory=Spsa)
+  reward: Reward = dataclasses.field(default_factory=Reward)
   variant: Variant = dataclasses.field(default_factory=Variant)
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
   peft: Peft = dataclasses.field(default_factory=Peft)
@@ -273,7 +315,8 @@ class Train:
 _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
-    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'cache_memory')
+    'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'cache_memory',
+    'reward.workers', 'reward.at_once', 'reward.kl')
 
 # Fields that earlier versions had and this one does not. Each is mapped to the
 # only value whose behaviour this version still has, or to `_ANY` if the field
@@ -315,8 +358,16 @@ def objective(config: Train) -> str | Callable:
   """Returns the objective of a run.
 
   That is ``config.objective`` or, if it is empty, the objective of the task.
+  The objective 'reward' is a `mezo_jax.tasks.rewards.Reward`, a function.
   """
+  if is_rewarded(config):
+    return rewards.make(config.reward)
   return objectives.of(config.task, config.objective)
+
+
+def is_rewarded(config: Train) -> bool:
+  """Returns whether the objective of a run is 'reward'."""
+  return objectives.of(config.task, config.objective) == objectives.REWARD
 
 
 def metric(config: Train) -> str:

@@ -264,7 +264,8 @@ class Recorder:
 
 def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
          record: Recorder, *, evaluates: Callable[[int], bool],
-         checkpoint_every: int, evaluate_dev: Callable[[Any], dict[str, Any]],
+         checkpoint_every: int,
+         evaluate_dev: Callable[[int, Any], dict[str, Any]],
          stop_wanted: Callable[[int], bool]) -> TrainState:
   """Runs the training loop: records, evaluates and saves the steps.
 
@@ -288,8 +289,8 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       before it is evaluated or saved.
     checkpoint_every: Steps from one checkpoint to the next. Evaluated steps are
       saved in addition.
-    evaluate_dev: A function from the trained parameters to the report on the
-      dev rows.
+    evaluate_dev: A function from the number of the step and the trained
+      parameters to the report on the dev rows.
     stop_wanted: A function of the step number that returns whether a signal has
       asked the run to stop, from `mezo_jax.runs.preemption.watched`.
 
@@ -324,7 +325,7 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       # A replayed step may have been evaluated already.
       report = record.metrics.at('dev', step)
       if not report:
-        report = evaluate_dev(state.params)
+        report = evaluate_dev(step, state.params)
         record.evaluation(step, report)
     record.save(step, state, report)
     if stopping:

@@ -172,6 +172,8 @@ class Method:
     anchors: Whether every ``variant.every``-th step sets a new anchor, whose
       gradient is estimated on a larger batch.
     offloads: Whether it works with weights that are kept in host memory.
+    rewards: Whether it evaluates all points of a step in one call, so that it
+      works with the objective 'reward'.
     replicated: Whether it can run on several replicas, each of which evaluates
       a part of the directions.
     score: ``score(config, value_fns, params, **options) -> (memory, words)``,
@@ -202,6 +204,7 @@ class Method:
   private: bool = False
   anchors: bool = False
   offloads: bool = False
+  rewards: bool = False
   replicated: bool = False
   score: Callable | None = None
   result: Callable | None = None
@@ -501,7 +504,7 @@ def _forwards_of_svrg(config, rows: int) -> float:
 METHODS = {
     'mezo': Method(
         'MeZO (Malladi et al., 2023), forward passes only', _spsa,
-        offloads=True, replicated=True),
+        offloads=True, rewards=True, replicated=True),
     'svrg': Method(
         'MeZO-SVRG (Gautam et al., 2024), forward passes only', make=_svrg,
         forwards=_forwards_of_svrg,
@@ -514,28 +517,29 @@ METHODS = {
         lambda s: variants.sparse_mezo(
             s.eps, **s.options, limits=variants.smallest(
                 s.params, s.config.variant.share)),
-        needs=_PLAIN, reads=('share',)),
+        needs=_PLAIN, reads=('share',), rewards=True),
     'momentum_by_history': Method(
         'MeZO with momentum of its last steps, forward passes only',
         lambda s: variants.momentum_by_history(
             s.eps, beta=s.config.variant.b1, window=s.config.variant.window,
             **s.options),
-        needs=_PLAIN, reads=('window', 'b1')),
+        needs=_PLAIN, reads=('window', 'b1'), rewards=True),
     'adam_by_history': Method(
         "MeZO with Adam's moments of its last steps, forward passes only",
         lambda s: variants.adam_by_history(
             s.eps, b1=s.config.variant.b1, b2=s.config.variant.b2,
             window=s.config.variant.window, **s.options),
-        needs=_PLAIN, reads=('window', 'b1', 'b2'), usual_rates=False),
+        needs=_PLAIN, reads=('window', 'b1', 'b2'), usual_rates=False,
+        rewards=True),
     'scalar_adam': Method(
         'MeZO with one second moment (MEAZO), forward passes only',
         lambda s: variants.scalar_adam(
             s.eps, b2=s.config.variant.b2, **s.options),
-        needs=_PLAIN, reads=('b2',), usual_rates=False),
+        needs=_PLAIN, reads=('b2',), usual_rates=False, rewards=True),
     'sign': Method(
         'ZO-SGD-Sign, forward passes only',
         lambda s: variants.sign(s.eps, **s.without('combine')),
-        needs=(*_PLAIN, _two_sided), usual_rates=False),
+        needs=(*_PLAIN, _two_sided), usual_rates=False, rewards=True),
     'conservative': Method(
         'ZO-SGD-Cons, forward passes only',
         lambda s: variants.conservative(

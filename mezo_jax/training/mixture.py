@@ -24,7 +24,7 @@ import numpy as np
 from mezo_jax import peft
 from mezo_jax.core import reports
 from mezo_jax.tasks import data as data_lib
-from mezo_jax.tasks import evaluate, score
+from mezo_jax.tasks import evaluate
 from mezo_jax.training import build as build_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import feed, frozen_features, methods, privacy
@@ -89,16 +89,17 @@ class Mixture:
     """Returns the encoded rows of each task."""
     return [part.built.splits for part in self.parts]
 
-  def value_fn(self, params: Any, of: Of) -> Any:
+  def value_fn(self, params: Any, of: Of, step: Any = None) -> Any:
     """Returns the losses of a batch, computed by its task's objective.
 
     Args:
       params: All parameters of the model.
       of: The batch and its task.
+      step: Number of the step, for the objective 'reward'. Defaults to None.
     """
     loss_fn = self.parts[of.task].built.loss_fn
     assert loss_fn is not None  # every method that trains has one
-    return loss_fn(params, of.batch)
+    return loss_fn(params, of.batch, *(() if step is None else (step,)))
 
   def frozen(self, of: Of) -> dict[str, Any]:
     """Returns the frozen parameters that the task of a batch needs."""
@@ -263,9 +264,9 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
       splits = build_lib.encode_rows(
           own, data_lib.read_rows(own.data, own.task), built.model.config,
           built.tokenizer, say)
-      found = built._replace(splits=splits, loss_fn=score.make_loss_fn(
-          built.model, splits.train, own.task, config_lib.objective(own),
-          built.tokenizer, *([built.host] if built.host else ())))
+      found = built._replace(splits=splits, loss_fn=build_lib.make_loss_fn(
+          own, built.model, splits.train, built.tokenizer,
+          built.host or jax.pure_callback))
     found = frozen_features.keep(
         own, found, directory / name if config.also else directory, say)
     ask = build_lib.make_evaluators(

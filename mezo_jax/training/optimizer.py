@@ -46,7 +46,8 @@ def make_optimizer(config: config_lib.Train, params: Any,
       key=jax.random.key(config.seed), directions=directions(config),
       combine=COMBINES[z.combine], num_samples=z.num_samples, over=z.over,
       micro_batches=o.micro_batches)
-  finish = dict(weight_decay=o.weight_decay, decay=paths.decayed,
+  finish = dict(weight_decay=o.weight_decay, decay_to=o.decay_to,
+                decay=paths.decayed if o.decay_to == 'zero' else None,
                 stochastic_rounding=z.stochastic_rounding)
   method = methods.method_of(config)
   return optax.with_extra_args_support(method.transform(methods.Setup(

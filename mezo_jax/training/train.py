@@ -30,6 +30,7 @@ from mezo_jax.training import (
   methods,
   mixture,
   privacy,
+  rewarded,
   run_files,
   scoring_pass,
   trainable,
@@ -140,9 +141,14 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   if plan:
     _say(privacy.spell(plan))
   assert built.tx is not None and built.host is not None  # the method trains
+  rewards = None
+  if config_lib.is_rewarded(config):
+    rewards = rewarded.make(
+        config, built, tasks, state.params, workdir, _say)
   step_fn = make_step(
       built.tx, tasks.value_fn, mesh=mesh, part=place.part if place else None,
-      on_compile=lambda *about: _say(loggers.spell_program(*about)))
+      on_compile=lambda *about: _say(loggers.spell_program(*about)),
+      **(rewards.step_options if rewards else {}))
   _say('the training step is compiled once per sequence length: '
        f'{", ".join(tasks.lengths(plan))} tokens')
 
@@ -210,6 +216,8 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     made = loop_lib.from_batches(step_fn, batches, tasks.frozen)
   steps = loop_lib.steps(state, range(start + 1, config.steps + 1), step_fn,
                          log, made, evaluates)
+  evaluate_dev = rewards.evaluate if rewards else (
+      lambda step, params: ask.dev(params))
   rank = None
   if selects:
     rank = functools.partial(
@@ -226,7 +234,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     with preemption.watched(log) as stop_wanted:
       state = loop_lib.loop(
           state, steps, record, evaluates=evaluates,
-          checkpoint_every=config.checkpoint_every, evaluate_dev=ask.dev,
+          checkpoint_every=config.checkpoint_every, evaluate_dev=evaluate_dev,
           stop_wanted=stop_wanted)
     if others:
       others.close()

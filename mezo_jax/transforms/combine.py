@@ -31,10 +31,13 @@ class Combine:
       other directions, as a z-score does. If it does not, each of several
       replicas can evaluate a part of the directions (``part=``). Defaults to
       True.
+    of_rows: Whether ``fn`` gets the losses of the B rows of the batch,
+      [n, len(signs), B], instead of their means. The loss must then return one
+      value per row, [B]. Defaults to False.
 
   Raises:
-    ValueError: If ``signs`` is not a tuple of numbers, ``fn`` is not callable
-      or ``needs_all`` is not a bool.
+    ValueError: If ``signs`` is not a tuple of numbers, ``fn`` is not callable,
+      or ``needs_all`` or ``of_rows`` is not a bool.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -53,6 +56,7 @@ class Combine:
   fn: Callable
   _: dataclasses.KW_ONLY
   needs_all: bool = True
+  of_rows: bool = False
 
   def __post_init__(self) -> None:
     """Checks the fields."""
@@ -63,6 +67,7 @@ class Combine:
       arguments.number('each of signs', sign)
     arguments.function('fn', self.fn)
     arguments.boolean('needs_all', self.needs_all)
+    arguments.boolean('of_rows', self.of_rows)
     object.__setattr__(self, 'signs', tuple(self.signs))
 
   def evaluations(self, n: int) -> int:
@@ -115,6 +120,54 @@ def _fzoo(losses, eps):
   return loss[0], (losses - loss) / std
 
 
+def _per_member(standardize):
+  """Returns a ``fn`` of `Combine` that compares the members of a population.
+
+  A member is a pair of a direction and a sign s. The coefficient of direction j
+  is the mean over its signs of s times the standardized loss of the member, so
+  that the update is the mean over all members, as the papers define it.
+
+  Args:
+    standardize: A function from the losses of all members, [members] or
+      [members, B], to one number for each, [members].
+  """
+  def fn(losses, eps):
+    del eps  # It cancels, as the losses are standardized.
+    n, signs, *rows = losses.shape
+    if n * signs < 2:
+      raise ValueError('num_samples must be at least 2 with this combine '
+                       'function, which compares the members of a population.')
+    z = standardize(losses.reshape(n * signs, *rows)).reshape(n, signs)
+    return jnp.mean(losses), jnp.mean(z * jnp.array(_SIGNS[signs]), 1)
+  return fn
+
+
+# The signs of a population: one-sided, and antithetic (mirrored) sampling.
+_SIGNS = {1: (1.0,), 2: (1.0, -1.0)}
+
+
+def _z_score(losses):
+  """Returns (L - mean) / (std + 1e-8), with the members as denominator."""
+  return (losses - jnp.mean(losses)) / (jnp.std(losses) + 1e-8)
+
+
+def _centered_rank(losses):
+  """Returns ranks from -1/2 (least) to 1/2. Equal losses share their mean rank.
+  """
+  below = jnp.sum(losses[:, None] > losses, 1)
+  equal = jnp.sum(losses[:, None] == losses, 1)
+  rank = below + (equal - 1) / 2
+  # A comparison with NaN is false, so a loss that is NaN would get a rank.
+  return jnp.where(jnp.isnan(losses), jnp.nan,
+                   rank / (losses.size - 1) - 0.5)
+
+
+def _per_prompt(losses):
+  """Returns the mean over prompts of (L - mean of the prompt) / std."""
+  centered = losses - jnp.mean(losses, 0)
+  return jnp.mean(centered, 1) / (jnp.std(centered) + 1e-8)
+
+
 # Central differences, g = (L(θ + εz) - L(θ - εz)) / (2ε). The bias is O(ε²). A
 # step takes 2n evaluations. Malladi et al., 2023, arXiv:2305.17333, Definition
 # 1. Example: mezo_jax.spsa(1e-3, key=0, combine=mezo_jax.two_sided)
@@ -131,9 +184,37 @@ one_sided: Combine = Combine((1.0, 0.0), _one_sided, needs_all=False)
 # mezo_jax.spsa(1e-3, key=0, directions=mezo_jax.Rademacher(),
 # combine=mezo_jax.fzoo, num_samples=8)
 fzoo: Combine = Combine((1.0, 0.0), _fzoo)
+# Evolution strategies, g = (L(θ + εz) - mean) / (std + 1e-8), with the mean and
+# the standard deviation of the n losses. With loss = -reward, learning rate α
+# and σ = ε, the step is θ + α/n Σ Z_j z_j of the paper, which includes 1/σ in
+# α. Qiu et al., 2025, Evolution strategies at scale, arXiv:2509.24372,
+# Algorithm 1.
+# Example: mezo_jax.mezo(5e-4, estimator=mezo_jax.spsa(1e-3, key=0,
+# combine=mezo_jax.z_score, num_samples=30))
+z_score: Combine = Combine(_SIGNS[1], _per_member(_z_score))
+# Evolution strategies with ranks. The least loss of a step has the rank -1/2,
+# the largest 1/2. Salimans et al., 2017, Evolution strategies as a scalable
+# alternative to reinforcement learning, arXiv:1703.03864, Section 2.
+centered_rank: Combine = Combine(_SIGNS[1], _per_member(_centered_rank))
+# EGGROLL: for each row of the batch, the loss minus its mean over members,
+# divided by the standard deviation of these differences over all members and
+# rows. The result is averaged over rows. Sarkar et al., 2025, arXiv:2511.16652.
+per_prompt: Combine = Combine(
+    _SIGNS[1], _per_member(_per_prompt), of_rows=True)
+# The same with two antithetic members of each direction, L(θ + εz) and
+# L(θ - εz). The 2n members are standardized together, and g = (Z₊ - Z₋) / 2.
+antithetic_z_score: Combine = Combine(_SIGNS[2], _per_member(_z_score))
+antithetic_centered_rank: Combine = Combine(
+    _SIGNS[2], _per_member(_centered_rank))
+antithetic_per_prompt: Combine = Combine(
+    _SIGNS[2], _per_member(_per_prompt), of_rows=True)
 # Names of the functions above, for configs and for ``combine=``.
 COMBINES: dict[str, Combine] = {
-    'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo}
+    'two_sided': two_sided, 'one_sided': one_sided, 'fzoo': fzoo,
+    'z_score': z_score, 'centered_rank': centered_rank,
+    'per_prompt': per_prompt, 'antithetic_z_score': antithetic_z_score,
+    'antithetic_centered_rank': antithetic_centered_rank,
+    'antithetic_per_prompt': antithetic_per_prompt}
 
 
 def as_combine(combine: Combine | str) -> Combine:

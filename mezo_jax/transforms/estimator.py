@@ -27,7 +27,7 @@ from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, zeros
-from mezo_jax.transforms import chain, losses
+from mezo_jax.transforms import chain, losses, rollouts
 from mezo_jax.transforms.combine import as_combine, Combine, two_sided
 from mezo_jax.transforms.evaluate_points import (
   check_displacement,
@@ -246,7 +246,8 @@ class Spsa:
 
   def losses(self, state: Any, params: Any, value_fn: Callable[..., Any],
              batch: Mapping[str, Any], *, signs: tuple[float, ...],
-             around: Displacement | None = None, part: Any = None) -> jax.Array:
+             around: Displacement | None = None, part: Any = None,
+             of_rows: bool = False) -> jax.Array:
     r"""Returns the losses at :math:`\theta + s \epsilon z_j`.
 
     Args:
@@ -258,17 +259,26 @@ class Spsa:
       around: A displacement that is added to the params. Defaults to None.
       part: ``(i, r)``, to evaluate only part i of r of the directions. Defaults
         to None, for all directions.
+      of_rows: Whether to return the losses of rows, [n, len(signs), B].
+        Defaults to False.
 
     Returns:
       Losses [n, len(signs)]; with ``part``, those of its directions.
     """
-    z = self.z(state)
+    if isinstance(value_fn, rollouts.Recorded):
+      return value_fn.at(signs, of_rows)
+    z, eps = self.z(state), self.eps_at(state)
     if part is not None:
       z = jax.tree.map(lambda x: x[_part(part, self)], z)
+    if isinstance(value_fn, rollouts.Rollout):
+      raise rollouts.RolledOut(rollouts.evaluate(
+          value_fn, params, z, eps, self.directions, signs=signs,
+          over=self.over, around=around,
+          batch={'step': state.count, **batch}), signs)
     return estimate(
-        value_fn, params, z, self.eps_at(state), self.directions, signs=signs,
-        over=self.over, micro_batches=self.micro_batches, around=around,
-        batch=batch)
+        value_fn, params, z, eps, self.directions, signs=signs, over=self.over,
+        micro_batches=self.micro_batches, around=around, batch=batch,
+        of_rows=of_rows)
 
   def loss_at(self, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any]) -> Callable[[Displacement], jax.Array]:
@@ -284,7 +294,8 @@ class Spsa:
     of all other directions are NaN.
     """
     losses = self.losses(state, params, value_fn, batch, around=around,
-                         part=part, signs=self.combine.signs)
+                         part=part, signs=self.combine.signs,
+                         of_rows=self.combine.of_rows)
     value, g = self.combine.apply(losses, _first(self.eps_at(state)))
     if part is not None:
       g = jnp.full(self.num_samples, jnp.nan, g.dtype).at[

@@ -17,7 +17,7 @@ from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses as losses_lib
 
-# Number of elements that one forward pass may always build; see `_check_room`.
+# Number of elements that one forward pass may always build; see `check_room`.
 _ROOM = 2**24
 Over = Literal['scan', 'batch', 'rows']
 OVER = get_args(Over)
@@ -58,6 +58,7 @@ def estimate(
     micro_batches: int = 1,
     batch: Mapping[str, Any] | None = None,
     around: Displacement | None = None,
+    of_rows: bool = False,
 ) -> jax.Array:
   r"""Evaluates the loss at points along n directions.
 
@@ -90,6 +91,9 @@ def estimate(
       not take are ignored. Defaults to None, for no arguments.
     around: A displacement that is added to ``params`` for the evaluation.
       Defaults to None.
+    of_rows: Whether to return the losses of the B rows, [n, len(signs), B],
+      instead of their means. ``value_fn`` must then return one value per row.
+      Defaults to False.
 
   Returns:
     Losses [n, len(signs)], float32 or float64. With 'rows', entry j is n times
@@ -100,8 +104,10 @@ def estimate(
   Raises:
     ValueError: If ``over`` is unknown, if ``value_fn`` returns half precision
       or something that is not a loss, if the rows cannot be divided into n or
-      ``micro_batches`` equal parts, or if a forward pass over all points would
-      build several times as many weights as the model has.
+      ``micro_batches`` equal parts, if a forward pass over all points would
+      build several times as many weights as the model has, or if ``of_rows`` is
+      True and ``value_fn`` does not return one value per row or the batch is
+      split.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -123,24 +129,13 @@ def estimate(
   if around is not None:
     check_displacement('around', around)
   if over != 'scan':
-    _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
+    check_room(params, directions, -(-z.keys.shape[0] * len(signs)
                                       // sharding.direction_groups()))
-  n = z.keys.shape[0]
-  # If all points are evaluated in one pass, the displacement ``around``, which
-  # they share, is applied to the weights once for all points.
-  if around is not None and (
-      over == 'rows' or over == 'batch' and n > 1):
-    value_fn = _displaced(value_fn, around, directions)
-    around = None
-
-  def at(z, part):
-    """Evaluates the loss of a part of the batch at one point."""
-    point = z.times(eps)
-    if around is not None:  # One sum perturbs the weights in a single pass.
-      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
-    return perturbed(value_fn, directions)(params, point, **part)
-
+  at = at_point(value_fn, params, eps, directions, around, over, z)
   batch = losses_lib.accepted(value_fn, dict(batch or {}))
+  if of_rows and (over == 'rows' or micro_batches > 1):
+    raise ValueError("of_rows: the losses of rows need over='scan' or 'batch' "
+                     'and micro_batches=1.')
   if over == 'rows':
     if sharding.direction_groups() > 1:
       raise ValueError(
@@ -150,7 +145,57 @@ def estimate(
     return _losses_of_rows(
         at, z, np.array(signs, np.float32), micro_batches, batch)
 
-  coefs = cast(jax.Array, z.coefs)
+  def loss_at(batch, point):
+    """Evaluates the loss of the batch at one point."""
+    if of_rows:
+      return losses_lib.of_rows(at(point, batch))
+    return losses_lib.mean_over_parts(
+        lambda part: at(point, part), batch, micro_batches)
+  return over_points(loss_at, batch, z, signs, over)
+
+
+def at_point(value_fn: Callable[..., Any], params: Any, eps: Any,
+             directions: Directions, around: Displacement | None, over: Over,
+             z: Displacement) -> Callable[..., Any]:
+  """Returns a function ``(point, batch) -> result of value_fn`` at one point.
+
+  The arguments are those of `estimate`.
+  """
+  # If all points are evaluated in one pass, the displacement ``around``, which
+  # they share, is applied to the weights once for all points.
+  if around is not None and (
+      over == 'rows' or over == 'batch' and z.keys.shape[0] > 1):
+    value_fn = _displaced(value_fn, around, directions)
+    around = None
+
+  def at(z, part):
+    """Evaluates a part of the batch at one point."""
+    point = z.times(eps)
+    if around is not None:  # One sum perturbs the weights in a single pass.
+      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
+    return perturbed(value_fn, directions)(params, point, **part)
+  return at
+
+
+def over_points(of_point: Callable[..., Any], batch: dict[str, Any],
+                z: Displacement, signs: tuple[float, ...], over: Over,
+                at_once: int | None = None) -> Any:
+  """Evaluates a function at the points s z_j of n directions.
+
+  Args:
+    of_point: A function ``(batch, point) -> arrays``, where ``point`` is a
+      `Displacement` of one term.
+    batch: Its first argument.
+    z: The n directions.
+    signs: The factors s. The point s = 0 is evaluated once for all directions.
+    over: 'scan' or 'batch'; see `estimate`.
+    at_once: With 'batch', the number of points that are evaluated together.
+      Defaults to None, for all of them.
+
+  Returns:
+    The arrays, with the axes [n, len(signs)] before their own.
+  """
+  n, coefs = z.keys.shape[0], cast(jax.Array, z.coefs)
   # A point is a displacement of one term. The points of the nonzero signs come
   # first, direction by direction. The point of sign 0 comes last, if there is
   # one. The signs are a NumPy array, so that they are constants of the program.
@@ -160,32 +205,37 @@ def estimate(
   if 0 in signs:
     points = Displacement(jnp.append(points.keys, z.keys[0]),
                           jnp.append(cast(jax.Array, points.coefs), 0.0))
-  def loss_at(batch, point):
-    """Evaluates the loss of the batch at one point."""
-    return losses_lib.mean_over_parts(
-        lambda part: at(point, part), batch, micro_batches)
   def of_all(batch, points):
-    """Evaluates the loss of the batch at several points."""
-    loss = functools.partial(loss_at, batch)
-    return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
+    """Evaluates several points."""
+    one = functools.partial(of_point, batch)
+    if over == 'scan':
+      return lax.map(one, points)
+    if at_once is None or at_once >= points.keys.shape[0]:
+      return jax.vmap(one)(points)
+    return lax.map(one, points, batch_size=at_once)
   groups = sharding.direction_groups()
   if groups > 1:
-    losses = _split(of_all, batch, points, groups)
+    out = _split(of_all, batch, points, groups)
   elif over == 'batch' and n == 1:
     # `jax.vmap` maps over the coefficients only, so that the signs of the
     # direction share its key and its factors.
-    losses = jax.vmap(lambda c: loss_at(batch, Displacement(
+    out = jax.vmap(lambda c: of_point(batch, Displacement(
         z.keys, c[None])))(points.coefs)
   else:
-    losses = of_all(batch, points)
-  # Order the losses by direction and sign.
-  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
-  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
-                    for s in signs], axis=1)
+    out = of_all(batch, points)
+
+  def ordered(x):
+    """Orders the results by direction and sign."""
+    each = x[:n * len(moved)].reshape(n, len(moved), *x.shape[1:])
+    columns = iter([each[:, i] for i in range(len(moved))])
+    return jnp.stack([
+        next(columns) if s else jnp.broadcast_to(x[-1], (n, *x.shape[1:]))
+        for s in signs], axis=1)
+  return jax.tree.map(ordered, out)
 
 
 def _split(of_all: Callable, batch: dict, points: Displacement,
-           groups: int) -> jax.Array:
+           groups: int) -> Any:
   """Evaluates points in parallel on the groups of the mesh axis 'direction'.
 
   Every group evaluates the same number of points. If the points cannot be
@@ -193,8 +243,8 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
   from the result.
 
   Args:
-    of_all: A function ``(batch, points) -> losses``.
-    batch: Arguments of the loss.
+    of_all: A function ``(batch, points) -> arrays``.
+    batch: Its first argument.
     points: The points, one term for each.
     groups: Number of groups.
   """
@@ -202,9 +252,10 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
   points = jax.tree.map(lambda x: lax.with_sharding_constraint(
       x[index].reshape(groups, -1), jax.P('direction')), points)
-  losses = jax.vmap(functools.partial(of_all, batch),
-                    spmd_axis_name='direction')(points)
-  return lax.with_sharding_constraint(losses, jax.P()).ravel()[:n]
+  out = jax.vmap(functools.partial(of_all, batch),
+                 spmd_axis_name='direction')(points)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n],
+                      lax.with_sharding_constraint(out, jax.P()))
 
 
 def _displaced(value_fn: Callable, by: Displacement,
@@ -266,7 +317,7 @@ def check_over(over: str) -> None:
     raise ValueError(f'over must be one of {OVER}, got {over!r}.')
 
 
-def _check_room(params, directions: Directions, points: int) -> None:
+def check_room(params, directions: Directions, points: int) -> None:
   """Checks the memory of evaluating several points in one forward pass.
 
   Args:

@@ -77,6 +77,23 @@ def mean(out: Any) -> jax.Array:
   return total / weight
 
 
+def of_rows(out: Any) -> jax.Array:
+  """Returns the losses of the rows of a batch, [B].
+
+  Args:
+    out: The result of a ``value_fn``.
+
+  Raises:
+    ValueError: If it is not one value per row, or has half precision.
+  """
+  total, _ = sums(out)  # checks the result
+  if isinstance(out, (tuple, list)) or jnp.ndim(out) != 1:
+    raise ValueError(
+        'this combine function compares the losses of each row, so value_fn '
+        'must return one value per row, [B], without weights.')
+  return jnp.asarray(out).astype(total.dtype)
+
+
 def check_parts(out: Any, parts: int, what: str = 'micro_batches',
                 rows: int | None = None) -> None:
   """Checks that the losses of several parts can be averaged.

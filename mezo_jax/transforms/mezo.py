@@ -11,7 +11,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 import warnings
 
 import jax
@@ -22,6 +22,7 @@ import optax
 from mezo_jax.core import arguments, dtypes, paths, sharding, xla
 from mezo_jax.directions.base import Directions
 from mezo_jax.transforms.accumulate import accumulated, sgd
+from mezo_jax.transforms.anchored import anchored
 from mezo_jax.transforms.estimator import Estimator
 from mezo_jax.transforms.not_finite import skip_not_finite
 from mezo_jax.transforms.spsa import spsa
@@ -44,6 +45,7 @@ def mezo(
     estimator: Estimator | None = None,
     weight_decay: float = 0.0,
     decay: Any = None,
+    decay_to: Literal['zero', 'start'] = 'zero',
     stochastic_rounding: bool = True,
     apply_every: int | None = None,
 ) -> ZerothOrderTransformation:
@@ -96,6 +98,11 @@ def mezo(
     decay: The leaves that are decayed, in the forms of `Directions.mask`.
       Defaults to None, which selects all matrices except biases and norms, by
       their names; a warning lists the choice.
+    decay_to: What weight decay pulls params towards. 'zero', the default, is
+      the equation above. 'start' is the params at the time of ``init``: the
+      last term becomes :math:`\lambda (\theta - \theta_0)`. The optimizer then
+      keeps a copy of the params; see `mezo_jax.anchored`. If
+      ``decay`` is None, it selects all params.
     stochastic_rounding: Whether updated bfloat16, float16 and quantised weights
       are rounded stochastically (`mezo_jax.round_stochastically`) instead of to
       nearest. The random bits are derived from the key and the step. Defaults
@@ -154,6 +161,8 @@ def mezo(
   options = estimator.options
   learning_rate = arguments.rate('learning_rate', learning_rate)
   arguments.number('weight_decay', weight_decay, least=0)
+  if decay_to not in ('zero', 'start'):
+    raise ValueError(f"decay_to must be 'zero' or 'start', got {decay_to!r}.")
   never = not isinstance(weight_decay, Tracer) and weight_decay == 0
   finish = rounding(options.key, options.directions, stochastic_rounding)
   if apply_every is not None:
@@ -169,7 +178,10 @@ def mezo(
 
   def decayed(params):
     """Returns which leaves are decayed. A leaf without a z is never decayed."""
-    if decay is None:
+    if decay is None and decay_to == 'start':
+      tree = paths.structure(params)
+      chosen = jax.tree.unflatten(tree, [True] * tree.num_leaves)
+    elif decay is None:
       chosen = paths.decayed(params, options.directions.stacked)
     else:
       chosen = jax.tree.unflatten(
@@ -190,9 +202,11 @@ def mezo(
       return xla.rounded(update) + xla.rounded(weight_decay * _wide(p))
     return jax.tree.map(add, updates, sharding.fetched(params))
 
+  to_start = decay_to == 'start' and not never
   tx = skip_not_finite(optax.chain(
       estimator,
-      optax.masked(optax.stateless(add_decay), decayed),
+      optax.masked(anchored(weight_decay) if to_start else
+                   optax.stateless(add_decay), decayed),
       by_group(optax.scale_by_learning_rate, learning_rate),
       finish))
 
@@ -203,7 +217,7 @@ def mezo(
         raise ValueError('weight_decay would move elements that the mask of '
                          'directions excludes: with a mask of elements, leave '
                          'weight_decay at 0.')
-      if decay is None:
+      if decay is None and decay_to == 'zero':
         _show(params, decayed(params))
     return tx.init(params)
 

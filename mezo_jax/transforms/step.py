@@ -16,13 +16,17 @@ from mezo_jax.core import arguments, paths, sharding, trees
 from mezo_jax.directions import streams
 from mezo_jax.transforms import accumulate, not_finite
 from mezo_jax.transforms.estimator import check_part, measure
+from mezo_jax.transforms.losses import accepted
+from mezo_jax.transforms.rollouts import Recorded, RolledOut, Rollout
 
 
 def make_step(tx: optax.GradientTransformation,
               value_fn: Callable[..., Any] | None, *,
               mesh: jax.sharding.Mesh | None = None,
               on_compile: Callable[..., Any] | None = None,
-              part: tuple[int, int] | None = None) -> 'Step':
+              part: tuple[int, int] | None = None,
+              reward: Callable[..., Any] | None = None,
+              at_once: int | None = None) -> 'Step':
   r"""Returns a compiled training step.
 
   .. math:: g = \text{measure}(\theta, \mathcal{L}, \mathcal{B}), \qquad
@@ -53,13 +57,27 @@ def make_step(tx: optax.GradientTransformation,
       directions. A replica calls ``g, value = step.losses(...)``, exchanges the
       results with the other replicas, and calls ``step.update(params, state, g,
       value)`` with the numbers of all. Defaults to None, for all directions.
+    reward: A Python function that computes rewards on the host, between the two
+      programs. ``value_fn(params, batch)`` then returns a tree of arrays
+      instead of a loss, such as the tokens of B generated texts. It may also
+      take ``step``, the number of the step, from which to derive random numbers
+      that all members share.
+      ``reward(outputs, batch)`` gets NumPy arrays with the axes [n, signs]
+      before their own, and returns the rewards [n, signs, B], which are
+      maximised: the losses are their negatives. It may return a pair of these
+      and a dict of further metrics. Defaults to None, for a loss.
+    at_once: With ``reward`` and over='batch', the number of members (pairs of a
+      direction and a sign) that are evaluated together. Defaults to None, for
+      all of them.
 
   Returns:
     A `Step`. It donates ``params`` and ``state``, so do not use these arrays
     after the call. ``frozen`` is not donated. If it is given, ``value_fn`` gets
     ``mezo_jax.peft.join(params, frozen)`` as its params. The metrics are device
     arrays with the names ``loss``, ``projected_grad`` (or ``grad_norm``),
-    ``skipped`` and ``skipped_in_a_row``.
+    ``skipped`` and ``skipped_in_a_row``. With ``reward``, there are also
+    ``reward``, the mean, and ``reward_std`` and ``reward_best``, the standard
+    deviation and the maximum over members of their mean rewards.
 
   Raises:
     ValueError: If an argument has the wrong type. The first call raises it if
@@ -91,7 +109,11 @@ def make_step(tx: optax.GradientTransformation,
     raise ValueError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}.')
   if part is not None:
     part = check_part(part)
-  return Step(tx, value_fn, mesh, on_compile, part)
+  if reward is not None:
+    arguments.function('reward', reward)
+  if at_once is not None:
+    at_once = arguments.whole('at_once', at_once)
+  return Step(tx, value_fn, mesh, on_compile, part, reward, at_once)
 
 
 class Step:
@@ -101,16 +123,22 @@ class Step:
 
   Attributes:
     compiled: A dict of the compiled programs. Programs that evaluate losses
-      have the shapes of their batch as key, the update has the key None, and
-      `apply_accumulated` has the key 'apply'.
+      have the shapes of their batch as key, the update has the key None,
+      `apply_accumulated` has the key 'apply', and the program that combines
+      rewards has the key 'rewards'.
   """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
                mesh: jax.sharding.Mesh | None,
                on_compile: Callable[..., Any] | None,
-               part: tuple[int, int] | None) -> None:
+               part: tuple[int, int] | None,
+               reward: Callable[..., Any] | None, at_once: int | None) -> None:
     self.compiled: dict[Any, Any] = {}
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
+    self._reward = reward
+    # The signs of the estimator, set when rollouts are traced, and the metrics
+    # of the last rewards.
+    self._signs, self._reward_metrics = (), {}
     only = {} if part is None else dict(part=part)
 
     def loss_of(frozen):
@@ -118,10 +146,35 @@ class Step:
       loss_fn = value_fn
       return lambda params, batch: loss_fn(_join(params, frozen), batch)
 
+    def rollout_of(frozen):
+      assert value_fn is not None  # `_trace_losses` has checked this
+      fn = value_fn
+      def rollout(params, batch, step):
+        given = accepted(fn, dict(step=step))
+        return fn(_join(params, frozen), batch, **given)
+      return Rollout(rollout, at_once)
+
     def losses(params, state, frozen, batch, more):
       """Evaluates losses: the first program."""
       numbers = measure(tx, state, params, value_fn=loss_of(frozen),
                         batch=batch, **more, **only)
+      return numbers.projected_grad, numbers.value
+
+    def rollouts(params, state, frozen, batch, more):
+      """Computes rollouts, from which the host computes rewards."""
+      try:
+        measure(tx, state, params, value_fn=rollout_of(frozen),
+                batch=batch, **more, **only)
+      except RolledOut as e:
+        self._signs = e.signs
+        return e.outputs
+      raise ValueError('tx: this estimator evaluates no loss, so it cannot be '
+                       'used with a reward.')
+
+    def combined(params, state, recorded):
+      """Turns the losses of rewards into numbers."""
+      numbers = measure(tx, state, params, value_fn=Recorded(
+          recorded, self._signs), **only)
       return numbers.projected_grad, numbers.value
 
     def update(params, state, projected_grad, value):
@@ -154,7 +207,8 @@ class Step:
           None, state, params, value_fn=loss_of(frozen), batch=batch, **more)
       return optax.apply_updates(params, updates), state, _metrics(state)
 
-    self._losses, self._update, self._whole = losses, update, whole
+    self._losses = losses if reward is None else rollouts
+    self._combined, self._update, self._whole = combined, update, whole
     self._apply, self._value_fn = apply_accumulated, value_fn
     # Shapes of projected_grad and value, set when the update is traced.
     self._shapes = ()
@@ -168,7 +222,10 @@ class Step:
                        'with the numbers of all replicas.')
     out = self.losses(params, state, batch, frozen, **more)
     # The program of a whole step has three results, that of losses has two.
-    return out if len(out) == 3 else self.update(params, state, *out)
+    if len(out) == 3:
+      return out
+    params, state, metrics = self.update(params, state, *out)
+    return params, state, metrics | self._reward_metrics
 
   def losses(self, params: Any, state: Any, batch: Any, frozen: Any = None,
              **more: Any) -> tuple[Any, ...]:
@@ -189,7 +246,41 @@ class Step:
     """
     program = self._program(_shape((batch, more)), batch, lambda: (
         self._trace_losses(params, state, batch, frozen, more)))
-    return program(params, state, frozen, batch, more)
+    out = program(params, state, frozen, batch, more)
+    if self._reward is None:
+      return out
+    if not _replays(state):
+      raise ValueError('tx: backpropagation cannot be used with a reward.')
+    rewards = self._rewards(jax.device_get(out), batch)
+    program = self._program(_shape(rewards), None, lambda: self._trace(
+        self._combined, (params, state, rewards)))
+    return program(params, state, -rewards)
+
+  def _rewards(self, outputs, batch) -> np.ndarray:
+    """Calls the reward function and records the metrics of its results.
+
+    Returns:
+      Rewards [n, signs, B].
+
+    Raises:
+      ValueError: If the function returns something else.
+    """
+    assert self._reward is not None  # the caller has checked it
+    found, more = self._reward(outputs, batch), {}
+    if isinstance(found, tuple):
+      found, more = found
+    rewards = np.asarray(found, np.float32)
+    want = jax.tree.leaves(outputs)[0].shape[:2]
+    if rewards.ndim != 3 or rewards.shape[:2] != want:
+      raise ValueError(
+          'reward must return one number for each answer, of shape [n, signs, '
+          f'B] = [{want[0]}, {want[1]}, B], but returned an array of shape '
+          f'{[*rewards.shape]}.')
+    members = rewards.mean(-1)
+    self._reward_metrics = {
+        'reward': members.mean(), 'reward_std': members.std(),
+        'reward_best': members.max(), **more}
+    return rewards
 
   def update(self, params: Any, state: Any,
              projected_grad: jax.typing.ArrayLike, value: Any = jnp.nan

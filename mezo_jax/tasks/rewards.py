@@ -1,0 +1,350 @@
+"""Computes rewards of generated answers with a Python function.
+
+A reward is a function of one answer, ``reward(text, row) -> float or dict``. A
+dict holds named parts, whose sum is the reward. Rewards are maximised.
+
+The function is called in a pool of processes, so that it may be slow, hang or
+crash. It is called once for each distinct answer to a row in a step.
+"""
+
+from collections.abc import Callable, Sequence
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import multiprocessing
+import os
+from pathlib import Path
+import signal
+import sys
+import traceback
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import pebble
+
+from mezo_jax.core.errors import first_line, InputError
+from mezo_jax.tasks.score import texts
+from mezo_jax.tasks.task import Task
+
+# --- the function -----------------------------------------------------------
+
+
+class Source(NamedTuple):
+  """Says where a process finds a reward function."""
+
+  module: str  # name of a module, or path of a file
+  name: str  # name of the function in it
+
+
+def source_of(function: str | Callable[..., Any]) -> Source:
+  """Returns where a reward function is defined.
+
+  Args:
+    function: ``'MODULE:FUNCTION'``, ``'FILE.py:FUNCTION'``, or a function that
+      is defined at the top level of a file.
+
+  Raises:
+    InputError: If it is neither.
+  """
+  if isinstance(function, str):
+    module, colon, name = function.rpartition(':')
+    if not (colon and module and name.isidentifier()):
+      raise InputError(
+          f'config: reward.function is {function!r}; write MODULE:FUNCTION or '
+          'FILE.py:FUNCTION.')
+    return Source(module, name)
+  name, file = getattr(function, '__qualname__', ''), None
+  with contextlib.suppress(TypeError):
+    file = inspect.getsourcefile(function)
+  if file is None or not name.isidentifier():
+    raise InputError(
+        f'config: reward.function is {function!r}, which other processes '
+        'cannot import; give a function that a file defines at its top level.')
+  return Source(file, name)
+
+
+def load(source: Source) -> Callable[[str, dict[str, Any]], Any]:
+  """Imports a reward function.
+
+  Args:
+    source: Where it is defined. A module is also searched for in the present
+      directory.
+
+  Raises:
+    InputError: If the module or file cannot be imported, has no such function,
+      or the function does not take two arguments.
+  """
+  where = f'reward.function {source.module}:{source.name}'
+  try:
+    if source.module.endswith('.py'):
+      path = Path(source.module).expanduser().resolve()
+      spec = importlib.util.spec_from_file_location(path.stem, path)
+      assert spec is not None and spec.loader is not None  # for a .py file
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+    else:
+      if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+      module = importlib.import_module(source.module)
+  except Exception as e:
+    raise InputError(f'config: {where} cannot be imported: {type(e).__name__}: '
+                     f'{first_line(e)}.') from e
+  function = getattr(module, source.name, None)
+  if not callable(function):
+    raise InputError(f'config: {where} does not exist: the module has no '
+                     f'function {source.name!r}.')
+  try:
+    inspect.signature(function).bind('', {})
+  except TypeError:
+    raise InputError(f'config: {where} must take two arguments, the text of an '
+                     'answer and the row.') from None
+  except ValueError:  # A builtin may have no signature.
+    pass
+  return function
+
+
+# The reward function of a worker process.
+_function: list[Callable[..., Any]] = []
+
+
+def _start(source: Source) -> None:
+  """Prepares a worker process."""
+  # Ctrl-C reaches all processes of a terminal; the run itself ends the pool.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # A reward function that uses JAX must not take the devices of the run.
+  jax.config.update('jax_platforms', 'cpu')
+  _function.append(load(source))
+
+
+def _call(text: str, row: dict[str, Any]) -> dict[str, float] | str:
+  """Calls the reward function in a worker process.
+
+  Returns:
+    The named parts of the reward (with the name '' if there are none), or a
+    description of the error.
+  """
+  try:
+    found = _function[0](text, row)
+    parts = found if isinstance(found, dict) else {'': found}
+    parts = {str(name): float(value) for name, value in parts.items()}
+    if parts and all(map(math.isfinite, parts.values())):
+      return parts
+    return f'it returned {found!r}'
+  except Exception as e:
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    return (f'{type(e).__name__}: {first_line(e)} ({at.filename}, line '
+            f'{at.lineno})')
+
+
+class Pool:
+  """Calls a reward function in several processes, with a time limit.
+
+  The processes start at the first call, and end with this process.
+  """
+
+  def __init__(self, source: Source, timeout: float, failed: float,
+               workers: int) -> None:
+    """Stores the options of a pool.
+
+    Args:
+      source: Where the function is defined.
+      timeout: Time limit of a call, in seconds. A process that exceeds it is
+        ended and replaced.
+      failed: Reward of an answer for which the function raises an exception,
+        does not return finite numbers, exceeds the limit or ends its process.
+      workers: Number of processes; 0 for the number of cores, at most 16.
+    """
+    self._source, self._timeout, self._failed = source, timeout, failed
+    self._workers = workers or min(os.cpu_count() or 1, 16)
+    self._pool: pebble.ProcessPool | None = None
+    self._told = False
+
+  def __call__(self, answers: Sequence[str], rows: Sequence[dict[str, Any]]
+               ) -> tuple[list[dict[str, float]], int]:
+    """Returns the parts of the reward of each answer, and how many failed.
+
+    Args:
+      answers: The texts of the answers.
+      rows: The row of each answer.
+
+    Raises:
+      InputError: If the function fails for every answer.
+    """
+    if self._pool is None:
+      self._pool = pebble.ProcessPool(
+          self._workers, context=multiprocessing.get_context('spawn'),
+          initializer=_start, initargs=(self._source,))
+    # Equal answers to a row get equal rewards, from one call.
+    first = {}
+    index = [first.setdefault((text, id(row)), (len(first), text, row))[0]
+             for text, row in zip(answers, rows)]
+    futures = [self._pool.schedule(_call, (text, row), timeout=self._timeout)
+               for _, text, row in first.values()]
+    found = [self._result(future) for future in futures]
+    errors = [x for x in found if isinstance(x, str)]
+    if errors and (len(errors) == len(found) or not self._told):
+      words = (f'reward.function failed for {len(errors)} of {len(found)} '
+               f'answers: {errors[0]}')
+      if len(errors) == len(found):
+        raise InputError(f'{words}.')
+      print(f'warning: {words}. Their reward is reward.failed, '
+            f'{self._failed:g}.', flush=True)
+      self._told = True
+    parts = [{'': self._failed} if isinstance(x, str) else x for x in found]
+    return [parts[i] for i in index], sum(
+        isinstance(found[i], str) for i in index)
+
+  def _result(self, future) -> dict[str, float] | str:
+    """Waits for a call, and describes the error if its process ended."""
+    try:
+      return future.result()
+    except concurrent.futures.TimeoutError:
+      return f'it took more than {self._timeout:g} seconds'
+    except pebble.ProcessExpired as e:
+      return f'its process ended with status {e.exitcode}'
+
+
+# --- rewards of rollouts ----------------------------------------------------
+
+
+class Answer(NamedTuple):
+  """Holds an answer of an evaluation and its reward."""
+
+  row: dict[str, Any]
+  text: str
+  parts: dict[str, float]
+
+  @property
+  def reward(self) -> float:
+    """Returns the reward, the sum of its parts."""
+    return sum(self.parts.values())
+
+
+class Reward:
+  """Computes rewards of answers. Use `make` to build it.
+
+  It is a function of (predictions, examples), like a user's objective, so that
+  evaluation treats it as one.
+
+  Attributes:
+    last: The answers of the last `report`.
+  """
+
+  __name__ = 'reward'
+
+  def __init__(self, pool: Pool, solved: float) -> None:
+    """Stores the pool and the least reward of an answer that counts as solved.
+    """
+    self._pool, self._solved, self.last = pool, solved, []
+
+  def __call__(self, predictions: Sequence[str],
+               examples: Sequence[dict[str, Any]]) -> float:
+    """Returns the mean reward of answers."""
+    return self.report(predictions, examples)['reward']
+
+  def report(self, answers: Sequence[str], rows: Sequence[dict[str, Any]]
+             ) -> dict[str, float]:
+    """Returns the mean reward of answers, and the mean of each named part.
+
+    Args:
+      answers: The texts of the answers, one for each row.
+      rows: The rows.
+    """
+    parts, failed = self._pool(answers, rows)
+    self.last = [*map(Answer, rows, answers, parts)]
+    rewards = np.array([answer.reward for answer in self.last])
+    return {'reward': float(rewards.mean()),
+            'solved': float(np.mean(rewards >= self._solved)),
+            **_means(parts), **_share_failed(failed, len(parts))}
+
+  def of_rollouts(self, rows: Sequence[dict[str, Any]], task: Task,
+                  tokenizer: Any) -> Callable[..., Any]:
+    """Returns the ``reward`` of `mezo_jax.make_step` for generated answers.
+
+    The function returned takes the ``outputs`` of the function `rollout` and
+    returns the rewards [n, signs, B] and a dict of metrics. A row whose logits
+    are not finite has the reward NaN, so that the step is skipped. In a run of
+    several processes, each computes the rewards of its own share of the rows.
+
+    Args:
+      rows: The training rows.
+      task: Their task.
+      tokenizer: Tokenizer of the model.
+    """
+
+    def reward(outputs: dict[str, np.ndarray], batch: Any
+               ) -> tuple[np.ndarray, dict[str, Any]]:
+      del batch
+      tokens, shape = outputs['tokens'], outputs['row'].shape
+      mine = np.arange(shape[-1]) % jax.process_count() == jax.process_index()
+      numbers = outputs['row'][..., mine].ravel().tolist()
+      said = texts(tokens[..., mine, :].reshape(-1, tokens.shape[-1]), task,
+                   tokenizer)
+      parts, failed = self._pool(said, [rows[i] for i in numbers])
+      values = np.zeros(shape, np.float32)
+      values[..., mine] = np.reshape(
+          [sum(each.values()) for each in parts], values[..., mine].shape)
+      if jax.process_count() > 1:
+        values = np.asarray(
+            multihost_utils.process_allgather(values)).sum(0)
+      members = tokens.reshape(-1, *tokens.shape[2:])
+      metrics = {
+          'solved': float(np.mean(values >= self._solved)),
+          'identical': identical(members),
+          'answer_tokens': float(outputs['tokens_used'].mean()),
+          **_means(parts), **_share_failed(failed, len(parts))}
+      return np.where(outputs['finite'], values, np.nan), metrics
+
+    return reward
+
+
+def identical(members: np.ndarray) -> float:
+  """Returns the share of members all of whose answers another member gave too.
+
+  If it is 1, all members answer alike, and their rewards show no direction.
+
+  Args:
+    members: The tokens of each member's answers, [members, B, T].
+  """
+  _, index, counts = np.unique(
+      members.reshape(len(members), -1), axis=0, return_inverse=True,
+      return_counts=True)
+  return float(np.mean(counts[index.ravel()] > 1))
+
+
+def _means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+  """Returns the mean of each named part over the answers that have it."""
+  names = dict.fromkeys(name for each in parts for name in each if name)
+  return {f'reward/{name}': float(np.mean(
+      [each[name] for each in parts if name in each])) for name in names}
+
+
+def _share_failed(failed: int, total: int) -> dict[str, float]:
+  """Returns the share of answers whose reward failed, or {} if none did."""
+  return {'reward_failed': failed / total} if failed else {}
+
+
+@functools.lru_cache(maxsize=8)
+def _shared(source: Source, timeout: float, failed: float, workers: int,
+            solved: float) -> Reward:
+  """Returns the same `Reward`, with one pool, for the same options."""
+  return Reward(Pool(source, timeout, failed, workers), solved)
+
+
+def make(options: Any) -> Reward:
+  """Returns the `Reward` of a config.
+
+  Args:
+    options: The `mezo_jax.training.config.Reward` of a run.
+
+  Raises:
+    InputError: If its function cannot be found by other processes.
+  """
+  return _shared(source_of(options.function), options.timeout, options.failed,
+                 options.workers, options.solved)

@@ -1,0 +1,108 @@
+"""Connects the objective 'reward' to a run: its steps and its evaluations."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mezo_jax import peft
+from mezo_jax.tasks import rewards
+from mezo_jax.training import build as build_lib
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import divergence, mixture, population
+
+# Number of answers of an evaluation that are written to a file, and shown.
+_WRITTEN, _SHOWN = 20, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewarded:
+  """Holds what a run with rewards needs. Use `make` to build it.
+
+  Attributes:
+    step_options: Keyword arguments of `mezo_jax.make_step`.
+    evaluate: A function from the number of a step and the trained parameters to
+      the report on the dev rows. It also writes some answers to
+      ``answers.jsonl``.
+  """
+
+  step_options: dict[str, Any]
+  evaluate: Callable[[int, Any], dict[str, Any]]
+
+
+def make(config: config_lib.Train, built: build_lib.Built,
+         tasks: mixture.Mixture, params: Any, workdir: Path,
+         say: Callable[[str], None]) -> Rewarded:
+  """Builds what a run with rewards needs.
+
+  Args:
+    config: Config of the run, whose objective is 'reward'.
+    built: The parts of the run.
+    tasks: The tasks of the run.
+    params: The trained parameters before training. With ``reward.kl``, a copy
+      of them is kept on the devices.
+    workdir: Working directory of the run.
+    say: A function that reports a line to the user.
+
+  Raises:
+    InputError: If the reward function cannot be imported.
+  """
+  rewards.load(rewards.source_of(config.reward.function))
+  reward = config_lib.objective(config)
+  assert isinstance(reward, rewards.Reward)  # the objective is 'reward'
+  task, splits = config.task, built.splits
+  at_once = population.at_once(
+      config, built.model.config, max(splits.buckets['train']), built.mesh)
+  if at_once:
+    say(f'{at_once} members of the population answer at a time')
+  ask = tasks.ask().dev
+  kl, start = None, {}
+  if config.reward.kl:
+    # Steps donate the parameters, so keep a copy.
+    start = jax.tree.map(jnp.copy, params)
+    kl = divergence.make(
+        built.model, task, splits.dev, built.tokenizer,
+        build_lib.eval_sizes(config, splits)['dev'], built.mesh)
+
+  def evaluate(step: int, params: Any) -> dict[str, Any]:
+    """Evaluates the dev rows, and writes and shows some answers."""
+    report = ask(params)
+    if kl is not None:
+      frozen = tasks.parts[0].built.frozen
+      report['kl'] = kl(*(peft.join(p, frozen) for p in (params, start)))
+    if jax.process_index() == 0:
+      _write(workdir / 'answers.jsonl', step, [{
+          'step': step, 'prompt': task.prompt(answer.row),
+          'answer': answer.text, 'reward': answer.reward,
+          **{name: x for name, x in answer.parts.items() if name}}
+          for answer in reward.last[:_WRITTEN]])
+    for answer in reward.last[:_SHOWN]:
+      say(f'  {_short(task.prompt(answer.row))} -> {_short(answer.text)} '
+          f'(reward {answer.reward:.3g})')
+    return report
+
+  return Rewarded(
+      dict(reward=reward.of_rollouts(splits.train.rows, task, built.tokenizer),
+           at_once=at_once), evaluate)
+
+
+def _write(path: Path, step: int, records: list[dict[str, Any]]) -> None:
+  """Writes the answers of a step after those of earlier steps.
+
+  Answers of this and later steps, which a resumed run computes again, are
+  removed.
+  """
+  lines = path.read_text().splitlines() if path.exists() else []
+  kept = [line for line in lines if json.loads(line)['step'] < step]
+  part = path.with_suffix('.part')
+  part.write_text('\n'.join([*kept, *map(json.dumps, records), '']))
+  part.replace(path)
+
+
+def _short(text: str) -> str:
+  """Returns a text in quotes, cut to 80 characters."""
+  return repr(text if len(text) <= 80 else f'{text[:77]}...')
