@@ -43,7 +43,8 @@ from mezo_jax.training import config, methods
 GROUPS = {'Train': (config.Train, ''), 'Task': (Task, 'task.')} | {
     cls.__name__: (cls, f'{cls.__name__.lower()}.') for cls in (
         config.Model, config.Data, config.Optimizer, config.Spsa,
-        config.Privacy, config.Peft, config.Mesh, methods.Variant)
+        config.Reward, config.Privacy, config.Peft, config.Mesh,
+        methods.Variant)
 } | {'Also': (config.Also, 'also[0].')}
 
 

@@ -51,7 +51,7 @@ def _examples(path):
   hint = _hint(path)
   if path == 'task.row':
     return VALUES['row']
-  if path == 'objective':
+  if path in ('objective', 'reward.function'):
     return VALUES[config_lib.Objective]
   if typing.get_origin(hint) is typing.Literal:
     return [(name, name) for name in typing.get_args(hint)]

@@ -240,6 +240,7 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
           config, model_config, tokens, mesh, memory - held)
     step = make_step(
         built.tx, built.loss_fn, mesh=mesh, at_once=at_once,
+        build=config.reward.build,
         reward=(lambda outputs, batch: 0) if rewarded else None)
     traced = step.trace(params, built.opt_state, batch, frozen, **more)
     names = ('losses', 'update', 'apply') if len(traced) > 1 else ('step',)

@@ -610,6 +610,11 @@ def read_rows(source: Any, task: Task) -> Rows:
         held_out, subset, d.test_split or task.test_split))
     order = np.random.RandomState(d.test_seed).permutation(len(found))
     test = [found[i] for i in order[:d.num_test if d.num_test > 0 else None]]
+  if d.dev:
+    found = task.prepare(load_rows(d.dev, subset, d.train_split or (
+        task.train_split)))
+    order = np.random.RandomState(d.seed).permutation(len(found))
+    dev = [found[i] for i in order[:d.num_dev if d.num_dev > 0 else None]]
   for_test = set() if held_out else set(indices[2].tolist())
   return Rows(train, dev, test,
               [r for i, r in enumerate(rows) if i not in for_test])
@@ -644,7 +649,7 @@ def _numbers(d, rows: int, held_out: str) -> tuple[int, int, int]:
   """
   num_test = 0 if held_out else d.num_test
   if not d.k_shot:
-    return share_out(rows, d.num_train, d.num_dev, num_test)
+    return share_out(rows, d.num_train, 0 if d.dev else d.num_dev, num_test)
   if num_test < 0:
     num_test = min(max(rows // 5, 1), _MOST['test'])
   return 0, 0, num_test

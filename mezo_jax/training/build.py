@@ -344,8 +344,10 @@ def split_words(config: config_lib.Train, rows: data_lib.Rows) -> str:
   held_out = d.test or ('' if d.train else task.hub)
   train, dev, test = (len(part) for part in (rows.train, rows.dev, rows.test))
   total = len(rows.pool) + (0 if held_out else test)
-  unused = total - train - dev - (0 if held_out else test)
+  unused = total - train - (0 if d.dev else dev) - (0 if held_out else test)
   parts = [f'{train} train', f'{dev} dev', f'{test} test']
+  if d.dev:
+    parts[1] += f' (of {d.dev})'
   if held_out:
     parts[2] += f' (of {held_out})'
   if unused:

@@ -130,7 +130,11 @@ def check_config(config: config_lib.Train) -> None:
        f'objective {objectives.words(named)} is not a '
        'mean over rows, so a batch cannot be split; leave '
        "optimizer.micro_batches at 1 and spsa.over at 'scan' or 'batch'"),
-      *((n >= 1 or n == -1 or d.k_shot > 0,
+      (not d.dev or not d.k_shot,
+       'data.k_shot chooses dev rows among the training rows; leave data.dev '
+       'empty'),
+      *((n >= 1 or n == -1 or d.k_shot > 0 or (
+          name == 'dev' and n == 0 and bool(d.dev)),
          f'data.num_{name} is {n} and must be at least 1, or -1 for a fraction '
          'of the rows')
         for name, n in (('train', d.num_train), ('dev', d.num_dev))),

@@ -50,6 +50,9 @@ class Data:
   # '' for the data set that the task declares.
   train: str = ''
   train_split: str = ''  # split of a hub data set; '' for the task's
+  # Like `train`, for the dev rows. If this is '', they are taken out of the rows
+  # of `train`.
+  dev: str = ''
   # Like `train`. If this is '' and `train` is set, the test rows are taken out
   # of the rows of `train`.
   test: str = ''
@@ -60,7 +63,7 @@ class Data:
   # 20 % (at most 500) for dev, and 20 % (at most 1,000) for testing. See
   # `mezo_jax.tasks.data.share_out`.
   num_train: int = 1000  # as in the paper
-  num_dev: int = 500
+  num_dev: int = 500  # with a dev file the maximum; 0 or -1 takes all its rows
   # With a test file or split this is the maximum, and 0 or -1 takes all rows.
   num_test: int = 1000
   # If positive, the training and dev splits have this many rows per label.
@@ -164,6 +167,10 @@ class Reward:
   # Members of the population that answer in one pass, with spsa.over 'batch'; 0
   # for as many as fit into the memory of a device.
   at_once: int = 0
+  # With spsa.over 'scan', whether to build the weights of each member once,
+  # which takes the memory of a second copy of the trained parameters. If not, z
+  # is drawn again for each token. Low-rank directions never build weights.
+  build: bool = True
   # Whether to measure how far the model has moved from the start, at each
   # evaluation: the Kullback-Leibler divergence of the next tokens.
   kl: bool = False

@@ -87,7 +87,7 @@ def make(config: config_lib.Train, built: build_lib.Built,
 
   return Rewarded(
       dict(reward=reward.of_rollouts(splits.train.rows, task, built.tokenizer),
-           at_once=at_once), evaluate)
+           at_once=at_once, build=config.reward.build), evaluate)
 
 
 def _write(path: Path, step: int, records: list[dict[str, Any]]) -> None:

@@ -170,11 +170,25 @@ def at_point(value_fn: Callable[..., Any], params: Any, eps: Any,
 
   def at(z, part):
     """Evaluates a part of the batch at one point."""
-    point = z.times(eps)
-    if around is not None:  # One sum perturbs the weights in a single pass.
-      point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
+    point = sum_of(z.times(eps), around, eps)
     return perturbed(value_fn, directions)(params, point, **part)
   return at
+
+
+def sum_of(point: Displacement, around: Displacement | None, eps: Any
+           ) -> Displacement:
+  """Returns a point, moved by a displacement if there is one.
+
+  One sum perturbs the weights in a single pass.
+
+  Args:
+    point: The point, with coefficients for each group of eps.
+    around: The displacement, or None.
+    eps: Perturbation scale, a number or groups.
+  """
+  if around is None:
+    return point
+  return around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
 
 
 def over_points(of_point: Callable[..., Any], batch: dict[str, Any],

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from mezo_jax.core import sharding
 from mezo_jax.directions.base import Directions
 from mezo_jax.directions.displacement import Displacement
+from mezo_jax.directions.low_rank import LowRank
+from mezo_jax.perturb.api import displace
 from mezo_jax.transforms import evaluate_points
 from mezo_jax.transforms.evaluate_points import Over
 from mezo_jax.transforms.losses import accepted
@@ -34,10 +36,14 @@ class Rollout:
     fn: A function ``(params, **batch) -> arrays``.
     at_once: Number of points that are evaluated together with over='batch'.
       Defaults to None, for all of them.
+    build: With over='scan' and directions that are not low-rank, whether to
+      build the weights of a point once. If not, a loop that generates text
+      draws z again for each token. Defaults to True.
   """
 
   fn: Callable[..., Any]
   at_once: int | None = None
+  build: bool = True
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Raises an error, since the estimator has called it as a loss."""
@@ -116,6 +122,11 @@ def evaluate(rollout: Rollout, params: Any, z: Displacement, eps: Any,
         params, directions, min(points, rollout.at_once or points))
   at = evaluate_points.at_point(
       rollout.fn, params, eps, directions, around, over, z)
+  if rollout.build and over == 'scan' and not isinstance(directions, LowRank):
+    def at(point, batch):
+      """Evaluates the function at weights that are built."""
+      point = evaluate_points.sum_of(point.times(eps), around, eps)
+      return rollout.fn(displace(params, point, directions), **batch)
   return evaluate_points.over_points(
       lambda batch, point: at(point, batch), accepted(rollout.fn, dict(batch)),
       z, signs, over, rollout.at_once)

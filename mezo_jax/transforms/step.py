@@ -26,7 +26,7 @@ def make_step(tx: optax.GradientTransformation,
               on_compile: Callable[..., Any] | None = None,
               part: tuple[int, int] | None = None,
               reward: Callable[..., Any] | None = None,
-              at_once: int | None = None) -> 'Step':
+              at_once: int | None = None, build: bool = True) -> 'Step':
   r"""Returns a compiled training step.
 
   .. math:: g = \text{measure}(\theta, \mathcal{L}, \mathcal{B}), \qquad
@@ -69,6 +69,10 @@ def make_step(tx: optax.GradientTransformation,
     at_once: With ``reward`` and over='batch', the number of members (pairs of a
       direction and a sign) that are evaluated together. Defaults to None, for
       all of them.
+    build: With ``reward`` and over='scan', whether to build the weights of each
+      member once, which takes the memory of a second copy of the params. If
+      not, z is drawn again whenever a weight is used, for each generated token.
+      Low-rank directions never build weights. Defaults to True.
 
   Returns:
     A `Step`. It donates ``params`` and ``state``, so do not use these arrays
@@ -113,7 +117,9 @@ def make_step(tx: optax.GradientTransformation,
     arguments.function('reward', reward)
   if at_once is not None:
     at_once = arguments.whole('at_once', at_once)
-  return Step(tx, value_fn, mesh, on_compile, part, reward, at_once)
+  arguments.boolean('build', build)
+  return Step(tx, value_fn, mesh, on_compile, part, reward,
+              functools.partial(Rollout, at_once=at_once, build=build))
 
 
 class Step:
@@ -132,7 +138,8 @@ class Step:
                mesh: jax.sharding.Mesh | None,
                on_compile: Callable[..., Any] | None,
                part: tuple[int, int] | None,
-               reward: Callable[..., Any] | None, at_once: int | None) -> None:
+               reward: Callable[..., Any] | None,
+               rollout: Callable[..., Rollout]) -> None:
     self.compiled: dict[Any, Any] = {}
     self._mesh, self._on_compile, self._part = mesh, on_compile, part
     self._reward = reward
@@ -149,10 +156,10 @@ class Step:
     def rollout_of(frozen):
       assert value_fn is not None  # `_trace_losses` has checked this
       fn = value_fn
-      def rollout(params, batch, step):
+      def of_whole(params, batch, step):
         given = accepted(fn, dict(step=step))
         return fn(_join(params, frozen), batch, **given)
-      return Rollout(rollout, at_once)
+      return rollout(of_whole)
 
     def losses(params, state, frozen, batch, more):
       """Evaluates losses: the first program."""
