@@ -50,8 +50,8 @@ class Data:
   # '' for the data set that the task declares.
   train: str = ''
   train_split: str = ''  # split of a hub data set; '' for the task's
-  # Like `train`, for the dev rows. If this is '', they are taken out of the rows
-  # of `train`.
+  # Like `train`, for the dev rows. If this is empty, they are taken out of the
+  # rows of `train`.
   dev: str = ''
   # Like `train`. If this is '' and `train` is set, the test rows are taken out
   # of the rows of `train`.
