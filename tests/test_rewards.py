@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+import subprocess
+import sys
 
 import conftest
 import helpers
@@ -482,6 +484,40 @@ def test_other_settings(words_dir, prompts_file, tmp_path, changes):
   result = training.run(config, tmp_path / 'run')
   assert np.isfinite(result['final']['reward'])
   assert runs.saved(tmp_path / 'run')[0] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_do_as_one(words_dir, prompts_file, tmp_path):
+  """Each process computes the rewards of its own rows."""
+  config = tmp_path / 'config.py'
+  saved = config_lib.to_json(rewarded(
+      words_dir, prompts_file, steps=6, eval_every=3,
+      reward__function=f'{HERE}:share'))
+  config.write_text(f'''
+from mezo_jax.training.config import from_json
+def get_config():
+  return from_json({saved!r})
+''')
+  found = {}
+  for count in (1, 2):
+    port, started = helpers.free_port(), []
+    for i in range(count):
+      join = {} if count == 1 else {
+          'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+          'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(i)}
+      started.append(subprocess.Popen(
+          [sys.executable, str(conftest.ROOT / 'train.py'),
+           f'--config={config}', f'--workdir={tmp_path / str(count)}',
+           *(['--distributed'] if join else [])], text=True,
+          env=runs.environment(2 // count) | join, stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT))
+    for process in started:
+      said, _ = process.communicate(timeout=400)
+      assert process.returncode == 0, said
+    found[count] = runs.records(tmp_path / str(count))
+  for one, two in zip(found[1], found[2], strict=True):
+    assert one['reward'] == pytest.approx(two['reward'], abs=1e-6)
 
 
 @pytest.mark.parametrize('changes, named', [

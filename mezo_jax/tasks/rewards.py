@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -230,7 +231,8 @@ class Reward:
   """Computes rewards of answers. Use `make` to build it.
 
   It is a function of (predictions, examples), like a user's objective, so that
-  evaluation treats it as one.
+  evaluation treats it as one. In a run of several processes, the first one
+  computes the rewards of an evaluation, so that all get the same.
 
   Attributes:
     last: The answers of the last `report`.
@@ -256,7 +258,7 @@ class Reward:
       answers: The texts of the answers, one for each row.
       rows: The rows.
     """
-    parts, failed = self._pool(answers, rows)
+    parts, failed = _by_first_process(lambda: self._pool(answers, rows))
     self.last = [*map(Answer, rows, answers, parts)]
     rewards = np.array([answer.reward for answer in self.last])
     return {'reward': float(rewards.mean()),
@@ -316,6 +318,22 @@ def identical(members: np.ndarray) -> float:
       members.reshape(len(members), -1), axis=0, return_inverse=True,
       return_counts=True)
   return float(np.mean(counts[index.ravel()] > 1))
+
+
+def _by_first_process(compute: Callable[[], Any]) -> Any:
+  """Calls a function on process 0, and returns its result on all processes.
+
+  Args:
+    compute: The function. Its result consists of JSON values.
+  """
+  if jax.process_count() == 1:
+    return compute()
+  first = jax.process_index() == 0
+  text = json.dumps(compute()).encode() if first else b''
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  found = multihost_utils.broadcast_one_to_all(
+      np.frombuffer(text.ljust(size), np.uint8))
+  return json.loads(np.asarray(found).tobytes())
 
 
 def _means(parts: Sequence[dict[str, float]]) -> dict[str, float]:

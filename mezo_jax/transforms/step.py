@@ -131,7 +131,7 @@ class Step:
     compiled: A dict of the compiled programs. Programs that evaluate losses
       have the shapes of their batch as key, the update has the key None,
       `apply_accumulated` has the key 'apply', and the program that combines
-      rewards has the key 'rewards'.
+      rewards has the key ('rewards', their shape).
   """
 
   def __init__(self, tx: Any, value_fn: Callable[..., Any] | None,
@@ -259,9 +259,11 @@ class Step:
     if not _replays(state):
       raise ValueError('tx: backpropagation cannot be used with a reward.')
     rewards = self._rewards(jax.device_get(out), batch)
-    program = self._program(_shape(rewards), None, lambda: self._trace(
-        self._combined, (params, state, rewards)))
-    return program(params, state, -rewards)
+    key = 'rewards', rewards.shape
+    if key not in self.compiled:  # tiny, so that `on_compile` is not told
+      self.compiled[key] = self._lower(self._trace(
+          self._combined, (params, state, rewards))).compile()
+    return self.compiled[key](params, state, -rewards)
 
   def _rewards(self, outputs, batch) -> np.ndarray:
     """Calls the reward function and records the metrics of its results.
