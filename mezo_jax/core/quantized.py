@@ -360,8 +360,9 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
       isinstance(axis, (int, np.integer)) and -w.ndim <= axis < w.ndim,
       'axis', f'one of the {w.ndim} axes of w', axis)
   axis %= w.ndim
-  arguments.check(bits == 8 or w.shape[axis] % 2 == 0, 'w',
-                  f'of even length along axis {axis}, for bits=4', w.shape)
+  if bits == 4 and w.shape[axis] % 2:
+    raise ValueError('bits=4 needs an axis of even length, got w of shape '
+                     f'{list(w.shape)} and axis {axis - w.ndim}.')
   q, scales, offsets = quantized(np.asarray(w), bits, axis)
   packed = None
   if bits == 4:
