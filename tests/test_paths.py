@@ -304,3 +304,10 @@ def test_fingerprints_of_64_bits():
     found = {fingerprint.of_weights({'w': y}) for y in (
         x, x.at[1, 2].add(1e-15), x[::-1], x.astype(jnp.float32))}
   assert len(found) == 4
+
+
+def test_a_mask_that_is_mapped_from_quantised_params():
+  """A quantised weight is one leaf, however many arrays it has."""
+  params = {'a': mezo_jax.quantize(jnp.ones((32, 2))), 'b': jnp.ones(3)}
+  mask = lambda params: jax.tree.map(lambda x: x is params['b'], params)
+  assert paths.resolved(params, mask) == [False, True]

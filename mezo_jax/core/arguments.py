@@ -19,6 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 
 F = TypeVar('F', bound=Callable)
+_NUMBERS = (numbers.Real, np.generic, np.ndarray, jax.Array)
+
+
+def check(ok: Any, name: str, wanted: str, value: Any) -> Any:
+  """Returns an argument if it is valid.
+
+  Args:
+    ok: Whether the argument is valid.
+    name: Name of the argument, for the error.
+    wanted: Describes the allowed values, for the error.
+    value: The argument.
+
+  Raises:
+    ValueError: If ``ok`` is false.
+  """
+  if not ok:
+    raise ValueError(f'{name} must be {wanted}, got {value!r}.')
+  return value
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -34,13 +52,11 @@ def whole(name: str, value: Any, least: int = 1) -> int:
   Raises:
     ValueError: If the value is not such an integer or is below ``least``.
   """
-  is_integer = isinstance(value, (int, np.integer)) and not isinstance(
-      value, (bool, np.bool_))
-  if not is_integer or value < least:
-    raise ValueError(
-        f'{name} must be a Python integer of at least {least}, got {value!r}; '
-        'with optax.inject_hyperparams, list it in static_args.')
-  return int(value)
+  is_integer = isinstance(value, (int, np.integer)) and value is not True
+  return int(check(
+      is_integer and value is not False and value >= least, name,
+      f'a Python integer of at least {least} (with optax.inject_hyperparams, '
+      'list it in static_args)', value))
 
 
 def number(name: str, value: Any, *, above: float | None = None,
@@ -59,27 +75,19 @@ def number(name: str, value: Any, *, above: float | None = None,
   Raises:
     ValueError: If the value is not a number, not finite, or out of bounds.
   """
-  if isinstance(value, jax.Array):  # tracers are instances of jax.Array, too
-    if value.shape or not _is_real(value.dtype):
-      raise ValueError(f'{name} must be a number, got an array '
-                       f'{value.dtype}{list(value.shape)}.')
+  is_jax = isinstance(value, jax.Array)  # so are tracers
+  check(isinstance(value, _NUMBERS), name, 'a number', value)
+  array = value if is_jax else np.asarray(value)
+  check(not array.shape and _is_real(array.dtype), name, 'a number', value)
+  if is_jax:
     return value
-  known = isinstance(value, np.ndarray) and not value.shape
-  if not known and not isinstance(value, (numbers.Real, np.generic)) or (
-      isinstance(value, bool) or not _is_real(np.asarray(value).dtype)):
-    raise ValueError(f'{name} must be a number, got {value!r}.')
-  real = np.asarray(value).item()
-  if not math.isfinite(real):
-    wanted = 'finite'
-  elif above is not None and not real > above:
-    wanted = f'above {above}' if above else 'positive'
-  elif least is not None and real < least:
-    wanted = f'at least {least}'
-  elif below is not None and real >= below:
-    wanted = f'below {below}'
-  else:
-    return value
-  raise ValueError(f'{name} must be {wanted}, got {value!r}.')
+  real = array.item()
+  check(math.isfinite(real), name, 'finite', value)
+  check(above is None or real > above, name,
+        f'above {above}' if above else 'positive', value)
+  check(least is None or real >= least, name, f'at least {least}', value)
+  check(below is None or real < below, name, f'below {below}', value)
+  return value
 
 
 def _is_real(dtype) -> bool:
@@ -98,9 +106,8 @@ def boolean(name: str, value: Any) -> bool:
   Raises:
     ValueError: If the value is something else, such as a JAX array.
   """
-  if not isinstance(value, (bool, np.bool_)):
-    raise ValueError(f'{name} must be True or False, got {value!r}.')
-  return bool(value)
+  return bool(check(
+      isinstance(value, (bool, np.bool_)), name, 'True or False', value))
 
 
 def function(name: str, value: Any) -> Callable[..., Any]:
@@ -113,9 +120,7 @@ def function(name: str, value: Any) -> Callable[..., Any]:
   Raises:
     ValueError: If the value cannot be called.
   """
-  if not callable(value):
-    raise ValueError(f'{name} must be a function, got {value!r}.')
-  return value
+  return check(callable(value), name, 'a function', value)
 
 
 def floating(name: str, dtype: Any) -> Any:
@@ -128,15 +133,11 @@ def floating(name: str, dtype: Any) -> Any:
   Raises:
     ValueError: If the argument is a dtype of another kind, or not a dtype.
   """
-  if dtype is None:
-    return None
   try:
-    found = jnp.dtype(dtype)
-  except TypeError:
-    found = None
-  if found is None or not jnp.issubdtype(found, jnp.floating):
-    raise ValueError(f'{name} must be a floating-point dtype, got {dtype!r}.')
-  return dtype
+    ok = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:  # not a dtype
+    ok = False
+  return check(ok, name, 'a floating-point dtype', dtype)
 
 
 def tree(name: str, value: Any) -> Any:
@@ -149,9 +150,7 @@ def tree(name: str, value: Any) -> Any:
   Raises:
     ValueError: If the value is None.
   """
-  if value is None:
-    raise ValueError(f'{name} must be a tree of arrays, got None.')
-  return value
+  return check(value is not None, name, 'a tree of arrays', value)
 
 
 def rate(name: str, value: Any, *, above: float | None = None,
@@ -171,27 +170,22 @@ def rate(name: str, value: Any, *, above: float | None = None,
     ValueError: If the value is something else, such as None.
   """
   if isinstance(value, Mapping):
-    if not groups:
-      raise ValueError(f'{name} must be one number or schedule, not groups.')
-    if not value:
-      raise ValueError(f'{name} has no groups: give a number, or at least one '
-                       'regular expression with its number.')
-    for pattern in value:
+    check(groups, name, 'one number or schedule, not groups', value)
+    check(value, name, 'a number, or at least one regular expression with its '
+          'number', value)
+    out = {}
+    for pattern, one in value.items():
       expression(f'a group of {name}', pattern)
-    return {pattern: rate(f'{name}[{pattern!r}]', v, above=above, groups=False)
-            for pattern, v in value.items()}
-  if isinstance(value, type) or not callable(value):
-    try:
-      return number(name, value, above=above)
-    except ValueError as e:
-      if isinstance(value, (numbers.Real, jax.Array, np.ndarray)):
-        raise
-      raise ValueError(
-          f'{name} must be a number or a schedule (a function of the step '
-          f'number){", or groups of them" if groups else ""}, got {value!r}.'
-      ) from e
-  return lambda count: number(
-      f'{name}(step)', value(count), above=above)
+      label = f'{name}[{pattern!r}]'
+      out[pattern] = rate(label, one, above=above, groups=False)
+    return out
+  if callable(value) and not isinstance(value, type):
+    return lambda count: number(f'{name}(step)', value(count), above=above)
+  wanted = 'a number or a schedule (a function of the step number)'
+  if groups:
+    wanted += ', or groups of them'
+  check(isinstance(value, _NUMBERS), name, wanted, value)
+  return number(name, value, above=above)
 
 
 def at(value: Any, count: jax.Array | int) -> Any:
@@ -209,9 +203,7 @@ def expression(name: str, pattern: Any) -> re.Pattern[str]:
   Raises:
     ValueError: If ``pattern`` is not a string or cannot be compiled.
   """
-  if not isinstance(pattern, str):
-    raise ValueError(
-        f'{name} must be a regular expression, got {pattern!r}.')
+  check(isinstance(pattern, str), name, 'a regular expression', pattern)
   try:
     return re.compile(pattern)
   except re.error as e:
@@ -236,10 +228,12 @@ def check_names(value_fn: Callable[..., Any], **given: Any) -> None:
     taken = inspect.signature(value_fn).parameters
   except (TypeError, ValueError):  # builtins may have no signature to read
     return
+  by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD,
+             inspect.Parameter.KEYWORD_ONLY)
   for name, value in given.items():
-    if value is not None and name in taken and taken[name].kind in (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY):
+    if value is None or name not in taken:
+      continue
+    if taken[name].kind in by_name:
       raise ValueError(
           f'value_fn has an argument {name!r}, which tx.update uses itself and '
           'does not pass on; rename it, for example with value_fn=lambda '
@@ -259,11 +253,11 @@ def array(name: str, value: Any) -> jax.Array:
   """
   try:
     out = jnp.asarray(value)
+    ok = _is_real(out.dtype)
   except (TypeError, ValueError):
-    out = None
-  if out is None or not _is_real(out.dtype):
-    raise ValueError(f'{name} must be an array of numbers, got {value!r}.')
-  return out
+    out, ok = value, False
+  check(ok, name, 'an array of numbers', value)
+  return cast(jax.Array, out)
 
 
 def warn_renamed(old: str, new: str) -> None:

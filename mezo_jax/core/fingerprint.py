@@ -29,9 +29,10 @@ def of_weights(params: Any, but: str | None = None) -> str:
     but: A regular expression. Leaves whose path contains a match are left out.
       Defaults to None, which includes all leaves.
   """
-  leaves = [(path, x) for path, x in jax.tree.leaves_with_path(params)
-            if but is None or not re.search(but, jax.tree_util.keystr(
-                path, simple=True, separator='/'))]
+  leaves = jax.tree.leaves_with_path(params)
+  if but is not None:
+    leaves = [(path, x) for path, x in leaves if not re.search(
+        but, jax.tree_util.keystr(path, simple=True, separator='/'))]
   sums = jax.device_get(_checksums([x for _, x in leaves]))
   return _digest((jax.tree_util.keystr(path), x.shape, str(x.dtype), int(total))
                  for (path, x), total in zip(leaves, sums))
@@ -125,8 +126,8 @@ def _checksum(x: jax.Array) -> jax.Array:
   # layer at a time is copied there.
   def add(layer, total):
     """Adds the checksum of one layer."""
-    return total + _sum(sharding.fetched(
-        jax.lax.dynamic_slice_in_dim(x, layer, 1)), layer)
+    block = jax.lax.dynamic_slice_in_dim(x, layer, 1)
+    return total + _sum(sharding.fetched(block), layer)
   return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
 
 

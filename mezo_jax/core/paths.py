@@ -47,15 +47,14 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     ValueError: If two leaves have the same path.
   """
   out = {}
-  for path, node in jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda x: _is_variable(x) or is_codes(x))[0]:
-    within = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_codes)[0]
-    if _is_variable(node) and len(within) == 1:
-      within = [((), within[0][1])]
+  nodes = jax.tree.leaves_with_path(
+      tree, is_leaf=lambda x: _is_variable(x) or is_codes(x))
+  for path, node in nodes:
+    within = jax.tree.leaves_with_path(node, is_leaf=is_codes)
     for more, leaf in within:
-      name = '/'.join(
-          str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
-          for k in (*path, *more))
+      if _is_variable(node) and len(within) == 1:
+        more = ()
+      name = jax.tree_util.keystr((*path, *more), simple=True, separator='/')
       if name in out:
         raise ValueError(
             f'two parameters have the path {name!r} and would draw the same '
@@ -88,10 +87,10 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     tree: A tree of arrays and `QuantizedArray`.
     *rest: Trees that have the structure of ``tree`` as a prefix.
   """
-  flat = [structure(tree).flatten_up_to(t) for t in rest]
-  return jax.tree.unflatten(structure(tree), [
-      fn(path, leaf, *others)
-      for (path, leaf), *others in zip(named_leaves(tree), *flat)])
+  treedef = structure(tree)
+  flat = [treedef.flatten_up_to(t) for t in rest]
+  return treedef.unflatten(
+      fn(*pair, *others) for pair, *others in zip(named_leaves(tree), *flat))
 
 
 def locate(path: str, stacked: bool | None = None
@@ -119,11 +118,11 @@ def locate(path: str, stacked: bool | None = None
     match = _LAYERS.fullmatch(part)
     if not match:
       continue
-    name, number = match.groups()
+    parts[i], number = match.groups()
+    if number is None and parts[i + 1].isdigit():
+      number = parts.pop(i + 1)
     if number is not None:
-      return '/'.join([*parts[:i], name, *parts[i + 1:]]), int(number), False
-    if parts[i + 1].isdigit():
-      return '/'.join(parts[:i + 1] + parts[i + 2:]), int(parts[i + 1]), False
+      return '/'.join(parts), int(number), False
     if stacked is not False:
       return path, None, True
   return path, None, False
@@ -164,9 +163,9 @@ def check_paths(leaves: Iterable[tuple[str, int | None]]) -> None:
   seen = {}
   for path, depth in leaves:
     name, layer, _ = locate(path, depth is not None)
-    name = zlib.crc32(name.encode())
-    for number in (layer,) if depth is None else range(depth):
-      other = seen.setdefault((name, number), path)
+    layers = [layer] if depth is None else range(depth)
+    for layer in layers:
+      other = seen.setdefault((zlib.crc32(name.encode()), layer), path)
       if other != path:
         raise ValueError(
             f'parameters {other!r} and {path!r} would draw the same noise '
@@ -193,27 +192,23 @@ def stacked(params: Any, how: Any = None) -> list[bool]:
     chosen = _guessed(found)
   else:
     chosen = resolved(params, how, 'stacked')
-  return [bool(c) and len(shape_of(x)) > 0
-          for c, (_, x) in zip(chosen, found)]
+  return [bool(c and shape_of(x)) for c, (_, x) in zip(chosen, found)]
 
 
 def _guessed(found: list[tuple[str, Any]]) -> list[bool]:
   """Guesses from names and shapes which leaves are stacks of layers."""
-  parts = {}  # leaves below each component that is named like layers
+  # Leaves below each component that is named like layers. `_named_layers` stops
+  # at a layer with a number. As in `locate`, such a layer takes precedence over
+  # names of layers further down the path.
+  parts = {}
   for path, x in found:
     for part in _named_layers(path):
       parts.setdefault(part, []).append((path.removeprefix(part + '/'), x))
-  is_stack = {part: _is_stack(part, leaves) for part, leaves in parts.items()}
-  if is_stack:
-    _log_guess(*(tuple(part for part, stack in is_stack.items() if stack == s)
-                 for s in (True, False)))
-  out = []
-  for path, _ in found:
-    # `_named_layers` stops at a layer with a number. As in `locate`, such a
-    # layer takes precedence over names of layers further down the path.
-    stack = any(is_stack[part] for part in _named_layers(path))
-    out.append(stack)
-  return out
+  stacks = [part for part in parts if _is_stack(part, parts[part])]
+  if parts:
+    _log_guess(tuple(stacks), tuple(p for p in parts if p not in stacks))
+  return [any(part in stacks for part in _named_layers(path))
+          for path, _ in found]
 
 
 def _named_layers(path: str) -> list[str]:
@@ -251,18 +246,27 @@ def _is_stack(part: str, leaves: list[tuple[str, Any]]) -> bool:
   # Scalars and leaves that cannot be trained (counters, keys) are ignored.
   shapes = [(path, shape_of(x)) for path, x in leaves
             if len(shape_of(x)) and (is_codes(x) or is_floating(x))]
-  if not shapes or len({shape[0] for _, shape in shapes}) > 1:
+  if not _may_be_stack(shapes):
     return False
-  if any(_is_of_one_layer(path, shape, shapes) for path, shape in shapes):
-    return False
-  is_vector = lambda path: bool(_NOT_DECAYED.search(path))
-  if any(len(shape) >= 3 or len(shape) == 2 and is_vector(path)
-         for path, shape in shapes):
-    return True
-  return (
-      bool(_PLURAL.fullmatch(part)) and len({len(s) for _, s in shapes}) == 1
-      and not any(_MATRIX.fullmatch(path) or is_vector(path)
-                  for path, _ in shapes))
+  known = False  # whether a name shows the axes that a single layer has
+  for path, shape in shapes:
+    is_vector = _NOT_DECAYED.search(path)
+    if len(shape) > 2 or is_vector and len(shape) == 2:
+      return True
+    known = known or is_vector or _MATRIX.fullmatch(path)
+  same_axes = len({len(shape) for _, shape in shapes}) == 1
+  return bool(same_axes and not known and _PLURAL.fullmatch(part))
+
+
+def _may_be_stack(shapes: list[tuple[str, tuple[int, ...]]]) -> bool:
+  """Returns whether no shape below a path shows that it is a single layer.
+
+  Args:
+    shapes: Pairs (path, shape) of the leaves. No leaf is a scalar.
+  """
+  lengths = {shape[0] for _, shape in shapes}
+  return len(lengths) == 1 and not any(
+      _is_of_one_layer(path, shape, shapes) for path, shape in shapes)
 
 
 def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
@@ -281,11 +285,12 @@ def _is_of_one_layer(path: str, shape: tuple[int, ...], others) -> bool:
   # of a single convolution, [out, 1, 1], or a stack [layers, 1] for layers with
   # one output. It is a stack only if another leaf of the same module has an
   # axis of length 1 too, which would be that output.
-  above = path.rpartition('/')[0]
+  if len(shape) == 1:
+    return True
+  module = path.rpartition('/')[0]
   one_output = any(1 in other[1:] for name, other in others
-                   if name != path and name.rpartition('/')[0] == above)
-  return len(shape) == 1 or (
-      math.prod(shape[1:]) == 1 and len(others) > 1 and not one_output)
+                   if name != path and name.rpartition('/')[0] == module)
+  return math.prod(shape[1:]) == 1 and len(others) > 1 and not one_output
 
 
 @functools.lru_cache(maxsize=64)
@@ -318,16 +323,14 @@ def decayed(params: Any, how: Any = None) -> Any:
       three axes.
   """
   found = named_leaves(params)
+  stacks = stacked(params, how)
   if how is None:
-    is_stack = [a or b for a, b in zip(
-        stacked(params), _seem_stacked(found))]
-  else:
-    is_stack = [*map(bool, resolved(params, how, 'stacked'))]
+    stacks = map(any, zip(stacks, _seem_stacked(found)))
   # The layer axis of a stack does not count.
-  return jax.tree.unflatten(structure(params), [
-      len(shape_of(x)) - (s and len(shape_of(x)) > 0) >= 2
+  return structure(params).unflatten(
+      len(shape_of(x)) >= (3 if is_stack else 2)
       and not _NOT_DECAYED.search(path)
-      for (path, x), s in zip(found, is_stack)])
+      for (path, x), is_stack in zip(found, stacks))
 
 
 def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
@@ -337,21 +340,21 @@ def _seem_stacked(found: list[tuple[str, Any]]) -> list[bool]:
   do not matter.
   """
   parts = {}  # leaves of each part of the tree, by the path of the part
-  above = lambda path: [
-      '', *(path[:i + 1] for i, c in enumerate(path) if c == '/')]
   for path, x in found:
-    for part in above(path):
+    for part in _above(path):
       parts.setdefault(part, []).append((path, shape_of(x)))
-
-  def looks_stacked(leaves):
-    """Returns whether the shapes of a part look like those of a stack."""
+  stacks = set()
+  for part, leaves in parts.items():
     shapes = [shape for _, shape in leaves]
-    return (all(shapes) and len({shape[0] for shape in shapes}) == 1
-            and max(map(len, shapes)) >= 3
-            and not any(_is_of_one_layer(path, shape, leaves)
-                        for path, shape in leaves))
-  whole = {part for part, leaves in parts.items() if looks_stacked(leaves)}
-  return [any(part in whole for part in above(path)) for path, _ in found]
+    if all(shapes) and max(map(len, shapes)) >= 3 and _may_be_stack(leaves):
+      stacks.add(part)
+  return [not stacks.isdisjoint(_above(path)) for path, _ in found]
+
+
+def _above(path: str) -> list[str]:
+  """Returns the paths of all parts of a tree that contain a leaf."""
+  parts = path.split('/')
+  return ['/'.join(parts[:i]) for i in range(len(parts))]
 
 
 # --- masks and groups -------------------------------------------------------
@@ -379,43 +382,45 @@ def selected(params: Any, mask: Any, takes: Callable[..., Any] | None = None,
       selected leaf is complex or has a floating-point dtype of less than 16
       bits, or if two selected leaves would draw the same noise.
   """
-  chosen, takes = resolved(params, mask), takes or is_floating
+  takes = takes or is_floating
   found = named_leaves(params)
-  for path, x in found:
-    if not is_codes(x) and not _is_array(x):
-      raise ValueError(f'parameter {path!r} is {x!r}, which is not an array.')
-  for (path, x), c in zip(found, chosen):
-    if c is not False and not is_codes(x) and jnp.issubdtype(
-        jnp.result_type(x), jnp.complexfloating):
+  chosen = []
+  for (path, x), use in zip(found, resolved(params, mask)):
+    dtype = _dtype_of(path, x)
+    if use is not False and jnp.issubdtype(dtype, jnp.complexfloating):
       raise ValueError(
-          f'parameter {path!r} is {jnp.result_type(x)}, but directions are '
-          'real; exclude it with mask=..., or train its real and imaginary '
-          'parts as two parameters.')
-  chosen = [takes(x) and c for (_, x), c in zip(found, chosen)]
-  if found and not any(c is not False for c in chosen):
+          f'parameter {path!r} is {dtype}, but directions are real; exclude it '
+          'with mask=..., or train its real and imaginary parts as two '
+          'parameters.')
+    use = takes(x) and use
+    if use is not False and is_floating(x) and dtype.itemsize < 2:
+      raise ValueError(
+          f'parameter {path!r} is {dtype}, which is too coarse to be '
+          'perturbed; exclude it with mask=... .')
+    chosen.append(use)
+  used = [use is not False for use in chosen]
+  if found and not any(used):
     shown = ', '.join(path for path, _ in found[:5])
     raise ValueError(
         f'mask {mask!r} selects no floating-point parameter; the paths are '
         f'{shown}{", ..." if len(found) > 5 else ""}.')
-  for (path, x), c in zip(found, chosen):
-    if c is not False and not is_codes(x) and is_floating(x) and (
-        jnp.result_type(x).itemsize < 2):
-      raise ValueError(
-          f'parameter {path!r} is {x.dtype}, which is too coarse to be '
-          'perturbed; exclude it with mask=... .')
-  check_paths([
-      (path, shape_of(x)[0] if is_stack else None)
-      for (path, x), c, is_stack in zip(
-          found, chosen, stacked(params, stacks)) if c is not False])
-  return jax.tree.unflatten(structure(params), chosen)
+  depths = []
+  for (path, x), use, is_stack in zip(found, used, stacked(params, stacks)):
+    if use:
+      depths.append((path, shape_of(x)[0] if is_stack else None))
+  check_paths(depths)
+  return structure(params).unflatten(chosen)
 
 
-def _is_array(x) -> bool:
-  """Returns whether a leaf is an array, a shape with a dtype, or a number."""
+def _dtype_of(path: str, x: Any) -> Any:
+  """Returns the dtype of an array, a shape with a dtype, or a number."""
+  if is_codes(x):
+    return jnp.dtype(x.dtype)
   try:
-    return hasattr(x, 'dtype') or bool(jnp.result_type(x))
+    return jnp.result_type(x)
   except (TypeError, ValueError):
-    return False
+    raise ValueError(
+        f'parameter {path!r} is {x!r}, which is not an array.') from None
 
 
 def is_floating(x: Any) -> bool:
@@ -438,29 +443,32 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   Raises:
     ValueError: If the mask does not fit the tree, or is not a mask.
   """
-  if mask is None or isinstance(mask, bool):
-    return [mask is not False] * len(named_leaves(params))
+  leaves = named_leaves(params)
+  if mask is None:
+    mask = True
   if isinstance(mask, str):
     found = arguments.expression(name, mask)
-    return [bool(found.search(path)) for path, _ in named_leaves(params)]
-  mask = mask(params) if callable(mask) else mask
-  out = []
-
-  def of_leaf(m, x):
-    """Checks the mask of one leaf and appends it to the result."""
-    if not isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array)):
-      raise ValueError(f'{m!r} is not a bool or an array of bools')
-    if jnp.ndim(m) and jnp.shape(m) != shape_of(x):
-      raise ValueError(f'an array of bools has the shape {jnp.shape(m)}, but '
-                       f'its parameter has the shape {shape_of(x)}')
-    out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
-
+    return [bool(found.search(path)) for path, _ in leaves]
+  if callable(mask):
+    mask = mask(params)
+  # A `QuantizedArray` is one leaf, so a number takes its place in the params.
+  # In a mask that was mapped from them, its integers stand for all of it.
+  numbers = structure(params).unflatten(range(len(leaves)))
+  mask = jax.tree.map(
+      lambda m: m.codes if is_codes(m) else m, mask, is_leaf=is_codes)
   try:
-    jax.tree.map(lambda m, part: jax.tree.map(
-        lambda x: of_leaf(m, x), part, is_leaf=is_codes), mask, params)
+    full = jax.tree.leaves(jax.tree.broadcast(mask, numbers))
   except ValueError as e:
     raise ValueError(
         f'{name} is not a prefix of the parameter tree: {e}') from e
+  out = []
+  for m, (path, x) in zip(full, leaves):
+    is_bool = isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array))
+    if not is_bool or jnp.shape(m) not in ((), shape_of(x)):
+      raise ValueError(
+          f'{name} has {m!r} for the parameter {path!r}, which is not a bool '
+          f'or an array of bools of the shape {shape_of(x)}.')
+    out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
   return out
 
 

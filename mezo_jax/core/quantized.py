@@ -126,8 +126,8 @@ class QuantizedArray:
       return self._signed(self.codes)
     # A new axis of length 2 holds the low and the high half of each byte.
     axis = self.codes.ndim + self.packed
-    shifts = np.array([0, 4], np.uint8).reshape(
-        (2,) + (1,) * (self.codes.ndim - axis - 1))
+    shifts = np.array([0, 4], np.uint8)
+    shifts = shifts.reshape(2, *(1,) * (-1 - self.packed))
     halves = (jnp.expand_dims(self.codes, axis + 1) >> shifts) & np.uint8(15)
     return self._signed(halves.reshape(self.shape))
 
@@ -135,8 +135,10 @@ class QuantizedArray:
     """Converts stored integers to int32, and restores the sign of 4-bit ones.
     """
     q = q.astype(jnp.int32)
-    # `(q ^ 8) - 8` extends the sign bit of a 4-bit two's complement number.
-    return (q ^ 8) - 8 if self.bits == 4 and self.offsets is None else q
+    if self.bits == 8 or self.offsets is not None:
+      return q
+    # This extends the sign bit of a 4-bit two's complement number.
+    return (q ^ 8) - 8
 
   def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns the dequantised weight, computed in float32, in this dtype."""
@@ -152,7 +154,9 @@ class QuantizedArray:
       A float32 array.
     """
     w = q.astype(jnp.float32) * self._each(self.scales)
-    return w if self.offsets is None else w + self._each(self.offsets)
+    if self.offsets is None:
+      return w
+    return w + self._each(self.offsets)
 
   def rescaled(self, factors: jax.Array) -> 'QuantizedArray':
     """Returns the weight with its scales multiplied by factors, in float32.
@@ -180,8 +184,9 @@ class QuantizedArray:
     x = jnp.where(scale == 0, 0.0, change / jnp.where(scale == 0, 1.0, scale))
     # The magnitude is rounded down after adding 1/2 (to nearest) or a uniform
     # number in [0, 1) (stochastically); the sign is restored afterwards.
-    up = np.float32(0.5) if bits is None else (
-        (bits >> 8).astype(jnp.float32) * np.float32(2**-24))
+    up = np.float32(0.5)
+    if bits is not None:
+      up = (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
     # The difference of two integers q is never larger than this. Larger steps
     # are clipped to the range of q anyway, and could overflow int32.
     most = np.float32(2**self.bits)
@@ -197,9 +202,9 @@ class QuantizedArray:
     Args:
       steps: Integers in the weight's shape, such as those of `steps`.
     """
-    low, high = {(8, False): (-127, 127), (8, True): (-127, 127),
-                 (4, False): (-8, 7), (4, True): (0, 15)}[
-                     self.bits, self.offsets is not None]
+    low, high = -127, 127
+    if self.bits == 4:
+      low, high = (-8, 7) if self.offsets is None else (0, 15)
     moved = lambda q, steps: jnp.clip(self._signed(q) + steps, low, high)
     if self.packed is None:
       new = moved(self.codes, steps).astype(jnp.int8)
@@ -207,10 +212,11 @@ class QuantizedArray:
       # Both halves of a byte are computed separately and joined, without
       # unpacking the whole weight, so that XLA can update it in place.
       axis = steps.ndim + self.packed
-      low_half, high_half = (
-          moved(q, jax.lax.slice_in_dim(steps, i, None, 2, axis)) & 15
-          for i, q in enumerate((self.codes & np.uint8(15), self.codes >> 4)))
-      new = (low_half | high_half << 4).astype(jnp.uint8)
+      half = lambda q, first: moved(
+          q, jax.lax.slice_in_dim(steps, first, None, 2, axis)) & 15
+      low_half = half(self.codes & np.uint8(15), 0)
+      new = low_half | half(self.codes >> 4, 1) << 4
+      new = new.astype(jnp.uint8)
     # The difference of two bytes may wrap around modulo 256. When the update is
     # added, the sum wraps around, too, so that the result is exactly `new`.
     return self.still(new - self.codes)
@@ -223,7 +229,9 @@ class QuantizedArray:
         for zeros.
     """
     out = jax.tree.map(jnp.zeros_like, self)
-    return out if codes is None else dataclasses.replace(out, codes=codes)
+    if codes is None:
+      return out
+    return dataclasses.replace(out, codes=codes)
 
   def _each(self, x: jax.Array) -> jax.Array:
     """Repeats scales or offsets, so that each element has its own, float32."""
@@ -241,10 +249,10 @@ class QuantizedArray:
       The view. None if the view would separate two integers that share a byte,
       or if it is a reshape that would separate elements that share a scale.
     """
-    shape, others = self.shape, (self.scales, self.offsets)
-    if view.cuts(shape, self.codes.shape) or (
-        isinstance(view, views.Reshape)
-        and view.cuts(shape, self.scales.shape)):
+    shape = self.shape
+    if view.cuts(shape, self.codes.shape):
+      return None
+    if isinstance(view, views.Reshape) and view.cuts(shape, self.scales.shape):
       return None
     if isinstance(view, views.Keep):
       # A lookup out of bounds gives NaN. Integers cannot be NaN, but the scale
@@ -252,13 +260,12 @@ class QuantizedArray:
       scales = jnp.where(view.there, self.scales, jnp.nan)
       return dataclasses.replace(
           self, scales=scales.astype(self.scales.dtype))
-    codes, new = view.array(self.codes, shape), view.shape(shape)
-    scales, offsets = (
-        None if x is None else view.array(x, shape) for x in others)
-    packed = [a - len(new) for a, n in enumerate(new) if codes.shape[a] != n]
-    return dataclasses.replace(
-        self, codes=codes, scales=scales, offsets=offsets,
-        packed=packed[0] if packed else None)
+    out = jax.tree.map(lambda x: view.array(x, shape), self)
+    new, packed = view.shape(shape), None
+    for axis, length in enumerate(new):
+      if out.codes.shape[axis] != length:
+        packed = axis - len(new)
+    return dataclasses.replace(out, packed=packed)
 
 
 def is_codes(x: Any) -> 'TypeIs[QuantizedArray]':
@@ -277,13 +284,12 @@ def pack(q: Any, axis: int) -> Any:
   Returns:
     A uint8 array, half as long as ``q`` along the axis.
   """
-  axis += q.ndim
-  pairs = (q & 15).astype(np.uint8).reshape(
-      *q.shape[:axis], q.shape[axis] // 2, 2, *q.shape[axis + 1:])
-  shifts = np.array([1, 16], np.uint8).reshape(
-      (2,) + (1,) * (q.ndim - axis - 1))
+  after = q.shape[axis:][1:]
+  pairs = (q & 15).astype(np.uint8)
+  pairs = pairs.reshape(*q.shape[:axis], q.shape[axis] // 2, 2, *after)
+  shifts = np.array([1, 16], np.uint8).reshape(2, *(1,) * len(after))
   # The halves do not overlap, so the sum joins them, in one pass over q.
-  return (pairs * shifts).sum(axis + 1, dtype=np.uint8)
+  return (pairs * shifts).sum(axis, dtype=np.uint8)
 
 
 # --- quantise and dequantise ------------------------------------------------
@@ -307,23 +313,22 @@ def quantized(w: np.ndarray, bits: int, axis: int
     The integers (int8 in the shape of ``w``), the scales, and the offsets (None
     with 8 bits).
   """
-  n = w.shape[axis]
+  n, within = w.shape[axis], axis + 1
   run = GROUP if n % GROUP == 0 else n
   runs = w.astype(np.float32).reshape(
-      *w.shape[:axis], n // run, run, *w.shape[axis + 1:])
+      *w.shape[:axis], n // run, run, *w.shape[within:])
+  each = lambda x: np.expand_dims(x.astype(np.float32), within)
   if bits == 8:
-    scale = (np.abs(runs).max(axis + 1) / 127).astype(np.float16)
-    offset = None
-    low, high, start = -127, 127, 0.0
+    low, high, offset = -127, 127, None
+    scale = np.abs(runs).max(within) / high
   else:
-    least, most = runs.min(axis + 1), runs.max(axis + 1)
-    scale = ((most - least) / 15).astype(np.float16)
-    offset = least.astype(np.float16)
-    low, high, start = 0, 15, np.expand_dims(
-        offset.astype(np.float32), axis + 1)
-  wide = np.expand_dims(scale.astype(np.float32), axis + 1)
-  q = np.clip(np.rint((runs - start) / np.where(wide == 0, 1, wide)), low, high)
-  return q.astype(np.int8).reshape(w.shape), scale, offset
+    low, high, offset = 0, 15, runs.min(within).astype(np.float16)
+    scale = (runs.max(within) - runs.min(within)) / high
+    runs = runs - each(offset)
+  scale = scale.astype(np.float16)
+  wide = each(scale)
+  q = np.rint(runs / np.where(wide == 0, 1, wide))
+  return np.clip(q, low, high).astype(np.int8).reshape(w.shape), scale, offset
 
 
 def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
@@ -347,38 +352,24 @@ def quantize(w: Any, bits: int = 8, axis: int = -2) -> QuantizedArray:
       if ``bits`` is neither 8 nor 4, or if ``bits`` is 4 and the length of the
       axis is odd.
   """
-  if bits not in (8, 4):
-    raise ValueError(f'bits must be 8 or 4, got {bits!r}.')
-  if not hasattr(w, 'dtype') or not w.ndim or not jnp.issubdtype(
-      w.dtype, jnp.floating):
-    raise ValueError(f'w must be an array of floats, got {w!r}.')
-  if not isinstance(axis, (int, np.integer)) or not -w.ndim <= axis < w.ndim:
-    raise ValueError(
-        f'axis must be one of the {w.ndim} axes of w, got {axis!r}.')
-  axis = axis % w.ndim - w.ndim
+  arguments.check(bits in (8, 4), 'bits', '8 or 4', bits)
+  arguments.check(
+      hasattr(w, 'dtype') and w.ndim and jnp.issubdtype(w.dtype, jnp.floating),
+      'w', 'an array of floats', w)
+  arguments.check(
+      isinstance(axis, (int, np.integer)) and -w.ndim <= axis < w.ndim,
+      'axis', f'one of the {w.ndim} axes of w', axis)
+  axis %= w.ndim
   if bits == 4 and w.shape[axis] % 2:
     raise ValueError('bits=4 needs an axis of even length, got w of shape '
-                     f'{list(w.shape)} and axis {axis}.')
-  q, scales, offsets = quantized(np.asarray(w), bits, axis % w.ndim)
-  return assembled(jnp.asarray(q), jnp.asarray(scales), offsets if (
-      offsets is None) else jnp.asarray(offsets), bits, axis, str(w.dtype))
-
-
-def assembled(q: Any, scales: Any, offsets: Any, bits: int, axis: int,
-              dtype: str) -> QuantizedArray:
-  """Builds a `QuantizedArray` from unpacked integers, scales and offsets.
-
-  Args:
-    q: The integers, in the weight's shape.
-    scales: The scales, as in `QuantizedArray`.
-    offsets: The offsets, or None.
-    bits: 8 or 4.
-    axis: The axis, counted from the end, along which 4-bit integers are packed.
-    dtype: Name of the dtype that the weight is dequantised to.
-  """
-  if bits == 8:
-    return QuantizedArray(q.astype(jnp.int8), scales, offsets, 8, None, dtype)
-  return QuantizedArray(pack(q, axis), scales, offsets, 4, axis, dtype)
+                     f'{list(w.shape)} and axis {axis - w.ndim}.')
+  q, scales, offsets = quantized(np.asarray(w), bits, axis)
+  packed = None
+  if bits == 4:
+    packed = axis - w.ndim
+    q = pack(jnp.asarray(q), packed)
+  q, scales, offsets = jax.tree.map(jnp.asarray, (q, scales, offsets))
+  return QuantizedArray(q, scales, offsets, bits, packed, str(w.dtype))
 
 
 def dequantize(params: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:

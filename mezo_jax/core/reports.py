@@ -14,9 +14,12 @@ def markdown_table(rows: Sequence[dict[str, Any]],
     columns: Names of the columns, in order. Defaults to None, for the keys of
       the first row.
   """
-  columns = [*rows[0]] if columns is None else columns
-  cell = lambda x: f'{x:.4g}' if isinstance(x, float) else str(x)
-  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-  return '\n'.join([
-      line(columns), '|' + '---|' * len(columns),
-      *(line(cell(row.get(c, '')) for c in columns) for row in rows)])
+  if columns is None:
+    columns = [*rows[0]]
+  lines = [columns]
+  for row in rows:
+    cells = [row.get(c, '') for c in columns]
+    lines.append([f'{x:.4g}' if isinstance(x, float) else str(x)
+                  for x in cells])
+  first, *others = ['| ' + ' | '.join(cells) + ' |' for cells in lines]
+  return '\n'.join([first, '|' + '---|' * len(columns), *others])

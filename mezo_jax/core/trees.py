@@ -22,15 +22,17 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
   out: dict[str, Any] = {}
   for tree in trees:
     for name, x in tree.items():
-      if name not in out:
-        out[name] = x
-      elif isinstance(x, Mapping) and isinstance(out[name], Mapping):
-        out[name] = join(out[name], x)
-      elif is_codes(out[name]) and isinstance(x, Mapping) and FACTORS in x:
-        out[name] = out[name].rescaled(x[FACTORS])
-      elif is_codes(x) and isinstance(out[name], Mapping) and (
-          FACTORS in out[name]):
-        out[name] = x.rescaled(out[name][FACTORS])
-      else:
-        raise ValueError(f'parameter {name!r} is in two of the trees to join.')
+      out[name] = _joined(name, out[name], x) if name in out else x
   return out
+
+
+def _joined(name: str, a: Any, b: Any) -> Any:
+  """Joins two subtrees of the same path."""
+  if is_codes(b):
+    a, b = b, a
+  if isinstance(b, Mapping):
+    if isinstance(a, Mapping):
+      return join(a, b)
+    if is_codes(a) and FACTORS in b:
+      return a.rescaled(b[FACTORS])
+  raise ValueError(f'parameter {name!r} is in two of the trees to join.')

@@ -24,6 +24,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+# Also used for other sequences of one integer for each axis.
+Shape = Sequence[int]
+
 
 class Take(NamedTuple):
   """Looks up entries along an axis. The axes of the index replace that axis.
@@ -36,23 +39,24 @@ class Take(NamedTuple):
   axis: int
   index: jax.Array
 
-  def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+  def shape(self, old: Shape) -> tuple[int, ...]:
     """Returns the shape of the view of a weight of shape ``old``."""
     return (*old[:self.axis], *self.index.shape, *old[self.axis + 1:])
 
-  def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+  def cuts(self, shape: Shape, entries: Shape) -> bool:
     """Returns whether a group along the axis has more than one element."""
     return entries[self.axis] != shape[self.axis]
 
-  def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  def array(self, x: jax.Array, shape: Shape) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape."""
     axis, index = self.axis, self.index
     # If all elements of the axis share one entry, so do all that are looked up.
     if x.shape[axis] == 1 < shape[axis]:
-      return x.reshape(
-          x.shape[:axis] + (1,) * index.ndim + x.shape[axis + 1:])
+      ones = (1,) * index.ndim
+      return x.reshape(*x.shape[:axis], *ones, *x.shape[axis + 1:])
     run = shape[axis] // x.shape[axis]
-    index = index if run == 1 else index // run
+    if run > 1:
+      index = index // run
     if not index.ndim:
       return lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
     return jnp.take(x, index, axis=axis, mode='clip')
@@ -68,45 +72,50 @@ class Window(NamedTuple):
   """
 
   starts: Sequence[Any]
-  sizes: Sequence[int]
-  steps: Sequence[int]
+  sizes: Shape
+  steps: Shape
 
-  def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+  def shape(self, old: Shape) -> tuple[int, ...]:
     """Returns the shape of the view."""
     del old
     return tuple(self.sizes)
 
-  def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+  def cuts(self, shape: Shape, entries: Shape) -> bool:
     """Returns whether the window begins or ends within a group."""
-    return any(
-        m != n and not self._is_whole(axis, n) and not self._is_aligned(
-            axis, n // m)
-        for axis, (n, m) in enumerate(zip(shape, entries)))
+    for axis, (n, m) in enumerate(zip(shape, entries)):
+      whole = m == n or self._is_whole(axis, n)
+      if not whole and not self._is_aligned(axis, n // m):
+        return True
+    return False
 
-  def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  def array(self, x: jax.Array, shape: Shape) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape.
 
     Along an axis where the window contains only a part of some group, the
     result has one entry for each element.
     """
     for axis, n in enumerate(shape):
-      m = x.shape[axis]
-      if m == 1 or self._is_whole(axis, n):
+      if x.shape[axis] == 1 or self._is_whole(axis, n):
         continue
-      start, size, step = (
-          part[axis] for part in (self.starts, self.sizes, self.steps))
-      run = n // m
+      start, size = self.starts[axis], self.sizes[axis]
+      run = n // x.shape[axis]
       if self._is_aligned(axis, run):
         x = lax.slice_in_dim(x, start // run, (start + size) // run, axis=axis)
-      else:
-        at = start + step * jnp.arange(size)
-        x = jnp.take(x, at if run == 1 else at // run, axis=axis, mode='clip')
+        continue
+      index = start + self.steps[axis] * jnp.arange(size)
+      if run > 1:
+        index = index // run
+      x = jnp.take(x, index, axis=axis, mode='clip')
     return x
+
+  def starts_at_zero(self, axis: int) -> bool:
+    """Returns whether the window is known to start at index 0 of an axis."""
+    start = self.starts[axis]
+    return isinstance(start, int) and start == 0
 
   def _is_whole(self, axis: int, n: int) -> bool:
     """Returns whether the window is known to be a whole axis of length n."""
-    start = self.starts[axis]
-    return isinstance(start, int) and start == 0 and (
+    return self.starts_at_zero(axis) and (
         self.sizes[axis] == n and self.steps[axis] == 1)
 
   def _is_aligned(self, axis: int, run: int) -> bool:
@@ -123,18 +132,18 @@ class Transpose(NamedTuple):
     order: A permutation of the axes of the weight.
   """
 
-  order: Sequence[int]
+  order: Shape
 
-  def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+  def shape(self, old: Shape) -> tuple[int, ...]:
     """Returns the shape of the view of a weight of shape ``old``."""
     return tuple(old[a] for a in self.order)
 
-  def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+  def cuts(self, shape: Shape, entries: Shape) -> bool:
     """Returns False: a transpose keeps groups together."""
     del shape, entries
     return False
 
-  def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  def array(self, x: jax.Array, shape: Shape) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape."""
     return x.transpose(*self.order, *range(len(shape), x.ndim))
 
@@ -146,31 +155,30 @@ class Reshape(NamedTuple):
     new: The new shape.
   """
 
-  new: Sequence[int]
+  new: Shape
 
-  def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+  def shape(self, old: Shape) -> tuple[int, ...]:
     """Returns the shape of the view."""
     del old
     return tuple(self.new)
 
-  def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+  def cuts(self, shape: Shape, entries: Shape) -> bool:
     """Returns whether a group would no longer be consecutive on one axis."""
     return any(self._entries(shape, entries, was, will) is None
                for was, will in axis_groups(shape, self.new))
 
-  def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  def array(self, x: jax.Array, shape: Shape) -> jax.Array:
     """Returns the view of an array that belongs to a weight of this shape.
 
     Along axes where the reshape breaks up groups, the result has one entry for
     each element.
     """
-    rest, ndim, sizes = x.shape[len(shape):], len(shape), []
+    rest, sizes = x.shape[len(shape):], []
     for was, will in axis_groups(shape, self.new):
       found = self._entries(shape, x.shape, was, will)
       if found is None:  # expand these axes to one entry for each element
         full = [shape[a] if a in was else n for a, n in enumerate(x.shape)]
-        x = jnp.broadcast_to(each(x, [
-            shape[a] if a in was else x.shape[a] for a in range(ndim)]), full)
+        x = jnp.broadcast_to(each(x, full), full)
         found = [self.new[b] for b in will]
       sizes += found
     return x.reshape(*sizes, *rest)
@@ -190,16 +198,18 @@ class Reshape(NamedTuple):
     """
     have, there = [shape[a] for a in was], [entries[a] for a in was]
     want = [self.new[b] for b in will]
-    if have == there:
-      return want
-    if all(n == 1 for n in there):
+    if have != there and max(there) == 1:
       return [1] * len(want)
+    if have[:-1] != there[:-1]:
+      return None
     # Groups along the last old axis stay consecutive if they fit into the last
     # new axis and all other axes have an entry for each element.
-    run = have[-1] // there[-1]
-    if there[:-1] == have[:-1] and want[-1] % run == 0:
-      return [*want[:-1], want[-1] // run]
-    return None
+    if have != there:
+      run = have[-1] // there[-1]
+      if want[-1] % run:
+        return None
+      want[-1] //= run
+    return want
 
 
 class Keep(NamedTuple):
@@ -214,16 +224,16 @@ class Keep(NamedTuple):
 
   there: jax.Array
 
-  def shape(self, old: Sequence[int]) -> tuple[int, ...]:
+  def shape(self, old: Shape) -> tuple[int, ...]:
     """Returns the same shape."""
     return tuple(old)
 
-  def cuts(self, shape: Sequence[int], entries: Sequence[int]) -> bool:
+  def cuts(self, shape: Shape, entries: Shape) -> bool:
     """Returns False: elements are neither moved nor removed."""
     del shape, entries
     return False
 
-  def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  def array(self, x: jax.Array, shape: Shape) -> jax.Array:
     """Returns the array as it is."""
     del shape
     return x
@@ -232,7 +242,7 @@ class Keep(NamedTuple):
 View = Take | Window | Transpose | Reshape | Keep
 
 
-def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+def each(x: jax.Array, shape: Shape) -> jax.Array:
   """Repeats the entry of each group, so that there is one for each element.
 
   Axes of length 1 are not expanded, since they broadcast.
@@ -244,14 +254,14 @@ def each(x: jax.Array, shape: Sequence[int]) -> jax.Array:
   for axis, n in enumerate(shape):
     m = x.shape[axis]
     if 1 < m < n:
+      before, after = x.shape[:axis + 1], x.shape[axis + 1:]
       x = jnp.broadcast_to(
-          jnp.expand_dims(x, axis + 1),
-          (*x.shape[:axis + 1], n // m, *x.shape[axis + 1:]))
-      x = x.reshape(*x.shape[:axis], n, *x.shape[axis + 2:])
+          jnp.expand_dims(x, axis + 1), (*before, n // m, *after))
+      x = x.reshape(*before[:-1], n, *after)
   return x
 
 
-def axis_groups(old: Sequence[int], new: Sequence[int]
+def axis_groups(old: Shape, new: Shape
                 ) -> list[tuple[list[int], list[int]]]:
   """Finds which axes a reshape turns into which other axes.
 
@@ -269,14 +279,14 @@ def axis_groups(old: Sequence[int], new: Sequence[int]
     size_was = size_will = 1
     # An old axis of length 1 forms a pair without a new axis. Otherwise axes
     # are added to the side with fewer elements until the sides are equal.
-    if a < len(old):
-      was, size_was, a = [a], old[a], a + 1
-    if b < len(new) and (size_was > 1 or not was):
-      will, size_will, b = [b], new[b], b + 1
-    while size_was != size_will:
-      if size_was < size_will:
-        was, size_was, a = [*was, a], size_was * old[a], a + 1
+    while not was + will or size_was != size_will:
+      if a < len(old) and (size_was < size_will or not was + will):
+        was.append(a)
+        size_was *= old[a]
+        a += 1
       else:
-        will, size_will, b = [*will, b], size_will * new[b], b + 1
+        will.append(b)
+        size_will *= new[b]
+        b += 1
     groups.append((was, will))
   return groups

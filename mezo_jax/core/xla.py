@@ -62,19 +62,21 @@ def entries(x: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
     x: An array.
     indices: Python integers, the entries to return.
   """
+  sliced = lambda x: [x[i] for i in indices]
   if not _is_traced(x):
-    return [x[i] for i in indices]
+    return sliced(x)
+  barrier = lax.optimization_barrier
   return lax.platform_dependent(
-      x, cpu=lambda x: [
-          _entry(x, lax.optimization_barrier(np.int32(i))) for i in indices],
-      default=lambda x: [x[i] for i in indices])
+      x, cpu=lambda x: [_entry(x, barrier(np.int32(i))) for i in indices],
+      default=sliced)
 
 
 @apart
 def _entry(x, i):
   """Returns ``x[i]`` for an index that is known only at run time."""
-  out = lax.dynamic_slice(x, [i, *[np.int32(0)] * (x.ndim - 1)],
-                          (1, *x.shape[1:]), allow_negative_indices=False)
+  start = [i] + [np.int32(0)] * (x.ndim - 1)
+  out = lax.dynamic_slice(
+      x, start, (1, *x.shape[1:]), allow_negative_indices=False)
   return out.reshape(x.shape[1:])
 
 
@@ -107,9 +109,9 @@ def rounded(x: jax.Array, number: jax.Array | None = None) -> jax.Array:
   if x.dtype not in (jnp.float32, jnp.float64):
     return x
   words = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
-  zero = (x != x if number is None else number >> 31).astype(words)
-  return lax.bitcast_convert_type(
-      lax.bitcast_convert_type(x, words) ^ zero, x.dtype)
+  zero = x != x if number is None else number >> 31
+  bits = lax.bitcast_convert_type(x, words) ^ zero.astype(words)
+  return lax.bitcast_convert_type(bits, x.dtype)
 
 
 def made_first(fn: Callable[..., Any], *args: Any) -> Any:
@@ -130,11 +132,8 @@ def _barrier(tree):
   axes of every value, which would change its type.
   """
   leaves, structure = jax.tree.flatten(tree)
-  alike = {}
-  for i, x in enumerate(leaves):
-    alike.setdefault(jax_versions.manual_axis_type(x), []).append(i)
-  for members in alike.values():
-    behind = lax.optimization_barrier([leaves[i] for i in members])
-    for i, x in zip(members, behind):
-      leaves[i] = x
-  return jax.tree.unflatten(structure, leaves)
+  kinds = [jax_versions.manual_axis_type(x) for x in leaves]
+  behind = {kind: iter(lax.optimization_barrier(
+      [x for x, k in zip(leaves, kinds) if k == kind]))
+            for kind in dict.fromkeys(kinds)}
+  return jax.tree.unflatten(structure, [next(behind[kind]) for kind in kinds])

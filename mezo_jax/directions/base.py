@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import arguments, paths
+from mezo_jax.core.views import Shape
 from mezo_jax.directions import noise
 from mezo_jax.directions.displacement import Draws, Multiplier
 
@@ -89,23 +91,20 @@ class Directions:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    if not isinstance(self.generator, str) or (
-        self.generator not in noise.GENERATORS):
-      raise ValueError(f'generator must be one of {noise.GENERATORS}, got '
-                       f'{self.generator!r}.')
+    arguments.check(
+        isinstance(self.generator, str) and self.generator in noise.GENERATORS,
+        'generator', f'one of {noise.GENERATORS}', self.generator)
     for name in ('mask', 'stacked'):
       value = getattr(self, name)
       if isinstance(value, str):
         arguments.expression(name, value)
-      elif not isinstance(value, bool) and isinstance(
-          value, (int, float, complex)):
-        raise ValueError(
-            f'{name} must be None, a tree of bools, a function from the params '
-            f'to such a tree, or a regular expression; got {value!r}.')
-    if self.multiplier is not None and not isinstance(
-        self.multiplier, Multiplier):
-      raise ValueError('multiplier must be a mezo_jax.Multiplier or None, got '
-                       f'{self.multiplier!r}.')
+      arguments.check(
+          isinstance(value, bool) or not isinstance(value, numbers.Number),
+          name, 'None, a tree of bools, a function from the params to such a '
+          'tree, or a regular expression', value)
+    arguments.check(
+        isinstance(self.multiplier, (Multiplier, type(None))), 'multiplier',
+        'a mezo_jax.Multiplier or None', self.multiplier)
     arguments.boolean('on_grid', self.on_grid)
 
   def keys(self, key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
@@ -141,7 +140,7 @@ class Directions:
     return paths.is_floating(leaf)
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
-              shape: tuple[int, ...], columns: noise.Stream | None = None
+              shape: Shape, columns: noise.Stream | None = None
               ) -> 'Draws':
     """Returns the part of a displacement in one leaf, as `Draws`.
 
@@ -155,24 +154,20 @@ class Directions:
     del shape, columns
     return Draws((stream,), coefs, self.bare())
 
-  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
-        like: jax.Array) -> jax.Array:
-    """Returns z of direction j for a block, which is a leaf or a view of one.
+  def each(self, streams: Sequence[noise.Stream], like: jax.Array
+           ) -> list[jax.Array]:
+    """Returns z of each direction for a block, which is a leaf or a view of it.
 
     Args:
       streams: The streams of the block; see `Draws`.
-      j: Index of the direction.
       like: An array with the shape and the sharding of the block.
 
     Returns:
-      A float32 array that broadcasts to the shape of ``like``.
+      A list of float32 arrays that broadcast to the shape of ``like``.
     """
-    return self.draw(noise.words(streams[0], j, like, self.generator))
-
-  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
-           ) -> list[jax.Array]:
-    """Returns z of directions 0 to n - 1; see `z`."""
-    return [self.z(streams, j, like) for j in range(n)]
+    stream = streams[0]
+    return [self.draw(noise.words(stream, j, like, self.generator))
+            for j in range(stream.keys.shape[-2])]
 
   def at_once(self, coefs: jax.Array) -> Callable | None:
     """Returns a function that adds all terms c_j z_j in one operation, or None.
@@ -246,7 +241,9 @@ class Normal(Directions):
   dear = True
 
   def draw(self, bits: jax.Array) -> jax.Array:
-    return (_quantile if self.generator == 'hash32' else _inverse)(bits)
+    if self.generator == 'hash32':
+      return _quantile(bits)
+    return _inverse(bits)
 
 
 class Rademacher(Directions):
@@ -288,8 +285,12 @@ class Rademacher(Directions):
 
   def draw(self, bits: jax.Array) -> jax.Array:
     # The top bit of the word becomes the sign bit of the float 1.0.
-    one = (bits & _U32(0x80000000)) | _U32(0x3F800000)
-    return lax.bitcast_convert_type(one, jnp.float32)
+    return _as_float((bits & _U32(0x80000000)) | _U32(0x3F800000))
+
+
+def _as_float(bits) -> jax.Array:
+  """Returns the floats that have these bits."""
+  return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # `jax.jit` caches the trace, so that leaves of one shape are traced once.
@@ -301,8 +302,7 @@ def _inverse(bits: jax.Array) -> jax.Array:
   1) and has 23 random bits.
   """
   one, low = np.float32(1), np.nextafter(np.float32(-1), np.float32(0))
-  unit = lax.bitcast_convert_type(
-      (bits >> 9) | _U32(0x3F800000), jnp.float32) - one
+  unit = _as_float((bits >> 9) | _U32(0x3F800000)) - one
   uniform = jnp.maximum(low, unit * (one - low) + low)
   return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
 
@@ -323,22 +323,20 @@ def _quantile(bits: jax.Array) -> jax.Array:
   in the fraction bits of t replaces the logarithm. A draw therefore takes
   multiplications, additions, one square root and one division, and no branch.
   """
-  tail = ((bits >> 1).astype(jnp.int32).astype(jnp.float32)
-          + np.float32(0.5)) * np.float32(2**-31)
+  whole = (bits >> 1).astype(jnp.int32).astype(jnp.float32)
+  tail = (whole + np.float32(0.5)) * np.float32(2**-31)
   word = lax.bitcast_convert_type(tail, jnp.int32)
   # 0x3F3504F3 is the float32 nearest to sqrt(1/2). Subtracting it splits t into
   # 2**exponent times a fraction in [sqrt(1/2), sqrt(2)).
   exponent = (word - 0x3F3504F3) >> 23
-  m = lax.bitcast_convert_type(word - (exponent << 23), jnp.float32)
-  m = m - np.float32(1)
+  m = _as_float(word - (exponent << 23)) - np.float32(1)
   w = m * _polynomial(_LOG, m) + exponent.astype(jnp.float32) * np.float32(
       -2 * math.log(2))
   w = jnp.maximum(w, np.float32(0))
   y = jnp.sqrt(w)
   z = w * _polynomial(_P, y) / _polynomial(_Q, y)
   sign = bits << 31
-  return lax.bitcast_convert_type(
-      lax.bitcast_convert_type(z, jnp.uint32) | sign, jnp.float32)
+  return _as_float(lax.bitcast_convert_type(z, jnp.uint32) | sign)
 
 
 # Coefficients of the polynomial that approximates -2 ln(1 + m) / m.

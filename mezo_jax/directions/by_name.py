@@ -1,7 +1,6 @@
 """Maps the names of distributions that configs use to their classes."""
 
-import dataclasses
-
+from mezo_jax.core import arguments
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 from mezo_jax.directions.low_rank import LazyLowRank, LowRank
 from mezo_jax.directions.subzero import SubZero
@@ -17,8 +16,7 @@ def options_of(name: str) -> set[str]:
   Args:
     name: Name of the distribution, a key of `KINDS`.
   """
-  fields = {field.name for field in dataclasses.fields(KINDS[name])}
-  return fields & {'rank', 'every'}
+  return {field for field in ('rank', 'every') if hasattr(KINDS[name], field)}
 
 
 def as_directions(directions: Directions | str) -> Directions:
@@ -31,10 +29,9 @@ def as_directions(directions: Directions | str) -> Directions:
   Raises:
     ValueError: If ``directions`` is neither a `Directions` nor a known name.
   """
-  if isinstance(directions, Directions):
-    return directions
-  if not isinstance(directions, str) or directions not in KINDS:
-    raise ValueError(f'directions must be one of the names {tuple(KINDS)} or a '
-                     'mezo_jax.Directions such as mezo_jax.Normal(), got '
-                     f'{directions!r}.')
-  return KINDS[directions]()
+  if isinstance(directions, str) and directions in KINDS:
+    return KINDS[directions]()
+  return arguments.check(
+      isinstance(directions, Directions), 'directions',
+      f'one of the names {tuple(KINDS)} or a mezo_jax.Directions such as '
+      'mezo_jax.Normal()', directions)

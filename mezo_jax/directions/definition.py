@@ -15,13 +15,11 @@ as a part of a matrix product. Tests compare these numbers with `z_of_leaf`.
 """
 
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mezo_jax.core import paths
+from mezo_jax.core import arguments
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal, Rademacher
 
@@ -57,18 +55,14 @@ def z_of_leaf(key: jax.Array, path: str, shape: tuple[int, ...],
     >>> z_of_leaf(jax.random.key(0), 'layers/3/w', (2, 3)).shape
     (2, 3)
   """
-  if not isinstance(directions, (Normal, Rademacher)):
-    raise ValueError('z_of_leaf is the definition of Normal and Rademacher '
-                     f'directions, got directions={directions!r}.')
-  name, layer, _ = paths.locate(path, stacked)
-  key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-  if stacked:
-    layers = [_draw(jax.random.fold_in(key, l), shape[1:], directions)
-              for l in range(shape[0])]
-    return jnp.stack(layers)
-  if layer is not None:
-    key = jax.random.fold_in(key, layer)
-  return _draw(key, shape, directions)
+  arguments.check(isinstance(directions, (Normal, Rademacher)), 'directions',
+                  'a mezo_jax.Normal or mezo_jax.Rademacher', directions)
+  key = noise.leaf_key(key, path, stacked)
+  if not stacked:
+    return _draw(key, shape, directions)
+  return jnp.stack([
+      _draw(jax.random.fold_in(key, layer), shape[1:], directions)
+      for layer in range(shape[0])])
 
 
 def _draw(key, shape, directions):

@@ -7,9 +7,10 @@ generated and added to weights only where the weights are used.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 
 from mezo_jax.core import arguments, dtypes, paths, sharding, views
 from mezo_jax.core.quantized import is_codes, QuantizedArray
+from mezo_jax.core.views import Shape
 from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
 
@@ -76,8 +78,7 @@ class Displacement(NamedTuple):
 
   def joined(self, other: 'Displacement') -> 'Displacement':
     """Returns the sum of two displacements, which has the terms of both."""
-    return jax.tree.map(lambda a, b: jnp.concatenate(
-        [jnp.reshape(a, -1), jnp.reshape(b, -1)]), self, other)
+    return jax.tree.map(jnp.append, self, other)
 
   def after(self, value: jax.Array) -> 'Displacement':
     """Makes the keys depend on a value, so that z is drawn after it is known.
@@ -183,10 +184,10 @@ class Draws:
       other: A number, or an array of the shape of w.
     """
     first, keeps = self.streams[0], self._keeps
-    for there in (
-        first.there, None if keeps is None else keeps(w, first.values)):
-      if there is not None:
-        x = jnp.where(there, x, other)
+    if first.there is not None:
+      x = jnp.where(first.there, x, other)
+    if keeps is not None:
+      x = jnp.where(keeps(w, first.values), x, other)
     return x
 
   def scaled_by(self, x: jax.Array) -> jax.Array:
@@ -200,12 +201,16 @@ class Draws:
     option ``on_grid`` of `Directions`, quantised weights move by whole steps of
     their grid.
     """
-    if is_codes(w):
-      if self.directions.on_grid and len(self.coefs):
-        steps = w.steps(self.built(w), self._bits(w.astype(jnp.float32)))
-        return w.at(w.integers() + steps)
-      w = w.astype(jnp.float32)
-    return self._sum(w.astype(dtypes.wide(w.dtype)), w)
+    if not is_codes(w):
+      return self._sum(w.astype(dtypes.wide(w.dtype)), w)
+    floats = w.astype(jnp.float32)
+    if not self.directions.on_grid or not len(self.coefs):
+      return self._sum(floats, floats)
+    first = self.streams[0]
+    # These words are independent of z.
+    first = dataclasses.replace(first, keys=first.keys ^ _ROUNDED)
+    bits = noise.words(first, 0, floats, 'rounding')
+    return w.at(w.integers() + w.steps(self.built(w), bits))
 
   def built(self, like: jax.Array | QuantizedArray) -> jax.Array:
     """Returns the sum of all terms, float32.
@@ -219,49 +224,43 @@ class Draws:
 
   def _sum(self, start, like):
     """Returns ``start`` plus the sum of all terms; ``start`` may be None."""
-    plain = lambda self, start, like: self._by_terms(start, like)
     at_once = self.directions.at_once(self.coefs)
-    if self._factors is not None or sharding.is_explicit(like):
-      # Per-element factors apply to each term, but a product of U and V is the
-      # sum of all terms. On Explicit mesh axes, each device would compute the
-      # whole product.
-      at_once = None
-    total = plain(self, start, like) if at_once is None else (
-        lax.platform_dependent(self, start, like, default=plain,
-                               tpu=lambda self, start, like: at_once(
-                                   self.streams, self.coefs, start, like)))
+    # Per-element factors apply to each term, but a product of U and V is the
+    # sum of all terms. On Explicit mesh axes, each device would compute the
+    # whole product.
+    if at_once is None or self._factors is not None or (
+        sharding.is_explicit(like)):
+      total = self._by_terms(start, like)
+    else:
+      total = lax.platform_dependent(
+          self, start, like, default=Draws._by_terms,
+          tpu=lambda self, *args: at_once(self.streams, self.coefs, *args))
     return self.masked(like, total, 0 if start is None else start)
-
-  def _bits(self, like) -> jax.Array:
-    """Returns random words for rounding, which are independent of z."""
-    s = self.streams[0]
-    return noise.words(
-        dataclasses.replace(s, keys=s.keys ^ _ROUNDED), 0, like, 'rounding')
 
   def term(self, j: jax.Array | int, like: jax.Array) -> jax.Array:
     """Returns the term ``coefs[j] * z_j``, float32."""
-    return self._scaled(self.coefs[j], self.directions.z(self.streams, j, like))
-
-  def _scaled(self, c, z):
-    """Returns ``c * z`` times the factors of z."""
-    return self.scaled_by(c * z)
+    streams = [noise.only(s, j) for s in self.streams]
+    [z] = self.directions.each(streams, like)
+    return self.scaled_by(self.coefs[j] * z)
 
   def _by_terms(self, start, like):
     """Returns ``start`` plus the sum of all terms, computed term by term."""
     n = self.coefs.shape[0]
     # XLA fuses a few unrolled terms, so that no partial sum is stored.
     if n <= self.directions.unrolled:
-      terms = map(self._scaled, self.coefs,
-                  self.directions.each(self.streams, n, like))
-      return sum(terms, next(terms) if start is None else start)
-    term = lambda j: self.term(j, like)
-    first, total = (1, term(0)) if start is None else (0, start)
+      total = start
+      for c, z in zip(self.coefs, self.directions.each(self.streams, like)):
+        term = self.scaled_by(c * z)
+        total = term if total is None else total + term
+      return total
+    first = 0
+    if start is None:
+      first, start = 1, self.term(0, like)
     # For few elements, the iterations of a loop would cost more than they save.
     if n * like.size <= _AT_ONCE:
-      total = total + jnp.sum(self._each_term(first, like), 0)
-    else:
-      total = lax.fori_loop(first, n, lambda j, total: total + term(j), total)
-    return total
+      return start + jnp.sum(self._each_term(first, like), 0)
+    return lax.fori_loop(
+        first, n, lambda j, total: total + self.term(j, like), start)
 
   def _each_term(self, first: int, like) -> jax.Array:
     """Returns the terms of directions ``first`` and later along a new axis.
@@ -269,22 +268,21 @@ class Draws:
     `jax.vmap` passes the keys of each term, since TPUs are slow at looking them
     up by index.
     """
-    def one(keys, cores, c):
+    def one(keys, core, c):
       """Returns the term of one direction."""
-      streams = [dataclasses.replace(
-          s, keys=key[..., None, :],
-          core=None if core is None else core[..., None, :, :])
-                 for s, key, core in zip(self.streams, keys, cores)]
-      return dataclasses.replace(
-          self, streams=tuple(streams), coefs=c[None]).term(0, like)
-    rest = functools.partial(lax.slice_in_dim, start_index=first,
-                             limit_index=None)
-    return jax.vmap(one, (-2, -3, 0))(
-        [rest(s.keys, axis=-2) for s in self.streams],
-        [None if s.core is None else rest(s.core, axis=-3)
-         for s in self.streams], rest(self.coefs, axis=0))
+      draws = self.tied([key[..., None, :] for key in keys])
+      if core is not None:
+        draws = draws._first(core=core[..., None, :, :])
+      return dataclasses.replace(draws, coefs=c[None]).term(0, like)
 
-  def viewed(self, view: views.View, shape: Sequence[int]) -> 'Draws | None':
+    rest = lambda x, axis: lax.slice_in_dim(x, first, None, axis=axis)
+    keys = [rest(key, -2) for key in self.keys()]
+    core = self.streams[0].core
+    if core is not None:
+      core = rest(core, -3)
+    return jax.vmap(one, (-2, -3, 0))(keys, core, rest(self.coefs, 0))
+
+  def viewed(self, view: views.View, shape: Shape) -> 'Draws | None':
     """Returns the draws of a view of the block.
 
     Args:
@@ -297,11 +295,10 @@ class Draws:
     """
     if isinstance(view, views.Keep):
       return self.where(view.there)
-    streams = tuple(
-        streams_lib.viewed(s, view, shape) for s in self.streams)
+    streams = [streams_lib.viewed(s, view, shape) for s in self.streams]
     if any(s is None for s in streams):
       return None
-    return dataclasses.replace(self, streams=streams)
+    return self._with(streams)
 
   def where(self, there: jax.Array) -> 'Draws':
     """Returns draws that are 0 where ``there`` is False.
@@ -319,19 +316,22 @@ class Draws:
     Args:
       values: Values of this leaf, which broadcast with the block.
     """
+    if self._keeps is not None:
+      return self._first(values=values)
     # A single factor can be included in the coefficients. A matrix product with
     # low-rank directions then still works without building the weights.
-    if self._keeps is None and values.size == 1:
+    if values.size == 1:
       return dataclasses.replace(self, coefs=self.coefs * values.reshape(()))
-    if self._keeps is None:
-      values = values.astype(jnp.float32)
-    return self._first(values=values)
+    return self._first(values=values.astype(jnp.float32))
 
-  def _first(self, **changes):
+  def _with(self, streams) -> 'Draws':
+    """Returns the draws with other streams."""
+    return dataclasses.replace(self, streams=tuple(streams))
+
+  def _first(self, **changes) -> 'Draws':
     """Returns the draws with fields of their first stream replaced."""
     first, *rest = self.streams
-    return dataclasses.replace(self, streams=(
-        dataclasses.replace(first, **changes), *rest))
+    return self._with([dataclasses.replace(first, **changes), *rest])
 
   def rows(self, length: int) -> tuple[list[jax.Array], Callable[..., Any]]:
     """Splits the draws along the first axis of the block, for a scan.
@@ -346,32 +346,31 @@ class Draws:
     """
     # Arrays with an entry per index are scanned over. Arrays of length 1 are
     # shared by all indices.
-    arrays, tree = jax.tree.flatten(tuple(
-        streams_lib.spread(s, 0, length) for s in self.streams))
-    varies = [a.shape[0] == length for a in arrays]
-    shared = [a[0] for a, v in zip(arrays, varies) if not v]
+    arrays, tree = jax.tree.flatten(
+        [streams_lib.spread(s, 0, length) for s in self.streams])
+    shared = [None if a.shape[0] == length else a[0] for a in arrays]
 
     def of_row(along):
-      along, rest = iter(along), iter(shared)
+      along = iter(along)
       streams = jax.tree.unflatten(
-          tree, [next(along if v else rest) for v in varies])
-      return dataclasses.replace(self, streams=tuple(
-          dataclasses.replace(s, strides=s.strides[1:]) for s in streams))
+          tree, [next(along) if x is None else x for x in shared])
+      return self._with(
+          dataclasses.replace(s, strides=s.strides[1:]) for s in streams)
 
-    return [a for a, v in zip(arrays, varies) if v], of_row
+    return [a for a, x in zip(arrays, shared) if x is None], of_row
 
   def keys(self) -> list[Any]:
     """Returns the raw key data of each stream."""
     return [s.keys for s in self.streams]
 
-  def tied(self, keys: jax.Array) -> 'Draws':
+  def tied(self, keys: list[Any]) -> 'Draws':
     """Returns the draws with the keys replaced.
 
     Args:
       keys: The result of `keys`, passed through an optimisation barrier.
     """
-    return dataclasses.replace(self, streams=tuple(
-        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys)))
+    return self._with(
+        dataclasses.replace(s, keys=k) for s, k in zip(self.streams, keys))
 
   def lies(self) -> list[int]:
     """Returns the axes of the block in the order that they have in the leaf.
@@ -382,8 +381,10 @@ class Draws:
     # For a low-rank distribution, the axes of rows come before those of
     # columns, since the stride of a row is compared first.
     steps = [*zip(*(s.strides for s in self.streams))]
-    return sorted(range(len(steps)), key=lambda a: (
-        any(steps[a]), *(-step for step in steps[a])))
+    before_all = (math.inf,)
+    return sorted(
+        range(len(steps)), reverse=True,
+        key=lambda a: steps[a] if any(steps[a]) else before_all)
 
   def is_stack(self) -> bool:
     """Returns whether the first axis stacks layers with keys of their own."""
@@ -396,15 +397,14 @@ def stack(several: list[Draws]) -> Draws:
 
   The blocks must have the same distribution and the same number of directions.
   """
-  streams, coefs = jax.tree.map(
-      lambda *x: jnp.stack(x), *((x.streams, x.coefs) for x in several))
-  streams = tuple(dataclasses.replace(s, strides=(0, *s.strides))
-                  for s in streams)
+  both = jax.tree.map(lambda *x: jnp.stack(x), *several)
   # Coefficients become [n, blocks, 1, ...], which broadcasts with the stack.
-  axes = len(streams[0].strides) - 1
-  return dataclasses.replace(
-      several[0], streams=streams,
-      coefs=coefs.T.reshape(coefs.shape[::-1] + (1,) * axes))
+  axes = len(both.streams[0].strides)
+  coefs = both.coefs.T
+  both = dataclasses.replace(
+      both, coefs=coefs.reshape(coefs.shape + (1,) * axes))
+  return both._with(
+      dataclasses.replace(s, strides=(0, *s.strides)) for s in both.streams)
 
 
 def of_leaves(params: Any, displacement: Displacement, directions: Any
@@ -429,34 +429,39 @@ def of_leaves(params: Any, displacement: Displacement, directions: Any
   leaves = paths.named_leaves(params)
   used = jax.tree.leaves(directions.selected(params))
   stacks = paths.stacked(params, directions.stacked)
-  shapes = {
-      path: (paths.shape_of(x), is_stack) for (path, x), use, is_stack in zip(
-          leaves, used, stacks) if use is not False}
-  # Low-rank distributions may draw the factor V from keys of its own.
+  shapes = {}
+  for (path, x), use, is_stack in zip(leaves, used, stacks):
+    if use is not False:
+      shapes[path] = paths.shape_of(x), is_stack
   streams = streams_lib.of_leaves(keys, shapes)
+  # Low-rank distributions may draw the factor V from keys of its own.
+  columns = {}
   others = directions.of_columns(keys)
-  columns = {} if others is None else streams_lib.of_leaves(others, shapes)
+  if others is not None:
+    columns = streams_lib.of_leaves(others, shapes)
 
   multiplier = directions.multiplier
   values = [None] * len(leaves)
   if multiplier is not None:
     values = _of_each('the values of multiplier', multiplier.values, leaves)
 
-  def draws(path, x, use, value):
-    """Returns the draws of one leaf, or None."""
-    if use is False:
-      return None
-    c = coefs
-    if isinstance(c, OrderedDict):
-      c = c[paths.group_of(path, c)]
-    out = directions.of_leaf(
-        streams[path], c, paths.shape_of(x), columns.get(path))
-    if use is not True:  # a bool array, which selects elements
-      out = out.where(use)
-    return out if multiplier is None else out.multiplied(_of_block(value, x))
-
-  return [(path, x, draws(path, x, use, value))
-          for (path, x), use, value in zip(leaves, used, values)]
+  out = []
+  for (path, x), use, value in zip(leaves, used, values):
+    draws = None
+    if use is not False:
+      c, shape = coefs, paths.shape_of(x)
+      if isinstance(c, OrderedDict):
+        c = c[paths.group_of(path, c)]
+      draws = directions.of_leaf(streams[path], c, shape, columns.get(path))
+      if use is not True:  # a bool array, which selects elements
+        draws = draws.where(use)
+      if multiplier is not None:
+        # Append axes of length 1, so that the value broadcasts with the leaf.
+        value = jnp.asarray(value)
+        ones = (1,) * (len(shape) - value.ndim)
+        draws = draws.multiplied(value.reshape(value.shape + ones))
+    out.append((path, x, draws))
+  return out
 
 
 def _of_each(name: str, values, leaves: list) -> list:
@@ -472,20 +477,10 @@ def _of_each(name: str, values, leaves: list) -> list:
   values = jax.tree.leaves(values)
   for value in values:
     arguments.array(name, value)
-  if len(values) != len(leaves):
-    raise ValueError(f'{name} have {len(values)} leaves, but the params have '
-                     f'{len(leaves)}: pass one number, or a value for each '
-                     'leaf.')
+  arguments.check(
+      len(values) == len(leaves), name, 'one number, or a tree with a value '
+      f'for each of the {len(leaves)} leaves of the params', values)
   return values
-
-
-def _of_block(value, x) -> jax.Array:
-  """Appends axes of length 1 to the value of a leaf.
-
-  The result has as many axes as the leaf and broadcasts with it.
-  """
-  value, axes = jnp.asarray(value), len(paths.shape_of(x))
-  return value.reshape(value.shape + (1,) * (axes - value.ndim))
 
 
 def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
@@ -499,13 +494,14 @@ def _arrays(displacement) -> tuple[jax.Array, jax.Array | dict]:
                      'the order of groups matters and JAX sorts the keys of a '
                      'plain dict.')
   keys = noise.as_keys(displacement.keys)
-  coefs = jax.tree.map(
-      lambda c: arguments.array(
-          'coefs of a displacement', c).astype(jnp.float32).reshape(-1),
-      displacement.coefs)
-  sizes = {c.shape[0] for c in jax.tree.leaves(coefs)}
-  if not keys.shape[0] or sizes != {keys.shape[0]}:
-    raise ValueError(
-        f'a displacement needs at least one key and one coefficient for each '
-        f'key, got {keys.shape[0]} keys and {sorted(sizes)} coefficients.')
-  return keys, coefs
+  n = len(keys)
+
+  def checked(c):
+    c = arguments.array('coefs of a displacement', c)
+    c = c.astype(jnp.float32).reshape(-1)
+    if not n or len(c) != n:
+      raise ValueError(
+          'a displacement needs at least one key and one coefficient for each '
+          f'key, got {n} keys and {len(c)} coefficients.')
+    return c
+  return keys, jax.tree.map(checked, displacement.coefs)

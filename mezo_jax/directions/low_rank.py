@@ -35,7 +35,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import xla
+from mezo_jax.core import arguments, xla
+from mezo_jax.core.views import Shape
 from mezo_jax.directions import noise
 from mezo_jax.directions import streams as streams_lib
 from mezo_jax.directions.base import Directions, Rademacher
@@ -112,74 +113,72 @@ class LowRank(Directions):
   def __post_init__(self) -> None:
     """Checks the fields."""
     super().__post_init__()
-    if not isinstance(self.rank, int) or isinstance(
-        self.rank, bool) or self.rank < 1:
-      raise ValueError(f'rank must be an integer of at least 1, got '
-                       f'{self.rank!r}.')
+    arguments.whole('rank', self.rank)
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
-              shape: tuple[int, ...], columns: noise.Stream | None = None
+              shape: Shape, columns: noise.Stream | None = None
               ) -> Draws:
     """Returns draws with two streams, or with one if there are no factors."""
     signs = Rademacher(self.generator).of_leaf(stream, coefs, shape)
-    layers = int(signs.is_stack())
-    cut = self._cut(shape[layers:])
+    first, last = int(signs.is_stack()), len(shape)
+    cut = self._cut(shape[first:])
     if cut is None:
       return signs
+    cut += first
     # Each row of U consists of r bits, and so takes r / 32 words, rounded up.
     # The counters of V begin after those of U, so that both factors can be
     # drawn from the same key.
-    words, cut = -(-self.rank // _WORD), layers + cut
+    words = len(self._bits())
+    after = np.uint32(words * math.prod(shape[first:cut]))
+    columns = columns or stream
     zero = jnp.zeros(stream.keys.shape[:-2], jnp.uint32)
-    strides = lambda first, last: tuple(
-        words * math.prod(shape[a + 1:last])
-        if first <= a < last and shape[a] > 1 else 0
-        for a in range(len(shape)))
-    rows = noise.Stream(stream.keys, zero, strides(layers, cut))
-    columns = noise.Stream(
-        (columns or stream).keys,
-        zero + np.uint32(words * math.prod(shape[layers:cut])),
-        strides(cut, len(shape)))
-    return Draws((rows, columns), coefs / np.float32(math.sqrt(self.rank)),
-                 self.bare())
+    strides = streams_lib.strides
+    u = noise.Stream(stream.keys, zero, strides(shape, first, cut, words))
+    v = noise.Stream(
+        columns.keys, zero + after, strides(shape, cut, last, words))
+    scale = np.float32(math.sqrt(self.rank))
+    return Draws((u, v), coefs / scale, self.bare())
 
   def _cut(self, shape) -> int | None:
     """Returns how many of the first axes form the rows of the matrix.
 
     Returns None if a leaf of this shape has no factors.
     """
+    if len(shape) < 2:
+      return None
     sizes = lambda cut: (math.prod(shape[:cut]), math.prod(shape[cut:]))
-    cut = min(range(1, max(len(shape), 2)), key=lambda cut: sum(sizes(cut)))
-    least = self.least * self.rank
-    return cut if len(shape) > 1 and least <= min(sizes(cut)) else None
+    cut = min(range(1, len(shape)), key=lambda cut: sum(sizes(cut)))
+    if min(sizes(cut)) < self.least * self.rank:
+      return None
+    return cut
 
-  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
-        like: jax.Array) -> jax.Array:
-    """Returns z times the square root of the rank.
+  def each(self, streams: Sequence[noise.Stream], like: jax.Array
+           ) -> list[jax.Array]:
+    """Returns z of each direction, times the square root of the rank.
 
     `of_leaf` has divided the coefficients by that square root.
     """
-    return self.each([noise.only(s, j) for s in streams], 1, like)[0]
-
-  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
-           ) -> list[jax.Array]:
-    """Returns z of directions 0 to n - 1, times the square root of the rank."""
-    parts = [*map(len, self._bits(1))]  # The number of signs in each word.
-    def words(s, i, bits):
+    def words(s, i, few):
       """Returns word number i of each row, for all directions, [n, *axes]."""
-      s, of_key = streams_lib.moved(s, i), lambda key: noise.words(
-          dataclasses.replace(s, keys=key[..., None, :]), 0, like,
-          self.generator)
-      return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**bits - 1)
+      s = streams_lib.moved(s, i)
+      def of_key(key):
+        one = dataclasses.replace(s, keys=key[..., None, :])
+        return noise.words(one, 0, like, self.generator)
+      return jax.vmap(of_key, -2)(s.keys) & np.uint32(2**len(few) - 1)
+
     # All elements of a row or column share a word. Compute and store the words
     # first, since XLA would otherwise recompute them for every element.
-    made = xla.made_first(lambda streams: [
-        [words(s, i, bits) for s in streams] for i, bits in enumerate(parts)],
-                                streams)
-    apart = lambda j: cast(jax.Array, sum(
-        lax.population_count(rows[j] ^ columns[j]).astype(jnp.int32)
-        for rows, columns in made))
-    return [(self.rank - 2 * apart(j)).astype(jnp.float32) for j in range(n)]
+    made = xla.made_first(
+        lambda streams: [[words(s, i, few) for s in streams]
+                         for i, few in enumerate(self._bits())], streams)
+    out = []
+    for j in range(streams[0].keys.shape[-2]):
+      differ: Any = 0  # number of signs that differ between U and V
+      for rows, columns in made:
+        count = lax.population_count(rows[j] ^ columns[j])
+        differ = differ + count.astype(jnp.int32)
+      out.append((self.rank - 2 * differ).astype(jnp.float32))
+    return out
 
   def at_once(self, coefs: jax.Array) -> Callable[..., Any] | None:
     """Returns `_by_product` if there are so many terms that it is faster."""
@@ -196,34 +195,28 @@ class LowRank(Directions):
     split into a sum of two bfloat16 numbers. The columns of both factors are
     therefore repeated, once for each of these two numbers.
     """
-    axes = [counted(s, like.shape) for s in streams]
+    rows, columns = (counted(s, like.shape) for s in streams)
     u, v = (self.factor(s, like.shape, jnp.bfloat16, 2) for s in streams)
     high = coefs.astype(jnp.bfloat16)
     low = (coefs - high.astype(jnp.float32)).astype(jnp.bfloat16)
     # 0 for the columns that are multiplied by ``high``, 1 for those by ``low``.
-    of = np.concatenate([np.repeat((0, 1), len(b) // 2) for b in self._bits(2)])
-    u = u * jnp.stack([high, low], -1)[:, of]
+    of = [np.repeat((0, 1), len(few)) for few in self._bits()]
+    u = u * jnp.stack([high, low], -1)[:, np.concatenate(of)]
     # jnp.einsum names axes by integers: 0, 1, ... are the axes of ``like``, n
     # is that of the directions and r that of the rank.
     n, r = like.ndim, like.ndim + 1
-    there = sorted({*axes[0], *axes[1]})
-    total = jnp.einsum(
-        u, [*axes[0], n, r], v, [*axes[1], n, r], there,
-        preferred_element_type=jnp.float32)
-    total = total.reshape([m if a in there else 1
-                           for a, m in enumerate(like.shape)])
+    there = sorted({*rows, *columns})
+    total = jnp.einsum(u, [*rows, n, r], v, [*columns, n, r], there,
+                       preferred_element_type=jnp.float32)
+    total = total.reshape(_kept(like.shape, there))
     return total if start is None else start + total
 
-  def _bits(self, times: int) -> list[np.ndarray]:
-    """Returns, for each word of a row, the positions of the bits that are used.
+  def _bits(self) -> list[np.ndarray]:
+    """Returns, for each word of a row, the positions of the bits it uses."""
+    return [np.arange(min(_WORD, self.rank - at), dtype=np.uint32)
+            for at in range(0, self.rank, _WORD)]
 
-    Args:
-      times: How often the positions of each word are repeated.
-    """
-    return [np.tile(np.arange(min(_WORD, self.rank - at), dtype=np.uint32),
-                    times) for at in range(0, self.rank, _WORD)]
-
-  def factor(self, stream: noise.Stream, shape: tuple[int, ...],
+  def factor(self, stream: noise.Stream, shape: Shape,
              dtype: jax.typing.DTypeLike, times: int = 1) -> jax.Array:
     """Returns U or V of a block for all n directions.
 
@@ -240,19 +233,19 @@ class LowRank(Directions):
       are the axes of the block along which the factor varies; see `counted`.
     """
     axes, n = counted(stream, shape), stream.keys.shape[-2]
-    kept = tuple(x if a in axes else 1 for a, x in enumerate(shape))
+    # The directions are one more axis, along which only the keys differ.
     every = noise.Stream(stream.keys[..., None, :], stream.lo[..., None],
-                          (*stream.strides, 0))
-    like = jnp.zeros((*kept, n))
+                         (*stream.strides, 0))
+    like = jnp.zeros((*_kept(shape, axes), n))
     bits = []
-    for word, few in enumerate(self._bits(times)):
-      moved = streams_lib.moved(every, word)
-      words = noise.words(moved, 0, like, self.generator)
-      words = jnp.broadcast_to(words, like.shape)
+    for i, few in enumerate(self._bits()):
+      words = noise.words(
+          streams_lib.moved(every, i), 0, like, self.generator)
+      words = jnp.broadcast_to(words, like.shape)[..., None]
       # Under jax_numpy_rank_promotion='raise', arrays must have equally many
       # axes to broadcast, so axes of length 1 are added.
-      few = few.reshape((1,) * words.ndim + few.shape)
-      bits.append((words[..., None] >> few) & np.uint32(1))
+      few = np.tile(few, times).reshape((1,) * like.ndim + (-1,))
+      bits.append((words >> few) & np.uint32(1))
     signs = 1 - 2 * jnp.concatenate(bits, -1).astype(jnp.int32)
     return signs.reshape(*(shape[a] for a in axes), n, -1).astype(dtype)
 
@@ -307,10 +300,7 @@ class LazyLowRank(LowRank):
   def __post_init__(self) -> None:
     """Checks the fields."""
     super().__post_init__()
-    if not isinstance(self.every, int) or isinstance(
-        self.every, bool) or self.every < 1:
-      raise ValueError('every must be an integer of at least 1, got '
-                       f'{self.every!r}.')
+    arguments.whole('every', self.every)
 
   def keys(self, key: Any, count: jax.Array | int, n: int) -> jax.Array:
     """Returns n keys, each made of a key of the step and a key of the window.
@@ -320,20 +310,21 @@ class LazyLowRank(LowRank):
     """
     # The first word of a direction's key belongs to the step, the second to the
     # window. `of_columns` derives the keys of V from the second word alone.
-    step = jax.random.key_data(noise.step_keys(key, count, n))
-    window = jax.random.key_data(noise.step_keys(
-        jax.random.fold_in(key, _WINDOWS), count // self.every, n))
-    return self._typed(step[:, 0], window[:, 1])
+    windows = jax.random.fold_in(key, _WINDOWS)
+    step = noise.step_keys(key, count, n)
+    window = noise.step_keys(windows, count // self.every, n)
+    return _typed(jax.random.key_data(step)[:, 0],
+                  jax.random.key_data(window)[:, 1])
 
   def of_columns(self, keys: jax.Array) -> jax.Array:
     """Returns n keys for V, which depend only on the window of steps."""
     words = jax.random.key_data(keys)[:, 1]
-    return self._typed(jnp.full_like(words, _WINDOWS), words)
+    return _typed(jnp.full_like(words, _WINDOWS), words)
 
-  def _typed(self, first, second):
-    """Returns typed keys whose data are these two words."""
-    return jax.random.wrap_key_data(
-        jnp.stack([first, second], -1), impl='threefry2x32')
+
+def _typed(first, second):
+  """Returns typed keys whose data are these two words."""
+  return noise.typed(jnp.stack([first, second], -1))
 
 
 def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -351,7 +342,7 @@ def product(rows: jax.Array, columns: jax.Array) -> jax.Array:
       rows[..., b] * columns[..., b] for b in range(rows.shape[-1])))
 
 
-def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
+def of_block(factor: jax.Array, stream: noise.Stream, shape: Shape
              ) -> jax.Array:
   """Reshapes a factor so that it broadcasts with its block.
 
@@ -363,13 +354,18 @@ def of_block(factor: jax.Array, stream: noise.Stream, shape: tuple[int, ...]
     shape: Shape of the block. Axes along which the factor does not vary have
       length 1 in the result.
   """
-  axes = counted(stream, shape)
-  return factor.reshape(*(n if a in axes else 1 for a, n in enumerate(shape)),
-                        factor.shape[-1])
+  kept = _kept(shape, counted(stream, shape))
+  return factor.reshape(*kept, factor.shape[-1])
 
 
-def counted(stream: noise.Stream, shape: tuple[int, ...]) -> list[int]:
+def _kept(shape: Shape, axes: Sequence[int]) -> list[int]:
+  """Returns a shape in which all but the given axes have length 1."""
+  return [n if a in axes else 1 for a, n in enumerate(shape)]
+
+
+def counted(stream: noise.Stream, shape: Shape) -> list[int]:
   """Returns the axes of a block along which the words of a stream vary."""
-  arrays = stream.keys, stream.lo, *jax.tree.leaves(stream.hi)
-  return [a for a, n in enumerate(shape) if n > 1 and (
-      stream.strides[a] or any(x.shape[a] > 1 for x in arrays))]
+  shapes = [x.shape for x in (stream.keys, stream.lo, stream.hi)
+            if x is not None]
+  varies = lambda a: stream.strides[a] or any(x[a] > 1 for x in shapes)
+  return [a for a, n in enumerate(shape) if n > 1 and varies(a)]

@@ -45,7 +45,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import paths
+from mezo_jax.core import paths, sharding
 
 Generator = Literal['threefry2x32', 'hash32']
 GENERATORS = get_args(Generator)
@@ -107,34 +107,33 @@ def as_key(key: Any, name: str = 'key') -> jax.Array:
   Raises:
     ValueError: If ``key`` is something else, or an array of several keys.
   """
-  if is_typed(key):
-    if key.shape:
-      raise ValueError(f'{name} must be a single key, got an array of keys of '
-                       f'shape {key.shape}.')
-    if jax.random.key_impl(key) == 'threefry2x32':
-      return key
-    return _wrap(jax.random.bits(key, (2,), jnp.uint32))
-  if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32:
-    if key.shape == (2,):
-      return _wrap(jnp.asarray(key))
+  if _is_raw(key, 1, 4):
     # Where 'rbg' is JAX's default, jax.random.PRNGKey returns four words.
-    if key.shape == (4,):
-      return as_key(jax.random.wrap_key_data(jnp.asarray(key), impl='rbg'))
-  try:  # The kind 'b' is included because JAX accepts bools as seeds.
-    is_seed = not np.shape(key) and jnp.result_type(key).kind in 'iub'
-  except (TypeError, ValueError):
-    is_seed = False
-  except OverflowError:  # jax.random.key below decides about large integers
-    is_seed = True
-  if not is_seed:
-    found = f'{key.dtype}{[*key.shape]}' if hasattr(key, 'dtype') else repr(key)
-    raise ValueError(
-        f'{name} must be a jax.random.key or an integer seed, got {found}.')
+    key = jax.random.wrap_key_data(jnp.asarray(key), impl='rbg')
+  if _is_raw(key, 1, 2):
+    return typed(jnp.asarray(key))
+  if is_typed(key) and not key.shape:
+    return _as_threefry(key)
   try:
     return jax.random.key(key, impl='threefry2x32')
-  except (OverflowError, TypeError) as e:  # JAX rejects NumPy's bools
-    raise ValueError(f'{name} must be a seed that jax.random.key accepts, such '
-                     f'as an integer below 2**63; got {key!r}.') from e
+  except (OverflowError, TypeError, ValueError) as e:
+    raise ValueError(
+        f'{name} must be a single jax.random.key or an integer seed that it '
+        f'accepts, such as one below 2**63; got {key!r}.') from e
+
+
+def _is_raw(key: Any, ndim: int, words: int) -> bool:
+  """Returns whether an object is an array with the words of raw keys."""
+  return (isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32
+          and key.ndim == ndim and key.shape[-1] == words)
+
+
+def _as_threefry(keys: jax.Array) -> jax.Array:
+  """Converts one typed key, or typed keys [n], to threefry2x32."""
+  if jax.random.key_impl(keys) == 'threefry2x32':
+    return keys
+  draw = lambda key: jax.random.bits(key, (2,), jnp.uint32)
+  return typed(jax.vmap(draw)(keys) if keys.ndim else draw(keys))
 
 
 def check_key(key: Any, name: str = 'key') -> None:
@@ -182,7 +181,7 @@ def state_key(key: Any) -> jax.Array:
   return jnp.copy(as_key(key))
 
 
-def _wrap(words: jax.Array) -> jax.Array:
+def typed(words: jax.Array) -> jax.Array:
   """Returns typed threefry2x32 keys with these data, uint32 [..., 2]."""
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
@@ -201,12 +200,9 @@ def as_keys(keys: jax.Array) -> jax.Array:
     ValueError: If ``keys`` is something else.
   """
   if is_typed(keys) and keys.ndim == 1:
-    if jax.random.key_impl(keys) == 'threefry2x32':
-      return keys
-    return _wrap(jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(keys))
-  if isinstance(keys, (jax.Array, np.ndarray)) and keys.dtype == np.uint32 and (
-      keys.ndim == 2 and keys.shape[1] == 2):
-    return _wrap(jnp.asarray(keys))
+    return _as_threefry(keys)
+  if _is_raw(keys, 2, 2):
+    return typed(jnp.asarray(keys))
   return as_key(keys, 'the keys of a displacement')[None]
 
 
@@ -221,23 +217,33 @@ def step_keys(key: jax.Array, count: jax.Array | int, n: int) -> jax.Array:
   return jax.vmap(lambda j: direction_key(key, count, j))(jnp.arange(n))
 
 
-def leaf_key(key: jax.Array, path: str) -> jax.Array:
+def leaf_key(key: jax.Array, path: str, stacked: bool | None = None
+             ) -> jax.Array:
   """Returns the key of a leaf.
 
   If the path contains the number of a layer, this is the key of the layer.
+
+  Args:
+    key: Typed key of a direction.
+    path: Path of the leaf.
+    stacked: Whether the leaf is a stack of layers; see `paths.locate`.
   """
-  name, layer, _ = paths.locate(path)
+  name, layer, _ = paths.locate(path, stacked)
   key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-  return key if layer is None else jax.random.fold_in(key, layer)
+  if layer is None:
+    return key
+  return jax.random.fold_in(key, layer)
 
 
 def only(s: Stream, j: int | jax.Array) -> Stream:
   """Returns the stream whose only direction is direction j of ``s``."""
+  index: Any = lax.dynamic_index_in_dim
   if isinstance(j, int):
-    keys = lax.index_in_dim(s.keys, j, -2)
-  else:
-    keys = lax.dynamic_index_in_dim(s.keys, j, -2)
-  return dataclasses.replace(s, keys=keys)
+    index = lax.index_in_dim
+  core = s.core
+  if core is not None:
+    core = index(core, j, -3)
+  return dataclasses.replace(s, keys=index(s.keys, j, -2), core=core)
 
 
 # --- random words ---------------------------------------------------------
@@ -274,9 +280,10 @@ def words(s: Stream, j: int | jax.Array, like: jax.Array,
     A uint32 array that broadcasts to the shape of the block. An axis has length
     1 if all elements along it share a word.
   """
+  key = only(s, j).keys[..., 0, :]
   return _words(
-      only(s, j).keys[..., 0, :], s.lo, s.hi, strides=s.strides,
-      shape=like.shape, place=_explicit(like, s.strides), generator=generator)
+      key, s.lo, s.hi, strides=s.strides, shape=like.shape,
+      place=_explicit(like, s.strides), generator=generator)
 
 
 # `jax.jit` caches the trace, so that blocks of one shape are traced once. With
@@ -285,8 +292,8 @@ def words(s: Stream, j: int | jax.Array, like: jax.Array,
     'strides', 'shape', 'place', 'generator'))
 def _words(key, lo, hi, *, strides, shape, place, generator):
   """Returns the words of one key; see `words`."""
-  index_shape = tuple(n if step else 1 for n, step in zip(
-      shape, strides, strict=True))
+  index_shape = [
+      n if step else 1 for n, step in zip(shape, strides, strict=True)]
 
   # Generators receive this function instead of the counters, so that a word of
   # the key is added before anything else is computed. The counters alone are
@@ -296,8 +303,9 @@ def _words(key, lo, hi, *, strides, shape, place, generator):
     total = lo + word
     for axis, step in enumerate(strides):
       if step:
-        total = total + _U32(step) * lax.broadcasted_iota(
+        index = lax.broadcasted_iota(
             jnp.uint32, index_shape, axis, out_sharding=place)
+        total = total + _U32(step) * index
     return total
 
   k0, k1 = key[..., 0], key[..., 1]
@@ -316,12 +324,11 @@ def _explicit(like: jax.Array,
   The result is None unless mesh axes are Explicit. Only axes with a stride are
   sharded, because the counters have length 1 along the others.
   """
-  sharding = jax.typeof(like).sharding
-  if not any(t == jax.sharding.AxisType.Explicit
-             for t in sharding.mesh.axis_types):
+  if not sharding.is_explicit(like):
     return None
-  return sharding.update(spec=jax.P(*(
-      name if step else None for name, step in zip(sharding.spec, strides))))
+  place = jax.typeof(like).sharding
+  names = [name if step else None for name, step in zip(place.spec, strides)]
+  return place.update(spec=jax.P(*names))
 
 
 def _threefry2x32(k0, k1, hi, lo_plus):

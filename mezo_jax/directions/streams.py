@@ -6,7 +6,7 @@ or a reshape), nothing is drawn. Only the counters of the selected elements are
 computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core import paths, views, xla
+from mezo_jax.core.views import Shape
 from mezo_jax.directions.noise import Stream
 
 _U32 = jnp.uint32
@@ -44,7 +45,7 @@ def stacks_begin_at(layer: int | jax.Array):
     _first.reset(token)
 
 
-def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
+def of_leaves(keys: jax.Array, leaves: Mapping[str, tuple[Shape, bool]]
               ) -> dict[str, Stream]:
   """Returns the streams of whole leaves.
 
@@ -61,53 +62,43 @@ def of_leaves(keys: jax.Array, leaves: dict[str, tuple[tuple[int, ...], bool]]
     If a leaf or a layer has more than 2**32 elements, ``lo`` and ``hi`` hold a
     first counter for each entry of its leading axes.
   """
-  fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-  found = {path: paths.locate(path, stacked)
-           for path, (_, stacked) in leaves.items()}
-  hashes = {path: np.uint32(zlib.crc32(name.encode()))
-            for path, (name, _, _) in found.items()}
   # Keys depend on the hash of a path without its layer number, so leaves of
   # several layers may share a hash. Each distinct hash is folded into the keys
-  # only once. ``rank`` numbers the distinct hashes.
-  rank = {h: i for i, h in enumerate(dict.fromkeys(hashes.values()))}
-  own = fold(keys, jnp.asarray([*rank], jnp.uint32))  # [names, n]
-  by_name = {path: rank[h] for path, h in hashes.items()}
-  numbered = [p for p, (_, layer, _) in found.items() if layer is not None]
-  of_layer = None
-  if numbered:
-    layers = jnp.asarray([found[p][1] for p in numbered], jnp.uint32)
-    parents = own[np.array([by_name[p] for p in numbered])]
-    of_layer = jax.random.key_data(jax.vmap(
-        jax.vmap(jax.random.fold_in, (0, None)))(parents, layers))
-  # Each table holds the keys of several leaves, [entries, n, 2], or [entries,
-  # layers, n, 2] for stacks. The table 'numbered' is for leaves with a layer
-  # number in their path. A table whose name is an integer is for stacks with
-  # that many layers. The table 'own' is for all other leaves.
-  tables: dict[str | int, jax.Array] = {'own': jax.random.key_data(own)}
-  if of_layer is not None:
-    tables['numbered'] = of_layer
-  rows: dict[str, tuple[str | int, int]] = {
-      path: ('numbered', i) for i, path in enumerate(numbered)}
+  # only once. ``rows`` numbers the distinct hashes.
+  rows: dict[int, int] = {}
+  # Leaves with keys of one kind share a table of keys, [entries, n], or
+  # [entries, layers, n] for stacks. The kind 'numbered' is for leaves with a
+  # layer number in their path. An integer is for stacks with that many layers.
+  # The kind 'own' is for all other leaves.
+  kinds: dict[str | int, list[str]] = {}
+  row_of, layer_of = {}, {}
   for path, (shape, stacked) in leaves.items():
-    if path in rows:
-      continue
-    rows[path] = shape[0] if stacked else 'own', by_name[path]
-    # All stacks of the same depth share a table of keys.
-    if stacked and shape[0] not in tables:
-      layers = jnp.arange(shape[0], dtype=jnp.uint32) + _first.get()
-      tables[shape[0]] = jax.random.key_data(
-          jax.vmap(lambda k, layers=layers: fold(k, layers))(own))
-  # Take the entry of each leaf from its table.
+    name, layer_of[path], _ = paths.locate(path, stacked)
+    row_of[path] = rows.setdefault(zlib.crc32(name.encode()), len(rows))
+    kind = shape[0] if stacked else 'own'
+    if layer_of[path] is not None:
+      kind = 'numbered'
+    kinds.setdefault(kind, []).append(path)
+
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+  own = fold(keys, jnp.asarray([*rows], jnp.uint32))
   out = {}
-  for name, table in tables.items():
-    mine = [path for path in leaves if rows[path][0] == name]
-    words = xla.entries(table, [rows[path][1] for path in mine])
-    out.update((path, _whole(x, leaves[path][0]))
-               for path, x in zip(mine, words))
-  return {path: out[path] for path in leaves}
+  for kind, members in kinds.items():
+    table, entries = own, [row_of[path] for path in members]
+    if kind == 'numbered':
+      layers = jnp.asarray([layer_of[path] for path in members], jnp.uint32)
+      each = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))
+      table, entries = each(own[np.array(entries)], layers), range(len(members))
+    elif kind != 'own':
+      layers = jnp.arange(kind, dtype=jnp.uint32) + _first.get()
+      table = jax.vmap(fold, (0, None))(own, layers)
+    words = xla.entries(jax.random.key_data(table), entries)
+    for path, x in zip(members, words):
+      out[path] = _whole(x, leaves[path][0])
+  return out
 
 
-def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
+def of_leaf(keys: jax.Array, path: str, shape: Shape) -> Stream:
   """Returns the stream of one leaf.
 
   The leaf counts as a stack of layers if its path looks like that of a stack
@@ -122,7 +113,7 @@ def of_leaf(keys: jax.Array, path: str, shape: tuple[int, ...]) -> Stream:
   return of_leaves(keys, {path: (shape, stacked)})[path]
 
 
-def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
+def _whole(words: jax.Array, shape: Shape) -> Stream:
   """Returns the stream of a whole leaf.
 
   Args:
@@ -130,22 +121,41 @@ def _whole(words: jax.Array, shape: tuple[int, ...]) -> Stream:
     shape: Shape of the leaf.
   """
   # Insert an axis of length 1 for each axis of the leaf that is not a layer.
-  inner, first = len(shape), words.ndim - 2
-  words = words.reshape(words.shape[:first] + (1,) * (inner - first)
-                        + words.shape[first:])
-  strides = [0] * first + [
-      math.prod(shape[a + 1:]) if shape[a] > 1 else 0
-      for a in range(first, inner)]
+  ndim, first = len(shape), words.ndim - 2
+  ones = (1,) * (ndim - first)
+  words = words.reshape(*words.shape[:first], *ones, *words.shape[first:])
   zero = jnp.zeros(words.shape[:-2], jnp.uint32)
   wide = math.prod(shape[first:]) > 2**32
-  s = Stream(words, zero, tuple(strides), zero if wide else None)
+  s = Stream(words, zero, strides(shape, first, ndim), zero if wide else None)
   # Strides, and the indices by which they are multiplied, must fit in 32 bits.
   # Replace the strides of leading axes by a first counter for each entry, until
   # the remaining axes have at most 2**32 elements.
-  axis = first
-  while math.prod(shape[axis:]) > 2**32:
-    s, axis = spread(s, axis, shape[axis]), axis + 1
+  for axis in range(first, ndim):
+    if math.prod(shape[axis:]) > 2**32:
+      s = spread(s, axis, shape[axis])
   return s
+
+
+def strides(shape: Shape, first: int, last: int, step: int = 1
+            ) -> tuple[int, ...]:
+  """Returns row-major strides for some neighbouring axes.
+
+  Args:
+    shape: Shape of a block.
+    first: The first of the axes.
+    last: The axis after the last of them.
+    step: Stride of the last of them. Defaults to 1.
+
+  Returns:
+    A stride for each axis of the block, which is 0 for all other axes and for
+    axes of length 1.
+  """
+  out = [0] * len(shape)
+  for axis in reversed(range(first, last)):
+    if shape[axis] > 1:
+      out[axis] = step
+    step *= shape[axis]
+  return tuple(out)
 
 
 def _moved(s: Stream, index: jax.Array, step: int) -> Stream:
@@ -195,7 +205,7 @@ def _mul_wide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
   return a1 * b1 + (mid >> 16) + (low_mid >> 16), a * _U32(b)
 
 
-def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
+def viewed(s: Stream, view: views.View, shape: Shape) -> Stream | None:
   """Returns the stream of a view of a block.
 
   Args:
@@ -207,28 +217,30 @@ def viewed(s: Stream, view: views.View, shape: Sequence[int]) -> Stream | None:
     The stream of the view, or None if the counters of the view are not an
     affine function of the index. This is only possible for a reshape.
   """
-  strides: list[int] | None = [*s.strides]
+  steps = [*s.strides]
+  shifts = []  # pairs of an index, and the stride by which it is multiplied
   if isinstance(view, views.Reshape):
-    strides = _reshaped_strides(s, shape, view.new)
+    steps = _reshaped_strides(s, shape, view.new)
+    if steps is None:
+      return None
   elif isinstance(view, views.Transpose):
-    strides = [s.strides[a] for a in view.order]
+    steps = view.shape(steps)
   elif isinstance(view, views.Window):
-    strides = [x * step for x, step in zip(s.strides, view.steps)]
+    for axis, stride in enumerate(s.strides):
+      steps[axis] *= view.steps[axis]
+      if stride and not view.starts_at_zero(axis):
+        shifts.append((jnp.asarray(view.starts[axis]), stride))
   elif isinstance(view, views.Take):
-    strides[view.axis:view.axis + 1] = [0] * view.index.ndim
-  if strides is None:
-    return None
+    axis, index = view.axis, view.index
+    steps[axis:axis + 1] = [0] * index.ndim
+    if s.strides[axis]:
+      after = (1,) * (len(shape) - axis - 1)
+      shifts = [(index.reshape(index.shape + after), s.strides[axis])]
   new = view.shape(shape)
   out = jax.tree.map(lambda x: views.each(view.array(x, shape), new), s)
-  out = dataclasses.replace(out, strides=tuple(strides))
-  if isinstance(view, views.Take) and s.strides[view.axis]:
-    after = len(s.strides) - view.axis - 1
-    index = view.index.reshape(view.index.shape + (1,) * after)
-    return _moved(out, index, s.strides[view.axis])
-  if isinstance(view, views.Window):
-    for start, stride in zip(view.starts, s.strides):
-      if stride and not (isinstance(start, int) and start == 0):
-        out = _moved(out, jnp.asarray(start), stride)
+  out = dataclasses.replace(out, strides=tuple(steps))
+  for index, stride in shifts:
+    out = _moved(out, index, stride)
   return out
 
 
@@ -246,15 +258,14 @@ def spread(s: Stream, axis: int, size: int) -> Stream:
   """
   if s.lo.shape[axis] == size:
     return s
+  steps = [*s.strides]
+  step, steps[axis] = steps[axis], 0
   index = jnp.arange(size, dtype=jnp.uint32)
-  index = index.reshape((-1,) + (1,) * (len(s.strides) - axis - 1))
-  step = s.strides[axis]
-  s = dataclasses.replace(s, strides=tuple(
-      0 if a == axis else x for a, x in enumerate(s.strides)))
-  return _moved(s, index, step)
+  index = index.reshape((-1,) + (1,) * (len(steps) - axis - 1))
+  return _moved(dataclasses.replace(s, strides=tuple(steps)), index, step)
 
 
-def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
+def _reshaped_strides(s: Stream, old: Shape, new: Shape
                       ) -> list[int] | None:
   """Returns the strides of a block after a row-major reshape.
 
@@ -267,7 +278,7 @@ def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
   # Axes along which the keys, first counters or matrices differ.
   arrays = jax.tree.leaves((s.keys, s.lo, s.hi, s.core))
   spread_axes = {a for x in arrays for a in range(len(old)) if x.shape[a] > 1}
-  strides = []
+  out = []
   for was, will in views.axis_groups(old, new):
     step = [s.strides[a] for a in was]
     if not spread_axes & set(was):
@@ -275,14 +286,13 @@ def _reshaped_strides(s: Stream, old: Sequence[int], new: Sequence[int]
       if any(x != y * old[b] for x, y, b in zip(step, step[1:], was[1:])):
         return None
       last = step[-1] if step else 0
-      strides += [last * math.prod(new[b + 1:will[-1] + 1])
-                  if new[b] > 1 else 0 for b in will]
-    elif any(step):
+      out += strides([new[b] for b in will], 0, len(will), last)
+    elif not any(step):  # only arrays, which are reshaped, too
+      out += [0] * len(will)
+    elif len(was) == len(will) == 1:
+      out += step
+    else:
       # Counters along these axes depend both on arrays and on strides. That can
       # be represented only for an axis that the reshape leaves as it is.
-      if len(was) > 1 or len(will) > 1:
-        return None
-      strides += step
-    else:  # counters depend on arrays only, which are reshaped, too
-      strides += [0] * len(will)
-  return strides
+      return None
+  return out

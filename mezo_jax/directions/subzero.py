@@ -33,8 +33,9 @@ import jax.scipy.linalg as linalg
 import numpy as np
 
 from mezo_jax.core import sharding, xla
+from mezo_jax.core.views import Shape
 from mezo_jax.directions import low_rank, noise
-from mezo_jax.directions.base import Directions, Normal
+from mezo_jax.directions.base import Normal
 from mezo_jax.directions.displacement import Draws
 from mezo_jax.directions.low_rank import LazyLowRank
 
@@ -92,7 +93,7 @@ class SubZero(LazyLowRank):
   least: ClassVar[int] = 8
 
   def of_leaf(self, stream: noise.Stream, coefs: jax.Array,
-              shape: tuple[int, ...], columns: noise.Stream | None = None
+              shape: Shape, columns: noise.Stream | None = None
               ) -> Draws:
     """Returns draws, whose first stream has the matrix C of each direction."""
     # Both bases are drawn from the key of the window. The key of the step is
@@ -102,56 +103,55 @@ class SubZero(LazyLowRank):
       return super().of_leaf(stream, coefs, shape)
     n, r = stream.keys.shape[-2], self.rank
     layers = shape[:int(draws.is_stack())]
+
     def inverse(s):
       """Returns L^{-T} of the factor of a stream, [*layers, n, r, r]."""
-      signs = self.factor(s, shape, jnp.float32)
-      signs = signs.reshape(*layers, -1, n, r)
+      signs = self.factor(s, shape, jnp.float32).reshape(*layers, -1, n, r)
       gram = jnp.einsum('...mna,...mnb->...nab', signs, signs,
                         precision='highest')
       eye = jnp.broadcast_to(jnp.eye(r), gram.shape)
       return linalg.solve_triangular(
           jnp.linalg.cholesky(gram), eye, lower=True, trans='T')
+
     left, right = map(inverse, draws.streams)
+    core = jnp.einsum('...ab,...bc,...dc->...ad', left,
+                      self._z(stream, layers), right, precision='highest')
     size = math.prod(shape) // math.prod(layers)
-    core = jnp.einsum(
-        '...ab,...bc,...dc->...ad', left, self._z(stream, layers), right,
-        precision='highest') * np.float32(math.sqrt(size) / r)
+    core = core * np.float32(math.sqrt(size) / r)
+    ones = (1,) * (len(shape) - len(layers))
     rows, others = draws.streams
-    rows = dataclasses.replace(rows, core=core.reshape(
-        *layers, *(1,) * (len(shape) - len(layers)), n, r, r))
+    rows = dataclasses.replace(rows, core=core.reshape(*layers, *ones, n, r, r))
     return dataclasses.replace(draws, streams=(rows, others), coefs=coefs)
 
   def _z(self, stream, layers) -> jax.Array:
     """Returns Z, float32 [*layers, n, r, r], from the keys of the step."""
     r, n = self.rank, stream.keys.shape[-2]
     keys = stream.keys.reshape(*layers, n, 1, 1, 1, 2)
-    every = noise.Stream(
-        keys, jnp.zeros(keys.shape[:-2], jnp.uint32),
-        (0,) * len(layers) + (0, r, 1))
-    return Normal(self.generator).draw(noise.words(
-        every, 0, jnp.zeros((*layers, n, r, r)), self.generator))
+    zero = jnp.zeros(keys.shape[:-2], jnp.uint32)
+    every = noise.Stream(keys, zero, (0,) * len(layers) + (0, r, 1))
+    like = jnp.zeros((*layers, n, r, r))
+    words = noise.words(every, 0, like, self.generator)
+    return Normal(self.generator).draw(words)
 
-  def z(self, streams: Sequence[noise.Stream], j: jax.Array | int,
-        like: jax.Array) -> jax.Array:
-    """Returns U C Vᵀ of direction j for a block."""
-    def factors(streams, j):
-      rows, columns = (noise.only(s, j) for s in streams)
+  def each(self, streams: Sequence[noise.Stream], like: jax.Array
+           ) -> list[jax.Array]:
+    """Returns U C Vᵀ of each direction for a block."""
+    def factors(streams):
+      """Returns U C and V of one direction."""
       u, v = (low_rank.of_block(
           self.factor(s, like.shape, jnp.float32), s, like.shape)
-              for s in (rows, columns))
-      assert rows.core is not None  # `of_leaf` has set it
-      return jnp.einsum('...a,...ab->...b', u, rows.core[..., j, :, :],
-                        precision='highest'), v
-    # U C and V are small, and each of their rows is used for many elements.
-    # Store them, since XLA would otherwise recompute them for each use.
-    u, v = xla.made_first(factors, streams, j)
-    return low_rank.product(
-        sharding.split_as(u, like), sharding.split_as(v, like))
+              for s in streams)
+      core = streams[0].core[..., 0, :, :]
+      return jnp.einsum('...a,...ab->...b', u, core, precision='highest'), v
 
-  def each(self, streams: Sequence[noise.Stream], n: int, like: jax.Array
-           ) -> list[jax.Array]:
-    # `LowRank.each` computes U Vᵀ by counting bits, which omits the matrix C.
-    return Directions.each(self, streams, n, like)
+    out = []
+    for j in range(streams[0].keys.shape[-2]):
+      # U C and V are small, and each of their rows is used for many elements.
+      # Store them, since XLA would otherwise recompute them for each use.
+      u, v = xla.made_first(factors, [noise.only(s, j) for s in streams])
+      out.append(low_rank.product(
+          sharding.split_as(u, like), sharding.split_as(v, like)))
+    return out
 
   def at_once(self, coefs: jax.Array) -> None:
     """Returns None, since `LowRank._by_product` does not support a matrix C."""
