@@ -44,7 +44,8 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def number(name: str, value: Any, *, above: float | None = None,
-           least: float | None = None, below: float | None = None) -> Any:
+           least: float | None = None, below: float | None = None,
+           most: float | None = None) -> Any:
   """Returns an argument that must be a finite real number, unchanged.
 
   For a JAX array or tracer, only the shape and the dtype are checked.
@@ -55,6 +56,7 @@ def number(name: str, value: Any, *, above: float | None = None,
     above: Exclusive lower bound. Defaults to None, for no such bound.
     least: Inclusive lower bound. Defaults to None, for no such bound.
     below: Exclusive upper bound. Defaults to None, for no such bound.
+    most: Inclusive upper bound. Defaults to None, for no such bound.
 
   Raises:
     ValueError: If the value is not a number, not finite, or out of bounds.
@@ -77,6 +79,8 @@ def number(name: str, value: Any, *, above: float | None = None,
     wanted = f'at least {least}'
   elif below is not None and real >= below:
     wanted = f'below {below}'
+  elif most is not None and real > most:
+    wanted = f'at most {most}'
   else:
     return value
   raise ValueError(f'{name} must be {wanted}, got {value!r}.')

@@ -16,15 +16,6 @@ from mezo_jax.transforms.estimator import (
 )
 
 
-def _sign(losses, eps):
-  """Returns the mean loss and the signs of two-sided differences."""
-  value, g = two_sided.apply(losses, eps)
-  return value, jnp.sign(g)
-
-
-_SIGN = Combine(two_sided.signs, _sign, needs_all=False)
-
-
 def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
   r"""Replaces each projected gradient by its sign (ZO-SGD-Sign).
 
@@ -55,7 +46,13 @@ def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> from mezo_jax import variants
     >>> tx = mezo_jax.mezo(1e-4, estimator=variants.sign(1e-3, key=0))
   """
-  return Estimator(Spsa(eps, combine=_SIGN, **options))
+  spsa = Spsa(eps, combine=two_sided, **options)
+
+  def measure(state, params, value_fn, batch, **where):
+    value, g = spsa.measure(state, params, value_fn, batch, **where)
+    return value, jnp.sign(g)
+
+  return Estimator(spsa, measure=measure)
 
 
 def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
@@ -113,8 +110,8 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
       # Round both products, so that no compiler fuses one of them with the sum,
       # and all programs compute the same bits.
       return xla.rounded(b2 * old) + xla.rounded((1 - b2) * x)
-    new = jax.tree.map(average, state.memory, (
-        jnp.mean(numbers.projected_grad**2), jnp.float32(1.0)))
+    square = jnp.mean(numbers.projected_grad**2)
+    new = jax.tree.map(average, state.memory, (square, jnp.float32(1.0)))
     v, weight = unless_skipped(numbers, new, state.memory)
     length = jnp.sqrt(v / jnp.maximum(weight, 1e-30)) + adam_eps
     updates = jax.tree.map(lambda u: (u / length).astype(u.dtype), updates)
@@ -159,8 +156,7 @@ def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> tx = mezo_jax.mezo(1e-6, estimator=variants.one_point(1e-3, key=0))
   """
   def inverse(losses, eps):
-    """Returns the loss and 1 / eps, which `measure` multiplies by a difference.
-    """
+    """Returns the loss and 1 / eps, by which `measure` multiplies."""
     return losses[0, 0], jnp.ones(1) / eps
   spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
   if spsa.num_samples > 1:
@@ -172,14 +168,14 @@ def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     return jnp.float32(jnp.nan)  # the loss of the last step
 
   def measure(state, params, value_fn, batch):
-    value, g = spsa.measure(state, params, value_fn, batch)
-    last = state.memory
-    is_first = jnp.isnan(last) & jnp.isfinite(value)
-    return value, jnp.where(is_first, 0.0, (value - last) * g)
+    value, inverse_eps = spsa.measure(state, params, value_fn, batch)
+    difference = value - state.memory
+    return value, jnp.where(
+        jnp.isnan(state.memory), 0.0, difference * inverse_eps)
 
   def apply(state, params, numbers):
-    value = numbers.value
-    return spsa.apply(state, params, numbers), jnp.where(
-        jnp.isfinite(value), value, state.memory)
+    updates = spsa.apply(state, params, numbers)
+    is_valid = jnp.isfinite(numbers.value)
+    return updates, jnp.where(is_valid, numbers.value, state.memory)
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory)
