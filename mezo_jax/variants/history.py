@@ -70,9 +70,15 @@ def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
   return _of_history(spsa, window, update)
 
 
-def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
-                    window: int = 8, adam_eps: float = 1e-8,
-                    **options: Unpack[SpsaOptions]) -> Estimator:
+def adam_by_history(
+    eps: Any = 1e-3,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    window: int = 8,
+    adam_eps: float = 1e-8,
+    **options: Unpack[SpsaOptions],
+) -> Estimator:
   r"""Rescales SPSA like Adam, with moments recomputed from the last h steps.
 
   Let :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j} z_{s,j}` be the estimate of
@@ -165,8 +171,7 @@ def _of_history(spsa: Spsa, window: int, update: Callable) -> Estimator:
   """
   arguments.whole('window', window)
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.full((window, spsa.num_samples), jnp.nan, jnp.float32)
 
   def apply(state, params, numbers):

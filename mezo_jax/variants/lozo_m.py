@@ -90,12 +90,8 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
       """Returns the next momentum of a matrix."""
       return jnp.where(there, beta * moved + (1 - beta) * g * u, momentum)
 
-    def of_leaf(x, draws, old, momentum):
-      """Returns the update and the next momentum of one leaf."""
-      if draws is None:
-        return zeros(x), None
-      if momentum is None:
-        return jnp.where(there, g, 0.0) * draws.built(x), None
+    def of_matrix(x, draws, old, momentum):
+      """Returns the update and the next momentum of a matrix."""
       u, v = _factors(draws, x)
       def projected(momentum):
         _, v_old = _factors(old, x)
@@ -115,7 +111,12 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
     before = of_leaves(params, spsa.z(state, last), kind)
     updates, momenta = [], []
     for (_, x, draws), (_, _, old), momentum in zip(now, before, state.memory):
-      update, momentum = of_leaf(x, draws, old, momentum)
+      if momentum is not None:
+        update, momentum = of_matrix(x, draws, old, momentum)
+      elif draws is not None:
+        update = jnp.where(there, g, 0.0) * draws.built(x)
+      else:
+        update = zeros(x)
       updates.append(update)
       momenta.append(momentum)
     return jax.tree.unflatten(paths.structure(params), updates), momenta

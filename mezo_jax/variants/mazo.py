@@ -30,10 +30,18 @@ from mezo_jax.transforms.evaluate_points import estimate
 _PART = 2**20  # Largest number of elements that are scored in one operation.
 
 
-def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
-             share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
-             alpha: float = 1.0, beta: float = 0.0,
-             directions: Directions | str = Normal()) -> Any:
+def saliency(
+    value_fns: Sequence[Callable[..., Any]],
+    params: Any,
+    key: Any,
+    *,
+    share: float = 0.25,
+    num_samples: int = 16,
+    eps: float = 1e-3,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    directions: Directions | str = Normal(),
+) -> Any:
   r"""Returns a mask of the weights that matter most, for `mazo`.
 
   For each task t, n directions :math:`z_j` are evaluated. They estimate the
@@ -118,7 +126,7 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
   if type(directions) is not Normal:
     raise ValueError('directions must be a mezo_jax.Normal(...) for saliency, '
                      f'got {directions!r}.')
-  arguments.tree('params', params)
+  unscored = no_scores(params, directions)
   if any(is_codes(x) for _, x in paths.named_leaves(params)):
     raise ValueError('params: saliency cannot score quantised weights '
                      '(QuantizedArray); use params of floating point.')
@@ -177,10 +185,10 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
         return of_row(w, draws)
       length = len(w)
       along, of_part = draws.rows(length)
-      parts = next((parts for parts in range(1, length) if (
-          length % parts == 0 and w.size // parts <= _PART)), length)
+      sizes = [rows for rows in range(1, length + 1) if (
+          length % rows == 0 and rows * w.size <= length * _PART)]
       return lax.map(lambda part: of_block(part[0], of_part(part[1])),
-                     (w, along), batch_size=length // parts)
+                     (w, along), batch_size=max(sizes, default=1))
 
     def of_leaf(w, draws):
       if w.ndim < 2:  # not a matrix, so the result is not used
@@ -191,12 +199,10 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     z = Displacement(jnp.concatenate(keys), ones)
     return mapped(of_leaf, params, z, directions, dtype=bool)
 
-  def chosen(mask, none):
-    """Returns the mask of a matrix, or the bool of any other leaf."""
-    return mask if jnp.ndim(none) else none
-
   found = masks(params, *scalars(params))
-  return jax.tree.map(chosen, found, no_scores(params, directions))
+  # Leaves that are not matrices have a bool.
+  return jax.tree.map(
+      lambda mask, none: mask if jnp.ndim(none) else none, found, unscored)
 
 
 def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]

@@ -38,9 +38,15 @@ from mezo_jax.transforms.evaluate_points import estimate
 _LEAST = 1e-2
 
 
-def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
-               num_samples: int = 4, eps: float = 1e-3,
-               directions: Directions | str = Normal()) -> Any:
+def grad_norms(
+    value_fn: Callable[..., Any],
+    params: Any,
+    key: Any,
+    *,
+    num_samples: int = 4,
+    eps: float = 1e-3,
+    directions: Directions | str = Normal(),
+) -> Any:
   r"""Estimates the norm of each layer's gradient by forward passes.
 
   .. math:: d_\ell^2 \propto \frac{1}{n} \sum_{j=1}^n \left[\frac{
@@ -242,8 +248,7 @@ def _modified(eps, norms, options, *, back: bool) -> Estimator:
   for d in jax.tree.leaves(norms):
     arguments.array('norms', d)
 
-  def memory(params):
-    del params
+  def memory(_):
     # Copies, since steps donate the state.
     return jax.tree.map(lambda d: jnp.array(d, jnp.float32), norms)
 
@@ -274,10 +279,7 @@ def _layers(params, stacked) -> tuple[Any, int]:
   stacks = paths.stacked(params, stacked)
   for (path, x), is_stack in zip(paths.named_leaves(params), stacks):
     part, layer = paths.layer_of(path)
-    if is_stack:
-      of = [numbers.setdefault((part, i), len(numbers))
-            for i in range(paths.shape_of(x)[0])]
-    else:
-      of = numbers.setdefault((part, layer), len(numbers))
-    layers.append(jnp.array(of))
+    index = range(paths.shape_of(x)[0]) if is_stack else [layer]
+    of = [numbers.setdefault((part, i), len(numbers)) for i in index]
+    layers.append(jnp.array(of if is_stack else of[0]))
   return jax.tree.unflatten(paths.structure(params), layers), len(numbers)

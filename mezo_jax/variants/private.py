@@ -24,9 +24,15 @@ Mechanism = Literal['gaussian', 'laplace']
 MECHANISMS = get_args(Mechanism)
 
 
-def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
-            batch_size: float, mechanism: Mechanism = 'gaussian',
-            **options: Unpack[SampleOptions]) -> Estimator:
+def private(
+    eps: Any = 1e-3,
+    *,
+    clip: float,
+    noise_multiplier: float,
+    batch_size: float,
+    mechanism: Mechanism = 'gaussian',
+    **options: Unpack[SampleOptions],
+) -> Estimator:
   r"""Clips each example's difference of losses, and adds noise to their sum.
 
   .. math::

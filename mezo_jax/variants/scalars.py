@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mezo_jax.core import arguments, xla
-from mezo_jax.transforms.combine import Combine, two_sided
+from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import (
   Estimator,
   LossOptions,
@@ -100,8 +100,7 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
   arguments.number('b2', b2, least=0, below=1)
   arguments.number('adam_eps', adam_eps, least=0)
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.zeros([]), jnp.zeros([])  # v and 1 - b2**t
 
   def apply(state, params, numbers):
@@ -155,23 +154,20 @@ def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> from mezo_jax import variants
     >>> tx = mezo_jax.mezo(1e-6, estimator=variants.one_point(1e-3, key=0))
   """
-  def inverse(losses, eps):
-    """Returns the loss and 1 / eps, by which `measure` multiplies."""
-    return losses[0, 0], jnp.ones(1) / eps
-  spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
+  spsa = Spsa(eps, combine=two_sided, **options)
   if spsa.num_samples > 1:
     raise ValueError('num_samples must be 1 for one_point, which compares the '
                      'loss with that of the step before.')
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.float32(jnp.nan)  # the loss of the last step
 
   def measure(state, params, value_fn, batch):
-    value, inverse_eps = spsa.measure(state, params, value_fn, batch)
-    difference = value - state.memory
-    return value, jnp.where(
-        jnp.isnan(state.memory), 0.0, difference * inverse_eps)
+    losses = spsa.losses(state, params, value_fn, batch, signs=(1.0,))
+    value = losses[0, 0]
+    first_eps = jax.tree.leaves(spsa.eps_at(state))[0]
+    g = (value - state.memory) * (jnp.ones(1) / first_eps)
+    return value, jnp.where(jnp.isnan(state.memory), 0.0, g)
 
   def apply(state, params, numbers):
     updates = spsa.apply(state, params, numbers)

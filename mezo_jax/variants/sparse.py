@@ -76,9 +76,8 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
       return jnp.zeros(x.shape[:1] if is_stack else (), x.dtype)
     if not paths.is_floating(x):
       return jnp.zeros(())
-    if is_stack:
-      return of_layers(jnp.asarray(x))
-    return of_layers(jnp.asarray(x)[None])[0]
+    x = jnp.asarray(x)
+    return of_layers(x) if is_stack else of_layers(x[None])[0]
 
   stacks = paths.stacked(params, stacked)
   stacks = jax.tree.unflatten(paths.structure(params), stacks)

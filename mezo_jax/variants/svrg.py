@@ -42,10 +42,15 @@ class SvrgMemory(NamedTuple):
 
 
 def svrg(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, every: int = 2, anchor_learning_rate: float | optax.Schedule = 1e-3,
-    rows: int | None = None, stochastic_rounding: bool = True,
-    **options: Unpack[LossOptions]) -> ZerothOrderTransformation:
+    learning_rate: float | optax.Schedule,
+    eps: float | optax.Schedule = 1e-3,
+    *,
+    every: int = 2,
+    anchor_learning_rate: float | optax.Schedule = 1e-3,
+    rows: int | None = None,
+    stochastic_rounding: bool = True,
+    **options: Unpack[LossOptions],
+) -> ZerothOrderTransformation:
   r"""Optimizes with MeZO-SVRG, which has two learning rates.
 
   Every q steps, a step sets a new anchor. It is made on all examples
