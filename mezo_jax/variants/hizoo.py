@@ -73,7 +73,11 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
   n = spsa.num_samples
 
   def memory(params):
-    return paths.map_named(_ones, params, spsa.directions.selected(params))
+    def ones(path, x, used):
+      """Returns ones with the sharding of a leaf, or 1 for one without a z."""
+      del path
+      return jnp.ones_like(jnp.float32(1) if used is False else x, jnp.float32)
+    return paths.map_named(ones, params, spsa.directions.selected(params))
 
   def measure(state, params, value_fn, batch):
     # Read eps from the options, since `eps_at` returns a float32 array. The
@@ -99,7 +103,7 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
                      dtype=jnp.float32)
     def after(s, square):
       if not s.ndim and square.ndim:
-        return s  # The leaf has no z. Its memory is the number 1; see `_ones`.
+        return s  # The leaf has no z. Its memory is the number 1.
       hessian = (1 - rate + rate * square / s**2) / s**2
       return jnp.minimum(jax.lax.rsqrt(hessian), jnp.float32(1e6))
     new = jax.tree.map(after, state.memory, squares)
@@ -107,15 +111,3 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory,
                    size=2 * n)
-
-
-def _ones(path, x, used) -> jax.Array:
-  """Returns the first memory of a leaf.
-
-  This is an array of ones with the sharding of the leaf, or the number 1 for a
-  leaf without a z.
-  """
-  del path
-  if used is False:
-    return jnp.float32(1)
-  return jnp.ones_like(x, jnp.float32)

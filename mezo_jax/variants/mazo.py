@@ -159,17 +159,21 @@ def saliency(
       """Returns which elements of a row have the k highest scores."""
       def add(j, sums):
         """Adds the terms of direction j to the sums of g z and h (z^2 - 1)."""
+        grad, curve = sums
         z = jnp.broadcast_to(draws.term(j, w), w.shape)
-        return sums[0] + g[j] * z, sums[1] + h[j] * (z**2 - 1)
+        return grad + g[j] * z, curve + h[j] * (z**2 - 1)
       zero = jnp.zeros(w.shape)
+      size = beta * jnp.abs(w.astype(jnp.float32))
       total = 0.0
       for t in tasks:
-        grad, curve = lax.fori_loop(t * n, (t + 1) * n, add, (zero, zero))
+        first = t * n
+        grad, curve = lax.fori_loop(first, first + n, add, (zero, zero))
         grad = grad / n
         curve = jnp.abs(curve) / (2 * n)
         least = jnp.maximum(jnp.mean(curve), 1e-30)
-        score = grad**2 / (2 * jnp.maximum(curve, least))
-        score = score + alpha * grad**2 + beta * jnp.abs(w.astype(jnp.float32))
+        cost = grad**2 / (2 * jnp.maximum(curve, least))
+        gain = alpha * grad**2
+        score = cost + gain + size
         total += score / jnp.maximum(jnp.sum(score), 1e-30)
       # The rank of each score, so that exactly k are selected even with ties.
       rank = jnp.argsort(jnp.argsort(-total))

@@ -115,10 +115,12 @@ def grad_norms(
   leaves = map(jax.tree.leaves, (layers, directions.selected(params)))
   for (_, x), of, mask in zip(paths.named_leaves(params), *leaves):
     in_layer = math.prod(paths.shape_of(x)[of.ndim:])
-    size = size.at[of].add(jnp.any(jnp.asarray(mask)) * float(in_layer))
+    has_z = jnp.any(jnp.asarray(mask))
+    size = size.at[of].add(has_z * float(in_layer))
   there = size > 0
   mean = jnp.sum(squares * there) / jnp.maximum(jnp.sum(there), 1)
-  squares = jnp.maximum(squares, jnp.maximum(_LEAST**2 * mean, 1e-30))
+  least = jnp.maximum(_LEAST**2 * mean, 1e-30)
+  squares = jnp.maximum(squares, least)
   # Scale the norms so that z/d is as long as z on average.
   squares = squares * jnp.sum(size / squares) / jnp.sum(size)
   return jax.tree.map(lambda of: jnp.sqrt(squares)[of], layers)

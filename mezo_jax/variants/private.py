@@ -138,10 +138,12 @@ def private(
     plus, minus = jnp.split(values, 2)
     d = (plus - minus) / (2 * eps)  # [n, B]
     # An example counts as 0 if it does not exist or a difference is not finite.
-    d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
+    counts = there[0] & jnp.all(jnp.isfinite(d), 0)
+    d = jnp.where(counts, d, 0.0)
     # Clip the n differences of each example to a Euclidean length of C.
     length = jnp.sqrt(jnp.sum(d**2, 0))
-    d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
+    share = jnp.minimum(1.0, clip / jnp.maximum(length, clip))
+    d = d * share[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
     # The loss is not reported, since it has no noise and is not private.
@@ -200,11 +202,12 @@ def noise(key: Any, n: int, mechanism: str) -> jax.Array:
     key = noise_lib.as_key(key, 'noise_key')
   high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
       jnp.float32)
-  u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)
+  low = (low + 0.5) * np.float32(2**-64)
+  u = high * np.float32(2**-32) + low
   # -log(u) is exponentially distributed. It is half the squared radius of the
   # Box-Muller transform, and the absolute value of a Laplace variable.
   length = -jnp.log(u)
   if mechanism == 'gaussian':
-    return jnp.sqrt(2 * length) * jnp.cos(
-        np.float32(2 * np.pi * 2**-32) * other)
+    angle = np.float32(2 * np.pi * 2**-32) * other
+    return jnp.sqrt(2 * length) * jnp.cos(angle)
   return jnp.where(other < np.float32(2**31), length, -length)
