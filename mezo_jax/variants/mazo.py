@@ -17,7 +17,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from mezo_jax.core import arguments, paths
+from mezo_jax.core import arguments, paths, views
 from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
@@ -155,44 +155,51 @@ def saliency(
     """Returns the masks of all leaves."""
     ones = jnp.ones(len(g))
 
-    def of_row(w, draws):
-      """Returns which elements of a row have the k highest scores."""
+    def of_rows(w, draws):
+      """Returns which elements of some rows have the k highest scores."""
       def add(j, sums):
         """Adds the terms of direction j to the sums of g z and h (z^2 - 1)."""
         grad, curve = sums
         z = jnp.broadcast_to(draws.term(j, w), w.shape)
         return grad + g[j] * z, curve + h[j] * (z**2 - 1)
       zero = jnp.zeros(w.shape)
-      size = beta * jnp.abs(w.astype(jnp.float32))
       total = 0.0
       for t in tasks:
         first = t * n
         grad, curve = lax.fori_loop(first, first + n, add, (zero, zero))
         grad = grad / n
         curve = jnp.abs(curve) / (2 * n)
-        least = jnp.maximum(jnp.mean(curve), 1e-30)
+        least = jnp.maximum(jnp.mean(curve, -1, keepdims=True), 1e-30)
         cost = grad**2 / (2 * jnp.maximum(curve, least))
         gain = alpha * grad**2
-        score = cost + gain + size
-        total += score / jnp.maximum(jnp.sum(score), 1e-30)
+        score = cost + gain + beta * jnp.abs(w.astype(jnp.float32))
+        total += score / jnp.maximum(jnp.sum(score, -1, keepdims=True), 1e-30)
       # The rank of each score, so that exactly k are selected even with ties.
-      rank = jnp.argsort(jnp.argsort(-total))
-      return rank < max(round(share * w.size), 1)
+      rank = jnp.argsort(jnp.argsort(-total, -1), -1)
+      return rank < max(round(share * w.shape[-1]), 1)
 
     def of_block(w, draws):
-      """Returns the mask of a leaf, of a layer or of a row.
+      """Returns the mask of a leaf, or of a part of it.
 
-      As many rows are scored at once as have `_PART` elements, since scoring
-      needs several float32 arrays that are as large as the scored part.
+      A leaf is scored layer by layer, and a large layer some rows at a time,
+      since scoring needs several float32 arrays that are as large as the scored
+      part.
       """
-      if w.ndim == 1:
-        return of_row(w, draws)
-      length = len(w)
-      along, of_part = draws.rows(length)
-      sizes = [rows for rows in range(1, length + 1) if (
-          length % rows == 0 and rows * w.size <= length * _PART)]
-      return lax.map(lambda part: of_block(part[0], of_part(part[1])),
-                     (w, along), batch_size=max(sizes, default=1))
+      length = parts = len(w)
+      if w.ndim > 1 and not draws.is_stack():
+        parts = next(k for k in range(1, length + 1) if k == length or (
+            length % k == 0 and w.size // k <= _PART))
+      if w.ndim < 2 or parts == 1:
+        return of_rows(w, draws)
+      shape = w.shape
+      if parts < length:
+        split = parts, length // parts, *shape[1:]
+        draws = draws.viewed(views.Reshape(split), shape)
+        w = w.reshape(split)
+      along, of_part = draws.rows(parts)
+      found = lax.map(lambda part: of_block(part[0], of_part(part[1])),
+                      (w, along))
+      return found.reshape(shape)
 
     def of_leaf(w, draws):
       if w.ndim < 2:  # not a matrix, so the result is not used
