@@ -218,6 +218,15 @@ def test_hizoo_is_told_both_scalars():
     tx.update(None, tx.init(params), params, projected_grad=jnp.zeros(1))
 
 
+def test_a_step_leaves_the_norms_that_were_passed():
+  """A step donates its state, which must not share arrays with the caller."""
+  norms = jax.tree.map(jnp.float32, NORMS)
+  tx = whole.variance_modified(RATE, EPS, key=KEY, norms=norms)
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
+  make_step(tx, value_fn)(params, tx.init(params), batch_of(0))
+  assert jax.tree.map(float, norms) == NORMS
+
+
 @pytest.mark.parametrize('make,message', [
     (lambda: whole.hizoo(1e-3, key=0, alpha=1.0), 'alpha .*1.0'),
     (lambda: whole.variance_modified(

@@ -60,7 +60,8 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def number(name: str, value: Any, *, above: float | None = None,
-           least: float | None = None, below: float | None = None) -> Any:
+           least: float | None = None, below: float | None = None,
+           most: float | None = None) -> Any:
   """Returns an argument that must be a finite real number, unchanged.
 
   For a JAX array or tracer, only the shape and the dtype are checked.
@@ -71,6 +72,7 @@ def number(name: str, value: Any, *, above: float | None = None,
     above: Exclusive lower bound. Defaults to None, for no such bound.
     least: Inclusive lower bound. Defaults to None, for no such bound.
     below: Exclusive upper bound. Defaults to None, for no such bound.
+    most: Inclusive upper bound. Defaults to None, for no such bound.
 
   Raises:
     ValueError: If the value is not a number, not finite, or out of bounds.
@@ -87,6 +89,7 @@ def number(name: str, value: Any, *, above: float | None = None,
         f'above {above}' if above else 'positive', value)
   check(least is None or real >= least, name, f'at least {least}', value)
   check(below is None or real < below, name, f'below {below}', value)
+  check(most is None or real <= most, name, f'at most {most}', value)
   return value
 
 

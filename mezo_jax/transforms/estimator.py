@@ -239,9 +239,15 @@ class Spsa:
       return OrderedDict((group, now(e)) for group, e in self.eps.items())
     return now(self.eps)
 
-  def z(self, state: Any) -> Displacement:
-    """Returns the n directions of a step, with coefficients of 1."""
-    keys = self.directions.keys(state.key, state.count, self.num_samples)
+  def z(self, state: Any, count: Any = None) -> Displacement:
+    """Returns the n directions of a step, with coefficients of 1.
+
+    Args:
+      state: State of the estimator.
+      count: Number of the step. Defaults to None, for the step of the state.
+    """
+    count = state.count if count is None else count
+    keys = self.directions.keys(state.key, count, self.num_samples)
     return Displacement(keys, jnp.ones(self.num_samples, jnp.float32))
 
   def losses(self, state: Any, params: Any, value_fn: Callable[..., Any],

@@ -56,18 +56,18 @@ def conservative(eps: Any = 1e-3, *, learning_rate: float | optax.Schedule,
 
   def measure(state, params, value_fn, batch):
     value, g = spsa.measure(state, params, value_fn, batch)
-    g = jnp.where(jnp.isfinite(value), g, jnp.nan)
     # Schedules of the learning rate count the steps that were not skipped.
     made = state.count - state.total_notfinite
-    rate = arguments.at(learning_rate, made)
-    z, loss = spsa.z(state).after(value), spsa.loss_at(params, value_fn, batch)
+    step = arguments.at(learning_rate, made) * g / spsa.num_samples
+    z = spsa.z(state).after(value)
+    loss = spsa.loss_at(params, value_fn, batch)
     # argmin returns the first of equal losses, so ties keep the weights.
     signs = jnp.array([0.0, -1.0, 1.0])
-    losses = lax.map(
-        lambda sign: loss(z.times(sign * rate * g / spsa.num_samples)), signs)
-    best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+    losses = lax.map(lambda sign: loss(z.times(sign * step)), signs)
+    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    best = signs[jnp.argmin(losses)]
     # If an element of g is not finite, keep it, so that the step is skipped for
     # any values of the losses.
-    return value, jnp.where(jnp.isfinite(g), -signs[best], 1.0) * g
+    return value, jnp.where(jnp.isfinite(g), -best, 1.0) * g
 
   return Estimator(spsa, measure=measure)

@@ -14,7 +14,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from mezo_jax.core import arguments
-from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import direction, mapped
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
 
@@ -63,19 +62,23 @@ def momentum_by_history(eps: Any = 1e-3, *, beta: float = 0.9, window: int = 8,
   spsa = Spsa(eps, **options).one_eps()
   arguments.number('beta', beta, least=0, below=1)
 
-  def apply(params, z, g):
-    steps, n = g.shape
-    age = steps - 1 - jnp.arange(steps)
-    coefs = jnp.where(jnp.isnan(g), 0.0, g) * (_powers(beta, age) / n)[:, None]
+  def update(params, z, g, weights):
+    coefs = g * (weights(beta) / spsa.num_samples)[:, None]
     return direction(params, z.times(coefs.ravel()), spsa.directions,
                      dtype=jnp.float32)
 
-  return _of_history(spsa, window, apply)
+  return _of_history(spsa, window, update)
 
 
-def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
-                    window: int = 8, adam_eps: float = 1e-8,
-                    **options: Unpack[SpsaOptions]) -> Estimator:
+def adam_by_history(
+    eps: Any = 1e-3,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    window: int = 8,
+    adam_eps: float = 1e-8,
+    **options: Unpack[SpsaOptions],
+) -> Estimator:
   r"""Rescales SPSA like Adam, with moments recomputed from the last h steps.
 
   Let :math:`\hat g_s = \frac{1}{n} \sum_j g_{s,j} z_{s,j}` be the estimate of
@@ -128,33 +131,30 @@ def adam_by_history(eps: Any = 1e-3, *, b1: float = 0.9, b2: float = 0.99,
   arguments.number('b2', b2, least=0, below=1)
   arguments.number('adam_eps', adam_eps, least=0)
 
-  def apply(params, z, g):
-    steps, n = g.shape
-    age = steps - 1 - jnp.arange(steps)
-    def weights(beta):
-      """Returns normalised weights [h] of the steps, 0 for skipped ones."""
-      there = jnp.where(jnp.isnan(g[:, 0]), 0.0, _powers(beta, age))
-      return there / jnp.maximum(jnp.sum(there), 1e-30)
-    w1, w2 = weights(b1), weights(b2)
-    g = jnp.where(jnp.isnan(g), 0.0, g) / n
+  n = spsa.num_samples
+
+  def update(params, z, g, weights):
+    def normalised(beta):
+      """Returns weights [h] whose sum is 1."""
+      w = weights(beta)
+      return w / jnp.maximum(jnp.sum(w), 1e-30)
+    w1, w2 = normalised(b1), normalised(b2)
+    g = g / n
+
     def moments(w, draws):
       """Returns the update of one leaf."""
       m = v = jnp.zeros(w.shape, jnp.float32)
       # This loop is unrolled, so that XLA fuses all terms. A `lax.fori_loop`
       # would store m and v, which are as large as the leaf.
-      for s in range(steps):
+      for s in range(window):
         estimate = sum(g[s, j] * draws.term(s * n + j, w) for j in range(n))
-        m, v = m + w1[s] * estimate, v + w2[s] * estimate**2
+        m += w1[s] * estimate
+        v += w2[s] * estimate**2
       return draws.masked(w, m / (jnp.sqrt(v) + adam_eps), 0.0)
+
     return mapped(moments, params, z, spsa.directions, dtype=jnp.float32)
 
-  return _of_history(spsa, window, apply)
-
-
-def _powers(beta, age: jax.Array) -> jax.Array:
-  """Returns ``beta**age``, computed so that strict dtype promotion allows it.
-  """
-  return lax.pow(jnp.broadcast_to(jnp.asarray(beta), age.shape), age)
+  return _of_history(spsa, window, update)
 
 
 def _of_history(spsa: Spsa, window: int, update: Callable) -> Estimator:
@@ -163,23 +163,29 @@ def _of_history(spsa: Spsa, window: int, update: Callable) -> Estimator:
   Args:
     spsa: SPSA, which measures projected gradients.
     window: Number of steps h.
-    update: A function ``(params, z, projected_grad) -> updates``. ``z`` is a
+    update: A function ``(params, z, g, weights) -> updates``. ``z`` is a
       displacement of h * n terms with coefficients of 1, the oldest step first.
-      ``projected_grad`` has the shape [h, n], with NaN for skipped steps and
-      for those before the first.
+      ``g`` has the projected gradients [h, n]. ``weights`` is a function of a
+      decay rate that returns its powers [h], the last of which is 1. Both are
+      0 for skipped steps and for those before the first.
   """
   arguments.whole('window', window)
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.full((window, spsa.num_samples), jnp.nan, jnp.float32)
 
   def apply(state, params, numbers):
     past = jnp.concatenate([state.memory[1:], numbers.projected_grad[None]])
-    steps = state.count - jnp.arange(window)[::-1]
-    keys = jax.vmap(lambda t: spsa.directions.keys(
-        state.key, t, spsa.num_samples))(steps).reshape(-1)
-    z = Displacement(keys, jnp.ones(keys.shape, jnp.float32))
-    return update(params, z, past), past
+    age = window - 1 - jnp.arange(window)
+    skipped = jnp.isnan(past)
+
+    def weights(beta):
+      # `lax.pow` works under strict dtype promotion, unlike ``**``.
+      powers = lax.pow(jnp.full(window, beta), age)
+      return jnp.where(skipped[:, 0], 0.0, powers)
+
+    z = jax.vmap(lambda t: spsa.z(state, t))(state.count - age)
+    z = jax.tree.map(jnp.ravel, z)
+    return update(params, z, jnp.where(skipped, 0.0, past), weights), past
 
   return Estimator(spsa, apply=apply, memory=memory)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from mezo_jax.core import arguments, paths
-from mezo_jax.core.quantized import is_codes
 from mezo_jax.directions.displacement import Multiplier
 from mezo_jax.perturb.api import mapped
 from mezo_jax.transforms.combine import two_sided
@@ -74,14 +73,18 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
   n = spsa.num_samples
 
   def memory(params):
-    return paths.map_named(lambda path, x, used: _ones(x, used), params,
-                           spsa.directions.selected(params))
+    def ones(path, x, used):
+      """Returns ones with the sharding of a leaf, or 1 for one without a z."""
+      del path
+      return jnp.ones_like(jnp.float32(1) if used is False else x, jnp.float32)
+    return paths.map_named(ones, params, spsa.directions.selected(params))
 
   def measure(state, params, value_fn, batch):
     # Read eps from the options, since `eps_at` returns a float32 array. The
     # square of that would differ in the last bit from that of a Python number.
     eps = arguments.at(spsa.eps, state.count)
-    losses = spsa.along(multiplier=Multiplier(state.memory)).losses(
+    scaled = spsa.along(multiplier=Multiplier(state.memory))
+    losses = scaled.losses(
         state, params, value_fn, batch, signs=(1.0, -1.0, 0.0))
     plus, minus, clean = losses.T
     g = (plus - minus) / (2 * eps)
@@ -90,17 +93,17 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
 
   def apply(state, params, numbers):
     g, h = jnp.split(numbers.projected_grad, 2)
-    h, rate = unless_skipped(
-        numbers, (h / n, jnp.float32(alpha)), (jnp.zeros(n), jnp.float32(0)))
+    h, rate = h / n, jnp.float32(alpha)
     scaled = spsa.along(multiplier=Multiplier(state.memory))
     updates = scaled.apply(state, params, numbers._replace(projected_grad=g))
     # ``draws.term`` is s z with s = H^(-1/2), and H z^2 equals (s z)^2 / s^4.
-    squares = mapped(
-        lambda w, draws: sum(h[j] * draws.term(j, w)**2 for j in range(n)),
-        params, spsa.z(state), scaled.directions, dtype=jnp.float32)
+    def mean_square(w, draws):
+      return sum(h[j] * draws.term(j, w)**2 for j in range(n))
+    squares = mapped(mean_square, params, spsa.z(state), scaled.directions,
+                     dtype=jnp.float32)
     def after(s, square):
       if not s.ndim and square.ndim:
-        return s  # The leaf has no z. Its memory is the number 1; see `_ones`.
+        return s  # The leaf has no z. Its memory is the number 1.
       hessian = (1 - rate + rate * square / s**2) / s**2
       return jnp.minimum(jax.lax.rsqrt(hessian), jnp.float32(1e6))
     new = jax.tree.map(after, state.memory, squares)
@@ -108,16 +111,3 @@ def hizoo(eps: Any = 1e-3, *, alpha: float = 1e-8,
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory,
                    size=2 * n)
-
-
-def _ones(x, used) -> jax.Array:
-  """Returns the first memory of a leaf.
-
-  This is an array of ones with the sharding of the leaf, or the number 1 for a
-  leaf without a z.
-  """
-  if used is False:
-    return jnp.ones((), jnp.float32)
-  if is_codes(x):
-    return jnp.ones(x.shape, jnp.float32)
-  return jnp.ones_like(x, jnp.float32)

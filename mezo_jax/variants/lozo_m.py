@@ -72,75 +72,80 @@ def lozo_m(eps: Any = 1e-3, *, beta: float = 0.9,
     raise ValueError('num_samples must be 1 for lozo_m, which keeps the '
                      'momentum of a single direction per step.')
 
-  def draws_at(params, keys):
-    """Returns the draws of each leaf, or None for a leaf without a z."""
-    z = Displacement(keys, jnp.ones(1))
-    return [draws for *_, draws in of_leaves(params, z, kind)]
-
   def memory(params):
-    key = jax.random.key(0)  # any key, since only shapes are computed
-    shapes = jax.eval_shape(lambda params: [
-        _factors(draws, x)[0] if _has_factors(draws) else None
-        for draws, (_, x) in zip(draws_at(params, kind.keys(key, 0, 1)),
-                                 paths.named_leaves(params))], params)
+    def rows(params):
+      """Returns U of each matrix, and None for any other leaf."""
+      z = Displacement(jax.random.key(0), 1.0)  # only shapes are computed
+      leaves = of_leaves(params, z, kind)
+      return [_factors(draws, x)[0] for _, x, draws in leaves]
+    shapes = jax.eval_shape(rows, params)
     return jax.tree.map(lambda u: jnp.zeros(u.shape, jnp.float32), shapes)
 
   def apply(state, params, numbers):
     g = numbers.projected_grad[0]
     there = jnp.isfinite(g)
     changes = (state.count > 0) & (state.count % kind.every == 0)
-    now, before = (
-        draws_at(params, kind.keys(state.key, count, 1))
-        for count in (state.count, jnp.maximum(state.count - 1, 0)))
 
-    def of_leaf(x, draws, old, momentum):
-      """Returns the update and the next momentum of one leaf."""
-      if draws is None:
-        return zeros(x), None
-      if momentum is None:
-        return jnp.where(there, g, 0.0) * draws.built(x), None
+    def averaged(there, moved, g, u, momentum):
+      """Returns the next momentum of a matrix."""
+      return jnp.where(there, beta * moved + (1 - beta) * g * u, momentum)
+
+    def of_matrix(x, draws, old, momentum):
+      """Returns the update and the next momentum of a matrix."""
       u, v = _factors(draws, x)
       def projected(momentum):
-        """Returns N (V_old^T V_new) / k, for each layer of a stack."""
         _, v_old = _factors(old, x)
         layers = x.shape[0] if draws.is_stack() else 1
-        apart = lambda v: v.reshape(layers, -1, kind.rank)
-        meet = jnp.einsum('lka,lkb->lab', apart(v_old), apart(v),
-                          precision='highest') / apart(v).shape[1]
-        meet = meet.reshape(layers, *(1,) * (len(x.shape) - 1),
-                            *meet.shape[1:])
-        return jnp.einsum('...a,...ab->...b', momentum, meet,
-                          precision='highest')
+        return _projected(momentum, v_old, v, layers)
       moved = lax.cond(changes, projected, lambda m: m, momentum)
       # Store the momentum before it is used. Otherwise, XLA could compute it
       # twice, for the state and for the update, and round differently.
-      moved = xla.made_first(
-          lambda there, moved, g, u, momentum: jnp.where(
-              there, beta * moved + (1 - beta) * g * u, momentum),
-          there, moved, g, u, momentum)
+      moved = xla.made_first(averaged, there, moved, g, u, momentum)
       # The coefficient of the direction is 1 / sqrt(r).
       step = draws.coefs[0] * low_rank.product(moved, v)
-      step = draws.scaled_by(step)
-      return jnp.where(there, draws.masked(x, step, 0.0), 0.0), moved
+      step = draws.masked(x, draws.scaled_by(step), 0.0)
+      return jnp.where(there, step, 0.0), moved
 
-    leaves = [x for _, x in paths.named_leaves(params)]
-    updates, momenta = zip(*map(of_leaf, leaves, now, before, state.memory))
-    return jax.tree.unflatten(paths.structure(params), updates), [*momenta]
+    last = jnp.maximum(state.count - 1, 0)
+    now = of_leaves(params, spsa.z(state), kind)
+    before = of_leaves(params, spsa.z(state, last), kind)
+    updates, momenta = [], []
+    for (_, x, draws), (_, _, old), momentum in zip(now, before, state.memory):
+      if momentum is not None:
+        update, momentum = of_matrix(x, draws, old, momentum)
+      elif draws is not None:
+        update = jnp.where(there, g, 0.0) * draws.built(x)
+      else:
+        update = zeros(x)
+      updates.append(update)
+      momenta.append(momentum)
+    return jax.tree.unflatten(paths.structure(params), updates), momenta
 
   return Estimator(spsa, apply=apply, memory=memory)
 
 
-def _has_factors(draws) -> bool:
-  """Returns whether a leaf has low-rank directions."""
-  return draws is not None and len(draws.streams) == 2
+def _projected(momentum, v_old, v, layers: int) -> jax.Array:
+  """Returns N (V_old^T V_new) / k, for each layer of a stack."""
+  rank = v.shape[-1]
+  v_old = v_old.reshape(layers, -1, rank)
+  v = v.reshape(layers, -1, rank)
+  meet = jnp.einsum('lka,lkb->lab', v_old, v, precision='highest') / v.shape[1]
+  ones = (1,) * (momentum.ndim - 2)
+  return jnp.einsum('...a,...ab->...b', momentum,
+                    meet.reshape(layers, *ones, rank, rank),
+                    precision='highest')
 
 
-def _factors(draws, x) -> list[jax.Array]:
-  """Returns U and V of a leaf.
+def _factors(draws, x) -> list[Any]:
+  """Returns U and V of a leaf, or None twice for a leaf without factors.
 
   Each has one axis for each axis of the leaf, of length 1 where the factor does
   not vary, followed by an axis for the rank.
   """
-  return [low_rank.of_block(
-      draws.directions.factor(s, x.shape, jnp.float32), s, x.shape)
-          for s in draws.streams]
+  if draws is None or len(draws.streams) < 2:
+    return [None, None]
+  factors = []
+  for stream in draws.streams:
+    factor = draws.directions.factor(stream, x.shape, jnp.float32)
+    factors.append(low_rank.of_block(factor, stream, x.shape))
+  return factors

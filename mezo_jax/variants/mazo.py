@@ -30,10 +30,18 @@ from mezo_jax.transforms.evaluate_points import estimate
 _PART = 2**20  # Largest number of elements that are scored in one operation.
 
 
-def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
-             share: float = 0.25, num_samples: int = 16, eps: float = 1e-3,
-             alpha: float = 1.0, beta: float = 0.0,
-             directions: Directions | str = Normal()) -> Any:
+def saliency(
+    value_fns: Sequence[Callable[..., Any]],
+    params: Any,
+    key: Any,
+    *,
+    share: float = 0.25,
+    num_samples: int = 16,
+    eps: float = 1e-3,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    directions: Directions | str = Normal(),
+) -> Any:
   r"""Returns a mask of the weights that matter most, for `mazo`.
 
   For each task t, n directions :math:`z_j` are evaluated. They estimate the
@@ -104,109 +112,108 @@ def saliency(value_fns: Sequence[Callable[..., Any]], params: Any, key: Any, *,
     >>> mask['w'].sum(-1).tolist(), mask['b']
     ([2, 2], True)
   """
-  if callable(value_fns) or not isinstance(value_fns, Sequence) or not (
-      value_fns):
+  if not isinstance(value_fns, Sequence) or not value_fns:
     raise ValueError('value_fns must be a sequence of functions, one for each '
                      f'task, got {value_fns!r}.')
   for value_fn in value_fns:
     arguments.function('each of value_fns', value_fn)
-  arguments.tree('params', params)
-  arguments.whole('num_samples', num_samples)
+  arguments.number('share', share, above=0, most=1)
+  n = arguments.whole('num_samples', num_samples)
   arguments.number('eps', eps, above=0)
   arguments.number('alpha', alpha)
   arguments.number('beta', beta)
-  arguments.number('share', share)
   directions = as_directions(directions)
   if type(directions) is not Normal:
     raise ValueError('directions must be a mezo_jax.Normal(...) for saliency, '
                      f'got {directions!r}.')
-  if any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes))):
+  unscored = no_scores(params, directions)
+  if any(is_codes(x) for _, x in paths.named_leaves(params)):
     raise ValueError('params: saliency cannot score quantised weights '
                      '(QuantizedArray); use params of floating point.')
-  if any(jnp.ndim(m) for m in jax.tree.leaves(directions.selected(params))):
+  if any(map(jnp.ndim, jax.tree.leaves(directions.selected(params)))):
     raise ValueError('directions: the mask must select whole leaves, since '
                      'saliency selects elements itself.')
-  if not 0 < share <= 1 or num_samples < 1:
-    raise ValueError('share must be above 0 and at most 1, and num_samples at '
-                     f'least 1, got {share!r} and {num_samples!r}.')
-  key, n = noise.as_key(key), num_samples
-  keys = jnp.stack([noise.direction_key(key, t, j)
-                    for t in range(len(value_fns)) for j in range(n)])
+  key = noise.as_key(key)
+  tasks = range(len(value_fns))
+  keys = [noise.step_keys(key, t, n) for t in tasks]
 
   @jax.jit
   def scalars(params):
-    """Returns g and h of all tasks, both float32 [tasks, n]."""
-    found = []
-    for t, value_fn in enumerate(value_fns):
-      z = Displacement(keys[t * n:(t + 1) * n], jnp.ones(n))
-      plus, minus, clean = estimate(
-          value_fn, params, z, eps, directions, signs=(1.0, -1.0, 0.0)).T
-      found.append(((plus - minus) / (2 * eps),
-                    (plus - 2 * clean + minus) / eps**2))
-    return tuple(map(jnp.stack, zip(*found)))
-
-  def of_rows(g, h, w, draws):
-    """Returns which elements of some rows have the k highest scores."""
-    total = 0.0
-    for t in range(len(g)):
-      def add(j, sums, t=t):
-        """Adds the terms of direction j to the two sums."""
-        z = jnp.broadcast_to(draws.term(t * n + j, w), w.shape)
-        return sums[0] + g[t, j] * z, sums[1] + h[t, j] * (z**2 - 1)
-      zero = jnp.zeros(w.shape, g.dtype)
-      grad, curve = lax.fori_loop(0, n, add, (zero, zero))
-      grad, curve = grad / n, jnp.abs(curve) / (2 * n)
-      curve = jnp.maximum(curve, jnp.maximum(
-          jnp.mean(curve, -1, keepdims=True), 1e-30))
-      score = grad**2 / (2 * curve) + alpha * grad**2 + (
-          beta * jnp.abs(w.astype(jnp.float32)))
-      total += score / jnp.maximum(jnp.sum(score, -1, keepdims=True), 1e-30)
-    k = max(round(share * w.shape[-1]), 1)
-    # The rank of each score, so that exactly k are selected even with ties.
-    order = jnp.argsort(jnp.argsort(-total, -1), -1)
-    return order < k
-
-  def of_leaf(g, h, w, draws):
-    """Returns the mask of one leaf.
-
-    A leaf is scored layer by layer, and a large layer some rows at a time,
-    since scoring needs several float32 arrays that are as large as the scored
-    part.
-    """
-    if w.ndim < 2:
-      return of_rows(g, h, w, draws)
-    if draws.is_stack():
-      length, size = w.shape[0], w.shape[0]
-    else:
-      length = w.shape[0]
-      size = next(n for n in range(1, length + 1)
-                  if length % n == 0 and w.size // n <= _PART or n == length)
-    if size == 1:
-      return of_rows(g, h, w, draws)
-    if size < length:
-      split = views.Reshape((size, length // size, *w.shape[1:]))
-      draws = draws.viewed(split, w.shape)
-    along, of_part = draws.rows(size)
-    return lax.map(
-        lambda part: of_leaf(g, h, part[0], of_part(part[1])),
-        (w.reshape(size, *(() if size == length else (length // size,)),
-                   *w.shape[1:]), along)).reshape(w.shape)
+    """Returns g and h of the directions of all tasks, both [tasks * n]."""
+    g, h = [], []
+    for value_fn, of_task in zip(value_fns, keys):
+      z = Displacement(of_task, jnp.ones(n))
+      losses = estimate(value_fn, params, z, eps, directions,
+                        signs=(1.0, -1.0, 0.0))
+      plus, minus, clean = losses.T
+      g.append((plus - minus) / (2 * eps))
+      h.append((plus - 2 * clean + minus) / eps**2)
+    return jnp.concatenate(g), jnp.concatenate(h)
 
   @jax.jit
   def masks(params, g, h):
     """Returns the masks of all leaves."""
-    return mapped(
-        lambda w, draws: of_leaf(g, h, w, dataclasses.replace(
-            draws, coefs=jnp.ones(len(keys)))), params,
-        Displacement(keys, jnp.ones(len(keys))), directions, dtype=bool)
+    ones = jnp.ones(len(g))
 
-  chosen = masks(params, *scalars(params))
-  stacks = jax.tree.unflatten(
-      paths.structure(params), paths.stacked(params, directions.stacked))
+    def of_rows(w, draws):
+      """Returns which elements of some rows have the k highest scores."""
+      def add(j, sums):
+        """Adds the terms of direction j to the sums of g z and h (z^2 - 1)."""
+        grad, curve = sums
+        z = jnp.broadcast_to(draws.term(j, w), w.shape)
+        return grad + g[j] * z, curve + h[j] * (z**2 - 1)
+      zero = jnp.zeros(w.shape)
+      total = 0.0
+      for t in tasks:
+        first = t * n
+        grad, curve = lax.fori_loop(first, first + n, add, (zero, zero))
+        grad = grad / n
+        curve = jnp.abs(curve) / (2 * n)
+        least = jnp.maximum(jnp.mean(curve, -1, keepdims=True), 1e-30)
+        cost = grad**2 / (2 * jnp.maximum(curve, least))
+        gain = alpha * grad**2
+        score = cost + gain + beta * jnp.abs(w.astype(jnp.float32))
+        total += score / jnp.maximum(jnp.sum(score, -1, keepdims=True), 1e-30)
+      # The rank of each score, so that exactly k are selected even with ties.
+      rank = jnp.argsort(jnp.argsort(-total, -1), -1)
+      return rank < max(round(share * w.shape[-1]), 1)
+
+    def of_block(w, draws):
+      """Returns the mask of a leaf, or of a part of it.
+
+      A leaf is scored layer by layer, and a large layer some rows at a time,
+      since scoring needs several float32 arrays that are as large as the scored
+      part.
+      """
+      length = parts = len(w)
+      if w.ndim > 1 and not draws.is_stack():
+        parts = next(k for k in range(1, length + 1) if k == length or (
+            length % k == 0 and w.size // k <= _PART))
+      if w.ndim < 2 or parts == 1:
+        return of_rows(w, draws)
+      shape = w.shape
+      if parts < length:
+        split = parts, length // parts, *shape[1:]
+        draws = draws.viewed(views.Reshape(split), shape)
+        w = w.reshape(split)
+      along, of_part = draws.rows(parts)
+      found = lax.map(lambda part: of_block(part[0], of_part(part[1])),
+                      (w, along))
+      return found.reshape(shape)
+
+    def of_leaf(w, draws):
+      if w.ndim < 2:  # not a matrix, so the result is not used
+        return jnp.ones(w.shape, bool)
+      # Small leaves arrive as a stack whose coefficients have more axes.
+      return of_block(w, dataclasses.replace(draws, coefs=ones))
+
+    z = Displacement(jnp.concatenate(keys), ones)
+    return mapped(of_leaf, params, z, directions, dtype=bool)
+
+  found = masks(params, *scalars(params))
+  # Leaves that are not matrices have a bool.
   return jax.tree.map(
-      lambda m, x, used, stack: m if used is not False and (
-          x.ndim - stack >= 2) else used is not False,
-      chosen, params, directions.selected(params), stacks)
+      lambda mask, none: mask if jnp.ndim(none) else none, found, unscored)
 
 
 def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
@@ -258,18 +265,16 @@ def mazo(eps: Any = 1e-3, *, mask: Any, **options: Unpack[SpsaOptions]
   if mask is None or isinstance(mask, str) or callable(mask):
     raise ValueError('mask must be a tree of bools, such as saliency returns, '
                      f'got {mask!r}.')
-  leaves, tree = jax.tree.flatten(mask)
-  is_array = [bool(jnp.ndim(m)) for m in leaves]
 
   def masked(state):
     """Returns SPSA with the mask; its arrays are those of the state."""
     arrays = iter(state.memory)
-    return spsa.along(mask=jax.tree.unflatten(tree, [
-        next(arrays) if a else m for m, a in zip(leaves, is_array)]))
+    return spsa.along(mask=jax.tree.map(
+        lambda m: next(arrays) if jnp.ndim(m) else m, mask))
 
   def memory(params):
-    return [_beside(m, x) for m, a, (_, x) in zip(
-        leaves, is_array, paths.named_leaves(params)) if a]
+    leaves = zip(jax.tree.leaves(mask), paths.named_leaves(params))
+    return [_beside(m, x) for m, (_, x) in leaves if jnp.ndim(m)]
 
   def measure(state, params, value_fn, batch):
     return masked(state).measure(state, params, value_fn, batch)
@@ -313,17 +318,22 @@ def no_scores(params: Any, directions: Directions | str = Normal()) -> Any:
   """
   arguments.tree('params', params)
   directions = as_directions(directions)
-  stacks = jax.tree.unflatten(
-      paths.structure(params), paths.stacked(params, directions.stacked))
-  return jax.tree.map(
-      lambda x, used, stack: np.broadcast_to(False, x.shape) if (
-          used is not False and x.ndim - stack >= 2) else used is not False,
-      params, directions.selected(params), stacks)
+
+  def of_leaf(x, used, is_stack):
+    if used is False or x.ndim - is_stack < 2:
+      return used is not False
+    return np.broadcast_to(False, x.shape)
+
+  stacks = paths.stacked(params, directions.stacked)
+  stacks = jax.tree.unflatten(paths.structure(params), stacks)
+  return jax.tree.map(of_leaf, params, directions.selected(params), stacks)
 
 
 def _beside(mask, x) -> jax.Array:
   """Returns a copy of a mask's array, with the sharding of its weights."""
-  on_mesh = isinstance(getattr(x, 'sharding', None),
-                       jax.sharding.NamedSharding) and not isinstance(
-                           x, Tracer)
-  return jax.device_put(jnp.copy(mask), x.sharding if on_mesh else None)
+  place = None
+  if not isinstance(x, Tracer):
+    place = getattr(x, 'sharding', None)
+  if not isinstance(place, jax.sharding.NamedSharding):
+    place = None
+  return jax.device_put(jnp.copy(mask), place)

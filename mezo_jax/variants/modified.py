@@ -19,6 +19,7 @@ References:
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, Unpack
 
 import jax
@@ -30,17 +31,22 @@ from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement, Multiplier
-from mezo_jax.perturb.api import perturbed
-from mezo_jax.transforms import losses
 from mezo_jax.transforms.estimator import Estimator, Spsa, SpsaOptions
+from mezo_jax.transforms.evaluate_points import estimate
 
 # Smallest norm that is returned, relative to the root mean square of all norms.
 _LEAST = 1e-2
 
 
-def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
-               num_samples: int = 4, eps: float = 1e-3,
-               directions: Directions | str = Normal()) -> Any:
+def grad_norms(
+    value_fn: Callable[..., Any],
+    params: Any,
+    key: Any,
+    *,
+    num_samples: int = 4,
+    eps: float = 1e-3,
+    directions: Directions | str = Normal(),
+) -> Any:
   r"""Estimates the norm of each layer's gradient by forward passes.
 
   .. math:: d_\ell^2 \propto \frac{1}{n} \sum_{j=1}^n \left[\frac{
@@ -91,20 +97,33 @@ def grad_norms(value_fn: Callable[..., Any], params: Any, key: Any, *,
   keys = noise.step_keys(noise.as_key(key), 0, num_samples)
 
   @jax.jit
-  def squares(params):
-    """Returns the squared norms of all layers."""
+  def squared_norms(params):
     def of_layer(layer):
-      only = _tree(params, [(of == layer).astype(jnp.float32) for of in layers])
-      at = perturbed(value_fn, dataclasses.replace(
-          directions, multiplier=Multiplier(only)))
-      loss = lambda key, c: losses.mean(at(params, Displacement(key, c)))
+      only = jax.tree.map(
+          lambda of: (of == layer).astype(jnp.float32), layers)
+      along = dataclasses.replace(directions, multiplier=Multiplier(only))
       def of_key(key):
-        plus, minus = lax.map(lambda c: loss(key, c), jnp.array([eps, -eps]))
-        return ((plus - minus) / (2 * eps)) ** 2
+        z = Displacement(key[None], jnp.ones(1))
+        plus, minus = estimate(value_fn, params, z, eps, along)[0]
+        return ((plus - minus) / (2 * eps))**2
       return jnp.mean(lax.map(of_key, keys))
     return lax.map(of_layer, jnp.arange(count))
 
-  return _in_units(params, squares(params), layers, directions)
+  squares = squared_norms(params)
+  # The number of elements with a z in each layer.
+  size = jnp.zeros(count)
+  leaves = map(jax.tree.leaves, (layers, directions.selected(params)))
+  for (_, x), of, mask in zip(paths.named_leaves(params), *leaves):
+    in_layer = math.prod(paths.shape_of(x)[of.ndim:])
+    has_z = jnp.any(jnp.asarray(mask))
+    size = size.at[of].add(has_z * float(in_layer))
+  there = size > 0
+  mean = jnp.sum(squares * there) / jnp.maximum(jnp.sum(there), 1)
+  least = jnp.maximum(_LEAST**2 * mean, 1e-30)
+  squares = jnp.maximum(squares, least)
+  # Scale the norms so that z/d is as long as z on average.
+  squares = squares * jnp.sum(size / squares) / jnp.sum(size)
+  return jax.tree.map(lambda of: jnp.sqrt(squares)[of], layers)
 
 
 def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
@@ -138,7 +157,7 @@ def no_norms(params: Any, directions: Directions | str = Normal()) -> Any:
   """
   arguments.tree('params', params)
   layers, _ = _layers(params, as_directions(directions).stacked)
-  return _tree(params, [jnp.ones(of.shape, jnp.float32) for of in layers])
+  return jax.tree.map(lambda of: jnp.ones(of.shape, jnp.float32), layers)
 
 
 def variance_modified(eps: Any = 1e-3, *, norms: Any,
@@ -231,9 +250,9 @@ def _modified(eps, norms, options, *, back: bool) -> Estimator:
   for d in jax.tree.leaves(norms):
     arguments.array('norms', d)
 
-  def memory(params):
-    del params
-    return jax.tree.map(lambda d: jnp.asarray(d, jnp.float32), norms)
+  def memory(_):
+    # Copies, since steps donate the state.
+    return jax.tree.map(lambda d: jnp.array(d, jnp.float32), norms)
 
   def measure(state, params, value_fn, batch):
     inverse = jax.tree.map(lambda d: 1 / d, state.memory)
@@ -241,59 +260,28 @@ def _modified(eps, norms, options, *, back: bool) -> Estimator:
     return along.measure(state, params, value_fn, batch)
 
   def apply(state, params, numbers):
-    along = spsa.along(multiplier=Multiplier(state.memory)) if back else spsa
+    along = spsa
+    if back:
+      along = spsa.along(multiplier=Multiplier(state.memory))
     return along.apply(state, params, numbers), state.memory
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory)
 
 
-# --- layers -----------------------------------------------------------------
-
-
-def _layers(params, stacked) -> tuple[list, int]:
+def _layers(params, stacked) -> tuple[Any, int]:
   """Numbers the layers of a model.
 
   Returns:
-    ``(layers, count)``. ``layers`` has an array for each leaf: the number of
-    its layer, [], or the numbers [L] of the layers in a stack. ``count`` is the
-    number of layers.
+    ``(layers, count)``. ``layers`` is a tree with an array for each leaf: the
+    number of its layer, [], or the numbers [L] of the layers in a stack.
+    ``count`` is the number of layers.
   """
-  seen = {}
-  number = lambda name: seen.setdefault(name, len(seen))
-  out = []
-  for (path, x), stack in zip(paths.named_leaves(params),
-                              paths.stacked(params, stacked)):
+  numbers = {}
+  layers = []
+  stacks = paths.stacked(params, stacked)
+  for (path, x), is_stack in zip(paths.named_leaves(params), stacks):
     part, layer = paths.layer_of(path)
-    if stack:
-      out.append(jnp.array([
-          number((part, i)) for i in range(paths.shape_of(x)[0])]))
-    else:
-      out.append(jnp.array(number((part, layer))))
-  return out, len(seen)
-
-
-def _in_units(params, squares, layers, directions: Directions):
-  """Returns the tree of scaled norms; see `grad_norms`.
-
-  Args:
-    params: The params.
-    squares: Squared norms of all layers, float32 [count].
-    layers: The numbers of the layers in each leaf, from `_layers`.
-    directions: Leaves without a z do not count.
-  """
-  used = [jnp.any(jnp.asarray(m)) for m in jax.tree.leaves(
-      directions.selected(params))]
-  size = jnp.zeros(len(squares))
-  for (_, x), of, there in zip(paths.named_leaves(params), layers, used):
-    shape = paths.shape_of(x)
-    each = jnp.prod(jnp.array(shape[of.ndim:], jnp.float32))
-    size = size.at[of].add(there * each)
-  mean = jnp.sum(squares * (size > 0)) / jnp.maximum(jnp.sum(size > 0), 1)
-  squares = jnp.maximum(squares, jnp.maximum(_LEAST**2 * mean, 1e-30))
-  squares = squares * jnp.sum(size / squares) / jnp.sum(size)
-  return _tree(params, [jnp.sqrt(squares)[of] for of in layers])
-
-
-def _tree(params, leaves):
-  """Returns a tree with the structure of the params and these leaves."""
-  return jax.tree.unflatten(paths.structure(params), leaves)
+    index = range(paths.shape_of(x)[0]) if is_stack else [layer]
+    of = [numbers.setdefault((part, i), len(numbers)) for i in index]
+    layers.append(jnp.array(of if is_stack else of[0]))
+  return jax.tree.unflatten(paths.structure(params), layers), len(numbers)

@@ -15,7 +15,6 @@ import numpy as np
 
 from mezo_jax.core import arguments, dtypes
 from mezo_jax.directions import noise as noise_lib
-from mezo_jax.directions.displacement import Displacement
 from mezo_jax.perturb.api import perturbed
 from mezo_jax.transforms import losses
 from mezo_jax.transforms.combine import two_sided
@@ -25,9 +24,15 @@ Mechanism = Literal['gaussian', 'laplace']
 MECHANISMS = get_args(Mechanism)
 
 
-def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
-            batch_size: float, mechanism: Mechanism = 'gaussian',
-            **options: Unpack[SampleOptions]) -> Estimator:
+def private(
+    eps: Any = 1e-3,
+    *,
+    clip: float,
+    noise_multiplier: float,
+    batch_size: float,
+    mechanism: Mechanism = 'gaussian',
+    **options: Unpack[SampleOptions],
+) -> Estimator:
   r"""Clips each example's difference of losses, and adds noise to their sum.
 
   .. math::
@@ -94,14 +99,9 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
   if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
     raise ValueError(
         f'mechanism must be one of {MECHANISMS}, got {mechanism!r}.')
-  for name, value in (('clip', clip), ('batch_size', batch_size),
-                      ('noise_multiplier', noise_multiplier)):
-    arguments.number(name, value)
-  if not (clip > 0 and noise_multiplier >= 0 and batch_size > 0):
-    raise ValueError(
-        'clip and batch_size must be above 0 and noise_multiplier at least 0, '
-        f'got clip={clip}, batch_size={batch_size} and noise_multiplier='
-        f'{noise_multiplier}.')
+  arguments.number('clip', clip, above=0)
+  arguments.number('noise_multiplier', noise_multiplier, least=0)
+  arguments.number('batch_size', batch_size, above=0)
   spsa = Spsa(eps, combine=two_sided, over='scan', **options).one_eps()
   n, parts = spsa.num_samples, spsa.micro_batches
   if mechanism == 'laplace' and n > 1:
@@ -118,29 +118,32 @@ def private(eps: Any = 1e-3, *, clip: float, noise_multiplier: float,
     arguments.check_names(value_fn, noise_key=noise_key)
     batch = losses.accepted(value_fn, batch)
     displaced = perturbed(value_fn, spsa.directions)
-    eps = spsa.eps_at(state)
 
     def rows_at(point):
       """Evaluates the per-example losses at one point, in parts."""
-      at = lambda part: _rows(displaced(params, point, **part), part)
+      def at(part):
+        return _rows(displaced(params, point, **part), part)
       if parts == 1:
         return at(batch)
       rows, with_rows = losses.split_batch(batch, parts)
       found = lax.map(lambda rows: at(with_rows(rows)), rows)
       return jax.tree.map(jnp.ravel, found)
 
+    eps = spsa.eps_at(state)
+    z = spsa.z(state)
+    points = z.times(eps).joined(z.times(-eps))
     # `lax.map` evaluates one point after the other, with one forward pass in
     # memory.
-    values, there = lax.map(rows_at, Displacement(
-        jnp.repeat(spsa.z(state).keys, 2),
-        jnp.tile(jnp.float32([eps, -eps]), n)))
-    plus, minus = values.reshape(n, 2, -1).swapaxes(0, 1)
+    values, there = lax.map(rows_at, points)
+    plus, minus = jnp.split(values, 2)
     d = (plus - minus) / (2 * eps)  # [n, B]
     # An example counts as 0 if it does not exist or a difference is not finite.
-    d = jnp.where(jnp.all(jnp.isfinite(d), 0) & there[0], d, 0.0)
+    counts = there[0] & jnp.all(jnp.isfinite(d), 0)
+    d = jnp.where(counts, d, 0.0)
     # Clip the n differences of each example to a Euclidean length of C.
     length = jnp.sqrt(jnp.sum(d**2, 0))
-    d = d * jnp.minimum(1.0, clip / jnp.maximum(length, clip))[None]
+    share = jnp.minimum(1.0, clip / jnp.maximum(length, clip))
+    d = d * share[None]
     scale = clip * noise_multiplier
     total = jnp.sum(d, 1) + scale * noise(noise_key, n, mechanism)
     # The loss is not reported, since it has no noise and is not private.
@@ -169,16 +172,16 @@ def _rows(out, batch: dict) -> tuple[jax.Array, jax.Array]:
         'value_fn returned a scalar, but private clips per-example losses. '
         'Return losses [B], or (losses, weights) with weight 0 for examples '
         'that do not exist.')
-  lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch)
-             if hasattr(x, 'shape') and jnp.ndim(x)}
+  lengths = {len(x) for x in jax.tree.leaves(batch) if getattr(x, 'ndim', 0)}
   if lengths and len(values) not in lengths:
     raise ValueError(
         f'value_fn returned {len(values)} losses for a batch whose arrays have '
         f'first axes of {sorted(lengths)}. Return one loss per example, which '
         'private can clip.')
-  there = jnp.ones(values.shape, bool)
   if weights:
     there = jnp.asarray(weights[0]) > 0
+  else:
+    there = jnp.ones(values.shape, bool)
   return values.astype(dtypes.wide(values.dtype)), there
 
 
@@ -199,11 +202,12 @@ def noise(key: Any, n: int, mechanism: str) -> jax.Array:
     key = noise_lib.as_key(key, 'noise_key')
   high, low, other = jax.random.bits(key, (3, n), jnp.uint32).astype(
       jnp.float32)
-  u = high * np.float32(2**-32) + (low + 0.5) * np.float32(2**-64)
+  low = (low + 0.5) * np.float32(2**-64)
+  u = high * np.float32(2**-32) + low
   # -log(u) is exponentially distributed. It is half the squared radius of the
   # Box-Muller transform, and the absolute value of a Laplace variable.
   length = -jnp.log(u)
   if mechanism == 'gaussian':
-    return jnp.sqrt(2 * length) * jnp.cos(
-        np.float32(2 * np.pi * 2**-32) * other)
+    angle = np.float32(2 * np.pi * 2**-32) * other
+    return jnp.sqrt(2 * length) * jnp.cos(angle)
   return jnp.where(other < np.float32(2**31), length, -length)

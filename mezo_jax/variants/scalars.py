@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mezo_jax.core import arguments, xla
-from mezo_jax.transforms.combine import Combine, two_sided
+from mezo_jax.transforms.combine import two_sided
 from mezo_jax.transforms.estimator import (
   Estimator,
   LossOptions,
@@ -14,15 +14,6 @@ from mezo_jax.transforms.estimator import (
   SpsaOptions,
   unless_skipped,
 )
-
-
-def _sign(losses, eps):
-  """Returns the mean loss and the signs of two-sided differences."""
-  value, g = two_sided.apply(losses, eps)
-  return value, jnp.sign(g)
-
-
-_SIGN = Combine(two_sided.signs, _sign, needs_all=False)
 
 
 def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
@@ -55,7 +46,13 @@ def sign(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> from mezo_jax import variants
     >>> tx = mezo_jax.mezo(1e-4, estimator=variants.sign(1e-3, key=0))
   """
-  return Estimator(Spsa(eps, combine=_SIGN, **options))
+  spsa = Spsa(eps, combine=two_sided, **options)
+
+  def measure(state, params, value_fn, batch, **where):
+    value, g = spsa.measure(state, params, value_fn, batch, **where)
+    return value, jnp.sign(g)
+
+  return Estimator(spsa, measure=measure)
 
 
 def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
@@ -103,8 +100,7 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
   arguments.number('b2', b2, least=0, below=1)
   arguments.number('adam_eps', adam_eps, least=0)
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.zeros([]), jnp.zeros([])  # v and 1 - b2**t
 
   def apply(state, params, numbers):
@@ -113,8 +109,8 @@ def scalar_adam(eps: Any = 1e-3, *, b2: float = 0.999, adam_eps: float = 1e-8,
       # Round both products, so that no compiler fuses one of them with the sum,
       # and all programs compute the same bits.
       return xla.rounded(b2 * old) + xla.rounded((1 - b2) * x)
-    new = jax.tree.map(average, state.memory, (
-        jnp.mean(numbers.projected_grad**2), jnp.float32(1.0)))
+    square = jnp.mean(numbers.projected_grad**2)
+    new = jax.tree.map(average, state.memory, (square, jnp.float32(1.0)))
     v, weight = unless_skipped(numbers, new, state.memory)
     length = jnp.sqrt(v / jnp.maximum(weight, 1e-30)) + adam_eps
     updates = jax.tree.map(lambda u: (u / length).astype(u.dtype), updates)
@@ -158,28 +154,24 @@ def one_point(eps: Any = 1e-3, **options: Unpack[LossOptions]) -> Estimator:
     >>> from mezo_jax import variants
     >>> tx = mezo_jax.mezo(1e-6, estimator=variants.one_point(1e-3, key=0))
   """
-  def inverse(losses, eps):
-    """Returns the loss and 1 / eps, which `measure` multiplies by a difference.
-    """
-    return losses[0, 0], jnp.ones(1) / eps
-  spsa = Spsa(eps, combine=Combine((1.0,), inverse), **options)
+  spsa = Spsa(eps, combine=two_sided, **options)
   if spsa.num_samples > 1:
     raise ValueError('num_samples must be 1 for one_point, which compares the '
                      'loss with that of the step before.')
 
-  def memory(params):
-    del params
+  def memory(_):
     return jnp.float32(jnp.nan)  # the loss of the last step
 
   def measure(state, params, value_fn, batch):
-    value, g = spsa.measure(state, params, value_fn, batch)
-    last = state.memory
-    is_first = jnp.isnan(last) & jnp.isfinite(value)
-    return value, jnp.where(is_first, 0.0, (value - last) * g)
+    losses = spsa.losses(state, params, value_fn, batch, signs=(1.0,))
+    value = losses[0, 0]
+    first_eps = jax.tree.leaves(spsa.eps_at(state))[0]
+    g = (value - state.memory) * (jnp.ones(1) / first_eps)
+    return value, jnp.where(jnp.isnan(state.memory), 0.0, g)
 
   def apply(state, params, numbers):
-    value = numbers.value
-    return spsa.apply(state, params, numbers), jnp.where(
-        jnp.isfinite(value), value, state.memory)
+    updates = spsa.apply(state, params, numbers)
+    is_valid = jnp.isfinite(numbers.value)
+    return updates, jnp.where(is_valid, numbers.value, state.memory)
 
   return Estimator(spsa, measure=measure, apply=apply, memory=memory)

@@ -55,20 +55,19 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
     2.0
   """
   arguments.tree('params', params)
-  arguments.number('share', share)
-  if not 0 < share <= 1:
-    raise ValueError(f'share must be above 0 and at most 1, got {share!r}.')
+  arguments.number('share', share, above=0, most=1)
 
-  def of_one(x):
-    """Returns the threshold of a single layer or leaf."""
+  def of_layer(x):
+    """Returns the threshold of a single layer."""
     last = max(round(share * x.size) - 1, 0)
     return jnp.sort(jnp.abs(x).ravel())[last]
-  of_stack = jax.jit(lambda x: lax.map(of_one, x))
-  of_leaf = jax.jit(of_one)
-  stacks = jax.tree.unflatten(
-      paths.structure(params), paths.stacked(params, stacked))
 
-  def limit(path, x, is_stack):
+  @jax.jit
+  def of_layers(x):
+    """Returns the thresholds of a stack of layers."""
+    return lax.map(of_layer, x)
+
+  def of_leaf(path, x, is_stack):
     """Returns the threshold of one leaf, or those of its layers."""
     del path
     if is_codes(x):
@@ -77,8 +76,12 @@ def smallest(params: Any, share: float = 0.25, *, stacked: Any = None) -> Any:
       return jnp.zeros(x.shape[:1] if is_stack else (), x.dtype)
     if not paths.is_floating(x):
       return jnp.zeros(())
-    return (of_stack if is_stack else of_leaf)(jnp.asarray(x))
-  return paths.map_named(limit, params, stacks)
+    x = jnp.asarray(x)
+    return of_layers(x) if is_stack else of_layers(x[None])[0]
+
+  stacks = paths.stacked(params, stacked)
+  stacks = jax.tree.unflatten(paths.structure(params), stacks)
+  return paths.map_named(of_leaf, params, stacks)
 
 
 def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
@@ -121,8 +124,8 @@ def sparse_mezo(eps: Any = 1e-3, *, limits: Any,
   arguments.tree('limits', limits)
   for x in jax.tree.leaves(limits):
     arguments.array('limits', x)
-  return Estimator(Spsa(eps, **options).along(
-      multiplier=Multiplier(limits, is_below)))
+  spsa = Spsa(eps, **options)
+  return Estimator(spsa.along(multiplier=Multiplier(limits, is_below)))
 
 
 def is_below(w: jax.Array, limits: jax.Array) -> jax.Array:

@@ -42,10 +42,15 @@ class SvrgMemory(NamedTuple):
 
 
 def svrg(
-    learning_rate: float | optax.Schedule, eps: float | optax.Schedule = 1e-3,
-    *, every: int = 2, anchor_learning_rate: float | optax.Schedule = 1e-3,
-    rows: int | None = None, stochastic_rounding: bool = True,
-    **options: Unpack[LossOptions]) -> ZerothOrderTransformation:
+    learning_rate: float | optax.Schedule,
+    eps: float | optax.Schedule = 1e-3,
+    *,
+    every: int = 2,
+    anchor_learning_rate: float | optax.Schedule = 1e-3,
+    rows: int | None = None,
+    stochastic_rounding: bool = True,
+    **options: Unpack[LossOptions],
+) -> ZerothOrderTransformation:
   r"""Optimizes with MeZO-SVRG, which has two learning rates.
 
   Every q steps, a step sets a new anchor. It is made on all examples
@@ -118,10 +123,9 @@ def svrg(
   if spsa.micro_batches > 1:
     raise ValueError('micro_batches must be 1 for svrg. Pass rows= to evaluate '
                      'a large batch in parts.')
-  learning_rate, anchor_learning_rate = (
-      arguments.rate(name, rate, groups=False) for name, rate in (
-          ('learning_rate', learning_rate),
-          ('anchor_learning_rate', anchor_learning_rate)))
+  learning_rate = arguments.rate('learning_rate', learning_rate, groups=False)
+  anchor_learning_rate = arguments.rate(
+      'anchor_learning_rate', anchor_learning_rate, groups=False)
   arguments.whole('every', every, 2)
   if rows is not None:
     arguments.whole('rows', rows)
@@ -129,37 +133,37 @@ def svrg(
   def measure(state, params, value_fn, batch, around=None):
     parts = dataclasses.replace(spsa, micro_batches=_parts(batch, rows))
     value, here = parts.measure(state, params, value_fn, batch, around=around)
+
+    def at_anchor(key):
+      """Returns the projected gradients at the anchor."""
+      return parts.measure(with_key(state, key), params, value_fn, batch)[1]
+
     # Evaluate the anchor after the weights. On several devices, two evaluations
     # at the same time could deadlock in their collectives.
     key = after(state.key, value)
-    def there(key):
-      """Returns the projected gradients at the anchor."""
-      return parts.measure(with_key(state, key), params, value_fn, batch)[1]
     anchors = lax.cond(state.count % every == 0,
-                       lambda key: jnp.zeros_like(here), there, key)
+                       lambda key: jnp.zeros_like(here), at_anchor, key)
     return value, here - anchors
 
-  def coefs(is_anchor, g, count, memory):
-    """Returns the coefficients that a step adds, and the next memory.
-
-    The first result has coefficients [n] of the z of this step. The second has
-    coefficients [n] of the z of the anchor's step, by which the gradient at the
-    anchor is added once more.
-    """
-    n, anchor_grad = g.shape[0], jnp.where(is_anchor, g, memory.anchor_grad)
-    rates = [arguments.at(rate, count)
-             for rate in (anchor_learning_rate, learning_rate)]
+  def fn(ring, slot, g, count, memory):
+    """Adds the coefficients of a step, the first of which sets the anchor."""
+    is_anchor = slot == 0
+    anchor_grad = jnp.where(is_anchor, g, memory.anchor_grad)
+    rate = arguments.at(learning_rate, count)
+    anchor_rate = arguments.at(anchor_learning_rate, count)
     # Without an anchor, the difference on a batch does not estimate the
     # gradient, so the weights are not changed.
     lost = jnp.any(jnp.isnan(anchor_grad))
-    own = -jnp.where(is_anchor, rates[0], jnp.where(lost, 0.0, rates[1])) * g
-    anchors = jnp.where(is_anchor | lost, 0.0, -rates[1] * anchor_grad)
-    return own / n, anchors / n, SvrgMemory(anchor_grad)
+    own = -jnp.where(is_anchor, anchor_rate, jnp.where(lost, 0.0, rate)) * g
+    ring = ring.at[slot].set(own / len(g))
+    # The gradient at the anchor is added once more, along the z of row 0.
+    again = jnp.where(is_anchor | lost, 0.0, -rate * anchor_grad)
+    ring = ring.at[0].add(again / len(g))
+    return ring, SvrgMemory(anchor_grad)
 
-  def fn(ring, slot, g, count, memory):
-    """Adds the coefficients of a step. The z of the anchor belongs to row 0."""
-    own, anchors, memory = coefs(slot == 0, g, count, memory)
-    return ring.at[slot].set(own).at[0].add(anchors), memory
+  def init(n):
+    """Returns the memory before the first anchor."""
+    return SvrgMemory(jnp.full([n], jnp.nan, jnp.float32))
 
   def forget(slot, memory):
     """Removes the anchor.
@@ -171,21 +175,17 @@ def svrg(
     return SvrgMemory(jnp.where(lost, jnp.nan, memory.anchor_grad))
 
   return accumulated(
-      Estimator(spsa, measure=measure), every, Rule(fn, _no_memory, forget),
+      Estimator(spsa, measure=measure), every, Rule(fn, init, forget),
       rounding(spsa.key, spsa.directions, stochastic_rounding))
-
-
-def _no_memory(n: int) -> SvrgMemory:
-  """Returns the memory before the first anchor."""
-  return SvrgMemory(jnp.full([n], jnp.nan, jnp.float32))
 
 
 def _parts(batch, rows: int | None) -> int | None:
   """Returns into how many parts a batch is divided; None for no division."""
-  sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
-  if rows is None or max(sizes, default=0) <= rows:
+  sizes = [len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+  size = max(sizes, default=0)
+  if rows is None or size <= rows:
     return None
-  if len(sizes) > 1 or max(sizes) % rows:
-    raise ValueError(f'rows={rows}: a batch of {sorted(sizes)} rows cannot be '
-                     'divided into parts of this size.')
-  return max(sizes) // rows
+  if size % rows:
+    raise ValueError(f'rows={rows}: a batch of {size} rows cannot be divided '
+                     'into parts of this size.')
+  return size // rows
