@@ -19,6 +19,7 @@ errors accumulate in the weights.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 import warnings
 
@@ -264,7 +265,8 @@ def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
   return paths.structure(params).unflatten(out)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Unmoved:
   """Serves as the update of a PRNG key, to which no number can be added.
 
@@ -276,14 +278,6 @@ class Unmoved:
   def __radd__(self, key: Any) -> Any:
     """Returns the key in a form that `optax.apply_updates` can cast."""
     return key if isinstance(key, Tracer) else _Sum(key)
-
-  def tree_flatten(self) -> tuple[tuple[()], None]:
-    return (), None
-
-  @classmethod
-  def tree_unflatten(cls, aux: Any, children: Any) -> 'Unmoved':
-    del aux, children
-    return cls()
 
 
 class _Sum(jax.Array):

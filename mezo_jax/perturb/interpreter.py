@@ -171,10 +171,11 @@ class Operation:
 
   def __init__(self, eqn: Any, how: str = '') -> None:
     self.eqn = eqn
-    inputs = tuple((v.aval, str(v.val) if isinstance(v, core.Literal) else '')
-                   for v in eqn.invars)
+    literals = tuple(
+        str(v.val) if isinstance(v, core.Literal) else '' for v in eqn.invars)
+    inputs = tuple(v.aval for v in eqn.invars)
     params = sorted(eqn.params.items(), key=lambda item: item[0])
-    self._key = eqn.primitive, how, inputs, *params
+    self._key = eqn.primitive, how, inputs, literals, *params
     try:
       self._hash = hash(self._key)
     except TypeError:
@@ -280,8 +281,9 @@ class Context:
       tied = jitted
     # On CPU, a part of a leaf would have to be copied before it can be passed
     # to a function that is not inlined. On TPU, a plain function is enough.
-    return lax.platform_dependent(ins, cpu=jitted if part else called,
-                                  cuda=tied, rocm=tied, default=jitted)
+    on_cpu = jitted if part else called
+    return lax.platform_dependent(
+        ins, cpu=on_cpu, cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x: Any, why: str, stacked: bool = False) -> None:
     """Records that a leaf is built in full, if the leaf is large.
@@ -295,10 +297,10 @@ class Context:
       stacked: Whether to record only stacks of layers. Defaults to False.
     """
     least = max(0.04 * self.total, SMALL)
-    for block in jax.tree.leaves(x, is_leaf=_is_block):
-      if _is_block(block) and block.leaf and block.w.size > least:
-        if block.draws.is_stack() or not stacked:
-          self.built.setdefault(block.leaf, why)
+    for block in filter(_is_block, jax.tree.leaves(x, is_leaf=_is_block)):
+      is_large = block.leaf and block.w.size > least
+      if is_large and (block.draws.is_stack() or not stacked):
+        self.built.setdefault(block.leaf, why)
 
 
 def _is_block(x) -> bool:
@@ -387,9 +389,10 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
          for v, x in zip(eqn.invars, ins)]
-  if _waits(eqn, ins):
-    return [Expression(tuple(ins), op, i, v.aval.shape)
-            for i, v in enumerate(eqn.outvars)]
+  shapes = [v.aval.shape for v in eqn.outvars]
+  if _waits(eqn, ins, shapes):
+    return [Expression(tuple(ins), op, i, shape)
+            for i, shape in enumerate(shapes)]
   for x in ins:
     context.note(x, f'{eqn.primitive.name} uses all of it at once',
                  stacked=not _inner(eqn))
@@ -399,21 +402,25 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
   return context.consume(whole, op, ins, by_parts)
 
 
-def _waits(eqn, ins) -> bool:
+def _waits(eqn, ins, shapes) -> bool:
   """Returns whether to record an equation as an expression, to run it later.
 
   This is the case if its inputs are weights, scalars and literals, and its
   results are large. If it was run now, the large results would be in memory
   until they are used.
   """
-  return (
-      all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
-      and all(math.prod(v.aval.shape) >= SMALL for v in eqn.outvars)
-      and not eqn.effects and not _inner(eqn))
+  if any(x is not None and not isinstance(x, Lazy) and jnp.ndim(x)
+         for x in ins):
+    return False
+  if any(math.prod(shape) < SMALL for shape in shapes):
+    return False
+  return not eqn.effects and not _inner(eqn)
 
 
 def _inner(eqn) -> bool:
   """Returns whether an equation contains jaxprs or functions, as loops do."""
-  return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
-             for value in eqn.params.values()
-             for x in (value if isinstance(value, tuple) else (value,)))
+  for value in eqn.params.values():
+    for x in value if isinstance(value, tuple) else (value,):
+      if isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x):
+        return True
+  return False

@@ -167,7 +167,9 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     return None
   axis = max(free, key=lambda a: w.shape[a])
   size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
-  parts = next((n for n in range(wanted, size) if size % n == 0), size)
+  parts = min(wanted, size)
+  while size % parts:
+    parts += 1
   if parts > 16 * wanted:  # no suitable divisor, such as for a prime length
     return None
   # The position of this axis in the result: after the batch axes and, if the

@@ -80,9 +80,11 @@ def _dynamically_sliced(eqn, shape, *starts):
   XLA clamps the start so that the slice is inside of the array. So does this
   function.
   """
-  size = eqn.outvars[0].aval.shape
-  starts = [jnp.clip(i, 0, n - m) for i, n, m in zip(starts, shape, size)]
-  return views.Window(starts, size, (1,) * len(shape))
+  sizes = eqn.outvars[0].aval.shape
+  inside = []
+  for start, n, size in zip(starts, shape, sizes):
+    inside.append(jnp.clip(start, 0, n - size))
+  return views.Window(inside, sizes, (1,) * len(shape))
 
 
 def _gather(eqn, ins, context):

@@ -23,29 +23,6 @@ Over = Literal['scan', 'batch', 'rows']
 OVER = get_args(Over)
 
 
-def loss_at(value_fn: Callable[..., Any], params: Any, directions: Directions,
-            batch: Mapping[str, Any], micro_batches: int = 1
-            ) -> Callable[[Displacement], jax.Array]:
-  r"""Returns a function that evaluates the loss at a displacement.
-
-  The function maps a displacement :math:`\delta` to :math:`\mathcal{L}(\theta +
-  \delta; \mathcal{B})`, a scalar.
-
-  Args:
-    value_fn: The loss; see `mezo_jax.spsa`.
-    params: The params :math:`\theta`.
-    directions: Distribution of z.
-    batch: Arguments of ``value_fn``, by name. Arguments that ``value_fn`` does
-      not take are ignored.
-    micro_batches: Number of equal parts in which the batch is evaluated.
-      Defaults to 1.
-  """
-  batch = losses_lib.accepted(value_fn, dict(batch))
-  displaced = perturbed(value_fn, directions)
-  return lambda point: losses_lib.mean_over_parts(
-      lambda part: displaced(params, point, **part), batch, micro_batches)
-
-
 def estimate(
     value_fn: Callable[..., Any],
     params: Any,
@@ -122,27 +99,27 @@ def estimate(
   check_displacement('z', z)
   if around is not None:
     check_displacement('around', around)
+  n, groups = z.keys.shape[0], sharding.direction_groups()
   if over != 'scan':
-    _check_room(params, directions, -(-z.keys.shape[0] * len(signs)
-                                      // sharding.direction_groups()))
-  n = z.keys.shape[0]
-  # If all points are evaluated in one pass, the displacement ``around``, which
-  # they share, is applied to the weights once for all points.
-  if around is not None and (
-      over == 'rows' or over == 'batch' and n > 1):
-    value_fn = _displaced(value_fn, around, directions)
+    _check_room(params, directions, -(-n * len(signs) // groups))
+  displaced = perturbed(value_fn, directions)
+  if around is not None and (over == 'rows' or over == 'batch' and n > 1):
+    # If all points are evaluated in one pass, the displacement ``around``,
+    # which they share, is applied to the weights once for all points.
+    at_center = lambda params, **part: perturbed_at(params, around, **part)
+    perturbed_at, displaced = displaced, perturbed(at_center, directions)
     around = None
 
-  def at(z, part):
+  def at(part, z):
     """Evaluates the loss of a part of the batch at one point."""
     point = z.times(eps)
     if around is not None:  # One sum perturbs the weights in a single pass.
       point = around.times(jax.tree.map(jnp.ones_like, eps)).joined(point)
-    return perturbed(value_fn, directions)(params, point, **part)
+    return displaced(params, point, **part)
 
   batch = losses_lib.accepted(value_fn, dict(batch or {}))
   if over == 'rows':
-    if sharding.direction_groups() > 1:
+    if groups > 1:
       raise ValueError(
           "over='rows' cannot be used with a mesh axis 'direction' above 1, "
           'since each device evaluates the directions of its own rows. Split '
@@ -155,33 +132,36 @@ def estimate(
   # first, direction by direction. The point of sign 0 comes last, if there is
   # one. The signs are a NumPy array, so that they are constants of the program.
   moved: Any = np.array([s for s in signs if s], np.float32)
-  points = Displacement(
-      jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
+  keys = jnp.repeat(z.keys, len(moved))
+  coefs = jnp.outer(coefs, moved).ravel()
   if 0 in signs:
-    points = Displacement(jnp.append(points.keys, z.keys[0]),
-                          jnp.append(cast(jax.Array, points.coefs), 0.0))
+    keys, coefs = jnp.append(keys, z.keys[0]), jnp.append(coefs, 0.0)
+  points = Displacement(keys, coefs)
+
   def loss_at(batch, point):
     """Evaluates the loss of the batch at one point."""
     return losses_lib.mean_over_parts(
-        lambda part: at(point, part), batch, micro_batches)
+        lambda part: at(part, point), batch, micro_batches)
   def of_all(batch, points):
     """Evaluates the loss of the batch at several points."""
     loss = functools.partial(loss_at, batch)
-    return jax.vmap(loss)(points) if over == 'batch' else lax.map(loss, points)
-  groups = sharding.direction_groups()
+    if over == 'batch':
+      return jax.vmap(loss)(points)
+    return lax.map(loss, points)
   if groups > 1:
     losses = _split(of_all, batch, points, groups)
   elif over == 'batch' and n == 1:
     # `jax.vmap` maps over the coefficients only, so that the signs of the
     # direction share its key and its factors.
-    losses = jax.vmap(lambda c: loss_at(batch, Displacement(
-        z.keys, c[None])))(points.coefs)
+    losses = jax.vmap(
+        lambda c: loss_at(batch, Displacement(z.keys, c[None])))(coefs)
   else:
     losses = of_all(batch, points)
   # Order the losses by direction and sign.
-  columns = iter(losses[:n * len(moved)].reshape(n, -1).T)
-  return jnp.stack([next(columns) if s else jnp.broadcast_to(losses[-1], n)
-                    for s in signs], axis=1)
+  of_moved = iter(losses[:n * len(moved)].reshape(n, -1).T)
+  columns = [next(of_moved) if s else jnp.broadcast_to(losses[-1], n)
+             for s in signs]
+  return jnp.stack(columns, axis=1)
 
 
 def _split(of_all: Callable, batch: dict, points: Displacement,
@@ -200,25 +180,21 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
   """
   n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
-  points = jax.tree.map(lambda x: lax.with_sharding_constraint(
-      x[index].reshape(groups, -1), jax.P('direction')), points)
-  losses = jax.vmap(functools.partial(of_all, batch),
-                    spmd_axis_name='direction')(points)
+  def of_groups(x):
+    """Splits an array over the groups."""
+    return lax.with_sharding_constraint(
+        x[index].reshape(groups, -1), jax.P('direction'))
+  of_points = functools.partial(of_all, batch)
+  losses = jax.vmap(of_points, spmd_axis_name='direction')(
+      jax.tree.map(of_groups, points))
   return lax.with_sharding_constraint(losses, jax.P()).ravel()[:n]
-
-
-def _displaced(value_fn: Callable, by: Displacement,
-               directions: Directions) -> Callable:
-  """Returns ``value_fn`` with a displacement added to its params."""
-  return lambda params, **kwargs: perturbed(value_fn, directions)(
-      params, by, **kwargs)
 
 
 def _losses_of_rows(at, z, signs, parts, batch):
   """Returns the losses of n directions, each on its own part of the rows.
 
   Args:
-    at: A function ``(z, part of the batch) -> result of the loss``.
+    at: A function ``(part of the batch, z) -> result of the loss``.
     z: The n directions.
     signs: The factors s, a NumPy array.
     parts: Number of parts that are evaluated one after the other.
@@ -228,17 +204,12 @@ def _losses_of_rows(at, z, signs, parts, batch):
     Losses [n, len(signs)]; see `estimate`.
   """
   n = z.keys.shape[0]
-  rows, with_rows = losses_lib.split_batch(batch, n, "over='rows': num_samples")
-  count = losses_lib.rows_of_parts(rows)
+  rows, sums_of = losses_lib.in_parts(
+      at, batch, n, "over='rows': num_samples")
 
   def of_rows(term, rows):
     """Evaluates all signs of one direction on its own rows."""
-    def of_sign(s):
-      out = at(term.times(s), with_rows(rows))
-      losses_lib.check_parts(
-          out, n, "over='rows': num_samples", rows=count)
-      return losses_lib.sums(out)
-    return jax.vmap(of_sign)(signs)
+    return jax.vmap(lambda s: sums_of(rows, term.times(s)))(signs)
 
   # The rows are split over the devices of a mesh, and so are the directions.
   together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
@@ -246,10 +217,9 @@ def _losses_of_rows(at, z, signs, parts, batch):
     if parts == 1:
       total, weight = together(z, rows)
     else:
-      some = lambda x: sharding.split_rows(x, parts)
-      total, weight = lax.map(
-          lambda part: together(*part), jax.tree.map(some, (z, rows)))
-      total, weight = (x.reshape(n, -1) for x in (total, weight))
+      some = jax.tree.map(lambda x: sharding.split_rows(x, parts), (z, rows))
+      sums = lax.map(lambda part: together(*part), some)
+      total, weight = (x.reshape(n, -1) for x in sums)
   return n * total / jnp.sum(weight, 0)
 
 
@@ -281,12 +251,13 @@ def _check_room(params, directions: Directions, points: int) -> None:
   """
   if isinstance(directions, LowRank):
     return
-  leaves = [x for _, x in paths.named_leaves(params)]
+  layers = [0]
   stacks = paths.stacked(params, directions.stacked)
-  layers = [x.size // x.shape[0] if is_stack else x.size
-            for x, is_stack in zip(leaves, stacks) if paths.is_floating(x)]
+  for (_, x), is_stack in zip(paths.named_leaves(params), stacks):
+    if paths.is_floating(x):
+      layers.append(x.size // x.shape[0] if is_stack else x.size)
   total = paths.size_of(params)
-  if points * max(layers, default=0) > max(4 * total, _ROOM):
+  if points * max(layers) > max(4 * total, _ROOM):
     raise ValueError(
         f'over: evaluating {points} points in one pass would build perturbed '
         f'weights of up to {points * max(layers) / total:.0f} times the memory '

@@ -24,7 +24,6 @@ from mezo_jax.transforms.estimator import (
   Estimator,
   LossOptions,
   Spsa,
-  with_key,
 )
 from mezo_jax.transforms.mezo import rounding
 from mezo_jax.transforms.types import ZerothOrderTransformation
@@ -134,7 +133,7 @@ def svrg(
     key = after(state.key, value)
     def there(key):
       """Returns the projected gradients at the anchor."""
-      return parts.measure(with_key(state, key), params, value_fn, batch)[1]
+      return parts.measure(state._replace(key=key), params, value_fn, batch)[1]
     anchors = lax.cond(state.count % every == 0,
                        lambda key: jnp.zeros_like(here), there, key)
     return value, here - anchors
