@@ -128,9 +128,10 @@ class Block:
 
   def cast(self, w: jax.Array | QuantizedArray) -> jax.Array:
     """Returns an array in the dtype of the leaf, with all casts applied."""
-    for dtype in (self.w.dtype, *self.casts):
-      w = w.astype(dtype)
-    return w
+    out = w.astype(self.w.dtype)
+    for dtype in self.casts:
+      out = out.astype(dtype)
+    return out
 
 
 @functools.partial(

@@ -77,8 +77,9 @@ def _by_factors(eqn, ins, at):
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
   wide = dtypes.wide(out.dtype)
-  operands = [*ins]
-  operands[at] = w.cast(w.w)
+  lhs, rhs = w.cast(w.w), x
+  if at:
+    lhs, rhs = rhs, lhs
 
   # jnp.einsum names axes by integers. 0, 1, ... are the axes of W, followed by
   # n_ for the directions and r_ for the rank, and then by the axes of x. A
@@ -142,7 +143,7 @@ def _by_factors(eqn, ins, at):
   added = added.reshape(
       [n if a in there else 1 for a, n in zip(result, out.shape)])
   clean = lax.dot_general(
-      *operands, p['dimension_numbers'], p['precision'], wide)
+      lhs, rhs, p['dimension_numbers'], p['precision'], wide)
   return [(clean + added.astype(wide)).astype(out.dtype)]
 
 
@@ -192,13 +193,14 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     """Computes the product, one part of the rows at a time."""
     w, _ = ins[at].as_it_lies()
     rows = w.viewed(split)
-    operands = [*ins]
     def part(i, out):
       i = jnp.asarray(i)  # under jax.disable_jit it is a Python integer
       some = rows.viewed(views.Take(along + 1, i))
-      operands[at] = context.force(some).transpose(order)
+      lhs, rhs = context.force(some).transpose(order), ins[1 - at]
+      if at:
+        lhs, rhs = rhs, lhs
       product = lax.dot_general(
-          *operands, p['dimension_numbers'], p['precision'],
+          lhs, rhs, p['dimension_numbers'], p['precision'],
           p['preferred_element_type'])
       return lax.dynamic_update_index_in_dim(out, product, i, out_axis + 1)
     out = eqn.outvars[0].aval

@@ -144,14 +144,14 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     if around is not None:
       raise ValueError('around= cannot be combined with apply_every, which '
                        'uses around= itself, for the accumulated updates.')
-    arguments.check_names(
-        value_fn, apply=apply, apply_only=apply_only or None, part=part,
-        measure_only=measure_only or None)
     # Measure the numbers of this step, or take recorded ones.
     count = spsa_state.count
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
+      arguments.check_names(
+          value_fn, apply=apply, apply_only=apply_only or None, part=part,
+          measure_only=measure_only or None)
       pending = displacement(spsa_state, ring, directions, count)
       numbers = estimator.measure(
           spsa_state, params, value_fn, batch, part=part, around=pending)

@@ -109,7 +109,7 @@ class Step:
     self._tx, self._value_fn, self._part = tx, value_fn, part
     self._mesh, self._on_compile = mesh, on_compile
     # Shapes of projected_grad and value, set when the update is traced.
-    self._shapes = ()
+    self._shapes: list[Any] = []
 
   def __call__(self, params: Any, state: Any, batch: Any, frozen: Any = None,
                **more: Any) -> tuple[Any, Any, dict[str, Any]]:

@@ -113,9 +113,9 @@ def round_stochastically(key: Any, mask: Any = None
       moved = stochastic_round(old + update.astype(jnp.float32), p.dtype, bits)
       return (moved.astype(jnp.float32) - old).astype(p.dtype)
 
+    updates = paths.map_named(finish, params, updates)
     count = cast(jax.Array, optax.safe_increment(state.count))
-    return (paths.map_named(finish, params, updates),
-            RoundingState(count, state.key))
+    return updates, RoundingState(count, state.key)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
