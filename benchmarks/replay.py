@@ -98,7 +98,7 @@ def compare(name, tx, value_fn, make, frozen, batch_of, steps) -> dict:
   del params, state
   again, params = mezo_jax.make_step(tx, None), make()
   state = tx.init(params)
-  again._program(None, None, lambda: again._trace_update(params, state))
+  again._program(None, again._trace_update, params, state)
   began = time.perf_counter()
   params, state = again.apply_accumulated(
       *replay.rebuild(again, params, state, found))

@@ -19,6 +19,7 @@ errors accumulate in the weights.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 import warnings
 
@@ -40,11 +41,13 @@ from mezo_jax.perturb.rules_control_flow import evaluate
 def _blocks(params, displacement: Displacement,
             directions: Directions) -> list:
   """Returns the leaves of a tree, with a `Block` for each leaf that has a z."""
-  leaves = of_leaves(params, displacement, directions)
-  _check_shards([(path, x) for path, x, draws in leaves if draws is not None])
-  return [x if draws is None else Block(
-      x if is_codes(x) else jnp.asarray(x), draws, leaf=path)
-          for path, x, draws in leaves]
+  leaves = []
+  for path, x, draws in of_leaves(params, displacement, directions):
+    if draws is not None:
+      x = Block(x if is_codes(x) else jnp.asarray(x), draws, leaf=path)
+    leaves.append(x)
+  _check_shards(leaves)
+  return leaves
 
 
 def _still(path: str, x) -> Block:
@@ -52,13 +55,14 @@ def _still(path: str, x) -> Block:
 
   The interpreter then dequantises the weights only where they are used.
   """
-  keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
-  return Block(x, Rademacher().of_leaf(
-      streams.of_leaf(keys, path, x.shape), jnp.zeros(0), x.shape), leaf=path)
+  no_keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), 0)
+  stream = streams.of_leaf(no_keys, path, x.shape)
+  draws = Rademacher().of_leaf(stream, jnp.zeros(0), x.shape)
+  return Block(x, draws, leaf=path)
 
 
-def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
-  """Checks that no leaf is sharded over a manual axis of `jax.shard_map`.
+def _check_shards(leaves: list) -> None:
+  """Checks that no block is sharded over a manual axis of `jax.shard_map`.
 
   Inside `jax.shard_map`, a device cannot distinguish its shard from a whole
   leaf, so all shards would draw the same z.
@@ -78,72 +82,67 @@ def _check_shards(leaves: list[tuple[str, jax.Array]]) -> None:
         'weights cannot be distinguished from replicated ones. If these are '
         'sharded, each shard draws the same z, which is wrong; call the '
         'optimizer outside of pmap or shard_map.', stacklevel=4)
-  for path, x in leaves:
-    if not is_codes(x) and varies(x):
+  for x in leaves:
+    if isinstance(x, Block) and not is_codes(x.w) and varies(x.w):
       raise ValueError(
-          f'parameter {path!r} is sharded over {sorted(varies(x))} inside '
+          f'parameter {x.leaf!r} is sharded over {sorted(varies(x.w))} inside '
           'shard_map, where each shard would draw the same z. Call the '
           'optimizer outside of shard_map; value_fn may use shard_map.')
 
 
-def _small(blocks: list[Block]) -> set[int]:
-  """Returns the indices of small leaves, which are built at the start.
+def _small(leaves: list) -> set[int]:
+  """Returns the indices of small blocks, which are built at the start.
 
-  These are the smallest leaves that are neither stacked nor quantised. Together
+  These are the smallest blocks that are neither stacked nor quantised. Together
   they have at most 2 % of all elements. An unrolled model has many norms and
   biases of equal shapes. Building all leaves of a shape in one operation keeps
   the program short and takes little memory.
   """
-  order = sorted(range(len(blocks)), key=lambda i: blocks[i].w.size)
-  left, found = sum(x.w.size for x in blocks) // 50, set()
-  for i in order:
-    left -= blocks[i].w.size
-    if left < 0 or blocks[i].w.size >= SMALL:
+  sizes = {i: x.w.size for i, x in enumerate(leaves) if isinstance(x, Block)}
+  left, found = sum(sizes.values()) // 50, set()
+  for i in sorted(sizes, key=lambda i: sizes[i]):
+    left -= sizes[i]
+    if left < 0 or sizes[i] >= SMALL:
       break
-    if not (blocks[i].draws.is_stack() or is_codes(blocks[i].w)):
+    if not leaves[i].draws.is_stack() and not is_codes(leaves[i].w):
       found.add(i)
   return found
 
 
-def _each(fn: Callable, blocks: list[Block], small: set[int]) -> list:
-  """Applies ``fn(w, draws)`` to each block.
+def _applied(fn: Callable, leaves: list, only_small: bool = False) -> list:
+  """Replaces blocks by ``fn(w, draws)``.
+
+  Small blocks of the same shape are stacked, and ``fn`` is applied to the
+  stack.
 
   Args:
     fn: An elementwise function.
-    blocks: The blocks.
-    small: Indices of small blocks. Small blocks of the same shape are stacked,
-      and ``fn`` is applied to the stack.
-
-  Returns:
-    The result for each block.
+    leaves: Blocks and other leaves. The latter are returned unchanged.
+    only_small: Whether to keep all blocks that are not small.
   """
+  small = _small(leaves)
   alike = {}
-  for i, x in enumerate(blocks):
-    key = (x.w.shape, x.w.dtype, jax.tree.structure(x.draws)) if (
-        i in small) else i
-    alike.setdefault(key, []).append(i)
-  if any(isinstance(x.w, Tracer) for x in blocks):
+  for i, x in enumerate(leaves):
+    if i in small:
+      kind = x.w.shape, x.w.dtype, jax.tree.structure(x.draws)
+      alike.setdefault(kind, []).append(i)
+    elif isinstance(x, Block) and not only_small:
+      alike[i] = [i]
+  out = [*leaves]
+  if any(isinstance(x, Block) and isinstance(x.w, Tracer) for x in leaves):
     # Leaves of one shape then share one function in the lowered program.
     fn = jax.jit(fn)
-  out = [None] * len(blocks)
   for members in alike.values():
-    one = [blocks[i] for i in members]
+    weights = [leaves[i].w for i in members]
+    draws = [leaves[i].draws for i in members]
     if len(members) == 1:
-      out[members[0]] = fn(one[0].w, one[0].draws)
+      out[members[0]] = fn(*weights, *draws)
       continue
-    together = xla.apart_on_cpu(
-        fn, jnp.stack([x.w for x in one]), stack([x.draws for x in one]))
-    for i, x in zip(members, xla.entries(
-        together, range(len(members)))):
+    together = xla.apart_on_cpu(fn, jnp.stack(weights), stack(draws))
+    entries = xla.entries(together, range(len(members)))
+    for i, x in zip(members, entries):
       out[i] = x
   return out
-
-
-def _map_blocks(fn: Callable, leaves: list, other: Callable) -> list:
-  """Applies ``fn(w, draws)`` to blocks and ``other`` to all other leaves."""
-  blocks = [x for x in leaves if isinstance(x, Block)]
-  done = iter(_each(fn, blocks, _small(blocks)))
-  return [next(done) if isinstance(x, Block) else other(x) for x in leaves]
 
 
 def _build(w, draws):
@@ -190,8 +189,8 @@ def displace(params: Any, displacement: Displacement,
     True
   """
   directions = as_directions(directions)
-  return jax.tree.unflatten(paths.structure(params), _map_blocks(
-      _build, _blocks(params, displacement, directions), lambda x: x))
+  leaves = _blocks(params, displacement, directions)
+  return paths.structure(params).unflatten(_applied(_build, leaves))
 
 
 def direction(params: Any, displacement: Displacement,
@@ -232,9 +231,9 @@ def direction(params: Any, displacement: Displacement,
     >>> bool(jnp.allclose(moved['w'], mezo_jax.displace(params, step)['w']))
     True
   """
+  arguments.floating('dtype', dtype)
   return mapped(lambda w, draws: draws.built(w), params, displacement,
-                as_directions(directions),
-                dtype=arguments.floating('dtype', dtype))
+                as_directions(directions), dtype=dtype)
 
 
 def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
@@ -253,14 +252,21 @@ def mapped(fn: Callable[..., Any], params: Any, displacement: Displacement,
   Returns:
     A tree with the structure of ``params``.
   """
-  return jax.tree.unflatten(paths.structure(params), _map_blocks(
-      lambda w, draws: fn(w, draws).astype(dtype or w.dtype),
-      _blocks(params, displacement, directions),
-      lambda x: zeros(x) if dtype is None else (
-          jnp.zeros(paths.shape_of(x), dtype))))
+  leaves = _blocks(params, displacement, directions)
+  out = _applied(
+      lambda w, draws: fn(w, draws).astype(dtype or w.dtype), leaves)
+  for i, x in enumerate(leaves):
+    if isinstance(x, Block):
+      continue
+    if dtype is None:
+      out[i] = zeros(x)
+    else:
+      out[i] = jnp.zeros(paths.shape_of(x), dtype)
+  return paths.structure(params).unflatten(out)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Unmoved:
   """Serves as the update of a PRNG key, to which no number can be added.
 
@@ -272,14 +278,6 @@ class Unmoved:
   def __radd__(self, key: Any) -> Any:
     """Returns the key in a form that `optax.apply_updates` can cast."""
     return key if isinstance(key, Tracer) else _Sum(key)
-
-  def tree_flatten(self) -> tuple[tuple[()], None]:
-    return (), None
-
-  @classmethod
-  def tree_unflatten(cls, aux: Any, children: Any) -> 'Unmoved':
-    del aux, children
-    return cls()
 
 
 class _Sum(jax.Array):
@@ -362,13 +360,12 @@ def perturbed(value_fn: Callable[..., Any],
     >>> bool(jnp.allclose(lazy, f(mezo_jax.displace(w, step), x)))
     True
   """
-
   arguments.function('value_fn', value_fn)
   directions = as_directions(directions)
 
   def perturbed_fn(params, displacement, /, *args, **kwargs):
-    return _evaluated(lambda p: value_fn(p, *args, **kwargs), params,
-                      _blocks(params, displacement, directions))
+    leaves = _blocks(params, displacement, directions)
+    return _evaluated(lambda p: value_fn(p, *args, **kwargs), params, leaves)
 
   return perturbed_fn
 
@@ -406,11 +403,10 @@ def dequantized(fn: Callable) -> Callable:
   arguments.function('fn', fn)
 
   def dequantized_fn(params, /, *args, **kwargs):
-    named = paths.named_leaves(params)
-    if not any(is_codes(x) for _, x in named):
+    leaves = [x for _, x in paths.named_leaves(params)]
+    if not any(map(is_codes, leaves)):
       return fn(params, *args, **kwargs)
-    return _evaluated(lambda p: fn(p, *args, **kwargs), params,
-                      [x for _, x in named])
+    return _evaluated(lambda p: fn(p, *args, **kwargs), params, leaves)
 
   return dequantized_fn
 
@@ -423,29 +419,25 @@ def _evaluated(fn: Callable, params, leaves: list):
     params: The params, which are only used for tracing.
     leaves: The leaves of the params, with a `Block` for each lazy one.
   """
-  as_read = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if (
-      is_codes(x)) else x
+  def as_read(x):
+    """Describes a quantised leaf by the array that ``fn`` gets."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_codes(x) else x
   closed, out = jax.make_jaxpr(fn, return_shape=True)(
       jax.tree.map(as_read, params, is_leaf=is_codes))
   # Quantised leaves without a z become blocks, too, so that they are
   # dequantised only where they are used.
-  leaves = [_still(path, x) if is_codes(x) else x for x, (path, _) in zip(
-      leaves, paths.named_leaves(params))]
-  blocks = [x for x in leaves if isinstance(x, Block)]
-  context = Context(sum(x.w.size for x in blocks))
-  small = sorted(_small(blocks))
-  built = dict(zip([blocks[i].leaf for i in small], _each(
-      _build, [blocks[i] for i in small], {*range(len(small))})))
-  leaves = [built.get(x.leaf, x) if isinstance(x, Block) else x
-            for x in leaves]
+  leaves = [
+      _still(path, x) if is_codes(x) else x
+      for x, (path, _) in zip(leaves, paths.named_leaves(params))]
+  context = Context(sum(x.w.size for x in leaves if isinstance(x, Block)))
+  leaves = _applied(_build, leaves, only_small=True)
   outs = evaluate(closed.jaxpr, closed.consts, leaves, context)
   for x in outs:
     context.note(x, 'the function returns it')
-  outs = [*map(context.force, outs)]
+  outs = [context.force(x) for x in outs]
   if context.built:
+    built = [f'{leaf} ({why})' for leaf, why in context.built.items()]
     warnings.warn(
         'these weights are built in full, which takes memory in addition to '
-        'the stored weights: '
-        + '; '.join(f'{leaf} ({why})' for leaf, why in context.built.items())
-        + '.', stacklevel=3)
-  return jax.tree.unflatten(jax.tree.structure(out), outs)
+        f'the stored weights: {"; ".join(built)}.', stacklevel=3)
+  return jax.tree.structure(out).unflatten(outs)

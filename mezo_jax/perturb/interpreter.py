@@ -87,12 +87,14 @@ class Block:
       The view. None if the draws or the `QuantizedArray` do not have this view,
       so that the block must be built instead.
     """
-    draws, new, shape = self.draws, self.w if w is None else w, self.shape
+    is_known = w is not None
+    new = w if is_known else self.w
+    draws, shape = self.draws, self.shape
     for view in chain:
       draws = draws.viewed(view, shape)
       if is_codes(new):
         new = new.viewed(view)
-      elif w is None:
+      elif not is_known:
         new = view.array(new, shape)
       if draws is None or new is None:
         return None
@@ -122,10 +124,14 @@ class Block:
 
   def build(self) -> jax.Array:
     """Returns the displaced weights, with all casts applied."""
-    w = self.draws.add(self.w).astype(self.w.dtype)
+    return self.cast(self.draws.add(self.w))
+
+  def cast(self, w: jax.Array | QuantizedArray) -> jax.Array:
+    """Returns an array in the dtype of the leaf, with all casts applied."""
+    out = w.astype(self.w.dtype)
     for dtype in self.casts:
-      w = w.astype(dtype)
-    return w
+      out = out.astype(dtype)
+    return out
 
 
 @functools.partial(
@@ -157,20 +163,26 @@ class Operation:
 
   An operation is a dictionary key in `Context.functions` and static data in
   pytrees. The layers of an unrolled model thus share one traced function.
+
+  Args:
+    eqn: The equation.
+    how: How it is evaluated, if there are several ways. Operations are equal
+      only if they are evaluated in the same way. Defaults to ''.
   """
 
-  def __init__(self, eqn: Any) -> None:
+  def __init__(self, eqn: Any, how: str = '') -> None:
     self.eqn = eqn
-    inputs = tuple((v.aval, str(v.val) if isinstance(v, core.Literal) else '')
-                   for v in eqn.invars)
-    self._key = (eqn.primitive, inputs, *sorted(
-        eqn.params.items(), key=lambda item: item[0]))
+    literals = tuple(
+        str(v.val) if isinstance(v, core.Literal) else '' for v in eqn.invars)
+    inputs = tuple(v.aval for v in eqn.invars)
+    params = sorted(eqn.params.items(), key=lambda item: item[0])
+    self._key = eqn.primitive, how, inputs, literals, *params
     try:
       self._hash = hash(self._key)
     except TypeError:
       # If a parameter is not hashable (a list, an array), the operation is
       # equal only to itself.
-      self._key, self._hash = id(self), id(self)
+      self._key = self._hash = id(self)
 
   def __hash__(self) -> int:
     return self._hash
@@ -204,7 +216,8 @@ class Context:
     Values that are not lazy are returned unchanged.
     """
     if isinstance(x, Expression):
-      return bind(x.op.eqn, [*map(self.force, x.args)])[x.index]
+      results = bind(x.op.eqn, [self.force(arg) for arg in x.args])
+      return results[x.index]
     if not isinstance(x, Block):
       return x
     x, order = x.as_it_lies()
@@ -236,11 +249,27 @@ class Context:
     small = size < SMALL and 1000 * size < self.total
     if not self.apart or small or op.eqn.effects:
       return fn(ins)
-    part = any(map(_is_part, ins))
-    ins, orders = pack(ins)
-    kind = op, orders, fn_on_cpu is not None
+    # Prepare the blocks as arguments of a function that equal layers share.
+    # Paths are removed, since they differ between layers. Transposes are
+    # undone, so that axes have the same order as in the leaf.
+    args, tree = jax.tree.flatten(ins, is_leaf=_is_block)
+    part = any(x.leaf == '' for x in args if _is_block(x))
+    orders = [None] * len(args)
+    for i, x in enumerate(args):
+      if _is_block(x):
+        args[i], orders[i] = dataclasses.replace(x, leaf=None).as_it_lies()
+    ins = tree.unflatten(args)
+
+    def unpacked(fn):
+      """Returns ``fn`` as a function of the prepared values."""
+      def run(ins):
+        args = [x if order is None else x.transpose(order) for x, order in zip(
+            tree.flatten_up_to(ins), orders)]
+        return fn(tree.unflatten(args))
+      return run
+
+    kind = op, tree, tuple(orders), fn_on_cpu is not None
     if kind not in self.functions:
-      unpacked = lambda fn: lambda ins: fn(unpack(ins, orders))
       called = xla.apart(unpacked(fn_on_cpu or fn))
       jitted = jax.jit(unpacked(fn))
       tied = lambda ins: jitted(_tied(ins))
@@ -253,8 +282,9 @@ class Context:
       tied = jitted
     # On CPU, a part of a leaf would have to be copied before it can be passed
     # to a function that is not inlined. On TPU, a plain function is enough.
-    return lax.platform_dependent(ins, cpu=jitted if part else called,
-                                  cuda=tied, rocm=tied, default=jitted)
+    on_cpu = jitted if part else called
+    return lax.platform_dependent(
+        ins, cpu=on_cpu, cuda=tied, rocm=tied, default=jitted)
 
   def note(self, x: Any, why: str, stacked: bool = False) -> None:
     """Records that a leaf is built in full, if the leaf is large.
@@ -267,20 +297,16 @@ class Context:
       why: The reason why it is built in full, for the warning.
       stacked: Whether to record only stacks of layers. Defaults to False.
     """
-    if isinstance(x, Expression):
-      for arg in x.args:
-        self.note(arg, why, stacked)
-    elif isinstance(x, Block) and x.leaf and x.w.size > max(
-        0.04 * self.total, SMALL) and (
-            not stacked or x.draws.is_stack()):
-      self.built.setdefault(x.leaf, why)
+    least = max(0.04 * self.total, SMALL)
+    for block in filter(_is_block, jax.tree.leaves(x, is_leaf=_is_block)):
+      is_large = block.leaf and block.w.size > least
+      if is_large and (block.draws.is_stack() or not stacked):
+        self.built.setdefault(block.leaf, why)
 
 
-def _is_part(x) -> bool:
-  """Returns whether a value is, or depends on, only a part of a leaf."""
-  if isinstance(x, Expression):
-    return any(map(_is_part, x.args))
-  return isinstance(x, Block) and x.leaf == ''
+def _is_block(x) -> bool:
+  """Returns whether a value is a `Block`, to map over trees of values."""
+  return isinstance(x, Block)
 
 
 def _tied(values) -> list:
@@ -291,50 +317,14 @@ def _tied(values) -> list:
   before the first layer is evaluated.
   """
   met = [x for x in values if x is not None and not isinstance(x, Lazy)]
+  if not met:
+    return values
   def one(x):
-    if isinstance(x, Expression):
-      return dataclasses.replace(x, args=tuple(map(one, x.args)))
-    if not isinstance(x, Block):
+    if not _is_block(x):
       return x
     w, keys, _ = lax.optimization_barrier((x.w, x.draws.keys(), met))
     return dataclasses.replace(x, w=w, draws=x.draws.tied(keys))
-  return [*map(one, values)] if met else values
-
-
-def pack(values: Any) -> tuple[list[Any], tuple[Any, ...]]:
-  """Prepares values as arguments of a function that equal layers share.
-
-  Paths are removed, since they differ between layers. Transposes of blocks are
-  undone, so that the axes of an argument have the same order as in the leaf.
-
-  Args:
-    values: Lazy and other values.
-
-  Returns:
-    The prepared values, and the orders of axes that `unpack` needs.
-  """
-  out, orders = [], []
-  for x in values:
-    order = None
-    if isinstance(x, Block):
-      x, order = dataclasses.replace(x, leaf=None).as_it_lies()
-    elif isinstance(x, Expression):
-      args, order = pack(x.args)
-      x = dataclasses.replace(x, args=tuple(args))
-    out.append(x)
-    orders.append(order)
-  return out, tuple(orders)
-
-
-def unpack(values: Any, orders: Any) -> list[Any]:
-  """Transposes blocks back after `pack`. Their paths are not restored."""
-  def one(x, order):
-    if isinstance(x, Block):
-      return x.transpose(order)
-    if isinstance(x, Expression):
-      return dataclasses.replace(x, args=tuple(unpack(x.args, order)))
-    return x
-  return [*map(one, values, orders)]
+  return jax.tree.map(one, values, is_leaf=_is_block)
 
 
 # --- evaluation -------------------------------------------------------------
@@ -353,24 +343,20 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Any,
   Returns:
     The results, some of which may be lazy; see `Context.force`.
   """
-  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+  env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:
     ins = [read(v) for v in eqn.invars]
+    rule = RULES.get(eqn.primitive.name, otherwise)
     with jax_versions.context_of(eqn):
-      outs = _evaluate_one(eqn, ins, context)
+      if any(isinstance(x, Lazy) for x in ins):
+        outs = rule(eqn, ins, context)
+        if outs is None:
+          outs = otherwise(eqn, ins, context)
+      else:
+        outs = bind(eqn, ins)
     env.update(zip(eqn.outvars, outs))
   return [read(v) for v in jaxpr.outvars]
-
-
-def _evaluate_one(eqn, ins, context: Context) -> list:
-  """Evaluates an equation, by its rule if an input is lazy."""
-  if not any(isinstance(x, Lazy) for x in ins):
-    return bind(eqn, ins)
-  outs = None
-  if eqn.primitive.name in RULES:
-    outs = RULES[eqn.primitive.name](eqn, ins, context)
-  return otherwise(eqn, ins, context) if outs is None else outs
 
 
 def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
@@ -404,31 +390,38 @@ def otherwise(eqn: Any, ins: Sequence[Any], context: Context,
   op = Operation(eqn)
   ins = [None if isinstance(v, core.Literal) else x
          for v, x in zip(eqn.invars, ins)]
-  if _waits(eqn, ins):
-    return [Expression(tuple(ins), op, i, v.aval.shape)
-            for i, v in enumerate(eqn.outvars)]
+  shapes = [v.aval.shape for v in eqn.outvars]
+  if _waits(eqn, ins, shapes):
+    return [Expression(tuple(ins), op, i, shape)
+            for i, shape in enumerate(shapes)]
   for x in ins:
     context.note(x, f'{eqn.primitive.name} uses all of it at once',
                  stacked=not _inner(eqn))
-  return context.consume(
-      lambda ins: bind(eqn, [*map(context.force, ins)]), op, ins, by_parts)
+  def whole(ins):
+    """Builds the lazy inputs."""
+    return bind(eqn, [context.force(x) for x in ins])
+  return context.consume(whole, op, ins, by_parts)
 
 
-def _waits(eqn, ins) -> bool:
+def _waits(eqn, ins, shapes) -> bool:
   """Returns whether to record an equation as an expression, to run it later.
 
   This is the case if its inputs are weights, scalars and literals, and its
   results are large. If it was run now, the large results would be in memory
   until they are used.
   """
-  return (
-      all(x is None or isinstance(x, Lazy) or not jnp.ndim(x) for x in ins)
-      and all(math.prod(v.aval.shape) >= SMALL for v in eqn.outvars)
-      and not eqn.effects and not _inner(eqn))
+  if any(x is not None and not isinstance(x, Lazy) and jnp.ndim(x)
+         for x in ins):
+    return False
+  if any(math.prod(shape) < SMALL for shape in shapes):
+    return False
+  return not eqn.effects and not _inner(eqn)
 
 
 def _inner(eqn) -> bool:
   """Returns whether an equation contains jaxprs or functions, as loops do."""
-  return any(isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x)
-             for value in eqn.params.values()
-             for x in (value if isinstance(value, tuple) else (value,)))
+  for value in eqn.params.values():
+    for x in value if isinstance(value, tuple) else (value,):
+      if isinstance(x, (core.Jaxpr, core.ClosedJaxpr)) or callable(x):
+        return True
+  return False

@@ -6,6 +6,7 @@ multiplied in parts. In all other cases the weight is built for the product.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -26,29 +27,19 @@ from mezo_jax.perturb.interpreter import (
 
 def _dot(eqn, ins, context):
   """Evaluates a product, in one of the three forms described above."""
-  if sum(isinstance(x, Lazy) for x in ins) == 1:
-    at = 0 if isinstance(ins[0], Lazy) else 1
-    if isinstance(ins[at], Block):
-      if _factors(eqn, ins, at):
-        return context.consume(
-            lambda ins: _by_factors(eqn, ins, at), _Product(eqn), ins)
-      return otherwise(eqn, ins, context, _by_parts(eqn, ins, at, context))
-  return otherwise(eqn, ins, context)
+  lazy = [i for i, x in enumerate(ins) if isinstance(x, Lazy)]
+  if len(lazy) > 1 or not isinstance(ins[lazy[0]], Block):
+    return None
+  (at,) = lazy
+  if _factors(eqn, ins, at) is None:
+    return otherwise(eqn, ins, context, _by_parts(eqn, ins, at, context))
+  # The functions that `Context.consume` caches must differ from those of the
+  # same product with a weight that is built.
+  op = Operation(eqn, 'by factors')
+  return context.consume(lambda ins: _by_factors(eqn, ins, at), op, ins)
 
 
 # --- low-rank directions ----------------------------------------------------
-
-
-class _Product(Operation):
-  """Identifies a product that is computed from the factors of z.
-
-  `Context.consume` caches functions by operation. The key of this operation
-  must differ from that of the same product with a weight that is built.
-  """
-
-  def __init__(self, eqn):
-    super().__init__(eqn)
-    self._key = self._key, 'by factors'
 
 
 def _factors(eqn, ins, at) -> tuple | None:
@@ -67,11 +58,10 @@ def _factors(eqn, ins, at) -> tuple | None:
   draws = w.draws
   if not has_factors(w) or not jnp.issubdtype(x.dtype, jnp.floating):
     return None
-  contracted = {*eqn.params['dimension_numbers'][0][at]}
-  axes = [{*low_rank.counted(s, w.shape)} for s in draws.streams]
-  mine = [contracted & a for a in axes]
-  for first in (0, 1):
-    if mine[1 - first] <= axes[first]:
+  contracted = eqn.params['dimension_numbers'][0][at]
+  axes = [set(low_rank.counted(s, w.shape)) for s in draws.streams]
+  for first, second in ((0, 1), (1, 0)):
+    if axes[second].intersection(contracted) <= axes[first]:
       return first, axes
   return None
 
@@ -80,7 +70,7 @@ def has_factors(w: Any) -> bool:
   """Returns whether z of a weight consists of factors that products can use."""
   return (isinstance(w, Block) and len(w.draws.streams) >= 2
           and w.draws.is_everywhere and w.draws.coefs.ndim <= 1
-          and not in_sharded_types(w.w))
+          and not _in_sharded_types(w.w))
 
 
 def _by_factors(eqn, ins, at):
@@ -92,74 +82,75 @@ def _by_factors(eqn, ins, at):
   """
   p, out = eqn.params, eqn.outvars[0].aval
   w, x = ins[at], ins[1 - at]
-  factors = _factors(eqn, ins, at)
-  assert factors is not None  # `_dot` has checked this
-  first, axes = factors
   wide = dtypes.wide(out.dtype)
-  product = lambda a, b: lax.dot_general(
-      a if at else b, b if at else a, p['dimension_numbers'], p['precision'],
-      wide)
-  clean = w.w.astype(w.w.dtype)
-  for dtype in w.casts:
-    clean = clean.astype(dtype)
+  lhs, rhs = w.cast(w.w), x
+  if at:
+    lhs, rhs = rhs, lhs
 
   # jnp.einsum names axes by integers. 0, 1, ... are the axes of W, followed by
-  # n_ for the directions and r_ for the rank, and then by the free axes of x.
+  # n_ for the directions and r_ for the rank, and then by the axes of x. A
+  # contracted axis or a batch axis of x has the name of the corresponding axis
+  # of W.
   n_, r_ = len(w.shape), len(w.shape) + 1
-  (of_x, of_w), (batch_x, batch_w) = ((pair[1 - at], pair[at]) for pair in
-                                      p['dimension_numbers'])
-  # A contracted axis or a batch axis of x has the name of the corresponding
-  # axis of W. The free axes of x get names of their own.
-  met = dict(zip((*of_x, *batch_x), (*of_w, *batch_w)))
-  of_x_alone = [a for a in range(x.ndim) if a not in met]
-  names = {a: r_ + 1 + a for a in of_x_alone} | met
-  free = [a for a in range(n_) if a not in (*of_w, *batch_w)]
-  mine = [names[a] for a in of_x_alone]
-  result = [*batch_w, *(mine + free if at else free + mine)]
+  contracted, batch = p['dimension_numbers']
+  of_w, batch_w = contracted[at], batch[at]
+  names = [[*range(n_)], [*range(n_)]]
+  of_x = names[1 - at] = [r_ + 1 + a for a in range(x.ndim)]
+  alone = {*of_x}
+  for a, name in zip((*contracted[1 - at], *batch[1 - at]), (*of_w, *batch_w)):
+    alone.remove(of_x[a])
+    of_x[a] = name
   # ``result`` has the names of the axes of the product, as dot_general orders
   # them: batch axes, then the free axes of both operands.
+  result = dict.fromkeys((*batch_w, *names[0], *names[1]))
+  result = [a for a in result if a not in of_w]
+
+  found = _factors(eqn, ins, at)
+  assert found is not None  # `_dot` has checked this
+  first, axes = found
+  second = 1 - first
   factors = [w.draws.directions.factor(s, w.shape, x.dtype)
              for s in w.draws.streams]
   subs = [[*sorted(a), n_, r_] for a in axes]
   # ``kept`` has the axes of the product of x with the first factor, which are
   # all axes that are not contracted yet. An axis along which the second factor
   # varies, too, is contracted only in the product with the second factor.
-  kept = [a for a in (*names.values(), *sorted(axes[first]))
-          if a not in of_w or a in axes[1 - first]]
-  kept = [*dict.fromkeys(kept), n_, r_]
-  sums = lambda *args, dtype=wide: jnp.einsum(
-      *args, preferred_element_type=dtype, precision=_precision(p))
+  kept = dict.fromkeys((*sorted(alone), *of_w, *batch_w, *subs[first]))
+  kept = [a for a in kept if a not in of_w or a in axes[second]]
+  # jnp.einsum takes a precision for each operand, but not the name of an
+  # algorithm.
+  precision = p['precision']
+  if not isinstance(precision, (tuple, lax.Precision)):
+    precision = None
+  sums = functools.partial(jnp.einsum, precision=precision)
   # x U, or x V: a narrow array with axes for the directions and the rank.
-  narrow = sums(x, [names[a] for a in range(x.ndim)], factors[first],
-                subs[first], kept)
-  narrow = narrow * w.draws.coefs.reshape(
-      # Under jax_numpy_rank_promotion='raise', arrays must have equally many
-      # axes to broadcast, so axes of length 1 are added.
-      (1,) * (narrow.ndim - 2) + (-1, 1))
+  narrow = sums(x, of_x, factors[first], subs[first], kept,
+                preferred_element_type=wide)
+  # Under jax_numpy_rank_promotion='raise', arrays must have equally many axes
+  # to broadcast, so axes of length 1 are added.
+  coefs = w.draws.coefs.reshape((1,) * (narrow.ndim - 2) + (-1, 1))
+  narrow = narrow * coefs
   core = w.draws.streams[0].core
   if core is not None:  # Multiply by the matrix C of SubZero, or its transpose.
     there = [a for a in range(n_) if core.shape[a] > 1]
     core = core.reshape([core.shape[a] for a in there] + [*core.shape[n_:]])
     new = r_ + 1 + x.ndim
-    narrow = sums(narrow, kept, core, [*there, n_, *(
-        (r_, new) if first == 0 else (new, r_))], [*kept[:-1], new])
+    ranks = [r_, new] if first == 0 else [new, r_]
+    narrow = sums(narrow, kept, core, [*there, n_, *ranks], [*kept[:-1], new],
+                  preferred_element_type=wide)
   narrow = narrow.astype(x.dtype)
-  there = [a for a in result if a in kept or a in axes[1 - first]]
+  there = [a for a in result if a in kept or a in axes[second]]
   # This product also sums over the directions. The perturbation is small
   # relative to x W, so the dtype of x is precise enough for it. If that is half
   # precision, it halves the memory traffic.
-  added = sums(narrow, kept, factors[1 - first], subs[1 - first], there,
-               dtype=x.dtype)
+  added = sums(narrow, kept, factors[second], subs[second], there,
+               preferred_element_type=x.dtype)
   # Restore the axes of length 1 along which neither factor varies.
-  added = added.reshape([1 if a not in there else n for a, n in zip(
-      result, out.shape)])
-  return [(product(x, clean) + added.astype(wide)).astype(out.dtype)]
-
-
-def _precision(params):
-  """Returns the precision of a product, in a form that jnp.einsum accepts."""
-  p = params['precision']
-  return p if isinstance(p, (tuple, lax.Precision)) else None
+  added = added.reshape(
+      [n if a in there else 1 for a, n in zip(result, out.shape)])
+  clean = lax.dot_general(
+      lhs, rhs, p['dimension_numbers'], p['precision'], wide)
+  return [(clean + added.astype(wide)).astype(out.dtype)]
 
 
 # --- parts of a large matrix ------------------------------------------------
@@ -176,19 +167,23 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
     A function of the inputs, or None if the matrix has at most 1/8 of the
     model's elements or cannot be split into rows.
   """
-  p = eqn.params
-  w = ins[at]
+  p, w = eqn.params, ins[at]
   contracted, batch = (pair[at] for pair in p['dimension_numbers'])
   free = [a for a in range(len(w.shape)) if a not in (*contracted, *batch)]
-  if (not free or 8 * w.w.size <= context.total or in_sharded_types(w.w)):
+  if not free or 8 * w.w.size <= context.total or _in_sharded_types(w.w):
     return None
   axis = max(free, key=lambda a: w.shape[a])
   size, wanted = w.shape[axis], -(-32 * w.w.size // context.total)
-  parts = next((n for n in range(wanted, size) if size % n == 0), size)
+  parts = min(wanted, size)
+  while size % parts:
+    parts += 1
   if parts > 16 * wanted:  # no suitable divisor, such as for a prime length
     return None
-  others = len(ins[1 - at].shape) - len(contracted) - len(batch)
-  out_axis = len(batch) + (others if at else 0) + free.index(axis)
+  # The position of this axis in the result: after the batch axes and, if the
+  # weight is the right operand, after the free axes of the left one.
+  out_axis = len(batch) + free.index(axis)
+  if at:
+    out_axis += len(ins[0].shape) - len(contracted) - len(batch)
   # Part i consists of the rows i, i + parts, i + 2 * parts, ... On a mesh,
   # neighbouring rows are often on the same device, so this spreads the rows of
   # each part over all devices.
@@ -202,24 +197,26 @@ def _by_parts(eqn, ins, at, context) -> Callable | None:
 
   def run(ins):
     """Computes the product, one part of the rows at a time."""
-    (w, _), x = ins[at].as_it_lies(), ins[1 - at]
+    w, _ = ins[at].as_it_lies()
     rows = w.viewed(split)
     def part(i, out):
       i = jnp.asarray(i)  # under jax.disable_jit it is a Python integer
       some = rows.viewed(views.Take(along + 1, i))
-      built = context.force(some).transpose(order)
-      lhs, rhs = (x, built) if at else (built, x)
-      return lax.dynamic_update_index_in_dim(out, lax.dot_general(
+      lhs, rhs = context.force(some).transpose(order), ins[1 - at]
+      if at:
+        lhs, rhs = rhs, lhs
+      product = lax.dot_general(
           lhs, rhs, p['dimension_numbers'], p['precision'],
-          p['preferred_element_type']), i, out_axis + 1)
+          p['preferred_element_type'])
+      return lax.dynamic_update_index_in_dim(out, product, i, out_axis + 1)
     out = eqn.outvars[0].aval
-    return [lax.fori_loop(0, parts, part, jnp.zeros(
-        apart(out.shape, out_axis), out.dtype)).reshape(out.shape)]
+    start = jnp.zeros(apart(out.shape, out_axis), out.dtype)
+    return [lax.fori_loop(0, parts, part, start).reshape(out.shape)]
 
   return run
 
 
-def in_sharded_types(w: Any) -> bool:
+def _in_sharded_types(w) -> bool:
   """Returns whether any mesh axis is Explicit or Manual at this point.
 
   In that case, types of arrays include shardings, and a loop has to specify the
@@ -228,10 +225,11 @@ def in_sharded_types(w: Any) -> bool:
   Args:
     w: A weight.
   """
-  w = w.codes if is_codes(w) else w
-  mesh = jax.typeof(w).sharding.mesh
-  return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types) or bool(
-      jax.sharding.get_abstract_mesh().manual_axes)
+  array = w.codes if is_codes(w) else w
+  mesh = jax.typeof(array).sharding.mesh
+  if jax.sharding.get_abstract_mesh().manual_axes:
+    return True
+  return any(t != jax.sharding.AxisType.Auto for t in mesh.axis_types)
 
 
 RULES['dot_general'] = _dot

@@ -29,29 +29,31 @@ def _view(view_of: Callable) -> Callable:
   """
   def rule(eqn, ins, context):
     x, *others = ins
-    if not isinstance(x, Block) or any(isinstance(y, Lazy) for y in others):
+    if not isinstance(x, Block):
       return None
     view = view_of(eqn, x.shape, *others)
-    if view is None or (block := x.viewed(view, w=_bound(eqn, ins))) is None:
+    if view is None:
       return None
-    return [block]
+    return _viewed(eqn, ins, view)
   return rule
 
 
-def _bound(eqn, ins) -> jax.Array | None:
-  """Applies an equation to the clean weights of a block.
+def _viewed(eqn, ins, *chain: views.View) -> list | None:
+  """Returns the block that an equation computes, given the same as views.
 
-  The equation itself is evaluated, since its parameters may contain a sharding
-  of the result. Returns None for quantised weights.
+  The equation itself is applied to the clean weights, since its parameters may
+  contain a sharding of the result. Quantised weights are viewed.
   """
   x, *others = ins
-  return None if is_codes(x.w) else bind(eqn, [x.w, *others])[0]
+  w = None if is_codes(x.w) else bind(eqn, [x.w, *others])[0]
+  block = x.viewed(*chain, w=w)
+  return None if block is None else [block]
 
 
 def _same(eqn, ins, context):
   """Evaluates an operation that changes neither elements nor their order."""
-  (x,) = ins
-  return [x.viewed(w=_bound(eqn, ins))] if isinstance(x, Block) else None
+  del context
+  return _viewed(eqn, ins) if isinstance(ins[0], Block) else None
 
 
 def _reshaped(eqn, shape, *others):
@@ -78,37 +80,39 @@ def _dynamically_sliced(eqn, shape, *starts):
   XLA clamps the start so that the slice is inside of the array. So does this
   function.
   """
-  size = eqn.outvars[0].aval.shape
-  starts = [jnp.clip(i, 0, n - m) for i, n, m in zip(starts, shape, size)]
-  return views.Window(starts, size, (1,) * len(shape))
+  sizes = eqn.outvars[0].aval.shape
+  inside = []
+  for start, n, size in zip(starts, shape, sizes):
+    inside.append(jnp.clip(start, 0, n - size))
+  return views.Window(inside, sizes, (1,) * len(shape))
 
 
 def _gather(eqn, ins, context):
   """Evaluates a lookup of entries along one axis, such as embedding rows."""
   x, *others = ins
   found = gathered_axis(eqn)
-  if found is None or not isinstance(x, Block) or any(
-      isinstance(y, Lazy) for y in others):
+  if found is None or not isinstance(x, Block):
+    return None
+  if any(isinstance(y, Lazy) for y in others):
     return None
   axis, at = found
   index, n = others[0][..., 0], x.shape[axis]
+  after = len(x.shape) - axis - 1
   # For an index out of bounds, JAX returns a fill value. The view clips such an
   # index to one within bounds, and `Keep` removes the z of the result. The
   # clean weights, including the fill values, come from the gather itself
-  # (`_bound`).
+  # (`_viewed`).
   chain: list[views.View] = [views.Take(axis, jnp.clip(index, 0, n - 1))]
-  order = [*range(len(x.shape) - 1 + index.ndim)]
   if eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP:
     inside = (index >= 0) & (index < n)
-    chain.append(views.Keep(inside.reshape(
-        (1,) * axis + index.shape + (1,) * (len(x.shape) - axis - 1))))
+    chain.append(views.Keep(
+        inside.reshape((1,) * axis + index.shape + (1,) * after)))
   # `Take` puts the axes of the index in the place of the looked-up axis. Move
   # them to where this gather has them.
-  moved = order[axis:axis + index.ndim]
-  rest = [a for a in order if a not in moved]
-  chain.append(views.Transpose(rest[:at] + moved + rest[at:]))
-  block = x.viewed(*chain, w=_bound(eqn, ins))
-  return None if block is None else [block]
+  before, end = [*range(axis)], axis + index.ndim
+  rest = [*before, *range(end, end + after)]
+  rest[at:at] = range(axis, end)
+  return _viewed(eqn, ins, *chain, views.Transpose(rest))
 
 
 def gathered_axis(eqn: Any) -> tuple[int, int] | None:
@@ -119,18 +123,21 @@ def gathered_axis(eqn: Any) -> tuple[int, int] | None:
     axis of the operand, and ``at`` is the first axis in the result that belongs
     to the index.
   """
-  p, shape = eqn.params, eqn.invars[0].aval.shape
-  d, out = p['dimension_numbers'], eqn.outvars[0].aval.ndim
-  if len(d.start_index_map) != 1 or d.operand_batching_dims or (
-      d.collapsed_slice_dims != d.start_index_map):
+  p, d = eqn.params, eqn.params['dimension_numbers']
+  if len(d.start_index_map) != 1 or d.operand_batching_dims:
+    return None
+  if d.collapsed_slice_dims != d.start_index_map:
     return None
   (axis,) = d.start_index_map
-  if p['slice_sizes'] != tuple(
-      1 if a == axis else n for a, n in enumerate(shape)):
+  sizes = list(eqn.invars[0].aval.shape)
+  sizes[axis] = 1
+  if list(p['slice_sizes']) != sizes:
     return None
-  index = [a for a in range(out) if a not in d.offset_dims]
-  at = index[0] if index else axis
-  return (axis, at) if index == [*range(at, at + len(index))] else None
+  index = [a for a in range(eqn.outvars[0].aval.ndim) if a not in d.offset_dims]
+  if not index:
+    return axis, axis
+  is_consecutive = index[-1] - index[0] == len(index) - 1
+  return (axis, index[0]) if is_consecutive else None
 
 
 def _cast(eqn, ins, context):
@@ -148,9 +155,9 @@ def _cast(eqn, ins, context):
 def _put(eqn, ins, context):
   """Evaluates a device_put, which changes placement but not indexing."""
   del context
-  if any(isinstance(x, Lazy) and (not isinstance(x, Block) or is_codes(x.w))
-         for x in ins):
-    return None
+  for x in ins:
+    if isinstance(x, Lazy) and (not isinstance(x, Block) or is_codes(x.w)):
+      return None
   outs = bind(eqn, [x.w if isinstance(x, Block) else x for x in ins])
   return [x.view(out, x.draws) if isinstance(x, Block) else out
           for x, out in zip(ins, outs)]
@@ -165,9 +172,10 @@ def _resharded(eqn, ins, context):
 
   def follow(a):
     """Reshards an array that broadcasts with the block."""
-    names = [name if n == m > 1 else None
-             for name, n, m in zip(to.spec, x.w.shape, a.shape)]
-    names += (None,) * (a.ndim - len(names))
+    names = [None] * a.ndim
+    for axis, name in enumerate(to.spec):
+      if a.shape[axis] == x.w.shape[axis] > 1:
+        names[axis] = name
     return jax.sharding.reshard(a, to.update(spec=jax.P(*names)))
   (w,) = bind(eqn, [x.w])
   draws = dataclasses.replace(
@@ -182,12 +190,10 @@ def _barrier(eqn, ins, context):
   Lazy values are returned unchanged, since they have not been computed yet.
   """
   del eqn, context
-  at = [i for i, x in enumerate(ins) if not isinstance(x, Lazy)]
-  outs = [*ins]
-  if at:
-    for i, x in zip(at, lax.optimization_barrier([ins[i] for i in at])):
-      outs[i] = x
-  return outs
+  known = [None if isinstance(x, Lazy) else x for x in ins]
+  if any(x is not None for x in known):
+    known = lax.optimization_barrier(known)
+  return [x if y is None else y for x, y in zip(ins, known)]
 
 
 RULES.update({

@@ -107,13 +107,25 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
   directions = estimator.options.directions
 
   def init_fn(params):
-    state = estimator.init(params)
-    n = state.projected_grad.shape[0]
+    state, n = estimator.init(params), estimator.size
     ring = PendingState(
         jnp.zeros([], jnp.int32), jnp.zeros([every, n], jnp.float32))
     memory = () if rule.init is None else (rule.init(n),)
-    return sharding.beside(
-        (state, ring, finish.init(params), *memory), params)
+    state = state, ring, finish.init(params), *memory
+    return sharding.beside(state, params)
+
+  def add_all(params, state, ring, rest, count):
+    """Applies the accumulated updates.
+
+    Returns:
+      The updates, the state without accumulated updates, and the next state of
+      ``finish``.
+    """
+    terms = displacement(state, ring, directions, count)
+    added = direction(params, terms, directions, dtype=jnp.float32)
+    added, rest = finish.update(added, rest, params)
+    added = jax.tree.map(lambda u: xla.rounded(u, state.count), added)
+    return added, ring._replace(pending=jnp.zeros_like(ring.pending)), rest
 
   @arguments.renamed(fold='apply', flush='apply_only')
   def update_fn(updates, state, params=None, *, value_fn=None,
@@ -123,59 +135,51 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
     # The arrays of a restored state may be NumPy arrays, which have no `.at`.
     ring = jax.tree.map(jnp.asarray, ring)
     if apply_only:  # Apply the updates of earlier steps, and make no step.
-      added, rest = _sum(params, spsa_state, ring, directions, finish, rest,
-                         spsa_state.count - 1)
-      return added, (
-          spsa_state, _emptied(ring), rest,
-          *(rule.missed(None, m) for m in memory))
+      added, ring, rest = add_all(
+          params, spsa_state, ring, rest, spsa_state.count - 1)
+      memory = [rule.missed(None, m) for m in memory]
+      return added, (spsa_state, ring, rest, *memory)
 
     check_update(updates, spsa_state, params, value_fn, projected_grad)
     if around is not None:
       raise ValueError('around= cannot be combined with apply_every, which '
                        'uses around= itself, for the accumulated updates.')
     # Measure the numbers of this step, or take recorded ones.
+    count = spsa_state.count
     if value_fn is None:
       numbers = estimator.checked(batch.get('value', jnp.nan), projected_grad)
     else:
       arguments.check_names(
           value_fn, apply=apply, apply_only=apply_only or None, part=part,
           measure_only=measure_only or None)
+      pending = displacement(spsa_state, ring, directions, count)
       numbers = estimator.measure(
-          spsa_state, params, value_fn, batch, part=part, around=displacement(
-              spsa_state, ring, directions, spsa_state.count))
+          spsa_state, params, value_fn, batch, part=part, around=pending)
       if measure_only:
         raise Measured(numbers)
     # Add the coefficients of this step. A skipped step adds none.
     after = counted(spsa_state, numbers)
-    g = numbers.projected_grad
-    finite = jnp.all(jnp.isfinite(g))
-    slot = spsa_state.count % every
+    g, slot = numbers.projected_grad, count % every
     coefs, *new = rule.fn(ring.pending, slot, g, ring.count, *memory)
-    count = cast(jax.Array, optax.safe_increment(ring.count))
-    new = PendingState(count, coefs), new
-    ring, memory = jax.tree.map(
-        lambda x, old: jnp.where(finite, x, old), new,
-        (ring, [rule.missed(slot, m) for m in memory]))
+    steps = cast(jax.Array, optax.safe_increment(ring.count))
+    missed = [rule.missed(slot, m) for m in memory]
+    ring, memory = optax.tree.where(
+        jnp.all(jnp.isfinite(g)), (PendingState(steps, coefs), new),
+        (ring, missed))
 
-    def add(ring, rest):
-      """Applies the accumulated updates."""
-      added, rest = _sum(params, after, ring, directions, finish, rest,
-                         spsa_state.count)
-      return added, _emptied(ring), rest
-    def wait(ring, rest):
-      """Keeps accumulating: all updates are zero."""
-      return jax.tree.map(zeros, params), ring, rest
+    add = lambda ring, rest: add_all(params, after, ring, rest, count)
+    wait = lambda ring, rest: (jax.tree.map(zeros, params), ring, rest)
     # Every k-th step applies the sum. If ``apply`` is passed, the caller has
     # decided already, as `make_step` does.
     if apply is None:
-      out = lax.cond(is_due(state), add, wait, ring, rest)
+      added, ring, rest = lax.cond(is_due(state), add, wait, ring, rest)
+    elif apply:
+      added, ring, rest = add(ring, rest)
+      # The caller may have decided before k steps were complete.
+      missed = [rule.missed(None, m) for m in memory]
+      memory = optax.tree.where(is_due(state), memory, missed)
     else:
-      out = (add if apply else wait)(ring, rest)
-    added, ring, rest = out
-    if apply:  # The caller decided, perhaps before k steps were complete.
-      due = is_due(state)
-      memory = [jax.tree.map(lambda x, lost: jnp.where(due, x, lost), m,
-                             rule.missed(None, m)) for m in memory]
+      added, ring, rest = wait(ring, rest)
     return added, (after, ring, rest, *memory)
 
   return ZerothOrderTransformation(init_fn, update_fn)
@@ -183,8 +187,8 @@ def accumulated(estimator: Estimator, every: int, rule: Rule,
 
 def is_due(state: Any) -> jax.Array:
   """Returns whether the next step is one that applies accumulated updates."""
-  parts = {type(x): x for x in jax.tree.leaves(
-      state, is_leaf=lambda x: isinstance(x, (SpsaState, PendingState)))}
+  is_part = lambda x: isinstance(x, (SpsaState, PendingState))
+  parts = {type(x): x for x in jax.tree.leaves(state, is_leaf=is_part)}
   every = parts[PendingState].pending.shape[0]
   return parts[SpsaState].count % every == every - 1
 
@@ -205,18 +209,3 @@ def displacement(state: SpsaState, ring: PendingState, directions: Directions,
   keys = jax.vmap(lambda t: directions.keys(state.key, t, n))(
       first + jnp.arange(every))
   return Displacement(keys.reshape(-1), ring.pending.reshape(-1))
-
-
-def _sum(params, state, ring, directions, finish, rest, count):
-  """Returns the sum of accumulated updates, and the next state of ``finish``.
-  """
-  added = direction(params, displacement(state, ring, directions, count),
-                    directions, dtype=jnp.float32)
-  added, rest = finish.update(added, rest, params)
-  return jax.tree.map(
-      lambda u: xla.rounded(u, state.count), added), rest
-
-
-def _emptied(ring: PendingState) -> PendingState:
-  """Returns the state with all coefficients set to 0."""
-  return ring._replace(pending=jnp.zeros_like(ring.pending))

@@ -1,13 +1,13 @@
 """Provides backpropagation with the same ``update`` as SPSA, as a baseline."""
 
-from typing import cast, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mezo_jax.core import sharding
-from mezo_jax.transforms import chain, losses
+from mezo_jax.transforms import chain, estimator, losses
 from mezo_jax.transforms.types import ZerothOrderTransformation
 
 
@@ -62,25 +62,23 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
     weights of all examples.
     """
     if micro_batches == 1:
-      return jax.value_and_grad(lambda params: losses.mean(
-          value_fn(params, **batch)).astype(jnp.float32))(params)
-    rows, with_rows = losses.split_batch(batch, micro_batches)
-    count = losses.rows_of_parts(rows)
-    def of_part(params, part):
-      """Returns the sum of weighted losses of a part, and its weight."""
-      out = value_fn(params, **with_rows(part))
-      losses.check_parts(out, micro_batches, rows=count)
-      return losses.sums(out)
-    def add(total, part):
-      (value, weight), grads = jax.value_and_grad(
-          of_part, has_aux=True)(params, part)
+      def loss(params):
+        return losses.mean(value_fn(params, **batch)).astype(jnp.float32)
+      return jax.value_and_grad(loss)(params)
+    rows, sums_of = losses.in_parts(
+        lambda part, params: value_fn(params, **part), batch, micro_batches)
+    gradient_of = jax.value_and_grad(
+        lambda params, rows: sums_of(rows, params), has_aux=True)
+    def add(total, rows):
+      """Adds the sum of weighted losses of a part, its weight and gradient."""
+      (value, weight), grads = gradient_of(params, rows)
       return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total,
                           (value, weight, grads)), None
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32),
-                        (jnp.zeros([]), jnp.zeros([]), params))
-    (value, weight, grads), _ = jax.lax.scan(add, zero, rows)
+    zero = optax.tree.zeros_like(params, jnp.float32)
+    (value, weight, grads), _ = jax.lax.scan(
+        add, (jnp.zeros([]), jnp.zeros([]), zero), rows)
     value, grads = jax.tree.map(lambda x: x / weight, (value, grads))
-    return value, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, params)
+    return value, optax.tree.cast_like(grads, params)
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     if updates is not None or params is None or value_fn is None:
@@ -92,11 +90,9 @@ def backprop(*, micro_batches: int = 1) -> ZerothOrderTransformation:
         value_fn, params, losses.accepted(value_fn, extra_args))
     norm = optax.tree.norm(grads).astype(jnp.float32)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    grads = jax.tree.map(
-        lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
-    return grads, BackpropState(
-        cast(jax.Array, optax.safe_increment(state.count)), value, norm,
-        jnp.where(finite, 0, state.notfinite_count + 1),
-        state.total_notfinite + (1 - finite.astype(jnp.int32)))
+    zero = optax.tree.zeros_like(grads)
+    state = state._replace(
+        value=value, grad_norm=norm, **estimator.counts(state, finite))
+    return optax.tree.where(finite, grads, zero), state
 
   return ZerothOrderTransformation(init_fn, update_fn)

@@ -32,10 +32,10 @@ def check_first(name: str) -> None:
     if of_optax and frame.f_code.co_qualname in _CHAINS:
       called, updates = map(frame.f_locals.get, ('new_state', 'updates'))
       if called and not jax.tree.leaves(updates):
-        links = ', '.join(map(repr, called)) if isinstance(called, dict) else (
-            f'number {len(called) + 1}')
-        where = (f'comes after {links}' if isinstance(called, dict) else
-                 f'is {links}')
+        if isinstance(called, dict):
+          where = f'comes after {", ".join(map(repr, called))}'
+        else:
+          where = f'is number {len(called) + 1}'
         raise ValueError(
             f'{name} must be the first link of a chain, but here it {where}. '
             'It computes the updates, so links before it would have no effect. '

@@ -17,7 +17,6 @@ from typing import Any, cast, NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mezo_jax.core import arguments, paths, sharding
@@ -26,14 +25,13 @@ from mezo_jax.directions import noise
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
-from mezo_jax.perturb.api import direction, zeros
+from mezo_jax.perturb.api import direction, perturbed, zeros
 from mezo_jax.transforms import chain, losses, rollouts
 from mezo_jax.transforms.combine import as_combine, Combine, two_sided
 from mezo_jax.transforms.evaluate_points import (
   check_displacement,
   check_over,
   estimate,
-  loss_at,
   Over,
 )
 from mezo_jax.transforms.types import ZerothOrderTransformation
@@ -56,6 +54,8 @@ class SpsaState(NamedTuple):
       ``update(..., projected_grad=)`` to replay the step.
     notfinite_count: Number of consecutive skipped steps up to now, int32 [].
     total_notfinite: Number of skipped steps so far, int32 [].
+    memory: Memory of the estimator, any pytree, as its ``apply`` returned it.
+      Empty for `mezo_jax.spsa`.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -75,34 +75,7 @@ class SpsaState(NamedTuple):
   projected_grad: jax.Array
   notfinite_count: jax.Array
   total_notfinite: jax.Array
-
-  @property
-  def memory(self) -> tuple[()]:
-    """Returns an empty tuple, since this state has no memory."""
-    return ()
-
-
-class SpsaStateWithMemory(NamedTuple):
-  """Holds the state of an estimator that keeps a memory between steps.
-
-  It also has the attributes of `SpsaState`, to read them directly.
-
-  Attributes:
-    spsa: The state without the memory.
-    memory: Any pytree, as ``apply`` of the estimator returned it.
-  """
-
-  spsa: SpsaState
-  memory: Any
-
-  # Tuples have a method `count`, so `__getattr__` is not called for this name.
-  @property
-  def count(self) -> jax.Array:
-    return self.spsa.count
-
-  def __getattr__(self, name: str) -> Any:
-    """Returns a field of the state without the memory."""
-    return getattr(self.spsa, name)
+  memory: Any = ()
 
 
 class Numbers(NamedTuple):
@@ -275,7 +248,8 @@ class Spsa:
       return value_fn.at(signs, of_rows)
     z, eps = self.z(state), self.eps_at(state)
     if part is not None:
-      z = jax.tree.map(lambda x: x[_part(part, self)], z)
+      some = _part(part, self)
+      z = jax.tree.map(lambda x: x[some], z)
     if isinstance(value_fn, rollouts.Rollout):
       raise rollouts.RolledOut(rollouts.evaluate(
           value_fn, params, z, eps, self.directions, signs=signs,
@@ -289,7 +263,11 @@ class Spsa:
   def loss_at(self, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any]) -> Callable[[Displacement], jax.Array]:
     """Returns a function that maps a displacement to the loss at this point."""
-    return loss_at(value_fn, params, self.directions, batch, self.micro_batches)
+    batch = losses.accepted(value_fn, dict(batch))
+    displaced = perturbed(value_fn, self.directions)
+    return lambda point: losses.mean_over_parts(
+        lambda part: displaced(params, point, **part), batch,
+        self.micro_batches)
 
   def measure(self, state: Any, params: Any, value_fn: Callable[..., Any],
               batch: Mapping[str, Any], *, around: Displacement | None = None,
@@ -304,8 +282,8 @@ class Spsa:
                          of_rows=self.combine.of_rows)
     value, g = self.combine.apply(losses, _first(self.eps_at(state)))
     if part is not None:
-      g = jnp.full(self.num_samples, jnp.nan, g.dtype).at[
-          _part(part, self)].set(g)
+      missing = jnp.full(self.num_samples, jnp.nan, g.dtype)
+      g = missing.at[_part(part, self)].set(g)
     return value, g
 
   def apply(self, state: Any, params: Any, numbers: Numbers) -> Any:
@@ -351,13 +329,11 @@ def check_part(part: Any) -> tuple[int, int]:
   Raises:
     ValueError: If ``part`` is not a pair of integers with 0 <= i < r.
   """
-  is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(
-      isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-      for x in part)
-  if not is_pair or not 0 <= part[0] < part[1]:
+  if not isinstance(part, (tuple, list)) or len(part) != 2:
     raise ValueError('part must be (i, r), part number i of r, with i from 0 '
                      f'to r - 1, got {part!r}.')
-  return int(part[0]), int(part[1])
+  i = arguments.whole('i of part=(i, r)', part[0], least=0)
+  return i, arguments.whole('r of part=(i, r)', part[1], least=i + 1)
 
 
 # --- the transform ----------------------------------------------------------
@@ -524,15 +500,13 @@ class Estimator(ZerothOrderTransformation):
     valid = numbers._replace(
         projected_grad=jnp.where(jnp.all(jnp.isfinite(g)), g, jnp.nan))
     apply, memory = self._made['apply'] or self.options.apply, ()
-    if self._made['memory'] is None:
-      updates = apply(state, params, valid)
-    else:
-      updates, memory = apply(state, params, valid)
+    updates = apply(state, params, valid)
+    if self._made['memory'] is not None:
+      updates, memory = updates
     if self.options.dtype is None:
       updates = paths.map_named(_as_param, params, updates)
     elif self.options.dtype != jnp.float32:
-      updates = jax.tree.map(
-          lambda u: u.astype(self.options.dtype), updates)
+      updates = optax.tree.cast(updates, self.options.dtype)
     return updates, counted(state, numbers, memory)
 
   def checked(self, value: Any, projected_grad: Any) -> Numbers:
@@ -564,7 +538,7 @@ class Estimator(ZerothOrderTransformation):
         notfinite_count=jnp.zeros([], jnp.int32),
         total_notfinite=jnp.zeros([], jnp.int32))
     if self._made['memory'] is not None:
-      state = SpsaStateWithMemory(state, self._made['memory'](params))
+      state = state._replace(memory=self._made['memory'](params))
     return sharding.beside(state, params)
 
   def _update(self, updates, state, params=None, *, value_fn=None,
@@ -583,10 +557,10 @@ class Estimator(ZerothOrderTransformation):
       raise Measured(numbers)
     # Make the key depend on the loss. Otherwise XLA recognises that both halves
     # draw the same z and stores it in between, which is as large as the model.
-    later = with_key(state, after(state.key, numbers.value))
+    later = state._replace(key=after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
     # The next state gets the original key.
-    return updates, with_key(new, state.key)
+    return updates, new._replace(key=state.key)
 
 
 def measure(tx: optax.GradientTransformation, state: Any, params: Any,
@@ -616,25 +590,32 @@ def measure(tx: optax.GradientTransformation, state: Any, params: Any,
   raise ValueError('tx must contain an estimator, such as mezo_jax.spsa(...).')
 
 
-def counted(state: Any, numbers: Numbers, memory: Any = ()) -> Any:
+def counted(state: SpsaState, numbers: Numbers, memory: Any = ()) -> SpsaState:
   """Returns the state after a step with these numbers.
 
   Args:
     state: The state before the step.
     numbers: The numbers of the step. If any is not finite, the step counts as
       skipped.
-    memory: The memory after the step. It is ignored for an `SpsaState`.
+    memory: The memory after the step. Defaults to (), for no memory.
   """
-  old = getattr(state, 'spsa', state)
   finite = jnp.all(jnp.isfinite(numbers.projected_grad))
-  new = SpsaState(
-      count=cast(jax.Array, optax.safe_increment(old.count)),
-      key=old.key,
-      value=numbers.value,
-      projected_grad=numbers.projected_grad,
-      notfinite_count=jnp.where(finite, 0, old.notfinite_count + 1),
-      total_notfinite=old.total_notfinite + (1 - finite.astype(jnp.int32)))
-  return new if old is state else SpsaStateWithMemory(new, memory)
+  return state._replace(
+      value=numbers.value, projected_grad=numbers.projected_grad,
+      memory=memory, **counts(state, finite))
+
+
+def counts(state: Any, finite: jax.Array) -> dict[str, jax.Array]:
+  """Returns the counts of a state after a step, by name.
+
+  Args:
+    state: The state before the step.
+    finite: Whether the step was made. If False, it counts as skipped.
+  """
+  return dict(
+      count=cast(jax.Array, optax.safe_increment(state.count)),
+      notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
+      total_notfinite=state.total_notfinite + (1 - finite.astype(jnp.int32)))
 
 
 def unless_skipped(numbers: Numbers, new: Any, old: Any) -> Any:
@@ -646,14 +627,7 @@ def unless_skipped(numbers: Numbers, new: Any, old: Any) -> Any:
     old: A pytree with the same structure.
   """
   kept = jnp.isfinite(numbers.projected_grad[0])
-  return jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
-
-
-def with_key(state: Any, key: jax.Array) -> Any:
-  """Returns a copy of a state with another key."""
-  if isinstance(state, SpsaState):
-    return state._replace(key=key)
-  return state._replace(spsa=state.spsa._replace(key=key))
+  return optax.tree.where(kept, new, old)
 
 
 def after(key: jax.Array, value: jax.Array) -> jax.Array:
@@ -668,8 +642,10 @@ def _as_param(path, x, update):
   leaves it unchanged.
   """
   del path
-  if is_codes(x) or paths.is_floating(x):
-    return update.astype(x.dtype if is_codes(x) else jnp.result_type(x))
+  if is_codes(x):
+    return update.astype(x.dtype)
+  if paths.is_floating(x):
+    return update.astype(jnp.result_type(x))
   return zeros(x)
 
 
@@ -678,8 +654,9 @@ def _as_param(path, x, update):
 
 def _check_holes(params):
   """Raises ValueError if an optax wrapper has removed leaves of the params."""
-  is_hole = lambda x: isinstance(x, optax.MaskedNode)
-  if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+  leaves = jax.tree.leaves(
+      params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  if any(isinstance(x, optax.MaskedNode) for x in leaves):
     raise ValueError(
         'params contain optax.MaskedNode, so value_fn would compute a wrong '
         'loss. Do not wrap spsa in optax.masked or optax.partition; pass a '
@@ -708,7 +685,7 @@ def check_update(updates: Any, state: Any, params: Any, value_fn: Any,
         'losses, or projected_grad to make an update without evaluation.')
   if value_fn is not None:
     arguments.function('value_fn', value_fn)
-  if not isinstance(state, SpsaState | SpsaStateWithMemory):
+  if not isinstance(state, SpsaState):
     raise ValueError('state must be the SpsaState that tx.init returned, got a '
                      f'{type(state).__name__}.')
   _check_holes(params)

@@ -23,29 +23,6 @@ Over = Literal['scan', 'batch', 'rows']
 OVER = get_args(Over)
 
 
-def loss_at(value_fn: Callable[..., Any], params: Any, directions: Directions,
-            batch: Mapping[str, Any], micro_batches: int = 1
-            ) -> Callable[[Displacement], jax.Array]:
-  r"""Returns a function that evaluates the loss at a displacement.
-
-  The function maps a displacement :math:`\delta` to :math:`\mathcal{L}(\theta +
-  \delta; \mathcal{B})`, a scalar.
-
-  Args:
-    value_fn: The loss; see `mezo_jax.spsa`.
-    params: The params :math:`\theta`.
-    directions: Distribution of z.
-    batch: Arguments of ``value_fn``, by name. Arguments that ``value_fn`` does
-      not take are ignored.
-    micro_batches: Number of equal parts in which the batch is evaluated.
-      Defaults to 1.
-  """
-  batch = losses_lib.accepted(value_fn, dict(batch))
-  displaced = perturbed(value_fn, directions)
-  return lambda point: losses_lib.mean_over_parts(
-      lambda part: displaced(params, point, **part), batch, micro_batches)
-
-
 def estimate(
     value_fn: Callable[..., Any],
     params: Any,
@@ -128,16 +105,16 @@ def estimate(
   check_displacement('z', z)
   if around is not None:
     check_displacement('around', around)
+  n, groups = z.keys.shape[0], sharding.direction_groups()
   if over != 'scan':
-    check_room(params, directions, -(-z.keys.shape[0] * len(signs)
-                                      // sharding.direction_groups()))
+    check_room(params, directions, -(-n * len(signs) // groups))
   at = at_point(value_fn, params, eps, directions, around, over, z)
   batch = losses_lib.accepted(value_fn, dict(batch or {}))
   if of_rows and (over == 'rows' or micro_batches > 1):
     raise ValueError("of_rows: the losses of rows need over='scan' or 'batch' "
                      'and micro_batches=1.')
   if over == 'rows':
-    if sharding.direction_groups() > 1:
+    if groups > 1:
       raise ValueError(
           "over='rows' cannot be used with a mesh axis 'direction' above 1, "
           'since each device evaluates the directions of its own rows. Split '
@@ -148,30 +125,31 @@ def estimate(
   def loss_at(batch, point):
     """Evaluates the loss of the batch at one point."""
     if of_rows:
-      return losses_lib.of_rows(at(point, batch))
+      return losses_lib.of_rows(at(batch, point))
     return losses_lib.mean_over_parts(
-        lambda part: at(point, part), batch, micro_batches)
+        lambda part: at(part, point), batch, micro_batches)
   return over_points(loss_at, batch, z, signs, over)
 
 
 def at_point(value_fn: Callable[..., Any], params: Any, eps: Any,
              directions: Directions, around: Displacement | None, over: Over,
              z: Displacement) -> Callable[..., Any]:
-  """Returns a function ``(point, batch) -> result of value_fn`` at one point.
+  """Returns a function ``(batch, point) -> result of value_fn`` at one point.
 
   The arguments are those of `estimate`.
   """
-  # If all points are evaluated in one pass, the displacement ``around``, which
-  # they share, is applied to the weights once for all points.
+  displaced = perturbed(value_fn, directions)
   if around is not None and (
       over == 'rows' or over == 'batch' and z.keys.shape[0] > 1):
-    value_fn = _displaced(value_fn, around, directions)
-    around = None
+    # If all points are evaluated in one pass, the displacement ``around``,
+    # which they share, is applied to the weights once for all points.
+    center, perturbed_at = around, displaced
+    at_center = lambda params, **part: perturbed_at(params, center, **part)
+    displaced, around = perturbed(at_center, directions), None
 
-  def at(z, part):
+  def at(part, z):
     """Evaluates a part of the batch at one point."""
-    point = sum_of(z.times(eps), around, eps)
-    return perturbed(value_fn, directions)(params, point, **part)
+    return displaced(params, sum_of(z.times(eps), around, eps), **part)
   return at
 
 
@@ -214,11 +192,12 @@ def over_points(of_point: Callable[..., Any], batch: dict[str, Any],
   # first, direction by direction. The point of sign 0 comes last, if there is
   # one. The signs are a NumPy array, so that they are constants of the program.
   moved: Any = np.array([s for s in signs if s], np.float32)
-  points = Displacement(
-      jnp.repeat(z.keys, len(moved)), jnp.outer(coefs, moved).ravel())
+  keys = jnp.repeat(z.keys, len(moved))
+  coefs = jnp.outer(coefs, moved).ravel()
   if 0 in signs:
-    points = Displacement(jnp.append(points.keys, z.keys[0]),
-                          jnp.append(cast(jax.Array, points.coefs), 0.0))
+    keys, coefs = jnp.append(keys, z.keys[0]), jnp.append(coefs, 0.0)
+  points = Displacement(keys, coefs)
+
   def of_all(batch, points):
     """Evaluates several points."""
     one = functools.partial(of_point, batch)
@@ -234,7 +213,7 @@ def over_points(of_point: Callable[..., Any], batch: dict[str, Any],
     # `jax.vmap` maps over the coefficients only, so that the signs of the
     # direction share its key and its factors.
     out = jax.vmap(lambda c: of_point(batch, Displacement(
-        z.keys, c[None])))(points.coefs)
+        z.keys, c[None])))(coefs)
   else:
     out = of_all(batch, points)
 
@@ -264,26 +243,22 @@ def _split(of_all: Callable, batch: dict, points: Displacement,
   """
   n = points.keys.shape[0]
   index = np.minimum(np.arange(-(-n // groups) * groups), n - 1)
-  points = jax.tree.map(lambda x: lax.with_sharding_constraint(
-      x[index].reshape(groups, -1), jax.P('direction')), points)
-  out = jax.vmap(functools.partial(of_all, batch),
-                 spmd_axis_name='direction')(points)
+  def of_groups(x):
+    """Splits an array over the groups."""
+    return lax.with_sharding_constraint(
+        x[index].reshape(groups, -1), jax.P('direction'))
+  of_points = functools.partial(of_all, batch)
+  out = jax.vmap(of_points, spmd_axis_name='direction')(
+      jax.tree.map(of_groups, points))
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n],
                       lax.with_sharding_constraint(out, jax.P()))
-
-
-def _displaced(value_fn: Callable, by: Displacement,
-               directions: Directions) -> Callable:
-  """Returns ``value_fn`` with a displacement added to its params."""
-  return lambda params, **kwargs: perturbed(value_fn, directions)(
-      params, by, **kwargs)
 
 
 def _losses_of_rows(at, z, signs, parts, batch):
   """Returns the losses of n directions, each on its own part of the rows.
 
   Args:
-    at: A function ``(z, part of the batch) -> result of the loss``.
+    at: A function ``(part of the batch, z) -> result of the loss``.
     z: The n directions.
     signs: The factors s, a NumPy array.
     parts: Number of parts that are evaluated one after the other.
@@ -293,17 +268,12 @@ def _losses_of_rows(at, z, signs, parts, batch):
     Losses [n, len(signs)]; see `estimate`.
   """
   n = z.keys.shape[0]
-  rows, with_rows = losses_lib.split_batch(batch, n, "over='rows': num_samples")
-  count = losses_lib.rows_of_parts(rows)
+  rows, sums_of = losses_lib.in_parts(
+      at, batch, n, "over='rows': num_samples")
 
   def of_rows(term, rows):
     """Evaluates all signs of one direction on its own rows."""
-    def of_sign(s):
-      out = at(term.times(s), with_rows(rows))
-      losses_lib.check_parts(
-          out, n, "over='rows': num_samples", rows=count)
-      return losses_lib.sums(out)
-    return jax.vmap(of_sign)(signs)
+    return jax.vmap(lambda s: sums_of(rows, term.times(s)))(signs)
 
   # The rows are split over the devices of a mesh, and so are the directions.
   together = jax.vmap(of_rows, spmd_axis_name=sharding.rows_axes())
@@ -311,10 +281,9 @@ def _losses_of_rows(at, z, signs, parts, batch):
     if parts == 1:
       total, weight = together(z, rows)
     else:
-      some = lambda x: sharding.split_rows(x, parts)
-      total, weight = lax.map(
-          lambda part: together(*part), jax.tree.map(some, (z, rows)))
-      total, weight = (x.reshape(n, -1) for x in (total, weight))
+      some = jax.tree.map(lambda x: sharding.split_rows(x, parts), (z, rows))
+      sums = lax.map(lambda part: together(*part), some)
+      total, weight = (x.reshape(n, -1) for x in sums)
   return n * total / jnp.sum(weight, 0)
 
 
@@ -346,12 +315,13 @@ def check_room(params, directions: Directions, points: int) -> None:
   """
   if isinstance(directions, LowRank):
     return
-  leaves = [x for _, x in paths.named_leaves(params)]
+  layers = [0]
   stacks = paths.stacked(params, directions.stacked)
-  layers = [x.size // x.shape[0] if is_stack else x.size
-            for x, is_stack in zip(leaves, stacks) if paths.is_floating(x)]
+  for (_, x), is_stack in zip(paths.named_leaves(params), stacks):
+    if paths.is_floating(x):
+      layers.append(x.size // x.shape[0] if is_stack else x.size)
   total = paths.size_of(params)
-  if points * max(layers, default=0) > max(4 * total, _ROOM):
+  if points * max(layers) > max(4 * total, _ROOM):
     raise ValueError(
         f'over: evaluating {points} points in one pass would build perturbed '
         f'weights of up to {points * max(layers) / total:.0f} times the memory '

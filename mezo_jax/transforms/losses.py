@@ -34,18 +34,21 @@ def sums(out: Any) -> tuple[jax.Array, jax.Array]:
     ValueError: If the result has another form, or half precision. In half
       precision, the losses at +eps and -eps would mostly be equal.
   """
-  values, *weights = out if isinstance(out, (tuple, list)) else (out,)
-  if len(weights) > 1 or not all(
-      _is_number(x) for x in (values, *weights)) or jnp.ndim(values) > 1 or (
-          weights and (jnp.ndim(values) != 1
-                       or jnp.shape(values) != jnp.shape(weights[0]))):
+  parts = out if isinstance(out, (tuple, list)) else (out,)
+  is_loss = all(map(_is_number, parts)) and len(parts) in (1, 2)
+  if is_loss:
+    shapes = [jnp.shape(x) for x in parts]
+    # Weights go with losses [B] only.
+    is_loss = shapes[0] == shapes[-1] and (
+        len(shapes[0]) == 1 or shapes == [()])
+  if not is_loss:
     found = jax.tree.map(lambda x: getattr(x, 'shape', x), out)
     raise ValueError(
         'value_fn must return a scalar, per-example losses [B], or (losses '
         f'[B], weights [B]); it returned shape {found}. If it returns (loss, '
         'aux), drop aux: value_fn=lambda *args, **kwargs: f(*args, '
         '**kwargs)[0].')
-  values = jnp.asarray(values)
+  values = jnp.asarray(parts[0])
   if values.dtype in (jnp.bfloat16, jnp.float16):
     raise ValueError(
         f'value_fn returned {values.dtype}. In this precision, the losses at '
@@ -54,9 +57,9 @@ def sums(out: Any) -> tuple[jax.Array, jax.Array]:
   values = values.astype(dtypes.wide(values.dtype))
   if not values.ndim:
     return values, jnp.ones([], values.dtype)
-  if not weights:
+  if len(parts) == 1:
     return jnp.sum(values), jnp.full([], values.size, values.dtype)
-  weight = jnp.asarray(weights[0]).astype(values.dtype)
+  weight = jnp.asarray(parts[1]).astype(values.dtype)
   # A loss with weight 0 may be NaN, such as that of a padding row.
   counted = jnp.where(weight != 0, values * weight, 0)
   return jnp.sum(counted), jnp.sum(weight)
@@ -94,32 +97,6 @@ def of_rows(out: Any) -> jax.Array:
   return jnp.asarray(out).astype(total.dtype)
 
 
-def check_parts(out: Any, parts: int, what: str = 'micro_batches',
-                rows: int | None = None) -> None:
-  """Checks that the losses of several parts can be averaged.
-
-  Args:
-    out: The result of a ``value_fn`` for one part.
-    parts: Number of parts.
-    what: Name of the option that splits the batch, for the error message.
-    rows: Number of rows in a part. If it is above 1, a result of shape [1], as
-      from ``jnp.mean(..., keepdims=True)``, counts as a scalar. Defaults to
-      None, for an unknown number.
-
-  Raises:
-    ValueError: If there are several parts and ``out`` is a scalar, since the
-      weight of each part is then unknown.
-  """
-  if parts == 1 or isinstance(out, (tuple, list)):
-    return
-  is_one_of_many = jnp.shape(out) == (1,) and rows is not None and rows > 1
-  if not jnp.ndim(out) or is_one_of_many:
-    raise ValueError(
-        f'{what}={parts} cannot be used with a value_fn that returns a scalar, '
-        'since the weight of each part of the batch is unknown. Return '
-        'per-example losses [B], or (losses, weights).')
-
-
 def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int
                     ) -> jax.Array:
   """Evaluates the loss of a batch in equal parts, one after the other.
@@ -134,14 +111,43 @@ def mean_over_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int
   """
   if parts == 1:
     return mean(loss(batch))
-  rows, with_rows = split_batch(batch, parts)
-  count = rows_of_parts(rows)
-  def of_part(rows):
-    out = loss(with_rows(rows))
-    check_parts(out, parts, rows=count)
-    return sums(out)
-  total, weight = lax.map(of_part, rows)
+  rows, sums_of = in_parts(loss, batch, parts)
+  total, weight = lax.map(sums_of, rows)
   return jnp.sum(total) / jnp.sum(weight)
+
+
+def in_parts(loss: Callable[..., Any], batch: dict[str, Any], parts: int,
+             what: str = 'micro_batches'
+             ) -> tuple[list[Any], Callable[..., Any]]:
+  """Splits a batch into equal parts, whose losses can be averaged.
+
+  Args:
+    loss: A function ``(part of the batch, *args) -> result of a value_fn``.
+    batch: Arguments of the loss, by name.
+    parts: Number of parts.
+    what: Name of the option that splits the batch, for the error message.
+
+  Returns:
+    ``(rows, sums_of)``. The first are the split arrays; see `split_batch`.
+    ``sums_of(rows, *args)`` returns the `sums` of one part. If there are
+    several parts, it raises ValueError for a scalar loss, since the weight of
+    each part is then unknown.
+  """
+  rows, with_rows = split_batch(batch, parts, what)
+  has_many = bool(rows) and rows[0].shape[1] > 1
+
+  def sums_of(rows, *args):
+    out = loss(with_rows(rows), *args)
+    shape = None if isinstance(out, (tuple, list)) else jnp.shape(out)
+    # A result of shape [1] for many rows, as from ``jnp.mean(...,
+    # keepdims=True)``, counts as a scalar.
+    if parts > 1 and (shape == () or shape == (1,) and has_many):
+      raise ValueError(
+          f'{what}={parts} cannot be used with a value_fn that returns a '
+          'scalar, since the weight of each part of the batch is unknown. '
+          'Return per-example losses [B], or (losses, weights).')
+    return sums(out)
+  return rows, sums_of
 
 
 def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
@@ -165,26 +171,17 @@ def split_batch(batch: dict[str, Any], parts: int, what: str = 'micro_batches'
   Raises:
     ValueError: If the first axes differ, or ``parts`` does not divide them.
   """
-  leaves, tree = jax.tree.flatten(batch)
-  is_rows = [bool(getattr(x, 'ndim', 0)) for x in leaves]
-  rows = [x for x, b in zip(leaves, is_rows) if b]
   if parts > 1:
     _check_rows(batch, parts, what)
+  leaves, tree = jax.tree.flatten(batch)
+  rows = [i for i, x in enumerate(leaves) if getattr(x, 'ndim', 0)]
 
-  def with_rows(rows):
-    rows = iter(rows)
-    return jax.tree.unflatten(tree, [
-        next(rows) if b else x for x, b in zip(leaves, is_rows)])
-  return [sharding.split_rows(x, parts) for x in rows], with_rows
-
-
-def rows_of_parts(rows: list[Any]) -> int | None:
-  """Returns the number of rows of a part, or None if there are no arrays.
-
-  Args:
-    rows: The first result of `split_batch`.
-  """
-  return rows[0].shape[1] if rows else None
+  def with_rows(part):
+    out = [*leaves]
+    for i, x in zip(rows, part):
+      out[i] = x
+    return tree.unflatten(out)
+  return [sharding.split_rows(leaves[i], parts) for i in rows], with_rows
 
 
 def _check_rows(batch: dict, parts: int, what: str) -> None:
@@ -228,7 +225,7 @@ def accepted(value_fn: Callable[..., Any], extra_args: dict[str, Any]
     taken = inspect.signature(value_fn).parameters.values()
   except (TypeError, ValueError):  # a builtin, or a compiled function
     return extra_args
+  named = [p.name for p in taken if p.kind is not p.POSITIONAL_ONLY]
   if any(p.kind is p.VAR_KEYWORD for p in taken):
     return extra_args
-  named = [p.name for p in taken if p.kind is not p.POSITIONAL_ONLY]
   return {k: v for k, v in extra_args.items() if k in named}

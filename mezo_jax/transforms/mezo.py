@@ -267,13 +267,15 @@ def _show(params, decayed) -> None:
   """Warns which leaves have weight decay, since they were chosen by guessing.
   """
   names = {True: [], False: []}
-  for (path, _), d in zip(paths.named_leaves(params),
-                          jax.tree.leaves(decayed)):
+  for (path, _), d in zip(paths.named_leaves(params), jax.tree.leaves(decayed)):
     names[d].append(path)
-  some = lambda of: ', '.join(of[:4]) + (', ...' if len(of) > 4 else '')
+  def some(chosen):
+    """Returns the first four names."""
+    more = ', ...' if len(names[chosen]) > 4 else ''
+    return ', '.join(names[chosen][:4]) + more
   warnings.warn(
       'weight_decay: the decayed parameters were chosen by their names and '
-      f'shapes: {len(names[True])} are decayed ({some(names[True])}), '
-      f'{len(names[False])} are not ({some(names[False])}). Pass a mask as '
+      f'shapes: {len(names[True])} are decayed ({some(True)}), '
+      f'{len(names[False])} are not ({some(False)}). Pass a mask as '
       'decay= to choose them yourself.',
       stacklevel=3)

@@ -49,14 +49,12 @@ def skip_not_finite(
     >>> bool(jnp.any(updates))
     False
   """
-  if not (hasattr(inner, 'init') and hasattr(inner, 'update')):
-    raise ValueError('inner must be an optax.GradientTransformation, got '
-                     f'{inner!r}.')
+  check_transform('inner', inner)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
     state = inner.init(params)
-    if not _estimators(state):
+    if not estimators(state):
       raise ValueError(
           'inner of skip_not_finite must contain an estimator, as in '
           'skip_not_finite(optax.chain(mezo_jax.spsa(...), ...)).')
@@ -64,7 +62,7 @@ def skip_not_finite(
 
   def update_fn(updates, state, params=None, **extra_args):
     updates, new = inner.update(updates, state, params, **extra_args)
-    count = cast(jax.Array, sum(x.notfinite_count for x in _estimators(new)))
+    count = cast(jax.Array, sum(x.notfinite_count for x in estimators(new)))
     skipped = count > 0
     def keep(old, x):
       return x if is_estimator(x) else jnp.where(skipped, old, x)
@@ -76,6 +74,13 @@ def skip_not_finite(
   return ZerothOrderTransformation(init_fn, update_fn)
 
 
+def check_transform(name: str, tx: Any) -> None:
+  """Raises ValueError if an argument is not an optax transform."""
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise ValueError(f'{name} must be an optax.GradientTransformation such as '
+                     f'mezo_jax.mezo(...), got {tx!r}.')
+
+
 def is_estimator(x: Any) -> bool:
   """Returns whether an object is the state of an estimator."""
   # The state of optax.apply_if_finite has a field of the same name.
@@ -83,7 +88,6 @@ def is_estimator(x: Any) -> bool:
       x, optax.ApplyIfFiniteState)
 
 
-def _estimators(state) -> list:
+def estimators(state: Any) -> list[Any]:
   """Returns the states of all estimators within a state."""
-  return [x for x in jax.tree.leaves(state, is_leaf=is_estimator)
-          if is_estimator(x)]
+  return [*filter(is_estimator, jax.tree.leaves(state, is_leaf=is_estimator))]

@@ -123,10 +123,9 @@ def evaluate(rollout: Rollout, params: Any, z: Displacement, eps: Any,
   at = evaluate_points.at_point(
       rollout.fn, params, eps, directions, around, over, z)
   if rollout.build and over == 'scan' and not isinstance(directions, LowRank):
-    def at(point, batch):
+    def at(batch, point):
       """Evaluates the function at weights that are built."""
       point = evaluate_points.sum_of(point.times(eps), around, eps)
       return rollout.fn(displace(params, point, directions), **batch)
   return evaluate_points.over_points(
-      lambda batch, point: at(point, batch), accepted(rollout.fn, dict(batch)),
-      z, signs, over, rollout.at_once)
+      at, accepted(rollout.fn, dict(batch)), z, signs, over, rollout.at_once)

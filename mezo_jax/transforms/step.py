@@ -102,19 +102,15 @@ def make_step(tx: optax.GradientTransformation,
     >>> round(float(metrics['loss']), 2)
     9.0
   """
-  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
-    raise ValueError('tx must be an optax.GradientTransformation such as '
-                     f'mezo_jax.mezo(...), got {tx!r}.')
-  if value_fn is not None:
-    arguments.function('value_fn', value_fn)
-  if on_compile is not None:
-    arguments.function('on_compile', on_compile)
+  not_finite.check_transform('tx', tx)
+  for name, fn in (('value_fn', value_fn), ('on_compile', on_compile),
+                   ('reward', reward)):
+    if fn is not None:
+      arguments.function(name, fn)
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise ValueError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}.')
   if part is not None:
     part = check_part(part)
-  if reward is not None:
-    arguments.function('reward', reward)
   if at_once is not None:
     at_once = arguments.whole('at_once', at_once)
   arguments.boolean('build', build)
@@ -129,7 +125,7 @@ class Step:
 
   Attributes:
     compiled: A dict of the compiled programs. Programs that evaluate losses
-      have the shapes of their batch as key, the update has the key None,
+      have the shapes of their batch as key, the update has the key None, and
       `apply_accumulated` has the key 'apply', and the program that combines
       rewards has the key ('rewards', their shape).
   """
@@ -141,84 +137,14 @@ class Step:
                reward: Callable[..., Any] | None,
                rollout: Callable[..., Rollout]) -> None:
     self.compiled: dict[Any, Any] = {}
-    self._mesh, self._on_compile, self._part = mesh, on_compile, part
-    self._reward = reward
+    self._tx, self._value_fn, self._part = tx, value_fn, part
+    self._mesh, self._on_compile = mesh, on_compile
+    self._reward, self._rollout = reward, rollout
     # The signs of the estimator, set when rollouts are traced, and the metrics
     # of the last rewards.
     self._signs, self._reward_metrics = (), {}
-    only = {} if part is None else dict(part=part)
-
-    def loss_of(frozen):
-      assert value_fn is not None  # `_trace_losses` has checked this
-      loss_fn = value_fn
-      return lambda params, batch: loss_fn(_join(params, frozen), batch)
-
-    def rollout_of(frozen):
-      assert value_fn is not None  # `_trace_losses` has checked this
-      fn = value_fn
-      def of_whole(params, batch, step):
-        given = accepted(fn, dict(step=step))
-        return fn(_join(params, frozen), batch, **given)
-      return rollout(of_whole)
-
-    def losses(params, state, frozen, batch, more):
-      """Evaluates losses: the first program."""
-      numbers = measure(tx, state, params, value_fn=loss_of(frozen),
-                        batch=batch, **more, **only)
-      return numbers.projected_grad, numbers.value
-
-    def rollouts(params, state, frozen, batch, more):
-      """Computes rollouts, from which the host computes rewards."""
-      try:
-        measure(tx, state, params, value_fn=rollout_of(frozen),
-                batch=batch, **more, **only)
-      except RolledOut as e:
-        self._signs = e.signs
-        return e.outputs
-      raise ValueError('tx: this estimator evaluates no loss, so it cannot be '
-                       'used with a reward.')
-
-    def combined(params, state, recorded):
-      """Turns the losses of rewards into numbers."""
-      numbers = measure(tx, state, params, value_fn=Recorded(
-          recorded, self._signs), **only)
-      return numbers.projected_grad, numbers.value
-
-    def update(params, state, projected_grad, value):
-      """Updates the weights from recorded numbers: the second program."""
-      moved = functools.partial(
-          _moved, tx, projected_grad=projected_grad, value=value)
-      def noted(params, state):
-        """Records the numbers of a step, without reading the weights."""
-        return params, tx.update(
-            None, state, params, projected_grad=projected_grad, value=value,
-            apply=False)[1]
-      if pends(state):
-        # Most steps only record coefficients. A branch of `lax.cond` that does
-        # not touch the weights avoids reading and writing them.
-        params, state = jax.lax.cond(
-            accumulate.is_due(state), functools.partial(moved, apply=True),
-            noted, params, state)
-      else:
-        params, state = moved(params, state)
-      return params, state, _metrics(state)
-
-    def apply_accumulated(params, state):
-      """Applies accumulated updates."""
-      params, state = _moved(tx, params, state, apply_only=True)
-      return params, state, _metrics(state)
-
-    def whole(params, state, frozen, batch, more):
-      """Makes a step of backpropagation."""
-      updates, state = tx.update(
-          None, state, params, value_fn=loss_of(frozen), batch=batch, **more)
-      return optax.apply_updates(params, updates), state, _metrics(state)
-
-    self._losses = losses if reward is None else rollouts
-    self._combined, self._update, self._whole = combined, update, whole
-    self._apply, self._value_fn = apply_accumulated, value_fn
     # Shapes of projected_grad and value, set when the update is traced.
-    self._shapes = ()
+    self._shapes: list[Any] = []
 
   def __call__(self, params: Any, state: Any, batch: Any, frozen: Any = None,
                **more: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -251,13 +177,12 @@ class Step:
     Returns:
       ``(projected_grad, value)``: the numbers [n] and the mean loss [].
     """
-    program = self._program(_shape((batch, more)), batch, lambda: (
-        self._trace_losses(params, state, batch, frozen, more)))
-    out = program(params, state, frozen, batch, more)
+    args = params, state, frozen, batch, more
+    program = self._program(
+        _shape((batch, more)), self._trace_losses, *args, batch=batch)
+    out = program(*args)
     if self._reward is None:
       return out
-    if not _replays(state):
-      raise ValueError('tx: backpropagation cannot be used with a reward.')
     rewards = self._rewards(jax.device_get(out), batch)
     key = 'rewards', rewards.shape
     if key not in self.compiled:  # tiny, so that `on_compile` is not told
@@ -306,12 +231,12 @@ class Step:
     Returns:
       ``(params, state, metrics)``.
     """
-    program = self._program(
-        None, None, lambda: self._trace_update(params, state))
+    program = self._program(None, self._trace_update, params, state)
     # The compiled program itself transfers NumPy arrays to the devices.
-    numbers = [_numbers(name, x, shape) for name, x, shape in zip(
-        ('projected_grad', 'value'), (projected_grad, value), self._shapes)]
-    return program(params, state, *numbers)
+    of_g, of_value = self._shapes
+    return program(params, state,
+                   _numbers('projected_grad', projected_grad, of_g),
+                   _numbers('value', value, of_value))
 
   def apply_accumulated(self, params: Any, state: Any) -> tuple[Any, Any]:
     """Applies accumulated updates (``apply_every`` of `mezo_jax.mezo`).
@@ -328,8 +253,10 @@ class Step:
     """
     if not pends(state):
       return params, state
-    return self._program('apply', None, lambda: self._trace_apply(
-        params, state))(params, state)[:2]
+    program = self._program(
+        'apply', self._trace, self._apply, (params, state), 2)
+    params, state, _ = program(params, state)
+    return params, state
 
   def flush(self, params: Any, state: Any) -> tuple[Any, Any]:
     """Calls `apply_accumulated`. This is the old name of that method."""
@@ -349,38 +276,106 @@ class Step:
       `apply_accumulated`. For backpropagation, the list has one program, the
       whole step.
     """
-    out = [self._trace_losses(params, state, batch, frozen, more)]
+    out = [self._trace_losses(params, state, frozen, batch, more)]
     if _replays(state):
       out.append(self._trace_update(params, state))
     if pends(state):
-      out.append(self._trace_apply(params, state))
+      out.append(self._trace(self._apply, (params, state), donated=2))
     return out
 
   def lower(self, params: Any, state: Any, batch: Any, frozen: Any = None,
             **more: Any) -> list[Any]:
     """Lowers the programs of `trace`, which documents the arguments."""
-    return [*map(self._lower, self.trace(
-        params, state, batch, frozen, **more))]
+    programs = self.trace(params, state, batch, frozen, **more)
+    return [self._lower(traced) for traced in programs]
 
-  def compile(self, params: Any, state: Any, batch: Any, frozen: Any = None,
-              **more: Any) -> None:
-    """Compiles the programs of a step without running them.
+  # --- the programs ---
 
-    The arguments are those of `trace`.
-    """
-    self._program(_shape((batch, more)), batch, lambda: self._trace_losses(
-        params, state, batch, frozen, more))
-    if _replays(state):
-      self._program(None, None, lambda: self._trace_update(params, state))
+  def _loss(self, frozen):
+    """Returns the loss as a function of the params that are trained."""
+    def loss(params, batch, **more):
+      assert self._value_fn is not None  # `_trace_losses` has checked this
+      if frozen is not None:
+        params = trees.join(params, frozen)
+      return self._value_fn(params, batch, **more)
+    return loss
 
-  def _trace_losses(self, params, state, batch, frozen, more):
+  def _losses(self, params, state, frozen, batch, more):
+    """Evaluates losses: the first program."""
+    if self._part is not None:
+      more = more | {'part': self._part}
+    numbers = measure(self._tx, state, params, value_fn=self._loss(frozen),
+                      batch=batch, **more)
+    return numbers.projected_grad, numbers.value
+
+  def _rollouts(self, params, state, frozen, batch, more):
+    """Computes rollouts, from which the host computes rewards."""
+    loss, fn = self._loss(frozen), self._value_fn
+    takes_step = fn is not None and accepted(fn, dict(step=0))
+    def of_whole(params, batch, step):
+      return loss(params, batch, **(dict(step=step) if takes_step else {}))
+    if self._part is not None:
+      more = more | {'part': self._part}
+    try:
+      measure(self._tx, state, params, value_fn=self._rollout(of_whole),
+              batch=batch, **more)
+    except RolledOut as e:
+      self._signs = e.signs
+      return e.outputs
+    raise ValueError('tx: this estimator evaluates no loss, so it cannot be '
+                     'used with a reward.')
+
+  def _combined(self, params, state, recorded):
+    """Turns the losses of rewards into numbers."""
+    more = {} if self._part is None else {'part': self._part}
+    numbers = measure(self._tx, state, params, value_fn=Recorded(
+        recorded, self._signs), **more)
+    return numbers.projected_grad, numbers.value
+
+  def _update(self, params, state, projected_grad, value):
+    """Updates the weights from recorded numbers: the second program."""
+    given = dict(projected_grad=projected_grad, value=value)
+    def moved(params, state):
+      """Applies the accumulated updates."""
+      return _moved(self._tx, params, state, **given, apply=True)
+    def noted(params, state):
+      """Records the numbers of a step, without reading the weights."""
+      _, state = self._tx.update(None, state, params, **given, apply=False)
+      return params, state
+    if pends(state):
+      # Most steps only record coefficients. A branch of `lax.cond` that does
+      # not touch the weights avoids reading and writing them.
+      params, state = lax.cond(
+          accumulate.is_due(state), moved, noted, params, state)
+    else:
+      params, state = _moved(self._tx, params, state, **given)
+    return params, state, _metrics(state)
+
+  def _apply(self, params, state):
+    """Applies accumulated updates."""
+    params, state = _moved(self._tx, params, state, apply_only=True)
+    return params, state, _metrics(state)
+
+  def _whole(self, params, state, frozen, batch, more):
+    """Makes a step of backpropagation."""
+    updates, state = self._tx.update(
+        None, state, params, value_fn=self._loss(frozen), batch=batch, **more)
+    return optax.apply_updates(params, updates), state, _metrics(state)
+
+  # --- tracing and compiling them ---
+
+  def _trace_losses(self, *args):
     """Traces the program of the losses, or of a whole step."""
+    _, state, *_ = args
     _check_state(state)
     arguments.function('value_fn', self._value_fn)
-    args = params, state, frozen, batch, more
+    if self._reward is not None:
+      if not _replays(state):
+        raise ValueError('tx: backpropagation cannot be used with a reward.')
+      return self._trace(self._rollouts, args)
     if _replays(state):
       return self._trace(self._losses, args)
-    return self._trace(self._whole, args, (params, state))
+    return self._trace(self._whole, args, donated=2)
 
   def _trace_update(self, params, state):
     """Traces the program that updates the weights."""
@@ -388,30 +383,27 @@ class Step:
     if not _replays(state):
       raise ValueError('tx: a step of backpropagation is one program and '
                        'cannot be replayed from recorded numbers.')
+    last = field(state, 'projected_grad'), field(state, 'value')
     numbers = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_place(x))
-               for x in (field(state, 'projected_grad'), field(state, 'value'))]
+               for x in last]
     self._shapes = [x.shape for x in numbers]
-    return self._trace(self._update, (params, state, *numbers), (params, state))
+    return self._trace(self._update, (params, state, *numbers), donated=2)
 
-  def _trace_apply(self, params, state):
-    """Traces the program that applies accumulated updates."""
-    return self._trace(self._apply, (params, state), (params, state))
-
-  def _trace(self, fn, args, kept=()):
+  def _trace(self, fn, args, donated=0):
     """Traces a program of a step.
 
     Args:
       fn: The function.
       args: Its arguments.
-      kept: Those arguments that are donated; they must be the first ones. The
-        first results of the function must be their new values, which keep the
-        shardings of the arguments. All other results are replicated.
+      donated: Number of the first arguments that are donated. As many results
+        of the function must be their new values, which keep the shardings of
+        the arguments. All other results are replicated.
     """
-    out = self._mesh and sharding.replicated(self._mesh)
-    if kept:
-      out = (*jax.tree.map(_place, kept), out)
+    out = None if self._mesh is None else sharding.replicated(self._mesh)
+    if donated:
+      out = (*jax.tree.map(_place, args[:donated]), out)
     jitted = jax.jit(
-        fn, donate_argnums=range(len(kept)), out_shardings=out)
+        fn, donate_argnums=range(donated), out_shardings=out)
     with self._on_mesh():
       return jitted.trace(*args)
 
@@ -422,15 +414,16 @@ class Step:
 
   def _on_mesh(self):
     """Returns a context that sets the mesh, if there is one."""
-    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(
-        self._mesh)
+    if self._mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self._mesh)
 
-  def _program(self, shape, batch, trace: Callable):
+  def _program(self, shape, trace: Callable, *args, batch=None):
     """Returns a compiled program, which is compiled on first use."""
     if shape not in self.compiled:
       began = time.time()
-      self.compiled[shape] = self._lower(trace()).compile()
-      if self._on_compile:
+      self.compiled[shape] = self._lower(trace(*args)).compile()
+      if self._on_compile is not None:
         self._on_compile(batch, self.compiled[shape], time.time() - began)
     return self.compiled[shape]
 
@@ -450,20 +443,15 @@ def _moved(tx, params, state, **how):
   Returns:
     ``(params, state)`` after the update.
   """
-  def only(on_host):
-    """Replaces the params that are in the other memory by None."""
-    return jax.tree.map(
-        lambda x: x if sharding.is_on_host(x) == on_host else None, params)
+  on_host = jax.tree.map(sharding.is_on_host, params)
+  if not any(jax.tree.leaves(on_host)):
+    updates, state = tx.update(None, state, params, **how)
+    return optax.apply_updates(params, updates), state
   # Update the params on the device as usual. This also gives the next state.
-  offloads = any(map(sharding.is_on_host, jax.tree.leaves(params)))
-  here = only(False) if offloads else params
+  here = jax.tree.map(lambda x, host: None if host else x, params, on_host)
+  away = jax.tree.map(lambda x, host: x if host else None, params, on_host)
   updates, new_state = tx.update(None, state, here, **how)
   here = optax.apply_updates(here, updates)
-  if not offloads:
-    return here, new_state
-  # Update the other params layer by layer. Each call of ``tx.update`` returns
-  # the same state, which is ignored.
-  away = only(True)
   depth = _depth(away, state)
 
   def one(layer, away):
@@ -471,14 +459,15 @@ def _moved(tx, params, state, **how):
     rows = sharding.fetched(jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, layer, 1), away))
     with streams.stacks_begin_at(layer):  # ``rows`` has only this layer
+      # Each call returns the same state, which is ignored.
       updates, _ = tx.update(None, state, rows, **how)
-    return jax.tree.map(
-        lambda x, new: lax.dynamic_update_slice_in_dim(
-            x, sharding.to_host(new), layer, 0),
-        away, optax.apply_updates(rows, updates))
+    rows = optax.apply_updates(rows, updates)
+    return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(
+        x, sharding.to_host(new), layer, 0), away, rows)
   away = lax.fori_loop(0, depth, one, away)
-  return jax.tree.map(lambda a, b: b if a is None else a, here, away,
-                      is_leaf=lambda x: x is None), new_state
+  params = jax.tree.map(lambda a, b: b if a is None else a, here, away,
+                        is_leaf=lambda x: x is None)
+  return params, new_state
 
 
 def _depth(away, state) -> int:
@@ -488,14 +477,14 @@ def _depth(away, state) -> int:
     ValueError: If a leaf there is not a stack, if stacks have different numbers
       of layers, or if the optimizer has state of the size of the weights.
   """
-  depths = {x.shape[0] if is_stack else 0 for (_, x), is_stack in zip(
-      paths.named_leaves(away), paths.stacked(away))}
-  shapes = {x.shape for x in jax.tree.leaves(away)}
+  found = paths.named_leaves(away)
+  depths = {x.shape[0] if is_stack else 0
+            for (_, x), is_stack in zip(found, paths.stacked(away))}
   if len(depths) > 1 or 0 in depths:
     raise ValueError(
         'params in the memory of the host must all be stacks of the same '
-        'number of layers; found '
-        f'{sorted(p for p, _ in paths.named_leaves(away))}.')
+        f'number of layers; found {sorted(path for path, _ in found)}.')
+  shapes = {x.shape for _, x in found}
   if any(x.shape in shapes for x in jax.tree.leaves(state)):
     raise ValueError(
         'tx: weights in the memory of the host are updated layer by layer, '
@@ -509,11 +498,10 @@ def _shape(tree) -> tuple:
 
   Trees with equal keys can use the same compiled program.
   """
-  def kind(x):
-    if hasattr(x, 'shape') and hasattr(x, 'dtype'):
-      return x.shape, x.dtype, getattr(x, 'weak_type', False)
-    return type(x)  # a Python number
-  return jax.tree.structure(tree), *map(kind, jax.tree.leaves(tree))
+  # A Python number has no shape.
+  kinds = [(getattr(x, 'shape', type(x)), getattr(x, 'dtype', None),
+            getattr(x, 'weak_type', False)) for x in jax.tree.leaves(tree)]
+  return jax.tree.structure(tree), *kinds
 
 
 def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
@@ -528,13 +516,14 @@ def _numbers(name: str, x, shape: tuple) -> jax.Array | np.ndarray:
     ValueError: If the numbers do not have this shape.
   """
   try:
-    if x is None or isinstance(x, jax.Array) and x.shape != shape:
-      raise ValueError
-    return x if isinstance(x, jax.Array) else np.reshape(
-        np.asarray(x, np.float32), shape)
-  except (TypeError, ValueError) as e:
-    raise ValueError(f'{name} must be float32 numbers of shape {[*shape]}, got '
-                     f'{x!r}.') from e
+    if isinstance(x, jax.Array) and x.shape == shape:
+      return x
+    if x is not None and not isinstance(x, jax.Array):
+      return np.asarray(x, np.float32).reshape(shape)
+  except (TypeError, ValueError):
+    pass
+  raise ValueError(
+      f'{name} must be float32 numbers of shape {[*shape]}, got {x!r}.')
 
 
 def _check_state(state) -> None:
@@ -553,13 +542,8 @@ def _place(x):
   return place if isinstance(place, jax.NamedSharding) else None
 
 
-def _join(params, frozen):
-  """Returns the params of the whole model."""
-  return params if frozen is None else trees.join(params, frozen)
-
-
 def field(state: Any, name: str) -> Any:
-  """Returns a field of the state of an estimator or of accumulated updates.
+  """Returns a field of the state of the estimator.
 
   States of other links, such as that of `optax.apply_if_finite`, are ignored,
   since they may have fields with the same names.
@@ -574,19 +558,12 @@ def field(state: Any, name: str) -> Any:
   Raises:
     ValueError: If the optimizer contains several estimators.
   """
-  is_own = lambda x: not_finite.is_estimator(x) or isinstance(
-      x, accumulate.PendingState)
-  found = []
-  for x in jax.tree.leaves(state, is_leaf=is_own):
-    if not is_own(x):
-      continue
-    if hasattr(x, name):
-      found.append(getattr(x, name))
+  found = not_finite.estimators(state)
   if len(found) > 1:
     raise ValueError(
         f'tx contains {len(found)} estimators, but make_step needs exactly '
         'one, as the first link of the chain.')
-  return found[0] if found else None
+  return getattr(found[0], name, None) if found else None
 
 
 def _replays(state) -> bool:
@@ -596,7 +573,8 @@ def _replays(state) -> bool:
 
 def pends(state: Any) -> bool:
   """Returns whether the optimizer accumulates updates (``apply_every``)."""
-  return field(state, 'pending') is not None
+  is_ring = lambda x: isinstance(x, accumulate.PendingState)
+  return any(map(is_ring, jax.tree.leaves(state, is_leaf=is_ring)))
 
 
 def _metrics(state) -> dict[str, Any]:

@@ -92,12 +92,11 @@ def round_stochastically(key: Any, mask: Any = None
                        'tx.update(updates, state, params).')
     params = sharding.fetched(params)
     used = paths.resolved(params, mask)
-    half = {path: (paths.shape_of(p), is_stack)
-            for (path, p), use, is_stack in zip(
-                paths.named_leaves(params), used, paths.stacked(params))
-            if use is not False
-            and (is_codes(p) or jnp.result_type(p) in (
-                jnp.bfloat16, jnp.float16))}
+    half = {}
+    for (path, p), use, is_stack in zip(
+        paths.named_leaves(params), used, paths.stacked(params)):
+      if use is not False and _is_coarse(p):
+        half[path] = paths.shape_of(p), is_stack
     key_ = noise.direction_key(state.key, state.count, _SAMPLE)[None]
     streams = streams_lib.of_leaves(key_, half)
 
@@ -110,14 +109,20 @@ def round_stochastically(key: Any, mask: Any = None
         return p.moved_by(p.steps(update, bits))
       bits = noise.words(streams[path], 0, p, 'rounding')
       update = xla.rounded(update, state.count)
-      moved = stochastic_round(
-          p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype, bits)
-      return (moved.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
+      old = p.astype(jnp.float32)
+      moved = stochastic_round(old + update.astype(jnp.float32), p.dtype, bits)
+      return (moved.astype(jnp.float32) - old).astype(p.dtype)
 
-    return paths.map_named(finish, params, updates), RoundingState(
-        cast(jax.Array, optax.safe_increment(state.count)), state.key)
+    updates = paths.map_named(finish, params, updates)
+    count = cast(jax.Array, optax.safe_increment(state.count))
+    return updates, RoundingState(count, state.key)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _is_coarse(p) -> bool:
+  """Returns whether a param is quantised or has half precision."""
+  return is_codes(p) or jnp.result_type(p) in (jnp.bfloat16, jnp.float16)
 
 
 def to_nearest() -> optax.GradientTransformation:
