@@ -49,6 +49,7 @@ def run(tx, value_fn, step, params, batches, apply_after=()):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['low rank, micro-batches'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_steps_are_those_of_updates_at_once(kind):
   """A skipped one among them; and the weights move at every fourth alone."""
@@ -69,6 +70,7 @@ def test_the_steps_are_those_of_updates_at_once(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(devices=[8])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 8)])
 def test_the_door_gives_the_same_weights(dtype, devices):

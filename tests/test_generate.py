@@ -145,6 +145,7 @@ def test_what_cannot_be_generated(tiny, kwargs, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_real_model_out_and_in_and_its_english(tmp_path):
   """SmolLM2-135M from GGUF, and from the safetensors that we write of it."""
   if not quickstart_data.model_path(fetch=False):

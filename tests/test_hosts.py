@@ -190,6 +190,7 @@ def test_a_port_that_somebody_else_has():
       hosts.join(f'127.0.0.1:{port}', 2, 0)
 
 
+@pytest.mark.exhaustive_except(platforms=['cuda', 'cpu,foo'])
 @pytest.mark.processes
 @pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'cdua', 'cpu,foo'])
 def test_devices_that_are_not_there(platforms):
@@ -206,6 +207,7 @@ def test_devices_that_are_not_there(platforms):
   assert platforms in last
 
 
+@pytest.mark.exhaustive_except(i=[1])
 @pytest.mark.processes
 @pytest.mark.parametrize('i,host', [
     (0, '127.0.0.1'), (1, '127.0.0.1'), (1, 'no-such-host.invalid')])

@@ -97,6 +97,7 @@ def test_what_is_small_is_drawn_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=[LowRank(rank=4)])
 @pytest.mark.parametrize('kind', [
     LowRank(rank=4), mezo_jax.Normal(), mezo_jax.SubZero(rank=2)])
 def test_many_terms_of_small_leaves(kind):
@@ -150,6 +151,7 @@ def program(p, x, ids):
 
 
 @pytest.mark.slow_except(rank=[16], n=[3])
+@pytest.mark.exhaustive_except(rank=[1, 16], n=[3])
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('rank', [1, 16, 40])
 def test_the_value_is_that_of_built_weights(rank, n):

@@ -93,6 +93,7 @@ def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(objective=['f1'])
 @pytest.mark.parametrize('objective', [
     'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
         [p == e['label'] for p, e in zip(predictions, examples)]))])
@@ -242,6 +243,7 @@ def test_no_other_module_compares_the_method_with_a_name():
 
 
 @pytest.mark.slow_except(method=['private'])
+@pytest.mark.exhaustive_except(method=['private', 'adam_by_history', 'hizoo'])
 @pytest.mark.parametrize('method,changes,forwards', [
     ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
     ('momentum_by_history', dict(variant__window=3), 6 * 2),

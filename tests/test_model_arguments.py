@@ -51,6 +51,7 @@ def test_known_tokens_are_refused(token):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(token=[64])
 @pytest.mark.parametrize('token', [64, -1])
 def test_tokens_given_to_a_program_make_nan(token):
   """In the row that has one, and with perturbed weights too; what is right is
@@ -187,6 +188,7 @@ def expected():
 
 @pytest.mark.parametrize('given', ['ids', 'mask', 'both', 'none', 'made'])
 @pytest.mark.slow_except(given=['ids'])
+@pytest.mark.exhaustive_except(given=['ids', 'none'])
 def test_generate_within_a_program(given):
   """Ids, a mask, both or neither of which are the program's arguments."""
   model, params = tiny()

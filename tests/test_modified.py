@@ -63,6 +63,8 @@ def value(p, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(
+    kind=[KINDS[0], KINDS[2]], what=['layers', 'elements'])
 @pytest.mark.parametrize('what', ['numbers', 'layers', 'elements'])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: type(k).__name__)
 def test_scales_multiply_the_direction(kind, what):

@@ -51,6 +51,7 @@ def placed(params, mesh, offload, dtype=jnp.float32):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(form=['signs, two directions'])
 @pytest.mark.parametrize('form', FORMS)
 def test_fifty_steps_are_those_without(form, problem):
   """Bitwise, given the projected gradients; losses to rounding."""

@@ -112,6 +112,7 @@ def test_the_rules_are_registered():
     'scan', 'scan of remat of jit', 'scan of scans', 'rows in a scan',
     'unrolled layers', 'cond', 'rows by index', 'tied', 'transpose',
     'custom_vjp', 'vmap', 'einsum', 'grad inside'])
+@pytest.mark.exhaustive_except(stack=['layers'])
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_equals_built_weights(name, stack):

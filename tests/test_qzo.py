@@ -78,6 +78,7 @@ def test_factors_are_never_below_zero():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(dtype=['int4'])
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_a_model_by_its_scales(tiny_dir, dtype):
   """Scanned layers, embedding and head: perturbed factors are a model of

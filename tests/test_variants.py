@@ -362,6 +362,7 @@ def test_bad_options(make, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=['momentum_by_history', 'private'])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
