@@ -91,6 +91,7 @@ def test_the_door_gives_the_same_weights(dtype, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loop_of_one_s_own_folds_too():
   made = tx, value_fn, _, params, batches = setup(
       2, directions=LowRank(rank=4))
@@ -107,6 +108,7 @@ def test_a_loop_of_one_s_own_folds_too():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 def test_no_weights_are_built_nor_copied():
   """What is pending is evaluated by factors; an update that waits is no copy
@@ -144,6 +146,7 @@ def test_options_are_checked(options, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
                                             monkeypatch):
   """With updates pending: nothing is lost, and evaluation adds them."""

@@ -17,9 +17,9 @@ import mezo_jax
 # The rows of the default tier.
 FEW = ['mezo', 'mezo, low rank', 'mezo, pending', 'hizoo', 'spsa and adam']
 # One row of each kind: several directions in one pass, a memory, losses that
-# are measured or applied in another way, and phases. The rest is exhaustive.
+# are measured or applied in another way. The rest is exhaustive.
 SOME = FEW + ['mezo, low rank in one pass', 'adam by history', 'conservative',
-              'one point', 'svrg', 'private']
+              'one point', 'private']
 pytestmark = [pytest.mark.slow_except(name=FEW),
               pytest.mark.exhaustive_except(name=SOME)]
 

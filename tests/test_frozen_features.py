@@ -135,6 +135,7 @@ def test_a_run_is_the_same_with_cached_activations(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, **WAYS['LoRA above'])
   result = train.run(config, tmp_path / 'a')

@@ -38,6 +38,7 @@ def test_a_cache_changes_nothing(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_draws_follow_the_softmax(tiny):
   """Frequencies of 8,000 first tokens within 5 standard errors."""
   model, params, ids = tiny

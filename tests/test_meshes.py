@@ -91,6 +91,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_groups_is_the_run_of_one_device(model):
   model, host, ids, loss_fn = model
   runs = []
@@ -123,6 +124,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_with_directions_of_their_own(model):
   """The losses of a mesh are those of one device; JAX 0.11 stopped here."""
   model, host, ids, loss_fn = model
@@ -216,7 +218,7 @@ def of_nnx():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive_except(make=[of_nnx])
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('make', [linen, of_nnx])
 def test_rules_place_anyone_s_parameters(make, as_shipped):
   """And a step is the same there, bit for bit given its numbers."""

@@ -126,6 +126,7 @@ def test_positions_beyond_the_table(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_texts_that_share_a_prompt_and_are_too_long():
   """20 tokens in a row: with its prompt each text fits, or one does not."""
   model, params = tiny(**POSITIONS['opt'])
@@ -207,6 +208,7 @@ def test_generate_within_a_program(given):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_draws_within_a_program():
   """A temperature and a top_p may be its arguments, and 0 among them."""
   model, params = tiny()

@@ -118,6 +118,7 @@ def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_long_answer_needs_no_perturbed_vocabulary():
   """With a table of 20 MB and 8 answer tokens a row: the perturbed loss needs
   less than a fifth of it, and is what built weights give."""

@@ -79,6 +79,7 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
                                               monkeypatch, capsys):
   config = small_config(wide_dir, reviews_file, **SMALL)

@@ -335,7 +335,7 @@ def test_weights_decay_on_their_grid(bits):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive_except(dtype=['int4'])
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype, most', [('int8', 0.3), ('int4', 0.21)])
 def test_memory_is_that_of_quantised_inference(dtype, most):

@@ -99,6 +99,7 @@ def test_a_model_by_its_scales(tiny_dir, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(mask=[''])
 @pytest.mark.parametrize('mask', ['', '^last_layers/'])
 def test_a_run_goes_on_and_its_integers_stay(
     tiny_dir, reviews_file, tmp_path, mask):
@@ -121,6 +122,7 @@ def test_a_run_goes_on_and_its_integers_stay(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_new_head_is_trained_beside_the_scales(
     tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(

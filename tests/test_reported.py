@@ -274,6 +274,7 @@ def test_a_function_is_measured_without_training(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_tasks_report_the_mean_that_is_trained(
     tiny_dir, data, tmp_path, capsys):
   """Generation has its language-model loss in it, not 0."""

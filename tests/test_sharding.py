@@ -94,7 +94,7 @@ def test_a_run_is_the_same_on_every_mesh():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive_except(family=['llama'])
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('family', ['llama', 'opt'])
 def test_split_layers_give_the_same_run(family):
   """Rows over 2, width over 2, heads, feed-forward and vocabulary over 2."""

@@ -218,6 +218,7 @@ def test_a_skipped_step_changes_no_momentum():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 def test_memory_is_that_of_inference():
   """And of U and its momentum, at a model's size."""

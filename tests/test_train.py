@@ -227,6 +227,7 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   assert 'Traceback' not in out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.processes
 def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""
