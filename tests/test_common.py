@@ -307,7 +307,7 @@ def on_eight(x):
 
 @pytest.mark.slow_except(name=['mezo'])
 @pytest.mark.exhaustive_except(
-    name=['mezo', 'mezo, low rank', 'adam by history', 'hizoo', 'private'])
+    name=['mezo', 'mezo, low rank', 'hizoo', 'private'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):

@@ -80,7 +80,7 @@ def test_around_a_displacement(tiny, kind, over):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive_except(over=['rows'], n=[8])
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('n', [2, 8])
 @pytest.mark.parametrize('over', ['batch', 'rows'])
 def test_a_mesh_changes_nothing(tiny, over, n):

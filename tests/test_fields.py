@@ -568,6 +568,7 @@ def test_an_explicit_mesh_is_refused_by_name(tmp_path):
       models.load(tmp_path, mesh=mesh, progress=False)
 
 
+@pytest.mark.exhaustive
 def test_64_bit_mode_generates_the_same(tmp_path):
   write(tmp_path, tiny('llama'))
   model, params = models.load(tmp_path, progress=False)

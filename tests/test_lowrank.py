@@ -69,6 +69,7 @@ def test_it_is_the_product_of_its_factors(path, shape, rank):
 
 
 @pytest.mark.slow_except(rank=[4])
+@pytest.mark.exhaustive_except(rank=[4])
 @pytest.mark.parametrize('rank', [4, 40])
 @pytest.mark.parametrize('path,shape', [
     ('w', (160, 150)), ('layers/w', (3, 150, 10, 16)), ('w', (150, 1, 160))])

@@ -432,7 +432,7 @@ MODES = {
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive_except(mode=['rows', 'micro-batches'])
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('mode', MODES)
 def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   params = tree_of()

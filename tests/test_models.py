@@ -106,6 +106,7 @@ def test_logits_against_numpy(name, tmp_path):
 
 @pytest.mark.parametrize('vocab,chunk', [(64, 64), (64, 16), (61, 16), (5, 16)])
 @pytest.mark.slow_except(vocab=[61])
+@pytest.mark.exhaustive_except(vocab=[61])
 def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
   x, table = (jax.random.normal(jax.random.key(i), shape)
               for i, shape in enumerate([(3, 4, 8), (vocab, 8)]))

@@ -164,6 +164,7 @@ def test_norms_are_those_of_the_gradients_of_layers():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_variance_modified_is_unbiased_and_expectation_modified_is_over_d():
   """Of 4,000 estimates, within 5 standard errors."""
   slope = np.random.RandomState(0).normal(size=12)
@@ -233,6 +234,7 @@ def test_bad_options(make, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_norms_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which are in its checkpoint, so weights are not looked at again."""

@@ -149,6 +149,7 @@ def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_train_py_with_and_without(tiny_dir, reviews_file, tmp_path):
   """A run that is stopped after three of six steps, without, goes on with; its
   log makes the same weights without, bit for bit."""

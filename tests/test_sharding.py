@@ -65,6 +65,7 @@ def make_step(tx, loss_fn, out_shardings):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_is_the_same_on_every_mesh():
   model, params, _ = wide_model()
   ids = jax.random.randint(jax.random.key(2), (8, 12), 0, 512)

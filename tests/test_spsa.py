@@ -72,6 +72,7 @@ CASES = {
 
 
 @pytest.mark.slow_except(name=['normal', 'one-sided'])
+@pytest.mark.exhaustive_except(name=['normal', 'one-sided'])
 @pytest.mark.parametrize('name', CASES)
 def test_unbiased(name):
   """The mean of 20,000 estimates is the gradient within 5 standard errors."""

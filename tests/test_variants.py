@@ -199,6 +199,7 @@ def test_svrg_stays_where_the_mean_gradient_is_zero():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_svrg_varies_less_near_its_anchor():
   """Along the same keys and batches, 40 of them, after a short step."""
   spread = {}
