@@ -105,11 +105,12 @@ def as_shipped():
 
 
 def pytest_itemcollected(item):
-  """Marks as slow the cases of a test that `slow_except` does not list."""
+  """Marks the cases that `slow_except` and `exhaustive_except` do not list."""
   cases = item.callspec.params if hasattr(item, 'callspec') else {}
-  for marker in item.iter_markers('slow_except'):
-    if any(cases[name] not in kept for name, kept in marker.kwargs.items()):
-      item.add_marker('slow')
+  for tier in ('slow', 'exhaustive'):
+    for marker in item.iter_markers(f'{tier}_except'):
+      if any(cases[name] not in kept for name, kept in marker.kwargs.items()):
+        item.add_marker(tier)
 
 
 def pytest_unconfigure():

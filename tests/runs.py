@@ -1,5 +1,6 @@
 """Starts small runs of train.py, in child processes or in this one."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,9 +8,11 @@ import sys
 import time
 
 import conftest
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from mezo_jax.tasks import Task
+from mezo_jax.training import build
 from mezo_jax.training import config as config_lib
 
 SMALL = ['--config.task.template={text} It was',
@@ -98,6 +101,12 @@ def small_config(model, data, **changes):
   config.data.batch_size, config.data.buckets = 8, (16,)
   config.eval_batch_size = 20  # Dev and test data then share a program.
   return changed(config, **changes)
+
+
+def use_devices(monkeypatch, number):
+  """Makes runs in this process use only the first devices."""
+  monkeypatch.setattr(build, 'make_mesh', functools.partial(
+      build.make_mesh, devices=jax.devices()[:number]))
 
 
 def train_losses(workdir):

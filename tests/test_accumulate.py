@@ -49,6 +49,7 @@ def run(tx, value_fn, step, params, batches, apply_after=()):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['low rank, micro-batches'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_steps_are_those_of_updates_at_once(kind):
   """A skipped one among them; and the weights move at every fourth alone."""
@@ -69,6 +70,7 @@ def test_the_steps_are_those_of_updates_at_once(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(devices=[8])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 8)])
 def test_the_door_gives_the_same_weights(dtype, devices):
@@ -89,6 +91,7 @@ def test_the_door_gives_the_same_weights(dtype, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loop_of_one_s_own_folds_too():
   made = tx, value_fn, _, params, batches = setup(
       2, directions=LowRank(rank=4))
@@ -105,6 +108,7 @@ def test_a_loop_of_one_s_own_folds_too():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 def test_no_weights_are_built_nor_copied():
   """What is pending is evaluated by factors; an update that waits is no copy
@@ -142,6 +146,7 @@ def test_options_are_checked(options, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_stopped_and_exported(tiny_dir, reviews_file, tmp_path,
                                             monkeypatch):
   """With updates pending: nothing is lost, and evaluation adds them."""

@@ -87,6 +87,7 @@ def test_directions_and_combines_have_names():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=['mezo'])
 @pytest.mark.parametrize('name', ['mezo', 'hizoo', 'spsa and adam'])
 def test_numbers_in_a_batch(name):
   """Python's and NumPy's, and nothing, as jax.jit takes them; in parts, too."""
@@ -119,6 +120,7 @@ def test_a_step_is_compiled_for_other_numbers_of_arguments():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=['mezo'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank in one pass', 'hizoo', 'lozo-m', 'svrg'])
 def test_jit_can_be_disabled(name):
@@ -137,6 +139,7 @@ def test_jit_can_be_disabled(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=['mezo, low rank', 'private'])
 @pytest.mark.parametrize('name', [
     'mezo', 'mezo, low rank', 'mezo, pending', 'spsa and sgd', 'private',
     'adam by history', 'svrg', 'hizoo'])
@@ -174,10 +177,12 @@ class Record:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('make', [
-    lambda: Pair(**PARAMS), lambda: Record(**PARAMS),
-    lambda: [PARAMS['w'], (PARAMS['b'], None)],
+    lambda: Record(**PARAMS),
     lambda: PARAMS | {'steps': jnp.arange(3), 'none': None, 'seen': True},
-    lambda: PARAMS | {'empty': jnp.zeros((0, 4)), 'scalar': jnp.float32(2.0)},
+    *(pytest.param(make, marks=pytest.mark.exhaustive) for make in (
+        lambda: Pair(**PARAMS), lambda: [PARAMS['w'], (PARAMS['b'], None)],
+        lambda: PARAMS | {
+            'empty': jnp.zeros((0, 4)), 'scalar': jnp.float32(2.0)})),
     lambda: PARAMS | {'rngs': {'key': KEY, 'keys': jax.random.split(KEY, 2),
                                'count': jnp.uint32(3)}}])
 def test_params_of_all_kinds(make):
@@ -221,6 +226,7 @@ def test_an_nnx_model_with_random_streams():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flax_saves_the_state():
   from flax import serialization
   for name in ('mezo', 'hizoo', 'mezo, pending', 'svrg', 'lozo-m',
@@ -253,14 +259,15 @@ WEIGHTS = jnp.array([1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize('make', [
     lambda **more: mezo_jax.spsa(1e-2, key=0, micro_batches=2),
     lambda **more: mezo_jax.spsa(1e-2, key=0, num_samples=2, over='rows'),
-    lambda **more: whole.conservative(1e-2, key=0, micro_batches=2),
-    lambda **more: whole.forward_grad(1e-2, key=0, micro_batches=2),
-    lambda **more: whole.hizoo(1e-2, key=0, micro_batches=2),
-    lambda **more: whole.private(
-        1e-2, key=0, micro_batches=2, clip=1.0, noise_multiplier=1.0,
-        batch_size=8),
-    lambda **more: variants.svrg(1e-2, key=0, rows=4),
-    lambda **more: backprop.backprop(micro_batches=2)])
+    lambda **more: backprop.backprop(micro_batches=2),
+    *(pytest.param(make, marks=pytest.mark.exhaustive) for make in (
+        lambda **more: whole.conservative(1e-2, key=0, micro_batches=2),
+        lambda **more: whole.forward_grad(1e-2, key=0, micro_batches=2),
+        lambda **more: whole.hizoo(1e-2, key=0, micro_batches=2),
+        lambda **more: whole.private(
+            1e-2, key=0, micro_batches=2, clip=1.0, noise_multiplier=1.0,
+            batch_size=8),
+        lambda **more: variants.svrg(1e-2, key=0, rows=4)))])
 def test_arrays_that_are_not_batch_are_not_cut(make):
   tx = make()
   private = dict(noise_key=KEY)

@@ -195,6 +195,7 @@ def encoder(tiny_dir, tmp_path_factory):
   return directory
 
 
+@pytest.mark.exhaustive
 def test_a_new_head_on_an_encoder(encoder, reviews_file, tmp_path):
   config = small_config(
       encoder, reviews_file, steps=2, eval_every=2, zero_shot=False,

@@ -49,6 +49,7 @@ def theirs(model):
   return families.torch_logits(model.eval(), IDS, MASKS['right'])
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'gpt2', 'bert'])
 @pytest.mark.parametrize('family,switch', [
     *((family, [*switches][0])
       for family, (_, _, switches) in FAMILIES.items()),
@@ -71,6 +72,7 @@ def test_transformers_loads_a_head(family, switch, tmp_path):
   assert np.abs(want).max() > 0.1
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'bert'])
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'bert', 'roberta'])
 def test_peft_loads_lora_with_a_head(family, tmp_path):
   reference = pytest.importorskip('peft')
@@ -147,6 +149,7 @@ def test_a_run_with_a_head_is_exported_and_replayed(
       tmp_path / 'six' / 'model.safetensors').read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_adapters_with_a_head(tiny_dir, reviews_file, tmp_path):
   reference = pytest.importorskip('peft')
   train.run(config_of(tiny_dir, reviews_file, peft__method='lora'),

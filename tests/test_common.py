@@ -14,9 +14,14 @@ import pytest
 
 import mezo_jax
 
-# The rows of the default tier; all others are in the slow one.
+# The rows of the default tier.
 FEW = ['mezo', 'mezo, low rank', 'mezo, pending', 'hizoo', 'spsa and adam']
-pytestmark = pytest.mark.slow_except(name=FEW)
+# One row of each kind: several directions in one pass, a memory, losses that
+# are measured or applied in another way. The rest is exhaustive.
+SOME = FEW + ['mezo, low rank in one pass', 'adam by history', 'conservative',
+              'one point', 'private']
+pytestmark = [pytest.mark.slow_except(name=FEW),
+              pytest.mark.exhaustive_except(name=SOME)]
 
 quick = helpers.quick_jit
 every = pytest.mark.parametrize('name', ROWS)
@@ -224,8 +229,10 @@ MASKS = {
 
 
 @pytest.mark.parametrize('name,kind_of_mask', [
-    *((name, kind) for name in ZEROTH if name != 'mazo'  # has its own
-      for kind in ('expression', 'elements')),
+    *((name, 'elements') for name in ZEROTH if name != 'mazo'),  # has its own
+    *(pytest.param(name, 'expression', marks=(
+        () if name in FEW else pytest.mark.exhaustive))
+      for name in ZEROTH if name != 'mazo'),
     ('mezo', 'tree'), ('mezo', 'function')])
 def test_masked_weights_are_neither_perturbed_nor_updated(name, kind_of_mask):
   mask = MASKS[kind_of_mask]
@@ -251,6 +258,7 @@ def test_masked_weights_are_neither_perturbed_nor_updated(name, kind_of_mask):
 
 
 @pytest.mark.slow_except(name=['mezo'])
+@pytest.mark.exhaustive_except(name=['mezo', 'mezo, low rank', 'hizoo'])
 @pytest.mark.parametrize('name,dtype', [
     *((n, 'bfloat16') for n in ZEROTH
       if 'adam' not in n and n not in ('one point', 'sign')),
@@ -274,6 +282,8 @@ def test_half_precision_moves_as_far_as_float32(name, dtype):
 
 
 @pytest.mark.slow_except(name=['mezo'])
+@pytest.mark.exhaustive_except(
+    name=['mezo', 'mezo, low rank', 'adam by history'])
 @every
 def test_eight_devices_do_as_one(name):
   params = {'w': jnp.ones((16, 8)) / 3, 'layers': {'w': jnp.ones((2, 8, 8))}}
@@ -296,6 +306,8 @@ def on_eight(x):
 
 
 @pytest.mark.slow_except(name=['mezo'])
+@pytest.mark.exhaustive_except(
+    name=['mezo', 'mezo, low rank', 'hizoo', 'private'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_door_gives_the_same_weights(name):
@@ -322,6 +334,8 @@ def test_the_door_gives_the_same_weights(name):
 
 
 @pytest.mark.slow_except(name=['mezo'])
+@pytest.mark.exhaustive_except(
+    name=['mezo', 'mezo, low rank', 'hizoo', 'spsa and adam'])
 @pytest.mark.as_shipped
 @zeroth
 def test_the_update_needs_no_dense_tree(name):

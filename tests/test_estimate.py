@@ -33,6 +33,7 @@ def of(n):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=KINDS[:1], signs=[(1.0, -1.0)])
 @pytest.mark.parametrize('kind,signs', [
     *((kind, (1.0, -1.0)) for kind in KINDS), (KINDS[0], (1.0, 0.0))],
                          ids=lambda k: type(k).__name__)
@@ -55,6 +56,7 @@ def test_in_one_pass_as_one_after_the_other(tiny, kind, signs):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(over=['rows'])
 @pytest.mark.parametrize('kind,over', [
     (LowRank(rank=4), 'scan'), (LowRank(rank=4), 'batch'),
     (LowRank(rank=4), 'rows'), (mezo_jax.Normal(mask='attn'), 'scan')],
@@ -78,6 +80,7 @@ def test_around_a_displacement(tiny, kind, over):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('n', [2, 8])
 @pytest.mark.parametrize('over', ['batch', 'rows'])
 def test_a_mesh_changes_nothing(tiny, over, n):

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.processes
 FOLDER = conftest.ROOT / 'examples'
 
 
+@pytest.mark.exhaustive_except(name=['linen'])
 @pytest.mark.parametrize('name', ['linen', 'nnx'])
 def test_examples(name):
   done = subprocess.run(

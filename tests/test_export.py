@@ -77,6 +77,7 @@ def changed_json(file, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(method=['lora'])
 @pytest.mark.parametrize('method', ['lora', ''])
 def test_another_base_is_refused_and_a_moved_one_is_found(
     method, tiny_dir, reviews_file, tmp_path):

@@ -230,6 +230,7 @@ def check(directory, hf: dict, field: str) -> str | None:
   return f'{what}: logits differ by {off:.1g}' if off > 1e-4 else None
 
 
+@pytest.mark.exhaustive_except(family=['gpt2'])
 @pytest.mark.parametrize('family', _TINY)
 def test_every_field(family, tmp_path):
   """A new field of a class in transformers fails here until it is decided."""
@@ -251,6 +252,7 @@ def test_every_field(family, tmp_path):
   assert not wrong, '\n'.join(wrong)
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'gemma3_text', 'gpt2', 'bert'])
 @pytest.mark.parametrize('family', _TINY)
 def test_missing_fields_have_the_defaults_of_transformers(family):
   """Each alone, and all of them."""
@@ -324,6 +326,7 @@ def spellings(family: str) -> list[dict]:
   return cases + (_TWO_ROPES if family == 'gemma3_text' else [])
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'gpt2'])
 @pytest.mark.parametrize('family', [f for f in _TINY if spellings(f)])
 def test_other_spellings(family, tmp_path):
   """None is a field that is left out."""
@@ -375,6 +378,7 @@ _HEAD = {'bert': 'cls.predictions.decoder.weight',
          'roberta': 'lm_head.decoder.weight'}
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'bert'])
 @pytest.mark.parametrize('family', _TINY)
 def test_a_flag_that_ties_another_head(family, tmp_path):
   """The file is right, as in transformers; and what is saved again says so."""
@@ -394,6 +398,7 @@ def test_a_flag_that_ties_another_head(family, tmp_path):
   assert relative(logits(tmp_path / 'b'), want) < 1e-5
 
 
+@pytest.mark.exhaustive_except(family=['llama', 'bert'])
 @pytest.mark.parametrize('family', _TINY)
 def test_a_head_that_is_the_embedding_again(family, tmp_path):
   """As .bin files have it: with the flag it is no parameter of its own; without
@@ -563,6 +568,7 @@ def test_an_explicit_mesh_is_refused_by_name(tmp_path):
       models.load(tmp_path, mesh=mesh, progress=False)
 
 
+@pytest.mark.exhaustive
 def test_64_bit_mode_generates_the_same(tmp_path):
   write(tmp_path, tiny('llama'))
   model, params = models.load(tmp_path, progress=False)

@@ -32,6 +32,7 @@ def half_model(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(family=['llama'])
 @pytest.mark.parametrize('family', CASES)
 def test_the_logits_are_those_of_float32(family):
   model, half, full = half_model(family)
@@ -43,6 +44,7 @@ def test_the_logits_are_those_of_float32(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.LowRank(rank=2)], ids=['normal', 'low_rank'])
 def test_a_step_with_lora(directions):
@@ -80,6 +82,7 @@ def test_gradients_and_generation():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_of_train(tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(
       tiny_dir, reviews_file, model__dtype='float16', steps=2, eval_every=2,

@@ -30,6 +30,7 @@ KINDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['llama', 'masked'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_frozen_layers_and_top_are_the_model(kind):
   model, params, ids = helpers.tiny_model(**KINDS[kind])
@@ -93,6 +94,7 @@ def of(built, data, params):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(way=['last_layers', 'LoRA above'])
 @pytest.mark.parametrize('way', WAYS)
 def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
                                              tmp_path):
@@ -108,6 +110,7 @@ def test_losses_are_those_of_the_whole_model(way, tiny_dir, reviews_file,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(way=['Adam'])
 @pytest.mark.parametrize('way', ['laid-out candidates', 'Adam'])
 def test_a_run_is_the_same_with_cached_activations(
     way, tiny_dir, reviews_file, tmp_path, capsys):
@@ -132,6 +135,7 @@ def test_a_run_is_the_same_with_cached_activations(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, **WAYS['LoRA above'])
   result = train.run(config, tmp_path / 'a')
@@ -171,6 +175,7 @@ def test_lora_of_the_last_layers_is_peft_s(tiny_dir, reviews_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(gib=[0.0])
 @pytest.mark.parametrize('gib', [4.0, 0.0])
 def test_a_stopped_run_ends_as_one_that_was_not(gib, tiny_dir, reviews_file,
                                                 tmp_path):

@@ -38,6 +38,7 @@ def test_a_cache_changes_nothing(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_draws_follow_the_softmax(tiny):
   """Frequencies of 8,000 first tokens within 5 standard errors."""
   model, params, ids = tiny
@@ -145,6 +146,7 @@ def test_what_cannot_be_generated(tiny, kwargs, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_real_model_out_and_in_and_its_english(tmp_path):
   """SmolLM2-135M from GGUF, and from the safetensors that we write of it."""
   if not quickstart_data.model_path(fetch=False):

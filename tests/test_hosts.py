@@ -87,6 +87,7 @@ def test_a_process_that_dies_ends_the_others(dead):
       assert said.endswith(text)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.processes
 def test_an_abort_of_this_process_is_no_death_of_another():
   """A job must not requeue itself for a crash."""
@@ -105,6 +106,7 @@ def test_an_error_of_one_is_said_and_does_not_hang():
       'prog: process 1 of 2 failed (see its output).\n', 1)
 
 
+@pytest.mark.exhaustive_except(number=[signal.SIGINT])
 @pytest.mark.processes
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):
@@ -190,6 +192,7 @@ def test_a_port_that_somebody_else_has():
       hosts.join(f'127.0.0.1:{port}', 2, 0)
 
 
+@pytest.mark.exhaustive_except(platforms=['cpu,foo'])
 @pytest.mark.processes
 @pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'cdua', 'cpu,foo'])
 def test_devices_that_are_not_there(platforms):
@@ -206,6 +209,7 @@ def test_devices_that_are_not_there(platforms):
   assert platforms in last
 
 
+@pytest.mark.exhaustive_except(i=[1], host=['127.0.0.1'])
 @pytest.mark.processes
 @pytest.mark.parametrize('i,host', [
     (0, '127.0.0.1'), (1, '127.0.0.1'), (1, 'no-such-host.invalid')])

@@ -68,6 +68,7 @@ def test_loading_holds_the_result_and_one_parameter(tiny_dir, tmp_path):
 
 
 @pytest.mark.slow_except(family=['gpt2'], fsdp=[2])
+@pytest.mark.exhaustive_except(family=['gpt2'])
 @pytest.mark.parametrize('family', ['gpt2', 'roberta', 'gemma2'])
 @pytest.mark.parametrize('fsdp,tensor', [(8, 1), (2, 4)])
 def test_sharded_loading_and_saving(family, fsdp, tensor, tmp_path):

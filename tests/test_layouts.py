@@ -130,6 +130,10 @@ MODELS = {
 }
 
 
+# One of each kind: parameters of a list, tied rows, and a stack that is moved.
+FEW = ['Linen list, tied', 'NNX list', 'layers on the second axis']
+
+
 def loss_of(apply):
   return lambda p: jnp.mean(apply(p).astype(jnp.float32) ** 2)
 
@@ -147,6 +151,7 @@ def make_step(tx, loss):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=FEW)
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('name', MODELS)
 def test_the_forward_and_three_layers(name):
@@ -168,6 +173,7 @@ def test_the_forward_and_three_layers(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=FEW)
 @pytest.mark.parametrize('name', MODELS)
 def test_the_value_is_that_of_built_weights(name):
   apply, shapes = MODELS[name]()
@@ -185,6 +191,7 @@ def test_the_value_is_that_of_built_weights(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(spec=[P(None, 'fsdp')])
 @pytest.mark.parametrize('spec', [P(), P(None, 'fsdp')])
 def test_an_unrolled_model_on_eight_devices(spec):
   mesh = helpers.mesh_of(2, 4)
@@ -323,6 +330,7 @@ def test_an_argument_may_be_called_displacement():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(stack=['stack'])
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('check', [True, False])
 def test_shard_map_inside_value_fn(stack, check):
@@ -356,9 +364,11 @@ def test_shard_map_inside_value_fn(stack, check):
         value_fn=lambda p: lax.psum(jnp.sum(p['w']), 'fsdp'))[0]])
 def test_sharded_weights_inside_shard_map_are_refused(draw):
   mesh = helpers.mesh_of(1, 8)
-  inside = lambda spec, check=True: jax.shard_map(
-      draw, mesh=mesh, in_specs=({'w': spec},), out_specs={'w': spec},
-      check_vma=check)({'w': jnp.ones((8, 8))})
+  def inside(spec, check=True):
+    # Op by op, a shard_map is compiled for each operation.
+    return helpers.quick_jit(jax.shard_map(
+        draw, mesh=mesh, in_specs=({'w': spec},), out_specs={'w': spec},
+        check_vma=check))({'w': jnp.ones((8, 8))})
   with pytest.raises(ValueError, match="'w' .*'fsdp'.* shard_map"):
     inside(P('fsdp'))
   helpers.assert_close(inside(P()), draw({'w': jnp.ones((8, 8))})) if (
@@ -371,6 +381,7 @@ def test_sharded_weights_inside_shard_map_are_refused(draw):
 
 
 @pytest.mark.slow_except(seed=[0, 1])
+@pytest.mark.exhaustive_except(seed=[0, 1])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('path', ['w', 'layers/w'])

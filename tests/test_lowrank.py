@@ -69,6 +69,7 @@ def test_it_is_the_product_of_its_factors(path, shape, rank):
 
 
 @pytest.mark.slow_except(rank=[4])
+@pytest.mark.exhaustive_except(rank=[4])
 @pytest.mark.parametrize('rank', [4, 40])
 @pytest.mark.parametrize('path,shape', [
     ('w', (160, 150)), ('layers/w', (3, 150, 10, 16)), ('w', (150, 1, 160))])
@@ -97,6 +98,7 @@ def test_what_is_small_is_drawn_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('kind', [
     LowRank(rank=4), mezo_jax.Normal(), mezo_jax.SubZero(rank=2)])
 def test_many_terms_of_small_leaves(kind):
@@ -150,6 +152,7 @@ def program(p, x, ids):
 
 
 @pytest.mark.slow_except(rank=[16], n=[3])
+@pytest.mark.exhaustive_except(rank=[1, 16], n=[3])
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('rank', [1, 16, 40])
 def test_the_value_is_that_of_built_weights(rank, n):

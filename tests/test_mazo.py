@@ -131,6 +131,7 @@ def test_scores_are_those_of_each_layer_and_row():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 def test_scoring_keeps_nothing_of_the_weights_size_but_the_mask():
   """135 million float32 parameters, two tasks."""
@@ -181,6 +182,7 @@ def test_what_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_mask_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which is that of the weights before training, and in its checkpoint."""

@@ -58,6 +58,7 @@ def on(mesh, model, host):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['four of low rank'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
   """Losses to rounding, and of equal numbers bitwise the same weights; what
@@ -90,6 +91,7 @@ def test_groups_share_out_the_points_of_a_step(kind, model, as_shipped):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_groups_is_the_run_of_one_device(model):
   model, host, ids, loss_fn = model
   runs = []
@@ -122,6 +124,7 @@ def test_rows_with_directions_of_their_own_are_refused(model):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_with_directions_of_their_own(model):
   """The losses of a mesh are those of one device; JAX 0.11 stopped here."""
   model, host, ids, loss_fn = model
@@ -215,6 +218,7 @@ def of_nnx():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('make', [linen, of_nnx])
 def test_rules_place_anyone_s_parameters(make, as_shipped):
   """And a step is the same there, bit for bit given its numbers."""
@@ -262,6 +266,7 @@ def test_rules_that_do_not_fit_are_told():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_another_mesh_is_a_restore(tmp_path):
   """Two steps on one mesh, two on another: the run of one mesh."""
   params, loss_fn = linen()
@@ -291,6 +296,7 @@ def test_another_mesh_is_a_restore(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(directions=[mezo_jax.LowRank(rank=4)])
 @pytest.mark.parametrize('directions', [
     mezo_jax.Normal(), mezo_jax.Rademacher(), mezo_jax.LowRank(rank=4)])
 def test_explicit_axes(directions, as_shipped):
@@ -401,6 +407,7 @@ SPECS = [{'embed': P('tp'), 'layers': {'w': P(None, None, 'tp')}},
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=ALL_KINDS[2:3])
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_an_embedding_read_with_out_sharding(kind):
   """`.at[ids].get(out_sharding=...)` makes axes Auto for a while; so may
@@ -425,6 +432,7 @@ MODES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('mode', MODES)
 def test_explicit_axes_split_batches_as_auto_axes_do(mode):
   params = tree_of()
@@ -437,6 +445,7 @@ def test_explicit_axes_split_batches_as_auto_axes_do(mode):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=ALL_KINDS[:1])
 @pytest.mark.parametrize('kind', ALL_KINDS, ids=lambda d: type(d).__name__)
 def test_a_loss_with_shard_map_inside(kind):
   """On all axes of a mesh, and with one of them left to the compiler."""

@@ -50,6 +50,7 @@ def test_finetune_learns(tiny_dir, reviews_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_finetuning_run_resumes(tiny_dir, reviews_file, tmp_path):
   settings = dict(method='finetune', optimizer__learning_rate=1e-3)
   for steps, where in ((3, 'a'), (6, 'a'), (6, 'b')):
@@ -93,6 +94,7 @@ def test_methods_without_a_step(tiny_dir, reviews_file, tmp_path, method,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(objective=['f1'])
 @pytest.mark.parametrize('objective', [
     'lm', 'accuracy', 'f1', lambda predictions, examples: float(np.mean(
         [p == e['label'] for p, e in zip(predictions, examples)]))])
@@ -123,6 +125,7 @@ def test_generation_is_trained_and_measured(tiny_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_head_for_classes_without_a_prompt(tiny_dir, reviews_file, tmp_path):
   config = small_config(tiny_dir, reviews_file, method='finetune', steps=40,
                         eval_every=40, optimizer__learning_rate=3e-3)
@@ -242,6 +245,7 @@ def test_no_other_module_compares_the_method_with_a_name():
 
 
 @pytest.mark.slow_except(method=['private'])
+@pytest.mark.exhaustive_except(method=['private', 'adam_by_history'])
 @pytest.mark.parametrize('method,changes,forwards', [
     ('sparse_mezo', dict(variant__share=0.3), 6 * 2),
     ('momentum_by_history', dict(variant__window=3), 6 * 2),
@@ -271,6 +275,7 @@ def test_a_relative_runs(tiny_dir, reviews_file, tmp_path, method, changes,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_svrg_runs_and_resumes_between_anchors(
     tiny_dir, reviews_file, tmp_path, monkeypatch):
   """Anchors of 32 of the 40 rows, at steps 1 and 5."""

@@ -88,6 +88,7 @@ def test_tasks_are_drawn_by_weight_wherever_a_run_begins(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_zero_shot_has_no_part_of_an_adapter(config, tmp_path):
   """Nor the frozen one."""
   def tasks_of(config):

@@ -51,6 +51,7 @@ def test_known_tokens_are_refused(token):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(token=[64])
 @pytest.mark.parametrize('token', [64, -1])
 def test_tokens_given_to_a_program_make_nan(token):
   """In the row that has one, and with perturbed weights too; what is right is
@@ -125,6 +126,7 @@ def test_positions_beyond_the_table(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_texts_that_share_a_prompt_and_are_too_long():
   """20 tokens in a row: with its prompt each text fits, or one does not."""
   model, params = tiny(**POSITIONS['opt'])
@@ -187,6 +189,7 @@ def expected():
 
 @pytest.mark.parametrize('given', ['ids', 'mask', 'both', 'none', 'made'])
 @pytest.mark.slow_except(given=['ids'])
+@pytest.mark.exhaustive_except(given=['ids', 'none'])
 def test_generate_within_a_program(given):
   """Ids, a mask, both or neither of which are the program's arguments."""
   model, params = tiny()
@@ -205,6 +208,7 @@ def test_generate_within_a_program(given):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_draws_within_a_program():
   """A temperature and a top_p may be its arguments, and 0 among them."""
   model, params = tiny()

@@ -106,6 +106,7 @@ def test_logits_against_numpy(name, tmp_path):
 
 @pytest.mark.parametrize('vocab,chunk', [(64, 64), (64, 16), (61, 16), (5, 16)])
 @pytest.mark.slow_except(vocab=[61])
+@pytest.mark.exhaustive_except(vocab=[61])
 def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
   x, table = (jax.random.normal(jax.random.key(i), shape)
               for i, shape in enumerate([(3, 4, 8), (vocab, 8)]))
@@ -118,6 +119,7 @@ def test_log_likelihood_in_parts_of_the_vocabulary(vocab, chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_long_answer_needs_no_perturbed_vocabulary():
   """With a table of 20 MB and 8 answer tokens a row: the perturbed loss needs
   less than a fifth of it, and is what built weights give."""

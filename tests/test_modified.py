@@ -63,6 +63,8 @@ def value(p, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(
+    kind=[KINDS[0], KINDS[2]], what=['layers', 'elements'])
 @pytest.mark.parametrize('what', ['numbers', 'layers', 'elements'])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: type(k).__name__)
 def test_scales_multiply_the_direction(kind, what):
@@ -162,6 +164,7 @@ def test_norms_are_those_of_the_gradients_of_layers():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_variance_modified_is_unbiased_and_expectation_modified_is_over_d():
   """Of 4,000 estimates, within 5 standard errors."""
   slope = np.random.RandomState(0).normal(size=12)
@@ -240,6 +243,7 @@ def test_bad_options(make, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_norms_it_began_with(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Which are in its checkpoint, so weights are not looked at again."""

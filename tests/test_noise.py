@@ -23,6 +23,7 @@ pytestmark = pytest.mark.as_shipped
 KEY = jax.random.key(11)
 BOTH = [kind(g) for g in noise.GENERATORS for kind in (Normal, Rademacher)]
 THREEFRY = Normal('threefry2x32')
+HASH32 = [Normal('hash32'), Rademacher('hash32')]
 
 
 def z(tree, key=KEY, directions=Normal(), **kwargs):
@@ -61,7 +62,7 @@ def test_z_is_the_same_on_every_version_of_jax(directions, want):
 
 
 @pytest.mark.parametrize('directions', BOTH, ids=str)
-@pytest.mark.slow_except(directions=[Normal('hash32'), Rademacher('hash32')])
+@pytest.mark.slow_except(directions=HASH32)
 def test_it_is_its_definition(directions):
   tree = {'embed': jnp.zeros((9, 5)), 'scale': jnp.zeros(()),
           'layers': {'w': jnp.zeros((3, 4, 6)), 'b': jnp.zeros((3, 4))},
@@ -85,7 +86,8 @@ def test_a_layer_has_the_key_of_that_layer():
 
 @pytest.mark.parametrize('directions', BOTH, ids=str)
 @pytest.mark.parametrize('shape', [(6, 5), (7,), ()])
-@pytest.mark.slow_except(directions=[Normal('hash32'), Rademacher('hash32')])
+@pytest.mark.slow_except(directions=HASH32)
+@pytest.mark.exhaustive_except(directions=HASH32)
 def test_stacked_and_separate_layers_agree(directions, shape):
   how = dict(directions=directions)
   stacked = z({'layers': {'q': {'w': jnp.zeros((3, *shape))}}}, **how)
@@ -178,7 +180,8 @@ def test_names_that_hash_alike_are_refused():
 
 
 @pytest.mark.parametrize('directions', BOTH, ids=str)
-@pytest.mark.slow_except(directions=[Normal('hash32'), Rademacher('hash32')])
+@pytest.mark.slow_except(directions=HASH32)
+@pytest.mark.exhaustive_except(directions=HASH32)
 def test_jit_and_eager_agree(directions):
   tree = {'layers': {'w': jnp.ones((3, 40, 50))}}
   draw = functools.partial(z, directions=directions)
@@ -191,6 +194,7 @@ def test_jit_and_eager_agree(directions):
 
 @pytest.mark.parametrize('directions', BOTH, ids=str)
 @pytest.mark.slow_except(directions=[Normal('hash32')])
+@pytest.mark.exhaustive_except(directions=HASH32)
 def test_no_temporary_of_a_leafs_size(directions):
   tree = {'layers': {'w': jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)},
           'embed': jax.ShapeDtypeStruct((5000, 256), jnp.float32)}
@@ -204,7 +208,8 @@ def test_no_temporary_of_a_leafs_size(directions):
 
 
 @pytest.mark.parametrize('directions', BOTH, ids=str)
-@pytest.mark.slow_except(directions=[Normal('hash32'), Rademacher('hash32')])
+@pytest.mark.slow_except(directions=HASH32)
+@pytest.mark.exhaustive_except(directions=HASH32)
 def test_statistics(directions):
   """Moments, and correlations between keys, layers and neighbours, each
   within 5 standard errors; 1.6e7 draws."""

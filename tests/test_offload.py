@@ -51,6 +51,7 @@ def placed(params, mesh, offload, dtype=jnp.float32):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(form=['signs, two directions'])
 @pytest.mark.parametrize('form', FORMS)
 def test_fifty_steps_are_those_without(form, problem):
   """Bitwise, given the projected gradients; losses to rounding."""
@@ -148,6 +149,7 @@ def test_a_model_is_read_into_the_host_s_memory(tiny_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_train_py_with_and_without(tiny_dir, reviews_file, tmp_path):
   """A run that is stopped after three of six steps, without, goes on with; its
   log makes the same weights without, bit for bit."""

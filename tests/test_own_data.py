@@ -125,6 +125,7 @@ def test_the_config_for_own_data(own):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_config_and_split_are_said_first(own, tmp_path, capsys):
   """And more steps may be made later, or it is said why not."""
   train.run(own, tmp_path / 'w', source='configs/own.py')

@@ -39,6 +39,7 @@ def same(a, b):
 
 
 @pytest.mark.slow_except(name=['int32', 'key'])
+@pytest.mark.exhaustive_except(name=['int32', 'key', 'int4'])
 @pytest.mark.parametrize('make', [
     lambda z: mezo_jax.mezo(
         1e-2, key=0, directions=z, weight_decay=0.1, decay='^w'),

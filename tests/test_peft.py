@@ -209,6 +209,7 @@ def test_last_layers_are_the_same_model():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['prefix'], changes=[{}])
 @pytest.mark.parametrize('kind,changes', [
     ('lora', {}), ('prefix', {}), ('prefix', dict(rope=None, norm='layer')),
     ('prefix', dict(window=4)), ('last_layers', {})])

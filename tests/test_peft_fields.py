@@ -130,6 +130,7 @@ def test_every_field_of_peft_is_decided(adapter):
       *changes, *COMMON}
 
 
+@pytest.mark.exhaustive_except(adapter=['prompt'])
 @pytest.mark.filterwarnings('ignore')
 def test_a_field_gives_the_same_logits_or_is_refused(adapter, tmp_path):
   kind, directory, model, params = adapter

@@ -54,6 +54,7 @@ def close(a, b, side='right'):
   np.testing.assert_allclose(a[:, -20:][at], b[:, -20:][at], atol=3e-5)
 
 
+@pytest.mark.exhaustive_except(loaded=['llama', 'gpt2'])
 def test_lora_of_peft_is_read_and_written(loaded, tmp_path):
   family, make, model, params = loaded
   targets = TARGETS.get(family, ['q_proj', 'v_proj', 'down_proj'])
@@ -81,6 +82,7 @@ def test_lora_of_peft_is_read_and_written(loaded, tmp_path):
   close(families.torch_logits(again, IDS, MASKS['right']), want)
 
 
+@pytest.mark.exhaustive_except(loaded=['llama', 'gpt2'])
 def test_lora_of_queries_and_values_alone(loaded, tmp_path):
   """The paper's; in GPT-2's fused matrix the keys' part stays as it was."""
   family, make, model, params = loaded
@@ -95,6 +97,7 @@ def test_lora_of_queries_and_values_alone(loaded, tmp_path):
         logits(model, whole))
 
 
+@pytest.mark.exhaustive_except(loaded=['llama', 'gpt2'])
 @pytest.mark.parametrize('kind', ['prefix', 'zero prefix', 'prompt'])
 def test_prefix_and_prompt_of_peft(loaded, tmp_path, kind):
   family, make, model, params = loaded
@@ -129,6 +132,7 @@ def test_prefix_and_prompt_of_peft(loaded, tmp_path, kind):
   close(logits(again, peft.join(params, adapters), ids, mask), want)
 
 
+@pytest.mark.exhaustive_except(loaded=['llama', 'gpt2'])
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_a_prefix_from_position_zero(loaded, side):
   """The paper's: keys and values before those of every layer of torch's."""

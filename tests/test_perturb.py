@@ -112,6 +112,7 @@ def test_the_rules_are_registered():
     'scan', 'scan of remat of jit', 'scan of scans', 'rows in a scan',
     'unrolled layers', 'cond', 'rows by index', 'tied', 'transpose',
     'custom_vjp', 'vmap', 'einsum', 'grad inside'])
+@pytest.mark.exhaustive_except(stack=['layers'])
 @pytest.mark.parametrize('stack', ['layers', 'stack'])
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_equals_built_weights(name, stack):
@@ -143,6 +144,7 @@ def test_directions(directions):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(n=[12])
 @pytest.mark.parametrize('n', [5, 12])  # unrolled, and a loop
 def test_many_keys(n):
   keys = jax.vmap(jax.random.key)(jnp.arange(n))

@@ -32,6 +32,7 @@ def wide_dir(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(change=[dict(mesh=Mesh(1, 2, 2, 2))])
 @pytest.mark.parametrize('change', [
     dict(mesh=Mesh(1, 2, 2, 2)),
     dict(peft__method='last_layers', peft__num_layers=1),
@@ -78,6 +79,7 @@ def test_a_mesh_that_splits_all(wide_dir, reviews_file):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
                                               monkeypatch, capsys):
   config = small_config(wide_dir, reviews_file, **SMALL)
@@ -109,15 +111,8 @@ def test_what_does_not_fit_is_told_what_would(wide_dir, reviews_file,
 
 
 @pytest.mark.processes
-def test_the_command(wide_dir, tmp_path):
+def test_the_command(tmp_path, capsys):
   """Its text and its exit status; a hub id that is known needs no network."""
-  def run(*args):
-    done = subprocess.run(
-        [sys.executable, '-m', 'mezo_jax', 'plan', *args],
-        capture_output=True, text=True, cwd=conftest.ROOT, env=os.environ | {
-            'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu',
-            'HF_HUB_OFFLINE': '1'})
-    return done.returncode, done.stdout + done.stderr
   file = tmp_path / 'config.py'
   file.write_text(
       'from mezo_jax.training.config import Data, Model, Train\n'
@@ -126,17 +121,22 @@ def test_the_command(wide_dir, tmp_path):
       '  return Train(model=Model(name), data=Data(train="nowhere"),\n'
       '               task=Task(template="{review} It was",\n'
       '                         label_words=(" bad", " good")))\n')
-  code, text = run(f'--config={file}:opt-125m', '--topology=cpu:4',
-                   '--tokens=16', '--mesh=fsdp=2,tensor=2',
-                   '--config.model.dtype=bfloat16')
+  code = commands.plan([
+      'mezo-jax plan', f'--config={file}:opt-125m', '--topology=cpu:4',
+      '--tokens=16', '--mesh=fsdp=2,tensor=2',
+      '--config.model.dtype=bfloat16'])
+  text = capsys.readouterr().out
   assert code == 0, text
   for part in ('opt-125m: 125,239,296 parameters in bfloat16', 'unknown',
                'mesh fsdp=2,tensor=2', '| losses |', '| evaluation |',
                '16 rows of 16 tokens'):
     assert part in text, text
-  code, text = run(f'--config={file}', '--topology=v9:2')
-  assert code == 1 and 'Traceback' not in text, text
-  assert text.splitlines()[-1].startswith('mezo-jax plan: --topology=')
+  done = subprocess.run(
+      [sys.executable, '-m', 'mezo_jax', 'plan', f'--config={file}',
+       '--topology=v9:2'], capture_output=True, text=True, cwd=conftest.ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+  assert done.stderr.splitlines()[-1].startswith('mezo-jax plan: --topology=')
   for args, part in (
       (['--topology=v9:2'], '--topology='),
       (['--topology=cpu:4', '--mesh=fsdp=3'], '--mesh=fsdp=3'),

@@ -20,6 +20,7 @@ import mezo_jax
 from mezo_jax import Displacement, make_step
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.directions import noise as noise_lib
+from mezo_jax.runs import loggers
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import privacy
 from mezo_jax.variants.private import noise
@@ -284,20 +285,27 @@ def test_rows_are_there_by_chance_each_for_itself():
   assert not np.array_equal(again, privacy.sample(b'y' * 32, 5, plan))
 
 
-@pytest.mark.processes
-def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
-  """train.py: killed and resumed it ends as one that was not and has the same
-  secret; nothing of that is published; more steps are refused."""
-  more = ['--config.method=private', '--config.privacy.epsilon=8',
-          '--config.privacy.delta=1e-3', '--config.steps=8',
-          '--config.eval_every=4', '--config.privacy.clip=2',
-          '--config.data.max_length=16']
+class Killed(BaseException):
+  """Ends a run where it is raised, as kill -9 does."""
+
+
+@pytest.mark.slow
+def test_a_run_spends_its_budget_once(
+    tiny_dir, reviews_file, tmp_path, monkeypatch, capsys):
+  """Killed and resumed it ends as one that was not and has the same secret;
+  nothing of that is published; more steps are refused."""
+  runs.use_devices(monkeypatch, 1)
+  config = runs.small_config(
+      tiny_dir, reviews_file, method='private', privacy__epsilon=8.0,
+      privacy__delta=1e-3, privacy__clip=2.0, steps=8, eval_every=4,
+      checkpoint_every=4, data__max_length=16)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for place in (whole, killed):
     place.mkdir()
     (place / 'secret').write_bytes(b'k' * 32)
-  out, code = runs.finish(tiny_dir, reviews_file, whole, *more)
-  assert code == 0 and 'spent epsilon' in out, out
+  run(config, whole)
+  out = capsys.readouterr().out
+  assert 'spent epsilon' in out, out
   result = json.loads((whole / 'result.json').read_text())['privacy']
   event = dp_accounting.PoissonSampledDpEvent(
       8 / 40, dp_accounting.GaussianDpEvent(result['noise_multiplier']))
@@ -316,9 +324,18 @@ def test_a_run_spends_its_budget_once(tiny_dir, reviews_file, tmp_path):
                and p.name != 'secret']
   assert not any(b'k' * 16 in p.read_bytes() for p in published)
 
-  runs.kill_after(killed, 5, 9, tiny_dir, reviews_file, killed, *more)
-  out, code = runs.finish(tiny_dir, reviews_file, killed, *more)
-  assert code == 0, out
+  write = loggers.Metrics.write
+
+  def write_and_die(self, kind, step, **values):
+    write(self, kind, step, **values)
+    if (kind, step) == ('train', 6):
+      raise Killed
+
+  with monkeypatch.context() as m, pytest.raises(Killed):
+    m.setattr(loggers.Metrics, 'write', write_and_die)
+    run(config, killed)
+  run(config, killed)
+  assert 'resumed from step ' in capsys.readouterr().out
   helpers.assert_bitwise(runs.saved(whole)[1], runs.saved(killed)[1])
   assert runs.records(whole) == runs.records(killed)
 

@@ -69,6 +69,7 @@ def uses(p, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(bits=[4])
 @pytest.mark.as_shipped  # quick compilation rounds normal draws otherwise
 @pytest.mark.parametrize('bits', [8, 4])
 def test_however_they_are_read_they_are_the_same_weights(bits):
@@ -241,6 +242,7 @@ def run(tx, params, batch, loss_fn, steps=4):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(bits=[8])
 @pytest.mark.parametrize('bits', [8, 4])
 def test_replay_masks_and_losses_that_are_not_finite(tiny, bits):
   model, floats, ids = tiny
@@ -333,6 +335,7 @@ def test_weights_decay_on_their_grid(bits):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('dtype, most', [('int8', 0.3), ('int4', 0.21)])
 def test_memory_is_that_of_quantised_inference(dtype, most):

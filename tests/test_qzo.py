@@ -78,6 +78,7 @@ def test_factors_are_never_below_zero():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(dtype=['int4'])
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
 def test_a_model_by_its_scales(tiny_dir, dtype):
   """Scanned layers, embedding and head: perturbed factors are a model of
@@ -98,6 +99,7 @@ def test_a_model_by_its_scales(tiny_dir, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(mask=[''])
 @pytest.mark.parametrize('mask', ['', '^last_layers/'])
 def test_a_run_goes_on_and_its_integers_stay(
     tiny_dir, reviews_file, tmp_path, mask):
@@ -120,6 +122,7 @@ def test_a_run_goes_on_and_its_integers_stay(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_new_head_is_trained_beside_the_scales(
     tiny_dir, reviews_file, tmp_path):
   config = runs.small_config(

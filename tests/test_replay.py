@@ -295,6 +295,8 @@ WAYS = {
 
 
 @pytest.mark.slow_except(way=['bfloat16'])
+@pytest.mark.exhaustive_except(
+    way=['bfloat16', 'skipped steps', 'lora', 'lozo, pending', 'quzo'])
 @pytest.mark.parametrize('way', WAYS)
 def test_a_log_gives_the_weights_of_training(
     tiny_dir, reviews_file, tmp_path, way):
@@ -420,6 +422,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(way=[{}])
 @pytest.mark.parametrize('way', [
     dict(), dict(method='finetune'),
     dict(spsa__apply_every=3, spsa__distribution='low_rank')],

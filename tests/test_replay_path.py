@@ -32,6 +32,8 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(
+    name=['bfloat16, decay and schedule'], devices=[8])
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('name', CASES)
 def test_recorded_gradients_give_the_weights_of_training(name, devices):
@@ -73,6 +75,7 @@ def own(tx, value_fn, params, state, frozen, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_at_the_size_of_a_real_model():
   """SmolLM2's shape, 135M parameters, of which each block is fused alike."""
   model = models.Transformer(helpers.tiny_config(
@@ -121,6 +124,7 @@ def test_weight_decay_is_a_sum_of_rounded_products(dtype, monkeypatch):
 
 
 @pytest.mark.slow_except(name=['mezo, signs'])
+@pytest.mark.exhaustive_except(name=['mezo, signs', 'mezo, low rank', 'hizoo'])
 @pytest.mark.parametrize('name', [
     'mezo, signs', 'mezo, low rank', 'mezo, subzero', 'hizoo', 'lozo-m'])
 def test_what_is_added_is_the_update_as_it_is_told(name):

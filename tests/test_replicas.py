@@ -1,16 +1,19 @@
 """Runs of train.py that are replicas of one."""
 
+import json
 import shutil
 import subprocess
 import time
 
 import numpy as np
 import pytest
-from runs import command, environment, small_config
+from runs import command, environment, small_config, use_devices
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.distributed import replicas
 from mezo_jax.runs import replay
+from mezo_jax.training import config as config_lib
+import train
 
 
 @pytest.mark.parametrize('change,match', [
@@ -37,7 +40,8 @@ def test_flags():
 
 
 @pytest.mark.processes
-def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
+def test_two_runs_of_train_py_are_one(
+    tiny_dir, reviews_file, tmp_path, monkeypatch, capsys):
   """One is killed and its directory lost; both logs have the same numbers."""
   shared = tmp_path / 'shared'
   model = tmp_path / 'the same elsewhere'
@@ -67,9 +71,12 @@ def test_two_runs_of_train_py_are_one(tiny_dir, reviews_file, tmp_path):
     assert p.returncode == 0, text
     assert 'final (step' in text
   assert 'from the other replicas' in ends[1]
-  again = begin(0, 'a')  # alone: it has all
-  assert again.communicate(timeout=300)[0].count('final (step') == 1
-  assert again.returncode == 0
+  config = config_lib.from_json(
+      json.loads((tmp_path / 'a' / 'config.json').read_text()))
+  use_devices(monkeypatch, 1)
+  train.run(config, tmp_path / 'a', replicas.Place(  # alone: it has all
+      0, 2, shared, 120.0))
+  assert capsys.readouterr().out.count('final (step') == 1
   one, two = (replay.read(tmp_path / name / 'steps.log').steps for name in 'ac')
   for a, b in zip(one, two):
     np.testing.assert_array_equal(a, b)

@@ -68,6 +68,7 @@ CASES += [('generation', 'lm', dict(select='loss')),
 
 
 @pytest.mark.slow_except(kind=['words'], objective=['cross_entropy'])
+@pytest.mark.exhaustive_except(objective=['cross_entropy', taste], changes=[{}])
 @pytest.mark.parametrize('kind,objective,changes', CASES)
 def test_the_loss_of_rows_is_what_steps_minimise(
     tiny_dir, kind, objective, changes):
@@ -205,6 +206,7 @@ def dev_rows(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(select=['loss'])
 @pytest.mark.parametrize('select', ['metric', 'loss'])
 def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
   """Against the labels: the lowest accuracy wins."""
@@ -231,6 +233,7 @@ def test_a_function_chooses_the_best_step(tiny_dir, data, tmp_path, select):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(kind=['generation'])
 @pytest.mark.parametrize('kind', ['generation', 'words', 'choice', 'head'])
 def test_rows_without_right_answers(tiny_dir, data, tmp_path, capsys, kind):
   config = config_of(
@@ -255,6 +258,7 @@ def test_objectives_that_read_right_answers_say_that_there_are_none(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(method=['icl'])
 @pytest.mark.parametrize('method', ['zero_shot', 'icl', 'linear_probe'])
 def test_a_function_is_measured_without_training(
     tiny_dir, data, tmp_path, method):
@@ -270,6 +274,7 @@ def test_a_function_is_measured_without_training(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_tasks_report_the_mean_that_is_trained(
     tiny_dir, data, tmp_path, capsys):
   """Generation has its language-model loss in it, not 0."""

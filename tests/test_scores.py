@@ -95,6 +95,7 @@ def our_scores(model, params, data, batch):
 # --- scores -----------------------------------------------------------------
 
 
+@pytest.mark.exhaustive_except(family=['gpt2', 'gemma3_text'])
 @pytest.mark.parametrize('family,switch,task', [
     ('gpt2', 'as released', ONE), ('gpt2', 'as released', SEVERAL),
     ('opt', '350M', CHOICE), ('mistral', 'window', CHOICE),

@@ -65,6 +65,7 @@ def make_step(tx, loss_fn, out_shardings):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_is_the_same_on_every_mesh():
   model, params, _ = wide_model()
   ids = jax.random.randint(jax.random.key(2), (8, 12), 0, 512)
@@ -94,6 +95,7 @@ def test_a_run_is_the_same_on_every_mesh():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('family', ['llama', 'opt'])
 def test_split_layers_give_the_same_run(family):
   """Rows over 2, width over 2, heads, feed-forward and vocabulary over 2."""

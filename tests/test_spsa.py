@@ -72,6 +72,7 @@ CASES = {
 
 
 @pytest.mark.slow_except(name=['normal', 'one-sided'])
+@pytest.mark.exhaustive_except(name=['normal', 'one-sided'])
 @pytest.mark.parametrize('name', CASES)
 def test_unbiased(name):
   """The mean of 20,000 estimates is the gradient within 5 standard errors."""
@@ -281,6 +282,7 @@ def test_bad_calls():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(most=[0.045])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('shape,most', [
     (dict(vocab_size=49152, width=576, ff_width=1536, num_layers=30,

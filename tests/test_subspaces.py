@@ -96,6 +96,7 @@ def test_directions_are_isotropic_over_bases():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(n=[3])
 @pytest.mark.parametrize('n', [1, 3])
 def test_evaluated_by_factors_as_built(n):
   """Scanned, unrolled, by rows and transposed, of several directions."""
@@ -217,6 +218,7 @@ def test_a_skipped_step_changes_no_momentum():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.as_shipped
 def test_memory_is_that_of_inference():
   """And of U and its momentum, at a model's size."""

@@ -12,12 +12,19 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from runs import command, finish, kill_after, records, saved, small_config
+from runs import (
+  command,
+  finish,
+  kill_after,
+  records,
+  saved,
+  small_config,
+  use_devices,
+)
 
 from mezo_jax import models
 from mezo_jax.core.errors import AGAIN, InputError
 from mezo_jax.runs import checkpoint, replay
-from mezo_jax.training import config as config_lib
 import train
 
 
@@ -55,23 +62,27 @@ def test_a_run_from_the_command_line(whole):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize('number,status', [
-    (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, AGAIN)])
-def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path, number,
-                              status):
-  """Law 12: bitwise the parameters of a run that was never killed, though
-  nothing was saved since the evaluation before; and no step is made twice."""
+def test_killed_and_run_again(whole, tiny_dir, reviews_file, tmp_path):
+  """Law 12: bitwise the parameters of a run that was never stopped or killed,
+  though nothing was saved since the evaluation before; and no step is made
+  twice."""
   rare = ['--config.checkpoint_every=100']
-  out, code = kill_after(
-      tmp_path, 13, number, tiny_dir, reviews_file, tmp_path, *rare)
-  assert code == status and 'step 3 of 30: loss' in out, out
-  if number == signal.SIGTERM:
-    assert re.search(r'\ntrain\.py: .*step \d+ is saved', out), out
-  assert not (tmp_path / 'result.json').exists()
-  made = replay.read(tmp_path / 'steps.log').steps.last
+  made = 0
+  for steps, number, status in ((5, signal.SIGTERM, AGAIN),
+                                (14, signal.SIGKILL, -signal.SIGKILL)):
+    out, code = kill_after(
+        tmp_path, steps, number, tiny_dir, reviews_file, tmp_path, *rare)
+    assert code == status, out
+    if number == signal.SIGTERM:
+      assert 'step 3 of 30: loss' in out, out
+      assert re.search(r'\ntrain\.py: .*step \d+ is saved', out), out
+    else:
+      assert f'resumed from step {made} of' in out, out
+    assert not (tmp_path / 'result.json').exists()
+    made = replay.read(tmp_path / 'steps.log').steps.last
   out, code = finish(tiny_dir, reviews_file, tmp_path, *rare)
   assert code == 0 and f'resumed from step {made} of' in out, out
-  assert number == signal.SIGTERM or 'from the log' in out
+  assert 'from the log' in out
   assert records(tmp_path) == records(whole[0])
   one, two = (json.loads((w / 'result.json').read_text())
               for w in (tmp_path, whole[0]))
@@ -101,17 +112,17 @@ def test_a_finished_run_is_reported_again(tiny_dir, reviews_file, tmp_path):
   assert held() == before
 
 
-@pytest.mark.processes
-def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
+@pytest.mark.slow
+def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys, monkeypatch):
   model = conftest.write_tiny_model(
       tmp_path / 'm', hidden_size=256, intermediate_size=512)
-  out, code = finish(
-      model, reviews_file, tmp_path / 'one', '--config.steps=3',
-      '--config.data.max_length=8',
-      '--config.zero_shot=False', '--config.optimizer.learning_rate=1e-5')
-  assert code == 0 and 'on 1 cpu device(s)' in out, out
-  config = config_lib.from_json(
-      json.loads((tmp_path / 'one' / 'config.json').read_text()))
+  config = small_config(
+      model, reviews_file, steps=3, data__max_length=8, data__buckets=(8,),
+      zero_shot=False, optimizer__learning_rate=1e-5)
+  with monkeypatch.context() as m:
+    use_devices(m, 1)
+    train.run(config, tmp_path / 'one')
+  assert 'on 1 cpu device(s)' in capsys.readouterr().out
   for name, sizes in (('fsdp', (1, 8)), ('data', (8, 1))):
     config.mesh.data, config.mesh.fsdp = sizes
     train.run(config, tmp_path / name)
@@ -127,16 +138,17 @@ def test_meshes_give_the_same_run(tmp_path, reviews_file, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
-    dict(spsa__num_samples=2, spsa__distribution='rademacher'),
     dict(spsa__combine='one_sided', optimizer__schedule='linear',
          optimizer__warmup_steps=2, optimizer__weight_decay=0.1),
-    dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),
-    dict(model__dtype='bfloat16', optimizer__micro_batches=1),
     dict(spsa__distribution='low_rank', spsa__rank=4, spsa__over='rows',
          spsa__num_samples=4),
-    dict(spsa__apply_every=4, spsa__distribution='low_rank', spsa__rank=4),
-    dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
-    dict(model__bos_token='<pad>')])
+    *(pytest.param(changes, marks=pytest.mark.exhaustive) for changes in (
+        dict(spsa__num_samples=2, spsa__distribution='rademacher'),
+        dict(peft__mask='attn/(q|v)', optimizer__schedule='cosine'),
+        dict(model__dtype='bfloat16', optimizer__micro_batches=1),
+        dict(spsa__apply_every=4, spsa__distribution='low_rank', spsa__rank=4),
+        dict(data__k_shot=8, task__label_words=(' a great film', ' bad')),
+        dict(model__bos_token='<pad>')))])
 def test_options_run(tiny_dir, reviews_file, tmp_path, changes):
   result = train.run(small_config(tiny_dir, reviews_file, **changes), tmp_path)
   assert result['final']['count'] == 40
@@ -200,6 +212,8 @@ def test_bad_settings(tiny_dir, reviews_file, tmp_path, changes, message):
   assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.exhaustive_except(
+    argument=['--config.optimizer.lr=1', '--config.data.train=/none.jsonl'])
 @pytest.mark.processes
 @pytest.mark.parametrize('argument,message', [
     ('--config.optimizer.lr=1', 'optimizer.learning_rate'),
@@ -213,6 +227,7 @@ def test_bad_arguments(tiny_dir, reviews_file, tmp_path, argument, message):
   assert 'Traceback' not in out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.processes
 def test_a_bug_of_ours_keeps_its_traceback(tiny_dir, reviews_file, tmp_path):
   """Where what the user can mend is said in one sentence."""

@@ -34,6 +34,7 @@ WAYS = {
 
 
 @pytest.mark.slow_except(way=['lora'])
+@pytest.mark.exhaustive_except(way=['lora', 'groups'])
 @pytest.mark.parametrize('way', WAYS)
 def test_run_resume_and_export(way, tiny_dir, reviews_file, tmp_path):
   resumes = way == 'lora'  # the same code for all

@@ -199,6 +199,7 @@ def test_svrg_stays_where_the_mean_gradient_is_zero():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_svrg_varies_less_near_its_anchor():
   """Along the same keys and batches, 40 of them, after a short step."""
   spread = {}
@@ -362,6 +363,7 @@ def test_bad_options(make, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive_except(name=['momentum_by_history', 'private'])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize('name', ['svrg', 'sparse_mezo', 'momentum_by_history',
                                   'adam_by_history', 'forward_grad',
