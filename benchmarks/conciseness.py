@@ -27,7 +27,7 @@ from mezo_jax.runs import loggers
 from mezo_jax.runs.workdir import read_result
 from mezo_jax.training import run  # noqa: E402
 
-GRID = [(rate, eps) for rate in (5e-4, 2e-3) for eps in (1e-3, 3e-3)]
+GRID = [(rate, eps) for rate in (5e-4, 1.5e-3) for eps in (1e-3, 3e-3)]
 
 
 def records_of(runs: Path, variant: str, seed: int, steps: int, rate=None,
@@ -67,7 +67,7 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--runs', default='')
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--steps', type=int, default=40)
   parser.add_argument('--grid', action='store_true')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:

@@ -39,10 +39,12 @@ def get_config(variant=''):
       data=Data(train=str(HERE / 'train.jsonl'), num_train=2, batch_size=2,
                 dev=str(HERE / 'held_out.jsonl'), num_dev=0,
                 test=str(HERE / 'held_out.jsonl'), num_test=0),
-      optimizer=Optimizer(learning_rate=5e-4),
-      spsa=Spsa(eps=1e-3, num_samples=30, combine='z_score',
+      # With the paper's eps, 1e-3, 60 to 90 % of the members of so small a model
+      # answer alike. The learning rate is half of eps, as in the paper.
+      optimizer=Optimizer(learning_rate=1.5e-3),
+      spsa=Spsa(eps=3e-3, num_samples=30, combine='z_score',
                 distribution='low_rank', rank=1, over='batch'),
-      steps=60, eval_every=20, checkpoint_every=10)
+      steps=40, eval_every=10, checkpoint_every=10)
   if variant == 'anchored':
     config.optimizer.weight_decay = 10.0
     config.optimizer.decay_to = 'start'
