@@ -534,7 +534,9 @@ TABLE = {
     'Combine': (lambda **kwargs: mezo_jax.Combine(
         **(dict(signs=(1.0,), fn=z_score) | kwargs)), dict(
             signs=[None, (), 1.0, 'x', ('x',), (None,)], fn=[None, 3],
-            needs_all=[None, 1])),
+            needs_all=[None, 1], of_rows=[None, 1])),
+    'anchored': (mezo_jax.anchored, dict(
+        weight_decay=[-1.0, None, 'x', float('nan')])),
     'Normal': (mezo_jax.Normal, dict(
         generator=['x', None, 3, []], mask=['(', 3, 0.5], stacked=['(', 3],
         multiplier=['x', 2.0], on_grid=[None, 1])),
@@ -646,7 +648,7 @@ LOG = dict(path=[None, 3], header=[None, 3, {'x': {1, 2}}, {'shared': True}],
            n=[0, 1.5, None, True], start=[-1, 1.5, None])
 TYPES = {'QuantizedArray', 'Directions', 'Displacement', 'Estimator',
          'Multiplier', 'Numbers', 'SpsaState', 'ZerothOrderTransformation'}
-CONSTANTS = {'Rademacher', 'fzoo', 'one_sided', 'two_sided'}
+CONSTANTS = {'Rademacher', *mezo_jax.transforms.combine.COMBINES}
 
 
 def test_the_table_has_every_public_function():

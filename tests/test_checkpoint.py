@@ -129,3 +129,16 @@ def test_of_another_model_is_not_damaged(tmp_path):
     kept.load(1, {'w': jax.numpy.ones(4)})
   assert not isinstance(e.value, Damaged)
   kept.close()
+
+
+@pytest.mark.parametrize('make, more', [
+    (mezo_jax.spsa, {}), (mezo_jax.variants.hizoo, {'memory/w'})],
+    ids=['spsa', 'hizoo'])
+def test_the_names_in_a_state_stay(make, more):
+  """They are in checkpoints, which later versions are to read."""
+  state = make(1e-3, key=0).init({'w': jax.numpy.ones(2)})
+  names = {'count', 'key', 'value', 'projected_grad', 'notfinite_count',
+           'total_notfinite'}
+  if more:
+    names = {f'spsa/{name}' for name in names}
+  assert helpers.paths(state) == names | more

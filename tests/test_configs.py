@@ -19,7 +19,7 @@ OPT = ('sst2', 'rte', 'cb', 'boolq', 'wsc', 'wic', 'multirc', 'copa', 'record',
        'squad', 'drop')
 ARGUMENTS = {
     'quickstart': ['', 'whole'], 'opt_f1': [None],
-    'own': ['', 'last_layer', 'lora'],
+    'own': ['', 'last_layer', 'lora'], 'es': ['', 'eggroll'],
     'opt': (*OPT, 'sst2,lora', 'squad,prefix', 'rte,lozo', 'sst2,quzo',
             'sst2,private'),
     'multitask': [None],
@@ -52,6 +52,8 @@ def test_every_config_loads_and_says_how_to_run_it():
       if path.stem == 'own':  # the data and their task are the user's
         config.data.train = 'x.csv'
         config.task = Task(template='{text}', label_words=(' no', ' yes'))
+      if path.stem == 'es':  # and so are these and the reward
+        config.data.train, config.reward.function = 'x.jsonl', 'x:f'
       checks.check_config(config)
       assert config_lib.to_json(config)
     if hasattr(found, 'get_suite'):

@@ -106,7 +106,6 @@ def test_an_error_of_one_is_said_and_does_not_hang():
       'prog: process 1 of 2 failed (see its output).\n', 1)
 
 
-@pytest.mark.exhaustive_except(number=[signal.SIGINT])
 @pytest.mark.processes
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_one_stops_all_after_the_same_step(number, tmp_path):

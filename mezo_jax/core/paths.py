@@ -464,7 +464,7 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   out = []
   for m, (path, x) in zip(full, leaves):
     is_bool = isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array))
-    if not is_bool or jnp.shape(m) not in ((), shape_of(x)):
+    if not is_bool or jnp.ndim(m) and jnp.shape(m) != shape_of(x):
       raise ValueError(
           f'{name} has {m!r} for the parameter {path!r}, which is not a bool '
           f'or an array of bools of the shape {shape_of(x)}.')

@@ -262,7 +262,10 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
       peft.join(params, frozen), batch), params, frozen,
       build.batch_shapes(splits.dev, tokens, rows, alone), mesh=alone)
   weights = params, frozen
-  return (dict(weights=_bytes(weights), state=_bytes(built.opt_state)),
+  # With `reward.kl`, a run keeps a copy of the parameters before training.
+  start = params if rewarded and config.reward.kl else {}
+  return (dict(weights=_bytes(weights),
+               state=_bytes((built.opt_state, start))),
           _bytes(weights, on_host=True), at_once, programs)
 
 

@@ -93,7 +93,8 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
       raise Stopped(
           f'all projected gradients after step {step - still} are 0, so the '
           'weights no longer change and may be unusable; mezo-jax replay '
-          f'--until rebuilds the weights of an earlier step. {TRY}')
+          f'--until rebuilds the weights of an earlier step. {TRY} If rewards '
+          'are trained, all members got the same ones: raise spsa.eps.')
     loss = values.get('loss')
     watch_loss(step, np.nan if loss is None else float(loss))
 

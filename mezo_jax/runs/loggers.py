@@ -128,7 +128,8 @@ class Progress:
         total=total, initial=start, unit='step', dynamic_ncols=True,
         disable=not first or self._lines)
 
-  def read(self, step: int, tokens: int | None, values: dict[str, Any]) -> None:
+  def read(self, step: int, tokens: int | None, values: dict[str, Any],
+           seconds: float | None = None) -> None:
     """Shows a step and records it, unless the metrics have it already.
 
     Args:
@@ -137,8 +138,11 @@ class Progress:
         recorded without tokens and seconds.
       values: Metrics that the step of `mezo_jax.make_step` returned, on the
         host.
+      seconds: How long the step took. Defaults to None, for the time since the
+        last call.
     """
-    seconds = time.time() - self._clock
+    if seconds is None:
+      seconds = time.time() - self._clock
     self.restart()
     shown = {k: v for k, v in values.items() if not k.startswith('skipped')
             and (k != 'loss' or self._loss)}

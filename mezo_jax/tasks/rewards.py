@@ -75,7 +75,7 @@ def load(source: Source) -> Callable[[str, dict[str, Any]], Any]:
 
   Args:
     source: Where it is defined. A module is also searched for in the present
-      directory.
+      directory, and a file may import the modules beside it.
 
   Raises:
     InputError: If the module or file cannot be imported, has no such function,
@@ -88,10 +88,12 @@ def load(source: Source) -> Callable[[str, dict[str, Any]], Any]:
       spec = importlib.util.spec_from_file_location(path.stem, path)
       assert spec is not None and spec.loader is not None  # for a .py file
       module = importlib.util.module_from_spec(spec)
+      # As for a script, modules in the folder of the file can be imported.
+      _find_in(str(path.parent))
+      sys.modules.setdefault(path.stem, module)  # dataclasses look it up
       spec.loader.exec_module(module)
     else:
-      if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+      _find_in(os.getcwd())
       module = importlib.import_module(source.module)
   except Exception as e:
     raise InputError(f'config: {where} cannot be imported: {type(e).__name__}: '
@@ -108,6 +110,12 @@ def load(source: Source) -> Callable[[str, dict[str, Any]], Any]:
   except ValueError:  # A builtin may have no signature.
     pass
   return function
+
+
+def _find_in(folder: str) -> None:
+  """Lets Python find modules in a folder, after all others."""
+  if folder not in sys.path:
+    sys.path.append(folder)
 
 
 # The reward function of a worker process.
@@ -162,9 +170,10 @@ class Pool:
       workers: Number of processes; 0 for the number of cores, at most 16.
     """
     self._source, self._timeout, self._failed = source, timeout, failed
-    self._workers = workers or min(os.cpu_count() or 1, 16)
+    self._workers = workers or min(_cores(), 16)
     self._pool: pebble.ProcessPool | None = None
-    self._told = False
+    self._told: set[str] = set()  # warnings that were given
+    self._works = False  # whether any call has succeeded
 
   def __call__(self, answers: Sequence[str], rows: Sequence[dict[str, Any]]
                ) -> tuple[list[dict[str, float]], int]:
@@ -175,7 +184,7 @@ class Pool:
       rows: The row of each answer.
 
     Raises:
-      InputError: If the function fails for every answer.
+      InputError: If the function has failed for every answer so far.
     """
     if self._pool is None:
       self._pool = pebble.ProcessPool(
@@ -189,17 +198,29 @@ class Pool:
                for _, text, row in first.values()]
     found = [self._result(future) for future in futures]
     errors = [x for x in found if isinstance(x, str)]
-    if errors and (len(errors) == len(found) or not self._told):
+    values = [sum(x.values()) for x in found if not isinstance(x, str)]
+    self._works |= bool(values)
+    if errors:
       words = (f'reward.function failed for {len(errors)} of {len(found)} '
                f'answers: {errors[0]}')
-      if len(errors) == len(found):
+      if not self._works:
         raise InputError(f'{words}.')
-      print(f'warning: {words}. Their reward is reward.failed, '
-            f'{self._failed:g}.', flush=True)
-      self._told = True
+      self._warn(f'{words}. Their reward is reward.failed, {self._failed:g}')
+      if values and min(values) < self._failed:
+        self._warn(
+            f'reward.failed, {self._failed:g}, is better than a reward of '
+            f'{min(values):g}, so the model may learn to make the function '
+            'fail; set it below all rewards')
     parts = [{'': self._failed} if isinstance(x, str) else x for x in found]
     return [parts[i] for i in index], sum(
         isinstance(found[i], str) for i in index)
+
+  def _warn(self, words: str) -> None:
+    """Prints a warning; one of each kind is enough."""
+    kind = words.partition(' ')[0]
+    if kind not in self._told:
+      self._told.add(kind)
+      print(f'warning: {words}.', flush=True)
 
   def _result(self, future) -> dict[str, float] | str:
     """Waits for a call, and describes the error if its process ended."""
@@ -209,6 +230,13 @@ class Pool:
       return f'it took more than {self._timeout:g} seconds'
     except pebble.ProcessExpired as e:
       return f'its process ended with status {e.exitcode}'
+
+
+def _cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):  # not on macOS and Windows
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 # --- rewards of rollouts ----------------------------------------------------
@@ -288,7 +316,8 @@ class Reward:
       numbers = outputs['row'][..., mine].ravel().tolist()
       said = texts(tokens[..., mine, :].reshape(-1, tokens.shape[-1]), task,
                    tokenizer)
-      parts, failed = self._pool(said, [rows[i] for i in numbers])
+      parts, failed = _or_all_fail(
+          lambda: self._pool(said, [rows[i] for i in numbers]))
       values = np.zeros(shape, np.float32)
       values[..., mine] = np.reshape(
           [sum(each.values()) for each in parts], values[..., mine].shape)
@@ -300,6 +329,7 @@ class Reward:
           'solved': float(np.mean(values >= self._solved)),
           'identical': identical(members),
           'answer_tokens': float(outputs['tokens_used'].mean()),
+          'generated_tokens': int(outputs['tokens_used'].sum()),
           **_means(parts), **_share_failed(failed, len(parts))}
       return np.where(outputs['finite'], values, np.nan), metrics
 
@@ -320,6 +350,29 @@ def identical(members: np.ndarray) -> float:
   return float(np.mean(counts[index.ravel()] > 1))
 
 
+def _or_all_fail(compute: Callable[[], Any]) -> Any:
+  """Calls a function, and raises InputError if it fails on any process.
+
+  The other processes would otherwise wait for the one that has ended.
+
+  Args:
+    compute: The function, which may raise InputError.
+  """
+  error, found = None, None
+  try:
+    found = compute()
+  except InputError as e:
+    error = e
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if np.any(failed) and error is None:
+      error = InputError('reward.function failed for every answer on process '
+                         f'{int(np.argmax(failed))}.')
+  if error is not None:
+    raise error
+  return found
+
+
 def _by_first_process(compute: Callable[[], Any]) -> Any:
   """Calls a function on process 0, and returns its result on all processes.
 
@@ -329,7 +382,8 @@ def _by_first_process(compute: Callable[[], Any]) -> Any:
   if jax.process_count() == 1:
     return compute()
   first = jax.process_index() == 0
-  text = json.dumps(compute()).encode() if first else b''
+  found = _or_all_fail(lambda: compute() if first else None)
+  text = json.dumps(found).encode() if first else b''
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
   found = multihost_utils.broadcast_one_to_all(
       np.frombuffer(text.ljust(size), np.uint8))

@@ -128,7 +128,8 @@ def generate(model: Any, params: Any, batch: dict[str, Any], task: Task,
 def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
   """Returns the ids of the tokens that end an answer.
 
-  These are the end token and all tokens whose text contains ``task.stop``. If
+  These are the end token, the token that ends a turn in the chat template if
+  the task is a chat, and all tokens whose text contains ``task.stop``. If
   ``task.stop`` always takes several tokens, generation continues to the end
   token or to ``max_new_tokens``, and `texts` cuts the answer.
 
@@ -136,7 +137,8 @@ def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
     task: The task.
     tokenizer: Tokenizer of the model.
   """
-  return tuple(sorted(_Written.of(tokenizer, task.stop).ends))
+  return tuple(sorted(
+      _Written.of(tokenizer, task.stop, task.chat).ends))
 
 
 def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
@@ -150,7 +152,7 @@ def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
     task: The task.
     tokenizer: Tokenizer of the model.
   """
-  written = _Written.of(tokenizer, task.stop)
+  written = _Written.of(tokenizer, task.stop, task.chat)
   return [written.answer(row) for row in np.asarray(tokens).tolist()]
 
 
@@ -165,12 +167,13 @@ class _Written(NamedTuple):
 
   @classmethod
   @functools.lru_cache(maxsize=16)  # Decoding a vocabulary takes a second.
-  def of(cls, tokenizer, stop: str) -> '_Written':
+  def of(cls, tokenizer, stop: str, chat: bool = False) -> '_Written':
     """Decodes every token of a vocabulary to find those that end an answer.
 
     Args:
       tokenizer: Tokenizer of transformers.
       stop: Text that ends an answer. '' for none.
+      chat: Whether an answer is a turn of the chat template. Defaults to False.
     """
     ids = sorted(set(tokenizer.get_vocab().values()))
     plain = sorted({*ids} - {*tokenizer.all_special_ids})
@@ -180,6 +183,8 @@ class _Written(NamedTuple):
     found = cls(tokenizer, stop, anchor, frozenset(ids), frozenset())
     end = tokenizer.eos_token_id
     ends = set() if end is None else {end}
+    if chat:
+      ends |= _ends_of_turn(tokenizer)
     if stop:
       ends |= {i for i, text in zip(ids, found.read([i] for i in ids))
                if stop in text}
@@ -252,7 +257,9 @@ def make_rollout_fn(model: Any, task: Task, tokenizer: Any,
   stops = stop_ids(task, tokenizer)
 
   def rollout(params, batch, step):
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    # The directions z of a run use the other keys of its seed.
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)
+    key = jax.random.fold_in(key, step)
     tokens, finite = models.generate(
         model, params, batch['input_ids'], batch['attention_mask'],
         max_new_tokens=task.max_new_tokens, stop_ids=stops, check=True,
@@ -262,6 +269,18 @@ def make_rollout_fn(model: Any, task: Task, tokenizer: Any,
     return {'tokens': tokens, 'tokens_used': used, 'finite': finite,
             'row': batch['row']}
   return rollout
+
+
+def _ends_of_turn(tokenizer) -> set[int]:
+  """Returns the special token that follows a turn of the assistant, if any."""
+  said = 'abcd'
+  text = tokenizer.apply_chat_template([
+      {'role': 'user', 'content': 'a'},
+      {'role': 'assistant', 'content': said}], tokenize=False)
+  after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)
+  special = {*tokenizer.all_special_ids} | {
+      i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  return {*[i for i in after['input_ids'] if i in special][:1]}
 
 
 class Host:

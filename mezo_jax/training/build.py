@@ -376,7 +376,7 @@ def data_warnings(config: config_lib.Train,
     read = {'train': rows.train} | read
   for name, some in read.items():
     bare = sum(not task.has_gold(row) for row in some)
-    if bare and name != 'train':
+    if bare and name != 'train' and not config_lib.is_rewarded(config):
       column = (task.answers_column if task.traits.generates
                 else task.label_column)
       out.append(f'{bare} of {len(some)} {name} rows have no right answer in '

@@ -11,7 +11,8 @@ import re
 from mezo_jax import tasks
 from mezo_jax.core.errors import InputError
 from mezo_jax.core.quantized import QUANTISED
-from mezo_jax.directions.by_name import options_of
+from mezo_jax.directions.by_name import KINDS, options_of
+from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.peft.kinds import PARTS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import rewards
@@ -222,6 +223,13 @@ def _of_rewards(config: config_lib.Train) -> Iterator[tuple[bool, str]]:
   yield (not combine.of_rows or rewarded,
          f"spsa.combine {z.combine!r} needs objective 'reward', which gives "
          'each row a value of its own')
+  yield (o.decay_to == 'zero' or not method.backprop,
+         f"method {config.method!r} decays towards zero; leave "
+         "optimizer.decay_to at 'zero'")
+  builds = rewarded and r.build and _builds(config)
+  yield (not (builds and config.model.offload),
+         'reward.build would build the weights of a member on the device, '
+         'which model.offload keeps in host memory; set reward.build to False')
   yield (o.decay_to == 'zero' or not config.model.offload,
          "optimizer.decay_to 'start' keeps a copy of the weights on the "
          'devices, so model.offload has no use; set one of them back')
@@ -233,6 +241,12 @@ def _of_rewards(config: config_lib.Train) -> Iterator[tuple[bool, str]]:
          'task.chat needs an objective that is computed from generated '
          "answers: set objective to 'reward', 'accuracy' or 'f1', or choose a "
          'method that does not train')
+
+
+def _builds(config: config_lib.Train) -> bool:
+  """Returns whether members may be built, as `reward.build` says."""
+  low_rank = issubclass(KINDS[config.spsa.distribution], LowRank)
+  return config.spsa.over == 'scan' and not low_rank
 
 
 def named_reward(config: config_lib.Train) -> bool:
@@ -326,6 +340,8 @@ def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
          "unless objective is 'reward'")
   yield (config.spsa.over != 'batch', r'reward\.at_once',
          "unless spsa.over is 'batch'")
+  yield (not _builds(config), r'reward\.build',
+         "unless spsa.over is 'scan' and spsa.distribution is not low-rank")
   yield (not config.optimizer.weight_decay, r'optimizer\.decay_to',
          'unless optimizer.weight_decay is positive')
   yield (config.task.kind != 'multiple_choice', r'task\.(choices|answer)',

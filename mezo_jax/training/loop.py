@@ -8,6 +8,7 @@ writes everything that is recorded.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,12 @@ class Numbers(NamedTuple):
     values: The metrics that the step of `mezo_jax.make_step` returned, as
       device arrays that may not be computed yet.
     tokens: Number of tokens in its batch; None for a step from the log.
+    seconds: How long it took, if the host waited for it. None otherwise.
   """
 
   values: dict[str, jax.Array]
   tokens: int | None = None
+  seconds: float | None = None
 
 
 # A function ``source(step, state) -> (state, numbers)`` that dispatches a step.
@@ -74,8 +77,12 @@ def from_batches(step_fn: Step, batches: Iterator[Any],
   def source(step: int, state: TrainState) -> tuple[TrainState, Numbers]:
     del step
     tokens, batch, more = next(batches)
+    began = time.time()
     *new, values = step_fn(*state, batch, frozen_of(batch), **more)
-    return TrainState(*new), Numbers(values, tokens)
+    # With rewards, the host has waited for the rollouts.
+    seconds = time.time() - began if 'reward' in values else None
+    tokens = values.get('generated_tokens', tokens)
+    return TrainState(*new), Numbers(values, tokens, seconds)
   return source
 
 
@@ -208,7 +215,7 @@ class Recorder:
       # The losses of private rows would reveal more than the budget allows, so
       # they are not recorded.
       values['loss'] = np.nan
-    self.progress.read(step, numbers.tokens, values)
+    self.progress.read(step, numbers.tokens, values, numbers.seconds)
     if step > self.log.end:
       self.log.append(step, values.get('projected_grad', ()), values['loss'])
     self.watch(step, values)

@@ -751,6 +751,9 @@ def warnings(config: Any) -> list[str]:
   method, part, o = method_of(config), part_of(config), config.optimizer
   if not (method.steps and method.usual_rates):
     return []
+  # These combine functions standardize losses, so rates have another scale.
+  if not method.backprop and COMBINES[config.spsa.combine].needs_all:
+    return []
   if method.backprop and o.name == 'sgd':
     return []
   usual = part.usual_backprop if method.backprop else part.usual

@@ -1,11 +1,16 @@
 """Chooses how many members of a population answer prompts in one pass."""
 
+from collections.abc import Callable
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
+import numpy as np
 
 from mezo_jax import models
 from mezo_jax.core import sharding
@@ -45,6 +50,30 @@ def at_once(config: config_lib.Train, model: models.Config, tokens: int,
   if fit >= members:
     return None
   return -(-members // -(-members // fit))
+
+
+def kept(workdir: Path, choose: Callable[[], int | None]) -> int | None:
+  """Returns the number of members at once, the same whenever a run goes on.
+
+  Programs of other sizes round differently, so a run that resumes uses the
+  number with which it began. Several processes use the smallest of theirs.
+
+  Args:
+    workdir: Working directory of the run.
+    choose: Chooses the number. It is called by a new run.
+  """
+  path = workdir / 'at_once.json'
+  if path.exists():
+    return json.loads(path.read_text())['members_at_once']
+  found = choose()
+  if jax.process_count() > 1:
+    every = multihost_utils.process_allgather(np.int32(found or 2**30))
+    found = None if every.min() == 2**30 else int(every.min())
+  if jax.process_index() == 0:
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps({'members_at_once': found}) + '\n')
+    part.replace(path)
+  return found
 
 
 def bytes_of_member(config: config_lib.Train, model: models.Config,

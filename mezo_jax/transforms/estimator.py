@@ -54,8 +54,6 @@ class SpsaState(NamedTuple):
       ``update(..., projected_grad=)`` to replay the step.
     notfinite_count: Number of consecutive skipped steps up to now, int32 [].
     total_notfinite: Number of skipped steps so far, int32 [].
-    memory: Memory of the estimator, any pytree, as its ``apply`` returned it.
-      Empty for `mezo_jax.spsa`.
 
   References:
     Malladi et al., 2023, `Fine-Tuning Language Models with Just Forward Passes
@@ -75,7 +73,34 @@ class SpsaState(NamedTuple):
   projected_grad: jax.Array
   notfinite_count: jax.Array
   total_notfinite: jax.Array
-  memory: Any = ()
+
+  @property
+  def memory(self) -> tuple[()]:
+    """Returns an empty tuple, since this state has no memory."""
+    return ()
+
+
+class SpsaStateWithMemory(NamedTuple):
+  """Holds the state of an estimator that keeps a memory between steps.
+
+  It also has the attributes of `SpsaState`, to read them directly.
+
+  Attributes:
+    spsa: The state without the memory.
+    memory: Any pytree, as ``apply`` of the estimator returned it.
+  """
+
+  spsa: SpsaState
+  memory: Any
+
+  # Tuples have a method `count`, so `__getattr__` is not called for this name.
+  @property
+  def count(self) -> jax.Array:
+    return self.spsa.count
+
+  def __getattr__(self, name: str) -> Any:
+    """Returns a field of the state without the memory."""
+    return getattr(self.spsa, name)
 
 
 class Numbers(NamedTuple):
@@ -538,7 +563,7 @@ class Estimator(ZerothOrderTransformation):
         notfinite_count=jnp.zeros([], jnp.int32),
         total_notfinite=jnp.zeros([], jnp.int32))
     if self._made['memory'] is not None:
-      state = state._replace(memory=self._made['memory'](params))
+      state = SpsaStateWithMemory(state, self._made['memory'](params))
     return sharding.beside(state, params)
 
   def _update(self, updates, state, params=None, *, value_fn=None,
@@ -557,10 +582,10 @@ class Estimator(ZerothOrderTransformation):
       raise Measured(numbers)
     # Make the key depend on the loss. Otherwise XLA recognises that both halves
     # draw the same z and stores it in between, which is as large as the model.
-    later = state._replace(key=after(state.key, numbers.value))
+    later = with_key(state, after(state.key, numbers.value))
     updates, new = self.apply(later, params, numbers)
     # The next state gets the original key.
-    return updates, new._replace(key=state.key)
+    return updates, with_key(new, state.key)
 
 
 def measure(tx: optax.GradientTransformation, state: Any, params: Any,
@@ -590,19 +615,21 @@ def measure(tx: optax.GradientTransformation, state: Any, params: Any,
   raise ValueError('tx must contain an estimator, such as mezo_jax.spsa(...).')
 
 
-def counted(state: SpsaState, numbers: Numbers, memory: Any = ()) -> SpsaState:
+def counted(state: Any, numbers: Numbers, memory: Any = ()) -> Any:
   """Returns the state after a step with these numbers.
 
   Args:
     state: The state before the step.
     numbers: The numbers of the step. If any is not finite, the step counts as
       skipped.
-    memory: The memory after the step. Defaults to (), for no memory.
+    memory: The memory after the step. It is ignored for an `SpsaState`.
   """
   finite = jnp.all(jnp.isfinite(numbers.projected_grad))
-  return state._replace(
+  old = getattr(state, 'spsa', state)
+  new = old._replace(
       value=numbers.value, projected_grad=numbers.projected_grad,
-      memory=memory, **counts(state, finite))
+      **counts(old, finite))
+  return new if old is state else SpsaStateWithMemory(new, memory)
 
 
 def counts(state: Any, finite: jax.Array) -> dict[str, jax.Array]:
@@ -628,6 +655,13 @@ def unless_skipped(numbers: Numbers, new: Any, old: Any) -> Any:
   """
   kept = jnp.isfinite(numbers.projected_grad[0])
   return optax.tree.where(kept, new, old)
+
+
+def with_key(state: Any, key: jax.Array) -> Any:
+  """Returns a copy of a state with another key."""
+  if isinstance(state, SpsaState):
+    return state._replace(key=key)
+  return state._replace(spsa=state.spsa._replace(key=key))
 
 
 def after(key: jax.Array, value: jax.Array) -> jax.Array:
@@ -685,7 +719,7 @@ def check_update(updates: Any, state: Any, params: Any, value_fn: Any,
         'losses, or projected_grad to make an update without evaluation.')
   if value_fn is not None:
     arguments.function('value_fn', value_fn)
-  if not isinstance(state, SpsaState):
+  if not isinstance(state, SpsaState | SpsaStateWithMemory):
     raise ValueError('state must be the SpsaState that tx.init returned, got a '
                      f'{type(state).__name__}.')
   _check_holes(params)

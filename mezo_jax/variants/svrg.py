@@ -24,6 +24,7 @@ from mezo_jax.transforms.estimator import (
   Estimator,
   LossOptions,
   Spsa,
+  with_key,
 )
 from mezo_jax.transforms.mezo import rounding
 from mezo_jax.transforms.types import ZerothOrderTransformation
@@ -135,7 +136,7 @@ def svrg(
 
     def at_anchor(key):
       """Returns the projected gradients at the anchor."""
-      return parts.measure(state._replace(key=key), params, value_fn, batch)[1]
+      return parts.measure(with_key(state, key), params, value_fn, batch)[1]
 
     # Evaluate the anchor after the weights. On several devices, two evaluations
     # at the same time could deadlock in their collectives.
