@@ -266,6 +266,36 @@ def test_functions_that_cannot_be_used(function, named):
     rewards.load(rewards.source_of(function))
 
 
+@pytest.mark.processes
+def test_a_file_may_use_its_neighbours_and_dataclasses(tmp_path):
+  (tmp_path / 'neighbour_of_rewards.py').write_text('TWO = 2.0')
+  path = tmp_path / 'file_of_rewards.py'
+  path.write_text('''
+from __future__ import annotations
+import dataclasses
+import neighbour_of_rewards
+@dataclasses.dataclass
+class Found:
+  value: float
+def reward(text, row):
+  return Found(neighbour_of_rewards.TWO).value
+''')
+  of_file = rewards.Pool(rewards.source_of(f'{path}:reward'), 5.0, 0.0, 1)
+  assert of_file(['a'], [{}]) == ([{'': 2.0}], 0)
+
+
+@pytest.mark.processes
+def test_a_failure_that_is_rewarded_is_warned_of(capsys):
+  of_failures = rewards.Pool(
+      rewards.source_of(f'{HERE}:mischief'), 2.0, 3.0, 1)
+  of_failures(['fine', 'raise'], [{}] * 2)
+  of_failures(['fine', 'raise'], [{}] * 2)
+  said = capsys.readouterr().out
+  assert said.count('reward.failed, 3, is better') == 1
+  # Once it has worked, the function may fail for all answers of a step.
+  assert of_failures(['raise'], [{}]) == ([{'': 3.0}], 1)
+
+
 def test_members_that_answer_alike():
   members = np.zeros((4, 2, 3), int)
   assert rewards.identical(members) == 1
@@ -351,6 +381,15 @@ def test_members_are_chosen_by_what_fits():
   assert of(20 * one) == 15  # two passes of 15, not one of 16 and one of 14
   config.reward.at_once = 7
   assert of(100 * one) == 7
+
+
+def test_a_resumed_run_keeps_its_number_of_members(tmp_path):
+  config = config_lib.Train()
+  config.spsa.num_samples = 30
+  assert population.kept(tmp_path, config, 15) == 15
+  assert population.kept(tmp_path, config, None) == 15  # there is more memory
+  config.spsa.num_samples = 8
+  assert population.kept(tmp_path, config, None) is None
 
 
 def test_divergence_is_that_of_numpy(words_dir):
@@ -528,6 +567,10 @@ def get_config():
     (dict(spsa__num_samples=1), 'num_samples'),
     (dict(spsa__over='rows', spsa__num_samples=8), 'rows'),
     (dict(reward__timeout=0), 'timeout'),
+    (dict(optimizer__decay_to='start', method='finetune', objective='lm',
+          reward__function='', spsa__combine='two_sided'), 'decay_to'),
+    (dict(model__offload=True, spsa__over='scan',
+          spsa__distribution='normal'), 'reward.build'),
     (dict(task__kind='multiple_choice'), 'reward'),
     (dict(task__chat=True, objective='lm', reward__function=''), 'chat')])
 def test_configs_that_cannot_work(words_dir, prompts_file, changes, named):
@@ -550,3 +593,16 @@ def test_conversations_are_those_of_the_chat_template(words_dir):
       'It was good film a', 'It was the plot a']
   with pytest.raises(InputError, match='row 0'):
     tasks.encode.encode(task, rows, tokenizer, 8, needs_gold=False)
+
+
+def test_the_end_of_a_turn_ends_an_answer(words_dir):
+  """Also if it is not the tokenizer's end token, as in Gemma."""
+  tokenizer = models.load_tokenizer(words_dir)
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<end>']})
+  tokenizer.chat_template = (
+      '{% for m in messages %}{{ m.content }} <end>{% endfor %}')
+  task = tasks.Task(kind='generation', template='{text}', chat=True, stop='')
+  end = tokenizer.convert_tokens_to_ids('<end>')
+  good = tokenizer.convert_tokens_to_ids('good')
+  assert end in tasks.score.stop_ids(task, tokenizer)
+  assert tasks.score.texts([[good, end, good]], task, tokenizer) == ['good']

@@ -1,6 +1,5 @@
 """Chooses how many members of a population answer prompts in one pass."""
 
-from collections.abc import Callable
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from mezo_jax.transforms.combine import COMBINES
 
 # Share of the free memory of a device that a pass may use.
 _SHARE = 0.8
+_ALL = 2**30  # stands for all members
 
 
 def at_once(config: config_lib.Train, model: models.Config, tokens: int,
@@ -52,7 +52,8 @@ def at_once(config: config_lib.Train, model: models.Config, tokens: int,
   return -(-members // -(-members // fit))
 
 
-def kept(workdir: Path, choose: Callable[[], int | None]) -> int | None:
+def kept(workdir: Path, config: config_lib.Train, chosen: int | None
+         ) -> int | None:
   """Returns the number of members at once, the same whenever a run goes on.
 
   Programs of other sizes round differently, so a run that resumes uses the
@@ -60,20 +61,28 @@ def kept(workdir: Path, choose: Callable[[], int | None]) -> int | None:
 
   Args:
     workdir: Working directory of the run.
-    choose: Chooses the number. It is called by a new run.
+    config: Config of the run.
+    chosen: The number that this process would choose.
   """
-  path = workdir / 'at_once.json'
-  if path.exists():
-    return json.loads(path.read_text())['members_at_once']
-  found = choose()
+  found = np.int32(chosen or _ALL)
   if jax.process_count() > 1:
-    every = multihost_utils.process_allgather(np.int32(found or 2**30))
-    found = None if every.min() == 2**30 else int(every.min())
+    found = np.min(multihost_utils.process_allgather(found))
   if jax.process_index() == 0:
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps({'members_at_once': found}) + '\n')
-    part.replace(path)
-  return found
+    path = workdir / 'at_once.json'
+    z, of = config.spsa, {}
+    if path.exists():
+      of = json.loads(path.read_text())
+    if of.get('num_samples') == z.num_samples:
+      found = np.int32(of['members_at_once'] or _ALL)
+    else:
+      part = path.with_suffix('.part')
+      part.write_text(json.dumps({
+          'num_samples': z.num_samples,
+          'members_at_once': None if found == _ALL else int(found)}) + '\n')
+      part.replace(path)
+  if jax.process_count() > 1:
+    found = multihost_utils.broadcast_one_to_all(found)
+  return None if found == _ALL else int(found)
 
 
 def bytes_of_member(config: config_lib.Train, model: models.Config,

@@ -55,10 +55,10 @@ def make(config: config_lib.Train, built: build_lib.Built,
   reward = config_lib.objective(config)
   assert isinstance(reward, rewards.Reward)  # the objective is 'reward'
   task, splits = config.task, built.splits
-  choose = lambda: population.at_once(
+  at_once = population.at_once(
       config, built.model.config, max(splits.buckets['train']), built.mesh)
-  given = config.spsa.over == 'scan' or config.reward.at_once
-  at_once = choose() if given else population.kept(workdir, choose)
+  if config.spsa.over == 'batch' and not config.reward.at_once:
+    at_once = population.kept(workdir, config, at_once)
   if at_once:
     say(f'{at_once} members of the population answer at a time')
   ask = tasks.ask().dev
