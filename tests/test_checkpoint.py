@@ -132,7 +132,7 @@ def test_of_another_model_is_not_damaged(tmp_path):
 
 
 @pytest.mark.parametrize('make, more', [
-    (mezo_jax.spsa, {}), (mezo_jax.variants.hizoo, {'memory/w'})],
+    (mezo_jax.spsa, set()), (mezo_jax.variants.hizoo, {'memory/w'})],
     ids=['spsa', 'hizoo'])
 def test_the_names_in_a_state_stay(make, more):
   """They are in checkpoints, which later versions are to read."""
