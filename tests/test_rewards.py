@@ -507,17 +507,19 @@ def test_a_stopped_run_goes_on_and_its_log_gives_its_weights(
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize('changes', [
-    dict(peft__method='lora', optimizer__weight_decay=0.1,
-         optimizer__decay_to='start'),
-    dict(model__dtype='int8', peft__method='lora'),
-    dict(mesh__direction=4, mesh__fsdp=2),
-    dict(spsa__combine='antithetic_per_prompt', spsa__distribution='normal',
-         spsa__over='scan', spsa__rank=16),
-    dict(reward__temperature=1.0, reward__at_once=4),
-    dict(method='momentum_by_history')],
-    ids=['lora', 'int8', 'mesh', 'antithetic', 'sampled', 'momentum'])
-def test_other_settings(words_dir, prompts_file, tmp_path, changes):
+@pytest.mark.exhaustive_except(name=['lora', 'mesh', 'antithetic'])
+@pytest.mark.parametrize('name, changes', [
+    ('lora', dict(peft__method='lora', optimizer__weight_decay=0.1,
+                  optimizer__decay_to='start')),
+    ('int8', dict(model__dtype='int8', peft__method='lora')),
+    ('mesh', dict(mesh__direction=4, mesh__fsdp=2)),
+    ('antithetic', dict(
+        spsa__combine='antithetic_per_prompt', spsa__distribution='normal',
+        spsa__over='scan', spsa__rank=16)),
+    ('sampled', dict(reward__temperature=1.0, reward__at_once=4)),
+    ('momentum', dict(method='momentum_by_history'))])
+def test_other_settings(words_dir, prompts_file, tmp_path, name, changes):
+  del name  # chooses the tier
   config = rewarded(words_dir, prompts_file, steps=4, eval_every=2,
                     checkpoint_every=2, zero_shot=False, **changes)
   result = training.run(config, tmp_path / 'run')

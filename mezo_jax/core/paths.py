@@ -465,8 +465,9 @@ def resolved(params: Any, mask: Any, name: str = 'mask') -> list[Any]:
   for m, (path, x) in zip(full, leaves):
     is_bool = isinstance(m, (bool, int, np.generic, np.ndarray, jax.Array))
     if not is_bool or jnp.ndim(m) and jnp.shape(m) != shape_of(x):
+      found = f'an array of shape {jnp.shape(m)}' if is_bool else repr(m)
       raise ValueError(
-          f'{name} has {m!r} for the parameter {path!r}, which is not a bool '
+          f'{name} has {found} for the parameter {path!r}, which is not a bool '
           f'or an array of bools of the shape {shape_of(x)}.')
     out.append(jnp.asarray(m, bool) if jnp.ndim(m) else bool(m))
   return out

@@ -293,12 +293,15 @@ class Step:
 
   def _loss(self, frozen):
     """Returns the loss as a function of the params that are trained."""
-    def loss(params, batch, **more):
-      assert self._value_fn is not None  # `_trace_losses` has checked this
-      if frozen is not None:
-        params = trees.join(params, frozen)
-      return self._value_fn(params, batch, **more)
-    return loss
+    # No further arguments, since `tx.update` passes on those that it takes.
+    return lambda params, batch: self._called(params, frozen, batch)
+
+  def _called(self, params, frozen, batch, **more):
+    """Calls the loss with the params of the whole model."""
+    assert self._value_fn is not None  # `_trace_losses` has checked this
+    if frozen is not None:
+      params = trees.join(params, frozen)
+    return self._value_fn(params, batch, **more)
 
   def _losses(self, params, state, frozen, batch, more):
     """Evaluates losses: the first program."""
@@ -310,10 +313,11 @@ class Step:
 
   def _rollouts(self, params, state, frozen, batch, more):
     """Computes rollouts, from which the host computes rewards."""
-    loss, fn = self._loss(frozen), self._value_fn
+    fn = self._value_fn
     takes_step = fn is not None and accepted(fn, dict(step=0))
     def of_whole(params, batch, step):
-      return loss(params, batch, **(dict(step=step) if takes_step else {}))
+      given = dict(step=step) if takes_step else {}
+      return self._called(params, frozen, batch, **given)
     if self._part is not None:
       more = more | {'part': self._part}
     try:
