@@ -23,8 +23,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.conciseness import config as example  # noqa: E402
-from mezo_jax.runs import loggers
-from mezo_jax.runs.workdir import read_result
+from mezo_jax.runs import loggers  # noqa: E402
+from mezo_jax.runs.workdir import read_result  # noqa: E402
 from mezo_jax.training import run  # noqa: E402
 
 GRID = [(rate, eps) for rate in (5e-4, 1.5e-3) for eps in (1e-3, 3e-3)]

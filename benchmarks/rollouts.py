@@ -147,7 +147,7 @@ def main():
           model, jax.eval_shape(lambda: params))),
       ('8 members, 4 prompts: time', timed(model, params))]
   if args.torch:
-    tables.append(('Beside transformers', against_torch()))
+    tables.append(('Beside transformers, 64 new tokens', against_torch()))
   harness.write('rollouts', harness.header(
       f'{TOKENS} + {NEW} tokens, float32'), tables)
 

@@ -18,12 +18,12 @@ to False for a base model, and `task.template` for other columns.
   the weights and answer 16 prompts together, and the score of a member on a
   prompt minus the prompt's mean. The rates are those of a replication.
 
-If you change the number of members n, keep alpha / sqrt(n). docs/rewards.md
+If you change the number of members n, scale alpha with sqrt(n). docs/rewards.md
 says what to watch.
 """
 
 from mezo_jax.tasks import Task
-from mezo_jax.training.config import Data, Optimizer, Reward, Spsa, Train
+from mezo_jax.training.config import Data, Optimizer, Spsa, Train
 
 VARIANTS = ('', 'eggroll')
 
@@ -34,7 +34,7 @@ def get_config(variant: str = '') -> Train:
     raise KeyError(f'configs/es.py has no variant {variant!r}: use es.py or '
                    'es.py:eggroll')
   config = Train(
-      objective='reward', reward=Reward(),
+      objective='reward',
       task=Task(kind='generation', template='{prompt}', chat=True, stop='',
                 max_new_tokens=512),
       data=Data(num_train=200, num_dev=-1, num_test=-1, batch_size=200),

@@ -1,6 +1,7 @@
 """Reward functions that tests call in other processes."""
 
 import os
+import sys
 import time
 
 
@@ -22,6 +23,10 @@ def mischief(text, row):
     time.sleep(60)
   if text == 'exit':
     os._exit(3)
+  if text == 'leave':
+    sys.exit(3)
+  if text == 'huge':
+    return 1e39  # not a float32
   if text == 'text':
     return 'good'
   return float('nan') if text == 'nan' else 2

@@ -359,8 +359,8 @@ def test_memory_is_that_of_quantised_inference(dtype, most):
   params = models.param_shapes(config, dtype=dtype)
   tx = whole.quzo(1e-3, key=0)
   step = make_step(tx, loss_fn)
-  step.compile(params, jax.eval_shape(tx.init, params), ids)
-  losses, update = map(peak, step.compiled.values())
+  losses, update = (peak(program.compile()) for program in step.lower(
+      params, jax.eval_shape(tx.init, params), ids))
   assert losses < most * inference
   assert update < (0.27 if dtype == 'int8' else 0.18) * inference
 

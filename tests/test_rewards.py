@@ -87,12 +87,17 @@ def test_steps_are_the_papers_equations(kind, antithetic, over, devices):
   np.testing.assert_allclose(metrics['reward'], -metrics['loss'], rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['z_score', 'centered_rank', 'per_prompt'])
-def test_equal_rewards_change_nothing(name):
+@pytest.mark.parametrize('value', [1.0, -0.1, 0.7, 100.3])
+@pytest.mark.parametrize('name', [
+    f'{anti}{name}' for name in ('z_score', 'centered_rank', 'per_prompt')
+    for anti in ('', 'antithetic_')])
+def test_equal_rewards_change_nothing(name, value):
+  """Exactly: a mean of equal numbers may differ from them by rounding."""
   combine = getattr(mezo_jax, name)
-  losses = jnp.ones((4, 1, 3)) if combine.of_rows else jnp.ones((4, 1))
-  value, g = combine.apply(losses, 1e-3)
-  assert value == 1 and not np.any(g)
+  shape = (30, len(combine.signs), *((3,) if combine.of_rows else ()))
+  found, g = combine.apply(jnp.full(shape, value, jnp.float32), 1e-3)
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+  np.testing.assert_array_equal(g, 0)
 
 
 def test_equal_ranks_are_shared_and_nan_has_none():
@@ -175,11 +180,15 @@ def test_members_in_parts_are_members_at_once():
 
 
 @pytest.mark.parametrize('make', [
-    lambda: mezo_jax.variants.forward_grad(key=0),
-    lambda: mezo_jax.variants.conservative(1e-3, learning_rate=1e-3, key=0)],
-    ids=['forward_grad', 'conservative'])
+    lambda: mezo_jax.mezo(
+        1e-3, estimator=mezo_jax.variants.forward_grad(key=0)),
+    lambda: mezo_jax.mezo(1e-3, estimator=mezo_jax.variants.conservative(
+        1e-3, learning_rate=1e-3, key=0)),
+    lambda: mezo_jax.variants.svrg(1e-4, every=4, key=0),
+    lambda: mezo_jax.mezo(1e-3, key=0, micro_batches=2)],
+    ids=['forward_grad', 'conservative', 'svrg', 'micro_batches'])
 def test_other_estimators_are_refused(make):
-  tx = mezo_jax.mezo(1e-3, estimator=make())
+  tx = make()
   step = mezo_jax.make_step(tx, lambda params, x: x @ params,
                             reward=lambda found, batch: found)
   with pytest.raises(ValueError, match='reward'):
@@ -191,6 +200,10 @@ def test_a_reward_of_another_shape_is_refused():
       0.1, key=0, num_samples=2, combine='z_score'))
   step = mezo_jax.make_step(tx, lambda params, x: x @ params,
                             reward=lambda found, batch: found[0])
+  with pytest.raises(ValueError, match=r'\[2, 1, B\]'):
+    step(jnp.ones(5), tx.init(jnp.ones(5)), ROWS)
+  step = mezo_jax.make_step(tx, lambda params, x: x @ params,
+                            reward=lambda found, batch: (found, found))
   with pytest.raises(ValueError, match=r'\[2, 1, B\]'):
     step(jnp.ones(5), tx.init(jnp.ones(5)), ROWS)
 
@@ -235,10 +248,11 @@ def pool(name, timeout=2.0):
 
 @pytest.mark.processes
 def test_functions_that_fail(capsys):
-  answers = ['fine', 'raise', 'hang', 'exit', 'text', 'nan', 'fine']
-  found, failed = pool('mischief')(answers, [{}] * 7)
-  assert [sum(each.values()) for each in found] == [2, -5, -5, -5, -5, -5, 2]
-  assert failed == 5
+  answers = ['fine', 'raise', 'hang', 'exit', 'leave', 'text', 'nan', 'huge',
+             'fine']
+  found, failed = pool('mischief')(answers, [{}] * 9)
+  assert [sum(each.values()) for each in found] == [2, *[-5] * 7, 2]
+  assert failed == 7
   assert 'KeyError' in capsys.readouterr().out
 
 

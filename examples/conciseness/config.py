@@ -3,9 +3,10 @@
   python train.py --config=examples/conciseness/config.py
 
 The experiment of Evolution strategies at scale (Qiu et al., 2025), at the size
-of a laptop: the reward of an answer is minus the difference between its length
-and that of a reference, in characters. Two prompts are trained on, eight others
-are held out. It has no derivative, and takes the memory of inference.
+of a laptop. The reward of an answer falls from 1, if it is as long as a
+reference, to 0, if its length differs by 200 characters or more. It has no
+derivative. Two prompts are trained on, and eight others are held out. A step
+takes the memory of inference.
 
 `anchored` decays the weights towards those before training, so that the model
 forgets less.
@@ -17,13 +18,13 @@ from mezo_jax.tasks import Task
 from mezo_jax.training.config import Data, Optimizer, Reward, Spsa, Train
 
 HERE = Path(__file__).parent
-LONGEST = 200  # difference in characters that has the reward 0
+WORST = 200  # difference in characters that has the reward 0
 
 
 def reward(text, row):
   """Returns 1 for an answer as long as the reference, 0 for a much longer one.
   """
-  return 1 - min(abs(len(text) - len(row['answer'])) / LONGEST, 1)
+  return 1 - min(abs(len(text) - len(row['answer'])) / WORST, 1)
 
 
 def get_config(variant=''):

@@ -9,13 +9,13 @@ crash. It is called once for each distinct answer to a row in a step.
 
 from collections.abc import Callable, Sequence
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
-import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -85,12 +85,14 @@ def load(source: Source) -> Callable[[str, dict[str, Any]], Any]:
   try:
     if source.module.endswith('.py'):
       path = Path(source.module).expanduser().resolve()
-      spec = importlib.util.spec_from_file_location(path.stem, path)
+      # A name of its own hides no other module.
+      name = f'_rewards_{path.stem}'
+      spec = importlib.util.spec_from_file_location(name, path)
       assert spec is not None and spec.loader is not None  # for a .py file
       module = importlib.util.module_from_spec(spec)
       # As for a script, modules in the folder of the file can be imported.
       _find_in(str(path.parent))
-      sys.modules.setdefault(path.stem, module)  # dataclasses look it up
+      sys.modules[name] = module  # dataclasses look it up
       spec.loader.exec_module(module)
     else:
       _find_in(os.getcwd())
@@ -142,10 +144,11 @@ def _call(text: str, row: dict[str, Any]) -> dict[str, float] | str:
     found = _function[0](text, row)
     parts = found if isinstance(found, dict) else {'': found}
     parts = {str(name): float(value) for name, value in parts.items()}
-    if parts and all(map(math.isfinite, parts.values())):
+    # Rewards are float32. The comparison is false for NaN.
+    if parts and abs(sum(parts.values())) < 3e38:
       return parts
     return f'it returned {found!r}'
-  except Exception as e:
+  except BaseException as e:  # SystemExit, too, as of code that answers contain
     at = traceback.extract_tb(e.__traceback__)[-1]
     return (f'{type(e).__name__}: {first_line(e)} ({at.filename}, line '
             f'{at.lineno})')
@@ -205,20 +208,20 @@ class Pool:
                f'answers: {errors[0]}')
       if not self._works:
         raise InputError(f'{words}.')
-      self._warn(f'{words}. Their reward is reward.failed, {self._failed:g}')
+      self._warn('failures', f'{words}. Their reward is reward.failed, '
+                 f'{self._failed:g}')
       if values and min(values) < self._failed:
         self._warn(
-            f'reward.failed, {self._failed:g}, is better than a reward of '
-            f'{min(values):g}, so the model may learn to make the function '
-            'fail; set it below all rewards')
+            'rewarded', f'reward.failed, {self._failed:g}, is better than a '
+            f'reward of {min(values):g}, so the model may learn to make the '
+            'function fail; set it below all rewards')
     parts = [{'': self._failed} if isinstance(x, str) else x for x in found]
     return [parts[i] for i in index], sum(
         isinstance(found[i], str) for i in index)
 
-  def _warn(self, words: str) -> None:
-    """Prints a warning; one of each kind is enough."""
-    kind = words.partition(' ')[0]
-    if kind not in self._told:
+  def _warn(self, kind: str, words: str) -> None:
+    """Prints a warning on process 0; one of each kind is enough."""
+    if kind not in self._told and jax.process_index() == 0:
       self._told.add(kind)
       print(f'warning: {words}.', flush=True)
 
@@ -230,6 +233,10 @@ class Pool:
       return f'it took more than {self._timeout:g} seconds'
     except pebble.ProcessExpired as e:
       return f'its process ended with status {e.exitcode}'
+    except concurrent.futures.process.BrokenProcessPool as e:
+      raise InputError(
+          'reward.function cannot be imported by the processes that call it, '
+          'although this one can import it; see their errors above.') from e
 
 
 def _cores() -> int:
@@ -258,9 +265,10 @@ class Answer(NamedTuple):
 class Reward:
   """Computes rewards of answers. Use `make` to build it.
 
-  It is a function of (predictions, examples), like a user's objective, so that
-  evaluation treats it as one. In a run of several processes, the first one
-  computes the rewards of an evaluation, so that all get the same.
+  It can be called like a user's objective, with (predictions, examples), where
+  only the mean reward is wanted; evaluation calls `report`. In a run of several
+  processes, the first one computes the rewards of an evaluation, so that all
+  get the same.
 
   Attributes:
     last: The answers of the last `report`.
@@ -300,7 +308,8 @@ class Reward:
     The function returned takes the ``outputs`` of the function `rollout` and
     returns the rewards [n, signs, B] and a dict of metrics. A row whose logits
     are not finite has the reward NaN, so that the step is skipped. In a run of
-    several processes, each computes the rewards of its own share of the rows.
+    several processes, each computes the rewards of its own share of the rows,
+    and the means of named parts are those of this share.
 
     Args:
       rows: The training rows.
@@ -321,23 +330,24 @@ class Reward:
       values = np.zeros(shape, np.float32)
       values[..., mine] = np.reshape(
           [sum(each.values()) for each in parts], values[..., mine].shape)
+      counts = np.array([failed, len(parts)])
       if jax.process_count() > 1:
-        values = np.asarray(
-            multihost_utils.process_allgather(values)).sum(0)
+        values, counts = (np.asarray(x).sum(0) for x in (
+            multihost_utils.process_allgather((values, counts))))
       members = tokens.reshape(-1, *tokens.shape[2:])
       metrics = {
           'solved': float(np.mean(values >= self._solved)),
           'identical': identical(members),
           'answer_tokens': float(outputs['tokens_used'].mean()),
           'generated_tokens': int(outputs['tokens_used'].sum()),
-          **_means(parts), **_share_failed(failed, len(parts))}
+          **_means(parts), **_share_failed(*counts)}
       return np.where(outputs['finite'], values, np.nan), metrics
 
     return reward
 
 
 def identical(members: np.ndarray) -> float:
-  """Returns the share of members all of whose answers another member gave too.
+  """Returns the share of members whose answers are those of another member.
 
   If it is 1, all members answer alike, and their rewards show no direction.
 
@@ -399,7 +409,7 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _share_failed(failed: int, total: int) -> dict[str, float]:
   """Returns the share of answers whose reward failed, or {} if none did."""
-  return {'reward_failed': failed / total} if failed else {}
+  return {'reward_failed': float(failed / total)} if failed else {}
 
 
 @functools.lru_cache(maxsize=8)

@@ -237,7 +237,9 @@ def _of_rewards(config: config_lib.Train) -> Iterator[tuple[bool, str]]:
       methods.part_of(config).adapter),
          "optimizer.decay_to 'start' needs float weights or an adapter; choose "
          'another model.dtype or a peft.method')
-  yield (not config.task.chat or named_reward(config),
+  named = objectives.of(config.task, config.objective)
+  yield (not config.task.chat or not (
+      objectives.gold_only(named) and method.steps),
          'task.chat needs an objective that is computed from generated '
          "answers: set objective to 'reward', 'accuracy' or 'f1', or choose a "
          'method that does not train')
@@ -247,13 +249,6 @@ def _builds(config: config_lib.Train) -> bool:
   """Returns whether members may be built, as `reward.build` says."""
   low_rank = issubclass(KINDS[config.spsa.distribution], LowRank)
   return config.spsa.over == 'scan' and not low_rank
-
-
-def named_reward(config: config_lib.Train) -> bool:
-  """Returns whether no training row needs its right answer as tokens."""
-  named = objectives.of(config.task, config.objective)
-  return not objectives.gold_only(named) or (
-      not methods.method_of(config).steps)
 
 
 def check_given(config: config_lib.Train, given: Sequence[str]) -> None:

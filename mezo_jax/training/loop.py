@@ -30,7 +30,7 @@ class Numbers(NamedTuple):
 
   Attributes:
     values: The metrics that the step of `mezo_jax.make_step` returned, as
-      device arrays that may not be computed yet.
+      device arrays that may not be computed yet, or numbers of the host.
     tokens: Number of tokens in its batch; None for a step from the log.
     seconds: How long it took, if the host waited for it. None otherwise.
   """

@@ -34,9 +34,10 @@ def at_once(config: config_lib.Train, model: models.Config, tokens: int,
       it.
 
   Returns:
-    ``reward.at_once`` or, if it is 0, a number that fits into the memory,
-    so that all passes have about the same number of members. None for all
-    members, or if ``spsa.over`` is 'scan'.
+    ``reward.at_once`` or, if it is 0, the largest number that fits into the
+    memory, lowered so that all passes are about equally large. With a mesh axis
+    'direction', it is the number of each group. None for all members, or if
+    ``spsa.over`` is 'scan'.
   """
   if config.spsa.over == 'scan':
     return None
@@ -68,18 +69,16 @@ def kept(workdir: Path, config: config_lib.Train, chosen: int | None
   if jax.process_count() > 1:
     found = np.min(multihost_utils.process_allgather(found))
   if jax.process_index() == 0:
-    path = workdir / 'at_once.json'
-    z, of = config.spsa, {}
+    path, part = workdir / 'at_once.json', workdir / 'at_once.part'
+    z, kept = config.spsa.num_samples, {}
     if path.exists():
-      of = json.loads(path.read_text())
-    if of.get('num_samples') == z.num_samples:
-      found = np.int32(of['members_at_once'] or _ALL)
-    else:
-      part = path.with_suffix('.part')
-      part.write_text(json.dumps({
-          'num_samples': z.num_samples,
-          'members_at_once': None if found == _ALL else int(found)}) + '\n')
-      part.replace(path)
+      kept = json.loads(path.read_text())
+    # Another number is that of a run that ended before it wrote its config.
+    if kept.get('num_samples') == z:
+      found = np.int32(kept['members_at_once'])
+    part.write_text(json.dumps(
+        {'num_samples': z, 'members_at_once': int(found)}) + '\n')
+    part.replace(path)
   if jax.process_count() > 1:
     found = multihost_utils.broadcast_one_to_all(found)
   return None if found == _ALL else int(found)
@@ -90,8 +89,8 @@ def bytes_of_member(config: config_lib.Train, model: models.Config,
   """Estimates the memory per device that the answers of a member take.
 
   These are the keys and values of all tokens, once more while the loop copies
-  them, the activations of the prompts, and the logits of a token, as they are
-  and sorted.
+  them, the activations and attention scores of the prompts, and the logits of a
+  token, as they are and sorted.
 
   Args:
     config: Config of the run.
@@ -103,8 +102,10 @@ def bytes_of_member(config: config_lib.Train, model: models.Config,
   length = tokens + config.task.max_new_tokens
   cache = 2 * model.num_layers * length * model.num_kv_heads * model.head_width
   size = jnp.dtype(models.float_dtype(config.model.dtype)).itemsize
-  return rows * (2 * cache * size + 8 * tokens * model.width * size
-                 + 8 * model.vocab_size)
+  activations = tokens * size * max(8 * model.width, 3 * model.ff_width)
+  scores = 4 * model.num_heads * tokens * length  # of attention, in float32
+  return rows * (
+      2 * cache * size + activations + scores + 8 * model.vocab_size)
 
 
 def free_memory() -> float:

@@ -80,7 +80,7 @@ def make(config: config_lib.Train, built: build_lib.Built,
       _write(workdir / 'answers.jsonl', step, [{
           'step': step, 'prompt': task.prompt(answer.row),
           'answer': answer.text, 'reward': answer.reward,
-          **{name: x for name, x in answer.parts.items() if name}}
+          **{f'reward/{name}': x for name, x in answer.parts.items() if name}}
           for answer in reward.last[:_WRITTEN]])
     for answer in reward.last[:_SHOWN]:
       say(f'  {_short(task.prompt(answer.row))} -> {_short(answer.text)} '

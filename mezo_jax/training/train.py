@@ -17,7 +17,7 @@ from tqdm import tqdm
 import mezo_jax
 from mezo_jax import peft
 from mezo_jax.core import fingerprint, paths
-from mezo_jax.core.errors import local
+from mezo_jax.core.errors import InputError, local
 from mezo_jax.distributed import agreement
 from mezo_jax.distributed import replicas as replicas_lib
 from mezo_jax.runs import guards, loggers, preemption, resume
@@ -143,6 +143,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   assert built.tx is not None and built.host is not None  # the method trains
   rewards = None
   if config_lib.is_rewarded(config):
+    if place:
+      raise InputError("objective 'reward' does not support replicas; use a "
+                       'mesh with an axis direction instead, '
+                       '--config.mesh.direction.')
     rewards = rewarded.make(
         config, built, tasks, state.params, workdir, _say)
   step_fn = make_step(

@@ -33,8 +33,8 @@ def anchored(weight_decay: float) -> ZerothOrderTransformation:
 
   The state is a copy of the params, which takes as much memory as they do, on
   the devices and in each checkpoint. With LoRA, or another small part of a
-  model, that is little. At the start, LoRA does not change a model, so that the
-  model is pulled towards the one before training.
+  model, that is little. LoRA begins without an effect, so the model is pulled
+  towards the one before training.
 
   Args:
     weight_decay: The factor :math:`\lambda`, a number of at least 0.
@@ -66,7 +66,10 @@ def anchored(weight_decay: float) -> ZerothOrderTransformation:
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
-    def add(u, p, start):
+    if params is None:
+      raise ValueError('anchored needs params: tx.update(updates, state, '
+                       'params).')
+    def add(p, u, start):
       if not paths.is_floating(p):
         return u
       wide = dtypes.wide(p.dtype)
@@ -74,6 +77,6 @@ def anchored(weight_decay: float) -> ZerothOrderTransformation:
       # Rounding both terms keeps a compiler from fusing the product and the sum
       # in some programs and not in others.
       return xla.rounded(u) + xla.rounded(weight_decay * moved)
-    return jax.tree.map(add, updates, params, state.start), state
+    return jax.tree.map(add, params, updates, state.start), state
 
   return ZerothOrderTransformation(init_fn, update_fn)

@@ -148,6 +148,7 @@ _SIGNS = {1: (1.0,), 2: (1.0, -1.0)}
 
 def _z_score(losses):
   """Returns (L - mean) / (std + 1e-8), with the members as denominator."""
+  losses = losses - losses[0]  # so that equal losses give exactly 0
   return (losses - jnp.mean(losses)) / (jnp.std(losses) + 1e-8)
 
 
@@ -164,6 +165,7 @@ def _centered_rank(losses):
 
 def _per_prompt(losses):
   """Returns the mean over prompts of (L - mean of the prompt) / std."""
+  losses = losses - losses[:1]  # so that equal losses give exactly 0
   centered = losses - jnp.mean(losses, 0)
   return jnp.mean(centered, 1) / (jnp.std(centered) + 1e-8)
 

@@ -276,6 +276,9 @@ class Spsa:
       some = _part(part, self)
       z = jax.tree.map(lambda x: x[some], z)
     if isinstance(value_fn, rollouts.Rollout):
+      if self.micro_batches > 1:
+        raise ValueError('micro_batches must be 1 with a reward; lower at_once '
+                         'instead.')
       raise rollouts.RolledOut(rollouts.evaluate(
           value_fn, params, z, eps, self.directions, signs=signs,
           over=self.over, around=around,

@@ -101,8 +101,8 @@ def mezo(
     decay_to: What weight decay pulls params towards. 'zero', the default, is
       the equation above. 'start' is the params at the time of ``init``: the
       last term becomes :math:`\lambda (\theta - \theta_0)`. The optimizer then
-      keeps a copy of the params; see `mezo_jax.anchored`. If
-      ``decay`` is None, it selects all params.
+      keeps a copy of the params; see `mezo_jax.anchored`. If ``decay`` is None,
+      all params that have a z are decayed, biases and norms too.
     stochastic_rounding: Whether updated bfloat16, float16 and quantised weights
       are rounded stochastically (`mezo_jax.round_stochastically`) instead of to
       nearest. The random bits are derived from the key and the step. Defaults

@@ -53,24 +53,27 @@ class Rollout:
         'a reward. Use mezo_jax.mezo or mezo_jax.spsa.')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Recorded:
   """Holds losses that were measured before, in the place of a loss.
 
   Attributes:
     losses: The losses [n, len(signs), B].
     signs: The signs s for which they were measured.
+    used: Whether the estimator has got them. It gets them once.
   """
 
   losses: Any
   signs: tuple[float, ...]
+  used: bool = False
 
   __call__ = Rollout.__call__
 
   def at(self, signs: tuple[float, ...], of_rows: bool) -> Any:
     """Returns the losses [n, len(signs)], or those of rows; see `estimate`."""
-    if signs != self.signs:
+    if self.used or signs != self.signs:
       self()
+    self.used = True
     losses = jnp.asarray(self.losses, jnp.float32)
     return losses if of_rows else jnp.mean(losses, -1)
 

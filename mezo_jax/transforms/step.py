@@ -1,6 +1,6 @@
 """Compiles an optimizer and a loss into a training step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import time
@@ -139,6 +139,7 @@ class Step:
     self.compiled: dict[Any, Any] = {}
     self._tx, self._value_fn, self._part = tx, value_fn, part
     self._mesh, self._on_compile = mesh, on_compile
+    self._only = {} if part is None else {'part': part}
     self._reward, self._rollout = reward, rollout
     # The signs of the estimator, set when rollouts are traced, and the metrics
     # of the last rewards.
@@ -201,15 +202,16 @@ class Step:
     """
     assert self._reward is not None  # the caller has checked it
     found, more = self._reward(outputs, batch), {}
-    if isinstance(found, tuple):
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(
+        found[1], Mapping):
       found, more = found
     rewards = np.asarray(found, np.float32)
     want = jax.tree.leaves(outputs)[0].shape[:2]
-    if rewards.ndim != 3 or rewards.shape[:2] != want:
+    if rewards.ndim != 3 or rewards.shape[:2] != want or not rewards.size:
       raise ValueError(
           'reward must return one number for each answer, of shape [n, signs, '
-          f'B] = [{want[0]}, {want[1]}, B], but returned an array of shape '
-          f'{[*rewards.shape]}.')
+          f'B] = [{want[0]}, {want[1]}, B], or a pair of these and a dict of '
+          f'metrics; it returned an array of shape {[*rewards.shape]}.')
     members = rewards.mean(-1)
     self._reward_metrics = {
         'reward': members.mean(), 'reward_std': members.std(),
@@ -305,24 +307,20 @@ class Step:
 
   def _losses(self, params, state, frozen, batch, more):
     """Evaluates losses: the first program."""
-    if self._part is not None:
-      more = more | {'part': self._part}
     numbers = measure(self._tx, state, params, value_fn=self._loss(frozen),
-                      batch=batch, **more)
+                      batch=batch, **more, **self._only)
     return numbers.projected_grad, numbers.value
 
   def _rollouts(self, params, state, frozen, batch, more):
     """Computes rollouts, from which the host computes rewards."""
-    fn = self._value_fn
-    takes_step = fn is not None and accepted(fn, dict(step=0))
+    assert self._value_fn is not None  # `_trace_losses` has checked this
+    takes_step = accepted(self._value_fn, dict(step=0))
     def of_whole(params, batch, step):
       given = dict(step=step) if takes_step else {}
       return self._called(params, frozen, batch, **given)
-    if self._part is not None:
-      more = more | {'part': self._part}
     try:
       measure(self._tx, state, params, value_fn=self._rollout(of_whole),
-              batch=batch, **more)
+              batch=batch, **more, **self._only)
     except RolledOut as e:
       self._signs = e.signs
       return e.outputs
@@ -331,16 +329,15 @@ class Step:
 
   def _combined(self, params, state, recorded):
     """Turns the losses of rewards into numbers."""
-    more = {} if self._part is None else {'part': self._part}
     numbers = measure(self._tx, state, params, value_fn=Recorded(
-        recorded, self._signs), **more)
+        recorded, self._signs), **self._only)
     return numbers.projected_grad, numbers.value
 
   def _update(self, params, state, projected_grad, value):
     """Updates the weights from recorded numbers: the second program."""
     given = dict(projected_grad=projected_grad, value=value)
     def moved(params, state):
-      """Applies the accumulated updates."""
+      """Records the numbers of a step, and applies all accumulated updates."""
       return _moved(self._tx, params, state, **given, apply=True)
     def noted(params, state):
       """Records the numbers of a step, without reading the weights."""
