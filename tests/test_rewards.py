@@ -23,6 +23,7 @@ from mezo_jax.export.from_run import rebuild
 from mezo_jax.tasks import rewards
 from mezo_jax.training import checks, divergence, population
 from mezo_jax.training import config as config_lib
+from mezo_jax.transforms.step import field
 
 HERE = Path(rewards_of_tests.__file__)
 RNG = np.random.RandomState(0)
@@ -137,8 +138,7 @@ def test_the_update_is_that_of_a_replay():
   state = tx.init(params)
   trained, state, _ = step(params.copy(), state, ROWS)
   again, _, _ = mezo_jax.make_step(tx, None).update(
-      params.copy(), tx.init(params), state.projected_grad if hasattr(
-          state, 'projected_grad') else state[0].projected_grad)
+      params.copy(), tx.init(params), field(state, 'projected_grad'))
   helpers.assert_bitwise(trained, again)
 
 

@@ -154,12 +154,13 @@ class Progress:
     size: Any = values.get('projected_grad', values.get('grad_norm'))
     speed = ('from the log' if tokens is None else
              f'{tokens / max(seconds, 1e-9):.0f} tokens/s')
-    told = f'{loss}|g| {np.abs(size).mean():.1f}'
+    summary = f'{loss}|g| {np.abs(size).mean():.1f}'
     if 'reward' in values:
-      told = (f'reward {values["reward"]:.3g} (deviation '
-              f'{values["reward_std"]:.2g}, best {values["reward_best"]:.3g}), '
-              f'{values["identical"]:.0%} identical')
-    text = f'{told}, {speed}'
+      summary = (
+          f'reward {values["reward"]:.3g} (deviation '
+          f'{values["reward_std"]:.2g}, best {values["reward_best"]:.3g}), '
+          f'{values["identical"]:.0%} identical')
+    text = f'{summary}, {speed}'
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update()
     every = max(self._total // _LINES, 1)

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-import pebble
 
+from mezo_jax.core import extras
 from mezo_jax.core.errors import first_line, InputError
 from mezo_jax.tasks.score import texts
 from mezo_jax.tasks.task import Task
@@ -174,7 +174,7 @@ class Pool:
     """
     self._source, self._timeout, self._failed = source, timeout, failed
     self._workers = workers or min(_cores(), 16)
-    self._pool: pebble.ProcessPool | None = None
+    self._pool: Any = None  # a pebble.ProcessPool, made at the first call
     self._told: set[str] = set()  # warnings that were given
     self._works = False  # whether any call has succeeded
 
@@ -190,6 +190,8 @@ class Pool:
       InputError: If the function has failed for every answer so far.
     """
     if self._pool is None:
+      extras.require(__name__, 'pebble')
+      import pebble
       self._pool = pebble.ProcessPool(
           self._workers, context=multiprocessing.get_context('spawn'),
           initializer=_start, initargs=(self._source,))
@@ -231,8 +233,8 @@ class Pool:
       return future.result()
     except concurrent.futures.TimeoutError:
       return f'it took more than {self._timeout:g} seconds'
-    except pebble.ProcessExpired as e:
-      return f'its process ended with status {e.exitcode}'
+    except OSError as e:  # pebble.ProcessExpired
+      return f'its process ended with status {getattr(e, "exitcode", e)}'
     except concurrent.futures.process.BrokenProcessPool as e:
       raise InputError(
           'reward.function cannot be imported by the processes that call it, '

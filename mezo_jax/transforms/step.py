@@ -186,7 +186,8 @@ class Step:
       return out
     rewards = self._rewards(jax.device_get(out), batch)
     key = 'rewards', rewards.shape
-    if key not in self.compiled:  # tiny, so that `on_compile` is not told
+    if key not in self.compiled:
+      # This program is so small that `on_compile` is not called for it.
       self.compiled[key] = self._lower(self._trace(
           self._combined, (params, state, rewards))).compile()
     return self.compiled[key](params, state, -rewards)
