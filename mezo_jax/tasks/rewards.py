@@ -237,8 +237,10 @@ class Pool:
       return f'its process ended with status {getattr(e, "exitcode", e)}'
     except concurrent.futures.process.BrokenProcessPool as e:
       raise InputError(
-          'reward.function cannot be imported by the processes that call it, '
-          'although this one can import it; see their errors above.') from e
+          'the processes that call reward.function could not start; see their '
+          'errors above. A script of your own must start a run below '
+          "if __name__ == '__main__':, since each process imports the script."
+          ) from e
 
 
 def _cores() -> int:
