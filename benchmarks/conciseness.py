@@ -37,7 +37,8 @@ def records_of(runs: Path, variant: str, seed: int, steps: int, rate=None,
   config.seed, config.steps, config.eval_every = seed, steps, max(steps // 4, 1)
   if rate is not None:
     config.optimizer.learning_rate, config.spsa.eps = rate, eps
-  where = runs / f'{variant or "plain"}-{seed}-{steps}-{rate}-{eps}'
+  rate, eps = config.optimizer.learning_rate, config.spsa.eps
+  where = runs / f'{variant or "plain"}-{seed}-{steps}-{rate:g}-{eps:g}'
   if not read_result(where):
     run(config, where)
   return [r for r in loggers.read(where / 'metrics.jsonl')
