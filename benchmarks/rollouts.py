@@ -1,24 +1,17 @@
-"""Compares ways to generate the answers of a population, and other libraries.
+"""Compares ways to generate the answers of a population.
 
-  python benchmarks/rollouts.py [--torch]
+  python benchmarks/rollouts.py
 
 The model has the shape of SmolLM2-135M in float32, with 30 members that answer
 16 prompts of 32 tokens. The first table has the compiler's count of operations
 and memory, relative to one model that answers as many prompts. The second has
 the time of 8 members with 4 prompts and 24 new tokens: all in one pass, one
 after the other by factors, and one after the other with weights that are built
-once or for each token. With --torch, a third table compares
-`mezo_jax.models.generate` with transformers' ``generate`` in PyTorch on the
-quickstart's weights: 32 tokens and 64 new ones, with equal results.
+once or for each token.
 
 Writes benchmarks/results/rollouts.md and rollouts.json. Takes 10 minutes on 2
 CPU cores.
 """
-
-import argparse
-from pathlib import Path
-import tempfile
-import time
 
 import harness
 import jax
@@ -27,7 +20,6 @@ import numpy as np
 
 import mezo_jax
 from mezo_jax import LowRank, models
-from mezo_jax.tasks import quickstart_data
 
 MEMBERS, ROWS, TOKENS, NEW, ROUNDS = 30, 16, 32, 24, 3
 
@@ -99,58 +91,13 @@ def timed(model, params):
           for name, found in times.items()]
 
 
-def against_torch():
-  """Returns the table of times beside transformers, on the same weights."""
-  import torch
-  from transformers import AutoModelForCausalLM
-  new, (model, params) = 64, models.load(quickstart_data.model_path())
-  with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / 'model'
-    models.save(path, model, params)
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-  # No token ends a row, in either library. Their `min_new_tokens` would instead
-  # forbid the end token, which changes what follows.
-  theirs.generation_config.eos_token_id = None
-  rows = []
-  for batch in (1, 8, 32):
-    ids = np.random.RandomState(batch).randint(
-        1000, model.config.vocab_size, (batch, TOKENS))
-    def ours(ids=ids):
-      return np.asarray(rollout_of(model, new)(params, ids))
-    def torchs(ids=ids):
-      with torch.no_grad():
-        return theirs.generate(
-            torch.tensor(ids), attention_mask=torch.ones_like(
-                torch.tensor(ids)), max_new_tokens=new, do_sample=False,
-            pad_token_id=0).numpy()[:, TOKENS:]
-    equal = np.mean(ours() == torchs())
-    found = {ours: [], torchs: []}
-    for _ in range(ROUNDS):
-      for run, times in found.items():
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    ratio = np.median(found[torchs]) / np.median(found[ours])
-    rows.append({
-        'batch': batch, 'generate, s': harness.median_range(found[ours]),
-        'transformers, s': harness.median_range(found[torchs]),
-        'theirs / ours': f'{ratio:.2f}',
-        'equal tokens, %': f'{100 * equal:.1f}'})
-  return rows
-
-
 def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--torch', action='store_true')
-  args = parser.parse_args()
   model = models.Transformer(harness.SHAPES['SmolLM2-135M'])
   params = harness.random_params(model)
   tables = [
       ('30 members, 16 prompts: the compiler\'s count', counted(
           model, jax.eval_shape(lambda: params))),
       ('8 members, 4 prompts: time', timed(model, params))]
-  if args.torch:
-    tables.append(('Beside transformers, 64 new tokens', against_torch()))
   harness.write('rollouts', harness.header(
       f'{TOKENS} + {NEW} tokens, float32'), tables)
 
