@@ -208,8 +208,8 @@ def diagnose(argv: Sequence[str]) -> None:
       'run': (str, 'The working directory of a run, to measure at one of its '
               'checkpoints instead of at the start.'),
       'step': (int, 'The step of the checkpoint. Defaults to the newest.'),
-      'directions': (int, 'The number of directions to measure. Standard errors '
-                     'fall with its square root. Defaults to 100.'),
+      'directions': (int, 'The number of directions to measure. Standard '
+                     'errors fall with its square root. Defaults to 100.'),
       'derivatives': (int, 'The number of batches on which to compare with '
                       'gradient descent and to compute the largest eigenvalue '
                       'of the Hessian. This needs the memory of '

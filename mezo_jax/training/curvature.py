@@ -97,8 +97,8 @@ class Quantities(NamedTuple):
   def slowdown(self, n: int) -> Any:
     r"""Returns by how much less a step gains than one of gradient descent.
 
-    Both have their best rates: :math:`D / E[\nabla L_B^\top H \nabla L_B] = (r +
-    n + 1) / n`, with the effective rank r. The MeZO paper (Theorem 1) has
+    Both have their best rates: :math:`D / E[\nabla L_B^\top H \nabla L_B] =
+    (r + n + 1) / n`, with the effective rank r. The MeZO paper (Theorem 1) has
     :math:`\mathrm{tr} H / \|H\|` in place of r.
     """
     return (self.rank + n + 1) / n
@@ -332,8 +332,8 @@ def mean_loss(value_fn: Callable[..., Any], batches: Sequence[Batch]
   of_batch = lambda params, batch: losses.mean_over_parts(
       lambda part: value_fn(params, **part),
       losses.accepted(value_fn, dict(batch)), 1)
-  return lambda params: sum(
-      of_batch(params, batch) for batch in batches) / len(batches)
+  return lambda params: jnp.mean(jnp.stack([
+      of_batch(params, batch) for batch in batches]))
 
 
 def largest_eigenvalue(loss: Callable[[Any], jax.Array], params: Any, *,

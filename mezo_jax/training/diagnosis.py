@@ -315,8 +315,8 @@ def spell(report: dict[str, Any]) -> str:
       '  a step raises the loss of its own batch from '
       f'{_number(report["largest_stable_rate"])}',
       '', 'Noise',
-      f'  {_percent(report["signal"])} of the square of a projected gradient is '
-      'signal of all rows; the rest is noise of the batch',
+      f'  {_percent(report["signal"])} of the square of a projected gradient '
+      'is signal of all rows; the rest is noise of the batch',
       f'  twice the rows: a step gains {_number(report["gain_of_rows"])} times '
       'as much',
       f'  twice the directions: {_number(report["gain_of_directions"])} times '
@@ -326,8 +326,8 @@ def spell(report: dict[str, Any]) -> str:
     lines.append('  no eps from 1e-5 to 0.1 gives projected gradients with an '
                  'error below 10 %')
   else:
-    lines.append(f'  {limits["from"]:.1g} to {limits["to"]:.1g} gives projected '
-                 'gradients with an error below 10 %')
+    lines.append(f'  {limits["from"]:.1g} to {limits["to"]:.1g} gives '
+                 'projected gradients with an error below 10 %')
   if report['moved']:
     near, expected = report['moved']
     lines += ['', 'Rounding', f'  an update of rate {steps["rates"][3]:.2g} '
@@ -346,9 +346,9 @@ def spell(report: dict[str, Any]) -> str:
         f'  on {exact["batches"]} batches: largest eigenvalue '
         f'{_number(exact["eigenvalue"])}, effective rank tr H / |H| '
         f'{exact["rank"]:.3g}',
-        f'  slow-down against gradient descent: {exact["predicted"]:.3g} by the '
-        'paper\'s formula, '
-        f'{"not" if measured is None else f"{measured:.3g}"} measured']
+        '  slow-down against gradient descent: predicted by the paper '
+        f'{exact["predicted"]:.3g}, measured '
+        f'{"nothing" if measured is None else f"{measured:.3g}"}']
   if report['groups']:
     total = sum(g['batch_gradient']['value'] for g in report['groups'])
     lines += ['', reports.markdown_table([{
