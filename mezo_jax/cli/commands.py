@@ -201,7 +201,7 @@ def diagnose(argv: Sequence[str]) -> None:
     mezo-jax diagnose --run=WORKDIR
 
   This takes forward passes only and does not train. It writes diagnosis.json
-  and diagnosis.png, and prints what they say (docs/learning_rates.md).
+  and diagnosis.png, and prints what they say (docs/hyperparameters.md).
   """
   from mezo_jax.training import diagnosis
   values, _ = parse(argv, _doc(diagnose), {

@@ -34,7 +34,8 @@ GROUPS = {
     'norms': r'norm', 'attention': r'attn', 'MLP': r'mlp'}
 _SCALES = tuple(float(x) for x in np.geomspace(1e-5, 1e-1, 9))
 _WRONG = 0.1  # relative error of projected gradients that is too large
-_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the best rate
+# Rates that are tried, relative to the largest stable rate.
+_FACTORS = tuple(2.0**i for i in range(-9, 1))
 
 
 def forwards(count: int, num_samples: int, groups: int = 0) -> int:
@@ -59,6 +60,7 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
              batches: Iterator[Mapping[str, Any]], *, eps: float = 1e-3,
              key: jax.Array | int = 0, num_samples: int = 1,
              directions: Directions | str = Normal(), count: int = 100,
+             learning_rate: float | None = None,
              groups: Mapping[str, str] | None = None,
              derivatives: int = 0) -> dict[str, Any]:
   r"""Measures what decides learning rate, batch size and eps of a loss.
@@ -71,7 +73,7 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
      + \left(1 - \frac{1}{n}\right) E[\nabla L_B^\top H \nabla L_B] \right)
 
   on average, where all expectations are over directions and batches. This
-  function measures them by forward passes. See docs/learning_rates.md for how
+  function measures them by forward passes. docs/hyperparameters.md explains how
   to read the result.
 
   Args:
@@ -86,6 +88,8 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
       always measured with normal directions. Defaults to ``Normal()``.
     count: Number of directions to measure. Standard errors fall with its square
       root. Defaults to 100.
+    learning_rate: Learning rate of the training. Defaults to None, which leaves
+      out the shares of half-precision weights that an update moves.
     groups: Groups of params for a table, ``{name: regular expression}``. A
       param belongs to the first group whose expression is found in its path.
       Defaults to None, for no table.
@@ -99,7 +103,7 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
   """
   directions = as_directions(directions)
   key = jax.random.key(key) if isinstance(key, int) else key
-  keys = iter(jax.random.split(key, 16))
+  keys = (jax.random.fold_in(key, i) for i in itertools.count())
   normal = Normal(mask=directions.mask)
   more = dict(eps=eps)
   samples = curvature.sample(value_fn, params, batches, count, key=next(keys),
@@ -116,10 +120,10 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
       'gain_of_rows': _measured(samples, lambda q: 2 / (1 + q.signal)),
       'gain_of_directions': _measured(
           samples, lambda q: q.per_step(n) / q.per_step(2 * n))}
-  around = report['largest_stable_rate']['value'] / 8
-  if not np.isfinite(around) or around <= 0:
-    around = 1e-4
-  rates = [around * factor for factor in _FACTORS]
+  top = report['largest_stable_rate']['value']
+  if not np.isfinite(top) or top <= 0:  # the measured curvature is negative
+    top = 1e-2
+  rates = [top * factor for factor in _FACTORS]
   found = curvature.decreases(
       value_fn, params, batches, rates, n, count // 2, key=next(keys),
       directions=directions, **more)
@@ -134,9 +138,12 @@ def diagnose(value_fn: Callable[..., Any], params: Any,
   report['eps_range'] = {
       'scales': list(_SCALES), 'error': errors.tolist(),
       'from': min(fits, default=None), 'to': max(fits, default=None)}
-  g = float(np.sqrt(report['batch_gradient']['value']))
-  update = Displacement(next(keys)[None], jnp.full(1, around * g, jnp.float32))
-  report['moved'] = curvature.moved_shares(params, update, directions)
+  report['configured'] = learning_rate
+  if learning_rate is not None:
+    g = np.sqrt(report['batch_gradient']['value'])
+    update = Displacement(
+        next(keys)[None], jnp.full(1, learning_rate * g, jnp.float32))
+    report['moved'] = curvature.moved_shares(params, update, directions)
   report['groups'] = [
       _group(name, paths_of, value_fn, params, batches, _some(count),
              next(keys), **more)
@@ -228,8 +235,7 @@ def of_run(config: config_lib.Train, out: Path, *,
     say: A function that reports a line to the user. Defaults to `print`.
 
   Returns:
-    As `diagnose`, with the keys 'step', 'steps_of_run', 'schedule', 'rows' and
-    'configured', the config's learning rate.
+    As `diagnose`, with the keys 'step', 'steps_of_run', 'schedule' and 'rows'.
 
   Raises:
     InputError: if the config cannot be diagnosed.
@@ -263,12 +269,12 @@ def of_run(config: config_lib.Train, out: Path, *,
         value_fn, params, batches, eps=config.spsa.eps,
         key=config.seed + 2**20,  # not the directions of the run
         num_samples=config.spsa.num_samples,
-        directions=optimizer_lib.directions(config), count=count, groups=GROUPS,
+        directions=optimizer_lib.directions(config), count=count,
+        learning_rate=config.optimizer.learning_rate, groups=GROUPS,
         derivatives=derivatives)
   report = {'step': at, 'steps_of_run': config.steps,
           'schedule': config.optimizer.schedule,
-          'rows': config.data.batch_size,
-          'configured': config.optimizer.learning_rate} | report
+          'rows': config.data.batch_size} | report
   loggers.write_json(out / 'diagnosis.json', report)
   draw(out / 'diagnosis.png', report)
   return report
@@ -330,9 +336,9 @@ def spell(report: dict[str, Any]) -> str:
                  'projected gradients with an error below 10 %')
   if report['moved']:
     near, expected = report['moved']
-    lines += ['', 'Rounding', f'  an update of rate {steps["rates"][3]:.2g} '
-              f'moves {near:.2%} of the half-precision weights, with '
-              f'stochastic rounding {expected:.2%}']
+    lines += ['', 'Rounding', '  an update of the configured rate moves '
+              f'{near:.2%} of the half-precision weights, or {expected:.2%} '
+              'with stochastic rounding']
   lines += [
       '', 'Curvature',
       f'  trace of the Hessian {_number(report["trace"])}',
