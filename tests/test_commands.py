@@ -24,7 +24,7 @@ def run(*argv):
 def test_help_lists_the_commands(argv, capsys):
   assert not run(*argv)
   text = capsys.readouterr().out
-  for name in ('train', 'export', 'replay', 'evaluate', 'plan'):
+  for name in ('train', 'export', 'replay', 'evaluate', 'plan', 'diagnose'):
     assert f'mezo-jax {name} ' in text
 
 
@@ -32,7 +32,8 @@ def test_help_lists_the_commands(argv, capsys):
     ('export', ['--step', '--[no]merged', '--base']),
     ('replay', ['--log', '--out', '--until']),
     ('evaluate', ['--suite', '--tasks', '--config.FIELD=VALUE']),
-    ('plan', ['--config', '--topology', '--mesh'])])
+    ('plan', ['--config', '--topology', '--mesh']),
+    ('diagnose', ['--config', '--run', '--directions'])])
 @pytest.mark.parametrize('help_flag', ['--help', '-h'])
 def test_help_of_a_command_describes_its_flags(
     command, flags, help_flag, capsys):

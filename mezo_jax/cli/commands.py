@@ -19,11 +19,12 @@ import jax
 
 from mezo_jax.cli import command_line, suite, train_command
 from mezo_jax.cli.command_line import parse
-from mezo_jax.core.errors import in_one_sentence, InputError
+from mezo_jax.core.errors import in_one_sentence, InputError, local
 from mezo_jax.distributed import hosts
 from mezo_jax.export import from_run
 from mezo_jax.planning import alternatives, machines
 from mezo_jax.planning import plan as planning
+from mezo_jax.training import run_files
 
 DOES_NOT_FIT = 3  # exit status of `plan` if the run does not fit
 
@@ -193,6 +194,49 @@ def plan(argv: Sequence[str]) -> int:
   return DOES_NOT_FIT
 
 
+def diagnose(argv: Sequence[str]) -> None:
+  """Measures what decides the learning rate, the batch size and eps.
+
+    mezo-jax diagnose --config=NAME --config.FIELD=VALUE
+    mezo-jax diagnose --run=WORKDIR
+
+  This takes forward passes only and does not train. It writes diagnosis.json
+  and diagnosis.png, and prints what they say (docs/hyperparameters.md).
+  """
+  from mezo_jax.training import diagnosis
+  values, _ = parse(argv, _doc(diagnose), {
+      'run': (str, 'The working directory of a run, to measure at one of its '
+              'checkpoints instead of at the start.'),
+      'step': (int, 'The step of the checkpoint. Defaults to the newest.'),
+      'directions': (int, 'The number of directions to measure. Standard '
+                     'errors fall with its square root. Defaults to 100.'),
+      'derivatives': (int, 'The number of batches on which to compare with '
+                      'gradient descent and to compute the largest eigenvalue '
+                      'of the Hessian. This needs the memory of '
+                      'backpropagation. Defaults to 0.'),
+      'out': (str, 'The directory to write to. Defaults to WORKDIR of --run, '
+              'and otherwise to diagnosis.'),
+  }, configs=command_line.CONFIGS)
+  config, workdir = values.config, None
+  if values.run:
+    given = command_line.given(argv)
+    if given or any(word.startswith('--config') for word in argv):
+      raise InputError('--run: the config is that of the run; omit --config.')
+    workdir = local(values.run)
+    config = run_files.read_config(workdir)
+  elif values.step is not None:
+    raise InputError('--step is a step of a run; pass the run as --run.')
+  count = 100 if values.directions is None else values.directions
+  if count < 8:
+    raise InputError(f'--directions is {count}; give at least 8.')
+  hosts.check_devices()
+  out = local(values.out or workdir or 'diagnosis')
+  report = diagnosis.of_run(
+      config, out, workdir=workdir, step=values.step, count=count,
+      derivatives=values.derivatives or 0)
+  print(f'\n{diagnosis.spell(report)}\n\nwrote {out}/diagnosis.json and .png')
+
+
 def read_mesh(text: str, n: int) -> dict[str, int]:
   """Parses the value of --mesh.
 
@@ -222,4 +266,4 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
 
 
 _COMMANDS = {'train': train, 'export': export, 'replay': replay,
-             'evaluate': evaluate, 'plan': plan}
+             'evaluate': evaluate, 'plan': plan, 'diagnose': diagnose}

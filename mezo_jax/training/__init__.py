@@ -1,19 +1,22 @@
 """Trains a model, or evaluates a baseline, as a config describes.
 
 `run` executes a config, or resumes a run that was stopped, and returns the
-result. To read this room, start with:
+result. `diagnose` measures what decides the learning rate of a loss. To read
+this room, start with:
 
 * `config`: the fields of a config.
 * `methods`: the table of methods.
 * `train`: a run from beginning to end.
 * `build`: data, model, parameters and optimizer of a config.
 * `loop`: the training loop.
+* `diagnosis`: learning rates, noise, eps, rounding and curvature.
 """
 
 from mezo_jax.core import extras
 
 extras.require(__name__, 'absl', 'flax', 'ml_collections', 'tqdm')
 
+from mezo_jax.training.diagnosis import diagnose
 from mezo_jax.training.train import run
 
-__all__ = ('run',)
+__all__ = ('diagnose', 'run')
