@@ -1,19 +1,22 @@
 """Trains a model, or evaluates a baseline, as a config describes.
 
 `run` executes a config, or resumes a run that was stopped, and returns the
-result. To read this room, start with:
+result. `predict` answers new rows with a trained model. To read this room,
+start with:
 
 * `config`: the fields of a config.
 * `methods`: the table of methods.
 * `train`: a run from beginning to end.
 * `build`: data, model, parameters and optimizer of a config.
 * `loop`: the training loop.
+* `inference`: the predictions of new rows.
 """
 
 from mezo_jax.core import extras
 
 extras.require(__name__, 'absl', 'flax', 'ml_collections', 'tqdm')
 
+from mezo_jax.training.inference import predict
 from mezo_jax.training.train import run
 
-__all__ = ('run',)
+__all__ = ('predict', 'run')
