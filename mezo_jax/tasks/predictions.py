@@ -127,13 +127,15 @@ def of_classes(task: Task, rows: Sequence[dict[str, Any]]
   return out
 
 
-def report(task: Task, data: Encoded, answers: Any) -> dict[str, Any]:
+def report(task: Task, data: Encoded, answers: Any, metric: str
+           ) -> dict[str, Any]:
   """Returns the metrics of the rows that have a right answer.
 
   Args:
     task: Task of the rows.
     data: The tokenised rows.
     answers: Answers from `mezo_jax.tasks.evaluate.make_predictor`.
+    metric: Metric of classes or candidates in addition to the accuracy.
 
   Returns:
     A report as in `mezo_jax.tasks.evaluate`, or {} if no row has a right
@@ -147,7 +149,7 @@ def report(task: Task, data: Encoded, answers: Any) -> dict[str, Any]:
         [answers[i] for i in known],
         [task.references(data.rows[i]) for i in known])
   return evaluate.report(
-      answers[known], [data.golds[i] for i in known], metric=task.main_metric)
+      answers[known], [data.golds[i] for i in known], metric=metric)
 
 
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]

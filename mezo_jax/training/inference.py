@@ -70,7 +70,8 @@ def predict(source: str | os.PathLike[str],
       found.model, task, encoded, found.tokenizer, _sizes(run, encoded, found),
       found.mesh, prior, prior and _sizes(run, prior, found))(found.params)
   return (predictions.of_rows(task, encoded, answers, index),
-          predictions.report(task, encoded, answers))
+          predictions.report(task, encoded, answers, objectives.metric(
+              task, objectives.of(task, run.objective))))
 
 
 def _find(directory: Path, step: int | None
