@@ -119,7 +119,7 @@ def predict(argv: Sequence[str]) -> None:
   if out and (out.is_dir() or not out.parent.is_dir()):
     raise InputError(f'--out={out} is not a file in an existing directory; '
                      'give another one.')
-  say = lambda text: print(text, file=sys.stderr) if text else None
+  say = lambda text: print(text, file=sys.stderr)
   hosts.check_devices()
   rows, report = inference.predict(
       source, values.data, step=values.step, say=say)

@@ -60,7 +60,9 @@ def predict(source: str | os.PathLike[str],
   if run.also:
     say('note: the run has several tasks; the first one is used, '
         f'{task.name or task.template!r}.')
-  say(task.reading(rows))
+  labels = task.reading(rows)
+  if labels:
+    say(labels)
   prompts = _after_demonstrations(run, rows)
   found = load()
   encoded, prior = _encode(run, rows, prompts, found)
@@ -119,9 +121,9 @@ def _check_columns(task: Task, rows: Sequence[dict[str, Any]], file: str
     missing = sorted(wanted - row.keys())
     if missing:
       raise InputError(
-          f'{file} has no column {missing[0]!r}, which the prompt '
-          f'{task.template!r} or its answers need, but the columns '
-          f'{sorted(row)}; add or rename it.')
+          f'{file} has no column {missing[0]!r}, which the task with the prompt '
+          f'{task.template!r} needs; its columns are {sorted(row)}. Rename or '
+          'add the column.')
 
 
 def _with_row_function(task: Task, directory: Path) -> Task:

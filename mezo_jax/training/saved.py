@@ -181,6 +181,7 @@ def describe(run: config_lib.Train, adapter: bool) -> dict[str, Any]:
   whole_dtype = 'float32' if run.model.dtype in QUANTISED else run.model.dtype
   kept = {
       'model': {'name': 'quickstart' if quickstart else '',
+                'revision': run.model.revision if adapter else '',
                 'dtype': run.model.dtype if adapter else whole_dtype,
                 'bos_token': run.model.bos_token},
       'task': config['task'],
