@@ -121,9 +121,9 @@ def _check_columns(task: Task, rows: Sequence[dict[str, Any]], file: str
     missing = sorted(wanted - row.keys())
     if missing:
       raise InputError(
-          f'{file} has no column {missing[0]!r}, which the task with the prompt '
-          f'{task.template!r} needs; its columns are {sorted(row)}. Rename or '
-          'add the column.')
+          f'{file} has no column {missing[0]!r}, which the task with the '
+          f'template {task.template!r} needs; its columns are {sorted(row)}. '
+          'Rename or add the column.')
 
 
 def _with_row_function(task: Task, directory: Path) -> Task:
