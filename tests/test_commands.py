@@ -24,11 +24,13 @@ def run(*argv):
 def test_help_lists_the_commands(argv, capsys):
   assert not run(*argv)
   text = capsys.readouterr().out
-  for name in ('train', 'export', 'replay', 'evaluate', 'plan', 'diagnose'):
+  for name in ('train', 'predict', 'export', 'replay', 'evaluate', 'plan',
+               'diagnose'):
     assert f'mezo-jax {name} ' in text
 
 
 @pytest.mark.parametrize('command,flags', [
+    ('predict', ['--data', '--out', '--step']),
     ('export', ['--step', '--[no]merged', '--base']),
     ('replay', ['--log', '--out', '--until']),
     ('evaluate', ['--suite', '--tasks', '--config.FIELD=VALUE']),
@@ -50,6 +52,8 @@ def test_help_of_a_command_describes_its_flags(
     (['export', 'a', 'b', '--mergd'], '--merged'),
     (['export', 'a', 'b', '--step=x'], '--step=x'),
     (['export', 'a', 'b', '--config.steps=3'], 'config.steps'),
+    (['predict', 'a'], '--data'), (['predict', '--data=x'], 'RUN_OR_DIRECTORY'),
+    (['predict', 'a', '--data=x', '--out=no/such'], '--out'),
     (['replay', '--base=x', '--log=y'], '--out'),
     (['evaluate'], '--suite'), (['evaluate', '--suite=cpu_siute'], 'cpu_suite'),
     (['evaluate', '--suite=cpu_suite', '--config.stepz=3'], 'steps'),

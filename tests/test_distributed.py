@@ -103,6 +103,13 @@ def test_two_processes_train_as_one_does(workdirs):
              for w in (one, two)]
   np.testing.assert_allclose(
       [*results[0].values()], [*results[1].values()], rtol=1e-5)
+  rows = [[json.loads(line) for line in (
+      w / 'predictions.jsonl').read_text().splitlines()] for w in (one, two)]
+  for row, other in zip(*rows, strict=True):
+    np.testing.assert_allclose(
+        [*row.pop('probabilities').values()],
+        [*other.pop('probabilities').values()], atol=1e-5)
+    assert row == other
 
 
 def test_one_process_says_what_there_is_to_say(workdirs):

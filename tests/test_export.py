@@ -15,6 +15,7 @@ from mezo_jax.cli import commands as command_line
 from mezo_jax.core.errors import InputError
 from mezo_jax.export import from_run
 from mezo_jax.export.from_run import card, export, rebuild
+from mezo_jax.tasks import Task
 from mezo_jax.training import config as config_lib
 import train
 
@@ -237,3 +238,69 @@ def test_adapters_of_a_gguf_file_say_how_to_load_them(
   names = {}
   exec(code.replace("'DIR'", repr(str(out))), names)
   assert names['model'].peft_config['default'].r == 2
+
+
+@pytest.mark.parametrize('method', [
+    '', pytest.param('lora', marks=pytest.mark.slow)])
+def test_an_export_says_what_it_is_for(
+    method, tiny_dir, reviews_file, tmp_path):
+  """Its classes and their words, and the licence of its base model."""
+  base = tmp_path / 'base'
+  shutil.copytree(tiny_dir, base)
+  (base / 'LICENSE').write_text('Be kind.')
+  (base / 'NOTICE.txt').write_bytes(b'\xff of others')
+  (base / 'notes').write_text('')
+  config = small_config(base, reviews_file, steps=1, eval_every=1,
+                        zero_shot=False, peft__method=method)
+  train.run(config, tmp_path / 'run')
+  out = export(tmp_path / 'run', tmp_path / 'm', say=lambda text: None)
+  for name in ('LICENSE', 'NOTICE.txt'):
+    assert (out / name).read_bytes() == (base / name).read_bytes()
+  assert not (out / 'notes').exists()
+  about = json.loads((out / 'mezo_jax.json').read_text())
+  assert about['classes'] == [
+      {'name': 'terrible', 'word': ' terrible'},
+      {'name': 'great', 'word': ' great'}]
+  assert about['config']['task']['template'] == '{text} It was'
+
+
+@pytest.mark.torch
+def test_transformers_ends_answers_where_the_export_says(tmp_path):
+  """At the end tokens of the base model and at the end of a turn of a chat."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  base = tmp_path / 'base'
+  conftest.write_tiny_model(base, vocab_size=18)
+  tokenizer = models.load_tokenizer(base)
+  tokenizer.chat_template = (
+      '{% for m in messages %}{{ m.content }}<pad>{% endfor %}')
+  tokenizer.save_pretrained(base)
+  words = [w for w in conftest.WORDS if w != 'the'] * 4
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(
+      json.dumps({'text': f'{a} {b}', 'answers': a})
+      for a, b in zip(words, words[1:])))
+  config = small_config(base, tmp_path / 'rows.jsonl', steps=1, eval_every=1,
+                        zero_shot=False, data__num_train=20, data__num_dev=10,
+                        data__num_test=10)
+  config.task = Task(kind='generation', template='{text}', max_new_tokens=3)
+  train.run(config, tmp_path / 'run')
+
+  def written(name):
+    """Returns the tokens that transformers writes, and the model."""
+    out = export(tmp_path / 'run', tmp_path / name, say=lambda text: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+      found = model.generate(
+          torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    return found[0, 3:].tolist(), model
+  whole, model = written('a')
+  assert model.generation_config.eos_token_id == tokenizer.pad_token_id
+  end = whole[0]
+  (base / 'generation_config.json').write_text(json.dumps(
+      {'eos_token_id': end, 'repetition_penalty': 1.5,
+       '_from_model_config': True}))
+  ended, model = written('b')
+  assert ended == [end] != whole
+  assert model.generation_config.eos_token_id == [end, tokenizer.pad_token_id]
+  assert model.generation_config.repetition_penalty == 1.5
+  assert model.generation_config.pad_token_id == tokenizer.pad_token_id

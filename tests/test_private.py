@@ -306,6 +306,7 @@ def test_a_run_spends_its_budget_once(
   run(config, whole)
   out = capsys.readouterr().out
   assert 'spent epsilon' in out, out
+  assert not (whole / 'predictions.jsonl').exists()
   result = json.loads((whole / 'result.json').read_text())['privacy']
   event = dp_accounting.PoissonSampledDpEvent(
       8 / 40, dp_accounting.GaussianDpEvent(result['noise_multiplier']))

@@ -41,7 +41,7 @@ get_config = lambda name: get_suite()[name]
   assert 'lower --config.data.num_train' in output  # the run's own message
   rows = json.loads((tmp_path / 'w/table.json').read_text())
   assert [r['method'] for r in rows] == ['zero_shot', 'mezo']
-  assert rows[1]['training forwards'] == 4 * 2 * 8
+  assert rows[1]['row forwards'] == 4 * 2 * 8
   assert all(float(r['GiB']) > 0.05 and r['examples'] == 40 for r in rows)
   output, code = run('--methods', 'mezo')
   assert not code and 'running' not in output

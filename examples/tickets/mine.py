@@ -2,8 +2,7 @@
 
   python make_tickets.py
   mezo-jax train --config=mine.py --workdir=runs/tickets
-  mezo-jax export runs/tickets ticket-model
-  python predict.py
+  mezo-jax predict runs/tickets --data=new.csv
 """
 
 from mezo_jax.tasks import Task

@@ -24,6 +24,8 @@ from mezo_jax.distributed import hosts
 from mezo_jax.export import from_run
 from mezo_jax.planning import alternatives, machines
 from mezo_jax.planning import plan as planning
+from mezo_jax.tasks import predictions
+from mezo_jax.tasks.evaluate import spell
 from mezo_jax.training import run_files
 
 DOES_NOT_FIT = 3  # exit status of `plan` if the run does not fit
@@ -94,6 +96,40 @@ def export(argv: Sequence[str]) -> None:
   found = from_run.export(workdir, directory, values.step, bool(values.merged),
                           bool(values.log), values.base)
   print(f'wrote {found}')
+
+
+def predict(argv: Sequence[str]) -> None:
+  """Predicts the rows of a file with a trained model.
+
+    mezo-jax predict RUN_OR_DIRECTORY --data=FILE
+
+  RUN_OR_DIRECTORY is the working directory of a run, such as runs/quickstart,
+  or a directory that `mezo-jax export` wrote. One JSON object is written for
+  each row, as in predictions.jsonl of a run.
+  """
+  from mezo_jax.training import inference
+  values, (source,) = parse(argv, _doc(predict), {
+      'data': (str, 'The rows: a .jsonl, .csv, .tsv or .parquet file with the '
+               'columns of the task. If it has right answers, the metric is '
+               'reported.'),
+      'out': (str, 'The file to write. Defaults to the standard output.'),
+      'step': (int, 'The step of a run. Defaults to the best step on the dev '
+               'rows, or for a private run to the last step.'),
+  }, arguments=('RUN_OR_DIRECTORY',), required=('data',))
+  out = values.out and Path(values.out).expanduser()
+  if out and (out.is_dir() or not out.parent.is_dir()):
+    raise InputError(f'--out={out} is not a file in an existing directory; '
+                     'give another one.')
+  say = lambda text: print(text, file=sys.stderr)
+  hosts.check_devices()
+  rows, report = inference.predict(
+      source, values.data, step=values.step, say=say)
+  if out:
+    predictions.write(out, rows)
+  else:
+    sys.stdout.writelines(map(predictions.line, rows))
+  if report:
+    say(f'{spell(report)} on {report["count"]} rows')
 
 
 def replay(argv: Sequence[str]) -> None:
@@ -207,7 +243,8 @@ def diagnose(argv: Sequence[str]) -> None:
   values, _ = parse(argv, _doc(diagnose), {
       'run': (str, 'The working directory of a run, to measure at one of its '
               'checkpoints instead of at the start.'),
-      'step': (int, 'The step of the checkpoint. Defaults to the newest.'),
+      'step': (int, 'The step of the checkpoint. Defaults to the best step on '
+               'the dev rows.'),
       'directions': (int, 'The number of directions to measure. Standard '
                      'errors fall with its square root. Defaults to 100.'),
       'derivatives': (int, 'The number of batches on which to compare with '
@@ -265,5 +302,6 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
   return sizes
 
 
-_COMMANDS = {'train': train, 'export': export, 'replay': replay,
-             'evaluate': evaluate, 'plan': plan, 'diagnose': diagnose}
+_COMMANDS = {'train': train, 'predict': predict, 'export': export,
+             'replay': replay, 'evaluate': evaluate, 'plan': plan,
+             'diagnose': diagnose}

@@ -19,7 +19,7 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.training.methods import method_of
 
 COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
-           'steps', 'training forwards', 'seconds', 'GiB')
+           'steps', 'row forwards', 'seconds', 'GiB')
 
 
 def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
@@ -114,6 +114,10 @@ def _is_finished(directory: Path, config: config_lib.Train) -> bool:
 def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:
   """Returns one row of the table, as a dict with the keys `COLUMNS`.
 
+  'row forwards' is the number of forward passes of single rows in training.
+  Unlike ``forwards`` of the result, which counts batches, it compares runs with
+  batches of different sizes.
+
   Args:
     name: Name of the run, ``TASK/METHOD``.
     config: Config of the run.
@@ -121,6 +125,7 @@ def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:
   """
   task, _, method = name.partition('/')
   metric, final = result['metric'], result['final']
+  # A probe runs the model once on each train row; its run has no steps.
   examples = result['forwards'] * config.data.batch_size + (
       result['train_rows'] if method_of(config).probe else 0)
   return dict(zip(COLUMNS, (

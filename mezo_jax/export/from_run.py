@@ -1,9 +1,10 @@
 """Exports a run as files that transformers and PEFT can load."""
 
 from collections.abc import Callable
+import json
 import os
 from pathlib import Path
-import shutil
+import re
 import time
 from typing import Any
 
@@ -11,15 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from mezo_jax import models, peft
-from mezo_jax.core import fingerprint, paths, reports, sharding
+from mezo_jax.core import paths, reports
 from mezo_jax.core.errors import InputError, local, MissingError
 from mezo_jax.directions.by_name import options_of
 from mezo_jax.models.formats.save import check_new
-from mezo_jax.runs import checkpoint, replay
+from mezo_jax.runs import checkpoint, loggers, replay
 from mezo_jax.runs import workdir as workdir_lib
-from mezo_jax.tasks import evaluate
+from mezo_jax.tasks import evaluate, predictions, score
 from mezo_jax.tasks import objective as objectives
-from mezo_jax.training import build, methods, optimizer, run_files, trainable
+from mezo_jax.training import build, methods, run_files, saved
 from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
@@ -67,39 +68,19 @@ def export(workdir: str | os.PathLike[str], directory: str | os.PathLike[str],
   if base is not None:
     run.model.name, run.model.revision = str(base), ''
   check_new(directory)
-  # The run may still be writing checkpoints, so do not delete incomplete ones.
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
   if log:
-    step = _chosen(run, checkpoints) if step is None else step
-    checkpoints.close()
+    if step is None:
+      checkpoints = checkpoint.Checkpoints(
+          workdir / 'checkpoints', clean=False)
+      step = saved.chosen(run, checkpoints)
+      checkpoints.close()
     if step is None:
       raise MissingError(f'{workdir} has no checkpoint yet.')
     return share(workdir, directory, run, step)
   _check_merged(run, merged)
-  # If all parameters are trained, the checkpoint contains them all, and the
-  # weights of the base model need not be read.
-  whole = not (methods.part_of(run).pattern or run.peft.mask)
-  try:
-    model, tokenizer, shapes, frozen, tx, mesh = _parts(run, abstract=whole)
-  except MissingError as e:
-    raise MissingError(
-        f'{e} If the base model was moved, pass its location as --base.'
-    ) from e
-  _check_base(run, model, tokenizer, None if whole else (shapes, frozen),
-              workdir_lib.read_inputs(workdir), workdir)
-  opt_state = build.init_state(tx, shapes, mesh, abstract=True)
-  if step is None:
-    step = _chosen(run, checkpoints)
-  if step not in checkpoints.steps():
-    raise MissingError(
-        f'{workdir} has no checkpoint of step {step}; the steps with one are: '
-        f'{", ".join(map(str, checkpoints.steps())) or "none"}.')
-  params, opt_state = checkpoints.load(step, (shapes, opt_state))
-  step_fn = make_step(tx, None, mesh=mesh)
-  params, _ = step_fn.apply_accumulated(params, opt_state)
-  checkpoints.close()
-  return _write(directory, run, model, peft.join(params, frozen), tokenizer,
-                step, workdir_lib.read_result(workdir), merged, say)
+  found = saved.load_step(workdir, run, step)
+  return _write(directory, run, found.model, found.params, found.tokenizer,
+                found.step, workdir_lib.read_result(workdir), merged, say)
 
 
 def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
@@ -155,8 +136,9 @@ def rebuild(base: str | os.PathLike[str], log: str | os.PathLike[str],
   if recorded.damaged and until is None:
     say(f'warning: the last {recorded.damaged} bytes of {log} are damaged; '
         f'replaying up to step {steps.last}.')
-  model, tokenizer, params, frozen, tx, mesh = _parts(run)
-  _check_base(run, model, tokenizer, (params, frozen), recorded.header, log)
+  model, tokenizer, params, frozen, tx, mesh = saved.parts(run)
+  saved.check_base(
+      run, model, tokenizer, (params, frozen), recorded.header, log)
   steps, began = steps.until(until or steps.last), time.time()
   step = make_step(tx, None, mesh=mesh)
   params, state = step.apply_accumulated(*replay.rebuild(
@@ -182,34 +164,6 @@ def _config_of(log: Path, header: dict) -> config_lib.Train:
   except (AttributeError, KeyError, TypeError) as e:
     raise InputError(f'the header of {log} has no config that this version can '
                      f'read ({e}); pass the log of a run of train.py.') from e
-
-
-def _check_base(run: config_lib.Train, model, tokenizer, params,
-                recorded: dict, source: Path) -> None:
-  """Checks that the base model is the one with which a run began.
-
-  Args:
-    run: Config of the run, with the current location of the base model.
-    model: The current base model.
-    tokenizer: Its tokenizer.
-    params: Two trees that together contain its parameters. None if the weights
-      are not used, which skips their check.
-    recorded: Fingerprints of the inputs that the run recorded.
-    source: Directory or file in which they were recorded, for the error.
-
-  Raises:
-    InputError: If it is another model.
-  """
-  now = run_files.inputs_of(run, model.config, tokenizer)
-  if params is not None:
-    now['weights'] = fingerprint.of_weights(
-        peft.join(*params), methods.made(run))
-  what = workdir_lib.changed(
-      recorded, now, run.model.name, run.peft.adapter)
-  if what:
-    raise InputError(
-        f'{what} from what the run of {source} began with (in '
-        f'{run.model.dtype}); pass the original base model as --base.')
 
 
 def share(workdir: Path, directory: Path, run: config_lib.Train,
@@ -265,38 +219,6 @@ def _check_merged(run: config_lib.Train, merged: bool) -> None:
                      'the flag.')
 
 
-def _chosen(run: config_lib.Train, checkpoints: checkpoint.Checkpoints
-            ) -> int | None:
-  """Returns the best step on the dev rows, or the last step.
-
-  The last step is returned for a run whose dev rows do not select a step.
-  """
-  return (checkpoints.best_step if methods.selects(run)
-          else checkpoints.latest_step)()
-
-
-def _parts(run: config_lib.Train, abstract: bool = False):
-  """Builds the model, the parameters and the optimizer of a run's first step.
-
-  Args:
-    run: Config of the run.
-    abstract: Whether to return shapes instead of reading the weights. Defaults
-      to False.
-
-  Returns:
-    ``model, tokenizer, trained params, frozen params, tx, mesh``.
-  """
-  # Offloading layers to the host is for training; here weights are only read
-  # and written.
-  run.model.offload = False
-  tokenizer, mesh = build.read_tokenizer(run), sharding.make_mesh()
-  model, params = build.load(run, build.read_config(run), mesh, abstract)
-  model, params = build.add(run, model, params, tokenizer, mesh)
-  params, frozen = trainable.split(run, params)
-  tx = optimizer.make_optimizer(run, jax.eval_shape(lambda x: x, params))
-  return model, tokenizer, params, frozen, tx, mesh
-
-
 def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
            step: int, result: dict, merged: bool,
            say: Callable[[str], None]) -> Path:
@@ -316,10 +238,15 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
   Returns:
     The directory.
   """
+  adapter = methods.adapts(run) and not merged
+  base_dir = models.find(
+      build.model_name(run), run.model.revision or None, weights=False)
   about: dict[str, Any] = dict(
-      tokenizer=tokenizer, card=card(run, step, result))
+      tokenizer=tokenizer, card=card(run, step, result), files={
+          saved.FILE: _json(saved.describe(run, adapter)),
+          **_licence(base_dir)})
   _check_finite(params, step)
-  if methods.adapts(run) and not merged:
+  if adapter:
     base = run.model.name
     if run.model.name == 'quickstart':
       base = _QUICKSTART
@@ -336,22 +263,52 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
     return peft.save(directory, model, params, base=base, **about)
   params = peft.join_layers(peft.lora.merge(params), take=True)
   _check_finite(params, step)
-  models.save(directory, model, params, labels=_labels(run), **about)
-  generation = models.find(
-      build.model_name(run), run.model.revision or None, weights=False
-  ) / 'generation_config.json'
-  if (generation.is_file() and jax.process_index() == 0
-      and not run.task.traits.new_head):
-    shutil.copy(generation, directory)
-  return directory
+  names = []
+  if run.task.traits.new_head:
+    names = predictions.class_names(run.task)
+  elif model.config.causal and model.config.head:
+    about['files']['generation_config.json'] = _json(
+        _generation(run, base_dir, tokenizer))
+  return models.save(directory, model, params, labels=names, **about)
 
 
-def _labels(run: config_lib.Train) -> list[str]:
-  """Returns the names of a task's classes."""
-  task = run.task
-  if len(task.label_names) == task.num_classes:
-    return [*task.label_names]
-  return [word.strip() for word in task.label_words]
+def _json(value: dict[str, Any]) -> bytes:
+  """Returns the contents of a JSON file."""
+  return (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()
+
+
+def _licence(base: Path) -> dict[str, bytes]:
+  """Returns the files of a base model's directory that state its licence."""
+  if not base.is_dir():
+    return {}
+  return {file.name: file.read_bytes() for file in sorted(base.iterdir())
+          if file.is_file() and re.match('(?i)licen[cs]e|notice', file.name)}
+
+
+def _generation(run: config_lib.Train, base: Path, tokenizer
+                ) -> dict[str, Any]:
+  """Returns the contents of generation_config.json.
+
+  These are those of the base model, with all tokens that end an answer: its
+  own, the tokenizer's end token and, if the task generates answers, the end of
+  a turn of the chat template.
+  """
+  file = base / 'generation_config.json'
+  out = loggers.read_json(file) if file.is_file() else {}
+  # With this field transformers would create the config anew.
+  out.pop('_from_model_config', None)
+  ends = out.get('eos_token_id')
+  ends = ends if isinstance(ends, list) else [ends]
+  ends = [*ends, tokenizer.eos_token_id]
+  if run.task.traits.generates and tokenizer.chat_template:
+    ends += sorted(score.ends_of_turn(tokenizer))
+  ends = [*dict.fromkeys(end for end in ends if end is not None)]
+  if ends:
+    out['eos_token_id'] = ends[0] if len(ends) == 1 else ends
+  pad = out.get('pad_token_id')
+  for other in (tokenizer.pad_token_id, *ends):
+    pad = other if pad is None else pad
+  return out | ({} if pad is None else {'pad_token_id': pad})
 
 
 def _is_gguf(run: config_lib.Train) -> bool:

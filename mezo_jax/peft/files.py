@@ -6,7 +6,7 @@ keys and values of a prefix, or the vectors of a soft prompt.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -42,7 +42,7 @@ _KINDS = {'LORA': 'lora', 'PREFIX_TUNING': 'prefix', 'PROMPT_TUNING': 'prompt'}
 
 def save(directory: str | os.PathLike[str], model: Transformer,
          params: dict[str, Any], *, base: str = '', tokenizer: Any = None,
-         card: str | None = None) -> Path:
+         card: str | None = None, files: Mapping[str, bytes] = {}) -> Path:
   """Writes the adapters in some parameters so that PEFT can load them.
 
   On several hosts every process must call this function.
@@ -66,6 +66,7 @@ def save(directory: str | os.PathLike[str], model: Transformer,
       '', which leaves it out.
     tokenizer: Tokenizer to save with the adapter. Defaults to None.
     card: Text of README.md. Defaults to None, which writes no such file.
+    files: Contents of further files to write, by name. Defaults to none.
 
   Returns:
     The directory.
@@ -108,6 +109,8 @@ def save(directory: str | os.PathLike[str], model: Transformer,
         save_tokenizer(part, tokenizer)
       if card is not None:
         (part / 'README.md').write_text(card)
+      for name, content in files.items():
+        (part / name).write_bytes(content)
   return Path(directory).expanduser()
 
 

@@ -556,6 +556,9 @@ class Rows(NamedTuple):
   test: list[dict[str, Any]]
   # All rows that are not test rows. Demonstrations are taken from them.
   pool: list[dict[str, Any]]
+  # Index of each test row in the file or split that it was read from. Defaults
+  # to (), which means 0, 1, 2, ...
+  test_index: Sequence[int] = ()
 
 
 class Splits(NamedTuple):
@@ -576,6 +579,8 @@ class Splits(NamedTuple):
   # Rows with their right answers, if answers are generated and the
   # language-model loss is reported, too.
   gold: dict[str, Encoded]
+  # Index of each test row in its file or split, as in `Rows`.
+  test_index: Sequence[int] = ()
 
 
 def read_rows(source: Any, task: Task) -> Rows:
@@ -600,16 +605,18 @@ def read_rows(source: Any, task: Task) -> Rows:
     rows = quickstart_data.reviews()
   else:
     rows = load_rows(name, subset, d.train_split or task.train_split)
-  rows = task.prepare(rows)
+  numbers, rows = numbered(task, rows)
   held_out = d.test or ('' if d.train else task.hub)
   indices = split_rows(_labels(d, task, rows),
                        *_numbers(d, len(rows), held_out), d.seed, d.k_shot)
   train, dev, test = ([rows[i] for i in index] for index in indices)
+  test_index = [numbers[i] for i in indices[2]]
   if held_out:
-    found = task.prepare(load_rows(
+    numbers, found = numbered(task, load_rows(
         held_out, subset, d.test_split or task.test_split))
     order = np.random.RandomState(d.test_seed).permutation(len(found))
-    test = [found[i] for i in order[:d.num_test if d.num_test > 0 else None]]
+    chosen = order[:d.num_test if d.num_test > 0 else None]
+    test, test_index = [found[i] for i in chosen], [numbers[i] for i in chosen]
   if d.dev:
     found = task.prepare(load_rows(d.dev, subset, d.train_split or (
         task.train_split)))
@@ -617,7 +624,13 @@ def read_rows(source: Any, task: Task) -> Rows:
     dev = [found[i] for i in order[:d.num_dev if d.num_dev > 0 else None]]
   for_test = set() if held_out else set(indices[2].tolist())
   return Rows(train, dev, test,
-              [r for i, r in enumerate(rows) if i not in for_test])
+              [r for i, r in enumerate(rows) if i not in for_test], test_index)
+
+
+def numbered(task: Task, rows: Sequence[dict]) -> tuple[list[int], list[dict]]:
+  """Returns the indices of the rows that a task keeps, and these rows."""
+  kept = task.numbered(rows)
+  return [i for i, _ in kept], [row for _, row in kept]
 
 
 def _labels(d, task: Task, rows: Sequence[dict]) -> np.ndarray:
@@ -781,7 +794,8 @@ def encode_rows(
       for name, split in (*splits.items(), *(
           (f'prior_{name}', p) for name, p in priors.items()), *(
               (f'gold_{name}', g) for name, g in golds.items()))}
-  return Splits(**splits, prior=priors, buckets=needed, gold=golds)
+  return Splits(**splits, prior=priors, buckets=needed, gold=golds,
+                test_index=rows.test_index)
 
 
 def buckets_for(data: Encoded, buckets: Sequence[int], limit: int

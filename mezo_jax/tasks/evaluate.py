@@ -196,11 +196,12 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
 
   Returns:
     A function ``evaluate(params, offsets=None)`` that returns
-    ``(report, scores)``. The report has the metrics of the task, ``count`` and
+    ``(report, answers)``. The report has the metrics of the task, ``count`` and
     ``loss``; see `report`. The loss is the value of the objective over all
     rows, negated if the objective is maximised. With ``offsets`` [C] it also
-    has metrics of ``scores + offsets``. Scores are [R, C], or None if answers
-    are generated or ``data`` has right answers only.
+    has metrics of ``scores + offsets``. The answers are the scores [R, C] of
+    the candidates, the list of generated texts, or None if ``data`` has right
+    answers only.
 
   Raises:
     ValueError: If the objective is 'lm' and the candidates in ``data`` were not
@@ -226,7 +227,7 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
     plain = np.asarray(score_lib.scores(sums, counts))
     scores = plain
     if subtract:
-      scores = np.where(counts > 0, sums - subtract(params)[0], -1e30)
+      scores = _without_prior(sums, counts, subtract(params)[0])
     loss = None
     if objective == 'lm':
       index = np.arange(len(sums)), data.labels
@@ -241,20 +242,74 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
   return evaluate
 
 
+def make_predictor(model: Any, task: Task, data: Encoded, tokenizer: Any,
+                   sizes: Sizes, mesh: jax.sharding.Mesh,
+                   prior: Encoded | None = None,
+                   prior_sizes: Sizes | None = None) -> Callable[..., Any]:
+  """Returns a function that answers rows, which need no right answers.
+
+  Args:
+    model: A `mezo_jax.models.Transformer`.
+    task: Task of the rows.
+    data: The tokenised rows.
+    tokenizer: Tokenizer of the model.
+    sizes: Limits on the shapes of batches.
+    mesh: Mesh of the parameters.
+    prior: As for `make_evaluator`.
+    prior_sizes: As for `make_evaluator`.
+
+  Returns:
+    A function ``predict(params)`` that returns the answers of `make_evaluator`:
+    scores [R, C] or texts.
+  """
+  if data.generates:
+    write = _make_writer(model, task, data, tokenizer, sizes, mesh)
+    return lambda params: write(params)[0]
+  score = make_scorer(model, data, sizes, mesh)
+  subtract = prior and make_scorer(
+      model, prior, prior_sizes or sizes, mesh)
+
+  def predict(params):
+    sums, counts = score(params)
+    if subtract:
+      return _without_prior(sums, counts, subtract(params)[0])
+    return np.asarray(score_lib.scores(sums, counts))
+
+  return predict
+
+
+def _without_prior(sums: np.ndarray, counts: np.ndarray, prior: np.ndarray
+                   ) -> np.ndarray:
+  """Returns the scores [R, C] of surface-form calibration."""
+  return np.where(counts > 0, sums - prior, -1e30)
+
+
+def _make_writer(model, task, data, tokenizer, sizes, mesh) -> Callable:
+  """Returns ``write(params)``, which returns (texts, whether each is finite).
+  """
+  run = run_batches(
+      answers(model, task, data, tokenizer), data, sizes, mesh)
+
+  def write(params):
+    tokens, finite = map(np.stack, zip(*run(params)))
+    # Tokens chosen from logits that are not finite are no answer.
+    said = [text if fine else '' for text, fine in zip(
+        score_lib.texts(tokens, task, tokenizer), finite)]
+    return said, finite
+
+  return write
+
+
 def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
                     gold_sizes) -> Callable:
   """Returns the function of `make_evaluator` for generated answers."""
-  run = run_batches(
-      answers(model, task, data, tokenizer), data, sizes, mesh)
+  write = _make_writer(model, task, data, tokenizer, sizes, mesh)
   right = gold and make_scorer(model, gold, gold_sizes or sizes, mesh)
   has_gold = all(map(task.has_gold, data.rows))
 
   def evaluate(params, offsets=None):
     del offsets  # Offsets are for candidates only.
-    tokens, finite = map(np.stack, zip(*run(params)))
-    # Tokens chosen from logits that are not finite are no answer.
-    said = [text if fine else '' for text, fine in zip(
-        score_lib.texts(tokens, task, tokenizer), finite)]
+    said, finite = write(params)
     out = {}
     if isinstance(objective, rewards.Reward):
       out |= objective.report(said, data.rows)
@@ -270,7 +325,7 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
       out['loss'] = -out[objectives.name(objective)]
     elif objective in ('f1', 'accuracy'):
       out['loss'] = -out['f1' if objective == 'f1' else 'exact_match']
-    return out | _lost(finite), None
+    return out | _lost(finite), said
 
   return evaluate
 
@@ -376,9 +431,11 @@ class Evaluators(NamedTuple):
   """Holds functions of parameters that evaluate the rows of a run."""
 
   dev: Callable  # returns the report of the dev rows
-  test: Callable  # returns the report of the test rows
-  # Returns the reports of dev and test rows. For tasks with classes they have
-  # metrics that are calibrated on the dev rows, too.
+  # Returns the report of the test rows and their answers; see `make_evaluator`.
+  test: Callable
+  # Returns the reports of dev and test rows, and the answers of the test rows.
+  # For tasks with classes the reports have metrics that are calibrated on the
+  # dev rows, too.
   both: Callable
   sizes: dict[str, Sizes]  # shapes of the batches of each split
 
@@ -412,10 +469,9 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
     if scores is not None and task.traits.classes and all(splits.dev.golds):
       offsets = calibrate(scores, splits.dev.labels)
       on_dev |= calibrated(task, objective, splits.dev, scores, offsets)
-    return on_dev, test(params, offsets)[0]
+    return on_dev, *test(params, offsets)
 
-  return Evaluators(lambda params: dev(params)[0],
-                    lambda params: test(params)[0], both, sizes)
+  return Evaluators(lambda params: dev(params)[0], test, both, sizes)
 
 
 def sizes_of(splits: data_lib.Splits, rows: int, tokens: int

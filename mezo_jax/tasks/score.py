@@ -184,7 +184,7 @@ class _Written(NamedTuple):
     end = tokenizer.eos_token_id
     ends = set() if end is None else {end}
     if chat:
-      ends |= _ends_of_turn(tokenizer)
+      ends |= ends_of_turn(tokenizer)
     if stop:
       ends |= {i for i, text in zip(ids, found.read([i] for i in ids))
                if stop in text}
@@ -271,8 +271,15 @@ def make_rollout_fn(model: Any, task: Task, tokenizer: Any,
   return rollout
 
 
-def _ends_of_turn(tokenizer) -> set[int]:
-  """Returns the special token that follows a turn of the assistant, if any."""
+def ends_of_turn(tokenizer) -> set[int]:
+  """Returns the special token that follows a turn of the assistant, if any.
+
+  Args:
+    tokenizer: Tokenizer of transformers with a chat template.
+
+  Returns:
+    The ids of at most one token.
+  """
   said = 'abcd'
   text = tokenizer.apply_chat_template([
       {'role': 'user', 'content': 'a'},

@@ -174,15 +174,28 @@ class Task:
     Raises:
       InputError: If a row lacks a column that ``row`` needs.
     """
-    if self.row is None:
-      return [dict(row) for row in rows]
+    return [row for _, row in self.numbered(rows)]
+
+  def numbered(self, rows: Sequence[dict[str, Any]]
+               ) -> list[tuple[int, dict[str, Any]]]:
+    """Returns the rows of `prepare`, each with its index in the data.
+
+    Args:
+      rows: Rows of the data, which are not changed.
+
+    Raises:
+      InputError: If a row lacks a column that ``row`` needs.
+    """
+    change = self.row
+    if change is None:
+      change = lambda row: row
     try:
-      found = [self.row(dict(row)) for row in rows]
+      found = [change(dict(row)) for row in rows]
     except KeyError as e:
       raise InputError(
           f'task {self.name or self.kind!r} needs the column {e}, but the data '
           f'have the columns {sorted(rows[0])}.') from None
-    return [row for row in found if row is not None]
+    return [(i, row) for i, row in enumerate(found) if row is not None]
 
   def prompt(self, row: dict[str, Any], **more: str) -> str:
     """Returns the prompt of a row.

@@ -405,10 +405,10 @@ def to_json(config: Train) -> dict[str, Any]:
   A function is replaced by its module and name.
   """
   return json.loads(json.dumps(
-      dataclasses.asdict(config), default=_name_of_function))
+      dataclasses.asdict(config), default=name_of_function))
 
 
-def _name_of_function(f: Callable) -> str:
+def name_of_function(f: Callable) -> str:
   """Returns ``MODULE.NAME`` of a function.
 
   For a `functools.partial` that is the name of the wrapped function, and for a

@@ -15,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax import peft
-from mezo_jax.core import paths, reports
-from mezo_jax.core.errors import InputError, MissingError
+from mezo_jax.core import fingerprint, paths, reports
+from mezo_jax.core.errors import InputError
 from mezo_jax.directions.base import Directions, Normal
 from mezo_jax.directions.by_name import as_directions
 from mezo_jax.directions.displacement import Displacement
-from mezo_jax.runs import checkpoint, loggers
-from mezo_jax.training import build, checks, curvature, methods, mixture
+from mezo_jax.runs import loggers
+from mezo_jax.training import (
+  build,
+  checks,
+  curvature,
+  methods,
+  mixture,
+  run_files,
+  saved,
+)
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import optimizer as optimizer_lib
 from mezo_jax.transforms.step import make_step
@@ -228,8 +236,8 @@ def of_run(config: config_lib.Train, out: Path, *,
     out: Directory for ``diagnosis.json`` and ``diagnosis.png``. It is created.
     workdir: Working directory of a run of this config, whose weights are used.
       Defaults to None, for the weights before training.
-    step: Step of the checkpoint in ``workdir``. Defaults to None, for the
-      newest.
+    step: Step of the checkpoint in ``workdir``. Defaults to None, for the best
+      step on the dev rows.
     count: As for `diagnose`.
     derivatives: As for `diagnose`.
     say: A function that reports a line to the user. Defaults to `print`.
@@ -246,6 +254,9 @@ def of_run(config: config_lib.Train, out: Path, *,
   if not method.steps or method.backprop:
     raise InputError(f'--config.method={config.method} does not train by '
                      'forward passes; diagnose --config.method=mezo.')
+  if method.private:
+    raise InputError('--config.method=private: the report would reveal private '
+                     'rows; diagnose a config with public ones.')
   if config_lib.is_rewarded(config):
     raise InputError(
         "--config.objective: diagnose does not support 'reward'. The metrics "
@@ -255,7 +266,15 @@ def of_run(config: config_lib.Train, out: Path, *,
   tasks = mixture.make(config, built, out / 'hidden_states', say)
   params, mesh, at = built.params, built.mesh, 0
   if workdir is not None:
-    at, params = _weights_at(workdir, step, built)
+    run_files.check_inputs(
+        config, workdir, built.model.config, built.tokenizer,
+        fingerprint.of_weights(peft.join(built.params, built.frozen),
+                               methods.made(config)), tasks.splits, None)
+    checkpoints, at = saved.find_step(workdir, config, step)
+    state = checkpoints.load(at, (built.params, built.opt_state))
+    checkpoints.close()
+    assert built.tx is not None  # the method trains
+    params, _ = make_step(built.tx, None, mesh=mesh).apply_accumulated(*state)
   size = forwards(count, config.spsa.num_samples, len(GROUPS))
   say(f'measuring with about {size} forward passes of '
       f'{config.data.batch_size} rows')
@@ -278,24 +297,6 @@ def of_run(config: config_lib.Train, out: Path, *,
   loggers.write_json(out / 'diagnosis.json', report)
   draw(out / 'diagnosis.png', report)
   return report
-
-
-def _weights_at(workdir: Path, step: int | None, built: build.Built
-                ) -> tuple[int, Any]:
-  """Returns the step of a checkpoint and the trained params after it."""
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', clean=False)
-  found = checkpoints.steps()
-  step = max(found, default=0) if step is None else step
-  if step not in found:
-    raise MissingError(
-        f'{workdir} has no checkpoint of step {step}; the steps with one are: '
-        f'{", ".join(map(str, found)) or "none"}.')
-  state = checkpoints.load(step, (built.params, built.opt_state))
-  checkpoints.close()
-  assert built.tx is not None  # the method trains
-  params, _ = make_step(built.tx, None, mesh=built.mesh).apply_accumulated(
-      *state)
-  return step, params
 
 
 # --- how it is shown --------------------------------------------------------

@@ -98,7 +98,7 @@ def linear_probe(model: Any, params: Any, splits: data_lib.Splits,
       'cross_entropy'.
 
   Returns:
-    scikit-learn's model, and the report on the test rows.
+    scikit-learn's model, the report on the test rows, and their scores.
 
   Raises:
     InputError: if label words have several tokens, or as `fit_probe`.
@@ -113,7 +113,8 @@ def linear_probe(model: Any, params: Any, splits: data_lib.Splits,
   probe = fit_probe(
       read('train'), splits.train.labels, bias=not model.config.causal)
   scores = probe_scores(probe, read('test'), splits.test.width)
-  return probe, choices_report(task, objective, splits.test, scores)
+  report = choices_report(task, objective, splits.test, scores)
+  return probe, report, scores
 
 
 def probe_scores(probe: Any, x: np.ndarray, width: int) -> np.ndarray:

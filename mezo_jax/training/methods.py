@@ -150,7 +150,7 @@ class Method:
       method is then `mezo_jax.mezo` with this estimator.
     forwards: ``forwards(config, rows) -> number``, the average number of
       forward passes of a batch per step, where ``rows`` is the number of
-      training rows. A forward pass with its tangent counts as two.
+      training rows. The function `forwards` says what counts.
     needs: Rules, each ``rule(config) -> (holds, message)``, that the config
       must satisfy in addition to those of
       `mezo_jax.training.checks.check_config`.
@@ -180,10 +180,11 @@ class Method:
       for a method with a scoring pass before the first step. ``memory`` is the
       part of the optimizer state that the pass fills, and ``words`` describes
       it in the log.
-    result: ``result(ask, params, probed) -> report``, for a baseline. It
-      returns the report on the test rows. ``ask`` is a
-      `mezo_jax.tasks.evaluate.Evaluators`, and ``probed`` the report of the
-      linear probe, or None.
+    result: ``result(ask, params, probed) -> (on_dev, on_test, answers)``, for a
+      baseline. It returns the reports on the dev and test rows and the answers
+      of the test rows, as ``ask.both`` does. The first is None if the dev rows
+      are not evaluated. ``ask`` is a `mezo_jax.tasks.evaluate.Evaluators`, and
+      ``probed`` the same triple of the linear probe, or None.
     make: ``make(setup) -> transform``, for a method that trains and is not
       `mezo_jax.mezo` with an estimator.
   """
@@ -603,11 +604,11 @@ METHODS = {
         mixes=False, private=True),
     'zero_shot': Method(
         'no training', mixes=False,
-        result=lambda ask, params, probed: ask.both(params)[1]),
+        result=lambda ask, params, probed: ask.both(params)),
     'icl': Method(
         'demonstrations in the prompt', demonstrations=True, mixes=False,
         needs=(_prompt,),
-        result=lambda ask, params, probed: ask.test(params)),
+        result=lambda ask, params, probed: (None, *ask.test(params))),
     'linear_probe': Method(
         'a linear probe', probe=True, mixes=False, needs=(_label_words,),
         result=lambda ask, params, probed: probed),
@@ -661,6 +662,14 @@ def rules(config: Any) -> list[tuple[bool, str]]:
 
 def forwards(config: Any, rows: int) -> float:
   """Returns the average number of forward passes of a batch per step.
+
+  Multiplied by the number of steps it is ``forwards`` in ``result.json``: how
+  often training ran the model on a batch of ``data.batch_size`` rows. Each
+  evaluation of a batch's loss counts as one, even if the batch is split into
+  micro-batches, if the directions share its rows (spsa.over 'rows'), or if
+  answers are generated. A forward pass with its tangent counts as two, and one
+  with its backward pass as one. Only steps count: not evaluations, cached
+  activations, linear probes or scoring passes.
 
   Args:
     config: The config of the run.

@@ -11,7 +11,7 @@ one with the best mean of the tasks' main metrics (or losses, with select
 'loss') on their dev rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import itertools
@@ -24,7 +24,7 @@ import numpy as np
 from mezo_jax import peft
 from mezo_jax.core import reports
 from mezo_jax.tasks import data as data_lib
-from mezo_jax.tasks import evaluate
+from mezo_jax.tasks import evaluate, predictions, Task
 from mezo_jax.training import build as build_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import feed, frozen_features, methods, privacy
@@ -50,6 +50,7 @@ class TrainedTask(NamedTuple):
 
   Attributes:
     name: Name of the task in reports.
+    task: The task.
     weight: Weight of its loss.
     metric: Name of its main metric.
     drawn: How its batches are drawn.
@@ -59,6 +60,7 @@ class TrainedTask(NamedTuple):
   """
 
   name: str
+  task: Task
   weight: float
   metric: str
   drawn: feed.Drawn
@@ -163,15 +165,50 @@ class Mixture:
     def of_each(params):
       for part in self.parts:
         yield part, peft.join(change(params), change(part.built.frozen))
-    dev, test = (lambda params, which=which: self.joined(
-        [getattr(part.ask, which)(whole) for part, whole in of_each(params)])
-                 for which in ('dev', 'test'))
+    def dev(params):
+      return self.joined(
+          [part.ask.dev(whole) for part, whole in of_each(params)])
+    def test(params):
+      found = [part.ask.test(whole) for part, whole in of_each(params)]
+      reports, answers = zip(*found)
+      return self.joined(reports), answers
     def both(params):
-      reports = [part.ask.both(whole) for part, whole in of_each(params)]
-      return tuple(self.joined(list(of_all)) for of_all in zip(*reports))
+      found = [part.ask.both(whole) for part, whole in of_each(params)]
+      on_dev, on_test, answers = zip(*found)
+      return self.joined(on_dev), self.joined(on_test), answers
     return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
 
-  def joined(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
+  def predictions(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the predictions of the test rows, as in ``predictions.jsonl``.
+
+    With several tasks each prediction also has the name of its ``task``.
+
+    Args:
+      answers: Answers of the test rows of each task, from `ask`.
+    """
+    out = []
+    for part, said in zip(self.parts, answers):
+      splits = part.built.splits
+      named = {'task': part.name} if len(self.parts) > 1 else {}
+      out += [named | row for row in predictions.of_rows(
+          part.task, splits.test, said, splits.test_index)]
+    return out
+
+  def classes(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns how well each class is predicted; {} for tasks without classes.
+
+    With several tasks the name of a class is ``TASK/CLASS``.
+
+    Args:
+      rows: Predictions from `predictions`.
+    """
+    if len(self.parts) == 1:
+      return predictions.of_classes(self.parts[0].task, rows)
+    return {f'{part.name}/{name}': value for part in self.parts
+            for name, value in predictions.of_classes(part.task, [
+                row for row in rows if row['task'] == part.name]).items()}
+
+  def joined(self, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Combines the reports of the tasks into one.
 
     With several tasks the result has the weighted mean of their losses as
@@ -276,6 +313,7 @@ def make(config: config_lib.Train, built: build_lib.Built, directory: Path,
         own.data.batch_size, own.seed, every,
         methods.anchor_batches(own, len(found.splits.train.prompts))
         if every else 0)
-    parts.append(TrainedTask(name, weight, config_lib.metric(own), drawn,
-                      found._replace(params=None, opt_state=None), ask))
+    parts.append(TrainedTask(
+        name, own.task, weight, config_lib.metric(own), drawn,
+        found._replace(params=None, opt_state=None), ask))
   return Mixture(tuple(parts))

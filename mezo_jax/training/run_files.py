@@ -1,8 +1,8 @@
 """Reads and writes the files of a working directory that describe a run.
 
 These are ``config.json`` (the config), ``inputs.json`` (fingerprints of model,
-tokenizer, adapter and rows), the header of the log of steps, and
-``result.json``.
+tokenizer, adapter and rows), the header of the log of steps,
+``predictions.jsonl`` and ``result.json``.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from mezo_jax.core import fingerprint
 from mezo_jax.core.errors import InputError, MissingError, Stopped
 from mezo_jax.runs import guards, loggers
 from mezo_jax.runs import workdir as workdir_lib
-from mezo_jax.tasks import data, evaluate
+from mezo_jax.tasks import data, evaluate, predictions
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import methods
+from mezo_jax.training import methods, mixture
 
 
 def check_workdir(config: config_lib.Train, workdir: Path) -> None:
@@ -130,18 +130,19 @@ def log_header(config: config_lib.Train, workdir: Path, weights: str
       'config': config_lib.to_json(config)}
 
 
-def read_config(workdir: Path) -> config_lib.Train:
+def read_config(workdir: Path, is_trained: bool = True) -> config_lib.Train:
   """Returns the config of a run of this or an earlier version of mezo_jax.
 
   Args:
     workdir: Directory of the run.
+    is_trained: Whether the directory must have checkpoints. Defaults to True.
 
   Raises:
     MissingError: if the directory does not contain a run.
     InputError: if the config cannot be read.
   """
   if not ((workdir / 'config.json').is_file()
-          and (workdir / 'checkpoints').is_dir()):
+          and ((workdir / 'checkpoints').is_dir() or not is_trained)):
     raise MissingError(
         f'{workdir} lacks config.json or checkpoints; give the --workdir of a '
         'run.')
@@ -169,17 +170,25 @@ def write_config(config: config_lib.Train, workdir: Path) -> None:
   loggers.write_json(workdir / 'config.json', config_lib.to_json(config))
 
 
-def write_result(config: config_lib.Train, workdir: Path, splits: data.Splits,
-                 mesh: jax.sharding.Mesh, final: dict[str, Any], **more: Any
-                 ) -> dict[str, Any]:
-  """Writes ``config.json`` and ``result.json``, and returns the result.
+def write_result(config: config_lib.Train, workdir: Path,
+                 tasks: mixture.Mixture, mesh: jax.sharding.Mesh,
+                 on_dev: dict[str, Any] | None, final: dict[str, Any],
+                 answers: Sequence[Any], **more: Any) -> dict[str, Any]:
+  """Writes the files of a finished run, and returns the result.
+
+  These are ``config.json``, ``predictions.jsonl`` and ``result.json``. A
+  private run has no ``predictions.jsonl``. Test rows are often taken from the
+  same file as the private rows, and its working directory contains nothing
+  about single rows.
 
   Args:
     config: Config of the run.
     workdir: Directory of the run.
-    splits: Encoded rows of the first task.
+    tasks: Tasks of the run.
     mesh: Mesh of the run's devices.
+    on_dev: Report on the dev rows, or None if they were not evaluated.
     final: Report on the test rows.
+    answers: Answers of the test rows of each task.
     **more: Further entries of the result.
 
   Returns:
@@ -193,9 +202,17 @@ def write_result(config: config_lib.Train, workdir: Path, splits: data.Splits,
         'Check the weights, or try --config.model.dtype=float32.')
     raise Stopped(f'{config.method} has no result: test '
                   f'{evaluate.spell(final)}. {advice}')
+  rows = tasks.predictions(answers)
+  private = methods.method_of(config).private
+  if rows and not private and jax.process_index() == 0:
+    predictions.write(workdir / predictions.FILE, rows)
+  classes = tasks.classes(rows)
+  splits = tasks.splits[0]
   result = {
       'method': config.method, 'metric': config_lib.metric(config),
-      'final': final, 'steps': 0, 'forwards': 0, **more,
+      'final': final, **({'dev': on_dev} if on_dev else {}),
+      **({'classes': classes} if classes else {}), 'seed': config.seed,
+      'steps': 0, 'forwards': 0, **more,
       'train_rows': len(splits.train.prompts),
       'truncated': splits.test.truncated, 'peak_memory': evaluate.peak_memory(),
       'devices': f'{mesh.size} x {jax.devices()[0].device_kind}'}

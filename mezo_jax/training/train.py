@@ -110,23 +110,24 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   # From here on only `state` refers to the trained parameters, which steps
   # donate, and only `tasks` to the frozen ones. All other arrays are freed.
   built = built.without_weights()
-  finish = functools.partial(run_files.write_result, config, workdir, splits,
+  finish = functools.partial(run_files.write_result, config, workdir, tasks,
                              mesh, model=model_name)
 
   # Baselines: a method without training steps is finished here.
   probed = None
   if method.probe:
-    probe, probed = linear_probe.linear_probe(
+    probe, *found = linear_probe.linear_probe(
         built.model, state.params, splits, ask.sizes, mesh, config.task,
         config_lib.objective(config))
+    probed = None, found[0], found[1:]
     if method.steps:  # lp_mezo: training starts from the probe in the head
       assert splits.train.token_ids is not None  # label words were checked
       state = state._replace(params=linear_probe.write_probe(
           state.params, probe, splits.train.token_ids))
   if not method.steps:
     assert method.result is not None
-    final = method.result(ask, state.params, probed)
-    result = finish(final, seconds=time.time() - began)
+    on_dev, final, answers = method.result(ask, state.params, probed)
+    result = finish(on_dev, final, answers, seconds=time.time() - began)
     _say(f'{config.method}: test {evaluate.spell(final)}; see '
          f'{workdir / "result.json"}')
     return result
@@ -201,7 +202,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     _say(f'resumed from step {log.end} of {workdir}{again}')
   metrics = loggers.Metrics(workdir, log.end)
   if zero_shot:
-    on_dev, on_test = zero_shot
+    on_dev, on_test, _ = zero_shot
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
   zero_shot = metrics.at('zero_shot', 0) or {}
@@ -256,7 +257,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     step, params = resume.best(
         checkpoints, state, config.steps,
         replays=log.records and log.steps.first == 1)
-  _, final = ask.both(params)
+  on_dev, final, answers = ask.both(params)
   checkpoints.close()
   metrics.close()
   loggers.draw_curves(workdir / 'curves.png', metrics, metric,
@@ -269,9 +270,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   forwards = config.steps * methods.forwards(
       config, len(splits.train.prompts))
   result = finish(
-      final | {'step': step}, seconds=time.time() - began, steps=config.steps,
-      forwards=round(forwards), trained=trained,
-      compilations=len(step_fn.compiled), metric=metric, **more)
+      on_dev, final | {'step': step}, answers, seconds=time.time() - began,
+      steps=config.steps, forwards=round(forwards), trained=trained,
+      compilations=len(step_fn.compiled), metric=metric,
+      learning_rate=config.optimizer.learning_rate, **more)
   if plan:
     _say(privacy.spell(plan, config.steps))
   _say(tasks.table(zero_shot, final))

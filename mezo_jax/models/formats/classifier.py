@@ -4,12 +4,17 @@ transformers loads such files with its class for sequence classification, such
 as ``LlamaForSequenceClassification``.
 """
 
+import contextlib
 import copy
+from pathlib import Path
 from typing import Any
+
+from flax.traverse_util import unflatten_dict
+import numpy as np
 
 from mezo_jax.core.errors import InputError
 from mezo_jax.models.families import table as t
-from mezo_jax.models.formats import huggingface
+from mezo_jax.models.formats import huggingface, weights
 from mezo_jax.models.layers import Config
 
 
@@ -65,6 +70,34 @@ def table(config: Config, num_classes: int) -> list[t.Row]:
   body = [row for row in huggingface.FAMILIES[config.family].table(config)
           if row.path not in unused]
   return [*body, *head(config, num_classes)]
+
+
+def load(path: Path, config: Config, num_classes: int) -> dict[str, Any]:
+  """Reads the classification head in a model's files.
+
+  Args:
+    path: Directory of the model.
+    config: Config of the model.
+    num_classes: Number of classes.
+
+  Returns:
+    The parameters of `mezo_jax.tasks.head`, float32 arrays in host memory.
+
+  Raises:
+    InputError: If the files have no head with this number of classes.
+  """
+  out = {}
+  with contextlib.ExitStack() as stack:
+    tensors = dict(weights.open_files(path, stack))
+    for row in head(config, num_classes):
+      tensor = tensors.get(row.name)
+      if tensor is None or tuple(tensor.get_shape()) != row.source_shape():
+        raise InputError(
+            f'{path} has no classification head of {num_classes} classes '
+            f'(tensor {row.name}); export the run again.')
+      everything = tuple(slice(0, n) for n in row.shape)
+      out[row.path] = np.asarray(row.read(tensor, everything), np.float32)
+  return unflatten_dict(out, sep='/')['classifier']
 
 
 def fields(hf: dict[str, Any], config: Config, labels: list[str], tokenizer: Any

@@ -4,7 +4,7 @@ It is the inverse of `mezo_jax.models.load` and uses the same table of each
 family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
@@ -35,7 +35,7 @@ _LAST = ('config.json', 'adapter_config.json')
 def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
          tokenizer: Any = None, card: str | None = None,
          labels: Sequence[str] = (), max_shard_bytes: int = 2 * 2**30,
-         progress: bool = True) -> Path:
+         progress: bool = True, files: Mapping[str, bytes] = {}) -> Path:
   """Writes a model as a directory that transformers can load.
 
   ``config.json`` is the one that the model was loaded with, except for the
@@ -62,6 +62,7 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
     max_shard_bytes: Maximal size of a file in bytes. A larger tensor gets a
       file of its own. Defaults to 2 GiB.
     progress: Whether to show a progress bar. Defaults to True.
+    files: Contents of further files to write, by name. Defaults to none.
 
   Returns:
     The path of the directory.
@@ -103,6 +104,8 @@ def save(directory: str | os.PathLike[str], model: Transformer, params: Any, *,
         save_tokenizer(part, tokenizer)
       if card is not None:
         (part / 'README.md').write_text(card)
+      for name, content in files.items():
+        (part / name).write_bytes(content)
   return Path(directory).expanduser()
 
 
