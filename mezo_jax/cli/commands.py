@@ -17,7 +17,8 @@ from typing import Any
 from absl import logging
 import jax
 
-from mezo_jax.cli import command_line, suite, train_command
+from mezo_jax.cli import command_line, grid, suite, train_command
+from mezo_jax.cli import sweep as sweep_lib
 from mezo_jax.cli.command_line import parse
 from mezo_jax.core.errors import in_one_sentence, InputError
 from mezo_jax.distributed import hosts
@@ -148,6 +149,39 @@ def evaluate(argv: Sequence[str]) -> None:
                      'to retry.')
 
 
+def sweep(argv: Sequence[str]) -> None:
+  """Trains on a grid of settings and seeds, and finds the best on dev rows.
+
+    mezo-jax sweep --config=mine.py --workdir=DIR --seeds=3
+        --grid.optimizer.learning_rate=1e-5,1e-4,1e-3 --config.FIELD=VALUE
+
+  --grid.FIELD=V1,V2 lists the values of a field. Several fields make a grid. A
+  value with a comma is put in quotes or brackets. Each run is a separate
+  process with a directory in DIR. A run that was stopped is resumed, and a run
+  that is finished is not repeated, also after values were added to the grid. A
+  run that fails is listed and does not stop the others.
+
+  The score of a run is that of its best step on the dev rows. The settings with
+  the best mean over seeds are tested on the test rows. DIR gets table.md,
+  table.json and sweep.png.
+  """
+  jax.config.update('jax_platforms', 'cpu')  # leave the devices to the runs
+  own = {
+      'workdir': (str, 'The directory of the table and of the runs.'),
+      'seeds': (int, 'The number of seeds, counted from config.seed. Defaults '
+                'to 1.'),
+      'jobs': (int, 'The number of runs at a time. Defaults to 1. If it is '
+               'more, each run gets one GPU. A TPU always has one at a time.')}
+  rest, values_of = grid.take_grid(argv)
+  values, _ = parse(rest, _doc(sweep), own, required=('workdir',),
+                    configs=command_line.CONFIGS)
+  table = sweep_lib.run(
+      command_line.without(rest[1:], [*own]), values.workdir, values_of,
+      1 if values.seeds is None else values.seeds,
+      1 if values.jobs is None else values.jobs)
+  print(f'{table.read_text()}\nwrote {table}, table.json and sweep.png')
+
+
 def plan(argv: Sequence[str]) -> int:
   """Estimates memory and time of a run on hardware that you do not have.
 
@@ -222,4 +256,4 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
 
 
 _COMMANDS = {'train': train, 'export': export, 'replay': replay,
-             'evaluate': evaluate, 'plan': plan}
+             'evaluate': evaluate, 'sweep': sweep, 'plan': plan}

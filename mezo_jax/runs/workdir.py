@@ -205,3 +205,18 @@ def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """
   file = Path(workdir) / 'result.json'
   return loggers.read_json(file) if file.is_file() else {}
+
+
+def read_dev(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """Reads the report of a run on its dev rows after a step.
+
+  Args:
+    workdir: Working directory of the run.
+    step: Number of the step, such as that of the result.
+
+  Returns:
+    The values of the report, or {} if the step was not evaluated.
+  """
+  records = loggers.read(Path(workdir) / 'metrics.jsonl')
+  return next((r for r in records if (r['kind'], r['step']) == ('dev', step)),
+              {})
