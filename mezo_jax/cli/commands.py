@@ -18,6 +18,7 @@ from absl import logging
 import jax
 
 from mezo_jax.cli import command_line, grid, suite, train_command
+from mezo_jax.cli import report as report_lib
 from mezo_jax.cli import sweep as sweep_lib
 from mezo_jax.cli.command_line import parse
 from mezo_jax.core.errors import in_one_sentence, InputError
@@ -182,6 +183,23 @@ def sweep(argv: Sequence[str]) -> None:
   print(f'{table.read_text()}\nwrote {table}, table.json and sweep.png')
 
 
+def report(argv: Sequence[str]) -> None:
+  """Compares runs: curves, results, and the differences of their configs.
+
+    mezo-jax report RUN... --out=DIR
+
+  RUN is the working directory of a run, or the directory of a sweep or a suite,
+  which stands for all of its runs. Runs need not be finished. DIR gets
+  report.md, report.html and the pictures. The HTML is one file, which needs no
+  network.
+  """
+  values, runs = parse(argv, _doc(report), {
+      'out': (str, 'The directory to write to. Defaults to runs/report.')},
+      arguments=('RUN...',))
+  page = report_lib.write(runs, values.out or 'runs/report')
+  print(f'wrote {page}, report.md and the pictures')
+
+
 def plan(argv: Sequence[str]) -> int:
   """Estimates memory and time of a run on hardware that you do not have.
 
@@ -256,4 +274,5 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
 
 
 _COMMANDS = {'train': train, 'export': export, 'replay': replay,
-             'evaluate': evaluate, 'sweep': sweep, 'plan': plan}
+             'evaluate': evaluate, 'sweep': sweep, 'report': report,
+             'plan': plan}

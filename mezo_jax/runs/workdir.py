@@ -217,6 +217,7 @@ def read_dev(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   Returns:
     The values of the report, or {} if the step was not evaluated.
   """
-  records = loggers.read(Path(workdir) / 'metrics.jsonl')
-  return next((r for r in records if (r['kind'], r['step']) == ('dev', step)),
-              {})
+  for record in loggers.read(Path(workdir) / 'metrics.jsonl'):
+    if record['kind'] == 'dev' and record['step'] == step:
+      return loggers.values_of(record)
+  return {}

@@ -140,11 +140,17 @@ def read_config(workdir: Path) -> config_lib.Train:
     MissingError: if the directory does not contain a run.
     InputError: if the config cannot be read.
   """
-  if not ((workdir / 'config.json').is_file()
-          and (workdir / 'checkpoints').is_dir()):
+  if not (workdir / 'checkpoints').is_dir():
+    raise MissingError(f'{workdir} lacks checkpoints; give the --workdir of a '
+                       'run that trains.')
+  return saved_config(workdir)
+
+
+def saved_config(workdir: Path) -> config_lib.Train:
+  """Returns the config of a run, which may be a baseline, as `read_config`."""
+  if not (workdir / 'config.json').is_file():
     raise MissingError(
-        f'{workdir} lacks config.json or checkpoints; give the --workdir of a '
-        'run.')
+        f'{workdir} lacks config.json; give the --workdir of a run.')
   saved = loggers.read_json(workdir / 'config.json')
   try:
     config = config_lib.from_json(saved)
