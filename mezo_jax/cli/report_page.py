@@ -31,6 +31,7 @@ table { border-collapse: collapse; font-size: 0.875rem;
 th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem;
   text-align: left; vertical-align: top; }
 th { background: var(--head); }
+td:first-child { min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
 .curves { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 img { width: 100%; height: auto; background: #fff; }
@@ -133,6 +134,7 @@ def _draw(path: Path, axis: str, panels: dict[tuple[str, str], list[int]],
   """Plots all panels, one below the other, against one x axis."""
   import matplotlib
   from matplotlib.figure import Figure  # slow to import
+  from matplotlib.ticker import MaxNLocator
   drawn = sorted({i for of_panel in panels.values() for i in of_panel})
   legend = len(drawn) <= _MOST
   figure = Figure(figsize=(5, 2.6 * len(panels) + 0.22 * len(drawn) * legend),
@@ -159,8 +161,9 @@ def _draw(path: Path, axis: str, panels: dict[tuple[str, str], list[int]],
     plot.set_ylabel(f'{what} {name.replace("_", " ")}')
     plot.grid(alpha=0.3)
   plots[-1].set_xlabel(axis)
+  plots[-1].xaxis.set_major_locator(MaxNLocator(6, integer=axis != 'seconds'))
   if legend:
     figure.legend([lines[i] for i in sorted(lines)],
                   [runs[i].name for i in sorted(lines)],
-                  loc='outside lower left', fontsize='x-small', frameon=False)
+                  loc='outside lower left', fontsize='small', frameon=False)
   figure.savefig(path, dpi=150)
