@@ -141,7 +141,7 @@ def test_a_point_with_a_failed_run_is_not_chosen(tmp_path, monkeypatch):
   values = {RATE: ['1e-4', '1e-3'], EPS: ['1', '2'],
             'optimizer.schedule': ['linear']}
   table = sweep.run([], str(tmp_path), values, 2).read_text()
-  assert 'failed: it' in table and '1 of 2' in table
+  assert r'failed: it \| diverged' in table and '1 of 2' in table
   best = json.loads((tmp_path / 'table.json').read_text())['best']
   assert (best['values'][RATE], best['values'][EPS]) == (1e-3, 2)
   assert (tmp_path / 'sweep.png').exists()  # of three fields

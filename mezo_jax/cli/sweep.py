@@ -18,6 +18,7 @@ from mezo_jax.core import reports
 from mezo_jax.core.errors import InputError, local
 from mezo_jax.runs.workdir import read_dev, read_result
 from mezo_jax.tasks import evaluate
+from mezo_jax.training import config as config_lib
 from mezo_jax.training import run_files
 
 
@@ -52,71 +53,82 @@ def run(words: Sequence[str], workdir: str, grid: Mapping[str, Sequence[str]],
       run_files.check_workdir(one.config, directory / name)
     except InputError as e:
       raise InputError(f'{directory / name}: {e}') from e
-  failed, ended = {}, []
-  measured = []
+  rows = {name: {'name': name, 'seed': one.config.seed}
+          for name, one in runs.items()}
+  measured, ended, failures = [], 0, []
   for name, why in processes.run_all(runs, directory, jobs, say):
-    ended.append(name)
-    if why:
-      failed[name] = why
-    measured = [_measure(point, directory, failed) for point in points]
-    last, = (row for m in measured for row in m['runs'] if row['name'] == name)
-    text = 'failed: ' + last['failed'] if 'failed' in last else (
-        f'dev {evaluate.spell(last["dev"])} (step {last["step"]})')
-    say(f'{len(ended)} of {len(runs)}, {name}: {text}')
+    rows[name] |= _outcome(directory / name, runs[name].config, why)
+    if 'failed' in rows[name]:
+      text = f'failed: {rows[name]["failed"]}'
+      failures.append(rows[name]['failed'])
+    else:
+      text = (f'dev {evaluate.spell(rows[name]["dev"])} (step '
+              f'{rows[name]["step"]})')
+    ended += 1
+    say(f'{ended} of {len(runs)}, {name}: {text}')
+    measured = [_measure(point, [rows[n] for n in point.runs])
+                for point in points]
     _write(directory, _table(measured), measured)
   best = _best(measured)
   sweep_figure.draw(directory / 'sweep.png', measured)
   if best is None:
     raise InputError(
         'no point of the grid has a result for each seed; see '
-        f'{directory / "table.md"}. The first failure: '
-        f'{next(iter(failed.values()))}')
+        f'{directory / "table.md"}. The first failure: {failures[0]}')
   _write(directory, f'{_table(measured, best)}\n\n' + _conclusion(
       best, directory, words, points[measured.index(best)]), measured, best)
   return directory / 'table.md'
 
 
-def _measure(point: grids.Point, directory: Path, failed: Mapping[str, str]
+def _outcome(directory: Path, config: config_lib.Train, why: str
              ) -> dict[str, Any]:
-  """Returns what is known of a point, as a dict of JSON values.
+  """Returns what is known of a run that has ended, as JSON values.
+
+  Args:
+    directory: Working directory of the run.
+    config: Config of the run.
+    why: Why the run failed, or ''.
+
+  Returns:
+    A dict with the reason as ``failed``, or with the ``metric``, the best
+    ``step``, its report ``dev``, and the numbers of `evaluate.rank`.
+  """
+  if why:
+    return {'failed': why}
+  result = read_result(directory)
+  metric, step = result['metric'], result['final']['step']
+  dev = read_dev(directory, step)
+  ranked = evaluate.rank(dev, metric, config.select)
+  if not dev or ranked is None:
+    return {'failed': f'metrics.jsonl has no report of step {step}'}
+  return {'metric': metric, 'step': step, 'dev': dev, **ranked}
+
+
+def _measure(point: grids.Point, rows: Sequence[dict[str, Any]]
+             ) -> dict[str, Any]:
+  """Returns what is known of a point, as JSON values.
 
   Args:
     point: The point.
-    directory: Directory of the sweep.
-    failed: Why runs have failed, by their names.
+    rows: A dict for each of its runs: its name, its seed, and if it has ended
+      what `_outcome` returns.
 
   Returns:
-    A dict with the ``values`` of the fields, a dict for each of the ``runs``,
-    and in ``dev`` the mean and the standard error over the runs of the metric
-    and the loss. A run has ``failed``, the reason, or the report on dev rows of
-    its best step.
+    A dict with the ``values`` of the fields, with the ``runs``, and in ``dev``
+    with the statistics of the metric and the loss of those that are finished.
   """
-  rows = []
-  for name, run in point.runs.items():
-    rows.append(row := {'name': name, 'seed': run.config.seed})
-    if name in failed:
-      row['failed'] = failed[name]
-    elif processes.is_finished(directory / name, run.config):
-      result = read_result(directory / name)
-      row['metric'], row['step'] = result['metric'], result['final']['step']
-      row['dev'] = read_dev(directory / name, row['step'])
-      ranked = evaluate.rank(row['dev'], row['metric'], run.config.select)
-      if not row['dev'] or ranked is None:
-        row['failed'] = f'metrics.jsonl has no report of step {row["step"]}'
-      else:
-        row |= ranked
-  reports = [row['dev'] for row in rows if 'score' in row]
-  names = [row['metric'] for row in rows if 'score' in row][:1] + ['loss']
-  return {'values': point.values, 'runs': rows, 'dev': {
-      name: _statistics(reports, name) for name in dict.fromkeys(names)
-      if reports and all(name in report for report in reports)}}
+  found = [row for row in rows if 'score' in row]
+  names = dict.fromkeys([*(row['metric'] for row in found), 'loss'])
+  return {'values': point.values, 'runs': [*rows], 'dev': {
+      name: _statistics([row['dev'] for row in found], name) for name in names
+      if found and all(name in row['dev'] for row in found)}}
 
 
 def _statistics(reports: Sequence[dict[str, Any]], name: str
                 ) -> dict[str, Any]:
   """Returns the mean of a number of several reports, and its standard error.
 
-  The result also has both as text. The error of a single report is None.
+  The result also has both as text. A single report has the error None.
   """
   values, error = [report[name] for report in reports], None
   mean = float(np.mean(values))
@@ -159,7 +171,7 @@ def _table(measured: Sequence[dict[str, Any]],
     cells['runs'] = f'{len(runs)} of {len(point["runs"])}'
     cells['note'] = 'best' if point is best else (
         f'failed: {failed[0]["failed"]}' if failed else '')
-    rows.append(cells)
+    rows.append({name: reports.cell(text) for name, text in cells.items()})
   columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True)
                           for name in row)
   return reports.markdown_table(rows, [*columns])
