@@ -24,8 +24,8 @@ def run(*argv):
 def test_help_lists_the_commands(argv, capsys):
   assert not run(*argv)
   text = capsys.readouterr().out
-  for name in ('train', 'predict', 'export', 'replay', 'evaluate', 'plan',
-               'diagnose'):
+  for name in ('train', 'predict', 'export', 'replay', 'evaluate', 'sweep',
+               'report', 'plan', 'diagnose'):
     assert f'mezo-jax {name} ' in text
 
 
@@ -34,7 +34,8 @@ def test_help_lists_the_commands(argv, capsys):
     ('export', ['--step', '--[no]merged', '--base']),
     ('replay', ['--log', '--out', '--until']),
     ('evaluate', ['--suite', '--tasks', '--config.FIELD=VALUE']),
-    ('plan', ['--config', '--topology', '--mesh']),
+    ('sweep', ['--config', '--workdir', '--seeds', '--jobs', '--grid.FIELD']),
+    ('report', ['--out']), ('plan', ['--config', '--topology', '--mesh']),
     ('diagnose', ['--config', '--run', '--directions'])])
 @pytest.mark.parametrize('help_flag', ['--help', '-h'])
 def test_help_of_a_command_describes_its_flags(
@@ -58,6 +59,7 @@ def test_help_of_a_command_describes_its_flags(
     (['evaluate'], '--suite'), (['evaluate', '--suite=cpu_siute'], 'cpu_suite'),
     (['evaluate', '--suite=cpu_suite', '--config.stepz=3'], 'steps'),
     (['evaluate', '--suite=opt'], 'get_suite'),
+    (['sweep', '--grid.steps=1'], '--workdir'), (['report'], 'RUN'),
     (['plan'], '--topology'),
     (['plan', '--topology=cpu:1', '--config.stpes=3'], 'steps'),
     (['plan', '--topology=cpu:1', '--config=optt'], 'opt')])

@@ -48,8 +48,8 @@ def parse(argv: Sequence[str], about: str,
     about: The text that --help shows above the flags.
     options: The type and the help text of each flag, by name. The value of a
       flag that is not given is None.
-    arguments: The names of the positional arguments, for error messages.
-      Defaults to none.
+    arguments: The names of the positional arguments, for error messages. The
+      last one may be given several times if it ends in '...'. Defaults to none.
     required: The names of flags that must be given. Defaults to none.
     configs: The directory in which --config finds a config by its name.
       Defaults to None, for a command without --config.
@@ -104,13 +104,31 @@ def parse(argv: Sequence[str], about: str,
   for name in required:
     if values[name].value is None:
       raise InputError(f'the flag --{name} is missing. See {program} --help.')
-  if len(rest) > len(arguments):
+  several = bool(arguments) and arguments[-1].endswith('...')
+  if len(rest) > len(arguments) and not several:
     raise InputError(f'unknown argument {rest[len(arguments)]!r}. See '
                      f'{program} --help.')
   if len(rest) < len(arguments):
     raise InputError(f'the argument {arguments[len(rest)]} is missing. Usage: '
                      f'{program} {" ".join(arguments)}.')
   return values, rest
+
+
+def without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+  """Returns a command line without some flags and their values.
+
+  Args:
+    argv: The command line.
+    names: The names of the flags, which have values.
+  """
+  kept, words = [], iter(argv)
+  for word in words:
+    name, assigned, _ = word.lstrip('-').partition('=')
+    if not word.startswith('-') or name not in names:
+      kept.append(word)
+    elif not assigned:
+      next(words, None)  # the value is a word of its own
+  return kept
 
 
 # --- a config ---------------------------------------------------------------

@@ -17,7 +17,9 @@ from typing import Any
 from absl import logging
 import jax
 
-from mezo_jax.cli import command_line, suite, train_command
+from mezo_jax.cli import command_line, grid, suite, train_command
+from mezo_jax.cli import report as report_lib
+from mezo_jax.cli import sweep as sweep_lib
 from mezo_jax.cli.command_line import parse
 from mezo_jax.core.errors import in_one_sentence, InputError, local
 from mezo_jax.distributed import hosts
@@ -185,6 +187,56 @@ def evaluate(argv: Sequence[str]) -> None:
                      'to retry.')
 
 
+def sweep(argv: Sequence[str]) -> None:
+  """Trains on a grid of settings and seeds, and finds the best on dev rows.
+
+    mezo-jax sweep --config=mine.py --workdir=DIR --seeds=3
+        --grid.optimizer.learning_rate=1e-5,1e-4,1e-3 --config.FIELD=VALUE
+
+  --grid.FIELD=V1,V2 lists the values of a field. Several fields make a grid. A
+  value with a comma is put in quotes or brackets. Each run is a separate
+  process with a directory in DIR. A run that was stopped is resumed, and a run
+  that is finished is not repeated, also after values were added to the grid. A
+  run that fails is listed and does not stop the others.
+
+  The score of a run is that of its best step on the dev rows. The settings with
+  the best mean over seeds are tested on the test rows. DIR gets table.md,
+  table.json and sweep.png.
+  """
+  jax.config.update('jax_platforms', 'cpu')  # leave the devices to the runs
+  own = {
+      'workdir': (str, 'The directory of the table and of the runs.'),
+      'seeds': (int, 'The number of seeds, counted from config.seed. Defaults '
+                'to 1.'),
+      'jobs': (int, 'The number of runs at a time. Defaults to 1. If it is '
+               'more, each run gets one GPU. A TPU always has one at a time.')}
+  rest, values_of = grid.take_grid(argv)
+  values, _ = parse(rest, _doc(sweep), own, required=('workdir',),
+                    configs=command_line.CONFIGS)
+  table = sweep_lib.run(
+      command_line.without(rest[1:], [*own]), values.workdir, values_of,
+      1 if values.seeds is None else values.seeds,
+      1 if values.jobs is None else values.jobs)
+  print(f'{table.read_text()}\nwrote {table}, table.json and sweep.png')
+
+
+def report(argv: Sequence[str]) -> None:
+  """Compares runs: curves, results, and the differences of their configs.
+
+    mezo-jax report RUN... --out=DIR
+
+  RUN is the working directory of a run, or the directory of a sweep or a suite,
+  which stands for all of its runs. Runs need not be finished. DIR gets
+  report.md, report.html and the pictures. The HTML is one file, which needs no
+  network.
+  """
+  values, runs = parse(argv, _doc(report), {
+      'out': (str, 'The directory to write to. Defaults to runs/report.')},
+      arguments=('RUN...',))
+  page = report_lib.write(runs, values.out or 'runs/report')
+  print(f'wrote {page}, report.md and the pictures')
+
+
 def plan(argv: Sequence[str]) -> int:
   """Estimates memory and time of a run on hardware that you do not have.
 
@@ -303,5 +355,5 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
 
 
 _COMMANDS = {'train': train, 'predict': predict, 'export': export,
-             'replay': replay, 'evaluate': evaluate, 'plan': plan,
-             'diagnose': diagnose}
+             'replay': replay, 'evaluate': evaluate, 'sweep': sweep,
+             'report': report, 'plan': plan, 'diagnose': diagnose}

@@ -5,17 +5,14 @@ import json
 import os
 from pathlib import Path
 import runpy
-import subprocess
-import sys
 from typing import Any
 
+from mezo_jax.cli import processes
 from mezo_jax.cli.command_line import check_names, find, read_config
 from mezo_jax.core import reports
 from mezo_jax.core.errors import InputError
-from mezo_jax.runs import loggers
 from mezo_jax.runs.workdir import read_result
 from mezo_jax.tasks import evaluate
-from mezo_jax.training import config as config_lib
 from mezo_jax.training.methods import method_of
 
 COLUMNS = ('task', 'method', 'metric', 'score', 'calibrated', 'examples',
@@ -50,6 +47,7 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
     MissingError: if the suite does not exist.
     InputError: if the file is not a suite, if it has no run of the given tasks
       and methods, or if an overridden field does not exist.
+    Again: if a signal stopped the runs. The same call resumes them.
   """
   suite, workdir = find(os.fspath(suite), 'suite'), Path(workdir)
   check_names(['', *overrides])
@@ -57,38 +55,27 @@ def run(suite: str | os.PathLike[str], workdir: str | os.PathLike[str],
   if 'get_suite' not in found or 'get_config' not in found:
     raise InputError(f'{suite} is not a suite: define get_suite() and '
                      'get_config(name) in it.')
-  runs = {name: read_config(f'{suite}:{name}', overrides)
+  runs = {name: processes.Run(
+      read_config(f'{suite}:{name}', overrides),
+      (f'--config={suite}:{name}', *overrides))
           for name in found['get_suite']()}
   names = [name for name in runs if _wanted(name, tasks, methods)]
   if not names:
     raise InputError(f'--tasks and --methods: {suite} has no such runs; choose '
                      f'from {", ".join(runs)}.')
   failed = []
-  # Runs of the same task use the same evaluation programs. With a shared
-  # compilation cache, each program is compiled only once.
-  env = {'JAX_COMPILATION_CACHE_DIR': str((workdir / 'compiled').absolute()),
-         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-         **os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
-  for name in names:
-    directory = workdir / name
-    if not _is_finished(directory, runs[name]):
-      directory.mkdir(parents=True, exist_ok=True)
-      log = directory / 'log.txt'
-      say(f'{name}: running; see {log}')
-      with log.open('a') as out:
-        code = subprocess.run(
-            [sys.executable, '-m', 'mezo_jax', 'train',
-             f'--config={suite}:{name}', f'--workdir={directory}', *overrides],
-            stdout=out, stderr=out, env=env).returncode
-      if code or not read_result(directory):
-        last = (log.read_text().strip().splitlines() or ['no output'])[-1]
-        say(f'{name}: failed. {last}')
-        failed.append(name)
-        continue
+  wanted = {name: runs[name] for name in names}
+  for name, why in processes.run_all(wanted, workdir, say=say):
+    if why:
+      say(f'{name}: failed. {why}')
+      failed.append(name)
+      continue
     # The table includes finished runs of an earlier call with other tasks or
     # methods.
-    rows = {n: row_of(n, runs[n], read_result(workdir / n)) for n in runs
-            if n == name or _is_finished(workdir / n, runs[n])}
+    rows = {n: row_of(n, runs[n].config, read_result(workdir / n))
+            for n in runs
+            if n == name or processes.is_finished(
+                workdir / n, runs[n].config)}
     say(f'{name}: {rows[name]["metric"]} {rows[name]["score"]}')
     write_table(workdir, [*rows.values()])
   return workdir / 'table.md', failed
@@ -98,17 +85,6 @@ def _wanted(name: str, tasks, methods) -> bool:
   """Returns whether a run is selected by --tasks and --methods."""
   task, _, method = name.partition('/')
   return task in (tasks or [task]) and method in (methods or [method])
-
-
-def _is_finished(directory: Path, config: config_lib.Train) -> bool:
-  """Returns whether a directory has the result of exactly this config.
-
-  If it has the result of another config, the run is started: `train` continues
-  it (with more steps, for example) or rejects the change.
-  """
-  return (directory / 'result.json').is_file() and (
-      loggers.read_json(directory / 'config.json')
-      == config_lib.to_json(config))
 
 
 def row_of(name: str, config: Any, result: dict[str, Any]) -> dict[str, Any]:

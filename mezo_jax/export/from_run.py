@@ -375,13 +375,13 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   rows = ' (each on its own rows)' if z.over == 'rows' else ''
   settings = {
       'data': _data(run),
-      'prompt': f'`{_cell(run.task.template)}`',
+      'prompt': f'`{reports.cell(run.task.template)}`',
       **({'label words': ', '.join(
-          f'`{_cell(w)}`' for w in run.task.label_words)} if (
+          f'`{reports.cell(w)}`' for w in run.task.label_words)} if (
               run.task.label_words) else {}),
       'objective': objectives.of(run.task, run.objective),
       'learning rate': f'{o.learning_rate:g}, {o.schedule}',
-      **{f'learning rate, eps of `{_cell(g)}`': f'{rate:g}, {eps:g}'
+      **{f'learning rate, eps of `{reports.cell(g)}`': f'{rate:g}, {eps:g}'
          for g, rate, eps in o.groups},
       **({'eps': f'{z.eps:g}', 'directions per step':
           f'{z.num_samples}{rows}, {z.combine}, {kind}'} if mezo else {}),
@@ -433,10 +433,6 @@ def _trained(run: config_lib.Train) -> str:
   if p.adapter:
     return f'{p.method}, from an adapter'
   what = methods.part_of(run).words.format(**{
-      k: _cell(v) if isinstance(v, str) else v for k, v in vars(p).items()})
-  return f'{what}: `{_cell(p.mask)}`' if p.mask else what
-
-
-def _cell(text: str) -> str:
-  """Returns text for a cell of a table, with line breaks and bars escaped."""
-  return repr(text)[1:-1].replace('|', r'\|')
+      k: reports.cell(v) if isinstance(v, str) else v
+      for k, v in vars(p).items()})
+  return f'{what}: `{reports.cell(p.mask)}`' if p.mask else what

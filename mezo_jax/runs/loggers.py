@@ -86,10 +86,7 @@ class Metrics:
       step: Number of the step.
     """
     record = self._at.get((kind, step))
-    if record is None:
-      return None
-    return {k: np.nan if v is None else v for k, v in record.items()
-                       if k not in ('kind', 'step')}
+    return None if record is None else values_of(record)
 
   def close(self) -> None:
     """Closes the files."""
@@ -235,6 +232,12 @@ def read(path: Path) -> list[dict[str, Any]]:
       raise InputError(f'{path}, line {number} is not a record of a run ({e}); '
                        'delete the line.') from e
   return records
+
+
+def values_of(record: dict[str, Any]) -> dict[str, Any]:
+  """Returns the values of a record. Numbers that were not finite are NaN."""
+  return {name: np.nan if value is None else value
+          for name, value in record.items() if name not in ('kind', 'step')}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -205,3 +205,19 @@ def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """
   file = Path(workdir) / 'result.json'
   return loggers.read_json(file) if file.is_file() else {}
+
+
+def read_dev(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """Reads the report of a run on its dev rows after a step.
+
+  Args:
+    workdir: Working directory of the run.
+    step: Number of the step, such as that of the result.
+
+  Returns:
+    The values of the report, or {} if the step was not evaluated.
+  """
+  for record in loggers.read(Path(workdir) / 'metrics.jsonl'):
+    if record['kind'] == 'dev' and record['step'] == step:
+      return loggers.values_of(record)
+  return {}

@@ -382,6 +382,8 @@ def metric(config: Train) -> str:
 
   If the objective is a function, the value of that function is the main metric.
   """
+  if is_rewarded(config):  # there is no need to load the reward function
+    return objectives.REWARD
   return objectives.metric(config.task, objective(config))
 
 

@@ -144,8 +144,8 @@ def read_config(workdir: Path, is_trained: bool = True) -> config_lib.Train:
   if not ((workdir / 'config.json').is_file()
           and ((workdir / 'checkpoints').is_dir() or not is_trained)):
     raise MissingError(
-        f'{workdir} lacks config.json or checkpoints; give the --workdir of a '
-        'run.')
+        f'{workdir} lacks config.json{" or checkpoints" * is_trained}; give '
+        'the --workdir of a run.')
   saved = loggers.read_json(workdir / 'config.json')
   try:
     config = config_lib.from_json(saved)
