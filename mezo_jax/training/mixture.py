@@ -169,7 +169,8 @@ class Mixture:
     def both(params):
       reports = [part.ask.both(whole) for part, whole in of_each(params)]
       return tuple(self.joined(list(of_all)) for of_all in zip(*reports))
-    return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
+    first = self.parts[0].ask
+    return evaluate.Evaluators(dev, test, both, first.sizes, first.answered)
 
   def joined(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Combines the reports of the tasks into one.

@@ -122,7 +122,8 @@ def load(name_or_dir: str | os.PathLike[str],
     tensors = _fit(rows, config, found, path)
     params = {}
     for row in tqdm(rows, f'loading {path.name}', unit='param',
-                    disable=not progress or jax.process_index() > 0):
+                    # None shows the bar on a terminal only.
+                    disable=not progress or jax.process_index() > 0 or None):
       form = quantize.form(row, dtype, tensors, config.num_layers)
       params[row.path] = (
           _read(row, config, tensors, mesh, float_dtype(dtype), offload)
