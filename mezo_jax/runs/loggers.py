@@ -167,6 +167,7 @@ class Progress:
     self._bar = tqdm(
         total=total, initial=start, dynamic_ncols=True, disable=not bar,
         bar_format='{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}')
+    self.restart()
 
   def read(self, step: int, tokens: int | None, values: dict[str, Any],
            seconds: float | None = None) -> None:
@@ -228,9 +229,12 @@ class Progress:
     words.append(f'lr {self._rates[step - 1]:.2e}')
     if self._seconds:
       seconds = _mean(self._seconds)
-      evaluations = -(-self._total // self._every) - step // self._every
+      # The evaluation of this step has not been made yet.
+      evaluations = -(-self._total // self._every) - (step - 1) // self._every
       left = seconds * (self._total - step) + self._evaluation * evaluations
-      words += [f'{_duration(seconds)}/step', f'{_duration(left)} left']
+      words.append(f'{_duration(seconds)}/step')
+      if step < self._total:
+        words.append(f'{_duration(left)} left')
     else:
       words.append('replayed from the log')
     return ', '.join([*words, self._dev_text] if self._dev_text else words)

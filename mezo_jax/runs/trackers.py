@@ -80,7 +80,8 @@ class Wandb:
         resume='allow', dir=str(workdir), config=config,
         settings=wandb.Settings(
             silent=True, console='off', disable_git=True, disable_code=True,
-            x_disable_meta=True, x_disable_stats=config is None))
+            x_disable_meta=True, x_disable_stats=config is None,
+            x_save_requirements=False))
     # The number of calls, by which wandb orders records, is not the step: a
     # step may have several records, and later ones must not be dropped.
     self._run.define_metric('step')
