@@ -6,6 +6,8 @@ import runs
 
 from mezo_jax.core.errors import Stopped
 from mezo_jax.runs import guards, replay
+from mezo_jax.training import config as config_lib
+from mezo_jax.training import methods
 import train
 
 
@@ -73,6 +75,37 @@ def test_a_jump_is_reported_once_and_not_again_by_a_run_that_goes_on():
   said.clear()
   watched(losses, said, start=200, logged=300)
   assert not said
+
+
+# (learning rate, mean squared projected gradient, loss, steps) that runs of the
+# quickstart had in their first hundred steps, and their rate over a hundred.
+@pytest.mark.parametrize('rate,square,loss,steps,low', [
+    (5e-4, 15.0, 0.65, 20_000, False), (5e-6, 109.0, 0.97, 20_000, True),
+    (1.5e-4, 60.0, 0.8, 200, False), (1.5e-6, 100.0, 1.0, 200, True)])
+def test_a_rate_that_is_too_low_is_reported_once(
+    rate, square, loss, steps, low):
+  rates, said = rate * (1 - np.arange(steps) / steps), []
+  g = np.sqrt(square) * np.random.default_rng(0).normal(size=(200, 1))
+  log = replay.Log(None, {}, replay.no_steps(1, 0))
+  watch = guards.make([], log, 0, said.append, max_skipped=10, max_rise=0.0,
+                      rates=rates)
+  for step, losses in enumerate(noisy(loss, 200), 1):
+    watch(step, dict(loss=losses, projected_grad=g[step - 1]))
+  assert len(said) == low
+  assert all('too low' in text for text in said)
+
+
+def test_rates_are_judged_where_the_loss_and_the_step_have_one_unit():
+  holds = lambda **changes: methods.lowers_by_square(
+      runs.changed(config_lib.Train(), **changes))
+  assert holds() and holds(spsa__num_samples=4, spsa__combine='one_sided')
+  for changes in (
+      dict(spsa__combine='z_score'), dict(spsa__combine='fzoo'),
+      dict(method='finetune'), dict(method='sign'), dict(method='svrg'),
+      dict(method='private'), dict(method='zero_shot'), dict(objective='f1'),
+      dict(optimizer__groups=(('bias', 1.0, 1.0),)),
+      dict(objective='reward', task__kind='generation')):
+    assert not holds(**changes)
 
 
 @pytest.mark.slow

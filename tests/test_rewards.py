@@ -489,7 +489,7 @@ def test_the_reward_rises(whole_run):
   assert last[1]['kind'] == 'dev' and last[1]['kl'] > 0
   answers = [json.loads(line) for line in (
       workdir / 'answers.jsonl').read_text().splitlines()]
-  assert {each['step'] for each in answers} == {15, 30}
+  assert {each['step'] for each in answers} == {0, 15, 30}
   assert all({'prompt', 'answer', 'reward'} <= {*each} for each in answers)
 
 

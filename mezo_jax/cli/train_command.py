@@ -5,13 +5,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mezo_jax.cli import command_line
-from mezo_jax.core.errors import Again, in_one_sentence, local
+from mezo_jax.core.errors import Again, in_one_sentence, InputError, local
 from mezo_jax.distributed import hosts, replicas
 from mezo_jax.training import checks
 
@@ -26,6 +27,9 @@ baseline (--config.method).
 Run the same command again to resume a run that was stopped.'''.strip()
 _OPTIONS = {
     'workdir': (str, 'Directory of the run. Defaults to runs/<config name>.'),
+    'profile': (
+        str, 'FROM:TO writes a trace of these steps to the folder profile of '
+        'the working directory, for Perfetto and xprof.'),
     'distributed': (bool, 'Run on several hosts. Start the same command on '
                     'each of them.'),
     'coordinator': (
@@ -50,9 +54,7 @@ def main(run: Callable, configs: Path = command_line.CONFIGS,
   """Parses the command line, executes the run, and exits.
 
   Args:
-    run: A function ``run(config, workdir, place, source)``, where ``place`` is
-      a `mezo_jax.distributed.replicas.Place` or None, and ``source`` is the
-      name of the config file.
+    run: The function `mezo_jax.training.run`.
     configs: The directory in which --config finds a config by its name.
       Defaults to the configs of the package.
     program: The name of the command in help and errors.
@@ -93,11 +95,28 @@ def _start(run: Callable, program: str, values: flags.FlagValues,
   with hosts.watch(program), in_one_sentence(program):
     checks.check_config(values.config)
     checks.check_given(values.config, given)
+    profile = _steps(values.profile)
     timeout = values.exchange_timeout
     try:
       run(values.config, workdir, replicas.place(
           values.replicas, values.replica, values.exchange,
-          1800.0 if timeout is None else timeout), source=file)
+          1800.0 if timeout is None else timeout), source=file, profile=profile)
     except KeyboardInterrupt:
       raise Again('interrupted. Run the same command again to resume from '
                   f'{workdir}.') from None
+
+
+def _steps(text: str | None) -> range:
+  """Returns the steps of --profile=FROM:TO, or none without it.
+
+  Raises:
+    InputError: if the text is not two numbers of this form.
+  """
+  if text is None:
+    return range(0)
+  found = re.fullmatch(r'(\d+):(\d+)', text)
+  if not found or int(found[1]) > int(found[2]):
+    raise InputError(
+        f'--profile={text} must be FROM:TO, the first and the last step to '
+        'trace, such as --profile=101:110.')
+  return range(int(found[1]), int(found[2]) + 1)

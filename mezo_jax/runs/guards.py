@@ -1,8 +1,14 @@
-"""Stops a run that cannot succeed, and warns about jumps of the loss.
+r"""Stops a run that cannot succeed, and warns about losses that jump or stay.
 
 The loss of a single batch is noisy, so the mean loss of a window of steps is
 compared with that of the first window. A resumed run computes the latter from
 the metrics that it recorded before.
+
+A step of MeZO moves the weights by :math:`-\eta g z`, where the projected
+gradient g is the slope of the batch's loss along z. To first order, it
+therefore lowers this loss by :math:`\eta g^2`. Curvature, and the difference
+between batches, leave less of it. If the sum over all steps is small in
+comparison with the loss, the learning rate is too low.
 """
 
 import collections
@@ -22,10 +28,16 @@ STILL = 100
 # A jump of the loss is reported above this many standard deviations of the
 # losses in the window before.
 _SPIKE = 8.0
+# A learning rate is reported as too low if the first-order changes of the loss
+# are below both limits, as multiples of the loss: for all steps together, and
+# for a step on average. With the rates of configs/quickstart.py, a step reaches
+# 6e-3 and more. With a hundredth of them, it reaches 3e-4 at most.
+_ENOUGH, _ENOUGH_PER_STEP = 10.0, 1e-3
 
 
 def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
-         say: Callable[[str], None], *, max_skipped: int, max_rise: float
+         say: Callable[[str], None], *, max_skipped: int, max_rise: float,
+         rates: np.ndarray | None = None
          ) -> Callable[[int, dict[str, Any]], None]:
   """Returns a function that watches the metrics of each step.
 
@@ -42,6 +54,9 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
     max_rise: Limit on the rise of the mean loss from the first window to the
       current one, in standard deviations of the losses in the first window. 0
       means no limit.
+    rates: Learning rate of each step of the whole run, to warn if they are too
+      low. Defaults to None, for methods whose steps do not lower the loss by
+      the rate times the squared projected gradient, to first order.
 
   Returns:
     A function ``watch(step, values)``, to be called once for each step, in
@@ -52,6 +67,7 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
   # (mean, standard deviation) of the first and of the latest window, and
   # (lowest mean, the last step of its window).
   first, last, lowest = None, None, (np.inf, 0)
+  squares = []  # squared projected gradients of the first window
 
   def watch_loss(step: int, loss: float) -> None:
     """Reports a jump of the loss, and stops a run whose loss has risen."""
@@ -77,6 +93,19 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
           + ('; mezo-jax replay --until rebuilds the weights of that step'
              if log.records else '') + f'. {TRY}')
 
+  def watch_rate(step: int, rates: np.ndarray, grads: Any) -> None:
+    """Reports rates that are too low, when the first window is complete."""
+    squares.append(np.mean(np.square(np.array(grads, float))))
+    if len(squares) < WINDOW or not first or step <= log.end:
+      return
+    change = float(np.nanmean(squares) * np.sum(rates) / abs(first[0]))
+    if change < _ENOUGH and change / len(rates) < _ENOUGH_PER_STEP:
+      say('warning: the learning rate is probably too low: to first order, a '
+          f'step lowers the loss by only {change / len(rates):.2g} of its '
+          f'value, and all {len(rates)} steps together by {change:.2g} of it, '
+          'of which noise and curvature leave a part. Compare with a rate that '
+          'is 10 or 100 times as high.')
+
   def watch(step: int, values: dict) -> None:
     """Checks the metrics of one step; raises `Stopped` at a limit."""
     nonlocal still
@@ -97,6 +126,8 @@ def make(records: Sequence[dict[str, Any]], log: replay.Log, start: int,
           'are trained, all members got the same ones: raise spsa.eps.')
     loss = values.get('loss')
     watch_loss(step, np.nan if loss is None else float(loss))
+    if rates is not None and len(squares) < WINDOW:
+      watch_rate(step, rates, values['projected_grad'])
 
   for record in records:
     if record['step'] <= start:

@@ -706,7 +706,7 @@ def encode_rows(
     buckets: Sequence[int], gold_only: Sequence[str] = (), num_demos: int = 0,
     prior: bool = False,
     soft_ids: Sequence[int] = (), untold: Sequence[str] = (),
-    lm_loss: bool = False, needs_gold: bool = True,
+    lm_loss: bool = False, gold_loss: bool = False, needs_gold: bool = True,
     say: Callable[[str], None] = print) -> Splits:
   """Tokenises the rows of a run and chooses the lengths they are padded to.
 
@@ -728,6 +728,8 @@ def encode_rows(
     lm_loss: Whether the language-model loss of dev and test rows is evaluated,
       too. Candidates are then encoded in full, and if answers are generated,
       the right answers are encoded in addition. Defaults to False.
+    gold_loss: Whether right answers are encoded in addition, too, if answers
+      are generated, all rows have a right one and it fits. Defaults to False.
     needs_gold: Whether each row must have a right answer. Defaults to True.
     say: Function that logs a line. Defaults to `print`.
 
@@ -771,6 +773,13 @@ def encode_rows(
     splits = {name: read(name, write_out=True) for name in names}
   golds = {name: read(name, gold_only=True) for name in ('dev', 'test') if (
       lm_loss and splits[name].generates)}
+  if gold_loss and not golds:
+    held_out = [name for name in ('dev', 'test') if splits[name].generates
+                and all(map(task.has_gold, splits[name].rows))]
+    try:
+      golds = {name: read(name, gold_only=True) for name in held_out}
+    except InputError as e:  # generating needs no right answer that fits
+      say(f'the cross-entropy of right answers is not reported: {e}')
   priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
       prior and splits[name].width > 1)}
   whole = limit + len(soft_ids)

@@ -22,6 +22,9 @@ from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded, Form
 from mezo_jax.tasks.task import Task
 
+# Number of rows whose answers an evaluation keeps.
+KEPT = 20
+
 
 class Sizes(NamedTuple):
   """Holds limits on the shapes of evaluation batches."""
@@ -170,7 +173,9 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
                    prior: Encoded | None = None,
                    prior_sizes: Sizes | None = None, *,
                    objective: str | Callable[..., Any] = '',
-                   gold: Encoded | None = None, gold_sizes: Sizes | None = None
+                   gold: Encoded | None = None,
+                   gold_sizes: Sizes | None = None,
+                   answered: list[rewards.Answer] | None = None
                    ) -> Callable[..., Any]:
   """Returns a function that evaluates parameters on some rows.
 
@@ -193,15 +198,18 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
       the language-model loss. Defaults to None, which leaves out that loss.
     gold_sizes: Limits on the shapes of the batches of ``gold``. Defaults to
       ``sizes``.
+    answered: A list whose elements each evaluation replaces by the answers to
+      the first `KEPT` rows. Defaults to None, which keeps no answers.
 
   Returns:
     A function ``evaluate(params, offsets=None)`` that returns
     ``(report, answers)``. The report has the metrics of the task, ``count`` and
     ``loss``; see `report`. The loss is the value of the objective over all
-    rows, negated if the objective is maximised. With ``offsets`` [C] it also
-    has metrics of ``scores + offsets``. The answers are the scores [R, C] of
-    the candidates, the list of generated texts, or None if ``data`` has right
-    answers only.
+    rows, negated if the objective is maximised. For generated answers whose
+    objective is not the language-model loss, that loss is ``cross_entropy``.
+    With ``offsets`` [C] it also has metrics of ``scores + offsets``. The
+    answers are the scores [R, C] of the candidates, the list of generated
+    texts, or None if ``data`` has right answers only.
 
   Raises:
     ValueError: If the objective is 'lm' and the candidates in ``data`` were not
@@ -210,7 +218,7 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
   objective = objectives.of(task, objective)
   if data.generates:
     return _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective,
-                           gold, gold_sizes)
+                           gold, gold_sizes, answered)
   if objective == 'lm' and data.read_at is not None:
     raise ValueError(
         "the objective 'lm' needs candidates that are written out; encode the "
@@ -234,6 +242,8 @@ def make_evaluator(model: Any, task: Task, data: Encoded, tokenizer: Any,
       loss = _lm_loss(sums[index], counts[index])
     elif subtract:
       loss = trained_loss(objective, plain, data)
+    if answered is not None:
+      answered[:] = _chosen(task, data, scores)
     out = choices_report(task, objective, data, scores, loss)
     if offsets is not None:
       out |= calibrated(task, objective, data, scores, offsets)
@@ -300,8 +310,19 @@ def _make_writer(model, task, data, tokenizer, sizes, mesh) -> Callable:
   return write
 
 
+def _chosen(task: Task, data: Encoded, scores: np.ndarray
+            ) -> list[rewards.Answer]:
+  """Returns the candidates that are chosen for the first `KEPT` rows.
+
+  A row without finite scores has the answer ''.
+  """
+  return [
+      rewards.Answer(row, task.answers(row)[choice] if choice >= 0 else '', {})
+      for row, choice in zip(data.rows[:KEPT], predictions(scores[:KEPT]))]
+
+
 def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
-                    gold_sizes) -> Callable:
+                    gold_sizes, answered) -> Callable:
   """Returns the function of `make_evaluator` for generated answers."""
   write = _make_writer(model, task, data, tokenizer, sizes, mesh)
   right = gold and make_scorer(model, gold, gold_sizes or sizes, mesh)
@@ -319,12 +340,17 @@ def _text_evaluator(model, task, data, tokenizer, sizes, mesh, objective, gold,
     if has_gold:
       out |= report_texts(said, [task.references(r) for r in data.rows])
     out['count'] = len(said)
-    if right:
-      out['loss'] = _lm_loss(*right(params))
-    elif callable(objective):
+    if callable(objective):
       out['loss'] = -out[objectives.name(objective)]
     elif objective in ('f1', 'accuracy'):
       out['loss'] = -out['f1' if objective == 'f1' else 'exact_match']
+    if right:
+      out['cross_entropy' if 'loss' in out else 'loss'] = _lm_loss(
+          *right(params))
+    if answered is not None:
+      answered[:] = (
+          objective.last[:KEPT] if isinstance(objective, rewards.Reward) else
+          [rewards.Answer(*pair, {}) for pair in zip(data.rows[:KEPT], said)])
     return out | _lost(finite), said
 
   return evaluate
@@ -438,6 +464,9 @@ class Evaluators(NamedTuple):
   # dev rows, too.
   both: Callable
   sizes: dict[str, Sizes]  # shapes of the batches of each split
+  # Answers to the first `KEPT` dev rows in the latest evaluation of them. Empty
+  # before it, and if only right answers are scored.
+  answered: list[rewards.Answer]
 
 
 def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
@@ -455,11 +484,12 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
     mesh: Mesh of the parameters.
     sizes: Limits on the shapes of the batches of each split, from `sizes_of`.
   """
-  objective = objectives.of(task, objective)
+  objective, answered = objectives.of(task, objective), []
   dev, test = (make_evaluator(
       model, task, getattr(splits, name), tokenizer, sizes[name], mesh,
       splits.prior.get(name), sizes.get(f'prior_{name}'), objective=objective,
-      gold=splits.gold.get(name), gold_sizes=sizes.get(f'gold_{name}'))
+      gold=splits.gold.get(name), gold_sizes=sizes.get(f'gold_{name}'),
+      answered=answered if name == 'dev' else None)
                for name in ('dev', 'test'))
 
   def both(params):
@@ -471,7 +501,7 @@ def make_evaluators(model: Any, task: Task, objective: str | Callable[..., Any],
       on_dev |= calibrated(task, objective, splits.dev, scores, offsets)
     return on_dev, *test(params, offsets)
 
-  return Evaluators(lambda params: dev(params)[0], test, both, sizes)
+  return Evaluators(lambda params: dev(params)[0], test, both, sizes, answered)
 
 
 def sizes_of(splits: data_lib.Splits, rows: int, tokens: int

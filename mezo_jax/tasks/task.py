@@ -221,6 +221,13 @@ class Task:
     return [self._fill('answer', self.answer, row, choice=choice)
             for choice in self._choices(row)]
 
+  def answers(self, row: dict[str, Any]) -> list[str]:
+    """Returns the candidates of a row; for kind 'head', the names of classes.
+    """
+    if self.traits.new_head:
+      return [*map(str, self.label_names or self.label_words)]
+    return self.candidates(row)
+
   def golds(self, row: dict[str, Any]) -> tuple[int, ...]:
     """Returns the indices of the right candidates or classes of a row.
 

@@ -281,7 +281,8 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
       # A baseline that generates answers has no use for the LM loss.
       lm_loss=objectives.gold_only(objective) and (
           method.steps or not task.traits.generates),
-      needs_gold=needs_gold, say=say)
+      # The chat template of a prompt has no place for a right answer.
+      gold_loss=method.steps and not task.chat, needs_gold=needs_gold, say=say)
   most = max((token for split in (splits.train, splits.dev, splits.test,
                                   *splits.gold.values())
               for part in (*split.prompts, *(

@@ -14,6 +14,7 @@ from mezo_jax.core.quantized import QUANTISED
 from mezo_jax.directions.by_name import KINDS, options_of
 from mezo_jax.directions.low_rank import LowRank
 from mezo_jax.peft.kinds import PARTS
+from mezo_jax.runs import trackers
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import rewards
 from mezo_jax.tasks import task as task_lib
@@ -151,6 +152,9 @@ def check_config(config: config_lib.Train) -> None:
        'max_skipped and keep_checkpoints must be at least 1'),
       (0 <= config.max_rise < math.inf,
        'max_rise must be at least 0 and finite'),
+      ({*config.loggers} <= {*trackers.NAMES},
+       f'loggers {config.loggers} must be a tuple of '
+       f'{", ".join(trackers.NAMES)}'),
       (min(config.eval_every, config.checkpoint_every, config.steps) >= 1,
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]

@@ -314,6 +314,10 @@ class Train:
   # steps. The unit is the standard deviation of the losses of the first 100
   # steps; 0 for no limit.
   max_rise: float = 10.0
+  # Where the records of metrics.jsonl, which is always written, are shown in
+  # addition: 'tensorboard', 'wandb' or 'trackio', several of them, or 'jsonl'
+  # for nowhere. 'auto' is TensorBoard if tensorboardX is installed.
+  loggers: tuple[str, ...] = ('auto',)
 
 
 # Fields that may change when a run is continued in its working directory. The
@@ -323,6 +327,7 @@ _FREE = (
     'model.name', 'model.revision', 'model.offload', 'steps', 'eval_every',
     'checkpoint_every', 'keep_checkpoints', 'eval_batch_size',
     'eval_batch_tokens', 'mesh', 'max_skipped', 'max_rise', 'cache_memory',
+    'loggers',
     'reward.workers', 'reward.at_once', 'reward.kl')
 
 # Fields that earlier versions had and this one does not. Each is mapped to the

@@ -6,8 +6,9 @@ and dispatches it; `loop` reads the results, evaluates and saves; and `Recorder`
 writes everything that is recorded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 import dataclasses
+from pathlib import Path
 import time
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def from_replicas(step_fn: Step, batches: Iterator[Any],
 
 def steps(state: TrainState, numbered: range, step_fn: Step, log: replay.Log,
           made: Source, evaluates: Callable[[int], bool]
-          ) -> Iterator[tuple[int, TrainState, Numbers]]:
+          ) -> Generator[tuple[int, TrainState, Numbers]]:
   """Dispatches steps, and yields ``(step, state, numbers)`` of each.
 
   The device may not have computed the step yet when it is yielded. The state is
@@ -166,6 +167,42 @@ def evaluated_steps(total: int, every: int, log: replay.Log, accumulates: bool
   return evaluates
 
 
+def traced(steps: Iterator[tuple[int, TrainState, Numbers]], start: int,
+           profile: range, directory: Path
+           ) -> Generator[tuple[int, TrainState, Numbers]]:
+  """Yields steps, and writes a trace of some of them.
+
+  The trace can be opened in Perfetto and in xprof. It includes what the host
+  does between these steps, such as an evaluation.
+
+  Args:
+    steps: Yields ``(step, state, numbers)``; see the function `steps`.
+    start: Number of the first step that it yields.
+    profile: Numbers of the steps to trace.
+    directory: Directory of the trace.
+  """
+  on, step = False, start
+  try:
+    while True:
+      # A step is dispatched when it is requested, so start before that.
+      if step in profile and not on:
+        jax.profiler.start_trace(directory, create_perfetto_trace=True)
+        on = True
+      with jax.profiler.StepTraceAnnotation('step', step_num=step):
+        item = next(steps, None)
+      if item is None:
+        return
+      yield item
+      if on and step == profile[-1]:
+        jax.block_until_ready(item[-1].values)
+        jax.profiler.stop_trace()
+        on = False
+      step += 1
+  finally:
+    if on:
+      jax.profiler.stop_trace()
+
+
 # --- records ----------------------------------------------------------------
 
 
@@ -185,6 +222,8 @@ class Recorder:
     plan: Plan of a private run; None for another run.
     rank: A function from a report on the dev rows to the sort key by which the
       best checkpoint is found; None if the dev rows do not select a step.
+    answers: A function of the step number that writes the answers of the
+      latest evaluation, and returns lines that show some of them.
     others: The exchange of a run with replicas; None for another run.
     accumulates: Whether updates are accumulated over several steps.
     say: A function that prints a line for the user.
@@ -198,6 +237,7 @@ class Recorder:
   host: Host
   plan: privacy.Plan | None
   rank: Callable[[dict], dict | None] | None
+  answers: Callable[[int], list[str]]
   others: Any
   accumulates: bool
   say: Callable[[str], None]
@@ -236,7 +276,7 @@ class Recorder:
       self.others.mark(step, fingerprint.checksum(state.params))
 
   def evaluation(self, step: int, report: dict[str, Any]) -> None:
-    """Records and prints an evaluation on the dev rows.
+    """Records and prints an evaluation on the dev rows, and some answers.
 
     Args:
       step: Number of the step.
@@ -246,8 +286,16 @@ class Recorder:
     if self.plan:
       spent = {'epsilon': self.plan.spent(step)}
       text += f'; spent epsilon {spent["epsilon"]:.3f}'
+    lines = self.answers(step)
     self.metrics.write('dev', step, **report, **spent)
-    self.say(text)
+    self.progress.evaluated()
+    best = loggers.best_on_dev(self.metrics, self.rank) if self.rank else None
+    if best and best[0] == step:
+      text += '; the best so far'
+    elif best:
+      text += f'; the best so far is step {best[0]}, {evaluate.spell(best[1])}'
+    for line in (text, *lines):
+      self.say(line)
 
   def save(self, step: int, state: TrainState, report: dict[str, Any] | None
            ) -> None:
@@ -272,7 +320,7 @@ class Recorder:
 def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
          record: Recorder, *, evaluates: Callable[[int], bool],
          checkpoint_every: int,
-         evaluate_dev: Callable[[int, Any], dict[str, Any]],
+         evaluate_dev: Callable[[Any], dict[str, Any]],
          stop_wanted: Callable[[int], bool]) -> TrainState:
   """Runs the training loop: records, evaluates and saves the steps.
 
@@ -296,8 +344,8 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       before it is evaluated or saved.
     checkpoint_every: Steps from one checkpoint to the next. Evaluated steps are
       saved in addition.
-    evaluate_dev: A function from the number of the step and the trained
-      parameters to the report on the dev rows.
+    evaluate_dev: A function from the trained parameters to the report on the
+      dev rows.
     stop_wanted: A function of the step number that returns whether a signal has
       asked the run to stop, from `mezo_jax.runs.preemption.watched`.
 
@@ -332,7 +380,7 @@ def loop(state: TrainState, steps: Iterator[tuple[int, TrainState, Numbers]],
       # A replayed step may have been evaluated already.
       report = record.metrics.at('dev', step)
       if not report:
-        report = evaluate_dev(step, state.params)
+        report = evaluate_dev(state.params)
         record.evaluation(step, report)
     record.save(step, state, report)
     if stopping:

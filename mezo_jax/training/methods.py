@@ -747,6 +747,21 @@ def looks_first(config: Any) -> bool:
   return method.probe or method.scores
 
 
+def lowers_by_square(config: Any) -> bool:
+  """Returns whether a step lowers the loss by its rate times ``g ** 2``.
+
+  This holds to first order if an update is the sum of ``g z`` times the rate,
+  and g is the slope of the loss along z. If losses are standardised or are
+  metrics, or in private training, g is something else.
+  """
+  method, named = method_of(config), objective.of(config.task, config.objective)
+  return (method.steps and method.usual_rates and not method.backprop
+          and not method.anchors and not method.private
+          and not config.optimizer.groups
+          and not COMBINES[config.spsa.combine].needs_all
+          and objective.differentiable(named))
+
+
 def warnings(config: Any) -> list[str]:
   """Returns sentences about settings that are valid but unusual.
 
@@ -760,8 +775,11 @@ def warnings(config: Any) -> list[str]:
   method, part, o = method_of(config), part_of(config), config.optimizer
   if not (method.steps and method.usual_rates):
     return []
-  # These combine functions standardize losses, so rates have another scale.
+  # These combine functions standardize losses, so rates have another scale. So
+  # have rewards, whose unit only the user knows.
   if not method.backprop and COMBINES[config.spsa.combine].needs_all:
+    return []
+  if objective.of(config.task, config.objective) == objective.REWARD:
     return []
   if method.backprop and o.name == 'sgd':
     return []

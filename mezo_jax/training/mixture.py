@@ -176,7 +176,8 @@ class Mixture:
       found = [part.ask.both(whole) for part, whole in of_each(params)]
       on_dev, on_test, answers = zip(*found)
       return self.joined(on_dev), self.joined(on_test), answers
-    return evaluate.Evaluators(dev, test, both, self.parts[0].ask.sizes)
+    first = self.parts[0].ask
+    return evaluate.Evaluators(dev, test, both, first.sizes, first.answered)
 
   def predictions(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns the predictions of the test rows, as in ``predictions.jsonl``.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from mezo_jax.training import build as build_lib
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import divergence, mixture, population
 
-# Number of answers of an evaluation that are written to a file, and shown.
-_WRITTEN, _SHOWN = 20, 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Rewarded:
@@ -25,13 +21,12 @@ class Rewarded:
 
   Attributes:
     step_options: Keyword arguments of `mezo_jax.make_step`.
-    evaluate: A function from the number of a step and the trained parameters to
-      the report on the dev rows. It also writes some answers to
-      ``answers.jsonl``.
+    evaluate: A function from the trained parameters to the report on the dev
+      rows.
   """
 
   step_options: dict[str, Any]
-  evaluate: Callable[[int, Any], dict[str, Any]]
+  evaluate: Callable[[Any], dict[str, Any]]
 
 
 def make(config: config_lib.Train, built: build_lib.Built,
@@ -70,41 +65,14 @@ def make(config: config_lib.Train, built: build_lib.Built,
         built.model, task, splits.dev, built.tokenizer,
         build_lib.eval_sizes(config, splits)['dev'], built.mesh)
 
-  def evaluate(step: int, params: Any) -> dict[str, Any]:
-    """Evaluates the dev rows, and writes and shows some answers."""
+  def evaluate(params: Any) -> dict[str, Any]:
+    """Evaluates the dev rows."""
     report = ask(params)
     if kl is not None:
       frozen = tasks.parts[0].built.frozen
       report['kl'] = kl(*(peft.join(p, frozen) for p in (params, start)))
-    if jax.process_index() == 0:
-      _write(workdir / 'answers.jsonl', step, [{
-          'step': step, 'prompt': task.prompt(answer.row),
-          'answer': answer.text, 'reward': answer.reward,
-          **{f'reward/{name}': x for name, x in answer.parts.items() if name}}
-          for answer in reward.last[:_WRITTEN]])
-    for answer in reward.last[:_SHOWN]:
-      say(f'  {_short(task.prompt(answer.row))} -> {_short(answer.text)} '
-          f'(reward {answer.reward:.3g})')
     return report
 
   return Rewarded(
       dict(reward=reward.of_rollouts(splits.train.rows, task, built.tokenizer),
            at_once=at_once, build=config.reward.build), evaluate)
-
-
-def _write(path: Path, step: int, records: list[dict[str, Any]]) -> None:
-  """Writes the answers of a step after those of earlier steps.
-
-  Answers of this and later steps, which a resumed run computes again, are
-  removed.
-  """
-  lines = path.read_text().splitlines() if path.exists() else []
-  kept = [line for line in lines if json.loads(line)['step'] < step]
-  part = path.with_suffix('.part')
-  part.write_text('\n'.join([*kept, *map(json.dumps, records), '']))
-  part.replace(path)
-
-
-def _short(text: str) -> str:
-  """Returns a text in quotes, cut to 80 characters."""
-  return repr(text if len(text) <= 80 else f'{text[:77]}...')

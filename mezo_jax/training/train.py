@@ -5,12 +5,14 @@ from top to bottom in chapters: check, build, baselines, step, inputs,
 zero-shot, restore, train, report.
 """
 
+import contextlib
 import functools
 from pathlib import Path
 import time
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -20,15 +22,17 @@ from mezo_jax.core import fingerprint, paths
 from mezo_jax.core.errors import InputError, local
 from mezo_jax.distributed import agreement
 from mezo_jax.distributed import replicas as replicas_lib
-from mezo_jax.runs import guards, loggers, preemption, resume
+from mezo_jax.runs import guards, loggers, preemption, resume, trackers
 from mezo_jax.runs import workdir as workdir_lib
 from mezo_jax.tasks import evaluate
 from mezo_jax.training import (
+  answers,
   build,
   checks,
   linear_probe,
   methods,
   mixture,
+  optimizer,
   privacy,
   rewarded,
   run_files,
@@ -41,8 +45,8 @@ from mezo_jax.transforms.step import field, make_step, pends
 
 
 def run(config: config_lib.Train, workdir: Path,
-        place: replicas_lib.Place | None = None, source: str = ''
-        ) -> dict[str, Any]:
+        place: replicas_lib.Place | None = None, source: str = '',
+        profile: range = range(0)) -> dict[str, Any]:
   """Trains a model, or evaluates a baseline, as a config describes.
 
   If the run was stopped, the same call resumes it. The parameters are then
@@ -56,6 +60,8 @@ def run(config: config_lib.Train, workdir: Path,
     place: The place of this process among several replicas (docs/log.md).
       Defaults to None, for a run without replicas.
     source: Name of the config file, for the log. Defaults to '', for none.
+    profile: Numbers of the steps of which a trace is written to ``profile`` in
+      the working directory. Defaults to none.
 
   Returns:
     The result, which is also written to ``result.json``: a dict of JSON values,
@@ -71,15 +77,21 @@ def run(config: config_lib.Train, workdir: Path,
   workdir = local(workdir)
   with workdir_lib.alone(workdir):
     agreement.check_shared(workdir)
-    return _run(config, workdir, place, source)
+    checks.check_config(config)
+    with contextlib.closing(trackers.Mirror(config.loggers, _say)) as mirror:
+      return _run(config, workdir, place, source, profile, mirror)
 
 
-def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
+def _run(config: config_lib.Train, workdir: Path, place, source: str,
+         profile: range, mirror: trackers.Mirror) -> dict:
   """Executes a run in a working directory that this process has locked."""
   # Check: reject configs and directories that cannot work before anything is
   # loaded.
   began = time.time()
-  checks.check_config(config)
+  if profile and not 1 <= profile[0] <= profile[-1] <= config.steps:
+    raise InputError(
+        f'--profile={profile[0]}:{profile[-1]} must be steps of the run, from '
+        f'1 to {config.steps} (--config.steps).')
   file = f'{source}, ' if source else ''
   _say(f'config: {file}{config_lib.in_words(config)}')
   replicas_lib.check_replicas(
@@ -126,8 +138,8 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
           state.params, probe, splits.train.token_ids))
   if not method.steps:
     assert method.result is not None
-    on_dev, final, answers = method.result(ask, state.params, probed)
-    result = finish(on_dev, final, answers, seconds=time.time() - began)
+    on_dev, final, said = method.result(ask, state.params, probed)
+    result = finish(on_dev, final, said, seconds=time.time() - began)
     _say(f'{config.method}: test {evaluate.spell(final)}; see '
          f'{workdir / "result.json"}')
     return result
@@ -150,10 +162,16 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
                        '--config.mesh.direction.')
     rewards = rewarded.make(
         config, built, tasks, state.params, workdir, _say)
+  clock = loggers.Clock()
+
+  def on_compile(batch, compiled, seconds):
+    """Reports a program, and leaves its seconds out of those of steps."""
+    clock.skip(seconds)
+    _say(loggers.spell_program(batch, compiled, seconds))
+
   step_fn = make_step(
       built.tx, tasks.value_fn, mesh=mesh, part=place.part if place else None,
-      on_compile=lambda *about: _say(loggers.spell_program(*about)),
-      **(rewards.step_options if rewards else {}))
+      on_compile=on_compile, **(rewards.step_options if rewards else {}))
   _say('the training step is compiled once per sequence length: '
        f'{", ".join(tasks.lengths(plan))} tokens')
 
@@ -200,11 +218,19 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     again = (f'; replaying the steps since {since} from the log'
              if start < log.end else '')
     _say(f'resumed from step {log.end} of {workdir}{again}')
-  metrics = loggers.Metrics(workdir, log.end)
+  metrics = loggers.Metrics(workdir, log.end, mirror.log)
+  mirror.start(None if plan else config_lib.to_json(config), workdir, log.end,
+               metrics.records, len(earlier))
+  # The answers to private rows, or to rows next to them, are not written.
+  write_answers = (lambda step: []) if plan else functools.partial(
+      answers.write, config, tasks, workdir / 'answers.jsonl')
   if zero_shot:
     on_dev, on_test, _ = zero_shot
+    lines = write_answers(0)
     metrics.write('dev', 0, **on_dev)
     metrics.write('zero_shot', 0, **on_test)
+    for line in (f'step 0: dev {evaluate.spell(on_dev)}', *lines):
+      _say(line)
   zero_shot = metrics.at('zero_shot', 0) or {}
   if zero_shot:
     _say(f'zero-shot: test {evaluate.spell(zero_shot)}')
@@ -221,29 +247,42 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     made = loop_lib.from_batches(step_fn, batches, tasks.frozen)
   steps = loop_lib.steps(state, range(start + 1, config.steps + 1), step_fn,
                          log, made, evaluates)
-  evaluate_dev = rewards.evaluate if rewards else (
-      lambda step, params: ask.dev(params))
+  if profile:
+    steps = loop_lib.traced(steps, start + 1, profile, workdir / 'profile')
+    if profile[-1] <= start:
+      _say('warning: an earlier process made the steps of --profile, so no '
+           'trace is written; choose later steps.')
   rank = None
   if selects:
     rank = functools.partial(
         evaluate.rank, metric=metric, select=config.select)
-  progress = loggers.Progress(metrics, config.steps, start, loss=not plan)
+  shown = 'loss' if config.select == 'loss' else metric
+  rates = np.broadcast_to(optimizer.schedule(
+      config, config.optimizer.learning_rate)(np.arange(config.steps)),
+                          config.steps)
+  progress = loggers.Progress(
+      metrics, config.steps, start, clock, rates=rates,
+      dev=functools.partial(loggers.spell_dev, metrics, rank, shown),
+      eval_every=config.eval_every, loss=not plan)
   try:
     watch = guards.make(
         metrics.of('train'), log, start, _say, max_skipped=config.max_skipped,
-        max_rise=config.max_rise)
+        max_rise=config.max_rise,
+        rates=rates if methods.lowers_by_square(config) else None)
     record = loop_lib.Recorder(
         log=log, metrics=metrics, progress=progress, checkpoints=checkpoints,
-        watch=watch, host=built.host, plan=plan, rank=rank, others=others,
-        accumulates=accumulates, say=_say)
+        watch=watch, host=built.host, plan=plan, rank=rank,
+        answers=write_answers, others=others, accumulates=accumulates, say=_say)
     with preemption.watched(log) as stop_wanted:
       state = loop_lib.loop(
           state, steps, record, evaluates=evaluates,
-          checkpoint_every=config.checkpoint_every, evaluate_dev=evaluate_dev,
+          checkpoint_every=config.checkpoint_every,
+          evaluate_dev=rewards.evaluate if rewards else ask.dev,
           stop_wanted=stop_wanted)
     if others:
       others.close()
   finally:
+    steps.close()  # ends a trace
     progress.close()
     log.close()
     # Saving is asynchronous. Wait, so that the last checkpoint is complete even
@@ -257,7 +296,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
     step, params = resume.best(
         checkpoints, state, config.steps,
         replays=log.records and log.steps.first == 1)
-  on_dev, final, answers = ask.both(params)
+  on_dev, final, said = ask.both(params)
   checkpoints.close()
   metrics.close()
   loggers.draw_curves(workdir / 'curves.png', metrics, metric,
@@ -270,10 +309,11 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str) -> dict:
   forwards = config.steps * methods.forwards(
       config, len(splits.train.prompts))
   result = finish(
-      on_dev, final | {'step': step}, answers, seconds=time.time() - began,
+      on_dev, final | {'step': step}, said, seconds=time.time() - began,
       steps=config.steps, forwards=round(forwards), trained=trained,
       compilations=len(step_fn.compiled), metric=metric,
       learning_rate=config.optimizer.learning_rate, **more)
+  mirror.finish({} if plan else result['final'])
   if plan:
     _say(privacy.spell(plan, config.steps))
   _say(tasks.table(zero_shot, final))

@@ -121,8 +121,9 @@ def load(name_or_dir: str | os.PathLike[str],
     rows = table_of(config)
     tensors = _fit(rows, config, found, path)
     params = {}
+    hidden = not progress or jax.process_index() > 0
     for row in tqdm(rows, f'loading {path.name}', unit='param',
-                    disable=not progress or jax.process_index() > 0):
+                    disable=True if hidden else None):  # None: on a terminal
       form = quantize.form(row, dtype, tensors, config.num_layers)
       params[row.path] = (
           _read(row, config, tensors, mesh, float_dtype(dtype), offload)
