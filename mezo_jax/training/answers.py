@@ -54,8 +54,9 @@ def write(config: config_lib.Train, tasks: mixture.Mixture, path: Path,
 def _record(task: Task, answer: rewards.Answer) -> dict[str, Any]:
   """Returns an answer with its prompt, the right answer and its reward."""
   row = answer.row
-  found = {'prompt': task.prompt(row, mask='...', sep=' '),
-           'answer': answer.text}
+  found: dict[str, Any] = {
+      'prompt': task.prompt(row, mask='...', sep=' '),
+      'answer': answer.text}
   if task.has_gold(row):
     found['right'] = (task.references(row)[0] if task.traits.generates else
                       task.answers(row)[task.golds(row)[0]])
