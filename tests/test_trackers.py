@@ -18,8 +18,8 @@ class Fake:
 
   fails, calls = '', []
 
-  def start(self, config, workdir, run_id, step):
-    self._call('start', run_id, config, step)
+  def start(self, config, workdir, run_id, step, sent):
+    self._call('start', run_id, config, step, sent)
 
   def log(self, step, kind, values):
     self._call('log', step, kind, values)
@@ -76,8 +76,8 @@ def test_a_tracker_gets_the_numbers_of_each_record_once(fake, tmp_path):
   process(tmp_path, 4, 9, config={'steps': 9}).finish({'accuracy': 0.5})
   assert sent(fake) == written(tmp_path)
   starts = [call for call in fake.calls if call[0] == 'start']
-  assert len({run_id for _, run_id, _, _ in starts}) == 1
-  assert [step for *_, step in starts] == [None, 3, 4]
+  assert len({run_id for _, run_id, *_ in starts}) == 1
+  assert [call[3:] for call in starts] == [(0, 0), (3, 7), (4, 7)]
   assert starts[0][2] == {'steps': 9}
   assert fake.calls[1] == ('log', 1, 'train', {'loss': 1.0})
   assert fake.calls[-1] == ('finish', {'accuracy': 0.5})
@@ -157,8 +157,8 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
   process(tmp_path, 2, 6, ('wandb',), said, {'steps': 6}).finish(
       {'accuracy': 0.5})
   assert not said
-  ids, steps = set(), []
-  for file in sorted(tmp_path.rglob('*.wandb')):
+  ids, steps, numbers = set(), [], []
+  for file in sorted((tmp_path / 'wandb').glob('offline-run-*/*.wandb')):
     for data in stored(file.read_bytes()):
       record = wandb_internal_pb2.Record.FromString(data)
       if record.HasField('run'):
@@ -166,13 +166,12 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
       if record.HasField('history'):
         items = {'/'.join(item.nested_key) or item.key: item.value_json
                  for item in record.history.item}
-        steps.append((int(items['step']), sorted(
-            name.partition('/')[0] for name in items if '/' in name)[0]))
+        kind, = {name.partition('/')[0] for name in items if '/' in name}
+        steps.append((int(items['step']), kind))
+        numbers.append(int(items['_step']))
   assert ids == {json.loads(
       (tmp_path / 'trackers.json').read_text())['wandb']['id']}
-  assert len(steps) == len(set(steps)) and sorted(steps) == sorted(
-      written(tmp_path))
-  assert [step for step, _ in steps] == sorted(step for step, _ in steps)
+  assert steps == written(tmp_path) and numbers == [*range(len(steps))]
 
 
 @pytest.mark.slow

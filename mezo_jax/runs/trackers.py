@@ -23,7 +23,7 @@ class Tracker(Protocol):
   """Shows the records of a run. Each method may raise any exception."""
 
   def start(self, config: dict[str, Any] | None, workdir: Path, run_id: str,
-            step: int | None) -> None:
+            step: int, sent: int) -> None:
     """Starts or continues a run of the tracker.
 
     Args:
@@ -31,8 +31,8 @@ class Tracker(Protocol):
         the records may be shown.
       workdir: Working directory of the run.
       run_id: Id of the run, the same each time that it is continued.
-      step: Step after which the run continues. None if the tracker has no
-        records of it yet.
+      step: Step after which the run continues, 0 for a new run.
+      sent: Number of its records that the tracker has got already.
     """
 
   def log(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -49,13 +49,13 @@ class Tracker(Protocol):
 class TensorBoard:
   """Writes events to the folder ``tensorboard`` of the working directory."""
 
-  def start(self, config, workdir, run_id, step):
+  def start(self, config, workdir, run_id, step, sent):
     del config, run_id
     # An optional package, which pyright cannot find if it is not installed.
     from tensorboardX import SummaryWriter  # pyright: ignore
     # TensorBoard hides what an earlier process wrote of the steps from here.
     self._writer = SummaryWriter(str(workdir / 'tensorboard'),
-                                 purge_step=0 if step is None else step + 1)
+                                 purge_step=step + 1 if sent else 0)
 
   def log(self, step, kind, values):
     for name, value in values.items():
@@ -69,7 +69,7 @@ class TensorBoard:
 class Wandb:
   """Logs to Weights & Biases."""
 
-  def start(self, config, workdir, run_id, step):
+  def start(self, config, workdir, run_id, step, sent):
     del step
     import wandb  # pyright: ignore
     # Only records and the config are sent. The output, the command line, the
@@ -82,14 +82,17 @@ class Wandb:
             silent=True, console='off', disable_git=True, disable_code=True,
             x_disable_meta=True, x_disable_stats=config is None,
             x_save_requirements=False))
-    # The number of calls, by which wandb orders records, is not the step: a
-    # step may have several records, and later ones must not be dropped.
+    # wandb orders records by a number of its own, and drops one whose number
+    # is not the highest. A step may have several records, so they are counted.
+    self._sent = sent
     self._run.define_metric('step')
     self._run.define_metric('*', step_metric='step')
 
   def log(self, step, kind, values):
     self._run.log(
-        {'step': step} | {f'{kind}/{n}': v for n, v in values.items()})
+        {'step': step} | {f'{kind}/{n}': v for n, v in values.items()},
+        step=self._sent)
+    self._sent += 1
 
   def finish(self, result):
     for name, value in (result or {}).items():
@@ -100,8 +103,8 @@ class Wandb:
 class Trackio:
   """Logs to trackio."""
 
-  def start(self, config, workdir, run_id, step):
-    del step
+  def start(self, config, workdir, run_id, step, sent):
+    del step, sent
     import trackio  # pyright: ignore
     machine = False if config is None else None  # None leaves it to trackio
     self._run = trackio.init(
@@ -208,7 +211,7 @@ class Mirror:
       entry, tracker = self._saved[name], TRACKERS[name][0]()
       sent = entry['sent']
       self._try(name, sent, tracker.start, config, workdir, entry['id'],
-                step if sent else None)
+                step, sent)
       if name == 'tensorboard':  # it hides what was dropped
         sent = min(sent, len(kept))
       if entry['on']:
