@@ -140,9 +140,8 @@ def _draw(path: Path, axis: str, panels: dict[tuple[str, str], list[int]],
   figure = Figure(figsize=(5, 2.6 * len(panels) + 0.22 * len(drawn) * legend),
                   layout='constrained')
   plots = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-  if len(drawn) <= 10:
-    colours = dict(zip(drawn, matplotlib.colormaps['tab10'].colors))
-  else:
+  colours: dict[int, Any] = {i: f'C{k}' for k, i in enumerate(drawn)}
+  if len(drawn) > 10:
     colours = dict(zip(drawn, matplotlib.colormaps['turbo'](
         np.linspace(0.05, 0.95, len(drawn)))))
   lines = {}
