@@ -11,7 +11,7 @@ import numpy as np
 from mezo_jax.core import reports
 
 # Each picture has one of these on its x axis.
-_AXES = ('steps', 'row forwards', 'seconds')
+_AXES = ('steps', 'training forwards', 'seconds')
 # Values of training steps are averaged over this share of the run.
 _SHARE = 1 / 50
 # With more runs than this, the pictures have no legend.
@@ -140,11 +140,10 @@ def _draw(path: Path, axis: str, panels: dict[tuple[str, str], list[int]],
   figure = Figure(figsize=(5, 2.6 * len(panels) + 0.22 * len(drawn) * legend),
                   layout='constrained')
   plots = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-  if len(drawn) <= 10:
-    colours = {i: f'C{k}' for k, i in enumerate(drawn)}
-  else:
-    shades = matplotlib.colormaps['turbo'](np.linspace(0.05, 0.95, len(drawn)))
-    colours = dict(zip(drawn, shades))
+  colours: dict[int, Any] = {i: f'C{k}' for k, i in enumerate(drawn)}
+  if len(drawn) > 10:
+    colours = dict(zip(drawn, matplotlib.colormaps['turbo'](
+        np.linspace(0.05, 0.95, len(drawn)))))
   lines = {}
   for plot, ((kind, name), members) in zip(plots, panels.items()):
     for i in members:
