@@ -58,8 +58,8 @@ def draw(path: Path, runs: dict[str, list[list[dict]]]) -> None:
       axis.plot(steps, values.mean(0), label=name)
       axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
       axis.set_xlabel('step')
-  axes[0].set_ylabel('reward, held-out prompts')
-  axes[1].set_ylabel('divergence from the start, nats a token')
+  axes[0].set_ylabel('reward of held-out prompts')
+  axes[1].set_ylabel('divergence, nats a token')
   axes[0].legend()
   figure.savefig(path, dpi=150)
 
