@@ -9,7 +9,8 @@ last step, not of the best. With --grid, also one seed of a small grid of
 learning rates and perturbation scales, after half of the steps. Runs are kept
 in DIR, and finished ones are not repeated.
 
-Writes benchmarks/results/conciseness.md, .json and .png.
+Writes benchmarks/results/conciseness.md and .json, and the picture
+docs/rewards_conciseness.png.
 """
 
 import argparse
@@ -94,8 +95,7 @@ def main():
                      'reward after': f'{last["reward"]:.3f}',
                      'divergence': f'{last["kl"]:.4f}'})
       tables.append((f'Sensitivity: one seed, {half} steps', rows))
-  results = Path(__file__).parent / 'results'
-  draw(results / 'conciseness.png', found)
+  draw(Path(__file__).parents[1] / 'docs' / 'rewards_conciseness.png', found)
   harness.write('conciseness', harness.header(
       f'{args.steps} steps, {args.seeds} seeds'), tables)
 

@@ -46,9 +46,12 @@ def test_a_checkpoint_is_measured_with_its_weights(
     tiny_dir, reviews_file, tmp_path, capsys):
   """Checks that the loss is that of the trained weights, which are kept."""
   workdir = tmp_path / 'run'
-  commands.main(['train', f'--workdir={workdir}', *flags(
-      tiny_dir, reviews_file, '--config.optimizer.learning_rate=3e-2',
-      '--config.steps=60', '--config.eval_every=30', '--config.select=loss')])
+  with pytest.raises(SystemExit) as e:
+    commands.main(['train', f'--workdir={workdir}', *flags(
+        tiny_dir, reviews_file, '--config.optimizer.learning_rate=3e-2',
+        '--config.steps=60', '--config.eval_every=30',
+        '--config.select=loss')])
+  assert not e.value.code
   before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
   commands.main(['diagnose', f'--run={workdir}', '--directions=16'])
   report = json.loads((workdir / 'diagnosis.json').read_text())
