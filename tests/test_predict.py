@@ -347,6 +347,7 @@ def test_a_chat_is_predicted_in_its_template(config, tiny_dir, tmp_path):
       '{% if add_generation_prompt %} the{% endif %}')
   tokenizer.save_pretrained(base)
   settings = config('generation', task__chat=True, task__stop='')
+  settings.objective = 'f1'
   settings.model.name = str(base)
   train.run(settings, tmp_path / 'run')
   file, want = tmp_path / 'test.jsonl', tmp_path / 'run' / 'predictions.jsonl'

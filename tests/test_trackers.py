@@ -1,6 +1,7 @@
 """Trackers: they show what metrics.jsonl has, and never disturb a run."""
 
 import json
+import time
 
 import helpers
 import pytest
@@ -154,6 +155,7 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
   monkeypatch.setenv('WANDB_MODE', 'offline')
   said = []
   process(tmp_path, 0, 4, ('wandb',), said, {'steps': 6}).finish(None)
+  time.sleep(2.0)  # wandb names its files by the second in which it starts
   process(tmp_path, 2, 6, ('wandb',), said, {'steps': 6}).finish(
       {'accuracy': 0.5})
   assert not said
@@ -176,8 +178,9 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_gets_the_records(tmp_path, monkeypatch):
-  pytest.importorskip('trackio')
+  # trackio reads the variable when it is imported.
   monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'trackio'))
+  pytest.importorskip('trackio')
   said = []
   process(tmp_path, 0, 4, ('trackio',), said).finish({'accuracy': 0.5})
   assert not said

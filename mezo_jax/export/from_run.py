@@ -239,8 +239,11 @@ def _write(directory: Path, run: config_lib.Train, model, params, tokenizer,
     The directory.
   """
   adapter = methods.adapts(run) and not merged
-  base_dir = models.find(
-      build.model_name(run), run.model.revision or None, weights=False)
+  try:
+    base_dir = models.find(
+        build.model_name(run), run.model.revision or None, weights=False)
+  except MissingError:  # all weights are in the checkpoint
+    base_dir = Path(os.devnull)
   about: dict[str, Any] = dict(
       tokenizer=tokenizer, card=card(run, step, result), files={
           saved.FILE: _json(saved.describe(run, adapter)),

@@ -357,7 +357,7 @@ def spell(report: dict[str, Any]) -> str:
         f'{exact["predicted"]:.3g}, measured '
         f'{"nothing" if measured is None else f"{measured:.3g}"}']
   if report['groups']:
-    total = sum(g['batch_gradient']['value'] for g in report['groups'])
+    total = sum(g['batch_gradient']['value'] for g in report['groups']) or 1.0
     lines += ['', reports.markdown_table([{
         'parameters': g['group'], 'number': f'{g["parameters"]:,}',
         'share of the squared gradient':
