@@ -398,7 +398,8 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                 color='C1', label='steps that were tried')
   low, high = (np.array(steps['decrease']) + np.outer(
       (-2, 2), steps['error'])).min(), max(steps['decrease'])
-  left.set_ylim(min(low, -high), 2 * abs(high))
+  if high:
+    left.set_ylim(min(low, -high), 2 * abs(high))
   left.axhline(0, color='0.6', lw=0.8)
   if report.get('configured'):
     left.axvline(report['configured'], color='0.4', ls=':', label='configured')
