@@ -122,7 +122,8 @@ class Runs:
     built = build.build(config, say=lambda text: None)
     with tempfile.TemporaryDirectory() as folder:
       built = frozen_features.keep(config, built, folder)
-    self.problem, self.frozen, self.start = problem, built.frozen, built.params
+    self.problem, self.loss_fn = problem, built.loss_fn
+    self.frozen, self.start = built.frozen, built.params
     splits, model = built.splits, built.model
     self.train, tokens = splits.train, problem.tokens
     self.short = np.flatnonzero(self.train.lengths <= tokens)

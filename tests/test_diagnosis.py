@@ -48,7 +48,7 @@ def test_a_checkpoint_is_measured_with_its_weights(
   workdir = tmp_path / 'run'
   with pytest.raises(SystemExit) as e:
     commands.main(['train', f'--workdir={workdir}', *flags(
-        tiny_dir, reviews_file, '--config.optimizer.learning_rate=3e-2',
+        tiny_dir, reviews_file, '--config.optimizer.learning_rate=3e-3',
         '--config.steps=60', '--config.eval_every=30',
         '--config.select=loss')])
   assert not e.value.code

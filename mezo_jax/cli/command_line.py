@@ -332,6 +332,11 @@ def _none(argument: str):
                      'task=Task(row=...)')
 
 
+def _rate(argument: str) -> float | str:
+  """Parses a learning rate."""
+  return argument if argument == 'auto' else float(argument)
+
+
 def _no_tasks(argument: str) -> tuple:
   """Parses the value of `also`: only the empty tuple is valid."""
   if argument.replace(' ', '') not in ('', '()'):
@@ -349,6 +354,7 @@ def _no_tasks(argument: str) -> tuple:
 for _hint, _parse, _what in (
     (config_lib.Objective, str, 'text'),
     (config_lib.RewardFunction, str, 'text'),
+    (config_lib.Rate, _rate, "a number, or 'auto'"),
     (task_lib.TextOrNone, lambda text: None if text == 'None' else text,
      'text or None'),
     (task_lib.RowFunction, _none, 'None'),

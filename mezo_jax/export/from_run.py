@@ -383,7 +383,7 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
           f'`{reports.cell(w)}`' for w in run.task.label_words)} if (
               run.task.label_words) else {}),
       'objective': objectives.of(run.task, run.objective),
-      'learning rate': f'{o.learning_rate:g}, {o.schedule}',
+      'learning rate': f'{config_lib.learning_rate(run):g}, {o.schedule}',
       **{f'learning rate, eps of `{reports.cell(g)}`': f'{rate:g}, {eps:g}'
          for g, rate, eps in o.groups},
       **({'eps': f'{z.eps:g}', 'directions per step':

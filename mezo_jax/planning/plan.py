@@ -203,6 +203,8 @@ def trace(config: config_lib.Train, mesh: Any, model_config: models.Config,
     ``resident, on_host, at_once, {name: (traced program, its mesh)}``; see
     `Plan`.
   """
+  if config_lib.is_auto(config):  # memory does not depend on it
+    config = config_lib.with_learning_rate(config, 1.0)
   tokenizer = standins.tokenizer(config.task)
   built = build.build(
       config, abstract=True, model_config=model_config, tokenizer=tokenizer,

@@ -45,6 +45,12 @@ def check_config(config: config_lib.Train) -> None:
     raise InputError(f'config: unknown method {config.method!r}; choose one of '
                      f'{", ".join(methods.METHODS)}.')
   method, part = methods.method_of(config), methods.part_of(config)
+  rate, auto = o.learning_rate, config_lib.is_auto(config)
+  if isinstance(rate, str):
+    if not auto:
+      raise InputError(f'config: optimizer.learning_rate is {rate!r} and must '
+                       "be a positive number or 'auto'.")
+    rate = 1.0  # it is found later
   # Each rule is a pair (holds, message). The first one that does not hold is
   # the error.
   rules = [
@@ -98,7 +104,12 @@ def check_config(config: config_lib.Train) -> None:
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (0 <= config.seed < 2**32,
        f'seed is {config.seed} and must be from 0 to below 2**32'),
-      (o.learning_rate > 0, 'optimizer.learning_rate must be positive'),
+      (not auto or methods.finds_rate(config),
+       f"optimizer.learning_rate 'auto' needs the method mezo (it is "
+       f'{config.method}), no optimizer.groups, a spsa.combine that does not '
+       f'standardise losses (it is {z.combine}), and no rewards; set it to a '
+       'number'),
+      (rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),
       (z.rank >= 1, 'spsa.rank must be at least 1'),
@@ -114,7 +125,7 @@ def check_config(config: config_lib.Train) -> None:
        "with spsa.over 'rows', data.batch_size must be a multiple of "
        'spsa.num_samples, and spsa.num_samples a multiple of '
        'optimizer.micro_batches'),
-      (all(map(math.isfinite, (o.learning_rate, z.eps, o.weight_decay))),
+      (all(map(math.isfinite, (rate, z.eps, o.weight_decay))),
        'optimizer.learning_rate, spsa.eps and optimizer.weight_decay must be '
        'finite'),
       (0 <= o.warmup_steps < max(config.steps, 1),

@@ -21,6 +21,11 @@ from mezo_jax.tasks import rewards, Task
 from mezo_jax.training import methods
 from mezo_jax.training.methods import Variant
 
+# Annotations for which `mezo_jax.cli.command_line` registers parsers.
+Objective = Annotated[str | Callable, 'a name, or in a config file a function']
+RewardFunction = Annotated[str | Callable, 'MODULE:FUNCTION']
+Rate = Annotated[float | str, "a number, or 'auto'"]
+
 
 @dataclasses.dataclass
 class Model:
@@ -84,7 +89,9 @@ class Optimizer:
 
   # 'adam' is AdamW. Only methods with backpropagation read this field.
   name: Literal['adam', 'sgd'] = 'adam'
-  learning_rate: float = 1e-6  # after the warmup
+  # Rate after the warmup. 'auto' finds one by a range test before the first
+  # step (docs/hyperparameters.md).
+  learning_rate: Rate = 1e-6
   # 'linear' and 'cosine' decay to 0 at the last step.
   schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
   warmup_steps: int = 0  # steps of a linear increase of the rate from 0
@@ -139,11 +146,6 @@ class Spsa:
   # Steps between updates of the weights. In between, losses are evaluated at
   # the weights plus the accumulated updates.
   apply_every: int = 1
-
-
-# Annotations for which `mezo_jax.cli.command_line` registers parsers.
-Objective = Annotated[str | Callable, 'a name, or in a config file a function']
-RewardFunction = Annotated[str | Callable, 'MODULE:FUNCTION']
 
 
 @dataclasses.dataclass
@@ -392,6 +394,29 @@ def metric(config: Train) -> str:
   return objectives.metric(config.task, objective(config))
 
 
+def is_auto(config: Train) -> bool:
+  """Returns whether the learning rate of a run is still to be found."""
+  return config.optimizer.learning_rate == 'auto'
+
+
+def learning_rate(config: Train) -> float:
+  """Returns the learning rate of a run, which must have been found."""
+  rate = config.optimizer.learning_rate
+  assert not isinstance(rate, str), f'learning_rate is {rate!r}'
+  return rate
+
+
+def with_learning_rate(config: Train, rate: float) -> Train:
+  """Returns a config with another learning rate.
+
+  Args:
+    config: The config of the run. It is not changed.
+    rate: The learning rate.
+  """
+  return dataclasses.replace(config, optimizer=dataclasses.replace(
+      config.optimizer, learning_rate=rate))
+
+
 def in_words(config: Train) -> str:
   """Returns a one-line summary of the most important settings, for the log."""
   o, p = config.optimizer, config.peft
@@ -401,8 +426,9 @@ def in_words(config: Train) -> str:
   named = objective(config)
   trained = objectives.name(named) if callable(named) else named
   chosen = 'loss' if config.select == 'loss' else metric(config)
+  rate = o.learning_rate if is_auto(config) else f'{o.learning_rate:g}'
   return (f'method {config.method}, objective {trained}, {what}, learning rate '
-          f'{o.learning_rate:g} ({o.schedule}), {config.steps:,} steps of '
+          f'{rate} ({o.schedule}), {config.steps:,} steps of '
           f'{config.data.batch_size} rows, best step by {chosen}')
 
 

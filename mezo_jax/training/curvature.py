@@ -167,7 +167,8 @@ def spread(samples: Samples, function: Callable[[Quantities], Any],
   """
   index = np.random.RandomState(seed).randint(
       0, len(samples.g), (_RESAMPLES, len(samples.g)))
-  again = function(quantities(Samples(*(x[index] for x in samples))))
+  with np.errstate(divide='ignore', invalid='ignore'):
+    again = function(quantities(Samples(*(x[index] for x in samples))))
   # A ratio is now and then divided by almost nothing. Half the distance between
   # the quantiles of one standard deviation does not depend on these resamples.
   low, high = np.nanquantile(again, [0.1587, 0.8413])

@@ -25,6 +25,7 @@ from mezo_jax.training import (
   build,
   checks,
   curvature,
+  learning_rates,
   methods,
   mixture,
   run_files,
@@ -262,6 +263,11 @@ def of_run(config: config_lib.Train, out: Path, *,
         "--config.objective: diagnose does not support 'reward'. The metrics "
         'reward_std and identical of a few steps tell how to choose spsa.eps '
         '(docs/rewards.md).')
+  configured = None
+  if config_lib.is_auto(config):
+    config = config_lib.with_learning_rate(config, 1.0)
+  else:
+    configured = config_lib.learning_rate(config)
   built = build.build(config, say=say)
   tasks = mixture.make(config, built, out / 'hidden_states', say)
   params, mesh, at = built.params, built.mesh, 0
@@ -289,14 +295,34 @@ def of_run(config: config_lib.Train, out: Path, *,
         key=config.seed + 2**20,  # not the directions of the run
         num_samples=config.spsa.num_samples,
         directions=optimizer_lib.directions(config), count=count,
-        learning_rate=config.optimizer.learning_rate, groups=GROUPS,
-        derivatives=derivatives)
+        learning_rate=configured, groups=GROUPS, derivatives=derivatives)
   report = {'step': at, 'steps_of_run': config.steps,
-          'schedule': config.optimizer.schedule,
-          'rows': config.data.batch_size} | report
+            'schedule': config.optimizer.schedule,
+            'rows': config.data.batch_size,
+            'usual': methods.part_of(config).usual} | report
+  built = built.without_weights()
+  if methods.finds_rate(config):
+    report['suggested'] = _suggested(config, tasks, params, mesh, say)
   loggers.write_json(out / 'diagnosis.json', report)
   draw(out / 'diagnosis.png', report)
   return report
+
+
+def _suggested(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
+               mesh: jax.sharding.Mesh, say: Callable[[str], None]
+               ) -> dict[str, Any] | None:
+  """Makes a range test; returns None if it finds no rate.
+
+  The parameters are donated.
+  """
+  say('range test: training with a rising learning rate')
+  try:
+    found = learning_rates.of_params(config, tasks, params, mesh)
+  except InputError as e:
+    say(f'warning: {e}')
+    return None
+  return {'learning_rate': found.suggested(config.optimizer.schedule),
+          'why': found.in_words(config)} | found._asdict()
 
 
 # --- how it is shown --------------------------------------------------------
@@ -314,8 +340,7 @@ def spell(report: dict[str, Any]) -> str:
   lines = [
       f'at step {report["step"]}: loss {_number(report["loss"])}; batches of '
       f'{report["rows"]} rows, {n} direction{"s" if n > 1 else ""} a step',
-      '', 'Learning rate',
-      f'  configured                 {report["configured"]:.2g}',
+      '', 'Learning rate', *_of_rates(report),
       f'  best for one step          {_number(report["best_rate"])}',
       f'  the same, by trying steps  {steps["rates"][best]:.2g} of '
       f'{steps["rates"][0]:.2g} to {steps["rates"][-1]:.2g}',
@@ -362,14 +387,44 @@ def spell(report: dict[str, Any]) -> str:
         'parameters': g['group'], 'number': f'{g["parameters"]:,}',
         'share of the squared gradient':
             f'{g["batch_gradient"]["value"] / total:.0%}',
-        'signal': _percent(g['signal']), 'trace': _number(g['trace'])}
+        'signal': _percent(g['signal']), 'trace': _number(g['trace']),
+        'relative rate': _relative(g['ratio'], report)}
         for g in report['groups']])]
   return '\n'.join(lines)
+
+
+def _of_rates(report: dict[str, Any]) -> list[str]:
+  """Returns the lines with the configured, usual and suggested rates."""
+  lines, found = [], report.get('suggested')
+  if found:
+    lines += [f'  suggested                  {found["learning_rate"]:.2g}',
+              f'    {found["why"]}']
+  if report['configured'] is not None:
+    lines.append(f'  configured                 {report["configured"]:.2g}')
+  if report['usual']:
+    low, high = (f'{rate:.0e}' for rate in report['usual'])
+    lines.append('  of the MeZO paper          '
+                 f'{low if low == high else f"{low} to {high}"}')
+  return lines
 
 
 def _number(measured: dict[str, float]) -> str:
   """Returns a number with its standard error, both with the same exponent."""
   return f'{measured["value"]:.3g} ± {measured["error"]:.1g}'
+
+
+def _relative(ratio: dict[str, float], report: dict[str, Any]) -> str:
+  """Returns the best rate of a group relative to that of all parameters.
+
+  A step changes the loss by -sum(eta_i G_i) + E[g^2] sum(eta_i^2 T_i) / 2, with
+  the squared gradient G_i and the trace T_i of group i, if one direction is
+  used and its noise dominates. So the best rates have the ratios of G_i / T_i.
+  The result is '' if the ratio has an error of more than half its value.
+  """
+  whole = report['batch_gradient']['value'] / report['trace']['value']
+  if not 0 < 2 * ratio['error'] < ratio['value'] or whole <= 0:
+    return ''
+  return f'{ratio["value"] / whole:.2g}'
 
 
 def _percent(measured: dict[str, float]) -> str:
@@ -385,8 +440,9 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     report: A report of `diagnose`.
   """
   from matplotlib.figure import Figure  # slow to import
-  figure = Figure(figsize=(9, 3.5), layout='constrained')
-  left, right = figure.subplots(1, 2)
+  figure = Figure(figsize=(12, 3.5), layout='constrained')
+  test = report.get('suggested')
+  left, right, *others = figure.subplots(1, 3 if test else 2)
   steps, n = report['steps'], report['num_samples']
   rates = np.geomspace(steps['rates'][0], steps['rates'][-1], 200)
   gradient = report['gradient']['value']
@@ -413,4 +469,14 @@ def draw(path: Path, report: dict[str, Any]) -> None:
   right.set(xscale='log', yscale='log', xlabel='eps',
             ylabel='relative error of projected gradients')
   right.legend()
+  if test:
+    axis, = others
+    axis.plot(test['rates'], test['changes'], '.', ms=3)
+    axis.axvline(test['edge'], color='C3', label='training fails')
+    axis.axvline(test['learning_rate'], color='C2', label='suggested')
+    axis.axhline(0, color='0.6', lw=0.8)
+    axis.set(xscale='log', xlabel='learning rate in the range test',
+             ylabel="change of the batch's loss",
+             ylim=(-1.1 * test['loss'], 2 * test['loss']))
+    axis.legend()
   figure.savefig(path, dpi=110)

@@ -176,6 +176,7 @@ class Method:
       works with the objective 'reward'.
     replicated: Whether it can run on several replicas, each of which evaluates
       a part of the directions.
+    range_test: Whether a range test can find its learning rate.
     score: ``score(config, value_fns, params, **options) -> (memory, words)``,
       for a method with a scoring pass before the first step. ``memory`` is the
       part of the optimizer state that the pass fills, and ``words`` describes
@@ -207,6 +208,7 @@ class Method:
   offloads: bool = False
   rewards: bool = False
   replicated: bool = False
+  range_test: bool = False
   score: Callable | None = None
   result: Callable | None = None
   make: Callable[[Setup], optax.GradientTransformation] | None = None
@@ -505,7 +507,7 @@ def _forwards_of_svrg(config, rows: int) -> float:
 METHODS = {
     'mezo': Method(
         'MeZO (Malladi et al., 2023), forward passes only', _spsa,
-        offloads=True, rewards=True, replicated=True),
+        offloads=True, rewards=True, replicated=True, range_test=True),
     'svrg': Method(
         'MeZO-SVRG (Gautam et al., 2024), forward passes only', make=_svrg,
         forwards=_forwards_of_svrg,
@@ -701,6 +703,17 @@ def anchor_batches(config: Any, rows: int) -> int:
       out.
   """
   return min(config.variant.anchor_rows or rows, rows) // config.data.batch_size
+
+
+def finds_rate(config: Any) -> bool:
+  """Returns whether a range test can find the learning rate of a run.
+
+  See `mezo_jax.training.learning_rates`. Losses that are standardised, and
+  rewards, have no unit in which a rise could be measured.
+  """
+  return (method_of(config).range_test and not config.optimizer.groups
+          and not COMBINES[config.spsa.combine].needs_all
+          and objective.of(config.task, config.objective) != objective.REWARD)
 
 
 def part_of(config: Any) -> Part:

@@ -22,7 +22,8 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 
 
 def make_optimizer(config: config_lib.Train, params: Any,
-                   plan: privacy.Plan | None = None
+                   plan: privacy.Plan | None = None,
+                   learning_rate: jax.Array | None = None
                    ) -> optax.GradientTransformationExtraArgs:
   """Returns the optax transform that a config describes.
 
@@ -31,11 +32,15 @@ def make_optimizer(config: config_lib.Train, params: Any,
     params: The trained parameters before training, or their shapes.
     plan: The plan of a private run. Defaults to None, for another method or a
       transform that only replays recorded steps.
+    learning_rate: Learning rate of all steps. Defaults to None, for the
+      learning rate and the schedule of the config.
   """
   o, z = config.optimizer, config.spsa
-  rates, eps = schedule(config, o.learning_rate), z.eps
+  rates, eps = learning_rate, z.eps
+  if rates is None:
+    rates = schedule(config, config_lib.learning_rate(config))
   if o.groups:
-    rest = ('', o.learning_rate, z.eps)
+    rest = ('', config_lib.learning_rate(config), z.eps)
     groups = {g: (rate, e) for g, rate, e in (rest, *o.groups)}
     # The first expression that matches a path applies, and '' matches every
     # path. So move it to the end.

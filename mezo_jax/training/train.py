@@ -29,6 +29,7 @@ from mezo_jax.training import (
   answers,
   build,
   checks,
+  learning_rates,
   linear_probe,
   methods,
   mixture,
@@ -104,6 +105,10 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str,
                      'install the same versions on every host')
   agreement.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
+  if place and config_lib.is_auto(config):
+    raise InputError("--config.optimizer.learning_rate 'auto' does not support "
+                     'replicas; set it to a number.')
+  config = learning_rates.resolved(config, workdir, _say)
   run_files.check_workdir(config, workdir)
   method = methods.method_of(config)
 
@@ -258,7 +263,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str,
         evaluate.rank, metric=metric, select=config.select)
   shown = 'loss' if config.select == 'loss' else metric
   rates = np.broadcast_to(optimizer.schedule(
-      config, config.optimizer.learning_rate)(np.arange(config.steps)),
+      config, config_lib.learning_rate(config))(np.arange(config.steps)),
                           config.steps)
   progress = loggers.Progress(
       metrics, config.steps, start, clock, rates=rates,
@@ -312,7 +317,7 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str,
       on_dev, final | {'step': step}, said, seconds=time.time() - began,
       steps=config.steps, forwards=round(forwards), trained=trained,
       compilations=len(step_fn.compiled), metric=metric,
-      learning_rate=config.optimizer.learning_rate, **more)
+      learning_rate=config_lib.learning_rate(config), **more)
   mirror.finish({} if plan else result['final'])
   if plan:
     _say(privacy.spell(plan, config.steps))
