@@ -56,12 +56,20 @@ def test_a_checkpoint_is_measured_with_its_weights(
   commands.main(['diagnose', f'--run={workdir}', '--directions=16'])
   report = json.loads((workdir / 'diagnosis.json').read_text())
   assert report['step'] in (30, 60)
-  metrics = runs.records(workdir)
-  last = np.mean([r['loss'] for r in metrics if r['kind'] == 'train'][-10:])
-  first = np.mean([r['loss'] for r in metrics if r['kind'] == 'train'][:10])
-  assert abs(report['loss']['value'] - last) < abs(
-      report['loss']['value'] - first)
   assert all(p.read_bytes() == content for p, content in before.items())
+
+  # The exported model has the same loss on the same batches, and the model
+  # before training has another one.
+  commands.main(['export', str(workdir), str(tmp_path / 'model')])
+  losses = []
+  for model in (tmp_path / 'model', tiny_dir):
+    out = tmp_path / f'of_{model.name}'
+    commands.main(['diagnose', f'--out={out}', '--directions=16',
+                   *flags(model, reviews_file)])
+    found = json.loads((out / 'diagnosis.json').read_text())
+    losses.append(found['loss']['value'])
+  assert report['loss']['value'] == pytest.approx(losses[0], rel=1e-4)
+  assert abs(losses[1] - losses[0]) > 1e-2
 
 
 @pytest.mark.parametrize('argv,names', [

@@ -40,12 +40,13 @@ from mezo_jax.transforms.step import make_step
 
 FILE = 'learning_rate.json'  # file of a working directory with the result
 
-# Share of the run's steps that the test takes at most, unless these are fewer
-# than _FEWEST steps.
+# Share of the run's steps that the test is planned to take, unless these are
+# fewer than _FEWEST steps. It stops earlier at the edge, and takes up to twice
+# as many if the edge is far above the expected rates.
 SHARE = 0.05
 _FEWEST = 20
 _BATCHES = 64  # maximum number of different batches
-# The rate doubles so often in the test, and ends at 2**_ABOVE * L / E[g²].
+# The rate doubles so often in the planned steps, up to 2**_ABOVE * L / E[g²].
 _DOUBLINGS, _ABOVE = 11, 2
 _RISE = 0.1  # rise of the loss at the edge, relative to that before training
 # The suggested rate of each schedule, relative to the edge.
@@ -154,7 +155,8 @@ def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
         f'before training have the mean square {square:g} and the losses the '
         f'mean {loss:g}; set --config.optimizer.learning_rate to a number.')
   factor = 2.0 ** (_DOUBLINGS / count)
-  rates = abs(loss) / square * 2.0**_ABOVE * factor ** np.arange(1 - count, 1)
+  rates = abs(loss) / square * 2.0**_ABOVE * factor ** np.arange(
+      1 - count, count)
   changes, window = [], max(1, count // (2 * _DOUBLINGS))
   for (after, _), was in zip(losses(rates), itertools.cycle(before)):
     changes.append(after - was)
