@@ -37,8 +37,9 @@ import numpy as np
 from configs import cpu_suite
 from configs import quickstart as quickstart_config
 import mezo_jax
-from mezo_jax import LowRank, training
+from mezo_jax import LowRank
 from mezo_jax.tasks import Task
+from mezo_jax.training import learning_rates
 from mezo_jax.training.config import Data, Model, Peft, Train
 
 SEEDS = 3
@@ -63,7 +64,7 @@ def problems(trec_file: str) -> dict[str, Problem]:
   trec.data = Data(train=trec_file, num_train=1000, num_dev=400, num_test=400,
                    max_length=64, batch_size=ROWS)
   return {'last_layer': Problem(last, 20_000, 24, 5e-4),
-          'minilm': Problem(minilm, 2_000, 16, 1e-3),
+          'minilm': Problem(minilm, 2_000, 16, 5e-4),
           'lora': Problem(lora, 400, 16, 1e-2),
           'trec': Problem(trec, 5_000, 32, 5e-4)}
 
@@ -72,7 +73,7 @@ class Rated(Runs):
   """Trains on one problem with learning rates that are set for each step."""
 
   def steps(self, kind: str) -> int:
-    """Returns the number of steps, which all have the same forward passes."""
+    """Returns the steps with which all kinds take the same forward passes."""
     return self.problem.steps // int(kind[-1])
 
   def final(self, kind: str, rate: float, seed: int, schedule: str) -> float:
@@ -91,11 +92,11 @@ class Rated(Runs):
     make, config = self.kinds[kind].make, self.problem.config
     directions = dataclasses.replace(
         self.kinds[kind].directions, mask=config.peft.mask or None)
-    return training.range_test(
+    return learning_rates.range_test(
         lambda rate: make(rate, config.spsa.eps, key=seed,
                           directions=directions),
         self.loss_fn, jax.tree.map(jnp.copy, self.start),
-        self.batches(10**6 + seed), self.steps(kind),
+        lambda: self.batches(10**6 + seed), self.steps(kind),
         frozen_of=lambda batch: self.frozen)
 
 
@@ -119,11 +120,6 @@ class Records:
       print(*run, result, f'{time.time() - began:.0f} s', flush=True)
     return self._found.get(run)
 
-  def rates(self, case: tuple) -> dict[float, float]:
-    """Returns the losses of seed 0 with each rate of the grid of a case."""
-    return {run[-2]: loss for run, loss in self._found.items()
-            if run[:-2] == (*case, 'grid') and run[-1] == 0}
-
 
 def search(grid: Callable, middle: float) -> float:
   """Returns the best rate of a grid, which is extended until it is not an end.
@@ -146,35 +142,38 @@ def search(grid: Callable, middle: float) -> float:
 def measure(records: Records, runs: Rated, case: tuple, part: str | None
             ) -> None:
   """Makes the runs of a case that are missing, or only a part of them."""
-  _, kind, schedule = case
+  problem, kind, schedule = case
   def final(rate, seed):
     loss = runs.final(kind, rate, seed, schedule)
     return loss if np.isfinite(loss) else 1e9  # it diverged
-  def test(seed):
-    found = runs.range_test(kind, seed)
-    return found.edge, found.suggested(schedule)
-  def grid(rate, seed=0):
-    return records.get((*case, 'grid', rate, seed), final, rate, seed)
-  if part != 'grid':
-    for seed in range(SEEDS):
-      _, rate = records.get((*case, 'test', seed), test, seed)
-      records.get((*case, 'suggested', seed), final, rate, seed)
+  def loss(rate, seed=0):
+    return records.get((*case, rate, seed), final, rate, seed)
+  for seed in range(SEEDS if part != 'grid' else 0):
+    edge = records.get((problem, kind, 'edge', seed),
+                       lambda seed: runs.range_test(kind, seed).edge, seed)
+    loss(learning_rates.suggested(edge, schedule), seed)
   if part != 'tests':
-    best = search(grid, runs.problem.rate)
+    best = search(loss, runs.problem.rate)
     for seed in range(SEEDS):
-      grid(best, seed)
+      loss(best, seed)
 
 
-def row_of(records: Records, case: tuple) -> dict | None:
+def row_of(records: Records, case: tuple, middle: float) -> dict | None:
   """Returns the row of a case in the table; None if runs are missing."""
-  grid = records.rates(case)
-  if not grid:
+  grid = {}
+  for i in range(-8, 9):
+    rate = float(f'{middle * 2.0**i:.6g}')
+    loss = records.get((*case, rate, 0))
+    if loss is not None:
+      grid[rate] = loss
+  edges = [records.get((*case[:2], 'edge', s)) for s in range(SEEDS)]
+  if None in edges or not grid:
     return None
   best = min(grid, key=grid.get)
-  of_best = [records.get((*case, 'grid', best, s)) for s in range(SEEDS)]
-  tests = [records.get((*case, 'test', s)) for s in range(SEEDS)]
-  of_test = [records.get((*case, 'suggested', s)) for s in range(SEEDS)]
-  if None in (*of_best, *tests, *of_test):
+  rates = [learning_rates.suggested(edge, case[2]) for edge in edges]
+  of_best = [records.get((*case, best, s)) for s in range(SEEDS)]
+  of_test = [records.get((*case, r, s)) for s, r in enumerate(rates)]
+  if None in (*of_best, *of_test) or best in (min(grid), max(grid)):
     return None
   difference = np.array(of_test) - np.array(of_best)
   error = np.std(difference, ddof=1) / np.sqrt(SEEDS)
@@ -185,15 +184,16 @@ def row_of(records: Records, case: tuple) -> dict | None:
       'grid, seed 0': ', '.join(
           f'{rate:.2g}: {x:.3f}' for rate, x in sorted(grid.items())),
       'best rate': f'{best:.2g}', 'its loss': harness.mean_error(of_best),
-      'edges': ', '.join(f'{edge:.2g}' for edge, _ in tests),
-      'suggested': ', '.join(f'{rate:.2g}' for _, rate in tests),
+      'edges': ', '.join(f'{edge:.2g}' for edge in edges),
+      'suggested': ', '.join(f'{rate:.2g}' for rate in rates),
       'loss': harness.mean_error(of_test), 'worse by': f'{share:+.1%}',
       'within 5 % or two errors': 'yes' if good else 'no'}
 
 
-def write(records: Records, cases: list[tuple]) -> None:
+def write(records: Records, cases: list[tuple], known: dict) -> None:
   """Writes the table of all cases that are finished."""
-  rows = [row for case in cases if (row := row_of(records, case))]
+  rows = [row for case in cases
+          if (row := row_of(records, case, known[case[0]].rate))]
   good = sum(row['within 5 % or two errors'] == 'yes' for row in rows)
   harness.write('learning_rates', harness.header(f'{SEEDS} seeds'), [(
       f'Dev loss after the last step; {good} of {len(rows)} suggested rates '
@@ -215,7 +215,7 @@ def main():
   cases = [(name, kind, 'linear') for kind in KINDS for name in known]
   cases += [('trec', kind, 'constant') for kind in KINDS]
   if args.table:
-    return write(records, cases)
+    return write(records, cases, known)
   for name in args.problems.split(','):
     wanted = [case for case in cases if case[0] == name
               and re.search(args.kinds, case[1])
@@ -223,7 +223,7 @@ def main():
     runs = Rated(known[name], {kind: KINDS[kind] for _, kind, _ in wanted})
     for case in wanted:
       measure(records, runs, case, args.part)
-  write(records, cases)
+  write(records, cases, known)
 
 
 if __name__ == '__main__':

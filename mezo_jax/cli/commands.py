@@ -288,8 +288,9 @@ def diagnose(argv: Sequence[str]) -> None:
     mezo-jax diagnose --config=NAME --config.FIELD=VALUE
     mezo-jax diagnose --run=WORKDIR
 
-  This takes forward passes only and does not train. It writes diagnosis.json
-  and diagnosis.png, and prints what they say (docs/hyperparameters.md).
+  This takes forward passes only. It trains for a short test, and keeps no
+  weights. It writes diagnosis.json and diagnosis.png, and prints what they say
+  (docs/hyperparameters.md).
   """
   from mezo_jax.training import diagnosis
   values, _ = parse(argv, _doc(diagnose), {

@@ -15,6 +15,7 @@ from mezo_jax.core.errors import Again, InputError
 from mezo_jax.runs import loggers
 from mezo_jax.runs.workdir import read_result
 from mezo_jax.training import config as config_lib
+from mezo_jax.training import run_files
 
 # A program that prints the kind and the number of the devices that a run has.
 _DEVICES = 'import jax; print(jax.default_backend(), jax.local_device_count())'
@@ -98,6 +99,7 @@ def is_finished(directory: Path, config: config_lib.Train) -> bool:
   If it has the result of another config, the run is started: `train` continues
   it (with more steps, for example) or rejects the change.
   """
+  config = run_files.with_found_rate(config, directory)
   return (directory / 'result.json').is_file() and (
       loggers.read_json(directory / 'config.json')
       == config_lib.to_json(config))

@@ -104,11 +104,12 @@ def check_config(config: config_lib.Train) -> None:
       (config.num_demos >= 1, 'num_demos must be at least 1'),
       (0 <= config.seed < 2**32,
        f'seed is {config.seed} and must be from 0 to below 2**32'),
-      (not auto or methods.finds_rate(config),
-       f"optimizer.learning_rate 'auto' needs the method mezo (it is "
-       f'{config.method}), no optimizer.groups, a spsa.combine that does not '
-       f'standardise losses (it is {z.combine}), and no rewards; set it to a '
-       'number'),
+      (not auto or not method.steps or methods.finds_rate(config),
+       "optimizer.learning_rate 'auto' supports only the method mezo (it is "
+       f'{config.method}), without optimizer.groups, with a spsa.combine that '
+       f'does not standardise losses (it is {z.combine}), and with an '
+       f'objective that has a derivative (it is {objectives.words(named)}); '
+       'set optimizer.learning_rate to a number'),
       (rate > 0, 'optimizer.learning_rate must be positive'),
       (z.eps > 0, 'spsa.eps must be positive'),
       (z.num_samples >= 1, 'spsa.num_samples must be at least 1'),

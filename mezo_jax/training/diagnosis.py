@@ -300,29 +300,32 @@ def of_run(config: config_lib.Train, out: Path, *,
             'schedule': config.optimizer.schedule,
             'rows': config.data.batch_size,
             'usual': methods.part_of(config).usual} | report
+  loggers.write_json(out / 'diagnosis.json', report)
+  check = built.host.check if built.host else lambda: None
   built = built.without_weights()
   if methods.finds_rate(config):
-    report['suggested'] = _suggested(config, tasks, params, mesh, say)
+    report['suggested'] = _suggested(config, tasks, params, mesh, check, say)
   loggers.write_json(out / 'diagnosis.json', report)
   draw(out / 'diagnosis.png', report)
   return report
 
 
 def _suggested(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
-               mesh: jax.sharding.Mesh, say: Callable[[str], None]
-               ) -> dict[str, Any] | None:
+               mesh: jax.sharding.Mesh, check: Callable[[], None],
+               say: Callable[[str], None]) -> dict[str, Any] | None:
   """Makes a range test; returns None if it finds no rate.
 
   The parameters are donated.
   """
-  say('range test: training with a rising learning rate')
   try:
-    found = learning_rates.of_params(config, tasks, params, mesh)
+    found = learning_rates.test_of_run(
+        config, tasks, params, mesh, check, say)
   except InputError as e:
     say(f'warning: {e}')
     return None
-  return {'learning_rate': found.suggested(config.optimizer.schedule),
-          'why': found.in_words(config)} | found._asdict()
+  rate = learning_rates.suggested(found.edge, config.optimizer.schedule)
+  return {'learning_rate': rate,
+          'why': learning_rates.in_words(found, config)} | found._asdict()
 
 
 # --- how it is shown --------------------------------------------------------
@@ -394,7 +397,7 @@ def spell(report: dict[str, Any]) -> str:
 
 
 def _of_rates(report: dict[str, Any]) -> list[str]:
-  """Returns the lines with the configured, usual and suggested rates."""
+  """Returns the lines with the suggested, configured and usual rates."""
   lines, found = [], report.get('suggested')
   if found:
     lines += [f'  suggested                  {found["learning_rate"]:.2g}',
@@ -416,9 +419,10 @@ def _number(measured: dict[str, float]) -> str:
 def _relative(ratio: dict[str, float], report: dict[str, Any]) -> str:
   """Returns the best rate of a group relative to that of all parameters.
 
-  A step changes the loss by -sum(eta_i G_i) + E[g^2] sum(eta_i^2 T_i) / 2, with
-  the squared gradient G_i and the trace T_i of group i, if one direction is
-  used and its noise dominates. So the best rates have the ratios of G_i / T_i.
+  A step changes the loss of its own batch by -sum(eta_i G_i) + E[g^2]
+  sum(eta_i^2 T_i) / 2, with the squared gradient G_i of a batch and the trace
+  T_i of group i, if one direction is used and its noise dominates. So the best
+  rates have the ratios of G_i / T_i.
   The result is '' if the ratio has an error of more than half its value.
   """
   whole = report['batch_gradient']['value'] / report['trace']['value']
@@ -435,9 +439,11 @@ def _percent(measured: dict[str, float]) -> str:
 def draw(path: Path, report: dict[str, Any]) -> None:
   """Draws the decrease of the loss by one step, and the error of each eps.
 
+  If the report has a range test, a third panel shows it.
+
   Args:
     path: The image file to write.
-    report: A report of `diagnose`.
+    report: A report of `of_run`.
   """
   from matplotlib.figure import Figure  # slow to import
   figure = Figure(figsize=(12, 3.5), layout='constrained')
@@ -472,11 +478,11 @@ def draw(path: Path, report: dict[str, Any]) -> None:
   if test:
     axis, = others
     axis.plot(test['rates'], test['changes'], '.', ms=3)
-    axis.axvline(test['edge'], color='C3', label='training fails')
+    axis.axvline(test['edge'], color='C3', label='edge')
     axis.axvline(test['learning_rate'], color='C2', label='suggested')
     axis.axhline(0, color='0.6', lw=0.8)
     axis.set(xscale='log', xlabel='learning rate in the range test',
              ylabel="change of the batch's loss",
-             ylim=(-1.1 * test['loss'], 2 * test['loss']))
+             ylim=(-1.1 * abs(test['loss']), 2 * abs(test['loss'])))
     axis.legend()
   figure.savefig(path, dpi=110)

@@ -1,20 +1,21 @@
 r"""Suggests a learning rate by a range test, with forward passes only.
 
 A range test (Smith, 2017) is a short training in which the learning rate grows
-by the same factor in each step. It shows where training fails, which local
-measures of curvature do not: the curvature changes as soon as the weights move.
+until training fails. Smith increases it linearly; here it grows by the same
+factor in each step. The test shows what local measures of curvature do not,
+because the curvature changes as soon as the weights move.
 
-Here the first steps have the rate 0. They give the losses of up to 64 batches
-before training, L, and the projected gradients g. No useful rate is far above
-L / E[g²], at which a step would remove the whole loss to first order. So the
-other steps begin far below that rate, and use the same batches again. The
-difference of the two losses of a batch hardly contains the noise of batches.
-Its mean is negative as long as training works. The *edge* is the rate at which
-it has become a rise by a tenth of L, and the suggested rate a fixed share of
-the edge.
+The first steps have the rate 0. They give the losses of up to 64 batches before
+training, with the mean L, and the projected gradients g. No useful rate is far
+above L / E[g²], at which a step would remove the whole loss to first order. The
+other steps begin far below that rate and use the same batches again. Comparing
+each batch with its own loss before training removes most of the noise between
+batches. The mean change is negative as long as training works. The *edge* is
+the rate at which it reaches +|L| / 10, and the suggested rate is a fixed share
+of the edge.
 
-The number of steps of the test is a fixed share of that of the run. So a longer
-run gets more time to see a rate fail.
+The number of steps of the test is a fixed share of that of the run. A longer
+run therefore gets a longer test, which also finds rates that fail slowly.
 
 References:
   Smith, 2017, `Cyclical Learning Rates for Training Neural Networks
@@ -32,38 +33,40 @@ import numpy as np
 import optax
 
 from mezo_jax.core.errors import InputError
+from mezo_jax.distributed import agreement
 from mezo_jax.runs import loggers
-from mezo_jax.training import build, mixture
+from mezo_jax.training import build, mixture, run_files
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import optimizer as optimizer_lib
 from mezo_jax.transforms.step import make_step
 
-FILE = 'learning_rate.json'  # file of a working directory with the result
-
-# Share of the run's steps that the test is planned to take, unless these are
-# fewer than _FEWEST steps. It stops earlier at the edge, and takes up to twice
-# as many if the edge is far above the expected rates.
-SHARE = 0.05
-_FEWEST = 20
-_BATCHES = 64  # maximum number of different batches
-# The rate doubles so often in the planned steps, up to 2**_ABOVE * L / E[g²].
+# Planned steps of the test as a share of those of the run, and their minimum.
+# The test usually stops earlier, at the edge. It may take up to twice as many
+# if the edge is far above the expected rates.
+_SHARE_OF_STEPS, _FEWEST = 0.05, 20
+_MOST_BATCHES = 64
+# Number of doublings in the planned steps, of which the last one has the rate
+# 2**_ABOVE * L / E[g²].
 _DOUBLINGS, _ABOVE = 11, 2
 _RISE = 0.1  # rise of the loss at the edge, relative to that before training
-# The suggested rate of each schedule, relative to the edge.
-OF_EDGE = {'constant': 1 / 24, 'linear': 1 / 12, 'cosine': 1 / 12}
+_WINDOW = 3  # minimum number of steps whose changes are averaged
+# The suggested rate of each schedule, relative to the edge. On the problems of
+# benchmarks/learning_rates.py the best rates of a linear decay were 1/8 to 1/20
+# of it. A constant rate gets half of that.
+SHARE_OF_EDGE = {'constant': 1 / 32, 'linear': 1 / 16, 'cosine': 1 / 16}
 
 
 class RangeTest(NamedTuple):
   """Holds what a range test measured.
 
   Attributes:
-    rates: Learning rate of each step, float64 [S].
-    changes: Loss of each step's batch minus its loss before training, float64
-      [S].
-    loss: Mean loss before training.
-    edge: Learning rate at which the mean change was a rise by a tenth of
-      ``loss``.
-    steps: Number of steps that the test took, with those of rate 0.
+    rates: Learning rates of the steps with a rate above 0, float64 [S].
+    changes: Loss of each of these steps' batches minus its loss before
+      training, float64 [S].
+    loss: Mean loss L before training.
+    edge: Learning rate at which the mean change reached |L| / 10: the geometric
+      mean of the last rates.
+    steps: Number of all steps: S and those with the rate 0.
   """
 
   rates: np.ndarray
@@ -72,43 +75,34 @@ class RangeTest(NamedTuple):
   edge: float
   steps: int
 
-  def suggested(self, schedule: str) -> float:
-    """Returns the learning rate to start from, a share of the edge.
 
-    Args:
-      schedule: Kind of the schedule of the run: 'constant', 'linear' or
-        'cosine'.
-    """
-    return float(f'{self.edge * OF_EDGE[schedule]:.2g}')
+def suggested(edge: float, schedule: str) -> float:
+  """Returns the learning rate to train with, in two digits.
 
-  def in_words(self, config: config_lib.Train) -> str:
-    """Returns why this rate is suggested.
-
-    Args:
-      config: Config of the run.
-    """
-    kind = config.optimizer.schedule
-    return (f'1/{1 / OF_EDGE[kind]:g} (for the schedule {kind}) of '
-            f'{self.edge:.2g}, at which training failed in a range test of '
-            f'{self.steps} steps ({self.steps / config.steps:.1%} of the run)')
+  Args:
+    edge: Edge of a range test.
+    schedule: Kind of the schedule: 'constant', 'linear' or 'cosine'.
+  """
+  return float(f'{edge * SHARE_OF_EDGE[schedule]:.2g}')
 
 
-def steps_of(steps: int) -> tuple[int, int]:
-  """Returns the numbers of steps of a test with the rate 0, and with others.
+def split_steps(steps: int) -> tuple[int, int]:
+  """Returns the planned steps of a test: with the rate 0, and with others.
 
   Args:
     steps: Number of steps of the run.
   """
-  total = max(int(SHARE * steps), _FEWEST)
-  still = min(total // 4, _BATCHES)
-  return still, total - still
+  total = max(int(_SHARE_OF_STEPS * steps), _FEWEST)
+  num_before = min(total // 4, _MOST_BATCHES)
+  return num_before, total - num_before
 
 
 def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
                value_fn: Callable[..., Any], params: Any,
-               batches: Iterator[Any], steps: int, *,
+               batches: Callable[[], Iterator[Any]], steps: int, *,
                frozen_of: Callable[[Any], Any] = lambda batch: None,
                init: Callable[..., Any] = lambda tx, params: tx.init(params),
+               after_step: Callable[..., None] = lambda *numbers: None,
                mesh: jax.sharding.Mesh | None = None) -> RangeTest:
   """Finds the learning rate at which training fails.
 
@@ -120,62 +114,85 @@ def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
     value_fn: The loss, ``value_fn(params, batch)``, as in `mezo_jax.make_step`.
       It must not be 0 before training.
     params: The trained params. They are donated.
-    batches: Yields batches.
+    batches: A function that returns an iterator over batches, the same ones in
+      each call. The first ones are used, at most 64.
     steps: Number of steps of the run.
     frozen_of: A function from a batch to the frozen params that the loss needs.
       Defaults to none.
     init: Returns the state of an optimizer, ``init(tx, params)``. Defaults to
       its own.
+    after_step: A function that is called after each step with the number of the
+      step, its rate and its loss. Defaults to no function.
     mesh: Mesh of the params. Defaults to None, for no mesh.
 
+  Returns:
+    What was measured. `mezo_jax.training.learning_rates.suggested` turns its
+    edge into a learning rate.
+
   Raises:
-    InputError: if the projected gradients are 0 or not finite, or if the loss
-      does not rise at any rate.
+    InputError: if the projected gradients before training are 0 or not finite,
+      if the loss rises at the first rates, or if it rises at none.
   """
   tx = optax.inject_hyperparams(
-      lambda learning_rate: make_tx(learning_rate))(learning_rate=0.0)
+      lambda learning_rate: make_tx(learning_rate),
+      hyperparam_dtype=jnp.float32)(learning_rate=0.0)
   step, state = make_step(tx, value_fn, mesh=mesh), init(tx, params)
-  still, count = steps_of(steps)
-  seen = [*itertools.islice(batches, still)]
+  num_before, count = split_steps(steps)
+  done = 0
 
   def losses(rates):
     """Yields the loss and the projected gradients of steps."""
-    nonlocal params, state
-    for rate, batch in zip(rates, itertools.cycle(seen)):
+    nonlocal params, state, done
+    again = itertools.chain.from_iterable(
+        itertools.islice(batches(), num_before) for _ in itertools.count())
+    for rate, batch in zip(rates, again):
       state.hyperparams['learning_rate'] = jnp.full_like(
           state.hyperparams['learning_rate'], rate)
       params, state, metrics = step(params, state, batch, frozen_of(batch))
-      yield float(metrics['loss']), np.asarray(metrics['projected_grad'])
+      loss, done = float(metrics['loss']), done + 1
+      after_step(done, rate, loss)
+      yield loss, np.asarray(metrics['projected_grad'])
 
-  before, g = map(np.array, zip(*losses(np.zeros(still))))
-  loss, square = float(np.mean(before)), float(np.mean(g**2))
-  if not (np.isfinite(square) and square and loss):
+  before, g = zip(*losses(np.zeros(num_before)))
+  loss, square = float(np.mean(before)), float(np.mean(np.square(g)))
+  if not np.isfinite([loss, square]).all() or square == 0 or loss == 0:
     raise InputError(
         'no learning rate can be suggested, because the projected gradients '
         f'before training have the mean square {square:g} and the losses the '
         f'mean {loss:g}; set --config.optimizer.learning_rate to a number.')
+  window = max(_WINDOW, count // (2 * _DOUBLINGS))
   factor = 2.0 ** (_DOUBLINGS / count)
   rates = abs(loss) / square * 2.0**_ABOVE * factor ** np.arange(
       1 - count, count)
-  changes, window = [], max(1, count // (2 * _DOUBLINGS))
-  for (after, _), was in zip(losses(rates), itertools.cycle(before)):
-    changes.append(after - was)
-    if not np.mean(changes[-window:]) <= _RISE * abs(loss):  # or not finite
-      rates = rates[:len(changes)]
-      edge = np.exp(np.mean(np.log(rates[-window:])))
-      return RangeTest(rates, np.array(changes), loss, float(edge),
-                       still + len(changes))
-  raise InputError(
-      'no learning rate can be suggested, because the loss did not rise even '
-      f'at the rate {rates[-1]:.1g}; set --config.optimizer.learning_rate to a '
-      'number.')
+  changes = []
+  for (after, _), of_batch in zip(losses(rates), itertools.cycle(before)):
+    changes.append(after - of_batch)
+    mean = np.mean(changes[-window:])
+    if len(changes) >= window and not (
+        np.isfinite(mean) and mean <= _RISE * abs(loss)):
+      break
+  else:
+    raise InputError(
+        'no learning rate can be suggested, because the loss did not rise even '
+        f'at the rate {rates[-1]:.1g}; set --config.optimizer.learning_rate to '
+        'a number.')
+  if len(changes) == window:
+    raise InputError(
+        'no learning rate can be suggested, because the loss rose at the '
+        f'lowest rate that was tried, {rates[0]:.1g}; set '
+        '--config.optimizer.learning_rate to a lower number, or check eps and '
+        'the size of a batch.')
+  rates = rates[:len(changes)]
+  edge = np.exp(np.mean(np.log(rates[-window:])))
+  return RangeTest(rates, np.array(changes), loss, float(edge), done)
 
 
 # --- a run ------------------------------------------------------------------
 
 
-def of_params(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
-              mesh: jax.sharding.Mesh) -> RangeTest:
+def test_of_run(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
+                mesh: jax.sharding.Mesh, check: Callable[[], None],
+                say: Callable[[str], None]) -> RangeTest:
   """Makes the range test of a run from given parameters.
 
   Args:
@@ -183,25 +200,52 @@ def of_params(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
     tasks: Tasks of the run.
     params: The trained parameters. They are donated.
     mesh: Mesh of the run.
+    check: Raises the errors of Python functions that the loss calls.
+    say: A function that reports a line to the user.
 
   Raises:
     InputError: as `range_test`.
   """
-  batches = (of for _, of, _ in tasks.feed(mesh, 0, _BATCHES))
+  planned = sum(split_steps(config.steps))
+  say(f'range test: about {planned} steps with a rising learning rate, from '
+      'which the run does not continue')
+
+  def batches():
+    for _, of, _ in tasks.feed(mesh, 0, _MOST_BATCHES):
+      yield of
+
+  def after_step(step, rate, loss):
+    check()
+    if step % max(planned // 10, 1) == 0:
+      say(f'range test: step {step}, rate {rate:.1e}, loss {loss:.3f}')
   return range_test(
       lambda rate: optimizer_lib.make_optimizer(
           config, params, learning_rate=rate),
       tasks.value_fn, params, batches, config.steps, frozen_of=tasks.frozen,
-      init=lambda tx, params: build.init_state(tx, params, mesh), mesh=mesh)
+      init=lambda tx, params: build.init_state(tx, params, mesh),
+      after_step=after_step, mesh=mesh)
+
+
+def in_words(found: RangeTest, config: config_lib.Train) -> str:
+  """Returns why the rate of a range test is suggested.
+
+  Args:
+    found: The range test.
+    config: Config of the run.
+  """
+  kind = config.optimizer.schedule
+  return (f'1/{1 / SHARE_OF_EDGE[kind]:g} (for the schedule {kind}) of '
+          f'{found.edge:.2g}, at which the loss had risen by a tenth in a '
+          f'range test of {found.steps} steps '
+          f'({found.steps / config.steps:.1%} of the run)')
 
 
 def resolved(config: config_lib.Train, workdir: Path,
              say: Callable[[str], None]) -> config_lib.Train:
-  """Returns a config with a number as its learning rate.
+  """Returns the config of a run with a number as its learning rate.
 
   If the learning rate is 'auto', a range test finds it and writes
-  ``learning_rate.json``. The run that resumes in the same directory reads the
-  rate from this file.
+  ``learning_rate.json``. A run that resumes reads the rate from there.
 
   Args:
     config: Config of the run.
@@ -209,30 +253,38 @@ def resolved(config: config_lib.Train, workdir: Path,
     say: A function that reports a line to the user.
 
   Returns:
-    The config. It is unchanged if it has a number, or if the directory contains
-    a run that began with a number.
+    The config. It still has 'auto' if the directory contains a run that began
+    with a number, which `run_files.check_workdir` then reports.
 
   Raises:
     InputError: as `range_test`.
   """
   if not config_lib.is_auto(config):
     return config
-  file = workdir / FILE
-  if file.exists():
-    rate = loggers.read_json(file)['learning_rate']
-    say(f'learning rate {rate:g}, from the range test in {file}')
-    return config_lib.with_learning_rate(config, rate)
-  if (workdir / 'config.json').exists():
+  known = run_files.with_found_rate(config, workdir)
+  began = (workdir / 'config.json').exists()
+  agreement.agree_on('the files of --workdir', {
+      'learning_rate': known.optimizer.learning_rate, 'began': began},
+      'start the same command again')
+  if not config_lib.is_auto(known):
+    say(f'learning rate {config_lib.learning_rate(known):g}, from the range '
+        f'test in {workdir / run_files.RATE}')
+    return known
+  if began:
     return config
-  say('range test: training with a rising learning rate, to find the rate of '
-      'this run')
   silent = lambda text: None
   built = build.build(config_lib.with_learning_rate(config, 1.0), say=silent)
   tasks = mixture.make(config, built, workdir / 'hidden_states', silent)
-  params, mesh = built.params, built.mesh
+  params, mesh, host = built.params, built.mesh, built.host
+  assert host is not None  # the method trains
   built = built.without_weights()  # the test donates the parameters
-  found = of_params(config, tasks, params, mesh)
-  rate = found.suggested(config.optimizer.schedule)
-  say(f'learning rate {rate:g}: {found.in_words(config)}')
-  loggers.write_json(file, {'learning_rate': rate} | found._asdict())
-  return config_lib.with_learning_rate(config, rate)
+  found = test_of_run(config, tasks, params, mesh, host.check, say)
+  rate = suggested(found.edge, config.optimizer.schedule)
+  say(f'learning rate {rate:g}: {in_words(found, config)}')
+  loggers.write_json(workdir / run_files.RATE, {
+      'learning_rate': rate, **found._asdict(),
+      'config': config_lib.bound(config)})
+  config = config_lib.with_learning_rate(config, rate)
+  agreement.agree_on('the learning rate that was found', {'rate': rate},
+                     'set --config.optimizer.learning_rate to a number')
+  return config

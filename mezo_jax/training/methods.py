@@ -671,7 +671,7 @@ def forwards(config: Any, rows: int) -> float:
   micro-batches, if the directions share its rows (spsa.over 'rows'), or if
   answers are generated. A forward pass with its tangent counts as two, and one
   with its backward pass as one. Only steps count: not evaluations, cached
-  activations, linear probes or scoring passes.
+  activations, linear probes scoring passes or range tests.
 
   Args:
     config: The config of the run.
@@ -708,12 +708,13 @@ def anchor_batches(config: Any, rows: int) -> int:
 def finds_rate(config: Any) -> bool:
   """Returns whether a range test can find the learning rate of a run.
 
-  See `mezo_jax.training.learning_rates`. Losses that are standardised, and
-  rewards, have no unit in which a rise could be measured.
+  See `mezo_jax.training.learning_rates`. Standardised losses and rewards have
+  no unit in which a rise could be measured, and metrics rise in jumps.
   """
+  named = objective.of(config.task, config.objective)
   return (method_of(config).range_test and not config.optimizer.groups
           and not COMBINES[config.spsa.combine].needs_all
-          and objective.of(config.task, config.objective) != objective.REWARD)
+          and objective.differentiable(named))
 
 
 def part_of(config: Any) -> Part:

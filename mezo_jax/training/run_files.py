@@ -21,6 +21,32 @@ from mezo_jax.tasks import data, evaluate, predictions
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, mixture
 
+RATE = 'learning_rate.json'  # what a range test found
+
+
+def with_found_rate(config: config_lib.Train, workdir: Path
+                    ) -> config_lib.Train:
+  """Returns a config with the learning rate that its range test found.
+
+  A test of other settings does not count, unless the run has begun: then
+  `check_workdir` compares the settings.
+
+  Args:
+    config: Config of the run.
+    workdir: Directory of the run.
+
+  Returns:
+    The config. It is unchanged if its learning rate is a number, or if the test
+    was not made yet.
+  """
+  if not config_lib.is_auto(config) or not (workdir / RATE).is_file():
+    return config
+  found = loggers.read_json(workdir / RATE)
+  if (found['config'] != config_lib.bound(config)
+      and not (workdir / 'config.json').exists()):
+    return config
+  return config_lib.with_learning_rate(config, found['learning_rate'])
+
 
 def check_workdir(config: config_lib.Train, workdir: Path) -> None:
   """Checks that a config can run, or continue a run, in a directory.
@@ -34,6 +60,7 @@ def check_workdir(config: config_lib.Train, workdir: Path) -> None:
       more steps than the config, or a run with as many steps as the config
       whose last step was not evaluated.
   """
+  config = with_found_rate(config, workdir)
   config_file = workdir / 'config.json'
   if config_file.exists():
     saved = loggers.read_json(config_file)

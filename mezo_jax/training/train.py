@@ -105,10 +105,11 @@ def _run(config: config_lib.Train, workdir: Path, place, source: str,
                      'install the same versions on every host')
   agreement.agree_on('the config', config_lib.to_json(config),
                      'start the same command on every host')
-  if place and config_lib.is_auto(config):
-    raise InputError("--config.optimizer.learning_rate 'auto' does not support "
-                     'replicas; set it to a number.')
-  config = learning_rates.resolved(config, workdir, _say)
+  if methods.method_of(config).steps:
+    if place and config_lib.is_auto(config):
+      raise InputError("--config.optimizer.learning_rate 'auto' does not "
+                       'support replicas; set it to a number.')
+    config = learning_rates.resolved(config, workdir, _say)
   run_files.check_workdir(config, workdir)
   method = methods.method_of(config)
 
