@@ -34,7 +34,7 @@ GRID = [(rate, eps) for rate in (5e-4, 1.5e-3) for eps in (1e-3, 3e-3)]
 
 def records_of(runs: Path, variant: str, seed: int, steps: int, rate=None,
                eps=None) -> list[dict]:
-  """Returns the records of the dev rows of a run, after making the run."""
+  """Returns the records of a run, after making the run."""
   config = example.get_config(variant)
   config.seed, config.steps, config.eval_every = seed, steps, max(steps // 4, 1)
   if rate is not None:
@@ -43,8 +43,12 @@ def records_of(runs: Path, variant: str, seed: int, steps: int, rate=None,
   where = runs / f'{variant or "plain"}-{seed}-{steps}-{rate:g}-{eps:g}'
   if not read_result(where):
     run(config, where)
-  return [r for r in loggers.read(where / 'metrics.jsonl')
-          if r['kind'] == 'dev']
+  return loggers.read(where / 'metrics.jsonl')
+
+
+def of_kind(records: list[dict], kind: str) -> list[dict]:
+  """Returns the records of steps, 'train', or of evaluations, 'dev'."""
+  return [r for r in records if r['kind'] == kind]
 
 
 def draw(path: Path, runs: dict[str, list[list[dict]]]) -> None:
@@ -56,6 +60,7 @@ def draw(path: Path, runs: dict[str, list[list[dict]]]) -> None:
   for name, seeds in runs.items():
     steps = [r['step'] for r in seeds[0]]
     for axis, field in zip(axes, ('reward', 'kl')):
+      # Before training there is no divergence.
       values = np.array([[r.get(field, 0.0) for r in each] for each in seeds])
       axis.plot(steps, values.mean(0), label=name)
       axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
@@ -71,10 +76,13 @@ def grid(runs: Path, steps: int) -> None:
   rows = []
   for rate, eps in GRID:
     records = records_of(runs, '', 0, steps, rate, eps)
+    first, *_, last = of_kind(records, 'dev')
+    same = [100 * r['identical'] for r in of_kind(records, 'train')]
     rows.append({'learning rate': f'{rate:g}', 'eps': f'{eps:g}',
-                 'reward before': f'{records[0]["reward"]:.3f}',
-                 'reward after': f'{records[-1]["reward"]:.3f}',
-                 'divergence': f'{records[-1]["kl"]:.4f}'})
+                 'identical answers, %': f'{min(same):.0f} to {max(same):.0f}',
+                 'reward before': f'{first["reward"]:.3f}',
+                 'reward after': f'{last["reward"]:.3f}',
+                 'divergence': f'{last["kl"]:.4f}'})
   harness.write('conciseness_grid', harness.header(f'{steps} steps, one seed'),
                 [('Held-out prompts, each rate and scale', rows)])
 
@@ -91,7 +99,7 @@ def main():
     if args.grid:
       return grid(runs, args.steps // 2)
     names = {'plain': '', 'decay towards the start': 'anchored'}
-    found = {name: [records_of(runs, variant, seed, args.steps)
+    found = {name: [of_kind(records_of(runs, variant, seed, args.steps), 'dev')
                     for seed in range(args.seeds)]
              for name, variant in names.items()}
     tables = [('Held-out prompts, mean and standard error over seeds', [{

@@ -671,7 +671,7 @@ def forwards(config: Any, rows: int) -> float:
   micro-batches, if the directions share its rows (spsa.over 'rows'), or if
   answers are generated. A forward pass with its tangent counts as two, and one
   with its backward pass as one. Only steps count: not evaluations, cached
-  activations, linear probes scoring passes or range tests.
+  activations, linear probes, scoring passes or range tests.
 
   Args:
     config: The config of the run.
