@@ -50,9 +50,10 @@ _MOST_BATCHES = 64
 _DOUBLINGS, _ABOVE = 11, 2
 _RISE = 0.1  # rise of the loss at the edge, relative to that before training
 _WINDOW = 3  # minimum number of steps whose changes are averaged
-# The suggested rate of each schedule, relative to the edge. On the problems of
-# benchmarks/learning_rates.py the best rates of a linear decay were 1/8 to 1/20
-# of it. A constant rate gets half of that.
+# The suggested rate of each schedule, relative to the edge. Where it was
+# measured (docs/hyperparameters.md), the best rate was about 1/10 of the edge
+# with a linear decay, and 1/20 with a constant rate. The shares are lower,
+# since a rate that is too high costs more than one that is too low.
 SHARE_OF_EDGE = {'constant': 1 / 32, 'linear': 1 / 16, 'cosine': 1 / 16}
 
 
