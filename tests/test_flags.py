@@ -51,6 +51,8 @@ def _examples(path):
   hint = _hint(path)
   if path == 'task.row':
     return VALUES['row']
+  if path == 'optimizer.learning_rate':
+    return [*VALUES[float], ('auto', 'auto')]
   if path in ('objective', 'reward.function'):
     return VALUES[config_lib.Objective]
   if typing.get_origin(hint) is typing.Literal:
