@@ -151,18 +151,18 @@ def measure(records: Records, runs: Rated, case: tuple, part: str | None
   for seed in range(SEEDS if part != 'grid' else 0):
     edge = records.get((problem, kind, 'edge', seed),
                        lambda seed: runs.range_test(kind, seed).edge, seed)
-    loss(learning_rates.suggested(edge, schedule), seed)
+    loss(learning_rates.suggested(edge, runs.steps(kind), schedule), seed)
   if part != 'tests':
     best = search(loss, runs.problem.rate)
     for seed in range(SEEDS):
       loss(best, seed)
 
 
-def row_of(records: Records, case: tuple, middle: float) -> dict | None:
+def row_of(records: Records, case: tuple, problem: Problem) -> dict | None:
   """Returns the row of a case in the table; None if runs are missing."""
   grid = {}
   for i in range(-8, 9):
-    rate = float(f'{middle * 2.0**i:.6g}')
+    rate = float(f'{problem.rate * 2.0**i:.6g}')
     loss = records.get((*case, rate, 0))
     if loss is not None:
       grid[rate] = loss
@@ -170,7 +170,8 @@ def row_of(records: Records, case: tuple, middle: float) -> dict | None:
   if None in edges or not grid:
     return None
   best = min(grid, key=grid.get)
-  rates = [learning_rates.suggested(edge, case[2]) for edge in edges]
+  steps = problem.steps // int(case[1][-1])
+  rates = [learning_rates.suggested(edge, steps, case[2]) for edge in edges]
   of_best = [records.get((*case, best, s)) for s in range(SEEDS)]
   of_test = [records.get((*case, r, s)) for s, r in enumerate(rates)]
   if None in (*of_best, *of_test) or best in (min(grid), max(grid)):
@@ -193,7 +194,7 @@ def row_of(records: Records, case: tuple, middle: float) -> dict | None:
 def write(records: Records, cases: list[tuple], known: dict) -> None:
   """Writes the table of all cases that are finished."""
   rows = [row for case in cases
-          if (row := row_of(records, case, known[case[0]].rate))]
+          if (row := row_of(records, case, known[case[0]]))]
   good = sum(row['within 5 % or two errors'] == 'yes' for row in rows)
   harness.write('learning_rates', harness.header(f'{SEEDS} seeds'), [(
       f'Dev loss after the last step; {good} of {len(rows)} suggested rates '

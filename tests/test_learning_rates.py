@@ -13,7 +13,7 @@ from mezo_jax import training
 from mezo_jax.cli import command_line, commands, processes
 from mezo_jax.core.errors import InputError
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import run_files
+from mezo_jax.training import learning_rates, run_files
 
 
 def found_on(loss, steps=8000, n=1, params=None):
@@ -40,6 +40,17 @@ def test_the_edge_is_where_a_quadratic_diverges(scale, n):
   assert limit / 1.5 < found.edge < 4 * limit
   assert found.loss == pytest.approx(10 * scale, rel=0.01)
   assert found.steps <= 0.05 * 8000
+
+
+@pytest.mark.parametrize('steps', [500, 2000, 8000, 32000])
+def test_short_tests_overshoot_by_a_known_factor(steps):
+  """Checks the largest stable rate of that quadratic for several lengths."""
+  found = found_on(lambda x: jnp.sum(x**2) / 2, steps)
+  limit = 2 / (20 + 2)
+  assert limit / 3 < learning_rates.limit(found.edge, steps) < 3 * limit
+  rates = [learning_rates.suggested(found.edge, steps, schedule)
+           for schedule in ('constant', 'linear', 'cosine')]
+  assert limit / 50 < rates[0] < rates[1] == rates[2] < limit / 2
 
 
 def test_changes_are_relative_to_the_loss_before_training():

@@ -323,7 +323,8 @@ def _suggested(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
   except InputError as e:
     say(f'warning: {e}')
     return None
-  rate = learning_rates.suggested(found.edge, config.optimizer.schedule)
+  rate = learning_rates.suggested(
+      found.edge, config.steps, config.optimizer.schedule)
   return {'learning_rate': rate,
           'why': learning_rates.in_words(found, config)} | found._asdict()
 
