@@ -72,8 +72,8 @@ class RangeTest(NamedTuple):
     changes: Loss of each of these steps' batches minus its loss before
       training, float64 [S].
     loss: Mean loss L before training.
-    edge: Learning rate at which the mean change reached |L| / 10: the geometric
-      mean of the last rates.
+    edge: Learning rate at which the mean change reached a tenth of the absolute
+      value of L: the geometric mean of the last rates.
     steps: Number of all steps: S and those with the rate 0.
   """
 
