@@ -67,16 +67,16 @@ class Kind:
   looks: Callable | None = None
 
 
-def _mezo(directions, **more) -> Kind:
+def mezo_kind(directions, **more) -> Kind:
   """Returns MeZO with these directions and options of its estimator."""
   return Kind(functools.partial(harness.mezo, **more), directions)
 
 
 KINDS = {
-    'normal': _mezo(mezo_jax.Normal()),
-    'signs': _mezo(mezo_jax.Rademacher()),
-    **{f'rank {r}': _mezo(LowRank(rank=r)) for r in (1, 2, 4, 16)},
-    **{f'rank {r}, a direction a row': _mezo(
+    'normal': mezo_kind(mezo_jax.Normal()),
+    'signs': mezo_kind(mezo_jax.Rademacher()),
+    **{f'rank {r}': mezo_kind(LowRank(rank=r)) for r in (1, 2, 4, 16)},
+    **{f'rank {r}, a direction a row': mezo_kind(
         LowRank(rank=r), num_samples=ROWS, over='rows') for r in (1, 4)}}
 
 

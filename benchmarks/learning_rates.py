@@ -1,6 +1,7 @@
 """Compares learning rates from range tests with the best ones of grids.
 
-  python benchmarks/learning_rates.py [--problems P,Q] [--kinds REGEX] [--table]
+  python benchmarks/learning_rates.py --trec FILE [--problems P,Q]
+      [--kinds REGEX] [--schedules S,T] [--part grid|tests] [--table]
 
 There are four problems: the last layer of the quickstart (20,000 steps), all of
 MiniLM with a new head (2,000), a LoRA of SmolLM2-135M (400), and the last layer
@@ -16,8 +17,9 @@ suggests is found and run with three seeds, each of which has its own test.
 Results are those of the dev rows, since a rate is chosen for them.
 
 Each finished run is a line of results/learning_rates.jsonl and is not repeated.
-Writes results/learning_rates.md and .json. Takes 30 hours of a CPU core in all.
---table only writes the tables of the runs so far.
+Writes results/learning_rates.md and .json. All of it
+takes about 30 hours of a CPU core, by the seconds of the first runs. --table
+only writes the tables of the runs so far.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from pathlib import Path
 import re
 import time
 
-from convergence import _mezo, Problem, ROWS, Runs
+from convergence import mezo_kind, Problem, ROWS, Runs
 import harness
 import jax
 import jax.numpy as jnp
@@ -44,10 +46,10 @@ from mezo_jax.training.config import Data, Model, Peft, Train
 
 SEEDS = 3
 RESULTS = Path(__file__).parent / 'results' / 'learning_rates.jsonl'
-KINDS = {f'{name}, n = {n}': _mezo(directions, num_samples=n)
-         for n in (1, 4) for name, directions in (
-             ('signs', mezo_jax.Rademacher()), ('normal', mezo_jax.Normal()),
-             ('rank 16', LowRank(rank=16)))}
+DIRECTIONS = {'Rademacher': mezo_jax.Rademacher(), 'normal': mezo_jax.Normal(),
+              'rank 16': LowRank(rank=16)}
+KINDS = {f'{name}, n = {n}': mezo_kind(directions, num_samples=n)
+         for n in (1, 4) for name, directions in DIRECTIONS.items()}
 
 
 def problems(trec_file: str) -> dict[str, Problem]:

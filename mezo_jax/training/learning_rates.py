@@ -153,6 +153,8 @@ def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
     InputError: if the projected gradients before training are 0 or not finite,
       if the loss rises at the first rates, or if it rises at none.
   """
+  # The rate is part of the optimizer's state, so all rates share one program.
+  # optax finds it by the name of the argument, which `make_tx` need not have.
   tx = optax.inject_hyperparams(
       lambda learning_rate: make_tx(learning_rate),
       hyperparam_dtype=jnp.float32)(learning_rate=0.0)

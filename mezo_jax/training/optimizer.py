@@ -32,10 +32,12 @@ def make_optimizer(config: config_lib.Train, params: Any,
     params: The trained parameters before training, or their shapes.
     plan: The plan of a private run. Defaults to None, for another method or a
       transform that only replays recorded steps.
-    learning_rate: Learning rate of all steps. Defaults to None, for the
-      learning rate and the schedule of the config.
+    learning_rate: Learning rate of all steps, for a config without
+      ``optimizer.groups``. Defaults to None, for the learning rate and the
+      schedule of the config.
   """
   o, z = config.optimizer, config.spsa
+  assert learning_rate is None or not o.groups
   rates, eps = learning_rate, z.eps
   if rates is None:
     rates = schedule(config, config_lib.learning_rate(config))
