@@ -67,7 +67,7 @@ def problems(trec_file: str) -> dict[str, Problem]:
                    max_length=64, batch_size=ROWS)
   return {'last_layer': Problem(last, 20_000, 24, 5e-4),
           'minilm': Problem(minilm, 2_000, 16, 5e-4),
-          'lora': Problem(lora, 400, 16, 1e-2),
+          'lora': Problem(lora, 400, 16, 1e-3),
           'trec': Problem(trec, 5_000, 32, 5e-4)}
 
 
