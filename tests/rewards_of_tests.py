@@ -15,6 +15,12 @@ def parts(text, row):
   return {'length': 0.5 * len(text), 'label': float(row['label'])}
 
 
+def length(text, row):
+  """Returns the number of characters."""
+  del row
+  return len(text)
+
+
 def mischief(text, row):
   """Fails in the way that the text says; other texts have the reward 2."""
   if text == 'raise':

@@ -378,7 +378,8 @@ def card(run: config_lib.Train, step: int, result: dict[str, Any]) -> str:
   rows = ' (each on its own rows)' if z.over == 'rows' else ''
   settings = {
       'data': _data(run),
-      'prompt': f'`{reports.cell(run.task.template)}`',
+      **({'prompt': f'`{reports.cell(run.task.template)}`'} if (
+          run.task.template) else {'task': run.task.kind}),
       **({'label words': ', '.join(
           f'`{reports.cell(w)}`' for w in run.task.label_words)} if (
               run.task.label_words) else {}),

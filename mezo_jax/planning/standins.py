@@ -37,7 +37,7 @@ def tokenizer(task: Task) -> Any:
   return PreTrainedTokenizerFast(
       tokenizer_object=raw, bos_token='<s>', eos_token='</s>',
       pad_token='<pad>', unk_token='<unk>', mask_token='<mask>',
-      chat_template='{{ messages[0].content }}')
+      chat_template='{% for m in messages %}{{ m.content }} {% endfor %}')
 
 
 def row(task: Task) -> dict[str, Any]:
@@ -55,7 +55,9 @@ def row(task: Task) -> dict[str, Any]:
       **{name: 'this' if many else ['this', 'that one']
          for name in task.choices},
       task.answers_column: ['an answer'], 'connective': 'so',
-      task.label_column: (*task.class_names, 0)[0]}
+      task.label_column: (*task.class_names, 0)[0],
+      'messages': [{'role': role, 'content': 'some words'}
+                   for role in dict.fromkeys(('user', *task.train_roles))]}
 
 
 def rows(config: config_lib.Train) -> Rows:

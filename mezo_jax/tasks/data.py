@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mezo_jax.core.errors import first_line, InputError, MissingError
-from mezo_jax.tasks import quickstart_data, Task
+from mezo_jax.tasks import chat, quickstart_data, Task
 from mezo_jax.tasks.encode import (
   after_tokens,
   encode,
@@ -26,6 +26,9 @@ from mezo_jax.tasks.encode import (
   space_warnings,
 )
 from mezo_jax.tasks.task import ClassNumber
+
+_NAMED = 5  # number of rows that a warning names
+_SHOWN = 1000  # characters at each end of a row that is shown
 
 
 def load_rows(
@@ -780,6 +783,10 @@ def encode_rows(
       golds = {name: read(name, gold_only=True) for name in held_out}
     except InputError as e:  # generating needs no right answer that fits
       say(f'the cross-entropy of right answers is not reported: {e}')
+  for name, split in splits.items() if task.traits.conversation else ():
+    for text in _about_conversations(name, split, len(getattr(rows, name)),
+                                     tokenizer if name == 'train' else None):
+      say(text)
   priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
       prior and splits[name].width > 1)}
   whole = limit + len(soft_ids)
@@ -805,6 +812,38 @@ def encode_rows(
               (f'gold_{name}', g) for name, g in golds.items()))}
   return Splits(**splits, prior=priors, buckets=needed, gold=golds,
                 test_index=rows.test_index)
+
+
+def _about_conversations(name: str, data: Encoded, rows: int, tokenizer: Any
+                         ) -> list[str]:
+  """Returns log lines about which parts of conversations are trained.
+
+  Args:
+    name: Name of the split.
+    data: The tokenised conversations.
+    rows: Number of conversations, including those that were left out.
+    tokenizer: Tokenizer, to show the first conversation, or None.
+  """
+  out = []
+  if data.left_out:
+    some = [f'row {row} {why}' for row, why in data.left_out[:_NAMED]]
+    more = ', ...' if len(data.left_out) > _NAMED else ''
+    out.append(f'warning: {len(data.left_out)} of {rows} {name} rows are left '
+               f'out ({", ".join(some)}{more}; counted from 0 after the split)')
+  if data.generates:
+    return out
+  scored = sum(len(scored[0]) for scored in data.scored)
+  out.append(f'data: {scored / data.lengths.sum():.0%} of the {name} tokens '
+             'are trained or scored')
+  if tokenizer is not None:
+    (answer,), (scored,), prompt = (
+        data.candidates[0], data.scored[0], data.prompts[0])
+    text = chat.shown([*prompt, *answer], [len(prompt) + i for i in scored],
+                      tokenizer)
+    if len(text) > 2 * _SHOWN:
+      text = f'{text[:_SHOWN]} ... {text[-_SHOWN:]}'
+    out.append(f'the first {name} row, in which [[...]] is trained:\n{text}')
+  return out
 
 
 def buckets_for(data: Encoded, buckets: Sequence[int], limit: int

@@ -21,6 +21,7 @@ import unicodedata
 import numpy as np
 
 from mezo_jax.core.errors import InputError
+from mezo_jax.tasks import chat
 from mezo_jax.tasks.task import Task
 
 
@@ -52,9 +53,9 @@ class Encoded(NamedTuple):
   # Token ids of each candidate after the prompt, [R][C]. Empty lists if answers
   # are read at one position or generated.
   candidates: list[list[list[int]]]
-  # Number of answer tokens at the end of each candidate, [R][C]. The tokens
-  # before them belong to the prompt.
-  scored: list[list[int]]
+  # Indices of the answer tokens in each candidate, ascending, [R][C]. The other
+  # tokens belong to the prompt.
+  scored: list[list[Sequence[int]]]
   # Indices of the right candidates or classes of each row.
   golds: list[tuple[int, ...]]
   # Number of rows that were cut.
@@ -73,6 +74,9 @@ class Encoded(NamedTuple):
   # Number of classes of a new head, some of which may not occur in the rows. 0
   # for other tasks.
   classes: int = 0
+  # Indices of rows that were left out, since no part to train fits, and the
+  # reason for each.
+  left_out: tuple[tuple[int, str], ...] = ()
 
   @property
   def lengths(self) -> np.ndarray:
@@ -114,6 +118,9 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
   A prompt that is too long loses its beginning, but keeps the special tokens
   that the tokenizer puts there. Texts of kind 'head' lose their end instead.
 
+  A conversation that is too long loses turns, and is left out if no part to
+  train fits; see `mezo_jax.tasks.chat.mark`.
+
   A tokenizer may add an end token after a text (``add_eos_token``). It is left
   out if the model continues the text or an answer follows. Masked models and
   new heads keep it, as in their pretraining.
@@ -143,6 +150,9 @@ def encode(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any,
   """
   if not rows:
     raise InputError('there are no rows to tokenise; check config.data.')
+  if task.traits.conversation:
+    return _for_conversations(
+        task, list(rows), tokenizer, max_length, gold_only, needs_gold)
   own, slots = prompts is None, _slots(task, tokenizer)
   rows, cut = _limited(task, rows, tokenizer)
   if task.masked:  # A mask in the data could be taken for that of the template.
@@ -393,7 +403,8 @@ def _for_candidates(task, rows, texts, tokenizer, max_length, cut, gold_only,
           '--config.data.max_length.')
     prompts.append(prompt)
     candidates.append(rest)
-    scored.append(numbers)
+    scored.append([range(len(ids) - n, len(ids))
+                   for ids, n in zip(rest, numbers)])
   golds = [()] * len(rows)  # `encode` replaces them.
   # If the candidates of all rows are the same single tokens, as label words
   # usually are, they are read at the end of the prompt.
@@ -421,13 +432,12 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
     max_length: Largest number of tokens of a prompt with its answer.
     cut: Indices of rows that were cut before. More are added.
   """
-  most = max_length - task.max_new_tokens
-  if most < 1:
-    raise InputError(
-        f'{task.max_new_tokens} new tokens leave no room for a prompt within '
-        f'{max_length} tokens; lower --config.task.max_new_tokens.')
+  most = _room(task, max_length)
   if task.chat:
-    prompts = _in_conversation(texts, tokenizer, most)
+    conversations = [chat.Conversation(
+        [{'role': 'user', 'content': text}], [], None) for text in texts]
+    prompts = chat.prompts(
+        conversations, chat.Template(tokenizer, task.chat_args), most)
   else:
     texts = [text.strip(' ') for text in texts]
     tokens = _Tokens.of(tokenizer, texts)
@@ -438,30 +448,62 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
                  [()] * len(rows), len(cut), generates=True)
 
 
-def _in_conversation(texts, tokenizer, most: int) -> list[list[int]]:
-  """Returns the tokens of conversations that the model is to answer.
+def _for_conversations(task, rows, tokenizer, max_length, gold_only,
+                       needs_gold):
+  """Encodes conversations.
 
   Args:
-    texts: The message of the user in each conversation.
+    task: The task.
+    rows: Rows from `Task.prepare`.
     tokenizer: Tokenizer with a chat template.
-    most: Largest number of tokens of a conversation. A longer one is refused,
-      since the template would not be complete without its beginning.
+    max_length: Largest number of tokens of a conversation.
+    gold_only: Whether the messages to train are encoded. Otherwise the model is
+      to write the last message.
+    needs_gold: Whether each row must have a right last message if the model is
+      to write it.
   """
-  if not tokenizer.chat_template:
-    raise InputError('task.chat needs a chat template, but the tokenizer of '
-                     'this model has none; leave task.chat at False.')
-  written = [tokenizer.apply_chat_template(
-      [{'role': 'user', 'content': text}], tokenize=False,
-      add_generation_prompt=True) for text in texts]
-  # The template contains the special tokens.
-  prompts = _Tokens(tokenizer, [], [])(written)
-  for r, ids in enumerate(prompts):
-    if len(ids) > most:
-      raise InputError(
-          f'the conversation of row {r} has {len(ids)} tokens, but at most '
-          f'{most} are allowed before the answer; shorten the row, or raise '
-          '--config.data.max_length.')
-  return prompts
+  found = [*map(task.conversation, rows)]
+  template = chat.Template(tokenizer, task.chat_args)
+  if not gold_only:
+    for row in rows if needs_gold else ():
+      task.references(row)  # raises an error if there is none
+    prompts = chat.prompts(found, template, _room(task, max_length))
+    return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
+                   [()] * len(rows), 0, generates=True)
+  roles = ', '.join(task.train_roles)
+  prompts, candidates, scored, kept, left_out = [], [], [], [], []
+  marked = chat.mark(found, template, max_length)
+  for r, one in enumerate(marked):
+    if not one.spans:
+      left_out.append((r, (
+          f'needs {one.needs} tokens, more than {max_length}' if one.needs else
+          f'has no message of the role {roles} with a weight and a text')))
+      continue
+    # A token is predicted from those before it, so one must be left.
+    first = max(one.spans[0][0], 1)
+    kept.append(rows[r])
+    prompts.append(one.ids[:first])
+    candidates.append([one.ids[first:]])
+    scored.append([[i - first for span in one.spans for i in range(*span)
+                    if i >= first]])
+  if not kept:
+    raise InputError(
+        f'none of {len(rows)} conversations can be trained: the first one '
+        f'{left_out[0][1]}. Check the data and --config.task.train_roles, or '
+        'raise --config.data.max_length.')
+  return Encoded(kept, prompts, candidates, scored, [(0,)] * len(kept),
+                 sum(one.cut and bool(one.spans) for one in marked),
+                 left_out=tuple(left_out))
+
+
+def _room(task: Task, max_length: int) -> int:
+  """Returns the largest number of tokens of a prompt to continue."""
+  most = max_length - task.max_new_tokens
+  if most < 1:
+    raise InputError(
+        f'{task.max_new_tokens} new tokens leave no room for a prompt within '
+        f'{max_length} tokens; lower --config.task.max_new_tokens.')
+  return most
 
 
 def _for_mask(task, rows, texts, tokenizer, max_length, cut):
@@ -670,7 +712,8 @@ def answers_within(data: Encoded, length: int) -> int:
   if data.read_at is not None:
     return 1
   fits = data.lengths <= length
-  return max([sum(n) for n, fit in zip(data.scored, fits) if fit], default=1)
+  return max([sum(map(len, scored)) for scored, fit in zip(data.scored, fits)
+              if fit], default=1)
 
 
 def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
@@ -753,17 +796,17 @@ def batch_of(data: Encoded, index: np.ndarray, length: int, rows: int
       batch['answer_at'][i, 0] = data.read_at[r]
       continue
     at, a = n, 0
-    for c, (ids, k) in enumerate(zip(data.candidates[r], data.scored[r])):
-      after = at + len(ids)
+    for c, (ids, scored) in enumerate(zip(data.candidates[r], data.scored[r])):
+      after, k = at + len(ids), len(scored)
       batch['input_ids'][i, at:after] = ids
       batch['attention_mask'][i, at:after] = c + 2
       # Each token is predicted at the position before it. The first token of a
       # candidate is predicted at the end of the prompt, position n - 1, even if
       # other candidates are between the prompt and this one in the sequence.
-      before = np.arange(after - k - 1, after - 1)
+      before = at - 1 + np.array(scored, int)
       before[before < at] = n - 1
       batch['answer_at'][i, a:a + k] = before
-      batch['answer_ids'][i, a:a + k] = ids[len(ids) - k:]
+      batch['answer_ids'][i, a:a + k] = [ids[s] for s in scored]
       batch['answer_of'][i, a:a + k] = c
       at, a = after, a + k
   return batch

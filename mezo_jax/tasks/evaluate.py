@@ -20,7 +20,7 @@ from mezo_jax.tasks import metrics, rewards
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks import score as score_lib
 from mezo_jax.tasks.encode import batch_of, Encoded, Form
-from mezo_jax.tasks.task import Task
+from mezo_jax.tasks.task import LOSS, Task
 
 # Number of rows whose answers an evaluation keeps.
 KEPT = 20
@@ -693,7 +693,7 @@ def rank(report: dict[str, Any], metric: str, select: str
   if not is_finite(report):
     return None
   loss = report.get('loss', 0.0)
-  by_loss = select == 'loss' or metric not in report
+  by_loss = select == 'loss' or metric == LOSS or metric not in report
   return {'score': -loss if by_loss else report[metric],
           'loss': report.get('cross_entropy', loss)}
 

@@ -113,7 +113,7 @@ def generate(model: Any, params: Any, batch: dict[str, Any], task: Task,
     model: A `mezo_jax.models.Transformer`.
     params: Parameters of the model.
     batch: Batch of prompts from `mezo_jax.tasks.encode.batch_of`.
-    task: Task of the rows. Its ``stop`` ends an answer.
+    task: Task of the rows. Its ``end`` ends an answer.
     tokenizer: Tokenizer of the model.
 
   Returns:
@@ -129,8 +129,8 @@ def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
   """Returns the ids of the tokens that end an answer.
 
   These are the end token, the token that ends a turn in the chat template if
-  the task is a chat, and all tokens whose text contains ``task.stop``. If
-  ``task.stop`` always takes several tokens, generation continues to the end
+  the task is a chat, and all tokens whose text contains ``task.end``. If
+  ``task.end`` always takes several tokens, generation continues to the end
   token or to ``max_new_tokens``, and `texts` cuts the answer.
 
   Args:
@@ -138,13 +138,13 @@ def stop_ids(task: Task, tokenizer: Any) -> tuple[int, ...]:
     tokenizer: Tokenizer of the model.
   """
   return tuple(sorted(
-      _Written.of(tokenizer, task.stop, task.chat).ends))
+      _Written.of(tokenizer, task.end, task.in_turns).ends))
 
 
 def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
   """Decodes generated tokens to answers.
 
-  An answer is the text before the first ``task.stop`` or end token, without
+  An answer is the text before the first ``task.end`` or end token, without
   white space around it.
 
   Args:
@@ -152,7 +152,7 @@ def texts(tokens: np.ndarray, task: Task, tokenizer: Any) -> list[str]:
     task: The task.
     tokenizer: Tokenizer of the model.
   """
-  written = _Written.of(tokenizer, task.stop, task.chat)
+  written = _Written.of(tokenizer, task.end, task.in_turns)
   return [written.answer(row) for row in np.asarray(tokens).tolist()]
 
 

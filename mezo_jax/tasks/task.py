@@ -1,12 +1,14 @@
 r"""Declares how a row of data becomes a prompt and what its answers are.
 
-A row is a dict of columns. There are four kinds of tasks:
+A row is a dict of columns. There are five kinds of tasks:
 
 * ``kind='classification'``: a row becomes a prompt and candidate answers, of
   which the likeliest is the prediction. The candidates are the same label words
   for every row.
 * ``kind='multiple_choice'``: the same, but every row has its own candidates.
 * ``kind='generation'``: a row becomes a prompt that the model continues.
+* ``kind='chat'``: a row is a conversation, and the model learns the messages
+  of the assistant.
 * ``kind='head'``: a row becomes a text, and a new linear layer on the model
   predicts its class.
 
@@ -26,10 +28,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mezo_jax.core.errors import InputError
+from mezo_jax.tasks import chat as chat_lib
 
 _OF_CHOICES = ('accuracy', 'macro_f1', 'matthews')
 _OF_TEXTS = ('f1', 'drop_f1')
-METRICS = (*_OF_CHOICES, *_OF_TEXTS)
+# The loss on dev or test rows as the main number, which is lower for better
+# models. Other metrics are higher.
+LOSS = 'loss'
+METRICS = (*_OF_CHOICES, *_OF_TEXTS, LOSS)
 # Names of classes that mean true or false. Names in `_LETTERS` and `_ANSWERS`
 # have this meaning only if all class names of the task are in the same dict.
 # For example, 'f' means false next to 't', but female next to 'm'.
@@ -50,6 +56,7 @@ class Kind:
   words: bool = False  # whether the answers are the task's label words
   classes: bool = False  # whether every row has the same answers
   generates: bool = False  # whether answers are generated, not chosen
+  conversation: bool = False  # whether a row is a conversation
   new_head: bool = False  # whether a new linear layer predicts the class
 
 
@@ -58,6 +65,8 @@ KINDS = {
         _OF_CHOICES, 'cross_entropy', words=True, classes=True),
     'multiple_choice': Kind(_OF_CHOICES, 'lm'),
     'generation': Kind(_OF_TEXTS, 'lm', generates=True),
+    'chat': Kind(
+        (LOSS, *_OF_TEXTS), 'lm', generates=True, conversation=True),
     'head': Kind(_OF_CHOICES, 'cross_entropy', classes=True, new_head=True)}
 
 
@@ -79,7 +88,7 @@ class Task:
   # Name of a task that this library declares. '' for other tasks.
   name: str = ''
   # 'head' classifies with a new linear layer instead of label words.
-  kind: Literal['classification', 'multiple_choice', 'generation',
+  kind: Literal['classification', 'multiple_choice', 'generation', 'chat',
                 'head'] = 'classification'
   # Prompt with columns in braces. {mask} is the position of the label word for
   # a masked model, {sep} the separator of the two texts of kind 'head'.
@@ -109,7 +118,7 @@ class Task:
 
   # Column with a text, or with a list of acceptable texts.
   answers_column: str = 'answers'
-  # Text that ends the answer.
+  # Text that ends the answer. A turn of a chat ends as its template says.
   stop: str = '\n'
   # Largest number of tokens of an answer.
   max_new_tokens: int = 50
@@ -117,10 +126,23 @@ class Task:
   # tokenizer puts into a conversation.
   chat: bool = False
 
+  # --- chat ---
+
+  # File with a chat template, 'plain' for the contents of messages only, or ''
+  # for the template of the tokenizer.
+  chat_template: str = ''
+  # Values of variables of the template, as in (('enable_thinking', False),).
+  chat_args: tuple[tuple[str, bool | int | str], ...] = ()
+  # Roles whose messages are trained.
+  train_roles: tuple[str, ...] = ('assistant',)
+  # 'all' trains all messages of these roles, 'last' only the last one of each
+  # conversation.
+  train_turns: Literal['all', 'last'] = 'all'
+
   # --- evaluation and training ---
 
-  # Main metric, one of `METRICS`. '' for accuracy, or for f1 if answers are
-  # generated.
+  # Main metric, one of `METRICS`. '' for accuracy, for f1 if answers are
+  # generated, or for the loss of conversations.
   metric: str = ''
   # One of `mezo_jax.tasks.objective.OBJECTIVES`. '' for cross_entropy over
   # classes and lm for the other kinds.
@@ -197,8 +219,28 @@ class Task:
           f'have the columns {sorted(rows[0])}.') from None
     return [(i, row) for i, row in enumerate(found) if row is not None]
 
+  @property
+  def in_turns(self) -> bool:
+    """Returns whether the model answers with a turn of a chat template."""
+    return self.chat or self.traits.conversation
+
+  @property
+  def end(self) -> str:
+    """Returns the text that ends an answer; '' if only a token does."""
+    return '' if self.traits.conversation else self.stop
+
+  def conversation(self, row: dict[str, Any]) -> chat_lib.Conversation:
+    """Returns the conversation of a row of kind 'chat'.
+
+    Raises:
+      InputError: If the row has none, or a malformed one.
+    """
+    return chat_lib.conversation(row, self.train_roles, self.train_turns)
+
   def prompt(self, row: dict[str, Any], **more: str) -> str:
     """Returns the prompt of a row.
+
+    For kind 'chat' it is a text for people, without a template.
 
     Args:
       row: Row from `prepare`.
@@ -207,6 +249,8 @@ class Task:
     Raises:
       InputError: If a column that the template names is missing or has no text.
     """
+    if self.traits.conversation:
+      return chat_lib.text_of(chat_lib.context(self.conversation(row)))
     return self._fill('template', self.template, row, **more)
 
   def prior(self, row: dict[str, Any]) -> str:
@@ -382,6 +426,8 @@ class Task:
 
   def has_gold(self, row: dict[str, Any]) -> bool:
     """Returns whether a row has any right answer, without checking it."""
+    if self.traits.conversation:
+      return chat_lib.answer(self.conversation(row)) is not None
     column = (self.answers_column if self.traits.generates else
               self.label_column)
     value = row.get(column)
@@ -399,6 +445,12 @@ class Task:
     Raises:
       InputError: If the row has no such texts.
     """
+    if self.traits.conversation:
+      text = chat_lib.answer(self.conversation(row))
+      if text is None:
+        raise InputError(f'the conversation of the row {_short(row)} does not '
+                         'end with an answer of the assistant; add it.')
+      return [text]
     if self.answers_column not in row:
       raise InputError(
           f'no column {self.answers_column!r} among the columns {sorted(row)} '
@@ -527,10 +579,23 @@ def check_task(task: Task) -> None:
         f'config: task.kind {task.kind!r} is not one of '
         f'{", ".join(KINDS)}.')
   kind = task.traits
+  of_chat = {name for name in ('chat_template', 'chat_args', 'train_roles',
+                               'train_turns')
+             if getattr(task, name) != getattr(Task, name)}
   rules = [
-      (bool(task.template),
+      (bool(task.template) or kind.conversation,
        'task.template is empty; give the prompt with columns in braces, or use '
        'the config file of a declared task, --config=configs/...'),
+      (not (kind.conversation and (task.template or task.limits)),
+       "task.kind 'chat' takes its messages from the data; leave task.template "
+       'and task.limits empty'),
+      (kind.conversation or not of_chat - {'chat_template', 'chat_args'},
+       f"task.{' and '.join(sorted(of_chat))} needs task.kind 'chat'"),
+      (task.in_turns or not of_chat,
+       f"task.{' and '.join(sorted(of_chat))} needs task.kind 'chat' or "
+       'task.chat'),
+      (bool(task.train_roles),
+       "task.train_roles is empty; give the roles to train, ('assistant',)"),
       (task.metric in ('', *METRICS),
        f'task.metric {task.metric!r} is not one of '
        f'{", ".join(METRICS)}'),
@@ -552,7 +617,7 @@ def check_task(task: Task) -> None:
        "task.kind 'head' needs two or more names in task.label_names"),
       (not task.masked or kind.words,
        "task.template with {mask} needs task.kind 'classification'"),
-      (not task.chat or kind.generates,
+      (not task.chat or kind.generates and not kind.conversation,
        "task.chat needs task.kind 'generation'"),
       (not kind.generates or task.max_new_tokens >= 1,
        'task.max_new_tokens must be at least 1'),
@@ -562,7 +627,8 @@ def check_task(task: Task) -> None:
   for holds, message in rules:
     if not holds:
       raise InputError(f'config: {message}.')
-  if not {*columns('template', task.template)} - {'mask'}:
+  if not (kind.conversation or {*columns('template', task.template)} - {
+      'mask'}):
     raise InputError(
         f'config: task.template {task.template!r} has no column in braces, so '
         'every row would have the same prompt; add one, as in {text}.')

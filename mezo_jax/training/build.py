@@ -21,10 +21,11 @@ from mezo_jax.core import fingerprint, paths, sharding
 from mezo_jax.core.errors import InputError
 from mezo_jax.distributed import agreement
 from mezo_jax.models.formats import classifier
+from mezo_jax.tasks import chat, evaluate, head, quickstart_data, score
 from mezo_jax.tasks import data as data_lib
-from mezo_jax.tasks import evaluate, head, quickstart_data, score
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import batch_of, Encoded
+from mezo_jax.tasks.task import LOSS
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, optimizer, privacy
 from mezo_jax.training import trainable as trainable_lib
@@ -209,10 +210,14 @@ def read_config(config: config_lib.Train) -> models.Config:
 
 
 def read_tokenizer(config: config_lib.Train) -> Any:
-  """Reads the tokenizer of the model."""
-  return models.load_tokenizer(
+  """Reads the tokenizer of the model, with the chat template of the task."""
+  tokenizer = models.load_tokenizer(
       model_name(config), config.model.revision or None,
       config.model.bos_token or None)
+  for task in (config.task, *(also.task for also in config.also)):
+    if task.chat_template:
+      tokenizer.chat_template = chat.read_template(task.chat_template)
+  return tokenizer
 
 
 def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
@@ -261,13 +266,16 @@ def encode_rows(config: config_lib.Train, rows: data_lib.Rows,
     raise InputError(
         f'{len(rows.train)} training rows are fewer than a batch of '
         f'{config.data.batch_size}; lower --config.data.batch_size.')
+  # The loss of conversations needs no generated answers.
+  only_loss = config_lib.metric(config) == LOSS
   gold_only = {
       'train': objectives.gold_only(objective),
       # In-context learning does not evaluate the dev rows, so their cheapest
       # form is enough.
-      'dev': method.demonstrations or (
+      'dev': method.demonstrations or only_loss or (
           config.select == 'loss' and task.traits.generates
-          and objectives.gold_only(objective))}
+          and objectives.gold_only(objective)),
+      'test': only_loss}
   first = model_config.vocab_size
   soft = range(first, first + (before if methods.part_of(config).soft else 0))
   splits = data_lib.encode_rows(

@@ -102,6 +102,9 @@ def check_config(config: config_lib.Train) -> None:
        f'optimizer.groups {o.groups} must contain tuples (regular expression, '
        'learning_rate, eps) with positive, finite numbers'),
       (config.num_demos >= 1, 'num_demos must be at least 1'),
+      (not (method.demonstrations and of_task.conversation),
+       f"method {config.method!r} needs a template for its demonstrations, "
+       "which task.kind 'chat' does not have; choose another method"),
       (0 <= config.seed < 2**32,
        f'seed is {config.seed} and must be from 0 to below 2**32'),
       (not auto or not method.steps or methods.finds_rate(config),
@@ -171,6 +174,7 @@ def check_config(config: config_lib.Train) -> None:
        'steps, eval_every and checkpoint_every must be at least 1'),
   ]
   names = [config.task.name or 'first', *(a.name for a in config.also)]
+  every = [config.task, *(a.task for a in config.also)]
   rules += [
       (not config.also or method.mixes,
        f'method {config.method!r} supports a single task; leave also empty'),
@@ -180,11 +184,16 @@ def check_config(config: config_lib.Train) -> None:
        'words of letters, digits and underscores'),
       (all(a.weight > 0 and math.isfinite(a.weight) for a in config.also),
        'also: the weights must be positive and finite'),
-      (not config.also or not any(
-          task.traits.new_head
-          for task in (config.task, *(a.task for a in config.also))),
+      (not config.also or not any(task.traits.new_head for task in every),
        "also: a task of kind 'head' needs its own head and cannot share a "
        'model with other tasks; train it in a run of its own'),
+      (not config.also or config.select == 'loss' or all(
+          task.main_metric != task_lib.LOSS for task in every),
+       'also: tasks whose metric is the loss cannot be averaged with others; '
+       "set select to 'loss'"),
+      (len({task.chat_template for task in every}) == 1,
+       'also: the tasks share a tokenizer and its chat template; give all the '
+       'same task.chat_template'),
   ]
   for holds, message in rules:
     if not holds:
@@ -344,6 +353,7 @@ def _unread(config: config_lib.Train) -> Iterator[tuple[bool, str, str]]:
   with_kind = f'with task.kind {config.task.kind!r}'
   yield (not kind.generates, r'task\.(answers_column|stop|max_new_tokens)',
          with_kind)
+  yield kind.conversation, r'task\.(answers_column|stop|strip)', with_kind
   yield kind.generates, r'task\.(label_column|label_names)', with_kind
   yield (not kind.words and not kind.new_head, r'task\.label_words',
          with_kind)

@@ -112,6 +112,8 @@ def _find(directory: Path, step: int | None
 def _check_columns(task: Task, rows: Sequence[dict[str, Any]], file: str
                    ) -> None:
   """Raises InputError if the rows lack a column that prompts need."""
+  if task.traits.conversation:
+    return  # The conversations themselves are checked when they are read.
   wanted = {*columns('template', task.template)} - {'mask', 'sep'}
   wanted |= {column for column, _ in task.limits}
   kind = task.traits

@@ -24,6 +24,7 @@ from mezo_jax.training import config as config_lib
 from mezo_jax.transforms.step import make_step
 
 FILE = 'mezo_jax.json'  # name of the file in an exported directory
+TEMPLATE = 'chat_template.jinja'  # the same, as transformers writes it
 
 
 class Trained(NamedTuple):
@@ -194,7 +195,10 @@ def describe(run: config_lib.Train, adapter: bool) -> dict[str, Any]:
                 'revision': run.model.revision if adapter else '',
                 'dtype': run.model.dtype if adapter else whole_dtype,
                 'bos_token': run.model.bos_token},
-      'task': config['task'],
+      # The tokenizer of a whole model has the chat template.
+      'task': config['task'] | {
+          'chat_template': TEMPLATE if adapter and run.task.chat_template
+          else ''},
       'data': {name: config['data'][name] for name in ('max_length',
                                                        'buckets')},
       'peft': {'method': run.peft.method if adapter else ''},
@@ -238,6 +242,8 @@ def read_export(directory: Path) -> config_lib.Train:
         'not predicted with; export the run with --merged, or give its working '
         'directory.')
   run.peft.adapter = str(directory)
+  if run.task.chat_template:
+    run.task.chat_template = str(directory / run.task.chat_template)
   if not run.model.name:
     run.model.name = peft.describe(directory)[1].get(
         'base_model_name_or_path') or ''
