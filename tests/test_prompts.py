@@ -260,7 +260,8 @@ def test_where_an_answer_begins(template, words, prompt, candidates):
   assert spelled(BOS, data.prompts[0]) == f'<s> {prompt}'
   assert [spelled(BOS, c) for c in data.candidates[0]] == [
       c.replace('| ', '') for c in candidates]
-  assert data.scored == [[len(c.split('|')[-1].split()) for c in candidates]]
+  assert [len(scored) for scored in data.scored[0]] == [
+      len(c.split('|')[-1].split()) for c in candidates]
   data = encode(of_kind('generation', template=template), rows, BOS, 64)
   assert spelled(BOS, data.prompts[0]) == f'<s> {prompt}' + (
       ' ĠI' if template == '{s} I' else '')

@@ -179,7 +179,8 @@ def test_a_cache_of_the_prompt_changes_nothing(both, tokenizer):
   _, model, params = both('mistral', 'window')
   data = encode(CHOICE, ROWS, tokenizer, 60)
   data = data._replace(scored=[  # as if first tokens were the prompt's
-      [max(1, len(ids) - 1) for ids in some] for some in data.candidates])
+      [range(min(1, len(ids) - 1), len(ids)) for ids in some]
+      for some in data.candidates])
   batch = batch_of(data, np.arange(6), int(data.lengths.max()), 6)
   sums, counts, _ = our_scores(model, params, data, batch)
   (prompt, *_), (options, *_) = data.prompts, data.candidates

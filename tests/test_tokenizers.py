@@ -60,7 +60,7 @@ def test_the_answer_is_scored_and_not_what_follows(single, start, write_out):
   assert data.prompts == [of([*start, 'a', 'film', 'It', 'was'])]
   if write_out:
     assert data.candidates == [[of(['bad']), of(['good'])]]
-    assert data.scored == [[1, 1]]
+    assert [*map(list, data.scored[0])] == [[0], [0]]
   else:
     assert data.token_ids.tolist() == of(['bad', 'good'])
   gold = encode(task, [FILM], tokenizer, 64, gold_only=True)
