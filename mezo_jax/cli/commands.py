@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   name, *argv = (sys.argv[1:] if argv is None else argv) or ['--help']
   if name in ('-h', '--help', 'help'):
     print('Fine-tunes language models with forward passes only (MeZO).\n')
-    for command in _COMMANDS.values():
+    for known, command in _COMMANDS.items():
       about = _doc(command).splitlines()[0]
-      print(f'  mezo-jax {command.__name__:10}{about}')
+      print(f'  mezo-jax {known:10}{about}')
     print('\nmezo-jax COMMAND --help describes the flags of a command.')
     sys.exit()
   if name not in _COMMANDS:
@@ -118,10 +118,7 @@ def predict(argv: Sequence[str]) -> None:
       'step': (int, 'The step of a run. Defaults to the best step on the dev '
                'rows, or for a private run to the last step.'),
   }, arguments=('RUN_OR_DIRECTORY',), required=('data',))
-  out = values.out and Path(values.out).expanduser()
-  if out and (out.is_dir() or not out.parent.is_dir()):
-    raise InputError(f'--out={out} is not a file in an existing directory; '
-                     'give another one.')
+  out = _file(values.out)
   say = lambda text: print(text, file=sys.stderr)
   hosts.check_devices()
   rows, report = inference.predict(
@@ -327,6 +324,56 @@ def diagnose(argv: Sequence[str]) -> None:
   print(f'\n{diagnosis.spell(report)}\n\nwrote {out}/diagnosis.json and .png')
 
 
+def lm_eval(argv: Sequence[str]) -> None:
+  """Evaluates a model on public benchmarks with lm-eval.
+
+    mezo-jax lm-eval --model=RUN_OR_DIRECTORY --tasks=hellaswag,gsm8k
+
+  RUN_OR_DIRECTORY is the working directory of a run, a directory that
+  `mezo-jax export` wrote, or a model: a directory or a hub id. This needs
+  `pip install 'mezo_jax[lm-eval]'`, and the data of a task are read from the
+  Hugging Face hub unless its YAML file names local ones.
+  """
+  from mezo_jax.training import benchmarks
+  values, _ = parse(argv, _doc(lm_eval), {
+      'model': (str, 'The run, the exported directory or the model.'),
+      'tasks': (list, "The tasks, as A,B; `lm-eval ls tasks` lists lm-eval's."),
+      'include': (str, 'A directory with the YAML files of further tasks.'),
+      'step': (int, 'The step of a run. Defaults to the best step on the dev '
+               'rows, or for a private run to the last step.'),
+      'fewshot': (int, 'The number of examples in the prompt. Defaults to that '
+                  'of the task.'),
+      'limit': (int, 'The number of rows of each task. Defaults to all.'),
+      'chat': (bool, "Put prompts into the tokenizer's chat template."),
+      'rows': (int, 'The largest number of rows of a batch. Defaults to 32.'),
+      'out': (str, 'A JSON file to write the results to.'),
+  }, required=('model', 'tasks'))
+  out = _file(values.out)
+  hosts.check_devices()
+  found = benchmarks.run(
+      values.model, values.tasks, step=values.step, include=values.include,
+      rows=32 if values.rows is None else values.rows,
+      num_fewshot=values.fewshot, limit=values.limit,
+      apply_chat_template=bool(values.chat))
+  print(benchmarks.table(found))
+  if out:
+    benchmarks.write(out, found)
+    print(f'wrote {out}')
+
+
+def _file(name: str | None) -> Path | None:
+  """Returns the path of a file to write, or None.
+
+  Raises:
+    InputError: If it is a directory, or is not in one.
+  """
+  out = name and Path(name).expanduser()
+  if out and (out.is_dir() or not out.parent.is_dir()):
+    raise InputError(f'--out={out} is not a file in an existing directory; '
+                     'give another one.')
+  return out or None
+
+
 def read_mesh(text: str, n: int) -> dict[str, int]:
   """Parses the value of --mesh.
 
@@ -357,4 +404,5 @@ def read_mesh(text: str, n: int) -> dict[str, int]:
 
 _COMMANDS = {'train': train, 'predict': predict, 'export': export,
              'replay': replay, 'evaluate': evaluate, 'sweep': sweep,
-             'report': report, 'plan': plan, 'diagnose': diagnose}
+             'report': report, 'plan': plan, 'diagnose': diagnose,
+             'lm-eval': lm_eval}

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mezo_jax import models
 from mezo_jax.core.errors import InputError, local, MissingError
 from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import evaluate, predictions, Task, TASKS
@@ -47,7 +48,7 @@ def predict(source: str | os.PathLike[str],
       needs, or if the base model of the run has changed.
   """
   directory = local(source)
-  run, load = _find(directory, step)
+  run, load = find(directory, step)
   task = run.task = _with_row_function(run.task, directory)
   file = 'the rows'
   if isinstance(data, str | os.PathLike):
@@ -76,8 +77,15 @@ def predict(source: str | os.PathLike[str],
               task, objectives.of(task, run.objective))))
 
 
-def _find(directory: Path, step: int | None
-          ) -> tuple[config_lib.Train, Callable[[], saved.Trained]]:
+def is_trained(source: str | os.PathLike[str]) -> bool:
+  """Returns whether a path is that of a run or of an exported model."""
+  directory = Path(source).expanduser()
+  return any((directory / name).exists() for name in (
+      saved.FILE, 'checkpoints', 'result.json'))
+
+
+def find(directory: Path, step: int | None
+         ) -> tuple[config_lib.Train, Callable[[], saved.Trained]]:
   """Returns the config of a run or an export, and a function that loads it.
 
   Raises:
@@ -167,6 +175,17 @@ def _after_demonstrations(run: config_lib.Train, rows: Sequence[dict[str, Any]]
           for i, row in enumerate(rows)]
 
 
+def soft_ids(run: config_lib.Train, config: models.Config) -> range:
+  """Returns the token ids of a soft prompt, which precede each text.
+
+  Args:
+    run: Config of the run.
+    config: Config of the model.
+  """
+  count = trainable.tokens_before(run) if methods.part_of(run).soft else 0
+  return range(config.vocab_size, config.vocab_size + count)
+
+
 def _encode(run: config_lib.Train, rows: list[dict[str, Any]],
             prompts: list[str] | None, found: saved.Trained
             ) -> tuple[Encoded, Encoded | None]:
@@ -183,9 +202,7 @@ def _encode(run: config_lib.Train, rows: list[dict[str, Any]],
     after a prompt without content, otherwise None.
   """
   task, config = run.task, found.model.config
-  before = trainable.tokens_before(run)
-  first = config.vocab_size
-  soft = range(first, first + (before if methods.part_of(run).soft else 0))
+  before, soft = trainable.tokens_before(run), soft_ids(run, config)
 
   def read(prompts):
     """Tokenises the rows with some prompts."""
