@@ -66,6 +66,21 @@ FAMILIES = {
         'caps': dict(sliding_window=5, layer_types=_KINDS,
                      final_logit_softcapping=3.0,
                      attn_logit_softcapping=2.0)}),
+    'mixtral': (transformers.MixtralConfig, _GROUPED, {
+        'as released': dict(),
+        'window': dict(sliding_window=5, num_local_experts=5),
+        'one expert': dict(num_experts_per_tok=1)}),
+    'qwen3_moe': (transformers.Qwen3MoeConfig, _GROUPED | dict(
+        num_experts=16, num_experts_per_tok=4, moe_intermediate_size=24), {
+            'as released': dict(norm_topk_prob=True),
+            'not normalised, biases': dict(attention_bias=True),
+            'window': dict(use_sliding_window=True, sliding_window=5)}),
+    'olmoe': (transformers.OlmoeConfig, {
+        k: v for k, v in _GROUPED.items() if k != 'head_dim'} | dict(
+            num_experts=6, num_experts_per_tok=3), {
+                'as released': dict(),
+                'normalised, biases': dict(norm_topk_prob=True,
+                                           attention_bias=True)}),
     'gpt2': (transformers.GPT2Config, dict(
         vocab_size=320, n_embd=32, n_layer=4, n_head=4, n_positions=64,
         bos_token_id=1, eos_token_id=2, pad_token_id=0), {

@@ -91,8 +91,9 @@ def test_bfloat16_is_float32_within_its_rounding(family, saved):
   half = logits(copy.deepcopy(reference).to(torch.bfloat16))
   got = helpers.quick_jit(model.apply)({'params': params}, families.IDS, mask)
   assert got.dtype == jnp.float32
-  # As far from float32 as torch's own bfloat16 is, give or take.
-  off = lambda x: np.sqrt(np.mean((x - want) ** 2))
+  # As far from float32 as torch's own bfloat16 is, give or take. It is the
+  # median over tokens, since rounding sends a few of them to other experts.
+  off = lambda x: np.median(np.sqrt(np.mean((x - want) ** 2, -1)))
   assert 0 < off(np.asarray(got)[mask == 1]) < 1.3 * off(half)
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mezo_jax.core.sharding import constrain_rows, fetched
+from mezo_jax.core.sharding import fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,14 @@ class Config:
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False  # Whether each head of q and k is normalised.
+  # Whether the norm of q and k is over all heads together.
+  qk_norm_whole: bool = False
+  # Number of experts in each feed-forward layer, see `experts`; 0 means none.
+  # The width of an expert is `ff_width`.
+  num_experts: int = 0
+  experts_per_token: int = 0
+  # Whether the weights of the experts of a token sum to 1.
+  normalize_experts: bool = False
   # Factor of the attention scores. None means head_width ** -0.5.
   query_scale: float | None = None
   # Soft caps, see `softcap`, of the attention scores and of the logits. None
@@ -148,7 +156,7 @@ class Shared(NamedTuple):
   wanted: jax.Array | None = None  # int32 [B, A]: positions of the A tokens.
 
 
-_init = nn.initializers.normal(0.02)  # transformers' initializer_range
+init = nn.initializers.normal(0.02)  # transformers' initializer_range
 _ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -238,7 +246,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any) -> Any:
-    kernel = fetched(self.param('kernel', _init, (self.inputs, self.outputs)))
+    kernel = fetched(self.param('kernel', init, (self.inputs, self.outputs)))
     y = x @ kernel.astype(x.dtype)
     if self.has_variable('params', 'lora_a'):
       a, b, scale = (self.get_variable('params', f'lora_{name}')
@@ -269,7 +277,7 @@ class Table(nn.Module):
 
   @nn.compact
   def __call__(self, ids: Any = None) -> Any:
-    table_VxD = self.param('embedding', _init, (self.rows, self.width))
+    table_VxD = self.param('embedding', init, (self.rows, self.width))
     return table_VxD if ids is None else table_VxD[ids]
 
 
@@ -414,13 +422,15 @@ class Attention(nn.Module):
     b, s, _ = x_BxSxD.shape
     # Kernels are stored as matrices, without a head axis: with one, XLA copies
     # all of them on TPU.
-    head = lambda n, name, x: Linear(
-        c.width, n * c.head_width, c.qkv_bias, name=name)(
-            x).reshape(*x.shape[:2], n, c.head_width)
+    def head(n, name, x):
+      y = Linear(c.width, n * c.head_width, c.qkv_bias, name=name)(x)
+      if c.qk_norm_whole and name in 'qk':
+        y = make_norm(c, f'{name}_norm')(y)
+      return y.reshape(*x.shape[:2], n, c.head_width)
     q_BxSxNxH = head(c.num_heads, 'q', x_BxSxD)
     k_BxTxKxH = head(c.num_kv_heads, 'k', of_BxTxD)
     v_BxTxKxH = head(c.num_kv_heads, 'v', of_BxTxD)
-    if c.qk_norm:
+    if c.qk_norm and not c.qk_norm_whole:
       q_BxSxNxH = make_norm(c, 'q_norm')(q_BxSxNxH)
       k_BxTxKxH = make_norm(c, 'k_norm')(k_BxTxKxH)
     mask, rope = shared.mask, shared.rope
@@ -473,40 +483,3 @@ class MLP(nn.Module):
     h_BxSxF = activation(c, up('gate')) * up('up') if c.gated else activation(
         c, up('up'))
     return Linear(c.ff_width, c.width, c.mlp_bias, name='down')(h_BxSxF)
-
-
-class Block(nn.Module):
-  """Applies one layer: attention and feed-forward, with norms and residuals.
-
-  It has the signature that `nn.scan` requires. The carry is ``(x, cache)``,
-  where the cache holds the keys and values of all layers. The other arguments
-  are those of `Attention`.
-  """
-
-  config: Config
-
-  @nn.compact
-  def __call__(self, carry: Any, shared: Shared, local: jax.Array | None,
-               layer: jax.Array | None) -> Any:
-    c = self.config
-    x_BxSxD, cache = carry
-    norm = lambda name: make_norm(c, name)
-    of_BxTxD = x_BxSxD if shared.context is None else shared.context
-    if c.norm_place == 'post':
-      y, cache = Attention(c, name='attn')(
-          x_BxSxD, of_BxTxD, cache, shared, local, layer)
-      x_BxSxD = norm('attn_norm')(x_BxSxD + y)
-      x_BxSxD = norm('mlp_norm')(x_BxSxD + MLP(c, name='mlp')(x_BxSxD))
-    else:
-      after = norm if c.norm_place == 'both' else lambda name: lambda y: y
-      before = norm('attn_norm')
-      normed = before(x_BxSxD)
-      # The norm is shared between the tokens and their context, so that both
-      # use the same parameters.
-      y, cache = Attention(c, name='attn')(
-          normed, normed if shared.context is None else before(of_BxTxD), cache,
-          shared, local, layer)
-      x_BxSxD += after('attn_post_norm')(y)
-      y = MLP(c, name='mlp')(norm('mlp_norm')(x_BxSxD))
-      x_BxSxD += after('mlp_post_norm')(y)
-    return (constrain_rows(x_BxSxD), cache), None

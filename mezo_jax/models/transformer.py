@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezo_jax.core.sharding import constrain_rows, splits_vocabulary
+from mezo_jax.models.block import Block
 from mezo_jax.models.layers import (
   activation,
-  Block,
   Cache,
   Config,
   Linear,

@@ -4,6 +4,7 @@ Each parameter has one `Row`. The functions below return the rows of common
 groups of parameters.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -20,7 +21,9 @@ class Row:
     path: Path of the parameter, such as 'layers/attn/q/kernel'.
     shape: Shape of the parameter, without the layer axis.
     name: Name of the tensor. A name with ``{l}`` means one tensor per layer;
-      they are stacked along a leading axis.
+      they are stacked along a leading axis. A name with ``{{e}}`` means one
+      tensor per expert, too. These are then one tensor with the leading axis
+      'e' for ``layout``; see `Experts`.
     layout: A letter for each axis, first in the order of the tensor, then in
       the order of the parameter: ``'f d -> d f'`` is a transpose. From these
       letters `mezo_jax.core.sharding` decides which axes to split: 'v', 'n' and
@@ -28,9 +31,12 @@ class Row:
     part: ``(i, n)`` means that the parameter is part i of n equal parts of the
       tensor along its last axis. Defaults to (0, 1), the whole tensor.
     otherwise: Name of the tensor to read if there is no tensor ``name``.
-      Defaults to None, for no other name.
+      It may have a ``{l}``, too. Defaults to None, for no other name.
     copy: Another name under which files may contain the same tensor again.
       `save` writes it under both names. Defaults to None, for no other name.
+    together: For tensors of experts, ``(name, i, n)``: a tensor of all experts,
+      which files may have instead. The parameter is part i of n equal parts of
+      its second axis. Defaults to None, for no such tensor.
   """
 
   path: str
@@ -40,11 +46,25 @@ class Row:
   part: tuple[int, int] = (0, 1)
   otherwise: str | None = None
   copy: str | None = None
+  together: tuple[str, int, int] | None = None
 
   @property
   def stacked(self) -> bool:
     """Returns whether the parameter has a layer axis."""
     return '{l}' in self.name
+
+  @property
+  def of_experts(self) -> bool:
+    """Returns whether there is a tensor for each expert."""
+    return '{{e}}' in self.name
+
+  def names(self, config: Config) -> list[str]:
+    """Returns the names of all tensors of the parameter."""
+    layers = range(config.num_layers if self.stacked else 1)
+    found = [self.name.format(l=l) for l in layers]
+    if not self.of_experts:
+      return found
+    return [name.format(e=e) for name in found for e in range(self.shape[0])]
 
   @property
   def axes(self) -> str:
@@ -81,6 +101,45 @@ class Row:
   def write(self, block: np.ndarray) -> np.ndarray:
     """Returns one layer of the parameter in the layout of the tensor."""
     return block.transpose(self._order())
+
+
+class Experts:
+  """Presents the tensors of the experts of a layer as one tensor."""
+
+  def __init__(self, tensors: Sequence[Any]):
+    """Takes the tensors of the experts, in their order."""
+    self._tensors = tensors
+
+  def get_shape(self) -> list[int]:
+    """Returns the shape, with the axis of the experts first."""
+    shapes = {tuple(x.get_shape()) for x in self._tensors}
+    return [len(self._tensors), *(shapes.pop() if len(shapes) == 1 else ())]
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads a block; ``index`` has a slice for each axis."""
+    first, *rest = index
+    return np.stack([
+        np.asarray(x[tuple(rest)]) for x in self._tensors[first]])
+
+
+class Part:
+  """Presents one of equal parts of a tensor along its second axis."""
+
+  def __init__(self, tensor: Any, part: int, parts: int):
+    """Takes the tensor, the number of the part and the number of parts."""
+    self._tensor, self._part, self._parts = tensor, part, parts
+
+  def get_shape(self) -> list[int]:
+    """Returns the shape of the part."""
+    first, second, *rest = self._tensor.get_shape()
+    return [first, second // self._parts, *rest]
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads a block; ``index`` has a slice for each axis."""
+    first, second, *rest = index
+    skip = self._part * self.get_shape()[1]
+    second = slice(second.start + skip, second.stop + skip)
+    return np.asarray(self._tensor[(first, second, *rest)])
 
 
 # --- the kinds of parameters ------------------------------------------------
@@ -171,3 +230,30 @@ def mlp(c: Config, up: str, down: str, gate: str = '') -> list[Row]:
       *(linear('layers/mlp/gate', gate, d, f, c.mlp_bias) if gate else []),
       *linear('layers/mlp/up', up, d, f, c.mlp_bias),
       *linear('layers/mlp/down', down, f, d, c.mlp_bias)]
+
+
+def experts(c: Config, layer: str, router: str, gate: str, up: str, down: str
+            ) -> list[Row]:
+  """Returns the rows of a mixture of experts.
+
+  Args:
+    c: Config of the model.
+    layer: Prefix of the names that transformers gives tensors of all experts,
+      as in ``mlp.experts.gate_up_proj``.
+    router: Name of the router's tensor, without '.weight'.
+    gate: Name of the tensors of the experts' gates, with ``{{e}}`` for the
+      number of the expert.
+    up: Name of the other first matrices.
+    down: Name of the last matrices.
+  """
+  e, d, f = ('e', c.num_experts), ('d', c.width), ('f', c.ff_width)
+  def each(name, tensor, inputs, outputs, whole, *part):
+    (i, n), (o, m) = inputs, outputs
+    return Row(f'layers/experts/{name}/kernel', (c.num_experts, n, m),
+               f'{tensor}.weight', f'e {o} {i} -> e {i} {o}',
+               together=(f'{layer}experts.{whole}', *part))
+  (row,) = linear('layers/experts/router', router, d, e, False)
+  return [dataclasses.replace(row, otherwise=f'{layer}gate.weight'),
+          each('gate', gate, d, f, 'gate_up_proj', 0, 2),
+          each('up', up, d, f, 'gate_up_proj', 1, 2),
+          each('down', down, f, d, 'down_proj', 0, 1)]

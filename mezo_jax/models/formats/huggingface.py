@@ -25,15 +25,24 @@ from mezo_jax.core import sharding
 from mezo_jax.core.errors import InputError, MissingError
 from mezo_jax.core.quantized import QUANTISED
 from mezo_jax.models import transformer
-from mezo_jax.models.families import bert, gemma, gpt2, llama, opt, table
+from mezo_jax.models.families import (
+  bert,
+  gemma,
+  gpt2,
+  llama,
+  mixture,
+  opt,
+  table,
+)
 from mezo_jax.models.families.config_json import check_sizes
 from mezo_jax.models.formats import gguf, quantize, weights
 from mezo_jax.models.layers import Config
 
 FAMILIES = {
     'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,
-    'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'opt': opt, 'qwen2': llama,
-    'qwen3': llama, 'roberta': bert}
+    'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'mixtral': mixture,
+    'olmoe': mixture, 'opt': opt, 'qwen2': llama, 'qwen3': llama,
+    'qwen3_moe': mixture, 'roberta': bert}
 # Names of transformers' classes: with the language model's head, and without.
 ARCHITECTURES = {
     'bert': ('BertForMaskedLM', 'BertModel'),
@@ -43,9 +52,12 @@ ARCHITECTURES = {
     'gpt2': ('GPT2LMHeadModel', 'GPT2Model'),
     'llama': ('LlamaForCausalLM', 'LlamaModel'),
     'mistral': ('MistralForCausalLM', 'MistralModel'),
+    'mixtral': ('MixtralForCausalLM', 'MixtralModel'),
+    'olmoe': ('OlmoeForCausalLM', 'OlmoeModel'),
     'opt': ('OPTForCausalLM', 'OPTModel'),
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
     'qwen3': ('Qwen3ForCausalLM', 'Qwen3Model'),
+    'qwen3_moe': ('Qwen3MoeForCausalLM', 'Qwen3MoeModel'),
     'roberta': ('RobertaForMaskedLM', 'RobertaModel')}
 # transformers has classes for classification and similar tasks. Their files
 # have another head than a language model's. Only the body of such a file is
@@ -551,8 +563,7 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
       shapes. The error names all of them.
   """
   prefix, ignored = _prefix(config), FAMILIES[config.family].IGNORED
-  wanted = {row.name.format(l=l) for row in rows
-            for l in range(config.num_layers if row.stacked else 1)}
+  wanted = {name for row in rows for name in row.names(config)}
   tensors, problems = {}, []
   for name, tensor in found:
     name = _renamed(name, config)
@@ -566,12 +577,24 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     head = _head_name(config)
     if head in tensors:
       tensors[embedding] = tensors[head]
-  known = set()
+  known, together = set(), {}
   for row in rows:
     for layer in range(config.num_layers if row.stacked else 1):
       name = row.name.format(l=layer)
-      if name not in tensors and row.otherwise in tensors:
-        tensors[name] = tensors[row.otherwise]
+      if row.of_experts:
+        found, used, missing = _of_experts(row, layer, tensors)
+        known |= used
+        problems += [f'missing {n}' for n in missing]
+        if found is not None:
+          together[name] = found
+          if tuple(found.get_shape()) != row.source_shape():
+            problems.append(f'{name} has shape {tuple(found.get_shape())}, '
+                            f'not {row.source_shape()}')
+        continue
+      other = row.otherwise and row.otherwise.format(l=layer)
+      if name not in tensors and other in tensors:
+        tensors[name] = tensors[other]
+        known.add(other)
       if name in known:
         continue  # Another row is a part of the same tensor.
       if name not in tensors:
@@ -589,7 +612,27 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     more = f'; and {len(problems) - 20} more' if len(problems) > 20 else ''
     raise InputError(f'the tensors of {path} do not fit its config.json: '
                      f'{shown}{more}.')
-  return tensors
+  return tensors | together
+
+
+def _of_experts(row: table.Row, layer: int, tensors: dict
+                ) -> tuple[Any, set[str], list[str]]:
+  """Finds the tensors of the experts of a layer.
+
+  Returns:
+    A tensor of all experts (None if some are missing), the names of those that
+    it consists of, and the names of those that are missing.
+  """
+  each = [row.name.format(l=layer).format(e=e) for e in range(row.shape[0])]
+  missing = [name for name in each if name not in tensors]
+  if not missing:
+    return table.Experts([tensors[name] for name in each]), {*each}, []
+  if row.together:
+    name, *part = row.together
+    name = name.format(l=layer)
+    if name in tensors:
+      return table.Part(tensors[name], *part), {name}, []
+  return None, {*each}, missing
 
 
 def _here():

@@ -66,10 +66,11 @@ def form(row: Row, dtype: Any, tensors: dict[str, Any] | None = None,
     tensors: {name: tensor} of the GGUF file. Required for 'codes'.
     layers: Number of layers of the model. Used for 'codes'.
   """
-  if (dtype not in QUANTISED or len(row.shape) != 2
-      or np.prod(row.shape) < _LEAST):
+  sizes = row.shape[1:] if row.of_experts else row.shape
+  if (dtype not in QUANTISED or len(sizes) != 2
+      or np.prod(sizes) < _LEAST):
     return None
-  axis = row.last - 2
+  axis = row.last - len(row.shape)
   if dtype != 'codes':
     coarse = dtype == 'int4' and not row.path.endswith('/embedding')
     bits = 4 if coarse and row.shape[axis] % 2 == 0 else 8
@@ -145,7 +146,7 @@ def _layer(row: Row, tensor, index, form_: Form) -> dict[str, Any]:
   """Returns the arrays of `QuantizedArray` for a block of one layer."""
   if not form_.kept:
     q, scales, offsets = quantized.quantized(
-        row.read(tensor, index), form_.bits, 2 + form_.axis)
+        row.read(tensor, index), form_.bits, len(index) + form_.axis)
   else:
     q, scales, offsets = (
         x if x is None else row.read(_Runs(x, run), index)

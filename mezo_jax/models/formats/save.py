@@ -230,8 +230,7 @@ def _write(part: Path | None, rows: list[Row], params, config, most: int,
       save_file(batch, part / f'{len(files)}.safetensors', {'format': 'pt'})
     batch, held = {}, 0
 
-  names = {row.name.format(l=l) for row in rows
-           for l in range(config.num_layers if row.stacked else 1)}
+  names = {name for row in rows for name in row.names(config)}
   for tensor_name, tensor in tqdm(
       _tensors(rows, params), f'writing {name}', len(names), unit='tensor',
       disable=not (progress and part)):
@@ -276,7 +275,12 @@ def _tensors(rows: list[Row], params):
                for row, leaf in zip(group, leaves)]
       tensor = np.ascontiguousarray(
           np.concatenate(parts, -1) if len(parts) > 1 else parts[0])
-      yield group[0].name.format(l=layer), tensor
+      name = group[0].name.format(l=layer)
+      if group[0].of_experts:
+        for e, one in enumerate(tensor):
+          yield name.format(e=e), one
+        continue
+      yield name, tensor
       if group[0].copy:
         yield group[0].copy, tensor.copy()
 
