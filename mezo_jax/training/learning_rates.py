@@ -17,7 +17,9 @@ A test of few steps overshoots, since the loss needs time to grow while the rate
 goes on doubling. If it grows by a factor exp(c (η / η₀ - 1)) in a step of rate
 η, where η₀ is the largest rate that a long training survives, then the edge is
 about (1 + a / K) η₀ for a test with K steps per doubling, with a constant a.
-The suggested rate is a fixed share of η₀.
+The suggested rate is a share of η₀ that depends on the schedule and falls with
+the fourth root of the number of steps, since noise adds up over the steps and a
+longer run has more time to train at a low rate.
 
 The number of steps of the test is a fixed share of that of the run.
 
@@ -57,11 +59,11 @@ _WINDOW = 3  # minimum number of steps whose changes are averaged
 # The constant a, from tests of 25, 100 and 1,000 steps of the quickstart's last
 # layer (docs/hyperparameters.md).
 _OVERSHOOT = 17
-# The suggested rate of each schedule, relative to η₀. Where measured, the best
-# rates were 1/5 to 1/9 of it with a linear decay, and 1/10 with a constant
-# rate. The shares are low, since a rate that is too high costs more than one
-# that is too low.
-SHARE_OF_LIMIT = {'constant': 1 / 16, 'linear': 1 / 8, 'cosine': 1 / 8}
+# The suggested rate of each schedule in a run of `_LONG` steps, relative to η₀.
+# It is proportional to steps ** -_POWER and at most `_MOST_SHARE`. The numbers
+# were fitted to the best rates of grids (docs/hyperparameters.md).
+_SHARES = {'constant': 1 / 16, 'linear': 1 / 8, 'cosine': 1 / 8}
+_LONG, _POWER, _MOST_SHARE = 20_000, 0.25, 0.5
 
 
 class RangeTest(NamedTuple):
@@ -106,6 +108,17 @@ def limit(edge: float, steps: int) -> float:
   return edge / (1 + _OVERSHOOT / per_doubling)
 
 
+def share(steps: int, schedule: str) -> float:
+  """Returns the suggested rate of a run, relative to η₀.
+
+  Args:
+    steps: Number of steps of the run.
+    schedule: Kind of the schedule: 'constant', 'linear' or 'cosine'.
+  """
+  found = _SHARES[schedule] * (_LONG / steps) ** _POWER
+  return min(found, _MOST_SHARE)
+
+
 def suggested(edge: float, steps: int, schedule: str) -> float:
   """Returns the learning rate to train with, in two digits.
 
@@ -114,7 +127,7 @@ def suggested(edge: float, steps: int, schedule: str) -> float:
     steps: Number of steps of the run.
     schedule: Kind of the schedule: 'constant', 'linear' or 'cosine'.
   """
-  return float(f'{limit(edge, steps) * SHARE_OF_LIMIT[schedule]:.2g}')
+  return float(f'{limit(edge, steps) * share(steps, schedule):.2g}')
 
 
 def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
@@ -256,7 +269,7 @@ def in_words(found: RangeTest, config: config_lib.Train) -> str:
     config: Config of the run.
   """
   kind = config.optimizer.schedule
-  return (f'1/{1 / SHARE_OF_LIMIT[kind]:g} (for the schedule {kind}) of the '
+  return (f'{share(config.steps, kind):.2g} (for the schedule {kind}) of the '
           f'largest stable rate, {limit(found.edge, config.steps):.2g}. In a '
           f'range test of {found.steps} steps '
           f'({found.steps / config.steps:.1%} of the run) the loss had risen '
