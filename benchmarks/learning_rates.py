@@ -153,7 +153,8 @@ def measure(records: Records, runs: Rated, case: tuple, part: str | None
   for seed in range(SEEDS if part != 'grid' else 0):
     edge = records.get((problem, kind, 'edge', seed),
                        lambda seed: runs.range_test(kind, seed).edge, seed)
-    loss(learning_rates.suggested(edge, runs.steps(kind), schedule), seed)
+    loss(learning_rates.suggested(
+        edge, runs.steps(kind), schedule, int(kind[-1])), seed)
   if part != 'tests':
     best = search(loss, runs.problem.rate)
     for seed in range(SEEDS):
@@ -172,8 +173,9 @@ def row_of(records: Records, case: tuple, problem: Problem) -> dict | None:
   if None in edges or not grid:
     return None
   best = min(grid, key=grid.get)
-  steps = problem.steps // int(case[1][-1])
-  rates = [learning_rates.suggested(edge, steps, case[2]) for edge in edges]
+  n = int(case[1][-1])
+  rates = [learning_rates.suggested(edge, problem.steps // n, case[2], n)
+           for edge in edges]
   of_best = [records.get((*case, best, s)) for s in range(SEEDS)]
   of_test = [records.get((*case, r, s)) for s, r in enumerate(rates)]
   if None in (*of_best, *of_test) or best in (min(grid), max(grid)):

@@ -41,6 +41,12 @@ _TINY = {
     'gemma2': _GROUPED | _WINDOW | dict(
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     'gemma3_text': _GROUPED | _WINDOW,
+    'mixtral': _GROUPED | dict(sliding_window=3, num_local_experts=4),
+    'qwen3_moe': _GROUPED | dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+        use_sliding_window=True, sliding_window=3),
+    'olmoe': {k: v for k, v in _GROUPED.items() if k != 'head_dim'} | dict(
+        num_experts=6, num_experts_per_tok=2),
     'opt': dict(vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=2,
                 num_attention_heads=4, max_position_embeddings=32),
     'gpt2': dict(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
@@ -99,6 +105,9 @@ _VALUES = {
     'query_pre_attn_scalar': [7],
     'attn_logit_softcapping': [0.7, None],
     'final_logit_softcapping': [0.7, None],
+    'mlp_only_layers': [[0], None],
+    'decoder_sparse_step': [2],
+    'clip_qkv': [0.1],
     'pretraining_tp': [2],
     'pad_token_id': [3],
     'transformers_version': ['4.30.0'],

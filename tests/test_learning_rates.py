@@ -53,6 +53,15 @@ def test_short_tests_overshoot_by_a_known_factor(steps):
   assert limit / 50 < rates[0] < rates[1] == rates[2] < limit / 2
 
 
+def test_directions_count_as_steps():
+  """Checks that n times the directions in as many forwards has n times the
+  rate, as long as there are few directions."""
+  found = [learning_rates.suggested(found_on(
+      lambda x: jnp.sum(x**2) / 2, 32000 // n, n, jnp.ones(200)).edge,
+      32000 // n, 'linear', n) for n in (1, 4)]
+  assert 2 < found[1] / found[0] < 8
+
+
 def test_changes_are_relative_to_the_loss_before_training():
   """Checks that the params do not move in the steps with the rate 0."""
   found = found_on(lambda x: jnp.sum(x**2))

@@ -47,7 +47,8 @@ def init(params: dict[str, Any], key: jax.Array, *, rank: int = 8,
     for weights of any dtype. `mezo_jax.peft.join` adds them to the parameters.
 
   Raises:
-    InputError: If no matrix is selected, or the rank is below 1.
+    InputError: If no matrix is selected, if matrices of experts are, or if the
+      rank is below 1.
   """
   if rank < 1:
     raise InputError(f'the rank of LoRA must be at least 1, got {rank}.')
@@ -57,6 +58,13 @@ def init(params: dict[str, Any], key: jax.Array, *, rank: int = 8,
   if not found:
     raise InputError(f'the LoRA targets {targets!r} match no matrix; choose '
                      f'from {", ".join(_matrices(params))}.')
+  of_experts = [path for path, x in found.items()
+                if x.ndim - paths.locate(f'{path}/kernel')[2] > 2]
+  if of_experts:
+    raise InputError(
+        f'the LoRA targets {targets!r} match {of_experts[0]}, the matrices of '
+        'experts, which LoRA does not support; choose targets that leave them '
+        'out.')
   out = {}
   for path, kernel in found.items():
     *lead, inputs, outputs = kernel.shape

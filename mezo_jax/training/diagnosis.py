@@ -324,7 +324,8 @@ def _suggested(config: config_lib.Train, tasks: mixture.Mixture, params: Any,
     say(f'warning: {e}')
     return None
   rate = learning_rates.suggested(
-      found.edge, config.steps, config.optimizer.schedule)
+      found.edge, config.steps, config.optimizer.schedule,
+      config.spsa.num_samples)
   return {'learning_rate': rate,
           'why': learning_rates.in_words(found, config)} | found._asdict()
 

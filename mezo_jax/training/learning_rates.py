@@ -19,7 +19,9 @@ goes on doubling. If it grows by a factor exp(c (η / η₀ - 1)) in a step of r
 about (1 + a / K) η₀ for a test with K steps per doubling, with a constant a.
 The suggested rate is a share of η₀ that depends on the schedule and falls with
 the fourth root of the number of steps, since noise adds up over the steps and a
-longer run has more time to train at a low rate.
+longer run has more time to train at a low rate. A step with n directions counts
+as n steps: it moves as far as n steps with the n-th part of its rate, and K is
+n times as large.
 
 The number of steps of the test is a fixed share of that of the run.
 
@@ -97,37 +99,40 @@ def split_steps(steps: int) -> tuple[int, int]:
   return num_before, total - num_before
 
 
-def limit(edge: float, steps: int) -> float:
+def limit(edge: float, steps: int, n: int = 1) -> float:
   """Returns an estimate of the largest rate that a long training survives.
 
   Args:
     edge: Edge of the range test of a run.
     steps: Number of steps of the run.
+    n: Number of directions of a step. Defaults to 1.
   """
-  per_doubling = split_steps(steps)[1] / _DOUBLINGS
+  per_doubling = n * split_steps(steps)[1] / _DOUBLINGS
   return edge / (1 + _OVERSHOOT / per_doubling)
 
 
-def share(steps: int, schedule: str) -> float:
+def share(steps: int, schedule: str, n: int = 1) -> float:
   """Returns the suggested rate of a run, relative to η₀.
 
   Args:
     steps: Number of steps of the run.
     schedule: Kind of the schedule: 'constant', 'linear' or 'cosine'.
+    n: Number of directions of a step. Defaults to 1.
   """
-  found = _SHARES[schedule] * (_LONG / steps) ** _POWER
+  found = _SHARES[schedule] * (_LONG / (n * steps)) ** _POWER
   return min(found, _MOST_SHARE)
 
 
-def suggested(edge: float, steps: int, schedule: str) -> float:
+def suggested(edge: float, steps: int, schedule: str, n: int = 1) -> float:
   """Returns the learning rate to train with, in two digits.
 
   Args:
     edge: Edge of the range test of a run.
     steps: Number of steps of the run.
     schedule: Kind of the schedule: 'constant', 'linear' or 'cosine'.
+    n: Number of directions of a step. Defaults to 1.
   """
-  return float(f'{limit(edge, steps) * share(steps, schedule):.2g}')
+  return float(f'{limit(edge, steps, n) * share(steps, schedule, n):.2g}')
 
 
 def range_test(make_tx: Callable[[Any], optax.GradientTransformation],
@@ -268,9 +273,9 @@ def in_words(found: RangeTest, config: config_lib.Train) -> str:
     found: The range test.
     config: Config of the run.
   """
-  kind = config.optimizer.schedule
-  return (f'{share(config.steps, kind):.2g} (for the schedule {kind}) of the '
-          f'largest stable rate, {limit(found.edge, config.steps):.2g}. In a '
+  kind, n = config.optimizer.schedule, config.spsa.num_samples
+  return (f'{share(config.steps, kind, n):.2g} (for the schedule {kind}) of the '
+          f'largest stable rate, {limit(found.edge, config.steps, n):.2g}. In a '
           f'range test of {found.steps} steps '
           f'({found.steps / config.steps:.1%} of the run) the loss had risen '
           f'by a tenth at {found.edge:.2g}; so short a test overshoots')
@@ -315,7 +320,8 @@ def resolved(config: config_lib.Train, workdir: Path,
   assert host is not None  # the method trains
   built = built.without_weights()  # the test donates the parameters
   found = test_of_run(config, tasks, params, mesh, host.check, say)
-  rate = suggested(found.edge, config.steps, config.optimizer.schedule)
+  rate = suggested(found.edge, config.steps, config.optimizer.schedule,
+                   config.spsa.num_samples)
   say(f'learning rate {rate:g}: {in_words(found, config)}')
   loggers.write_json(workdir / run_files.RATE, {
       'learning_rate': rate, **found._asdict(),
