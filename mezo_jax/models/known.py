@@ -78,6 +78,13 @@ def _gemma3(width, ff, layers, heads, kv_heads, vocab=262_208, head=256,
       hidden_activation='gelu_pytorch_tanh') | more
 
 
+def _moe(model_type, *sizes, experts, per_token, **more):
+  """Returns the config of a mixture of experts."""
+  name = 'num_local_experts' if model_type == 'mixtral' else 'num_experts'
+  return _decoder(model_type, *sizes, num_experts_per_tok=per_token,
+                  **{name: experts}) | more
+
+
 # Rotary scaling of the Gemma 3 models with a context of 128K tokens.
 _LONG: dict[str, Any] = dict(rope_scaling=dict(rope_type='linear', factor=8.0))
 KNOWN: dict[str, dict[str, Any]] = {
@@ -130,6 +137,15 @@ KNOWN: dict[str, dict[str, Any]] = {
     'Qwen/Qwen3-8B': _qwen3(4096, 12288, 36, 32),
     'Qwen/Qwen3-14B': _qwen3(5120, 17408, 40, 40),
     'Qwen/Qwen3-32B': _qwen3(5120, 25600, 64, 64),
+    'mistralai/Mixtral-8x7B-v0.1': _moe(
+        'mixtral', 32_000, 4096, 14_336, 32, 32, 8, 32_768, 1e6, experts=8,
+        per_token=2, sliding_window=None),
+    'Qwen/Qwen3-30B-A3B': _moe(
+        'qwen3_moe', 151_936, 2048, 6144, 48, 32, 4, 40_960, 1e6, experts=128,
+        per_token=8, moe_intermediate_size=768, norm_topk_prob=True,
+        head_dim=128),
+    'allenai/OLMoE-1B-7B-0924': _moe(
+        'olmoe', 50_304, 2048, 1024, 16, 16, 16, 4096, experts=64, per_token=8),
     'google/gemma-2-2b': _gemma2(2304, 9216, 26, 8, 4, 256),
     'google/gemma-2-9b': _gemma2(3584, 14336, 42, 16, 8, 256),
     'google/gemma-2-27b': _gemma2(4608, 36864, 46, 32, 16, 144, head_dim=128),

@@ -18,7 +18,7 @@ goes on doubling. If it grows by a factor exp(c (η / η₀ - 1)) in a step of r
 η, where η₀ is the largest rate that a long training survives, then the edge is
 about (1 + a / K) η₀ for a test with K steps per doubling, with a constant a.
 The suggested rate is a share of η₀ that depends on the schedule and falls with
-the fourth root of the number of steps, since noise adds up over the steps and a
+the fifth root of the number of steps, since noise adds up over the steps and a
 longer run has more time to train at a low rate. A step with n directions counts
 as n steps: it moves as far as n steps with the n-th part of its rate, and K is
 n times as large.
@@ -65,7 +65,7 @@ _OVERSHOOT = 17
 # It is proportional to steps ** -_POWER and at most `_MOST_SHARE`. The numbers
 # were fitted to the best rates of grids (docs/hyperparameters.md).
 _SHARES = {'constant': 1 / 16, 'linear': 1 / 8, 'cosine': 1 / 8}
-_LONG, _POWER, _MOST_SHARE = 20_000, 0.25, 0.5
+_LONG, _POWER, _MOST_SHARE = 20_000, 0.2, 0.5
 
 
 class RangeTest(NamedTuple):

@@ -65,7 +65,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
       window = None
     f.ignore('intermediate_size', 'max_window_layers')
   if family == 'olmoe':
-    f.only(clip_qkv=None)
+    f.only(clip_qkv=None, head_dim=(None, width // heads))
   config = Config(
       family=family,
       vocab_size=f.size('vocab_size', default['vocab']),
