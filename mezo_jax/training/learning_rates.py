@@ -274,8 +274,9 @@ def in_words(found: RangeTest, config: config_lib.Train) -> str:
     config: Config of the run.
   """
   kind, n = config.optimizer.schedule, config.spsa.num_samples
-  return (f'{share(config.steps, kind, n):.2g} (for the schedule {kind}) of the '
-          f'largest stable rate, {limit(found.edge, config.steps, n):.2g}. In a '
+  part, most = share(config.steps, kind, n), limit(found.edge, config.steps, n)
+  return (f'{part:.2g} (for the schedule {kind}) of the largest stable rate, '
+          f'{most:.2g}. In a '
           f'range test of {found.steps} steps '
           f'({found.steps / config.steps:.1%} of the run) the loss had risen '
           f'by a tenth at {found.edge:.2g}; so short a test overshoots')
