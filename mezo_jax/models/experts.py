@@ -61,10 +61,10 @@ class Experts(nn.Module):
     x_NxD = x_BxSxD.reshape(-1, c.width)
     logits_NxE = Linear(c.width, c.num_experts, name='router')(x_NxD)
     weights_NxK, chosen_NxK = route(c, logits_NxE)
-    make = lambda name, *sizes: Kernels(*sizes, c.num_experts, name=name)()
-    kernels = {'gate': make('gate', c.width, c.ff_width),
-               'up': make('up', c.width, c.ff_width),
-               'down': make('down', c.ff_width, c.width)}
+    sizes = {'gate': (c.width, c.ff_width), 'up': (c.width, c.ff_width),
+             'down': (c.ff_width, c.width)}
+    kernels = {name: Kernels(inputs, outputs, c.num_experts, name=name)()
+               for name, (inputs, outputs) in sizes.items()}
     y_NxKxD = mixed(c, x_NxD, chosen_NxK, kernels)
     y_NxD = jnp.sum(weights_NxK[..., None] * y_NxKxD.astype(jnp.float32), 1)
     return y_NxD.astype(x_BxSxD.dtype).reshape(x_BxSxD.shape)

@@ -582,13 +582,13 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
     for layer in range(config.num_layers if row.stacked else 1):
       name = row.name.format(l=layer)
       if row.of_experts:
-        found, used, missing = _of_experts(row, layer, tensors)
+        whole, used, missing = _of_experts(row, layer, tensors)
         known |= used
         problems += [f'missing {n}' for n in missing]
-        if found is not None:
-          together[name] = found
-          if tuple(found.get_shape()) != row.source_shape():
-            problems.append(f'{name} has shape {tuple(found.get_shape())}, '
+        if whole is not None:
+          together[name] = whole
+          if tuple(whole.get_shape()) != row.source_shape():
+            problems.append(f'{name} has shape {tuple(whole.get_shape())}, '
                             f'not {row.source_shape()}')
         continue
       other = row.otherwise and row.otherwise.format(l=layer)
