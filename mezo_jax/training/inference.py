@@ -12,7 +12,7 @@ from mezo_jax.tasks import data as data_lib
 from mezo_jax.tasks import evaluate, predictions, Task, TASKS
 from mezo_jax.tasks import objective as objectives
 from mezo_jax.tasks.encode import after_tokens, encode, Encoded
-from mezo_jax.tasks.task import columns
+from mezo_jax.tasks.task import columns, LOSS
 from mezo_jax.training import config as config_lib
 from mezo_jax.training import methods, run_files, saved, trainable
 
@@ -208,7 +208,7 @@ def _encode(run: config_lib.Train, rows: list[dict[str, Any]],
     """Tokenises the rows with some prompts."""
     return after_tokens(encode(
         task, rows, found.tokenizer,
-        min(run.data.max_length, config.max_length - before), prompts=prompts,
+        min(_longest(run, config), config.max_length - before), prompts=prompts,
         causal=config.causal, needs_gold=False, write_out=objectives.gold_only(
             objectives.of(task, run.objective))), soft)
 
@@ -218,10 +218,22 @@ def _encode(run: config_lib.Train, rows: list[dict[str, Any]],
   return encoded, prior
 
 
+def _longest(run: config_lib.Train, config: models.Config) -> int:
+  """Returns the largest number of tokens of a row with its answer.
+
+  It is that of the run's evaluation. A run that is evaluated by the loss of
+  conversations has written no answers, which would need room beyond the
+  conversations; its answers may be as long as the model allows.
+  """
+  if config_lib.metric(run) == LOSS:
+    return config.max_length
+  return min(run.data.max_length, config.max_length)
+
+
 def _sizes(run: config_lib.Train, data: Encoded, found: saved.Trained
            ) -> evaluate.Sizes:
   """Returns the shapes of the batches of rows."""
-  most = min(run.data.max_length, found.model.config.max_length)
+  most = _longest(run, found.model.config)
   if data.generates:
     most -= run.task.max_new_tokens
   return evaluate.Sizes(
