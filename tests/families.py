@@ -66,6 +66,18 @@ FAMILIES = {
         'caps': dict(sliding_window=5, layer_types=_KINDS,
                      final_logit_softcapping=3.0,
                      attn_logit_softcapping=2.0)}),
+    'granite': (transformers.GraniteConfig, {
+        k: v for k, v in _GROUPED.items() if k != 'head_dim'}, {
+            'as released': dict(
+                embedding_multiplier=12.0, logits_scaling=8.0,
+                residual_multiplier=0.22, attention_multiplier=0.05,
+                tie_word_embeddings=True),
+            'no factors, biases': dict(attention_bias=True, mlp_bias=True)}),
+    'olmo2': (transformers.Olmo2Config, {
+        k: v for k, v in _GROUPED.items() if k != 'head_dim'}, {
+            'as released': dict(),
+            'biases, tied head': dict(attention_bias=True,
+                                      tie_word_embeddings=True)}),
     'mixtral': (transformers.MixtralConfig, _GROUPED, {
         'as released': dict(),
         'window': dict(sliding_window=5, num_local_experts=5),

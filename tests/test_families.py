@@ -69,7 +69,8 @@ def test_every_choice_matters(family, saved):
     want = run(model.config, params)
     for name in ('activation', 'causal', 'rope', 'local_rope', 'window',
                  'local_layers', 'query_scale', 'attention_softcap',
-                 'logit_softcap', 'embed_scale'):
+                 'logit_softcap', 'embed_scale', 'residual_scale',
+                 'logit_scale', 'normalize_experts'):
       value = getattr(model.config, name)
       if value in (plain[name], None) or (name, value) in tried:
         continue

@@ -41,6 +41,10 @@ _TINY = {
     'gemma2': _GROUPED | _WINDOW | dict(
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     'gemma3_text': _GROUPED | _WINDOW,
+    'granite': _GROUPED | dict(
+        embedding_multiplier=2.0, logits_scaling=3.0, residual_multiplier=0.7,
+        attention_multiplier=0.3),
+    'olmo2': {k: v for k, v in _GROUPED.items() if k != 'head_dim'},
     'mixtral': _GROUPED | dict(sliding_window=3, num_local_experts=4),
     'qwen3_moe': _GROUPED | dict(
         num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,

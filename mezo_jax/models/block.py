@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from mezo_jax.core.sharding import constrain_rows
 from mezo_jax.models.experts import Experts
@@ -43,15 +44,19 @@ class Block(nn.Module):
       x_BxSxD = norm('attn_norm')(x_BxSxD + y)
       x_BxSxD = norm('mlp_norm')(x_BxSxD + mlp(x_BxSxD))
     else:
-      after = norm if c.norm_place == 'both' else lambda name: lambda y: y
-      before = norm('attn_norm')
+      plain = lambda name: lambda y: y
+      after = norm if c.norm_place in ('both', 'after') else plain
+      ahead = plain if c.norm_place == 'after' else norm
+      scaled = lambda y: y if c.residual_scale is None else (
+          y * jnp.asarray(c.residual_scale, y.dtype))
+      before = ahead('attn_norm')
       normed = before(x_BxSxD)
       # The norm is shared between the tokens and their context, so that both
       # use the same parameters.
       y, cache = Attention(c, name='attn')(
           normed, normed if shared.context is None else before(of_BxTxD), cache,
           shared, local, layer)
-      x_BxSxD += after('attn_post_norm')(y)
-      y = mlp(norm('mlp_norm')(x_BxSxD))
-      x_BxSxD += after('mlp_post_norm')(y)
+      x_BxSxD += scaled(after('attn_post_norm')(y))
+      y = mlp(ahead('mlp_norm')(x_BxSxD))
+      x_BxSxD += scaled(after('mlp_post_norm')(y))
     return (constrain_rows(x_BxSxD), cache), None

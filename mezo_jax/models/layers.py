@@ -72,8 +72,8 @@ class Config:
   norm_eps: float
   # 'rms' (scale w), 'rms+1' (scale 1 + w) or 'layer' (LayerNorm).
   norm: str = 'rms'
-  # 'pre' is x + f(norm(x)), 'post' is norm(x + f(x)), and 'both' is
-  # x + norm(f(norm(x))).
+  # 'pre' is x + f(norm(x)), 'post' is norm(x + f(x)), 'both' is
+  # x + norm(f(norm(x))), and 'after' is x + norm(f(x)).
   norm_place: str = 'pre'
   final_norm: bool = True  # Whether a norm follows the last layer.
   activation: str = 'silu'  # 'silu', 'relu', 'gelu' or 'gelu_tanh'
@@ -107,6 +107,10 @@ class Config:
   # means no cap.
   attention_softcap: float | None = None
   logit_softcap: float | None = None
+  # Factor of the logits, and of what a layer's two parts add to its input. None
+  # means 1.
+  logit_scale: float | None = None
+  residual_scale: float | None = None
   # Width of the embedding, if it differs from `width`. Linear layers then
   # project from it to `width` and back. None means `width` and no projections.
   embed_width: int | None = None

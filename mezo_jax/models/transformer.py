@@ -34,7 +34,8 @@ _FEATURES = ('', 'head', 'body', 'hidden_states')
 
 def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
                    targets_BxA: jax.Array, bias_V: jax.Array | None = None,
-                   cap: float | None = None, chunk: int = _CHUNK) -> jax.Array:
+                   cap: float | None = None, chunk: int = _CHUNK,
+                   scale: float | None = None) -> jax.Array:
   r"""Returns the log-likelihoods of target tokens without building all logits.
 
   .. math:: \log p_t = x^\top w_t - \log \sum_v \exp(x^\top w_v)
@@ -53,14 +54,16 @@ def log_likelihood(x_BxAxD: jax.Array, table_VxD: jax.Array,
     cap: Soft cap of the logits (see `softcap`). Defaults to None, for no cap.
     chunk: Number of rows of the table that are scored at a time. Defaults to
       4096.
+    scale: Factor of the logits. Defaults to None, for 1.
 
   Returns:
     Float32 log-likelihoods of shape [B, A]; NaN for a target that is not a row
     of the table.
   """
   def finish(logits, bias):
-    """Adds the bias and applies the cap."""
-    return softcap(logits if bias is None else logits + bias, cap)
+    """Adds the bias, and applies the factor and the cap."""
+    logits = logits if bias is None else logits + bias
+    return softcap(logits if scale is None else logits * scale, cap)
 
   picked_BxA = finish(
       jnp.einsum('bad,bad->ba', x_BxAxD, table_VxD[targets_BxA],
@@ -327,11 +330,14 @@ class Transformer(nn.Module):
     head = embed if c.tied_head else Table(
         c.vocab_size, c.embed_width or c.width, name='lm_head')
     if targets is not None:
-      out = log_likelihood(x_BxSxD, head(), targets, bias_V, c.logit_softcap)
+      out = log_likelihood(x_BxSxD, head(), targets, bias_V, c.logit_softcap,
+                           scale=c.logit_scale)
     else:
       out = _products(x_BxSxD, head(token_ids))
       if bias_V is not None:
         out += bias_V if token_ids is None else bias_V[token_ids]
+      if c.logit_scale is not None:
+        out *= c.logit_scale
       out = softcap(out, c.logit_softcap)
       if tokens_inside is not None:
         out = jnp.where(tokens_inside, out, jnp.nan)

@@ -236,6 +236,46 @@ class Fields:
           stacklevel=4)
 
 
+def read_decoder(f: Fields, *, vocab: int, width: int, ff_width: int,
+                 layers: int, heads: int, kv_heads: int | None, length: int,
+                 eps: float, theta: float = 1e4,
+                 ff_name: str = 'intermediate_size') -> dict[str, Any]:
+  """Reads the fields that decoders like Llama share.
+
+  Args:
+    f: The fields of the file.
+    vocab: Default size of the vocabulary.
+    width: Default width.
+    ff_width: Default width of the feed-forward part.
+    layers: Default number of layers.
+    heads: Default number of heads.
+    kv_heads: Default number of key and value heads. None means that of heads.
+    length: Default number of positions.
+    eps: Default epsilon of norms.
+    theta: Default base of rotary frequencies. Defaults to 10,000.
+    ff_name: Name of the field with the width of the feed-forward part. Defaults
+      to 'intermediate_size'.
+
+  Returns:
+    Arguments of `Config` by name.
+  """
+  f.only(is_causal=True)
+  width = f.size('hidden_size', width)
+  heads = f.size('num_attention_heads', heads)
+  kv_heads = f.maybe_size('num_key_value_heads', kv_heads)
+  length = f.size('max_position_embeddings', length)
+  return dict(
+      family=f.family, vocab_size=f.size('vocab_size', vocab), width=width,
+      ff_width=f.size(ff_name, ff_width),
+      num_layers=f.size('num_hidden_layers', layers), num_heads=heads,
+      num_kv_heads=heads if kv_heads is None else kv_heads,
+      head_width=f.maybe_size('head_dim') or width // heads, max_length=length,
+      norm_eps=f.number('rms_norm_eps', eps),
+      activation=f.activation('hidden_act', 'silu'),
+      rope=read_rope(f, length, theta),
+      tied_head=f.flag('tie_word_embeddings', False))
+
+
 def _is_positive(value) -> bool:
   """Returns whether a value is a positive, finite number, and not a bool."""
   return (isinstance(value, int | float) and not isinstance(value, bool)

@@ -119,9 +119,10 @@ def table(c: Config) -> list[t.Row]:
       *t.mlp(c, mlp + 'up_proj', mlp + 'down_proj', mlp + 'gate_proj'),
       *t.norm('norm', 'model.norm', c.width, False)]
   if c.qk_norm:
-    rows += [
-        *t.norm('layers/attn/q_norm', attn + 'q_norm', c.head_width, False),
-        *t.norm('layers/attn/k_norm', attn + 'k_norm', c.head_width, False)]
+    of_all = (c.num_heads, c.num_kv_heads) if c.qk_norm_whole else (1, 1)
+    rows += [row for name, heads in zip('qk', of_all) for row in t.norm(
+        f'layers/attn/{name}_norm', f'{attn}{name}_norm', heads * c.head_width,
+        False)]
   if not c.tied_head:
     rows += t.embedding('lm_head', 'lm_head', c.vocab_size, c.width)
   return rows

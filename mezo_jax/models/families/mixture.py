@@ -4,12 +4,11 @@ These are Mixtral, Qwen 3 MoE and OLMoE. Except for the experts, their layers
 are those of Llama.
 """
 
-import re
 from typing import Any
 
 from mezo_jax.models.families import llama
 from mezo_jax.models.families import table as t
-from mezo_jax.models.families.config_json import Fields, read_rope
+from mezo_jax.models.families.config_json import Fields, read_decoder
 from mezo_jax.models.layers import Config
 
 RENAMES = llama.RENAMES
@@ -22,16 +21,15 @@ _EXPERTS = {'mixtral': ('num_local_experts', 'num_experts'),
 _DEFAULTS = {  # Defaults in transformers that differ between the families.
     'mixtral': dict(
         vocab=32_000, width=4096, ff_width=14_336, layers=32, heads=32,
-        kv_heads=8, length=131_072, eps=1e-5, theta=1e6, experts=8, per_token=2,
-        normalize=True),
+        kv_heads=8, length=131_072, eps=1e-5, theta=1e6),
     'qwen3_moe': dict(
         vocab=151_936, width=2048, ff_width=768, layers=24, heads=32,
-        kv_heads=4, length=32_768, eps=1e-6, theta=1e4, experts=128,
-        per_token=8, normalize=False),
+        kv_heads=4, length=32_768, eps=1e-6, ff_name='moe_intermediate_size'),
     'olmoe': dict(
         vocab=50_304, width=2048, ff_width=2048, layers=16, heads=16,
-        kv_heads=None, length=4096, eps=1e-5, theta=1e4, experts=64,
-        per_token=8, normalize=False)}
+        kv_heads=None, length=4096, eps=1e-5)}
+# {family: default numbers of experts, and of experts of each token}
+_COUNTS = {'mixtral': (8, 2), 'qwen3_moe': (128, 8), 'olmoe': (64, 8)}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
@@ -41,21 +39,17 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     ValueError: If the value of a field is not supported.
   """
   family = hf['model_type']
-  default, (experts, other) = _DEFAULTS[family], _EXPERTS[family]
+  (experts, other), (count, per_token) = _EXPERTS[family], _COUNTS[family]
   f = Fields(hf, {other: experts})
-  f.only(is_causal=True)
   # These fields have an effect in training with derivatives only.
   f.ignore('output_router_logits', 'router_aux_loss_coef',
            'router_jitter_noise')
-  width = f.size('hidden_size', default['width'])
-  heads = f.size('num_attention_heads', default['heads'])
-  kv_heads = f.maybe_size('num_key_value_heads', default['kv_heads'])
-  length = f.size('max_position_embeddings', default['length'])
-  normalize, bias, window = default['normalize'], False, None
+  shared = read_decoder(f, **_DEFAULTS[family])
+  normalize, bias, window = True, False, None
   if family == 'mixtral':
     window = f.maybe_size('sliding_window')
   else:
-    normalize = f.flag('norm_topk_prob', normalize)
+    normalize = f.flag('norm_topk_prob', False)
     bias = f.flag('attention_bias', False)
   if family == 'qwen3_moe':
     # The layers are a stack, so all of them must have experts.
@@ -65,30 +59,18 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
       window = None
     f.ignore('intermediate_size', 'max_window_layers')
   if family == 'olmoe':
-    f.only(clip_qkv=None, head_dim=(None, width // heads))
+    f.only(clip_qkv=None, head_dim=(
+        None, shared['width'] // shared['num_heads']))
   config = Config(
-      family=family,
-      vocab_size=f.size('vocab_size', default['vocab']),
-      width=width,
-      ff_width=f.size('moe_intermediate_size' if family == 'qwen3_moe' else
-                      'intermediate_size', default['ff_width']),
-      num_layers=f.size('num_hidden_layers', default['layers']),
-      num_heads=heads,
-      num_kv_heads=heads if kv_heads is None else kv_heads,
-      head_width=f.maybe_size('head_dim') or width // heads,
-      max_length=length,
-      norm_eps=f.number('rms_norm_eps', default['eps']),
-      activation=f.activation('hidden_act', 'silu'),
-      rope=read_rope(f, length, default['theta']),
+      **shared,
       window=window,
       qkv_bias=bias,
       out_bias=bias,
       qk_norm=family != 'mixtral',
       qk_norm_whole=family == 'olmoe',
-      num_experts=f.size(experts, default['experts']),
-      experts_per_token=f.size('num_experts_per_tok', default['per_token']),
-      normalize_experts=normalize,
-      tied_head=f.flag('tie_word_embeddings', False))
+      num_experts=f.size(experts, count),
+      experts_per_token=f.size('num_experts_per_tok', per_token),
+      normalize_experts=normalize)
   if config.experts_per_token > config.num_experts:
     f.refuse('num_experts_per_tok', config.experts_per_token,
              f'at most {experts} ({config.num_experts})')
@@ -105,14 +87,7 @@ def table(c: Config) -> list[t.Row]:
   mlp, names = f'{layer}mlp.', ('gate_proj', 'up_proj', 'down_proj')
   if c.family == 'mixtral':
     mlp, names = f'{layer}block_sparse_moe.', ('w1', 'w3', 'w2')
-  rows = [row for row in llama.table(c) if not (
-      row.path.startswith('layers/mlp/')
-      or c.qk_norm_whole and re.search('/[qk]_norm/', row.path))]
-  if c.qk_norm_whole:
-    for name, heads in (('q', c.num_heads), ('k', c.num_kv_heads)):
-      rows += t.norm(
-          f'layers/attn/{name}_norm', f'{layer}self_attn.{name}_norm',
-          heads * c.head_width, False)
-  return rows + t.experts(
+  return [row for row in llama.table(c)
+          if not row.path.startswith('layers/mlp/')] + t.experts(
       c, f'{layer}mlp.', f'{mlp}gate', *(
           f'{mlp}experts.{{{{e}}}}.{name}' for name in names))

@@ -29,8 +29,10 @@ from mezo_jax.models.families import (
   bert,
   gemma,
   gpt2,
+  granite,
   llama,
   mixture,
+  olmo2,
   opt,
   table,
 )
@@ -40,9 +42,9 @@ from mezo_jax.models.layers import Config
 
 FAMILIES = {
     'bert': bert, 'gemma': gemma, 'gemma2': gemma, 'gemma3_text': gemma,
-    'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'mixtral': mixture,
-    'olmoe': mixture, 'opt': opt, 'qwen2': llama, 'qwen3': llama,
-    'qwen3_moe': mixture, 'roberta': bert}
+    'gpt2': gpt2, 'granite': granite, 'llama': llama, 'mistral': llama,
+    'mixtral': mixture, 'olmo2': olmo2, 'olmoe': mixture, 'opt': opt,
+    'qwen2': llama, 'qwen3': llama, 'qwen3_moe': mixture, 'roberta': bert}
 # Names of transformers' classes: with the language model's head, and without.
 ARCHITECTURES = {
     'bert': ('BertForMaskedLM', 'BertModel'),
@@ -52,7 +54,9 @@ ARCHITECTURES = {
     'gpt2': ('GPT2LMHeadModel', 'GPT2Model'),
     'llama': ('LlamaForCausalLM', 'LlamaModel'),
     'mistral': ('MistralForCausalLM', 'MistralModel'),
+    'granite': ('GraniteForCausalLM', 'GraniteModel'),
     'mixtral': ('MixtralForCausalLM', 'MixtralModel'),
+    'olmo2': ('Olmo2ForCausalLM', 'Olmo2Model'),
     'olmoe': ('OlmoeForCausalLM', 'OlmoeModel'),
     'opt': ('OPTForCausalLM', 'OPTModel'),
     'qwen2': ('Qwen2ForCausalLM', 'Qwen2Model'),
