@@ -14,6 +14,7 @@ import rewards_of_tests
 import runs
 
 from mezo_jax import models, training
+from mezo_jax.core import fingerprint
 from mezo_jax.core.errors import InputError
 from mezo_jax.export.from_run import export
 from mezo_jax.tasks import chat, Task
@@ -125,6 +126,9 @@ ANSWERS = 'Hello, you.<|im_end|>', 'See\n\nyou<|im_end|>'
     ({'messages': [MESSAGES[1], {'role': 'assistant', 'content': [
         {'type': 'text', 'text': 'Hello, '}, {'type': 'text', 'text': 'you.'}
     ]}]}, {}, ANSWERS[0]),
+    # Nobody has asked for a first message of the assistant.
+    ({'messages': [MESSAGES[2], *MESSAGES[1:3]]}, {}, ANSWERS[0]),
+    ({'messages': MESSAGES[1:3], 'tools': ''}, {}, ANSWERS[0]),
     ({'messages': MESSAGES}, {'train_roles': ('user',)},
      '<|im_start|>user\nHi<|im_end|><|im_start|>user\nBye\nnow<|im_end|>'),
     ({'messages': MESSAGES}, {'train_roles': ('system', 'assistant')},
@@ -141,8 +145,9 @@ def test_a_plain_template():
   row = {'prompt': '2 + 2 = ', 'completion': '4'}
   with pytest.raises(InputError, match=r'chat_template=FILE'):
     of([row], tokenizer)
-  tokenizer.chat_template = chat.read_template('plain')
-  data = of([row], tokenizer)
+  tokenizer.chat_template = chat.read_template('plain', tokenizer)
+  data = of([row, {'prompt': '', 'completion': ''}], tokenizer)
+  assert [r for r, _ in data.left_out] == [1]
   assert tokenizer.decode(data.prompts[0]) == '2 + 2 = '
   assert trained(data, tokenizer) == '4</s>'
 
@@ -156,6 +161,8 @@ def test_a_plain_template():
     ({'messages': [{'content': 'Hi'}]}, 'without a role'),
     ({'messages': [{'role': 'user'}]}, 'without a text'),
     ({'messages': [{'role': 'user', 'content': 3}]}, 'without a text'),
+    ({'messages': [MESSAGES[1], {'role': 'assistant', 'content': None,
+                                 'tool_calls': []}]}, 'without a text'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]},
      'not a text'),
     ({'messages': [MESSAGES[1], MESSAGES[2] | {'weight': 0.5}]}, 'weight 0.5')])
@@ -227,6 +234,70 @@ def test_rows_without_a_trained_part_are_counted_and_named(capsys):
   assert len(splits.train.rows) == 1
   with pytest.raises(InputError, match='none of 1 conversations'):
     of(rows[:1])
+
+
+def test_calls_of_tools_from_a_parquet_file(tmp_path):
+  """Keys that other rows have are not written as null."""
+  import pyarrow
+  import pyarrow.parquet
+  call = lambda **arguments: [MESSAGES[1], {
+      'role': 'assistant', 'content': None, 'tool_calls': [
+          {'function': {'name': 'f', 'arguments': arguments}}]}]
+  rows = [{'messages': call(a=1)}, {'messages': call(b=2)}]
+  pyarrow.parquet.write_table(
+      pyarrow.Table.from_pylist(rows), tmp_path / 'x.parquet')
+  form = dataclasses.replace(FORMS['chatml'], template=FORMS[
+      'chatml'].template.replace(
+          'm.content', "(m.content or m.tool_calls | tojson)"))
+  tokenizer = chat_templates.tokenizer(form)
+  found = data_lib.load_rows(str(tmp_path / 'x.parquet'))
+  assert found != rows
+  for i, arguments in enumerate(('{"a": 1}', '{"b": 2}')):
+    assert arguments in trained(of(found, tokenizer), tokenizer, i)
+
+
+def test_the_plain_template_begins_as_the_tokenizer_does():
+  """With a start token only if it puts one before texts."""
+  from tokenizers.processors import TemplateProcessing
+  tokenizer = chat_templates.tokenizer(dataclasses.replace(
+      FORMS['mistral'], template=None))
+  assert '{{ bos_token }}' not in chat.read_template('plain', tokenizer)
+  tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+      single='<s> $A', special_tokens=[('<s>', tokenizer.bos_token_id)])
+  assert chat.read_template('plain', tokenizer).startswith('{{ bos_token }}')
+
+
+def test_private_rows_are_not_logged():
+  rows = [{'messages': MESSAGES}, {'messages': MESSAGES[1:2]}]
+  said = []
+  data_lib.encode_rows(
+      data_lib.Rows(rows, rows[:1], rows[:1], rows), Task(kind='chat'), CHATML,
+      causal=True, limit=128, buckets=(128,), untold=('train',),
+      gold_only=('train', 'dev', 'test'), say=said.append)
+  assert 'Hello' not in ''.join(said) and 'left out' not in ''.join(said)
+
+
+def test_the_fingerprint_covers_what_is_trained():
+  """Two conversations of equal tokens, of which different turns are trained."""
+  ask = [MESSAGES[1], MESSAGES[2] | {'weight': 0}, *MESSAGES[3:]]
+  three = [*MESSAGES[1:3], *ask]
+  other = [*MESSAGES[1:3], MESSAGES[1], MESSAGES[2], *MESSAGES[3:]]
+  one, two = of([{'messages': three}]), of([{'messages': other}])
+  assert one.prompts == two.prompts and one.candidates == two.candidates
+  assert fingerprint.of_rows(one) != fingerprint.of_rows(two)
+
+
+def test_a_template_without_an_end_of_turn_is_reported():
+  form = dataclasses.replace(FORMS['chatml'], template=(
+      "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}"
+      "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+  ))
+  rows, said = [{'messages': MESSAGES}], []
+  data_lib.encode_rows(
+      data_lib.Rows(rows, rows, rows, rows), Task(kind='chat'),
+      chat_templates.tokenizer(form), causal=True, limit=128, buckets=(128,),
+      gold_only=('train', 'dev', 'test'), say=said.append)
+  assert 'will not learn where to stop' in ''.join(said)
 
 
 # --- runs -------------------------------------------------------------------

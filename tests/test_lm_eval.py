@@ -142,10 +142,10 @@ def test_batches_change_nothing(dtype, trained, tmp_path):
   ids = lambda n: rng.randint(250, size=n).tolist()
   pairs = [(ids(n), ids(m)) for n, m in (
       (1, 1), (5, 3), (30, 2), (40, 20), (127, 1), (128, 1), (200, 5), (3, 1))]
-  many = benchmarks._make_scorer(found, (), 32)(pairs)
-  single = benchmarks._make_scorer(found, (), 1)
+  many = benchmarks._make_scorer(found, (), 32, 128)(pairs)
+  single = benchmarks._make_scorer(found, (), 1, 128)
   alone = [single([pair])[0] for pair in pairs]
-  rolling = benchmarks._make_scorer(found, (), 32)(pairs, greedy=False)
+  rolling = benchmarks._make_scorer(found, (), 32, 128)(pairs, greedy=False)
   np.testing.assert_allclose(
       [p for p, _ in many], [p for p, _ in alone], rtol=1e-4)
   np.testing.assert_allclose(

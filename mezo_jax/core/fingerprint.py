@@ -100,8 +100,12 @@ def of_rows(*data: Any, key: bytes = b'') -> str:
       to test a guess about the rows. Defaults to b'', which hashes without a
       key.
   """
-  return _digest(((d.prompts, d.candidates, d.types, d.golds) for d in data),
-                 key)
+  def parts(d):
+    """Returns what is hashed; gaps only if there are any, as in old runs."""
+    gaps = d.gaps
+    has = any(gap for of_row in gaps for gap in of_row)
+    return (d.prompts, d.candidates, d.types, d.golds, *([gaps] if has else []))
+  return _digest(map(parts, data), key)
 
 
 def _digest(parts: Iterable, key: bytes = b'') -> str:

@@ -38,7 +38,6 @@ _DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # Key of a message that the template does not get. A message with the weight 0
 # is not trained.
 _WEIGHT = 'weight'
-_CHUNK = 512  # number of conversations that are tokenised at a time
 
 
 class Conversation(NamedTuple):
@@ -65,7 +64,8 @@ def conversation(row: dict[str, Any], roles: Sequence[str],
   Args:
     row: The row.
     roles: Roles of the messages that are trained. Of the messages in
-      ``prompt``, none is.
+      ``prompt``, none is, and neither is a first message of the assistant, for
+      which nothing asks.
     turns: 'all', or 'last' to train only the last of these messages.
 
   Raises:
@@ -83,14 +83,15 @@ def conversation(row: dict[str, Any], roles: Sequence[str],
         "'chat' needs a column 'messages', or 'prompt' and 'completion'. "
         'Rename the columns, or set task.row in a config file.')
   trained = [i for i, message in enumerate(messages) if i >= context
-             and message['role'] in roles and message.get(_WEIGHT, 1)]
+             and message['role'] in roles and message.get(_WEIGHT, 1)
+             and (i or message['role'] != 'assistant')]
   plain = [{k: v for k, v in message.items() if k != _WEIGHT}
            for message in messages]
-  tools = row.get('tools')
+  tools = row.get('tools') or None
   if isinstance(tools, str):
     tools = _parsed(row, 'tools', tools)
   return Conversation(plain, trained[-1:] if turns == 'last' else trained,
-                      tools or None)
+                      _without_none(tools))
 
 
 def _messages(row: dict[str, Any], column: str, role: str
@@ -134,8 +135,7 @@ def _message(row, column: str, message: Any) -> dict[str, Any]:
   if not isinstance(message, dict):
     raise error(f'the message {message!r:.80}, which is not an object with a '
                 'role and a content')
-  # A parquet file writes None for the keys that other messages have.
-  found = {k: v for k, v in message.items() if v is not None}
+  found = _without_none(message)
   role, content = found.get('role'), found.get('content')
   if not isinstance(role, str) or not role:
     raise error(f'a message without a role, {message!r:.80}')
@@ -146,14 +146,25 @@ def _message(row, column: str, message: Any) -> dict[str, Any]:
     if len(known) < len(texts):
       raise error(f'a message of {role!r} with a part that is not a text')
     found['content'] = content = ''.join(known)
-  if content is None and {*found} - {'role', _WEIGHT}:
-    return found  # for example a call of a tool
-  if not isinstance(content, str):
-    raise error(f'a message of {role!r} without a text as its content')
   if found.get(_WEIGHT, 1) not in (0, 1):
     raise error(f'a message with the weight {found[_WEIGHT]!r}, which is '
                 'neither 0 nor 1')
-  return found
+  said = {k for k, v in found.items() if v} - {'role', 'name', _WEIGHT}
+  if isinstance(content, str) or content is None and said:
+    return found  # The second may be a call of a tool.
+  raise error(f'a message of {role!r} without a text as its content')
+
+
+def _without_none(value: Any) -> Any:
+  """Returns a value without the entries of dicts that are None.
+
+  A parquet file has None for the keys that other rows have.
+  """
+  if isinstance(value, dict):
+    return {k: _without_none(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list | tuple):
+    return [_without_none(v) for v in value]
+  return value
 
 
 def text_of(messages: Sequence[dict[str, Any]]) -> str:
@@ -176,17 +187,21 @@ def answer(found: Conversation) -> str | None:
   return last.get('content', '') if last['role'] == 'assistant' else None
 
 
-def read_template(name: str | os.PathLike[str]) -> str:
+def read_template(name: str | os.PathLike[str], tokenizer: Any) -> str:
   """Returns the text of a chat template.
 
   Args:
     name: 'plain' for `PLAIN`, or the name of a file.
+    tokenizer: The tokenizer. If it puts a start token before texts, so does the
+      plain template.
 
   Raises:
     InputError: If the file cannot be read.
   """
   if name == 'plain':
-    return PLAIN
+    start = tokenizer.bos_token_id
+    adds = start is not None and tokenizer('a')['input_ids'][:1] == [start]
+    return ('{{ bos_token }}' if adds else '') + PLAIN
   try:
     return Path(name).expanduser().read_text('utf-8')
   except (OSError, UnicodeError) as e:
@@ -194,6 +209,13 @@ def read_template(name: str | os.PathLike[str]) -> str:
         f'task.chat_template: {os.fspath(name)} cannot be read '
         f"({first_line(e)}); give a file with a Jinja template, or 'plain'."
     ) from e
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+  """Returns the special tokens of a tokenizer, as texts."""
+  return (*tokenizer.all_special_tokens, *(
+      token.content for token in tokenizer.added_tokens_decoder.values()
+      if token.special))
 
 
 def _date(call: re.Match) -> str:
@@ -221,9 +243,7 @@ class Template:
           "--config.task.chat_template=FILE, or 'plain', which writes only the "
           'contents of messages; or use an instruction-tuned model.')
     self._tokenizer, self._args = tokenizer, dict(args)
-    self._special = (*tokenizer.all_special_tokens, *(
-        token.content for token in tokenizer.added_tokens_decoder.values()
-        if token.special))
+    self._special = special_tokens(tokenizer)
 
   def __call__(self, messages: Sequence[dict[str, Any]],
                tools: list[Any] | None = None, prompt: bool = False) -> str:
@@ -275,7 +295,7 @@ class Template:
     whole = self(messages[:last], found.tools)
     for i in found.trained:
       asks = messages[i]['role'] == 'assistant'
-      before = self(messages[:i], found.tools, asks) if i or asks else ''
+      before = self(messages[:i], found.tools, asks) if i else ''
       after = self(messages[:i + 1], found.tools)
       _check_prefix(before, after, f'the prompt of message {i + 1}',
                     'with the message')
@@ -325,12 +345,8 @@ def mark(conversations: Sequence[Conversation], template: Template, most: int
   Returns:
     The tokens of each conversation, with no spans if no trained part fits.
   """
-  out = []
-  for i in range(0, len(conversations), _CHUNK):
-    some = conversations[i:i + _CHUNK]
-    out += [_fit(found, marked, template, most)
-            for found, marked in zip(some, _mark(some, template))]
-  return out
+  return [_fit(found, _mark(found, template), template, most)
+          for found in conversations]
 
 
 def _fit(found: Conversation, marked: Marked, template: Template, most: int
@@ -339,7 +355,7 @@ def _fit(found: Conversation, marked: Marked, template: Template, most: int
   if len(marked.ids) <= most:
     return marked
   if len(found.trained) == 1:
-    shorter = (_mark([x], template)[0] for x in _shorter(found))
+    shorter = (_mark(x, template) for x in _shorter(found))
     fits = next((x for x in shorter if len(x.ids) <= most), None)
     return (fits or marked._replace(spans=[]))._replace(
         cut=True, needs=marked.needs)
@@ -359,29 +375,22 @@ def _shorter(found: Conversation) -> Iterator[Conversation]:
       yield found._replace(messages=kept, trained=[len(kept) - 1])
 
 
-def _mark(conversations: Sequence[Conversation], template: Template
-          ) -> list[Marked]:
-  """Returns the tokens of whole conversations, up to the last trained one."""
-  written = [template.spans(found) for found in conversations]
-  flat = iter(template.tokens(part for text, spans in written for part in (
-      text, *(text[:at] for span in spans for at in span))))
-  out = []
-  for _, spans in written:
-    ids, found = next(flat), []
-    for _ in spans:
-      # A token may contain both sides of an edge. It is trained if this is the
-      # beginning of the trained part, and not if it is the end.
-      start, end = (len(os.path.commonprefix([ids, next(flat)]))
-                    for _ in range(2))
-      if start < end:
-        found.append((start, end))
-    last = found[-1][1] if found else 0
-    out.append(Marked(ids[:last], found, False, found[0][1] if found else 0))
-  return out
+def _mark(found: Conversation, template: Template) -> Marked:
+  """Returns the tokens of a whole conversation, up to the last trained one."""
+  text, spans = template.spans(found)
+  ids, *before = template.tokens(
+      [text, *(text[:at] for span in spans for at in span)])
+  # A token may contain both sides of an edge. It is trained if this is the
+  # beginning of the trained part, and not if it is the end.
+  edges = [len(os.path.commonprefix([ids, other])) for other in before]
+  kept = [(start, end) for start, end in zip(edges[::2], edges[1::2])
+          if start < end]
+  last = kept[-1][1] if kept else 0
+  return Marked(ids[:last], kept, False, kept[0][1] if kept else 0)
 
 
 def prompts(conversations: Sequence[Conversation], template: Template,
-            most: int) -> list[list[int]]:
+            most: int) -> tuple[list[list[int]], int]:
   """Returns the tokens of conversations that the model is to continue.
 
   They end with the generation prompt. A conversation that is too long loses
@@ -392,27 +401,34 @@ def prompts(conversations: Sequence[Conversation], template: Template,
     template: Their template.
     most: Largest number of tokens of a conversation.
 
+  Returns:
+    The tokens of each conversation, and the number of those that were cut.
+
   Raises:
-    InputError: If the last turn alone is too long.
+    InputError: If there is nothing before the answer, or the last turn alone is
+      too long.
   """
-  def asked(found):
-    return template(context(found), found.tools, prompt=True)
-  out = template.tokens(map(asked, conversations))
-  for i, found in enumerate(conversations):
-    if len(out[i]) > most:
-      before = context(found)
-      tries = _shorter(found._replace(
-          messages=before, trained=[len(before) - 1]))
-      found = next((ids for ids in (template.tokens([template(
-          x.messages, x.tools, prompt=True)])[0] for x in tries)
-                    if len(ids) <= most), None)
-      if found is None:
-        raise InputError(
-            f'the conversation {_short(text_of(before))} has {len(out[i])} '
-            f'tokens, but at most {most} are allowed before the answer; '
-            'shorten the row, or raise --config.data.max_length.')
-      out[i] = found
-  return out
+  out, cut = [], 0
+  for row, found in enumerate(conversations):
+    before = context(found)
+    if not before:
+      raise InputError(f'the conversation of row {row} has no message before '
+                       'the answer; add one, or leave the row out.')
+    whole = found._replace(messages=before, trained=[len(before) - 1])
+    for tried in (whole, *_shorter(whole)):
+      (ids,) = template.tokens(
+          [template(tried.messages, tried.tools, prompt=True)])
+      if len(ids) <= most:
+        break
+    else:
+      raise InputError(
+          f'the last turn of the conversation of row {row} has {len(ids)} '
+          f'tokens, but at most {most} are allowed before the answer; shorten '
+          'the row, lower --config.task.max_new_tokens, or raise '
+          'data.max_length.')
+    out.append(ids)
+    cut += tried is not whole
+  return out, cut
 
 
 def shown(ids: Sequence[int], positions: Sequence[int], tokenizer: Any) -> str:

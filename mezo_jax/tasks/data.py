@@ -784,9 +784,11 @@ def encode_rows(
     except InputError as e:  # generating needs no right answer that fits
       say(f'the cross-entropy of right answers is not reported: {e}')
   for name, split in splits.items() if task.traits.conversation else ():
-    for text in _about_conversations(name, split, len(getattr(rows, name)),
-                                     tokenizer if name == 'train' else None):
-      say(text)
+    if name not in untold:
+      for text in _about_conversations(
+          name, split, len(getattr(rows, name)),
+          tokenizer if name == 'train' else None):
+        say(text)
   priors = {name: read(name, of_prior=True) for name in ('dev', 'test') if (
       prior and splits[name].width > 1)}
   whole = limit + len(soft_ids)
@@ -843,6 +845,11 @@ def _about_conversations(name: str, data: Encoded, rows: int, tokenizer: Any
     if len(text) > 2 * _SHOWN:
       text = f'{text[:_SHOWN]} ... {text[-_SHOWN:]}'
     out.append(f'the first {name} row, in which [[...]] is trained:\n{text}')
+    last = tokenizer.decode(answer[scored[-1]])
+    if last not in chat.special_tokens(tokenizer):
+      out.append('warning: no special token ends the trained part of this row, '
+                 'so answers will not learn where to stop; check the chat '
+                 'template.')
   return out
 
 

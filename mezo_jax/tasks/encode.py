@@ -88,6 +88,12 @@ class Encoded(NamedTuple):
     return len(self.prompts[row]) + sum(map(len, self.candidates[row]))
 
   @property
+  def gaps(self) -> list[list[list[int]]]:
+    """Returns the tokens between answer tokens that are not scored, [R][C]."""
+    return [[[*{*range(some[0], some[-1])} - {*some}] if some else []
+             for some in scored] for scored in self.scored]
+
+  @property
   def labels(self) -> np.ndarray:
     """Returns the first right candidate of each row (0 if none), int32 [R]."""
     return np.array([g[0] if g else 0 for g in self.golds], np.int32)
@@ -436,7 +442,7 @@ def _for_generation(task, rows, texts, tokenizer, max_length, cut):
   if task.chat:
     conversations = [chat.Conversation(
         [{'role': 'user', 'content': text}], [], None) for text in texts]
-    prompts = chat.prompts(
+    prompts, _ = chat.prompts(
         conversations, chat.Template(tokenizer, task.chat_args), most)
   else:
     texts = [text.strip(' ') for text in texts]
@@ -467,9 +473,9 @@ def _for_conversations(task, rows, tokenizer, max_length, gold_only,
   if not gold_only:
     for row in rows if needs_gold else ():
       task.references(row)  # raises an error if there is none
-    prompts = chat.prompts(found, template, _room(task, max_length))
+    prompts, cut = chat.prompts(found, template, _room(task, max_length))
     return Encoded(rows, prompts, [[]] * len(rows), [[]] * len(rows),
-                   [()] * len(rows), 0, generates=True)
+                   [()] * len(rows), cut, generates=True)
   roles = ', '.join(task.train_roles)
   prompts, candidates, scored, kept, left_out = [], [], [], [], []
   marked = chat.mark(found, template, max_length)
@@ -481,11 +487,15 @@ def _for_conversations(task, rows, tokenizer, max_length, gold_only,
       continue
     # A token is predicted from those before it, so one must be left.
     first = max(one.spans[0][0], 1)
+    positions = [i - first for span in one.spans for i in range(*span)
+                 if i >= first]
+    if not positions:
+      left_out.append((r, 'has no token before its answer'))
+      continue
     kept.append(rows[r])
     prompts.append(one.ids[:first])
     candidates.append([one.ids[first:]])
-    scored.append([[i - first for span in one.spans for i in range(*span)
-                    if i >= first]])
+    scored.append([positions])
   if not kept:
     raise InputError(
         f'none of {len(rows)} conversations can be trained: the first one '

@@ -21,7 +21,7 @@ from mezo_jax.core import extras, sharding
 from mezo_jax.core.errors import InputError, local
 from mezo_jax.tasks import evaluate, score, Task
 from mezo_jax.training import config as config_lib
-from mezo_jax.training import inference, saved
+from mezo_jax.training import inference, saved, trainable
 
 # Lengths to which inputs are padded. A model is compiled once for each.
 _BUCKETS = tuple(2**i for i in range(5, 21))
@@ -68,7 +68,8 @@ def run(source: str | os.PathLike[str], tasks: Sequence[str], *,
         '`lm-eval ls tasks`, or give the directory of its YAML file.')
   config, found = load(source, step)
   soft = inference.soft_ids(config, found.model.config)
-  lm = make_lm(found, soft=soft, rows=rows)
+  lm = make_lm(found, soft=soft, rows=rows,
+               before=trainable.tokens_before(config))
   options |= dict(tasks=[*tasks], task_manager=manager)
   return cast(Any, lm_eval.simple_evaluate)(lm, **options)
 
@@ -109,8 +110,8 @@ def load(source: str | os.PathLike[str], step: int | None = None
   return config, found
 
 
-def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32
-            ) -> Any:
+def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32,
+            before: int = 0) -> Any:
   """Returns a model for ``lm_eval.simple_evaluate``.
 
   Args:
@@ -118,6 +119,8 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32
     soft: Token ids of a soft prompt, which come before each text. Defaults to
       (), for none.
     rows: Largest number of rows of a batch. Defaults to 32.
+    before: Number of positions that a soft prompt or a prefix takes. Defaults
+      to 0.
 
   Returns:
     An ``lm_eval.api.model.TemplateLM``.
@@ -127,8 +130,9 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32
   from lm_eval.api.model import TemplateLM
   from lm_eval.models.utils import normalize_gen_kwargs
   tokenizer, c = found.tokenizer, found.model.config
-  score_texts = _make_scorer(found, soft, rows)
-  write = _make_writer(found, soft, rows)
+  longest = c.max_length - max(before, len(soft))
+  score_texts = _make_scorer(found, soft, rows, longest)
+  write = _make_writer(found, soft, rows, longest)
 
   class MezoLM(TemplateLM):
     """Answers the requests of lm-eval.
@@ -137,7 +141,7 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32
       max_length: Largest number of tokens of an input.
     """
 
-    max_length = c.max_length - len(soft)
+    max_length = longest
     eot_token_id = tokenizer.eos_token_id
     prefix_token_id = (tokenizer.eos_token_id if tokenizer.bos_token_id is None
                        else tokenizer.bos_token_id)
@@ -193,8 +197,8 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32
   return MezoLM()
 
 
-def _make_scorer(found: saved.Trained, soft: Sequence[int], rows: int
-                 ) -> Callable[..., list[tuple[float, bool]]]:
+def _make_scorer(found: saved.Trained, soft: Sequence[int], rows: int,
+                 longest: int) -> Callable[..., list[tuple[float, bool]]]:
   """Returns a function that computes log-likelihoods of continuations.
 
   Returns:
@@ -203,7 +207,7 @@ def _make_scorer(found: saved.Trained, soft: Sequence[int], rows: int
     continuation and, with ``greedy``, whether each of its tokens is the
     likeliest (otherwise False).
   """
-  model, most = found.model, found.model.config.max_length
+  model, most = found.model, longest + len(soft)
   vocabulary = model.config.vocab_size
 
   def log_p(params, batch, greedy):
@@ -227,14 +231,14 @@ def _make_scorer(found: saved.Trained, soft: Sequence[int], rows: int
 
   def score_pairs(pairs, greedy=True):
     # The last token of a continuation is predicted, but is not an input.
-    last = most + 1 - len(soft)
+    last = longest + 1
     kept = [([*soft, *[*before, *after][-last:]], len(after))
             for before, after in pairs]
-    longest = max((n for _, n in kept), default=0)
-    if longest >= last:
+    answer = max((n for _, n in kept), default=0)
+    if answer > longest:
       raise InputError(
-          f'a task has an answer of {longest} tokens, but the model has only '
-          f'{last - 1} positions; leave the task out.')
+          f'a task has an answer of {answer} tokens, but the model has only '
+          f'{longest} positions; leave the task out.')
     out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     sizes = [(_padded(len(ids) - 1, most), _padded(n, most)) for ids, n in kept]
     for index, (length, width), count in _batches(
@@ -259,8 +263,8 @@ def _make_scorer(found: saved.Trained, soft: Sequence[int], rows: int
   return score_pairs
 
 
-def _make_writer(found: saved.Trained, soft: Sequence[int], rows: int
-                 ) -> Callable[..., list[str]]:
+def _make_writer(found: saved.Trained, soft: Sequence[int], rows: int,
+                 longest: int) -> Callable[..., list[str]]:
   """Returns a function that continues texts.
 
   Returns:
@@ -268,8 +272,7 @@ def _make_writer(found: saved.Trained, soft: Sequence[int], rows: int
     ``until``, ``max_gen_toks``, ``do_sample``, ``temperature``, ``top_p`` and
     ``top_k`` of lm-eval. It returns the continuations.
   """
-  model, tokenizer = found.model, found.tokenizer
-  most = model.config.max_length - len(soft)
+  model, tokenizer, most = found.model, found.tokenizer, longest
 
   def write(prompts, options):
     until = [text for text in options['until'] if text]

@@ -216,7 +216,8 @@ def read_tokenizer(config: config_lib.Train) -> Any:
       config.model.bos_token or None)
   for task in (config.task, *(also.task for also in config.also)):
     if task.chat_template:
-      tokenizer.chat_template = chat.read_template(task.chat_template)
+      tokenizer.chat_template = chat.read_template(
+          task.chat_template, tokenizer)
   return tokenizer
 
 
@@ -385,7 +386,8 @@ def data_warnings(config: config_lib.Train,
     read = {'train': rows.train} | read
   for name, some in read.items():
     bare = sum(not task.has_gold(row) for row in some)
-    if bare and name != 'train' and not config_lib.is_rewarded(config):
+    if bare and name != 'train' and not (
+        config_lib.is_rewarded(config) or task.traits.conversation):
       column = (task.answers_column if task.traits.generates
                 else task.label_column)
       out.append(f'{bare} of {len(some)} {name} rows have no right answer in '

@@ -191,7 +191,7 @@ def check_config(config: config_lib.Train) -> None:
           task.main_metric != task_lib.LOSS for task in every),
        'also: tasks whose metric is the loss cannot be averaged with others; '
        "set select to 'loss'"),
-      (len({task.chat_template for task in every}) == 1,
+      (len({task.chat_template for task in every if task.in_turns}) < 2,
        'also: the tasks share a tokenizer and its chat template; give all the '
        'same task.chat_template'),
   ]
