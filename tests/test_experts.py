@@ -11,11 +11,13 @@ from jax import test_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import mezo_jax
 from mezo_jax import models, peft
 from mezo_jax.core.errors import InputError
 from mezo_jax.models import experts, known
+from mezo_jax.models.formats import classifier
 
 HF = dict(model_type='olmoe', vocab_size=64, hidden_size=64,
           intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -121,6 +123,44 @@ def test_a_cache_changes_nothing(model_and_params):
     parts.append(one)
   np.testing.assert_allclose(
       jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_with_64_bits(model_and_params):
+  """Under jax_enable_x64 indices have several dtypes."""
+  model, params = model_and_params
+  want = models.apply(model, params, IDS)
+  with jax.enable_x64(True):
+    got = models.apply(model, params, IDS)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('prefix', ['model.', ''])
+@pytest.mark.parametrize('head', [False, True])
+def test_files_with_a_tensor_of_all_experts(
+    prefix, head, model_and_params, tmp_path):
+  """As transformers names them in memory, with or without the prefix."""
+  model, params = model_and_params
+  models.save(tmp_path / 'm', model, params, progress=False)
+  tensors = load_file(tmp_path / 'm' / 'model.safetensors')
+  for layer in range(2):
+    at = f'model.layers.{layer}.mlp.experts.'
+    take = lambda name, at=at: np.stack(
+        [tensors.pop(f'{at}{e}.{name}.weight') for e in range(8)])
+    tensors[f'{at}gate_up_proj'] = np.concatenate(
+        [take('gate_proj'), take('up_proj')], 1)
+    tensors[f'{at}down_proj'] = take('down_proj')
+  save_file({name.replace('model.', prefix, 1): np.ascontiguousarray(x)
+             for name, x in tensors.items() if head or name != 'lm_head.weight'
+             }, tmp_path / 'm' / 'model.safetensors')
+  loaded, found = models.load(tmp_path / 'm', progress=False)
+  assert loaded.config.head == head
+  helpers.assert_bitwise(found, params if head else {
+      k: v for k, v in params.items() if k != 'lm_head'})
+
+
+def test_a_classification_head_that_transformers_lacks_is_refused():
+  with pytest.raises(InputError, match='olmoe'):
+    classifier.check_head(CONFIG)
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)])

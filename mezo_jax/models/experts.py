@@ -145,7 +145,10 @@ def _by_blocks(config, x, counts, token, kernels):
     def block(i, y):
       at = end - count + i * rows
       some = x[lax.dynamic_slice(token, (at,), (rows,))]
-      return lax.dynamic_update_slice(y, _mlp(config, some, kernels), (at, 0))
+      # All indices need one dtype, and with jax_enable_x64 a literal 0 has
+      # another.
+      return lax.dynamic_update_slice(
+          y, _mlp(config, some, kernels), (at, jnp.zeros_like(at)))
     return lax.fori_loop(0, -(-count // rows), block, y), None
 
   y = jnp.zeros((pairs + rows, width), x.dtype)

@@ -40,7 +40,7 @@ from mezo_jax.transforms.step import make_step
 GROUPS = {
     'added': r'lora|prefix|prompt',
     'embedding and head': r'embed|positions|types|lm_head|^head|classifier',
-    'norms': r'norm', 'attention': r'attn', 'MLP': r'mlp'}
+    'norms': r'norm', 'attention': r'attn', 'MLP': r'mlp|experts'}
 _SCALES = tuple(float(x) for x in np.geomspace(1e-5, 1e-1, 9))
 _WRONG = 0.1  # relative error of projected gradients that is too large
 # Rates that are tried, relative to the largest stable rate.

@@ -66,6 +66,19 @@ class Row:
       return found
     return [name.format(e=e) for name in found for e in range(self.shape[0])]
 
+  def other_names(self, config: Config) -> list[str]:
+    """Returns the names that its tensors may have instead."""
+    layers = range(config.num_layers if self.stacked else 1)
+    names = [self.otherwise, self.together and self.together[0]]
+    return [name.format(l=l) for name in names if name for l in layers]
+
+  def without_prefix(self, prefix: str) -> 'Row':
+    """Returns the row with names of tensors without a prefix."""
+    cut = lambda name: name and name.removeprefix(prefix)
+    together = self.together and (cut(self.together[0]), *self.together[1:])
+    return dataclasses.replace(self, name=cut(self.name), otherwise=cut(
+        self.otherwise), together=together)
+
   @property
   def axes(self) -> str:
     """Returns a letter for each axis of the parameter except the layer axis."""

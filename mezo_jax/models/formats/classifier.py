@@ -22,9 +22,14 @@ def check_head(config: Config) -> None:
   """Checks that a classification head can be written for transformers.
 
   Raises:
-    InputError: If the class in transformers applies its head to other features
-      than this library does.
+    InputError: If transformers has no class for it, or one that applies its
+      head to other features than this library does.
   """
+  if config.family in ('granite', 'olmoe'):
+    raise InputError(
+        f'transformers has no class for a {config.family} with a '
+        'classification head. Choose another model, or a task with label '
+        'words.')
   if config.family == 'opt' and config.embed_width:
     raise InputError(
         'a classification head for this OPT cannot be written for '

@@ -251,8 +251,7 @@ def table_of(config: Config) -> list[table.Row]:
   """
   rows, prefix = FAMILIES[config.family].table(config), _prefix(config)
   return rows if config.head else [
-      dataclasses.replace(row, name=row.name.removeprefix(prefix))
-      for row in rows if row.name.startswith(prefix)]
+      row.without_prefix(prefix) for row in rows if row.name.startswith(prefix)]
 
 
 def head_of(config: Config) -> list[table.Row]:
@@ -567,7 +566,8 @@ def _fit(rows: list[table.Row], config, found: list, path: Path) -> dict:
       shapes. The error names all of them.
   """
   prefix, ignored = _prefix(config), FAMILIES[config.family].IGNORED
-  wanted = {name for row in rows for name in row.names(config)}
+  wanted = {name for row in rows for name in (
+      *row.names(config), *row.other_names(config))}
   tensors, problems = {}, []
   for name, tensor in found:
     name = _renamed(name, config)
