@@ -26,6 +26,9 @@ VALUES = {  # by annotation, without what `Annotated` adds: (text, value), ...
     tuple[str, ...]: [("(' a', ' b')", (' a', ' b')), ("' a',' b'", (
         ' a', ' b')), ('a', ('a',))],
     tuple[tuple[str, int], ...]: [("(('text', 40),)", (('text', 40),))],
+    tuple[tuple[str, bool | int | str], ...]: [
+        ("(('a', False), ('b', 3), ('c', 'x'))",
+         (('a', False), ('b', 3), ('c', 'x')))],
     tuple[tuple[str, float, float], ...]: [
         ("(('lora_a$', 1e-4, 1e-3),)", (('lora_a$', 1e-4, 1e-3),))],
     tuple[Also, ...]: [('()', ())],
