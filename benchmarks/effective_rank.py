@@ -11,8 +11,8 @@ iteration, on the same 4 batches of 16 rows: with the quickstart's prompt, with
 the text alone, and with random weights. The slow-down is also measured, by
 trying steps of MeZO and of gradient descent.
 
-Writes benchmarks/results/effective_rank.md and .json. Takes half an hour on 2
-CPU cores.
+Writes benchmarks/results/effective_rank.md and .json. It was not run to its
+end: 25 minutes on one CPU core were not enough for the first of three rows.
 """
 
 import argparse

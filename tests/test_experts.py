@@ -203,7 +203,7 @@ def test_lora_on_experts_is_refused_by_name(model_and_params):
     mezo_jax.Rademacher(), mezo_jax.Normal(), mezo_jax.LowRank(rank=4)],
     ids=lambda d: type(d).__name__)
 def test_memory_of_a_step(directions):
-  """That of inference plus less than the experts of a layer: 16 experts."""
+  """A model of 16 experts takes at most 1.05 times the memory of inference."""
   config = models.read_config(HF | dict(
       hidden_size=256, intermediate_size=512, num_experts=16,
       num_hidden_layers=8))

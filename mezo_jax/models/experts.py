@@ -12,8 +12,9 @@ normalises the weights.
 Tokens are sorted by their experts. A loop over the experts computes the tokens
 of one expert in blocks of a fixed number of rows, as many as there are. So no
 token is dropped and no expert has a capacity. An expert that no token chose
-costs nothing. Under `mezo_jax.perturbed` only one expert's perturbed weights
-are built at a time, and none with `mezo_jax.LowRank`.
+takes no products. Under `mezo_jax.perturbed` the perturbed weights of one
+expert are built at a time, also of experts that no token chose, and those of
+none with `mezo_jax.LowRank`.
 
 Suffixes are those of `mezo_jax.models.layers`. In addition, N is the number
 B S of tokens, E that of experts and K that of experts for each token.

@@ -57,6 +57,9 @@ def run(source: str | os.PathLike[str], tasks: Sequence[str], *,
   extras.require('lm-eval', 'lm_eval', extra='lm-eval')
   import lm_eval
   from lm_eval.tasks import TaskManager
+  if jax.process_count() > 1:
+    raise InputError('lm-eval runs in one process only, but there are '
+                     f'{jax.process_count()}; start it on one host.')
   if include is not None and not os.path.isdir(include):
     raise InputError(f'{include} is not a directory with the YAML files of '
                      'tasks; give another one.')
@@ -69,7 +72,8 @@ def run(source: str | os.PathLike[str], tasks: Sequence[str], *,
   config, found = load(source, step)
   soft = inference.soft_ids(config, found.model.config)
   lm = make_lm(found, soft=soft, rows=rows,
-               before=trainable.tokens_before(config))
+               before=trainable.tokens_before(config),
+               chat_args=config.task.chat_args)
   options |= dict(tasks=[*tasks], task_manager=manager)
   return cast(Any, lm_eval.simple_evaluate)(lm, **options)
 
@@ -111,7 +115,8 @@ def load(source: str | os.PathLike[str], step: int | None = None
 
 
 def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32,
-            before: int = 0) -> Any:
+            before: int = 0, chat_args: Sequence[tuple[str, Any]] = ()
+            ) -> Any:
   """Returns a model for ``lm_eval.simple_evaluate``.
 
   Args:
@@ -121,6 +126,8 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32,
     rows: Largest number of rows of a batch. Defaults to 32.
     before: Number of positions that a soft prompt or a prefix takes. Defaults
       to 0.
+    chat_args: Pairs of a variable of the chat template and its value. Defaults
+      to ().
 
   Returns:
     An ``lm_eval.api.model.TemplateLM``.
@@ -192,7 +199,7 @@ def make_lm(found: saved.Trained, soft: Sequence[int] = (), rows: int = 32,
       return tokenizer.apply_chat_template(
           chat_history, tokenize=False,
           add_generation_prompt=add_generation_prompt,
-          continue_final_message=not add_generation_prompt)
+          continue_final_message=not add_generation_prompt, **dict(chat_args))
 
   return MezoLM()
 
@@ -280,8 +287,8 @@ def _make_writer(found: saved.Trained, soft: Sequence[int], rows: int,
     if new >= most:
       raise InputError(
           f'a task asks for {new} new tokens, but the model has only {most} '
-          'positions for a prompt and its continuation; set max_gen_toks with '
-          '--gen_kwargs.')
+          'positions for a prompt and its continuation; lower max_gen_toks in '
+          'its YAML file, or leave the task out.')
     tasks = [Task(kind='generation', template='{x}', stop=text)
              for text in until or ('',)]
     stops = sorted({i for task in tasks
